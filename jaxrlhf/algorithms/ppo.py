@@ -1,0 +1,174 @@
+"""Proximal policy optimisation against a reward model (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022).
+
+A response is an episode: a state is the tokens so far, an action the next token. The reward model's score comes with
+the last token; on the way every token pays kl_coef nats for each nat that it strays from the reference. The value
+model predicts what is still to come (the Bellman equation), and generalised advantage estimation says which tokens
+did better than it expected. The policy learns from those, a clipped step at a time.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxrlhf.algorithms.rm import preference_loss
+from jaxrlhf.ops.advantages import gae, missing_eos, score_to_rewards
+from jaxrlhf.ops.kl import adaptive_kl_coef, kl_estimate
+from jaxrlhf.ops.losses import clipped_policy_terms, clipped_value_terms
+from jaxrlhf.ops.masked import keep, sums, variance, whiten
+from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Sequences, TrainState, sample_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation against a reward model, with a separate value model."""
+
+    num_epochs: int = 4  # passes over the responses of an iteration
+    num_minibatches: int = 1  # updates an epoch
+    clip_range: float = 0.2  # of the policy ratio, around 1
+    value_clip_range: float | None = 0.2  # of a value, around the old one; null: no clipping
+    gamma: float = 1.0  # discount a token
+    gae_lambda: float = 0.95  # 1: advantages from whole returns; 0: from the value model's one-step errors
+    kl_coef: float = 0.05  # reward lost for each nat from the reference
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_target: float = 6.0  # nats a response (adaptive)
+    kl_horizon: int = 10000  # responses (adaptive)
+    entropy_coef: float = 0.0  # bonus for each nat of a token's entropy
+    whiten_advantages: Literal["no", "unbiased", "biased"] = "unbiased"  # by which variance
+    whiten_rewards: bool = False  # divide rewards by their standard deviation; their mean stays
+    missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end, before KL shaping
+    stop_kl: float | None = None  # nats a token from the old policy: past it the iteration's other updates are skipped
+    old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
+    reward_update: bool = False  # also train the reward model on preference pairs, in the same program
+    reward_label_smoothing: float = 0.0  # reward_update: as in rm
+    reward_centering: float = 0.0  # reward_update: as in rm
+
+
+def roles(cfg: PPOConfig):
+    """Policy and value learn; the reference stays; the reward model learns when asked to."""
+    trained, slow = {"policy": "lm", "value": "scalar"}, {"reference": "lm"}
+    (trained if cfg.reward_update else slow)["reward"] = "scalar"
+    return trained, slow
+
+
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tuple[Experience, dict[str, Mean]]:
+    """Score the responses, charge for KL, and work out advantages and returns. Nothing here is differentiated."""
+    sequences = batch.sequences
+    mask = sequences.response_mask
+    scores = sequences.scores
+    if scores is None:
+        scores = nets.scores("reward", state.params if cfg.reward_update else state.slow, sequences)
+    logprobs = sequences.logprobs
+    if cfg.old_logprobs == "recompute":
+        logprobs = nets.token_stats("policy", state.params, sequences).logprobs
+    ref_logprobs = nets.token_stats("reference", state.slow, sequences).logprobs
+    values = keep(nets.values("value", state.params, sequences), mask)
+    rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg)
+    advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
+    metrics = rollout_metrics(sequences, scores, logprobs, ref_logprobs, rewards, values, returns)
+    metrics["kl/coef"] = Mean(state.controls["kl_coef"], jnp.float32(1))
+    if cfg.whiten_advantages != "no":
+        advantages = whiten(advantages, mask, variance=cfg.whiten_advantages)
+    sequences = sequences.replace(scores=scores, logprobs=logprobs)
+    experience = Experience(sequences, advantages, returns, values, ref_logprobs, batch.preferences)
+    return experience, metrics
+
+
+def shaped_rewards(
+    sequences: Sequences, scores: Array, logprobs: Array, ref_logprobs: Array, state: TrainState, cfg: PPOConfig
+) -> Array:
+    """f32[B, S]: -kl_coef * KL on every response token, and on the last one the score."""
+    mask = sequences.response_mask
+    if cfg.missing_eos_penalty and sequences.ended is not None:
+        scores = missing_eos(scores, sequences.ended, cfg.missing_eos_penalty)
+    penalty = state.controls["kl_coef"] * kl_estimate(logprobs, ref_logprobs, cfg.kl_estimator)
+    rewards = score_to_rewards(scores, penalty, mask)
+    if cfg.whiten_rewards:
+        rewards = whiten(rewards, mask, variance="unbiased", shift_mean=False)
+    return rewards
+
+
+def rollout_metrics(
+    sequences: Sequences, scores: Array, logprobs: Array, ref_logprobs: Array, rewards: Array, values: Array, returns: Array
+) -> dict[str, Mean]:
+    """What the responses are like: kl/reference is in nats a response, response/length_mean in tokens."""
+    mask = sequences.response_mask
+    rows = mask.any(-1)
+    one = jnp.float32(1)
+    error, spread = variance(keep(returns, mask) - values, mask, False), variance(returns, mask, False)
+    drift = keep(logprobs, mask) - keep(ref_logprobs, mask)
+    mismatch = jnp.zeros_like(drift) if sequences.logprobs is None else keep(logprobs, mask) - keep(sequences.logprobs, mask)
+    return {
+        "score/mean": sums(scores, rows),
+        "score/std": Mean(jnp.sqrt(variance(scores, rows, True)), one),
+        "reward/mean": sums(rewards.sum(-1), rows),
+        "kl/reference": sums(drift.sum(-1), rows),
+        "kl/sampler_mismatch": sums(jnp.abs(mismatch), mask),
+        "response/length_mean": sums(mask.sum(-1, dtype=jnp.float32), rows),
+        "response/ended": sums(sequences.ended, rows),
+        "response/tokens": Mean(mask.sum(dtype=jnp.float32), one),
+        "response/count": Mean(rows.sum(dtype=jnp.float32), one),
+        "value/mean": sums(values, mask),
+        "value/explained_variance": Mean(jnp.where(spread > 0, 1 - error / jnp.maximum(spread, 1e-8), 0.0), one),
+    }
+
+
+def loss(nets: Nets, params, slow, minibatch: Experience, cfg: PPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """Clipped policy loss less the entropy bonus; clipped value loss; the reward model's own loss when it learns too."""
+    sequences = minibatch.sequences
+    mask = sequences.response_mask
+    stats = nets.token_stats("policy", params, sequences)
+    logprobs, old = keep(stats.logprobs, mask), keep(sequences.logprobs, mask)
+    policy, ratio, clipped = clipped_policy_terms(logprobs, old, minibatch.advantages, cfg.clip_range, cfg.clip_range)
+    entropy = keep(stats.entropy, mask)
+    values = keep(nets.values("value", params, sequences), mask)
+    value, value_clipped = clipped_value_terms(values, minibatch.values, minibatch.returns, cfg.value_clip_range)
+    losses = {"policy": sums(policy - cfg.entropy_coef * entropy, mask), "value": sums(value, mask)}
+    metrics = {
+        "loss/policy": sums(policy, mask),
+        "loss/value": losses["value"],
+        "policy/entropy": sums(entropy, mask),
+        "policy/clip_fraction": sums(clipped, mask),
+        "policy/ratio": sums(ratio, mask),
+        "policy/kl_old": sums(kl_estimate(old, logprobs, "k3"), mask),
+        "value/clip_fraction": sums(value_clipped, mask),
+    }
+    if cfg.reward_update:
+        losses["reward"], reward_metrics = preference_loss(
+            nets, params, minibatch.preferences, cfg.reward_label_smoothing, cfg.reward_centering
+        )
+        metrics |= reward_metrics
+    return losses, metrics
+
+
+def controls(cfg: PPOConfig) -> dict[str, Array]:
+    return {"kl_coef": jnp.float32(cfg.kl_coef)}
+
+
+def stop(metrics: Metrics, cfg: PPOConfig) -> Array:
+    """Whether the policy has moved far enough from the one that sampled."""
+    return metrics["policy/kl_old"] > (jnp.inf if cfg.stop_kl is None else cfg.stop_kl)
+
+
+def after(state: TrainState, metrics: Metrics, cfg: PPOConfig) -> TrainState:
+    """Adapt the KL coefficient."""
+    if cfg.kl_controller == "fixed":
+        return state
+    kl_coef = adaptive_kl_coef(
+        state.controls["kl_coef"], metrics["kl/reference"], cfg.kl_target, cfg.kl_horizon, metrics["response/count"]
+    )
+    return state.replace(controls=state.controls | {"kl_coef": kl_coef})
+
+
+ALGORITHM = Algorithm(
+    config=PPOConfig,
+    batch=lambda cfg: ("prompts", "preferences") if cfg.reward_update else ("prompts",),
+    roles=roles,
+    prepare=prepare,
+    loss=loss,
+    rollout=sample_policy,
+    controls=controls,
+    stop=stop,
+    after=after,
+)

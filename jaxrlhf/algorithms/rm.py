@@ -1,0 +1,74 @@
+"""A reward model from preference pairs (Bradley and Terry 1952; Ouyang et al. 2022, equation 1)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.ops.losses import bradley_terry, centering
+from jaxrlhf.ops.masked import sums
+from jaxrlhf.ops.rows import deinterleave, interleave
+from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Nets, Preferences, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class RMConfig:
+    """A Bradley-Terry reward model."""
+
+    centering: float = 0.0  # weight of (score_chosen + score_rejected)^2, which keeps scores near 0
+    label_smoothing: float = 0.0  # the share of pairs taken to be labelled the wrong way round
+    normalize_samples: int = 0  # responses of models.policy on which final scores get mean 0, std 1; 0: leave them
+
+
+def score_pairs(nets: Nets, trees, pairs: Preferences) -> tuple[Array, Array]:
+    """Scores f32[B] of the chosen and of the rejected rows, in one pass of the reward model."""
+    return deinterleave(nets.scores("reward", trees, interleave(pairs.chosen, pairs.rejected)))
+
+
+def preference_loss(
+    nets: Nets, params, pairs: Preferences, label_smoothing: float, center: float
+) -> tuple[Mean, dict[str, Mean]]:
+    """The reward model's loss over pairs, and its metrics; padding rows (no valid token) count for nothing.
+
+    Calibration: ``reward/confidence`` is the mean probability given to the preference that the model itself predicts;
+    a calibrated model has it equal to ``reward/accuracy``. ``reward/brier`` is the squared error of that probability.
+    """
+    chosen, rejected = score_pairs(nets, params, pairs)
+    real = pairs.chosen.valid.any(-1)
+    likelihood = sums(bradley_terry(chosen, rejected, pairs.margin, label_smoothing), real)
+    loss = likelihood
+    if center:
+        loss = Mean(likelihood.total + center * sums(centering(chosen, rejected), real).total, likelihood.count)
+    difference = chosen - rejected
+    probability = jax.nn.sigmoid(difference)
+    right = (difference > 0) + 0.5 * (difference == 0)
+    return loss, {
+        "loss/reward": likelihood,
+        "reward/accuracy": sums(right, real),
+        "reward/margin": sums(difference, real),
+        "reward/confidence": sums(jnp.maximum(probability, 1 - probability), real),
+        "reward/brier": sums(jnp.square(1 - probability), real),
+        "reward/chosen": sums(chosen, real),
+        "reward/rejected": sums(rejected, real),
+    }
+
+
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: RMConfig) -> tuple[Experience, dict[str, Mean]]:
+    """Pairs are learned from as they come."""
+    return Experience(preferences=batch.preferences), {}
+
+
+def loss(nets: Nets, params, slow, minibatch: Experience, cfg: RMConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """-log p(chosen is preferred) of a pair, in nats, plus the centring term."""
+    pairs = minibatch.preferences
+    total, metrics = preference_loss(nets, params, pairs, cfg.label_smoothing, cfg.centering)
+    return {"reward": total}, metrics
+
+
+ALGORITHM = Algorithm(
+    config=RMConfig,
+    batch=lambda cfg: ("preferences",),
+    roles=lambda cfg: ({"reward": "scalar"}, {}),
+    prepare=prepare,
+    loss=loss,
+)

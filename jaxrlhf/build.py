@@ -1,0 +1,237 @@
+"""From a Config to everything that a run needs: models, tokenizer, the step's recipe, the initial state."""
+
+import dataclasses
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from jaxrlhf import checkpoint, generate, state
+from jaxrlhf.algorithms import find
+from jaxrlhf.config import Config, ConfigError, num_micro, updates_of
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.data.sources import open_source
+from jaxrlhf.models import hf, nets, transformer
+from jaxrlhf.models.transformer import ModelConfig, Runtime
+from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.optim import make_optimizer
+from jaxrlhf.sharding import make_mesh
+from jaxrlhf.step import Recipe
+from jaxrlhf.types import Algorithm, Head, Params, Prompts, Role, Sequences, TrainState
+
+
+class Weights(NamedTuple):
+    """Where a role's weights come from, found but not read."""
+
+    kind: str  # "new", "run" or "hf"
+    path: str | None
+    config: ModelConfig
+    head: Head  # what stands there; another may be wanted
+    step: int = 0  # run: of the checkpoint
+    role: Role = ""  # run: as what they are saved there
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config made ready. Use it under ``jax.set_mesh(run.mesh)``."""
+
+    cfg: Config
+    algorithm: Algorithm
+    mesh: jax.sharding.Mesh
+    tokenizer: object  # a transformers fast tokenizer
+    weights: dict[Role, Weights]
+    heads: dict[Role, Head]  # trained roles first
+    recipe: Recipe
+    sampler: generate.Sampler
+
+    @property
+    def configs(self) -> dict[Role, ModelConfig]:
+        return {role: found.config for role, found in self.weights.items()}
+
+    @property
+    def dtype(self):
+        return jnp.dtype(self.cfg.precision.params)
+
+
+def build(cfg: Config, devices: list | None = None) -> Run:
+    """Find weights and tokenizer, and compose the step. Reads no weights; raises ConfigError for what does not fit."""
+    algorithm = find(cfg.algorithm_name)
+    trained, slow = algorithm.roles(cfg.algorithm)
+    heads = {**trained, **slow}
+    mesh = make_mesh(cfg.mesh, devices)
+    tokenizer = find_tokenizer(cfg)
+    weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads}
+    check_tokenizers(cfg, weights, tokenizer)
+    runtime = Runtime(jnp.dtype(cfg.precision.compute), cfg.remat)
+    sampler = make_sampler(cfg, tokenizer, weights)
+    sampling = sampler.sampling if algorithm.rollout else Sampling()
+    configs = {role: found.config for role, found in weights.items()}
+    bound = nets.make_nets(configs, runtime, sampling, bind_sampler(configs, sampler, runtime))
+    epochs, minibatches = updates_of(cfg)
+    total = cfg.iterations * epochs * minibatches
+    optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
+    delays = {role: cfg.optimizer_of(role).delay for role in trained}
+    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg))
+    return Run(cfg, algorithm, mesh, tokenizer, weights, heads, recipe, sampler)
+
+
+def bind_sampler(configs: dict[Role, ModelConfig], sampler: generate.Sampler, runtime: Runtime):
+    """Nets.sample for these models."""
+
+    def sample(role: Role, trees: dict[Role, Params], prompts: Prompts, seed, step) -> Sequences:
+        return generate.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
+
+    return sample
+
+
+def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
+    """The sampler that ``generate`` asks for, with the EOS tokens of the tokenizer and of the policy's files."""
+    ask = cfg.generate
+    policy = weights.get("policy")
+    folder = policy.path if policy and policy.kind == "hf" else None
+    eos_ids = tokenizers.eos_ids(tokenizer, hf.read_json(folder, "generation_config.json") if folder else None)
+    sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
+    stops = ()
+    if ask.stop:
+        pieces = tokenizers.token_bytes(tokenizer)
+        size = transformer.padded_vocab(policy.config) if policy else len(pieces)
+        stops = tuple(generate.stop_automaton(text, pieces, size) for text in ask.stop)
+    pad = tokenizers.pad_id(tokenizer)
+    return generate.Sampler(sampling, ask.max_new_tokens, eos_ids, pad, stops, cfg.batch.samples_per_prompt)
+
+
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
+
+
+def find_tokenizer(cfg: Config):
+    """The run's own tokenizer if it has one already; else the one the config names or asks to train, saved in the run."""
+    own = epath.Path(cfg.run_dir) / "tokenizer"
+    if own.exists():
+        return tokenizers.load_tokenizer(os.fspath(own))
+    if cfg.tokenizer.train_vocab_size:
+        tokenizer = train_tokenizer(cfg)
+    else:
+        tokenizer = tokenizers.load_tokenizer(tokenizer_folder(cfg))
+    if jax.process_index() == 0:
+        tokenizers.save_tokenizer(tokenizer, os.fspath(own))
+    return tokenizer
+
+
+def train_tokenizer(cfg: Config):
+    """Byte-level BPE on all text of the demonstrations."""
+    if cfg.data.demonstrations is None:
+        raise ConfigError("tokenizer.train_vocab_size: needs data.demonstrations to train on")
+    source = open_source(
+        cfg.data.demonstrations, "demonstrations", cache_dir=cfg.data.cache_dir, skip_bad=cfg.data.skip_bad
+    )
+    texts = (tokenizers.text_of(source[i]) for i in range(len(source)))
+    return tokenizers.train_bpe(texts, cfg.tokenizer.train_vocab_size)
+
+
+def tokenizer_folder(cfg: Config) -> str:
+    """Where the tokenizer is read from: tokenizer.init_from, else where the policy or the reward model starts."""
+    named = cfg.tokenizer.init_from
+    if named is None:
+        roles = [role for role in ("policy", "reward", *cfg.models) if role in cfg.models]
+        named = next((origin(cfg, role).init_from for role in roles if origin(cfg, role).init_from), None)
+    if named is None:
+        raise ConfigError("tokenizer: no model starts from files; expected tokenizer.init_from or .train_vocab_size")
+    return os.fspath(tokenizer_of(named))
+
+
+def tokenizer_of(named: str):
+    """The folder with the tokenizer of a run, a HF folder or a hub name."""
+    return epath.Path(named) / "tokenizer" if checkpoint.is_run(named) else hf.locate(named)
+
+
+def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> None:
+    """A model reads what another wrote as token ids, so all must share one tokenizer. Raises ConfigError."""
+    ours = tokenizers.fingerprint(tokenizer)
+    for role, found in weights.items():
+        if found.kind == "new" or found.path is None:
+            size = found.config.vocab_size
+        else:
+            theirs = tokenizers.fingerprint(tokenizers.load_tokenizer(os.fspath(tokenizer_of(found.path))))
+            size = found.config.vocab_size
+            if theirs != ours:
+                raise ConfigError(
+                    f"models.{role}.init_from: {found.path}: its tokenizer ({theirs[:12]}) is not the run's ({ours[:12]}):"
+                    " token ids would mean other words; expected a model trained with the same tokenizer"
+                )
+        if size < len(tokenizer):
+            raise ConfigError(
+                f"models.{role}: vocab_size {size} is less than the {len(tokenizer)} tokens of the tokenizer"
+            )
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+def origin(cfg: Config, role: Role):
+    """The RoleConfig that ``role`` goes back to, through roles that start from other roles."""
+    seen = []
+    while cfg.models[role].init_from in cfg.models:
+        seen.append(role)
+        role = cfg.models[role].init_from
+        if role in seen:
+            raise ConfigError(f"models.{role}.init_from: {' -> '.join([*seen, role])} goes round in a circle")
+    return cfg.models[role]
+
+
+def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
+    """What ``role`` starts from. Raises ConfigError where nothing is there."""
+    start = origin(cfg, role)
+    if start.architecture is not None:
+        shape = transformer.resolve(start.architecture, vocab_size)
+        return Weights("new", None, shape, "lm")
+    path = start.init_from
+    if checkpoint.is_run(path):
+        step, extra = checkpoint.read_extra(path)
+        named = next(name for name, model in cfg.models.items() if model is start)
+        there = checkpoint.find_role(extra["models"], named)
+        return Weights("run", path, *checkpoint.model_of(extra["models"][there]), step, there)
+    folder = os.fspath(hf.locate(path))
+    return Weights("hf", folder, *hf.read_config(folder))
+
+
+def initial_state(run: Run) -> TrainState:
+    """Read or draw every role's weights. A role that starts from another is a copy of it: nothing is aliased."""
+    key = jax.random.key(run.cfg.seed)
+    trees: dict[Role, Params] = {}
+    for role in run.heads:
+        number = sorted(run.cfg.models).index(base_role(run.cfg, role))
+        trees[role] = read_weights(run, role, jax.random.fold_in(key, number))
+    trained, slow = run.algorithm.roles(run.cfg.algorithm)
+    controls = run.algorithm.controls(run.cfg.algorithm)
+    params, still = {role: trees[role] for role in trained}, {role: trees[role] for role in slow}
+    return state.new_state(run.cfg.seed, params, still, run.recipe.optimizers, controls)
+
+
+def base_role(cfg: Config, role: Role) -> Role:
+    """The role at the end of the chain of init_from."""
+    start = origin(cfg, role)
+    return next(name for name, model in cfg.models.items() if model is start)
+
+
+def read_weights(run: Run, role: Role, key) -> Params:
+    """One role's parameters on the mesh, under the head it needs. The same key draws the same trunk for every role."""
+    found, head = run.weights[role], run.heads[role]
+    if found.kind == "new":
+        return jax.jit(lambda: transformer.init(found.config, head, key, run.dtype))()
+    if found.kind == "run":
+        there = state.abstract_params(found.config, found.head, run.dtype, run.mesh)
+        params = checkpoint.restore_role(found.path, found.step, found.role, there)
+    else:
+        params = hf.load(found.path, found.config, found.head, run.dtype)
+    return state.change_head(params, found.config, found.head, head, key, zero=role == "value")
+
+
+def abstract_state(run: Run) -> TrainState:
+    """The state's shapes and layouts, nothing allocated: what a checkpoint is restored into."""
+    trained, slow = run.algorithm.roles(run.cfg.algorithm)
+    describe = lambda role: state.abstract_params(run.weights[role].config, run.heads[role], run.dtype, run.mesh)
+    params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
+    controls = run.algorithm.controls(run.cfg.algorithm)
+    return state.abstract_state(params, still, run.recipe.optimizers, controls, run.mesh)

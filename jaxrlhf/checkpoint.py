@@ -1,0 +1,138 @@
+"""Checkpoints through orbax: the whole state of a run, asynchronously, a directory a step.
+
+Each role is an item of its own, so that another run can take one role and read nothing else.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from jaxrlhf.models.transformer import ModelConfig, RopeScaling
+from jaxrlhf.types import Head, Params, Role, TrainState
+
+STATE, EXTRA = "state", "extra"  # items beside the roles'
+
+
+class Checkpoints:
+    """The checkpoints of one run directory: the last ``keep``, and the best by ``best`` (a name in save's metrics)."""
+
+    def __init__(self, run_dir, keep: int = 2, best: str | None = None, mode: str = "max"):
+        policies: list = [preservation_policy.LatestN(keep)]
+        if best:
+            of = lambda metrics: metrics[best]
+            policies.append(preservation_policy.BestN(get_metric_fn=of, reverse=mode == "min", n=1))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,  # what a crash left half-written
+        )
+        self.best, self.mode = best, mode
+        self.manager = ocp.CheckpointManager(directory(run_dir), options=options)
+
+    def save(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None = None) -> None:
+        """Start to write; returns once the arrays may be donated. ``extra`` is JSON: config, models, data iterators."""
+        items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in parts(state).items()}
+        items[EXTRA] = ocp.args.JsonSave(extra)
+        known = None if not self.best or not metrics or self.best not in metrics else {self.best: metrics[self.best]}
+        self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
+
+    def latest(self) -> int | None:
+        """The newest step that is whole, or None."""
+        return self.manager.latest_step()
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of ``step``, laid out as ``abstract`` says: on another mesh than it was saved from, if need be."""
+        items = {item: ocp.args.StandardRestore(tree) for item, tree in parts(abstract).items()}
+        found = self.manager.restore(step, args=ocp.args.Composite(**items))
+        return assemble(abstract, found)
+
+    def extra(self, step: int) -> dict:
+        """The JSON saved with ``step``."""
+        return self.manager.restore(step, args=ocp.args.Composite(**{EXTRA: ocp.args.JsonRestore()}))[EXTRA]
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def directory(run_dir) -> epath.Path:
+    """Where a run keeps its checkpoints (orbax wants absolute paths)."""
+    return epath.Path(run_dir).resolve() / "checkpoints"
+
+
+def parts(state: TrainState) -> dict[str, Any]:
+    """The state as items: one a role, and the rest."""
+    rest = {"step": state.step, "seed": state.seed, "opt_state": state.opt_state, "controls": state.controls}
+    if not state.controls:
+        del rest["controls"]
+    roles = {f"{kind}.{role}": tree for kind in ("params", "slow") for role, tree in getattr(state, kind).items()}
+    return roles | {STATE: rest}
+
+
+def assemble(abstract: TrainState, items) -> TrainState:
+    """The inverse of ``parts``, with the roles of ``abstract``."""
+    rest = items[STATE]
+    return TrainState(
+        step=rest["step"],
+        seed=rest["seed"],
+        params={role: items[f"params.{role}"] for role in abstract.params},
+        slow={role: items[f"slow.{role}"] for role in abstract.slow},
+        opt_state=rest["opt_state"],
+        controls=rest.get("controls", {}),
+    )
+
+
+# ---- what other runs take from a run ------------------------------------------------------------------------------
+
+
+def is_run(path) -> bool:
+    """Whether ``path`` is a run directory with at least one checkpoint."""
+    return (epath.Path(path) / "config.yaml").exists() and directory(path).exists()
+
+
+def models_record(configs: dict[Role, ModelConfig], heads: dict[Role, Head]) -> dict:
+    """The shapes of a run's models as JSON, saved with every checkpoint."""
+    return {role: {"head": heads[role], "config": dataclasses.asdict(cfg)} for role, cfg in configs.items()}
+
+
+def model_of(record: dict) -> tuple[ModelConfig, Head]:
+    """One role's (config, head) from models_record."""
+    fields = dict(record["config"])
+    if fields.get("rope_scaling"):
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+    return ModelConfig(**fields), record["head"]
+
+
+def read_extra(run_dir) -> tuple[int, dict]:
+    """(latest step, its JSON) of a run. Raises FileNotFoundError, in one line, where it has no checkpoint."""
+    with ocp.CheckpointManager(directory(run_dir), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"{run_dir}: no checkpoint in it; a run saves one every checkpoint.every iterations")
+        return step, manager.restore(step, args=ocp.args.Composite(**{EXTRA: ocp.args.JsonRestore()}))[EXTRA]
+
+
+def find_role(record: dict, role: Role) -> Role:
+    """Which role of a run's ``models`` another run's ``role`` starts from: its namesake, else the policy, else the only one."""
+    for name in (role, "policy", *record):
+        if name in record:
+            return name
+    raise ValueError(f"a run without models has nothing to start {role} from")
+
+
+def restore_role(run_dir, step: int, role: Role, abstract: Params) -> Params:
+    """One role's parameters of a run, laid out as ``abstract`` says."""
+    with ocp.CheckpointManager(directory(run_dir), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        kinds = [p.name for p in (directory(run_dir) / str(step)).iterdir()]
+        item = next(f"{kind}.{role}" for kind in ("params", "slow") if f"{kind}.{role}" in kinds)
+        return manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))[item]
+
+
+def describe(tree) -> str:
+    """JSON of a pytree's shapes, for error messages and tests."""
+    return json.dumps(jax.tree.map(lambda x: list(x.shape), tree))

@@ -1,0 +1,142 @@
+"""The ``jaxrlhf`` command.
+
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once. Exit codes: 0 done, 2 a mistake in
+the config or the input (one line on stderr), 75 preempted (everything is saved: run the same command again).
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXIT_MISTAKE = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+app = typer.Typer(
+    help="Train language models from rewards and preferences, in JAX.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config).")]
+
+
+@app.command()
+def train(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE]...",
+            help="YAML files, run in order, and overrides. KEY=VALUE (algorithm.kl_coef=0.1) is for every config; "
+            "NAME:KEY=VALUE only for the one whose file or algorithm is called NAME.",
+        ),
+    ],
+) -> None:
+    """Train. The same command again resumes a run that was interrupted."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    if not paths:
+        raise typer.BadParameter("no config file: expected at least one, as in configs/tiny/ppo.yaml")
+    from jaxrlhf import config
+
+    configs = config.load_all(paths, overrides)
+    import jax
+
+    for path, cfg in zip(paths, configs):
+        config.check(cfg, jax.device_count(), path)
+    from jaxrlhf.train import run
+
+    for path, cfg in zip(paths, configs):
+        if run(cfg, path) == "preempted":
+            raise typer.Exit(EXIT_PREEMPTED)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A run directory, a Hugging Face folder or a hub name.")],
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this probability.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+) -> None:
+    """Sample a response to each prompt."""
+    from jaxrlhf.config import check_ranges
+    from jaxrlhf.generate import GenerateConfig
+
+    cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_ranges(cfg, "command line")
+    from jaxrlhf.evaluate import generate_text
+
+    for text, response in zip(prompt, generate_text(model, prompt, cfg, seed, chat)):
+        typer.echo(f"{text}\n  -> {response}" if len(prompt) > 1 else response)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    judge: Annotated[bool, typer.Option(help="Ask a judge that training never saw.")] = True,
+    samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+) -> None:
+    """Measure a run on held-out data."""
+    need_run(run)
+    from jaxrlhf.evaluate import evaluate_run, print_report
+
+    report = evaluate_run(run, judge, samples)
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+    else:
+        print_report(report)
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option(help="The folder to write.")],
+    role: Annotated[str, typer.Option(help="Whose weights: policy, reward, value, ...")] = "policy",
+) -> None:
+    """Write the weights of one role as a Hugging Face folder, which transformers loads."""
+    need_run(run)
+    from jaxrlhf.checkpoint import export as export_role
+
+    export_role(run, role, to)
+    typer.echo(f"{role} of {run} written to {to}")
+
+
+def need_run(run: str) -> None:
+    """Raises ConfigError where there is no run directory; the nearest one beside it is named."""
+    from etils import epath
+
+    from jaxrlhf.config import ConfigError, suggest
+
+    path = epath.Path(run)
+    if not (path / "config.yaml").exists():
+        runs = sorted(os.fspath(file.parent) for file in path.parent.glob("*/config.yaml"))
+        raise ConfigError(
+            f"{run}: no run directory (config.yaml is not in it){'; ' + suggest(run, runs) if runs else ''}"
+        )
+
+
+def main() -> None:
+    """The command, with mistakes of the user told in one line instead of a traceback (JAXRLHF_TRACEBACK=1 shows it)."""
+    try:
+        app()
+    except ValueError as error:
+        if os.environ.get("JAXRLHF_TRACEBACK") or not raised_here(error):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_MISTAKE)
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether a raise statement of this package raised ``error``, so that its message was written for the user."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return Path(__file__).parent in Path(last.filename).parents and (last.line or "").startswith("raise ")

@@ -1,0 +1,232 @@
+"""From a path or the name of a dataset to a random-access sequence of records."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from jaxrlhf.data import files
+from jaxrlhf.data.kinds import KINDS, BadRecord, check_columns, check_fields, check_record, find_kind, nearest, take_fields
+
+DEFAULT_CACHE_DIR = "~/.cache/jaxrlhf/data"
+OWN_DATASETS = {"jaxrlhf_movie_reviews": "jaxrlhf.data.movie_reviews"}  # importing the module registers the dataset
+# TFDS registers the datasets of these modules when they are imported, and not before
+LAZY_MODULES = ("text", "summarization", "question_answering", "translate", "text_simplification", "structured")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where records come from: exactly one of ``path`` and ``tfds``."""
+
+    path: str | None = None  # JSONL, CSV or Parquet; a file or a glob, local or remote (gs://)
+    tfds: str | None = None  # a dataset that tensorflow-datasets knows: "name" or "name/config"
+    split: str = "train"  # slices work: "train[:90%]"; the files of ``path`` are one split, "train"
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)  # our word -> the column that holds it
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a run learns from and is evaluated on, and how text becomes rows of tokens."""
+
+    demonstrations: SourceConfig | None = None  # prompt + response, or messages, or text
+    preferences: SourceConfig | None = None  # chosen + rejected (prompt, margin): text or messages
+    prompts: SourceConfig | None = None  # prompt or messages; the other columns go to the rewards
+    eval_demonstrations: SourceConfig | None = None
+    eval_preferences: SourceConfig | None = None
+    eval_prompts: SourceConfig | None = None
+    cache_dir: str | None = None  # local folder of prepared datasets; null: ~/.cache/jaxrlhf/data
+    loss_on: Literal["response", "assistant"] = "response"  # of messages: the last assistant turn, or each of them
+    max_length: int = 512  # tokens in a row of demonstrations, or in one side of a pair
+    pack: bool = True  # several demonstrations share a row, and don't see each other
+    prompt_buckets: tuple[int, ...] = (64, 128, 256)  # prompts are padded to the first that holds them all; each compiles
+    too_long: Literal["drop", "truncate"] = "drop"  # truncate: prompts lose their start, responses their end
+    skip_bad: bool = False  # count records that can't be used, instead of stopping at the first
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A random-access sequence of records (dicts with our field names)."""
+
+    read: Callable[[int], dict[str, Any]]  # may raise BadRecord
+    size: int
+    name: str  # for messages
+    fingerprint: str  # changes when the records do
+    skipped: int = 0  # bad rows left out while the files were parsed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.size:
+            raise IndexError(f"{self.name}: record {index} of {self.size}")
+        return self.read(index)
+
+
+def cache_folder(cache_dir: str | None) -> str:
+    """The local folder of prepared data. Raises ValueError for a remote one: records are read at random."""
+    folder = DEFAULT_CACHE_DIR if cache_dir is None else cache_dir
+    if "://" in folder:
+        raise ValueError(f"data.cache_dir: {folder!r} is remote, expected a local folder (records are read at random)")
+    return os.path.abspath(os.path.expanduser(folder))
+
+
+def open_source(
+    cfg: SourceConfig,
+    kind: str,
+    *,
+    cache_dir: str | None = None,
+    skip_bad: bool = False,
+    path_in_config: str = "data.prompts",
+) -> Source:
+    """Opens (the first time: parses or downloads, and prepares) the records that ``cfg`` names.
+
+    Args:
+        kind: a row of KINDS, which says what fields a record needs.
+        cache_dir: local folder that prepared datasets are kept in.
+        skip_bad: leave out rows of local files that can't be used, and count them in ``Source.skipped``.
+        path_in_config: the prefix of error messages.
+
+    Raises:
+        ValueError: nothing is there, or (unless ``skip_bad``) a row can't be used: "file:line: what is wrong".
+    """
+    find_kind(kind)
+    if (cfg.path is None) == (cfg.tfds is None):
+        raise ValueError(f"{path_in_config}: path is {cfg.path!r} and tfds is {cfg.tfds!r}, expected exactly one of them")
+    check_fields(cfg.fields, KINDS[kind], path_in_config)
+    folder = cache_folder(cache_dir)
+    if cfg.path is not None:
+        return _open_files(cfg, cfg.path, kind, folder, skip_bad, path_in_config)
+    return _open_tfds(cfg, str(cfg.tfds), kind, folder, path_in_config)
+
+
+def _open_files(cfg: SourceConfig, path: str, kind: str, folder: str, skip_bad: bool, where: str) -> Source:
+    found = files.find_files(path, where)
+    digest = files.content_hash(found, kind, cfg.fields, skip_bad)
+    parser = files.Parser(found, kind, cfg.fields, skip_bad, where)
+    builder = _prepared(lambda: files.records_builder(digest, os.path.join(folder, "files"), parser))
+    rows = _data_source(builder, cfg.split, where)
+    return Source(
+        read=lambda index: json.loads(rows[index]["record"]),
+        size=len(rows),
+        name=path,
+        fingerprint=_fingerprint("files", digest, cfg.split),
+        skipped=int(builder.info.metadata["skipped"]),
+    )
+
+
+def _open_tfds(cfg: SourceConfig, name: str, kind: str, folder: str, where: str) -> Source:
+    try:
+        builder = _prepared(lambda: _find_builder(name, folder, where))
+    except Exception as error:  # whatever a builder or a download raises; its first line says enough
+        message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(message if message.startswith(where) else f"{where}.tfds: {name}: {message}") from error
+    rows = _data_source(builder, cfg.split, where)
+    label = f"{builder.info.full_name}[{cfg.split}]"
+    with _said_by(f"{where}.tfds: {label}"):
+        check_columns(take_fields(dict.fromkeys(builder.info.features or {}), cfg.fields, where), KINDS[kind], where)
+
+    def read(index: int) -> dict[str, Any]:
+        record = take_fields(to_python(rows[index]), cfg.fields, where)
+        with _said_by(f"{label}:{index}"):
+            check_record(record, KINDS[kind], where)
+        return record
+
+    sizes = [[split.name, split.num_examples, split.num_bytes] for split in builder.info.splits.values()]
+    fingerprint = _fingerprint("tfds", builder.info.full_name, cfg.split, sizes, kind, sorted(cfg.fields.items()))
+    return Source(read=read, size=len(rows), name=label, fingerprint=fingerprint)
+
+
+@contextlib.contextmanager
+def _said_by(prefix: str):
+    """Puts the place in front of what a BadRecord says."""
+    try:
+        yield
+    except BadRecord as error:
+        raise BadRecord(f"{prefix}: {error}") from None
+
+
+def _fingerprint(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _prepared(make: Callable[[], Any]) -> Any:
+    """A builder with its data on disk. Another process may be preparing the same: TFDS writes to a folder of its own
+    and renames it, so that the one who comes second finds the name taken, and reads what is there."""
+    import tensorflow_datasets as tfds
+
+    builder = make()
+    if builder.is_prepared():
+        return builder
+    config = tfds.download.DownloadConfig(try_download_gcs=False)  # Google's copies are in a format without random access
+    try:
+        builder.download_and_prepare(file_format="array_record", download_config=config)
+    except Exception:
+        if not make().is_prepared():
+            raise
+    return make()  # a builder that lost the race still has no splits
+
+
+def _find_builder(name: str, folder: str, where: str) -> Any:
+    """The builder of a registered dataset: prepared in our folder or else in TFDS's own, or to be prepared in ours."""
+    import tensorflow_datasets as tfds
+
+    base = name.split("/")[0].split(":")[0]
+    _register(base)
+    try:
+        ours = tfds.builder(name, data_dir=os.path.join(folder, "tfds"))
+        if ours.is_prepared():
+            return ours
+        theirs = tfds.builder(name)
+    except tfds.core.DatasetNotFoundError:
+        known = {*tfds.list_builders(with_community_datasets=False), *OWN_DATASETS}
+        raise ValueError(f"{where}.tfds: {base!r} is unknown{nearest(base, known)}") from None
+    usable = theirs.is_prepared() and theirs.info.file_format and theirs.info.file_format.value == "array_record"
+    return theirs if usable else ours
+
+
+def _register(base: str) -> None:
+    """Imports the modules that may register the dataset, if it isn't yet."""
+    import tensorflow_datasets as tfds
+
+    if base in OWN_DATASETS:
+        importlib.import_module(OWN_DATASETS[base])
+    elif base not in tfds.list_builders(with_community_datasets=False):
+        for module in LAZY_MODULES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(f"tensorflow_datasets.{module}")
+
+
+def _data_source(builder: Any, split: str, where: str) -> Any:
+    try:
+        rows = builder.as_data_source(split=split)
+    except (ValueError, KeyError, AssertionError) as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(
+            f"{where}.split: {split!r} of {builder.name}: {message}{nearest(split.split('[')[0], builder.info.splits)}"
+        ) from None
+    if not len(rows):
+        raise ValueError(f"{where}.split: {split!r} of {builder.name} holds no records")
+    return rows
+
+
+def to_python(value: Any) -> Any:
+    """What TFDS returns, as plain Python: bytes are decoded, NumPy scalars and arrays become numbers and lists.
+
+    A TFDS sequence of messages comes as {"role": [...], "content": [...]} and becomes a list of messages.
+    """
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="surrogateescape")  # reported by the check of the text
+    if isinstance(value, Mapping):
+        plain = {key: to_python(item) for key, item in value.items()}
+        if {"role", "content"} <= plain.keys() and all(isinstance(item, list) for item in plain.values()):
+            return [dict(zip(plain, turn)) for turn in zip(*plain.values())]
+        return plain
+    if isinstance(value, list | tuple):
+        return [to_python(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy
+        return to_python(value.tolist()) if getattr(value, "ndim", 0) or isinstance(value.tolist(), bytes) else value.tolist()
+    return value

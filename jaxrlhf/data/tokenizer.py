@@ -1,0 +1,134 @@
+"""Tokenizers: load, train, save, and the ids that the rest needs to know."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+PAD, EOS = "<pad>", "<eos>"
+BYTES = 256  # a byte-level vocabulary starts with all of them, so that any text round-trips
+
+
+def load_tokenizer(path: str) -> Any:
+    """A fast transformers tokenizer, from a folder (local or remote) or by its name on the Hugging Face hub.
+
+    Code that comes with a tokenizer is never run. Raises ValueError, in one line, when there is none, or no fast one.
+    """
+    from etils import epath
+
+    if "://" in path:
+        with tempfile.TemporaryDirectory() as folder:
+            for file in epath.Path(path).iterdir():
+                if file.suffix in (".json", ".txt", ".jinja", ".model"):
+                    file.copy(epath.Path(folder) / file.name)
+            return _load(folder, path)
+    folder = os.path.expanduser(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not os.path.isdir(folder):  # the hub would be asked for it, several times over
+        raise ValueError(f"tokenizer: {path!r} is not a folder, expected one with tokenizer.json, or a name on the hub")
+    return _load(folder if os.path.isdir(folder) else path, path)
+
+
+def _load(folder: str, path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
+    except Exception as error:  # transformers raises many kinds, each with a page of advice
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"tokenizer: {path!r} can't be loaded: {lines[0]}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: {path!r} is {type(tokenizer).__name__}, expected a fast one (tokenizer.json)")
+    tokenizer.name_or_path = path
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer trained on ``texts``: <pad> is 0, <eos> is 1, decode(encode(x)) == x for any text.
+
+    The vocabulary is smaller than ``vocab_size`` where the texts hold too few different pairs.
+    Raises ValueError for a ``vocab_size`` below the 256 bytes and 2 special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < BYTES + 2:
+        raise ValueError(f"tokenizer.train_vocab_size: {vocab_size}, expected at least {BYTES + 2} (bytes, {PAD}, {EOS})")
+    backend = Tokenizer(models.BPE())
+    # without a prefix space: with it "a" and " a" are one, and the round trip is lost
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def save_tokenizer(tokenizer: Any, path: str) -> None:
+    """Writes tokenizer.json, its config and its chat template into the folder ``path`` (local or remote)."""
+    from etils import epath
+
+    target = epath.Path(path).expanduser()
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in epath.Path(folder).iterdir():
+            file.copy(target / file.name, overwrite=True)
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """sha256 of what turns text into ids: vocabulary, merges, normalizer, pre-tokenizer, added and special tokens.
+
+    The chat template is not in it, nor padding and truncation, which transformers leaves set after a call.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = [state.get(key) for key in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([parts, special], sort_keys=True).encode()).hexdigest()
+
+
+def eos_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    """Every token that ends a response, the tokenizer's own first, then those of generation_config.json.
+
+    Raises ValueError when there is none.
+    """
+    found = [tokenizer.eos_token_id]
+    extra = (generation_config or {}).get("eos_token_id")
+    found += extra if isinstance(extra, list | tuple) else [extra]
+    ids = tuple(dict.fromkeys(int(token) for token in found if token is not None))
+    if not ids:
+        raise ValueError(f"tokenizer: {tokenizer.name_or_path!r} has no EOS token, expected one that ends a response")
+    return ids
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token in empty columns: the tokenizer's pad, or else its EOS. It means nothing: masks say what is padding."""
+    return int(eos_ids(tokenizer)[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def start_id(tokenizer: Any) -> int:
+    """The token in front of a text that has nothing before it: BOS, or else EOS (the end of the document before)."""
+    return int(eos_ids(tokenizer)[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text: [BOS] or nothing."""
+    backend = tokenizer.backend_tokenizer
+    bare, whole = encode_text(tokenizer, "x").ids, backend.encode("x", add_special_tokens=True).ids
+    starts = range(len(whole) - len(bare) + 1)
+    return whole[: next((start for start in starts if whole[start : start + len(bare)] == bare), 0)]
+
+
+def encode_text(tokenizer: Any, text: str) -> Any:
+    """The ``tokenizers.Encoding`` (ids, offsets) of a text as it stands: nothing added, nothing cut."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None or backend.padding is not None:
+        backend.no_truncation()  # a call of the tokenizer with truncation=True leaves it on for everyone
+        backend.no_padding()
+    return backend.encode(text, add_special_tokens=False)

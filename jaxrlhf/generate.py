@@ -1,0 +1,177 @@
+"""The jitted sampler: Prompts -> Sequences."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.models.heads import lm_logits
+from jaxrlhf.models.transformer import Cache, ModelConfig, Runtime, decode_layout, decode_step, prefill
+from jaxrlhf.ops.rows import repeat_rows
+from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
+from jaxrlhf.sharding import constrain, spec
+from jaxrlhf.types import Array, Params, Prompts, Sequences
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How responses are sampled. The trainer applies the same temperature, top-k and top-p to its log-probs."""
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0  # EOS is out of reach before it
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()  # texts that end a response, besides the EOS tokens
+
+
+class Sampler(NamedTuple):
+    """All that the sampler's program depends on, besides its arrays."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    stops: tuple[np.ndarray, ...] = ()  # one automaton a stop text: i32[states, V]; the last state has seen it all
+    samples_per_prompt: int = 1
+
+
+class Decoding(NamedTuple):
+    """What the decode loop carries."""
+
+    index: Array  # i32[]: response tokens sampled so far
+    hidden: Array  # [B, 1, D]: state before the next token
+    caches: list[Cache]
+    valid: Array  # bool[B, P + T]
+    tokens: Array  # i32[B, T]
+    logprobs: Array  # f32[B, T]
+    mask: Array  # bool[B, T]: sampled before the row ended, the ending token included
+    done: Array  # bool[B]
+    stop_states: tuple[Array, ...]  # i32[B] a stop text
+
+
+def sample(
+    params: Params, cfg: ModelConfig, prompts: Prompts, seed: Array, step: Array, sampler: Sampler, runtime: Runtime
+) -> Sequences:
+    """Sample ``samples_per_prompt`` responses to each prompt, [B * n, P + T], stopping when all rows have ended.
+
+    Logprobs are of the distribution sampled from (after temperature, top-k, top-p), and the noise of a token depends on
+    (seed, step, sample id, position) only. One prefill a prompt is shared by its samples.
+    """
+    copies, room = sampler.samples_per_prompt, sampler.max_new_tokens
+    prompt_size = prompts.tokens.shape[1]
+    params = decode_layout(params, cfg, "lm", runtime)
+    hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, prompt_size + room, runtime)
+    hidden, caches, prompts = repeat_rows((hidden, caches, prompts), copies)
+    tokens, valid = prompts.tokens, prompts.valid
+    sample_id = prompts.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
+    positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
+    noise = uniform_noise(seed, step, sample_id, positions)
+    state = decode_loop(params, cfg, start_decoding(hidden, caches, valid, room, sampler), noise, sampler, runtime)
+    everything = jnp.concatenate([tokens, state.tokens], 1)
+    pad = lambda x: jnp.pad(x, ((0, 0), (prompt_size, 0)))
+    return Sequences(
+        tokens=everything,
+        valid=jnp.concatenate([valid, state.mask], 1),
+        response_mask=pad(state.mask),
+        logprobs=pad(state.logprobs),
+        ended=state.done,
+        response_start=prompt_size,
+    )
+
+
+def start_decoding(hidden: Array, caches: list[Cache], valid: Array, room: int, sampler: Sampler) -> Decoding:
+    rows = valid.shape[0]
+    empty = lambda dtype: constrain(jnp.zeros((rows, room), dtype), "batch", None)
+    row = lambda dtype: constrain(jnp.zeros((rows,), dtype), "batch")
+    return Decoding(
+        index=jnp.int32(0),
+        hidden=hidden,
+        caches=caches,
+        valid=jnp.pad(valid, ((0, 0), (0, room))),
+        tokens=empty(jnp.int32) + sampler.pad_id,
+        logprobs=empty(jnp.float32),
+        mask=empty(bool),
+        done=row(bool),
+        stop_states=tuple(row(jnp.int32) for _ in sampler.stops),
+    )
+
+
+def decode_loop(
+    params: Params, cfg: ModelConfig, state: Decoding, noise: Array, sampler: Sampler, runtime: Runtime
+) -> Decoding:
+    """Sample, read, repeat, until every row has ended or the room is used up."""
+    prompt_size = state.valid.shape[1] - sampler.max_new_tokens
+
+    def unfinished(state: Decoding):
+        return (state.index < sampler.max_new_tokens) & ~state.done.all()
+
+    def step(state: Decoding) -> Decoding:
+        logits = constrain(lm_logits(params, cfg, state.hidden)[:, 0], "batch", None)
+        logits = shape_logits(logits, sampler.sampling, jnp.broadcast_to(state.index, state.done.shape))
+        uniform = jax.lax.dynamic_slice_in_dim(noise, state.index, 1, axis=1)[:, 0]
+        token, logprob = choose(logits, uniform, greedy=sampler.sampling.temperature == 0.0)
+        live = ~state.done
+        token = jnp.where(live, token, sampler.pad_id)
+        stop_states, stopped = follow_stops(sampler.stops, state.stop_states, token)
+        write = lambda old, new, at: jax.lax.dynamic_update_slice(old, new[:, None], (0, at))
+        valid = write(state.valid, live, prompt_size + state.index)
+        hidden, caches = decode_step(
+            params, cfg, token[:, None], prompt_size + state.index, valid, state.caches, runtime
+        )
+        return Decoding(
+            index=state.index + 1,
+            hidden=hidden,
+            caches=caches,
+            valid=valid,
+            tokens=write(state.tokens, token, state.index),
+            logprobs=write(state.logprobs, jnp.where(live, logprob, 0.0), state.index),
+            mask=write(state.mask, live, state.index),
+            done=state.done | is_any(token, sampler.eos_ids) | stopped,
+            stop_states=stop_states,
+        )
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def is_any(token: Array, ids: tuple[int, ...]) -> Array:
+    """bool[B]: token is one of ids."""
+    found = jnp.zeros_like(token, bool)
+    for ident in ids:
+        found = found | (token == ident)
+    return found
+
+
+def follow_stops(stops: tuple[np.ndarray, ...], states: tuple[Array, ...], token: Array):
+    """Advance each stop text's automaton by one token: (new states, bool[B] where one has been completed)."""
+    found, after = jnp.zeros_like(token, bool), []
+    for table, state in zip(stops, states, strict=True):
+        state = jnp.asarray(table).at[state, token].get(out_sharding=spec("batch"))
+        found = found | (state == table.shape[0] - 1)
+        after.append(state)
+    return tuple(after), found
+
+
+def stop_automaton(text: str, token_bytes: list[bytes], vocab: int) -> np.ndarray:
+    """i32[len + 1, vocab]: the Knuth-Morris-Pratt automaton of ``text`` run over each token's bytes.
+
+    A stop text is found however the tokenizer cuts it, also across tokens. Raises ValueError for an empty text."""
+    pattern = text.encode()
+    if not pattern:
+        raise ValueError("generate.stop: '' is empty; a stop sequence has at least one character")
+    size = len(pattern)
+    byte_step = np.zeros((size + 1, 256), np.int32)
+    fallback = 0  # the state after pattern[1:state]
+    for state in range(size):
+        byte_step[state] = byte_step[fallback] if state else 0
+        byte_step[state, pattern[state]] = state + 1
+        if state:
+            fallback = byte_step[fallback, pattern[state]]
+    byte_step[size] = size  # found stays found
+    table = np.tile(np.arange(size + 1, dtype=np.int32)[:, None], (1, vocab))
+    for token, piece in enumerate(token_bytes):
+        for byte in piece:
+            table[:, token] = byte_step[table[:, token], byte]
+    return table

@@ -1,0 +1,29 @@
+"""From hidden states to what is asked of them: next-token logits, or one number a token."""
+
+import jax.numpy as jnp
+
+from jaxrlhf.models.linear import linear
+from jaxrlhf.models.transformer import ModelConfig
+from jaxrlhf.sharding import constrain
+from jaxrlhf.types import Array, Params
+
+IMPOSSIBLE = -1e30  # the logit of a padded vocabulary row: finite, so that 0 x it is 0
+
+
+def lm_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
+    """f32[B, S, padded vocabulary] from hidden [B, S, D]; rows that pad the vocabulary can't be sampled."""
+    out = ("batch", "seq", "vocab")
+    if "head" in params:
+        logits = linear(params["head"], hidden, "bsd,dv->bsv", ("embed", "vocab"), out, jnp.float32)
+    else:
+        tied = {"kernel": params["embed"]["tokens"]["embedding"]}
+        logits = linear(tied, hidden, "bsd,vd->bsv", ("vocab", "embed"), out, jnp.float32)
+    if logits.shape[-1] == cfg.vocab_size:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < cfg.vocab_size, logits, IMPOSSIBLE)
+
+
+def scalar(params: Params, hidden: Array) -> Array:
+    """f32[B, S]: one number a token from hidden [B, S, D]."""
+    y = linear(params["head"], hidden, "bsd,do->bso", ("embed", "score"), ("batch", "seq", "score"), jnp.float32)
+    return constrain(y[..., 0], "batch", "seq")

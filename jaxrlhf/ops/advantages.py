@@ -1,0 +1,79 @@
+"""From one score a sequence to a reward, an advantage and a return for every response token."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.ops import masked
+from jaxrlhf.types import Array
+
+
+def missing_eos(scores: Array, ended: Array, penalty: float | Array) -> Array:
+    """f32[B]: ``scores`` less ``penalty`` (in score units) where a response did not end by itself (``ended``: bool[B]).
+
+    It is the score that pays, before KL shaping, so that the penalty is seen wherever the score is.
+    """
+    assert scores.shape == ended.shape, (scores.shape, ended.shape)
+    return scores.astype(jnp.float32) - jnp.where(ended, 0.0, penalty)
+
+
+def score_to_rewards(scores: Array, kl_penalty: Array, mask: Array) -> Array:
+    """Reward of every response token: the KL penalty, paid as it occurs, and the score on the last token.
+
+        r_t = -kl_penalty_t + score * [t is the last token of the response]
+
+    Args:
+        scores: [B], one number a sequence.
+        kl_penalty: [B, S], nats times kl_coef, already multiplied.
+        mask: bool[B, S], the response tokens; EOS is one of them, and is where the score lands.
+
+    Returns:
+        f32[B, S], 0 outside the mask, and float32 even for integer scores: in an integer array 0.7 would become 0.
+        An empty response gets nothing.
+
+    Source: Ziegler et al. 2019 (arXiv:1909.08593), equation 2; Stiennon et al. 2020 (arXiv:2009.01325).
+    """
+    assert kl_penalty.shape == mask.shape, (kl_penalty.shape, mask.shape)
+    assert scores.shape == mask.shape[:1], (scores.shape, mask.shape)
+    penalty = masked.keep(kl_penalty, mask)
+    score = jnp.where(masked.at_last(mask), scores.astype(jnp.float32)[:, None], 0.0)
+    return score - penalty
+
+
+def gae(
+    rewards: Array, values: Array, mask: Array, *, gamma: float | Array, gae_lambda: float | Array
+) -> tuple[Array, Array]:
+    """Generalised advantage estimates, and the returns that the value model should predict.
+
+    With t' the next position under the mask (observation tokens between two turns are stepped over, not discounted):
+
+        delta_t  = r_t + gamma * V_t' - V_t                     V = 0 and A = 0 after the last one
+        A_t      = delta_t + gamma * gae_lambda * A_t'
+        return_t = A_t + V_t
+
+    Args:
+        rewards, values: [B, S]; values[:, t] is V before token t. What they hold outside the mask is ignored.
+        mask: bool[B, S], the tokens that the policy chose.
+        gamma: discount a token; gae_lambda: 1 sums all rewards, 0 is the one-step error.
+
+    Returns:
+        (advantages, returns), both f32[B, S] and 0 outside the mask. The advantages are not whitened.
+
+    Source: Schulman et al. 2016 (arXiv:1506.02438), equation 16.
+    """
+    assert rewards.shape == values.shape == mask.shape, (rewards.shape, values.shape, mask.shape)
+    rewards, values = masked.keep(rewards, mask), masked.keep(values, mask)
+
+    def backward(following, column):
+        next_value, next_advantage = following
+        reward, value, chosen = column
+        delta = reward + gamma * next_value - value
+        advantage = delta + gamma * gae_lambda * next_advantage
+        # a column outside the mask hands on what it was given, so that the recursion skips it
+        carried = jnp.where(chosen, value, next_value), jnp.where(chosen, advantage, next_advantage)
+        return carried, jnp.where(chosen, advantage, 0.0)
+
+    nothing = jnp.zeros_like(values[:, 0])
+    columns = (rewards.swapaxes(0, 1), values.swapaxes(0, 1), mask.swapaxes(0, 1))
+    _, advantages = jax.lax.scan(backward, (nothing, nothing), columns, reverse=True)
+    advantages = advantages.swapaxes(0, 1)
+    return advantages, advantages + values  # both are 0 outside the mask

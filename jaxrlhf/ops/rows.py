@@ -1,0 +1,50 @@
+"""Rearranging the rows of a batch without moving them between devices more than the maths asks for."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.sharding import spec
+from jaxrlhf.types import Array
+
+
+def shuffle(tree, key: Array):
+    """All rows in a new order, the same for every array of as many rows."""
+
+    def one(x):
+        order = jax.random.permutation(key, x.shape[0])
+        return x.at[order].get(out_sharding=spec("batch", *(None,) * (x.ndim - 1)))
+
+    return jax.tree.map(one, tree)
+
+
+def split_rows(tree, parts: int):
+    """[B, ...] -> [parts, B / parts, ...]. A part takes every parts-th row, so that each device splits its own rows."""
+
+    def one(x):
+        rows, *rest = x.shape
+        split = jax.lax.reshape(x, (rows // parts, parts, *rest), out_sharding=spec("batch", *(None,) * x.ndim))
+        return jnp.swapaxes(split, 0, 1)
+
+    return jax.tree.map(one, tree)
+
+
+def repeat_rows(tree, times: int):
+    """Each row ``times`` times, its copies contiguous: [B, ...] -> [B * times, ...]."""
+
+    def one(x):
+        rows, *rest = x.shape
+        return jnp.broadcast_to(x[:, None], (rows, times, *rest)).reshape(rows * times, *rest)
+
+    return tree if times == 1 else jax.tree.map(one, tree)
+
+
+def interleave(first, second):
+    """Two trees of B rows as one of 2B: first[0], second[0], first[1], ..."""
+    join = lambda a, b: jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
+    return jax.tree.map(join, first, second)
+
+
+def deinterleave(x: Array) -> tuple[Array, Array]:
+    """The inverse, for one array."""
+    first, second = split_rows(x, 2)
+    return first, second

@@ -1,0 +1,58 @@
+"""From an optimizer's config to its optax chain and schedule: one chain a role, clipped by its own norm."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for one role. Schedules count optimizer steps (epochs x minibatches an iteration), not iterations."""
+
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0  # of the learning rate, at the end of linear and cosine
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # on matrices only: norms and biases are left alone
+    clip_norm: float | None = 1.0  # of this role's gradient alone; null: never
+    delay: int = 0  # iterations before this role starts to learn (on policy: value warm-up)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
+
+
+def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Linear warm-up over ``warmup_steps``, then the schedule down to ``final_fraction`` at ``total_steps``."""
+    decay_steps = max(total_steps - cfg.warmup_steps, 1)
+    peak, last = cfg.learning_rate, cfg.learning_rate * cfg.final_fraction
+    if cfg.schedule == "constant":
+        body = optax.constant_schedule(peak)
+    elif cfg.schedule == "linear":
+        body = optax.linear_schedule(peak, last, decay_steps)
+    else:
+        body = optax.cosine_decay_schedule(peak, decay_steps, alpha=cfg.final_fraction)
+    if not cfg.warmup_steps:
+        return body
+    warmup = optax.linear_schedule(0.0, peak, cfg.warmup_steps)
+    return optax.join_schedules([warmup, body], [cfg.warmup_steps])
+
+
+def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """clip by global norm -> Adam -> decoupled weight decay -> learning rate."""
+    clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.dtype(cfg.dtype)),
+        optax.add_decayed_weights(cfg.weight_decay, mask=is_matrix),
+        optax.scale_by_learning_rate(make_schedule(cfg, total_steps)),
+    )
+
+
+def is_matrix(params):
+    """True for the leaves that weight decay touches: kernels and embeddings, by name."""
+    from jax.tree_util import tree_map_with_path
+
+    return tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

@@ -1,0 +1,68 @@
+"""The training state: made from parameters, described without making it, and moved from one head to another."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.models.transformer import Leaf, ModelConfig, init, parameter_table
+from jaxrlhf.sharding import concrete
+from jaxrlhf.types import Array, Head, Params, Role, TrainState
+
+
+def new_state(
+    seed: int,
+    params: dict[Role, Params],
+    slow: dict[Role, Params],
+    optimizers: dict[Role, optax.GradientTransformation],
+    controls: dict[str, Array],
+) -> TrainState:
+    """The state at step 0. Optimizer moments are laid out as the parameters are."""
+    opt_state = {role: jax.jit(optimizer.init)(params[role]) for role, optimizer in optimizers.items()}
+    return TrainState(jnp.int32(0), jnp.int32(seed), params, slow, opt_state, controls)
+
+
+def abstract_params(cfg: ModelConfig, head: Head, dtype, mesh) -> Params:
+    """Shapes, dtypes and layouts of a model's parameters on ``mesh`` (which is the current one), nothing allocated."""
+    return concrete(jax.eval_shape(lambda: init(cfg, head, jax.random.key(0), dtype)), mesh)
+
+
+def abstract_state(
+    params: dict[Role, Params],
+    slow: dict[Role, Params],
+    optimizers: dict[Role, optax.GradientTransformation],
+    controls: dict[str, Array],
+    mesh,
+) -> TrainState:
+    """``new_state`` of abstract parameters: what a checkpoint is restored into."""
+    make: Callable = lambda params, slow: new_state(0, params, slow, optimizers, controls)
+    return concrete(jax.eval_shape(make, params, slow), mesh)
+
+
+def change_head(params: Params, cfg: ModelConfig, old: Head, new: Head, key: Array, zero: bool = False) -> Params:
+    """The same trunk under another head.
+
+    A new scalar head starts as transformer.init would have it, or at 0 (``zero``: a value model that knows nothing).
+    Raises ValueError where a language-model head is wanted that the trunk does not hold (scalar to untied lm)."""
+    if old == new:
+        return params
+    trunk = {name: part for name, part in params.items() if name != "head"}
+    if new == "lm":
+        if not cfg.tie_embeddings:
+            raise ValueError("a scalar-headed model with untied embeddings has no language-model head to start from")
+        return trunk
+    dtype = params["embed"]["tokens"]["embedding"].dtype
+    head = jax.jit(lambda: init(cfg, "scalar", key, dtype)["head"])()
+    return trunk | {"head": jax.tree.map(jnp.zeros_like, head) if zero else head}
+
+
+def copy(params: Params) -> Params:
+    """New buffers: a reference that aliases the policy would be donated with it."""
+    return jax.tree.map(jnp.copy, params)
+
+
+def count(cfg: ModelConfig, head: Head) -> int:
+    """Number of parameters, padding of the vocabulary included."""
+    leaves = jax.tree.leaves(parameter_table(cfg, head), is_leaf=lambda x: isinstance(x, Leaf))
+    return sum(int(jnp.prod(jnp.array(leaf.shape))) for leaf in leaves)

@@ -1,0 +1,153 @@
+"""The fused step: one iteration of RLHF is one compiled program.
+
+    sample responses -> score, compare with the reference, estimate advantages -> epochs x minibatches of updates
+
+``make_iteration`` composes it from an algorithm's pure functions. With a reward that only the host can compute, the
+same two halves (``make_rollout``, ``make_learn``) are two programs, with the host between them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.ops.rows import shuffle, split_rows
+from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Role, Sequences, TrainState
+
+
+class Recipe(NamedTuple):
+    """All that the step's program depends on, besides its arrays."""
+
+    algorithm: Algorithm
+    cfg: Any  # the algorithm's config
+    nets: Nets
+    optimizers: dict[Role, optax.GradientTransformation]
+    delays: dict[Role, int]  # iterations before a role starts to learn
+    num_micro: int = 1  # parts that a minibatch is computed in; the result does not depend on it
+
+
+def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
+    """One iteration: (state, batch) -> (state, metrics, sampled sequences; None offline). Jit it and donate the state."""
+    rollout, learn = make_rollout(recipe), make_learn(recipe)
+
+    def iteration(state: TrainState, batch: Batch):
+        if recipe.algorithm.rollout is None:
+            return *learn(state, batch), None
+        sequences = rollout(state, batch)
+        return *learn(state, batch.replace(sequences=sequences)), sequences
+
+    return iteration
+
+
+def make_rollout(recipe: Recipe) -> Callable[[TrainState, Batch], Sequences]:
+    """(state, batch with prompts) -> sampled sequences."""
+    return lambda state, batch: recipe.algorithm.rollout(recipe.nets, state, batch.prompts)
+
+
+def make_learn(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """(state, batch with sequences or preferences) -> (state after epochs x minibatches of updates, metrics)."""
+    algorithm, cfg, nets = recipe.algorithm, recipe.cfg, recipe.nets
+
+    def learn(state: TrainState, batch: Batch):
+        experience, means = algorithm.prepare(nets, state, batch, cfg)
+        experience = jax.lax.stop_gradient(experience)
+        state, update_means = update_epochs(recipe, state, experience)
+        metrics = {name: mean.value() for name, mean in (means | update_means).items()}
+        state = algorithm.after(state, metrics, cfg)
+        return state.replace(step=state.step + 1), metrics
+
+    return learn
+
+
+def make_evaluation(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[dict[str, Mean], Sequences | None]]:
+    """(state, held-out batch) -> (metrics as Means, sampled sequences): what the algorithm measures, and no update.
+
+    Responses are sampled under step 0 whatever the state's step is, so that evaluations of a run share their noise.
+    """
+    algorithm, cfg, nets = recipe.algorithm, recipe.cfg, recipe.nets
+
+    def evaluation(state: TrainState, batch: Batch):
+        if algorithm.rollout is not None:
+            sequences = algorithm.rollout(nets, state.replace(step=jnp.int32(0)), batch.prompts)
+            experience, means = algorithm.prepare(nets, state, batch.replace(sequences=sequences), cfg)
+            return means, experience.sequences
+        experience, means = algorithm.prepare(nets, state, batch, cfg)
+        _, loss_means = algorithm.loss(nets, state.params, state.slow, experience, cfg)
+        return means | loss_means, None
+
+    return evaluation
+
+
+# ---- updates --------------------------------------------------------------------------------------------------------
+
+
+def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, Mean]]:
+    """Epochs x minibatches of updates, each epoch over a fresh shuffle of all rows."""
+    num_epochs = getattr(recipe.cfg, "num_epochs", 1)
+    num_minibatches = getattr(recipe.cfg, "num_minibatches", 1)
+    if num_epochs * num_minibatches == 1:
+        state, means, _ = update_minibatch(recipe, state, experience)
+        return state, means
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.step), 1)
+
+    def epoch(carry, number):
+        rows = shuffle(experience, jax.random.fold_in(key, number)) if num_minibatches > 1 else experience
+        return jax.lax.scan(guarded, carry, split_rows(rows, num_minibatches))
+
+    def guarded(carry, minibatch):
+        state, stopped = carry
+        if getattr(recipe.cfg, "stop_kl", None) is None:
+            state, means, _ = update_minibatch(recipe, state, minibatch)
+            return (state, stopped), means
+        updated = lambda: update_minibatch(recipe, state, minibatch)
+        shape = jax.eval_shape(updated)
+        nothing = lambda: (state, jax.tree.map(jnp.zeros_like, shape[1]), jnp.array(True))
+        state, means, stop_now = jax.lax.cond(stopped, nothing, updated)
+        means["policy/updates_skipped"] = Mean(stopped.astype(jnp.float32), jnp.float32(1))
+        return (state, stopped | stop_now), means
+
+    (state, _), means = jax.lax.scan(epoch, (state, jnp.array(False)), jnp.arange(num_epochs))
+    return state, jax.tree.map(jnp.sum, means)
+
+
+def update_minibatch(
+    recipe: Recipe, state: TrainState, minibatch: Experience
+) -> tuple[TrainState, dict[str, Mean], Array]:
+    """One optimizer step of every role: (state, metrics as Means, whether the algorithm asks to stop here)."""
+    grads, means = gradients(recipe, state, minibatch)
+    params, opt_state = dict(state.params), dict(state.opt_state)
+    for role, optimizer in recipe.optimizers.items():
+        means[f"{role}/grad_norm"] = Mean(optax.global_norm(grads[role]), jnp.float32(1))
+        updates, new_opt_state = optimizer.update(grads[role], opt_state[role], params[role])
+        new = (optax.apply_updates(params[role], updates), new_opt_state)
+        if recipe.delays.get(role, 0):
+            started = state.step >= recipe.delays[role]
+            new = jax.tree.map(lambda a, b: jnp.where(started, a, b), new, (params[role], opt_state[role]))  # noqa: B023
+        params[role], opt_state[role] = new
+    stop = recipe.algorithm.stop
+    stop_now = jnp.array(False) if stop is None else stop({k: m.value() for k, m in means.items()}, recipe.cfg)
+    return state.replace(params=params, opt_state=opt_state), means, stop_now
+
+
+def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple[dict[Role, Any], dict[str, Mean]]:
+    """Each role's gradient of its loss's total over the minibatch, divided by the minibatch's count.
+
+    Micro-batches add totals and counts, so their number changes rounding only."""
+
+    def total(params, part):
+        losses, means = recipe.algorithm.loss(recipe.nets, params, state.slow, part, recipe.cfg)
+        return sum(mean.total for mean in losses.values()), (losses, means)
+
+    gradient = jax.grad(total, has_aux=True)
+    if recipe.num_micro == 1:
+        grads, (losses, means) = gradient(state.params, minibatch)
+    else:
+        parts = split_rows(minibatch, recipe.num_micro)
+        means_shape = jax.eval_shape(total, state.params, jax.tree.map(lambda x: x[0], parts))[1]
+        nothing = jax.tree.map(jnp.zeros_like, (state.params, means_shape))
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, part)), None)
+        (grads, (losses, means)), _ = jax.lax.scan(add, nothing, parts)
+    divide = lambda role: jax.tree.map(lambda g: g / jnp.maximum(losses[role].count, 1e-8), grads[role])
+    return {role: divide(role) for role in recipe.optimizers}, means
