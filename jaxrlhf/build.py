@@ -19,7 +19,7 @@ from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Algorithm, Head, Params, Prompts, Role, Sequences, TrainState
+from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
 
 
 class Weights(NamedTuple):
@@ -64,26 +64,26 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     tokenizer = find_tokenizer(cfg)
     weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads}
     check_tokenizers(cfg, weights, tokenizer)
-    runtime = Runtime(jnp.dtype(cfg.precision.compute), cfg.remat)
     sampler = make_sampler(cfg, tokenizer, weights)
-    sampling = sampler.sampling if algorithm.rollout else Sampling()
-    configs = {role: found.config for role, found in weights.items()}
-    bound = nets.make_nets(configs, runtime, sampling, bind_sampler(configs, sampler, runtime))
     epochs, minibatches = updates_of(cfg)
     total = cfg.iterations * epochs * minibatches
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
+    bound = bind_nets(cfg, weights, sampler)
     recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg))
     return Run(cfg, algorithm, mesh, tokenizer, weights, heads, recipe, sampler)
 
 
-def bind_sampler(configs: dict[Role, ModelConfig], sampler: generate.Sampler, runtime: Runtime):
-    """Nets.sample for these models."""
+def bind_nets(cfg: Config, weights: dict[Role, Weights], sampler: generate.Sampler) -> Nets:
+    """What algorithms may ask of the run's models. Log-probs follow the sampling only where responses are sampled."""
+    configs = {role: found.config for role, found in weights.items()}
+    runtime = Runtime(jnp.dtype(cfg.precision.compute), cfg.remat)
+    sampling = sampler.sampling if find(cfg.algorithm_name).rollout else Sampling()
 
     def sample(role: Role, trees: dict[Role, Params], prompts: Prompts, seed, step) -> Sequences:
         return generate.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
 
-    return sample
+    return nets.make_nets(configs, runtime, sampling, sample)
 
 
 def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:

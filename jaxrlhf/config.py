@@ -27,7 +27,7 @@ from etils import epath
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from jaxrlhf.algorithms import ALGORITHMS, find
-from jaxrlhf.data.sources import DataConfig
+from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.generate import GenerateConfig
 from jaxrlhf.metrics import LogConfig
 from jaxrlhf.models.transformer import ModelConfig, resolve
@@ -333,7 +333,8 @@ def read_yaml(text: bytes | str, source: str, mapping: bool = True) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{source}: {where}{one_line(error.problem or error)}") from None
+        said = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{source}: {where}{one_line(said or error)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         text = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
         raise ConfigError(f"{source}: {text}") from None
@@ -354,7 +355,7 @@ def read_record(cls: type, section: Any, keys: tuple[str, ...]) -> tuple[Any, li
     Strict JSON rules: no text or boolean for a number, no number for text; a whole number will do for a float. Extra
     keys are refused in every record below."""
     rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    adapter = TypeAdapter(dict[str, cls], config=rules)
+    adapter = TypeAdapter(dict[str, cls], config=rules)  # type: ignore[valid-type]
     try:
         return adapter.validate_json(json.dumps({"": section}))[""], []
     except ValidationError as error:
@@ -470,7 +471,7 @@ RANGES = {
         vocab_size hidden_size num_layers num_heads num_kv_heads head_dim mlp_size max_positions original_max_positions
         factor""",
     "[2, inf)": "max_length",
-    "[257, inf)": "train_vocab_size",
+    "[258, inf)": "train_vocab_size",
     "[0, 1]": "final_fraction gamma gae_lambda",
     "(0, 1]": "top_p",
     "[0, 1)": "b1 b2",
@@ -581,6 +582,10 @@ def data_problems(cfg: Config) -> Iterator[str]:
     for section in sections:
         if getattr(data, section, None) is None:
             yield f"data.{section}: missing; {name} reads it; expected path or tfds"
+    for section in hints(DataConfig):
+        given = getattr(data, section)
+        if isinstance(given, SourceConfig) and (given.path is None) == (given.tfds is None):
+            yield f"data.{section}: path is {show(given.path)} and tfds is {show(given.tfds)}; expected one of them"
     if cfg.eval.every and not any(getattr(data, f"eval_{section}", None) for section in sections):
         yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path or tfds"
     if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
@@ -603,10 +608,9 @@ def tokenizer_problems(cfg: Config) -> Iterator[str]:
         yield f"tokenizer.train_vocab_size: {size}: init_from {tokenizer.init_from} is given too; expected one of them"
     elif size and cfg.data.demonstrations is None:
         yield f"tokenizer.train_vocab_size: {size}: there is no text to train on; expected data.demonstrations"
-    elif not size and not tokenizer.init_from:
-        origins = [cfg.models[role].init_from for role in ("policy", "reward") if role in cfg.models]
-        if all(origin is None or origin in cfg.models for origin in origins):
-            yield "tokenizer: null: no model is given that has one; expected init_from or train_vocab_size"
+    from_scratch = all(model.init_from in {None, *cfg.models} for model in cfg.models.values())
+    if from_scratch and not size and not tokenizer.init_from:
+        yield "tokenizer: null: no model is given that has one; expected init_from or train_vocab_size"
 
 
 def model_problems(cfg: Config) -> Iterator[str]:
@@ -635,7 +639,7 @@ def model_problems(cfg: Config) -> Iterator[str]:
 def device_problems(cfg: Config, num_devices: int) -> Iterator[str]:
     """The mesh fits the devices, and rows and models divide over the mesh."""
     try:
-        sizes = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices), strict=True))
+        sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices), strict=True))
     except ValueError as error:
         yield str(error)
         return

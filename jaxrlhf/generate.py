@@ -94,7 +94,7 @@ def start_decoding(hidden: Array, caches: list[Cache], valid: Array, room: int, 
         tokens=empty(jnp.int32) + sampler.pad_id,
         logprobs=empty(jnp.float32),
         mask=empty(bool),
-        done=row(bool),
+        done=~valid.any(axis=1),  # a row without a prompt fills up a batch: it gets no response
         stop_states=tuple(row(jnp.int32) for _ in sampler.stops),
     )
 

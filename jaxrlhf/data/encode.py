@@ -57,9 +57,7 @@ def encode_demonstration(
     return _finish([([start_id(tokenizer)], False), (encode_text(tokenizer, record["text"]).ids, True)], eos)
 
 
-def encode_pair(
-    record: Mapping[str, Any], tokenizer: Any, eos: Sequence[int] | None = None
-) -> tuple[Encoded, Encoded]:
+def encode_pair(record: Mapping[str, Any], tokenizer: Any, eos: Sequence[int] | None = None) -> tuple[Encoded, Encoded]:
     """(chosen, rejected), each with its prompt in front.
 
     Text sides follow ``prompt`` (empty where there is none). Of two lists of messages the prompt is what they share at
@@ -69,7 +67,9 @@ def encode_pair(
     eos = eos_ids(tokenizer) if eos is None else eos
     prompt = record.get("prompt")
     if isinstance(record["chosen"], str) and not isinstance(prompt, list):
-        chosen, rejected = (_encode_texts(prompt or "", record[side], tokenizer, eos) for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            _encode_texts(prompt or "", record[side], tokenizer, eos) for side in ("chosen", "rejected")
+        )
         return chosen, rejected
     chosen, rejected = (_conversation(prompt, record[side]) for side in ("chosen", "rejected"))
     shared = 0

@@ -125,7 +125,9 @@ def find_files(pattern: str, where: str) -> list:
     else:
         files = [path]
         if path.is_dir():
-            raise ValueError(f"{where}.path: {pattern!r} is a folder: name its files, as in '{pattern.rstrip('/')}/*.jsonl'")
+            raise ValueError(
+                f"{where}.path: {pattern!r} is a folder: name its files, as in '{pattern.rstrip('/')}/*.jsonl'"
+            )
         if not path.exists():
             beside = [other.name for other in path.parent.iterdir()] if path.parent.exists() else []
             raise ValueError(f"{where}.path: {pattern!r} does not exist{nearest(path.name, beside)}")
@@ -133,7 +135,9 @@ def find_files(pattern: str, where: str) -> list:
         raise ValueError(f"{where}.path: no file matches {pattern!r}")
     for file in files:
         if file.suffix.lower() not in READERS:
-            raise ValueError(f"{where}.path: {str(file)!r} ends with {file.suffix!r}, expected one of {', '.join(READERS)}")
+            raise ValueError(
+                f"{where}.path: {str(file)!r} ends with {file.suffix!r}, expected one of {', '.join(READERS)}"
+            )
     return files
 
 

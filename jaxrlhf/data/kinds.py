@@ -171,7 +171,9 @@ def check_columns(columns: Iterable[str], kind: Kind, where: str) -> None:
     form = max(kind.forms, key=lambda form: _closeness(form, columns))
     missing = next(field for field in form if field not in columns)
     others = [column for column in columns if column not in form]
-    raise BadRecord(f"no column {missing!r}{nearest(missing, others)}: expected {wanted}; {where}.fields renames columns")
+    raise BadRecord(
+        f"no column {missing!r}{nearest(missing, others)}: expected {wanted}; {where}.fields renames columns"
+    )
 
 
 def check_record(record: Mapping[str, Any], kind: Kind, where: str) -> None:
@@ -198,7 +200,9 @@ def check_record(record: Mapping[str, Any], kind: Kind, where: str) -> None:
 
 def _closeness(form: tuple[str, ...], columns: list[str]) -> float:
     """How much of the form the columns look like: 1 a field that is there, less for one that is misspelt."""
-    scores = [max((difflib.SequenceMatcher(None, field, column).ratio() for column in columns), default=0.0) for field in form]
+    scores = [
+        max((difflib.SequenceMatcher(None, field, column).ratio() for column in columns), default=0.0) for field in form
+    ]
     return sum(score if score > 0.6 else 0.0 for score in scores) / len(form)
 
 

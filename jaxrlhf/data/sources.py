@@ -10,7 +10,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from jaxrlhf.data import files
-from jaxrlhf.data.kinds import KINDS, BadRecord, check_columns, check_fields, check_record, find_kind, nearest, take_fields
+from jaxrlhf.data.kinds import (
+    KINDS,
+    BadRecord,
+    check_columns,
+    check_fields,
+    check_record,
+    find_kind,
+    nearest,
+    take_fields,
+)
 
 DEFAULT_CACHE_DIR = "~/.cache/jaxrlhf/data"
 OWN_DATASETS = {"jaxrlhf_movie_reviews": "jaxrlhf.data.movie_reviews"}  # importing the module registers the dataset
@@ -42,7 +51,11 @@ class DataConfig:
     loss_on: Literal["response", "assistant"] = "response"  # of messages: the last assistant turn, or each of them
     max_length: int = 512  # tokens in a row of demonstrations, or in one side of a pair
     pack: bool = True  # several demonstrations share a row, and don't see each other
-    prompt_buckets: tuple[int, ...] = (64, 128, 256)  # prompts are padded to the first that holds them all; each compiles
+    prompt_buckets: tuple[int, ...] = (
+        64,
+        128,
+        256,
+    )  # prompts are padded to the first that holds them all; each compiles
     too_long: Literal["drop", "truncate"] = "drop"  # truncate: prompts lose their start, responses their end
     skip_bad: bool = False  # count records that can't be used, instead of stopping at the first
 
@@ -95,7 +108,9 @@ def open_source(
     """
     find_kind(kind)
     if (cfg.path is None) == (cfg.tfds is None):
-        raise ValueError(f"{path_in_config}: path is {cfg.path!r} and tfds is {cfg.tfds!r}, expected exactly one of them")
+        raise ValueError(
+            f"{path_in_config}: path is {cfg.path!r} and tfds is {cfg.tfds!r}, expected exactly one of them"
+        )
     check_fields(cfg.fields, KINDS[kind], path_in_config)
     folder = cache_folder(cache_dir)
     if cfg.path is not None:
@@ -161,7 +176,9 @@ def _prepared(make: Callable[[], Any]) -> Any:
     builder = make()
     if builder.is_prepared():
         return builder
-    config = tfds.download.DownloadConfig(try_download_gcs=False)  # Google's copies are in a format without random access
+    config = tfds.download.DownloadConfig(
+        try_download_gcs=False
+    )  # Google's copies are in a format without random access
     try:
         builder.download_and_prepare(file_format="array_record", download_config=config)
     except Exception:
@@ -228,5 +245,9 @@ def to_python(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_python(item) for item in value]
     if hasattr(value, "tolist"):  # NumPy
-        return to_python(value.tolist()) if getattr(value, "ndim", 0) or isinstance(value.tolist(), bytes) else value.tolist()
+        return (
+            to_python(value.tolist())
+            if getattr(value, "ndim", 0) or isinstance(value.tolist(), bytes)
+            else value.tolist()
+        )
     return value

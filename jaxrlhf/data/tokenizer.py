@@ -55,7 +55,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < BYTES + 2:
-        raise ValueError(f"tokenizer.train_vocab_size: {vocab_size}, expected at least {BYTES + 2} (bytes, {PAD}, {EOS})")
+        raise ValueError(
+            f"tokenizer.train_vocab_size: {vocab_size}, expected at least {BYTES + 2} (bytes, {PAD}, {EOS})"
+        )
     backend = Tokenizer(models.BPE())
     # without a prefix space: with it "a" and " a" are one, and the round trip is lost
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -132,3 +134,36 @@ def encode_text(tokenizer: Any, text: str) -> Any:
         backend.no_truncation()  # a call of the tokenizer with truncation=True leaves it on for everyone
         backend.no_padding()
     return backend.encode(text, add_special_tokens=False)
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """What each token writes, as UTF-8 bytes; nothing for special tokens. Stop texts are looked for in these.
+
+    Byte-level vocabularies spell bytes with printable stand-ins; sentencepiece ones write a space as U+2581 and single
+    bytes as <0xNN>."""
+    special = set(tokenizer.all_special_ids)
+    words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    byte_of = _byte_level_alphabet() if '"ByteLevel"' in tokenizer.backend_tokenizer.to_str() else {}
+
+    def spell(word: str) -> bytes:
+        if byte_of and all(letter in byte_of for letter in word):
+            return bytes(byte_of[letter] for letter in word)
+        if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):
+            return bytes([int(word[3:5], 16)])
+        return word.replace("\u2581", " ").encode()
+
+    return [b"" if number in special or word is None else spell(word) for number, word in enumerate(words)]
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The stand-in letter of each byte in byte-level BPE (GPT-2): printable bytes stand for themselves."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def text_of(record: Mapping[str, Any]) -> str:
+    """All text of a demonstration, for training a tokenizer on."""
+    if "messages" in record:
+        return "\n".join(message["content"] for message in record["messages"])
+    return record["text"] if "text" in record else record["prompt"] + record["response"]

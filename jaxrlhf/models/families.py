@@ -5,6 +5,8 @@ To add a family whose block is one of these: a row here. models/hf.py reads and 
 
 from typing import Any, Literal, NamedTuple
 
+from jaxrlhf.types import Head
+
 
 class Module(NamedTuple):
     """What one of our modules (linear map, norm, embedding) is in a safetensors file: <name>.weight and <name>.bias.
@@ -27,7 +29,7 @@ class HuggingFace(NamedTuple):
     """A family in the words of Hugging Face."""
 
     model_type: str
-    classes: dict[str, str]  # our Head -> the name in "architectures"
+    classes: dict[Head, str]  # the name in "architectures"
     fields: dict[str, tuple[str, Any]]  # of ModelConfig -> (in config.json, value where absent; ...: required)
     fixed: dict[str, tuple]  # config.json fields that change the maths -> the values supported (the first where absent)
     modules: dict[str, Module]  # path in our parameters -> the same in the file

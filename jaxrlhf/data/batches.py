@@ -1,0 +1,295 @@
+"""Endless streams of token batches for training, and fixed lists of them for evaluation.
+
+The order is a function of (data, seed, batch size) alone: a stream shuffles all the data afresh every epoch, cuts the
+endless row of epochs into global batches, and each process makes its own block of rows of each. So the state is the number
+of batches taken, a run resumes on any number of processes, and no data is lost at the end of an epoch.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxrlhf.data.encode import Encoded
+from jaxrlhf.data.examples import Examples, make_examples
+from jaxrlhf.data.kinds import find_kind
+from jaxrlhf.data.packing import pack
+from jaxrlhf.data.sources import DataConfig, Source
+from jaxrlhf.data.tokenizer import pad_id
+from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
+
+READ_AHEAD = 2  # batches made, each in a thread, while the devices work
+
+
+class HostBatch(NamedTuple):
+    """This process's rows of one global batch, as NumPy arrays: i32 tokens, bool masks."""
+
+    batch: Batch
+    columns: list[dict[str, Any]] | None  # prompts only: the records of the rows, without those that fill up
+    counts: dict[str, int]  # of these rows: rows (without those that fill up), examples, truncated (examples)
+
+
+class Stream(Iterator[HostBatch]):
+    """Batches without end. ``counts`` is about the data set: kept, dropped, truncated, identical, skipped."""
+
+    def __init__(self, layout: "_Layout", seed: int, where: str):
+        import grain
+
+        self.counts = layout.examples.counts
+        self._where = where
+        self._order = _hash(layout.kind, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash())
+        shuffle_seed = int(_hash(layout.kind, seed)[:8], 16)  # streams of one run don't share their shuffles
+        dataset = (
+            grain.MapDataset.range(len(layout.units))
+            .shuffle(seed=shuffle_seed)  # by epoch: grain adds its number to the seed
+            .repeat()
+            .batch(layout.rows, batch_fn=np.asarray)
+            .map(layout.assemble)
+            .to_iter_dataset(grain.ReadOptions(num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD))
+        )
+        self._batches = iter(dataset)
+
+    def __next__(self) -> HostBatch:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON: read ahead of it doesn't count. The same on every process."""
+        return {"order": self._order, "position": self._batches.get_state()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``get_state`` was called. Raises ValueError when that was in another order of other data."""
+        if state.get("order") != self._order:
+            raise ValueError(
+                f"{self._where}: the saved position {state.get('position')} is in another order of the data: source, seed, "
+                "batch size, tokenizer and the limits on length have to be as they were"
+            )
+        self._batches.set_state(dict(state["position"]))
+
+
+def demonstration_stream(
+    source: Source,
+    tokenizer: Any,
+    cfg: DataConfig,
+    *,
+    rows: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    eos: Sequence[int] | None = None,
+    where: str = "data.demonstrations",
+) -> Stream:
+    """Batches with ``sequences`` [rows / process_count, cfg.max_length]: packed, with segment_ids, or one a row.
+
+    Packed documents keep their row for the whole run; it is the rows that are shuffled.
+
+    Args:
+        rows: of the global batch.
+        eos: ids that end a turn; the tokenizer's own by default.
+        where: the prefix of error messages.
+    """
+    layout = _layout("demonstrations", source, tokenizer, cfg, rows, (process_index, process_count), eos, where)
+    return Stream(layout.packed(seed) if cfg.pack else layout, seed, where)
+
+
+def preference_stream(
+    source: Source,
+    tokenizer: Any,
+    cfg: DataConfig,
+    *,
+    rows: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    eos: Sequence[int] | None = None,
+    where: str = "data.preferences",
+) -> Stream:
+    """Batches with ``preferences``: both sides [rows / process_count, cfg.max_length]. Pairs with equal sides are left
+    out, and counted as identical. The margin is there if the first pair has one; a pair without is given 0."""
+    layout = _layout("preferences", source, tokenizer, cfg, rows, (process_index, process_count), eos, where)
+    return Stream(layout, seed, where)
+
+
+def prompt_stream(
+    source: Source,
+    tokenizer: Any,
+    cfg: DataConfig,
+    *,
+    rows: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    where: str = "data.prompts",
+) -> Stream:
+    """Batches with left-padded ``prompts`` [rows / process_count, P], where P is the first of cfg.prompt_buckets that
+    holds the longest prompt of the *global* batch, and sample_id is the row in it."""
+    layout = _layout("prompts", source, tokenizer, cfg, rows, (process_index, process_count), None, where)
+    return Stream(layout, seed, where)
+
+
+def held_out_batches(
+    kind: str,
+    source: Source,
+    tokenizer: Any,
+    cfg: DataConfig,
+    *,
+    size: int,
+    rows: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    eos: Sequence[int] | None = None,
+    where: str | None = None,
+) -> list[HostBatch]:
+    """The first ``size`` usable records once, in their order, for evaluation; every process gets as many batches.
+
+    The last batch is filled up with rows whose masks are all False (their tokens are padding); ``counts["rows"]`` says
+    how many rows of this process are real, and they come first.
+    """
+    find_kind(kind)
+    where = f"data.eval_{kind}" if where is None else where
+    if size < 1:
+        raise ValueError(f"eval.size: {size}, expected at least 1")
+    layout = _layout(kind, source, tokenizer, cfg, rows, (process_index, process_count), eos, where)
+    layout = dataclasses.replace(layout, units=layout.units[:size])
+    if kind == "demonstrations" and cfg.pack:
+        layout = layout.packed(None)
+    return [
+        layout.assemble(np.arange(at, min(at + rows, len(layout.units)))) for at in range(0, len(layout.units), rows)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How the units of a data set become the rows of this process."""
+
+    kind: str
+    examples: Examples
+    units: list[np.ndarray]  # what fills one row: the records (one, or several in a packed row)
+    rows: int  # of the global batch
+    first: int  # global row that this process's block starts with
+    local: int  # rows of this process
+    pad: int
+    make: "Maker"
+
+    def packed(self, seed: int | None) -> "_Layout":
+        """The same records with several in a row, met in an order that hangs on ``seed`` (None: their own)."""
+        records = np.concatenate(self.units)
+        if seed is not None:
+            records = np.random.default_rng(int(_hash("pack", seed)[:8], 16)).permutation(records)
+        rows = pack(self.examples.lengths[records], self.examples.max_length)
+        return dataclasses.replace(self, units=[records[row] for row in rows], make=_make_packed)
+
+    def records(self, units: Iterable[int]) -> list[dict[str, Any]]:
+        """The records of the units."""
+        return [self.examples.source[int(index)] for unit in units for index in self.units[unit]]
+
+    def assemble(self, units: np.ndarray) -> HostBatch:
+        """This process's rows of the global batch with ``units`` (fewer than ``rows`` at the end of an evaluation)."""
+        mine = units[self.first : self.first + self.local]
+        batch, columns = self.make(self, units, mine)
+        records = np.concatenate([self.units[unit] for unit in mine]) if len(mine) else np.zeros(0, np.int64)
+        truncated = int(self.examples.truncated[records].sum())
+        return HostBatch(batch, columns, {"rows": len(mine), "examples": len(records), "truncated": truncated})
+
+    def order_hash(self) -> str:
+        digest = hashlib.sha256()
+        for unit in self.units:
+            digest.update(unit.tobytes() + b"|")
+        return digest.hexdigest()
+
+
+# (layout, units of the global batch, those of this process) -> its arrays, and the records where rewards want them
+Maker = Callable[[_Layout, np.ndarray, np.ndarray], tuple[Batch, list[dict[str, Any]] | None]]
+
+
+def _layout(
+    kind: str,
+    source: Source,
+    tokenizer: Any,
+    cfg: DataConfig,
+    rows: int,
+    process: tuple[int, int],
+    eos: Sequence[int] | None,
+    where: str,
+) -> _Layout:
+    index, count = process
+    if rows < 1 or rows % count:
+        raise ValueError(f"{where}: {rows} rows a batch, expected a positive multiple of the {count} processes")
+    examples = make_examples(kind, source, tokenizer, cfg, where, eos)
+    makers = {"demonstrations": _demonstration_maker, "preferences": _preference_maker, "prompts": _prompt_maker}
+    local = rows // count
+    units = list(examples.kept[:, None])
+    return _Layout(kind, examples, units, rows, index * local, local, pad_id(tokenizer), makers[kind](examples, cfg))
+
+
+def _demonstration_maker(examples: Examples, cfg: DataConfig) -> Maker:
+    def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
+        encoded = [examples.sides(record)[0] for record in layout.records(mine)]
+        return Batch(sequences=_right_padded(encoded, layout)), None
+
+    return make
+
+
+def _make_packed(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
+    rows, segments = [], np.zeros((layout.local, layout.examples.max_length), np.int32)
+    for row, unit in enumerate(mine):
+        documents = [layout.examples.sides(record)[0] for record in layout.records([unit])]
+        lengths = [len(document.tokens) for document in documents]
+        segments[row, : sum(lengths)] = np.repeat(np.arange(1, len(documents) + 1), lengths)
+        rows.append(Encoded(*(np.concatenate(parts) for parts in zip(*documents))))
+    return Batch(sequences=_right_padded(rows, layout).replace(segment_ids=segments)), None
+
+
+def _preference_maker(examples: Examples, cfg: DataConfig) -> Maker:
+    with_margin = examples.source[int(examples.kept[0])].get("margin") is not None
+
+    def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
+        records = layout.records(mine)
+        pairs = [examples.sides(record) for record in records]
+        chosen, rejected = (_right_padded([pair[side] for pair in pairs], layout) for side in (0, 1))
+        margin: Any = np.zeros(layout.local, np.float32) if with_margin else None
+        if with_margin:
+            margin[: len(records)] = [record.get("margin") or 0.0 for record in records]
+        return Batch(preferences=Preferences(chosen, rejected, margin)), None
+
+    return make
+
+
+def _prompt_maker(examples: Examples, cfg: DataConfig) -> Maker:
+    def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, list[dict[str, Any]]]:
+        longest = max(int(examples.lengths[layout.units[unit][0]]) for unit in units)
+        width = next(bucket for bucket in cfg.prompt_buckets if bucket >= longest)
+        tokens = np.full((layout.local, width), layout.pad, np.int32)
+        valid = np.zeros((layout.local, width), bool)
+        records = layout.records(mine)
+        for row, record in enumerate(records):
+            ids = examples.sides(record)[0].tokens
+            tokens[row, width - len(ids) :] = ids
+            valid[row, width - len(ids) :] = True
+        sample_id = np.arange(layout.first, layout.first + layout.local, dtype=np.int32)
+        return Batch(prompts=Prompts(*_arrays(tokens, valid, sample_id))), records
+
+    return make
+
+
+def _right_padded(encoded: Sequence[Encoded], layout: _Layout) -> Any:
+    """Sequences [local, max_length]; rows behind the last are all padding."""
+    shape = (layout.local, layout.examples.max_length)
+    tokens = np.full(shape, layout.pad, np.int32)
+    valid, response_mask = np.zeros(shape, bool), np.zeros(shape, bool)
+    for row, (ids, mask) in enumerate(encoded):
+        tokens[row, : len(ids)] = ids
+        valid[row, : len(ids)] = True
+        response_mask[row, : len(ids)] = mask
+    return Sequences(*_arrays(tokens, valid, response_mask))
+
+
+def _arrays(*arrays: np.ndarray) -> Any:
+    """NumPy arrays where the types of jaxrlhf.types say jax.Array: they go to the devices in one step, later."""
+    return arrays
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,175 @@
+"""Which records are used, and how they are cut: decided once, over the whole data set, before any batch is made.
+
+Nothing is lost silently: every record is measured, and what is dropped, cut or skipped is counted.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrlhf.data.encode import Encoded, encode_demonstration, encode_pair, encode_prompt
+from jaxrlhf.data.kinds import BadRecord
+from jaxrlhf.data.sources import DataConfig, Source, cache_folder
+from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id
+
+FORMAT = 1  # of the cached measures; raise it when the same record would give other tokens
+TOO_LONG, IDENTICAL, BAD = 0, -1, -2  # in place of a length
+Sides = tuple[Encoded, ...]  # one row of tokens; of a pair two: chosen, rejected
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """A source as token rows."""
+
+    source: Source
+    sides: Callable[[Mapping[str, Any]], Sides]  # a record as token rows, cut to max_length
+    max_length: int
+    lengths: np.ndarray  # i32[records]: tokens of the longest side once cut, or why the record is not used
+    truncated: np.ndarray  # bool[records]
+    kept: np.ndarray  # i64[kept]: the records that are used, in the order of the source
+    counts: dict[str, int]  # kept, dropped (too long), truncated, identical (pairs), skipped (bad)
+
+
+def make_examples(
+    kind: str, source: Source, tokenizer: Any, cfg: DataConfig, where: str, eos: Sequence[int] | None = None
+) -> Examples:
+    """Measures every record of ``source`` (or reads the measures of an earlier run back).
+
+    Raises:
+        ValueError: a limit that makes no sense, a record that can't be used (unless cfg.skip_bad), or nothing is left.
+    """
+    max_length = _longest(kind, cfg)
+    eos = eos_ids(tokenizer) if eos is None else tuple(eos)
+    encode, bos = _encoder(kind, tokenizer, cfg.loss_on, eos), leading_ids(tokenizer)
+
+    def sides(record: Mapping[str, Any]) -> Sides:
+        return truncate(encode(record), max_length, bos)
+
+    key = _measure_key(kind, source, tokenizer, cfg, max_length, eos)
+    measures = _cached(cfg.cache_dir, key, lambda: _measure(source, encode, bos, max_length, cfg))
+    lengths, truncated = measures[:, 0], measures[:, 1].astype(bool)
+    kept = np.flatnonzero(lengths > 0)
+    counts = {
+        "kept": len(kept),
+        "dropped": int((lengths == TOO_LONG).sum()),
+        "truncated": int(truncated[kept].sum()),
+        "identical": int((lengths == IDENTICAL).sum()),
+        "skipped": int((lengths == BAD).sum()) + source.skipped,
+    }
+    if not len(kept):
+        shown = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
+        raise ValueError(f"{where}: none of {len(source)} records is left with {max_length} tokens ({shown})")
+    return Examples(source, sides, max_length, lengths, truncated, kept, counts)
+
+
+def truncate(sides: Sides, max_length: int, bos: Sequence[int] = ()) -> Sides:
+    """Cuts rows to ``max_length`` tokens: the prompt loses its start (but not a BOS), then the response its end.
+
+    The two sides of a pair keep equally much of their prompt: what they are compared on has to be the same.
+    """
+    if max(len(side.tokens) for side in sides) <= max_length:
+        return sides
+    prompts = [_prompt_length(side) for side in sides]
+    longest_response = max(len(side.tokens) - prompt for side, prompt in zip(sides, prompts))
+    kept = max(max_length - longest_response, 1)  # a response token needs something before it
+    return tuple(_cut(side, prompt, min(prompt, kept), max_length, bos) for side, prompt in zip(sides, prompts))
+
+
+def _cut(side: Encoded, prompt: int, kept: int, max_length: int, bos: Sequence[int]) -> Encoded:
+    columns = np.arange(prompt - kept, len(side.tokens))[:max_length]
+    if side.tokens[0] in bos:
+        columns[0] = 0
+    mask = side.response_mask[columns]
+    mask[0] = False
+    return Encoded(side.tokens[columns], mask)
+
+
+def _prompt_length(side: Encoded) -> int:
+    return int(side.response_mask.argmax()) if side.response_mask.any() else len(side.tokens)
+
+
+def _longest(kind: str, cfg: DataConfig) -> int:
+    if kind != "prompts":
+        if cfg.max_length < 2:
+            raise ValueError(
+                f"data.max_length: {cfg.max_length}, expected at least 2 (a prompt token and a response token)"
+            )
+        return cfg.max_length
+    buckets = tuple(cfg.prompt_buckets)
+    if not buckets or buckets[0] < 1 or any(low >= high for low, high in zip(buckets, buckets[1:])):
+        raise ValueError(f"data.prompt_buckets: {list(buckets)}, expected rising positive numbers")
+    return buckets[-1]
+
+
+def _encoder(kind: str, tokenizer: Any, loss_on: str, eos: Sequence[int]) -> Callable[[Mapping[str, Any]], Sides]:
+    def prompt(record: Mapping[str, Any]) -> Sides:
+        ids = encode_prompt(record, tokenizer)
+        return (Encoded(ids, np.zeros(len(ids), bool)),)
+
+    return {
+        "prompts": prompt,
+        "demonstrations": lambda record: (encode_demonstration(record, tokenizer, loss_on, eos),),
+        "preferences": lambda record: encode_pair(record, tokenizer, eos),
+    }[kind]
+
+
+def _measure(
+    source: Source,
+    encode: Callable[[Mapping[str, Any]], Sides],
+    bos: Sequence[int],
+    max_length: int,
+    cfg: DataConfig,
+) -> np.ndarray:
+    """i32[records, 2]: length, or why the record is not used; 1 where it is cut."""
+    measures = np.zeros((len(source), 2), np.int32)
+    for index in range(len(source)):
+        try:
+            sides = encode(source[index])
+        except BadRecord as error:
+            if not cfg.skip_bad:
+                where = "" if source.name in str(error) else f"{source.name}:{index}: "
+                raise BadRecord(f"{where}{error}") from None
+            measures[index] = BAD, 0
+            continue
+        cut = max(len(side.tokens) for side in sides) > max_length
+        if cut and cfg.too_long == "drop":
+            measures[index] = TOO_LONG, 0
+            continue
+        sides = truncate(sides, max_length, bos)
+        same = len(sides) == 2 and np.array_equal(sides[0].tokens, sides[1].tokens)
+        measures[index] = IDENTICAL if same else max(len(side.tokens) for side in sides), cut
+    return measures
+
+
+def _measure_key(
+    kind: str, source: Source, tokenizer: Any, cfg: DataConfig, max_length: int, eos: Sequence[int]
+) -> str:
+    text = [fingerprint(tokenizer), tokenizer.chat_template, leading_ids(tokenizer), start_id(tokenizer), list(eos)]
+    rules = [FORMAT, kind, max_length, cfg.too_long, cfg.loss_on, cfg.skip_bad]
+    return hashlib.sha256(json.dumps([source.fingerprint, text, rules]).encode()).hexdigest()
+
+
+def _cached(cache_dir: str | None, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Measures from the cache folder; a file there is whole, since it is renamed into place."""
+    folder = os.path.join(cache_folder(cache_dir), "lengths")
+    path = os.path.join(folder, f"{key}.npy")
+    if os.path.exists(path):
+        return np.load(path, allow_pickle=False)
+    measures = compute()
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".npy")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, measures)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return measures

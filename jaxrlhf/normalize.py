@@ -1,0 +1,58 @@
+"""The last touch to a reward model: scores of mean 0 and standard deviation 1 on the responses of the SFT policy.
+
+The head is affine, so the normalisation is folded into it: kernel / std and (bias - mean) / std. A nat of KL then costs
+the same against every reward model (Ziegler et al. 2019; Stiennon et al. 2020).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import build, feed
+from jaxrlhf.build import Run
+from jaxrlhf.types import Params, TrainState
+
+
+def finish(ready: Run, state: TrainState, say=print) -> TrainState:
+    """Normalise the reward head where the algorithm's config asks for it; else the state as it is.
+
+    ``normalize_samples`` responses to data.prompts are sampled from models.policy, which is read for this alone."""
+    size = getattr(ready.cfg.algorithm, "normalize_samples", 0)
+    if not size:
+        return state
+    scores = score_policy_samples(ready, state, size)
+    mean, std = float(scores.mean()), float(scores.std(ddof=1))
+    say(f"reward model: scores of {len(scores)} samples of the policy had mean {mean:.3f}, std {std:.3f}; now 0 and 1")
+    head = jax.jit(fold)(state.params["reward"]["head"], mean, std)
+    return state.replace(params=state.params | {"reward": state.params["reward"] | {"head": head}})
+
+
+def fold(head: Params, mean: float, std: float) -> Params:
+    """The head whose scores are (old scores - mean) / std."""
+    scale = 1.0 / jnp.maximum(std, 1e-6)
+    return {"kernel": head["kernel"] * scale, "bias": (head["bias"] - mean) * scale}
+
+
+def score_policy_samples(ready: Run, state: TrainState, size: int) -> np.ndarray:
+    """f32[size]: what the reward model thinks of responses that models.policy samples for data.prompts."""
+    cfg = ready.cfg
+    found = build.find_weights(cfg, "policy", len(ready.tokenizer))
+    sampler = build.make_sampler(cfg, ready.tokenizer, {"policy": found})
+    weights = ready.weights | {"policy": found}
+    nets = build.bind_nets(cfg, weights, sampler)
+    whole = dataclasses.replace(ready, weights=weights, heads=ready.heads | {"policy": "lm"})
+    policy = {"policy": build.read_weights(whole, "policy", jax.random.key(cfg.seed))}
+
+    @jax.jit
+    def score(policy, reward, prompts, step):
+        sequences = nets.sample("policy", policy, prompts, state.seed, step)
+        return nets.scores("reward", reward, sequences), sequences.response_mask.any(-1)
+
+    scores = []
+    for number, host in enumerate(feed.training_prompts(ready, size)):
+        rows = feed.put(ready.mesh, host.batch).prompts
+        found_scores, real = score(policy, {"reward": state.params["reward"]}, rows, jnp.int32(number))
+        scores.append(np.asarray(found_scores)[np.asarray(real)])
+    return np.concatenate(scores)

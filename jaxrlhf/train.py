@@ -1,0 +1,183 @@
+"""The only loop: feed the step, write down what it says, save, and stop cleanly when asked to."""
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxrlhf import checkpoint, evaluate, normalize
+from jaxrlhf.build import Run, abstract_state, build, initial_state
+from jaxrlhf.config import Config, check, describe_batch, dump
+from jaxrlhf.feed import Feed, layout, put
+from jaxrlhf.metrics import MetricsLog, lock_run_dir
+from jaxrlhf.step import make_iteration
+from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
+
+DONE, PREEMPTED = "done", "preempted"
+
+
+def run(cfg: Config, raw: str = "") -> str:
+    """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", or "preempted" after SIGTERM.
+
+    ``raw`` is the config as the user wrote it, kept beside the resolved one. Raises ConfigError before any model is
+    built, RunDirBusy where another process writes to the run directory.
+    """
+    check(cfg, jax.device_count())
+    run_dir = epath.Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = lock_run_dir(run_dir)
+    (run_dir / "config.yaml").write_text(dump(cfg))
+    use_compilation_cache()
+    ready = build(cfg)
+    saved = checkpoint.Checkpoints(run_dir, cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode)
+    start = saved.latest() or 0
+    with jax.set_mesh(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
+        return Trainer(ready, saved, log).run(start)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, where the user has not chosen a place for them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path("~/.cache/jaxrlhf/xla").expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+class Finished(NamedTuple):
+    """One dispatched iteration, its numbers still on the device."""
+
+    step: int
+    metrics: Metrics
+    sequences: Sequences | None
+
+
+class Trainer:
+    """One run in progress: what the loop needs between iterations."""
+
+    def __init__(self, ready: Run, saved: checkpoint.Checkpoints, log: MetricsLog):
+        self.ready, self.cfg, self.saved, self.log = ready, ready.cfg, saved, log
+        self.feed = Feed(ready)
+        self.evaluation = evaluate.HeldOut(ready)
+        self.pending: Finished | None = None
+        self.last_time = time.perf_counter()
+        self.scores: dict[str, float] = {}  # of the newest evaluation
+        self.preempted = False
+
+    def run(self, start: int) -> str:
+        """From iteration ``start`` to the end, or to SIGTERM."""
+        cfg = self.cfg
+        self.log.say(describe_batch(cfg))
+        state = self.restore(start) if start else initial_state(self.ready)
+        if start >= cfg.iterations:
+            self.log.say(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= to go on")
+            return DONE
+        programs = self.compile(state)
+        previous = signal.signal(signal.SIGTERM, self.ask_to_stop)
+        try:
+            if start == 0 and cfg.eval.every:
+                self.evaluate(0, state)
+            state, step = self.loop(state, start, programs)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        if self.preempted and step < cfg.iterations:
+            self.log.say(f"SIGTERM: saved at step {step}; the same command goes on from there")
+            return PREEMPTED
+        return DONE
+
+    def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> tuple[TrainState, int]:
+        cfg, step = self.cfg, start
+        self.last_time = time.perf_counter()
+        while step < cfg.iterations and not self.preempted:
+            batch = put(self.ready.mesh, self.feed.next())
+            state, metrics, sequences = programs[shapes(batch)](state, batch)
+            step += 1
+            self.flush()  # the iteration before, while this one runs
+            self.pending = Finished(step, metrics, sequences if self.samples_due(step) else None)
+            last = step == cfg.iterations
+            if last:
+                self.flush()
+                state = normalize.finish(self.ready, state, self.log.say)
+            if last or (cfg.eval.every and step % cfg.eval.every == 0):
+                self.flush()
+                self.evaluate(step, state)
+            if last or self.preempted or step % cfg.checkpoint.every == 0:
+                self.flush()
+                self.save(step, state)
+        self.saved.close()
+        return state, step
+
+    def compile(self, state: TrainState) -> dict[Any, Callable]:
+        """The step's program for every shape of batch that can come, before the first is run."""
+        started, programs = time.perf_counter(), {}
+        step = jax.jit(make_iteration(self.ready.recipe), donate_argnums=0)
+        for batch in self.feed.shapes():
+            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(self.ready.mesh, x)), batch)
+            programs[shapes(batch)] = step.lower(state, batch).compile()
+        count = f"{len(programs)} program{'s' if len(programs) > 1 else ''}"
+        self.log.say(f"compiled {count} in {time.perf_counter() - started:.1f} s")
+        return programs
+
+    def ask_to_stop(self, *_: object) -> None:
+        self.preempted = True
+
+    # ---- what is written down -------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Wait for the pending iteration and log it. Raises FloatingPointError where its loss is not finite."""
+        if self.pending is None:
+            return
+        step, metrics, sequences = self.pending
+        self.pending = None
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        numbers["time/iteration"], self.last_time = now - self.last_time, now
+        if "response/tokens" in numbers:
+            numbers["throughput/response_tokens_per_second"] = numbers["response/tokens"] / numbers["time/iteration"]
+        self.log.write(step, numbers | self.feed.counts())
+        bad = [name for name, value in numbers.items() if name.startswith("loss/") and not np.isfinite(value)]
+        if bad:
+            kept = self.saved.latest()
+            self.saved.close()
+            raise FloatingPointError(f"step {step}: {bad[0]} is {numbers[bad[0]]}; last good checkpoint: step {kept}")
+        if sequences is not None:
+            self.log.samples(step, evaluate.sample_rows(self.ready, sequences, self.cfg.log.samples, "train"))
+
+    def samples_due(self, step: int) -> bool:
+        return self.cfg.log.samples > 0 and step % self.cfg.log.samples_every == 0
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Held-out metrics and samples, where the config names held-out data."""
+        result = self.evaluation.run(state)
+        if result is None:
+            return
+        self.scores = {f"eval/{name}": value for name, value in result.metrics.items()}
+        self.log.write(step, self.scores)
+        self.log.samples(step, result.samples[: self.cfg.eval.samples])
+        self.last_time = time.perf_counter()
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: TrainState) -> None:
+        """The whole state, and what is not an array: data positions, config, model shapes."""
+        extra = {
+            "config": dump(self.cfg),
+            "models": checkpoint.models_record(self.ready.configs, self.ready.heads),
+            "data": self.feed.get_state(),
+        }
+        self.saved.save(step, state, extra, self.scores)
+        self.last_time = time.perf_counter()
+
+    def restore(self, step: int) -> TrainState:
+        """The state and the data positions of ``step``."""
+        state = self.saved.restore(step, abstract_state(self.ready))
+        self.feed.set_state(self.saved.extra(step)["data"])
+        self.log.say(f"resumed from step {step}")
+        return state
+
+
+def shapes(batch: Batch) -> tuple:
+    """What a compiled program is looked up by."""
+    return tuple(x.shape for x in jax.tree.leaves(batch))

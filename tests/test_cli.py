@@ -1,0 +1,204 @@
+"""The command line: what each command calls, exit codes, one-line errors, and that --help loads nothing heavy."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from jaxrlhf import cli
+
+ROOT = Path(__file__).parent.parent
+SFT = """
+run_dir: {name}
+iterations: 2
+algorithm: {{name: sft}}
+models: {{policy: {{init_from: somewhere}}}}
+data: {{demonstrations: {{path: a.jsonl}}}}
+"""
+
+
+@pytest.fixture
+def sft(tmp_path):
+    """Two good configs, first.yaml and second.yaml."""
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.yaml").write_text(SFT.format(name=name))
+    return tmp_path / "first.yaml"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Puts fakes in the place of what the commands call; every call is noted here."""
+    noted = []
+
+    def fake(name, result):
+        def call(*args):
+            noted.append((name, *args))
+            return result(*args) if callable(result) else result
+
+        return call
+
+    def module(name, **functions):
+        stand_in = types.ModuleType(name)
+        for key, result in functions.items():
+            setattr(stand_in, key, fake(key, result))
+        monkeypatch.setitem(sys.modules, name, stand_in)
+        monkeypatch.setattr(importlib.import_module("jaxrlhf"), name.rpartition(".")[2], stand_in, raising=False)
+
+    module("jaxrlhf.train", run=lambda cfg, source: "preempted" if "stop" in cfg.run_dir else "done")
+    module(
+        "jaxrlhf.evaluate",
+        evaluate_run={"eval/score/mean": 1.5},
+        print_report=lambda report: print("the report", report),
+        generate_text=lambda model, prompts, *_: [prompt.upper() for prompt in prompts],
+    )
+    module("jaxrlhf.checkpoint", export=None)
+    return noted
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs ``jaxrlhf args`` as the script does, in this process; gives (stdout, stderr)."""
+
+    def call(*args, code=0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxrlhf", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert (stop.value.code or 0) == code
+        return capsys.readouterr()
+
+    return call
+
+
+# ---- train ----------------------------------------------------------------------------------------------------------
+
+
+def test_train_runs_the_configs_in_order_with_their_overrides(sft, calls, run):
+    second = sft.parent / "second.yaml"
+    run("train", sft, second, "seed=3", "second:iterations=9")
+    assert [(name, cfg.run_dir, cfg.seed, cfg.iterations, source) for name, cfg, source in calls] == [
+        ("run", "first", 3, 2, str(sft)),
+        ("run", "second", 3, 9, str(second)),
+    ]
+
+
+def test_a_mistake_in_the_last_config_stops_before_the_first_runs(sft, calls, run):
+    second = sft.parent / "second.yaml"
+    out, err = run("train", sft, second, "second:seed=x", code=2)
+    assert (out, err) == ("", 'command line: seed: "x": expected an integer\n')
+    out, err = run("train", sft, second, "second:mesh.data=3", code=2)
+    assert err.startswith(f"{second}: mesh: (data=3, fsdp=1, tensor=1) needs 3 devices") and err.count("\n") == 1
+    assert calls == []
+
+
+def test_preemption_exits_with_75_and_leaves_the_rest(sft, calls, run):
+    run("train", sft, sft.parent / "second.yaml", "first:run_dir=stop", code=75)
+    assert [cfg.run_dir for _, cfg, _ in calls] == ["stop"]
+
+
+def test_train_needs_a_config(calls, run):
+    assert "no config file" in run("train", "seed=3", code=2)[1]
+
+
+def test_a_library_error_keeps_its_traceback(sft, calls, monkeypatch):
+    def broken(cfg, source):
+        return int("not a number")
+
+    monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        run("train", sft)
+
+
+def test_the_traceback_of_a_mistake_can_be_asked_for(sft, calls, monkeypatch):
+    monkeypatch.setenv("JAXRLHF_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="expected an integer"):
+        run("train", sft, "seed=x")
+
+
+# ---- generate, evaluate, export -------------------------------------------------------------------------------------
+
+
+def test_generate_passes_its_options(calls, run):
+    out, _ = run("generate", "model", "--prompt", "one", "--prompt", "two", *"--top-k 5 --max-tokens 7 --seed 2 --chat".split())
+    (_, model, prompts, cfg, seed, chat) = calls[0]
+    assert (model, list(prompts), seed, chat) == ("model", ["one", "two"], 2, True)
+    assert (cfg.top_k, cfg.max_new_tokens, cfg.temperature, cfg.top_p) == (5, 7, 1.0, 1.0)
+    assert out == "one\n  -> ONE\ntwo\n  -> TWO\n"
+
+
+def test_one_prompt_gives_the_response_alone(calls, run):
+    assert run("generate", "model", "--prompt", "one", "--temperature", "0")[0] == "ONE\n"
+
+
+def test_generate_checks_its_ranges(calls, run):
+    _, err = run("generate", "model", "--prompt", "one", "--top-p", "1.5", code=2)
+    assert err == "command line: top_p: 1.5: expected a number in (0, 1]; nearest: 1\n"
+    assert calls == []
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "runs" / "good"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text("")
+    return path
+
+
+def test_evaluate_prints_a_report_or_json(run_dir, calls, run):
+    assert run("evaluate", run_dir)[0] == "the report {'eval/score/mean': 1.5}\n"
+    assert json.loads(run("evaluate", run_dir, "--json", "--no-judge", "--samples", "3")[0]) == {"eval/score/mean": 1.5}
+    asked = [call[1:] for call in calls if call[0] == "evaluate_run"]
+    assert asked == [(str(run_dir), True, 8), (str(run_dir), False, 3)]
+
+
+def test_export_passes_role_and_folder(run_dir, calls, run):
+    out, _ = run("export", run_dir, "--role", "reward", "--to", "there")
+    assert calls == [("export", str(run_dir), "reward", "there")]
+    assert out == f"reward of {run_dir} written to there\n"
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["export", "--to", "there"]])
+def test_a_missing_run_names_the_nearest(command, run_dir, calls, run):
+    wrong = run_dir.parent / "goood"
+    _, err = run(command[0], wrong, *command[1:], code=2)
+    assert err == f"{wrong}: no run directory (config.yaml is not in it); nearest: {run_dir}\n"
+    assert calls == []
+
+
+# ---- the process ----------------------------------------------------------------------------------------------------
+
+HELP = """
+import sys
+sys.argv = ["jaxrlhf", "--help"]
+from jaxrlhf.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "tokenizers", "tensorflow_datasets", "grain", "numpy",
+         "pydantic", "yaml", "etils", "tensorflow", "torch", "tensorboardX"}
+print("HEAVY", sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def test_help_is_quick_and_loads_nothing_heavy():
+    seconds = []
+    for _ in range(2):
+        begin = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - begin)
+        for command in ("train", "generate", "evaluate", "export"):
+            assert command in done.stdout
+        assert "HEAVY []" in done.stdout
+    assert min(seconds) < 2
+
+
+def test_python_m_is_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "jaxrlhf", "train", str(tmp_path / "no.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{tmp_path / 'no.yaml'}: no such file\n"

@@ -1,0 +1,500 @@
+"""Configs: what loads, what is refused and in which words, the batch arithmetic, the reference."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxrlhf import config
+from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.config import Config, ConfigError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+PPO = """
+run_dir: runs/ppo
+iterations: 10
+algorithm: {name: ppo, num_epochs: 2, num_minibatches: 2}
+models:
+  policy: {init_from: runs/sft}
+  reward: {init_from: runs/rm}
+optimizer:
+  default: {learning_rate: 1e-4}
+  value: {learning_rate: 3e-4}
+data:
+  prompts: {path: prompts.jsonl}
+  prompt_buckets: [16, 32]
+batch: {prompts_per_step: 16, samples_per_prompt: 2}
+"""
+
+
+@pytest.fixture
+def ppo(tmp_path):
+    """The path of a good config."""
+    path = tmp_path / "ppo.yaml"
+    path.write_text(PPO)
+    return path
+
+
+def mistakes(path, *overrides, devices=None) -> list[str]:
+    """The lines of the ConfigError that loading (and checking on ``devices``) raises."""
+    with pytest.raises(ConfigError) as caught:
+        cfg = config.load(path, overrides)
+        if devices:
+            config.check(cfg, devices, str(path))
+    return str(caught.value).split("\n")
+
+
+def mistake(path, *overrides, devices=None) -> str:
+    """The only line."""
+    lines = mistakes(path, *overrides, devices=devices)
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- what loads -----------------------------------------------------------------------------------------------------
+
+
+def test_yaml_is_laid_over_the_defaults(ppo):
+    cfg = config.load(ppo)
+    assert cfg.algorithm == PPOConfig(num_epochs=2, num_minibatches=2)
+    assert cfg.algorithm_name == "ppo"
+    assert cfg.data.prompt_buckets == (16, 32)
+    assert cfg.generate.max_new_tokens == 64
+    assert cfg.optimizer["default"].learning_rate == 1e-4  # YAML 1.1 would read this as text
+
+
+def test_command_line_is_laid_over_yaml(ppo):
+    cfg = config.load(
+        ppo, ["algorithm.kl_coef=2e-2", "seed=7", "data.eval_prompts.path=b", "models.policy.init_from=x=y"]
+    )
+    assert (cfg.algorithm.kl_coef, cfg.seed, cfg.algorithm.num_epochs) == (0.02, 7, 2)
+    assert cfg.data.eval_prompts is not None and cfg.data.eval_prompts.path == "b"
+    assert cfg.models["policy"].init_from == "x=y"
+
+
+def test_a_role_takes_its_own_optimizer_row_else_the_default(ppo):
+    cfg = config.load(ppo)
+    assert cfg.optimizer_of("value").learning_rate == 3e-4
+    assert cfg.optimizer_of("policy").learning_rate == 1e-4
+    assert dataclasses.replace(cfg, optimizer={}).optimizer_of("policy") == config.OptimizerConfig()
+
+
+def test_reference_and_value_have_default_origins(ppo):
+    models = config.load(ppo).models
+    assert (models["reference"].init_from, models["value"].init_from) == ("policy", "reward")
+    assert config.load(ppo, ["models.value.init_from=policy"]).models["value"].init_from == "policy"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_file_loads_checks_and_round_trips(path, tmp_path):
+    cfg = config.load(path)
+    config.check(cfg, 1, str(path))
+    again = tmp_path / "config.yaml"
+    again.write_text(config.dump(cfg))
+    assert config.load(again) == cfg
+    assert len(path.read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run_dir=1e4x",
+        "run_dir='1e4'",
+        "run_dir='null'",
+        "run_dir='no'",
+        "run_dir='012'",
+        "run_dir='2020-01-01'",
+        'run_dir="ünï: code\\n"',
+        'generate.stop=["\\n", " #", "", "1e-3"]',
+        "optimizer.policy={learning_rate: 1.2345678901e-17}",
+        "algorithm.whiten_advantages=no",
+        "data.prompts.fields={prompt: text}",
+        "models.policy={architecture: {rope_scaling: {kind: linear, factor: 2}}}",
+    ],
+)
+def test_dump_loads_back_equal(ppo, tmp_path, override):
+    cfg = config.load(ppo, [override])
+    (tmp_path / "again.yaml").write_text(config.dump(cfg))
+    assert config.load(tmp_path / "again.yaml") == cfg
+    assert yaml.safe_load(config.dump(cfg))["run_dir"] == cfg.run_dir  # a YAML 1.1 reader sees the same text
+
+
+# ---- several configs ------------------------------------------------------------------------------------------------
+
+
+def test_an_override_can_name_its_config(ppo, tmp_path):
+    second = tmp_path / "second.yaml"
+    second.write_text(PPO)
+    first, other = config.load_all([ppo, second], ["second:run_dir=runs/b", "second:seed=3", "iterations=2"])
+    assert (first.run_dir, first.seed, first.iterations) == ("runs/ppo", 0, 2)
+    assert (other.run_dir, other.seed, other.iterations) == ("runs/b", 3, 2)
+    both = config.load_all([ppo, second], ["second:run_dir=runs/b", "ppo:seed=5"])  # both run the algorithm ppo
+    assert [cfg.seed for cfg in both] == [5, 5]
+
+
+def test_an_override_of_no_config_is_refused(ppo):
+    assert mistake(ppo, "pppo:seed=1") == "command line: pppo:seed: no config of this name; nearest: ppo"
+
+
+def test_two_configs_do_not_share_a_run_dir(ppo, tmp_path):
+    second = tmp_path / "second.yaml"
+    second.write_text(PPO)
+    with pytest.raises(ConfigError, match=r"second\.yaml: run_dir: runs/ppo: already the run_dir of .*ppo\.yaml"):
+        config.load_all([ppo, second])
+
+
+# ---- what is refused, in one line -----------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_names_file_key_value_and_the_nearest(ppo):
+    ppo.write_text(PPO.replace("num_epochs: 2", "kl_coeff: 0.05"))
+    assert mistake(ppo) == f"{ppo}: algorithm.kl_coeff: unknown key (value 0.05); nearest: kl_coef"
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("algorithm.group_size=4", "algorithm.group_size: unknown key (value 4); choices: num_epochs, "),
+        ("learning_rate=1", "learning_rate: unknown key (value 1); nearest: optimizer.<role>.learning_rate"),
+        ("algorithm_name=ppo", 'algorithm_name: unknown key (value "ppo"); nearest: algorithm.name'),
+        (
+            "models.policy.architecture={hiden_size: 8}",
+            "models.policy.architecture.hiden_size: unknown key (value 8); ",
+        ),
+        ("data.prompts.feilds={}", "data.prompts.feilds: unknown key (value {}); nearest: fields"),
+        ("algorithm.name=po", "algorithm.name: po: unknown algorithm; nearest: ppo"),
+        (
+            "algorithm.name=nowhere.at:ALL",
+            "algorithm.name: nowhere.at:ALL: No module named 'nowhere'; expected package",
+        ),
+        ("algorithm=ppo", "algorithm.name: null: expected a name; choices: "),
+        ("algorithm.kl_estimator=K1", 'algorithm.kl_estimator: "K1": expected one of k1, k2, k3'),
+        ("remat=ful", 'remat: "ful": expected one of none, full, dots; nearest: full'),
+        ("seed=yes", 'seed: "yes": expected an integer'),
+        ("seed=true", "seed: true: expected an integer"),
+        ("seed=abc", 'seed: "abc": expected an integer'),
+        ("seed=1.0", "seed: 1.0: expected an integer"),
+        ("seed=010", "seed: 10.0: expected an integer"),
+        ("algorithm.kl_coef='0.1'", 'algorithm.kl_coef: "0.1": expected a number'),
+        ("algorithm.kl_coef=true", "algorithm.kl_coef: true: expected a number"),
+        ("algorithm.kl_coef=.nan", "algorithm.kl_coef: NaN: expected a finite number"),
+        ("run_dir=3", "run_dir: 3: expected text"),
+        ("data.skip_bad=yes", 'data.skip_bad: "yes": expected true or false'),
+        ("data.prompt_buckets=[16, x]", 'data.prompt_buckets.1: "x": expected an integer'),
+        ("data.prompt_buckets=16", "data.prompt_buckets: 16: expected a list"),
+        ("generate=", "generate: null: expected a section of key: value lines"),
+        ("iterations=", "iterations: null: expected an integer"),
+        ("models.policy.architecture={rope_scaling: {}}", "models.policy.architecture.rope_scaling.kind: missing; "),
+        ("run_dir.a.b=1", 'run_dir.a.b: run_dir holds "runs/ppo", which is not a section'),
+        ("seed", "seed: expected key=value"),
+        ("a..b=1", "a..b=1: expected key=value"),
+        ("seed={a: 1, a: 2}", "seed: line 1, column 8: key a appears twice"),
+        ("seed={1: 2}", "seed: line 1, column 2: key 1: expected a word"),
+    ],
+)
+def test_a_wrong_override_is_one_line(ppo, override, line):
+    assert mistake(ppo, override).startswith(f"command line: {line}")
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("iterations=0", "iterations: 0: expected a number in [1, inf); nearest: 1"),
+        ("seed=-1", "seed: -1: expected a number in [0, 2147483647]; nearest: 0"),
+        ("generate.top_p=1.5", "generate.top_p: 1.5: expected a number in (0, 1]; nearest: 1"),
+        ("generate.top_p=0", "generate.top_p: 0.0: expected a number in (0, 1]"),
+        ("algorithm.clip_range=0", "algorithm.clip_range: 0.0: expected a number in (0, inf)"),
+        (
+            "optimizer.value.learning_rate=-1e-3",
+            "optimizer.value.learning_rate: -0.001: expected a number in [0, inf); ",
+        ),
+        ("optimizer.default.b1=1", "optimizer.default.b1: 1.0: expected a number in [0, 1)"),
+        ("data.prompt_buckets=[0, 4]", "data.prompt_buckets.0: 0: expected a number in [1, inf); nearest: 1"),
+        ("checkpoint.every=0", "checkpoint.every: 0: expected a number in [1, inf); nearest: 1"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line(ppo, override, line):
+    assert mistake(ppo, override).startswith(f"command line: {line}")
+
+
+def test_zero_is_allowed_where_it_means_something(ppo):
+    cfg = config.load(ppo, ["optimizer.default.learning_rate=0", "eval.every=0", "generate.temperature=0"])
+    assert (cfg.optimizer["default"].learning_rate, cfg.eval.every, cfg.generate.temperature) == (0, 0, 0)
+
+
+def test_every_number_in_a_config_has_a_range():
+    """Whoever adds a numeric field says in which interval it lies (mesh sizes have their own check)."""
+    classes = {cls for _, cls in config.records(Config)} | {row.config for row in ALGORITHMS.values()}
+    classes.discard(config.MeshConfig)
+    numeric = lambda hint: re.search(r"\b(int|float)\b", str(hint)) is not None
+    missing = [
+        f"{cls.__name__}.{name}"
+        for cls in classes
+        for name, hint in config.hints(cls).items()
+        if numeric(hint) and not config.interval_of(cls, name)
+    ]
+    known = {name for cls in classes for name in config.hints(cls)} | {"EvalConfig.every"}
+    assert missing == []
+    assert config.RANGE_OF.keys() - known == set()  # nor is a range left behind by a field that went away
+
+
+def test_all_mistakes_are_told_at_once_a_line_each(ppo):
+    lines = mistakes(ppo, "seed=x", "algorithm.gama=1")
+    assert [line.split(":")[1].strip() for line in lines] == ["algorithm.gama", "seed"]
+
+
+def test_missing_keys_are_named(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("algorithm: {name: sft}")
+    assert mistakes(path) == [
+        f"{path}: run_dir: missing; expected text",
+        f"{path}: iterations: missing; expected integer",
+    ]
+    path.write_text("")
+    assert mistake(path) == f"{path}: algorithm.name: null: expected a name; choices: ppo, rm, sft, package.module:NAME"
+
+
+def test_a_missing_file_names_the_nearest(ppo):
+    assert mistake(ppo.parent / "pop.yaml") == f"{ppo.parent / 'pop.yaml'}: no such file; nearest: {ppo}"
+
+
+# ---- hostile YAML ---------------------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("run_dir: !!python/object/apply:os.system [echo]", "could not determine a constructor"),
+        ("run_dir: !!binary aGVsbG8=", "could not determine a constructor"),
+        (BOMB, "more than 16 aliases"),
+        ("a: &a {b: *a}", "Circular reference"),
+        ("seed: 1\nseed: 2", "line 2, column 1: key seed appears twice"),
+        ("seed: 1\n  iterations: 2", "line 2, column 13: mapping values are not allowed here"),
+        ("[" * 5000, "nested too deeply"),
+        ("seed: " + "9" * 5000, "digits"),
+        ("# " + "x" * 70_000, "more than 65536 bytes"),
+        ("- a\n- b", "expected sections"),
+        ("a: 1\n---\nb: 2", "expected a single document in the stream"),
+        ("a: \x00", "special characters are not allowed"),
+        (b"a: \xff\xfe", "invalid start byte"),
+    ],
+)
+def test_hostile_yaml_is_refused_in_one_line(tmp_path, text, words):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = mistake(path)
+    assert line.startswith(f"{path}: ") and words in line
+
+
+def test_a_shared_anchor_is_not_shared_by_overrides(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        PPO.replace("default: {l", "default: &row {l").replace("value: {learning_rate: 3e-4}", "value: *row")
+    )
+    cfg = config.load(path, ["optimizer.value.learning_rate=1"])
+    assert (cfg.optimizer["default"].learning_rate, cfg.optimizer["value"].learning_rate) == (1e-4, 1.0)
+
+
+# ---- does it make sense on these devices? ---------------------------------------------------------------------------
+
+
+def test_a_good_config_passes(ppo):
+    cfg = config.load(ppo)
+    for devices in (1, 2, 8):
+        config.check(cfg, devices)
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (
+            ["batch.prompts_per_step=6", "algorithm.num_minibatches=4"],
+            "batch.prompts_per_step: 6: 6 prompts x 2 samples = 12 rows do not divide over 4 minibatches x 8 batch shards "
+            "(data 8 x fsdp 1); nearest: 16",
+        ),
+        # 12 prompts x 4 samples = 48 rows divide over 2 x 8, but 12 prompts not over 8 shards
+        (["batch={prompts_per_step: 12, samples_per_prompt: 4}"], "batch.prompts_per_step: 12: 12 prompts x 4 samples"),
+        (
+            ["batch.micro_batch_size=5"],
+            "batch.micro_batch_size: 5: a minibatch has 32 / 2 = 16 rows on 8 batch shards; expected a divisor of it that "
+            "the shards divide; nearest: 8",
+        ),
+        (["batch.micro_batch_size=4"], "batch.micro_batch_size: 4: a minibatch has 32 / 2 = 16 rows on 8 batch shards"),
+        (["mesh={data: 3}"], "mesh: (data=3, fsdp=1, tensor=1) needs 3 devices"),
+        (["mesh={data: -1, fsdp: -1}"], "mesh: (data=-1, fsdp=-1, tensor=1): sizes are positive"),
+        (["data.prompts="], "data.prompts: missing; ppo reads it; expected path or tfds"),
+        (["data.prompts={}"], "data.prompts: path is null and tfds is null; expected one of them"),
+        (["algorithm.reward_update=true"], "data.preferences: missing; ppo reads it; expected path or tfds"),
+        (
+            ["data.prompt_buckets=[32, 16]"],
+            "data.prompt_buckets: [32, 16]: expected ascending lengths; nearest: [16, 32]",
+        ),
+        (["eval.every=5"], "data.eval_prompts: missing; eval.every is 5"),
+        (
+            ["checkpoint.best=score/mean", "eval.every=1", "data.eval_prompts.path=x"],
+            "checkpoint.best: score/mean: expected a metric of the evaluation; nearest: eval/score/mean",
+        ),
+        (["checkpoint.best=eval/x"], "checkpoint.best: eval/x: never measured, as eval.every is 0"),
+        (["models.reward="], "models.reward: null: expected a section"),
+        (["models.policy.init_from="], "models.policy: neither init_from nor architecture is given"),
+        (["models.policy.architecture={}"], "models.policy: init_from runs/sft and architecture are both given"),
+        (["models.value.init_from=cost"], "models.value.init_from: cost: a role that models does not give; choices: "),
+        (["models.policy.init_from=policy"], "models.policy.init_from: policy: goes in a circle (policy -> policy); "),
+        (
+            ["models.reward.init_from=value"],
+            "models.reward.init_from: value: goes in a circle (reward -> value -> reward)",
+        ),
+        (["models.rewards.init_from=runs/rm"], "models.rewards: unknown role; nearest: reward"),
+        (["optimizer.valeu={}"], "optimizer.valeu: no role of ppo; nearest: value"),
+        (["generate.min_new_tokens=99"], "generate.min_new_tokens: 99: more than max_new_tokens; nearest: 64"),
+        (
+            ["tokenizer={init_from: a, train_vocab_size: 300}"],
+            "tokenizer.train_vocab_size: 300: init_from a is given too",
+        ),
+        (["tokenizer.train_vocab_size=300"], "tokenizer.train_vocab_size: 300: there is no text to train on"),
+    ],
+)
+def test_what_cannot_work_is_one_line(ppo, overrides, line):
+    text = mistake(ppo, *overrides, devices=8)
+    assert text.startswith((f"{ppo}: {line}", f"command line: {line}"))
+
+
+SFT = """
+run_dir: runs/sft
+iterations: 3
+algorithm: {name: sft}
+models: {policy: {architecture: {hidden_size: 64, max_positions: 32}}}
+tokenizer: {train_vocab_size: 300}
+data: {demonstrations: {path: a.jsonl}, max_length: 32}
+"""
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("models.policy.architecture.num_heads=5", "num_heads: 5: does not divide hidden_size 64; nearest: 4"),
+        ("models.policy.architecture.num_kv_heads=3", "num_heads: 4 is not a multiple of num_kv_heads: 3"),
+        ("data.max_length=33", "max_positions: 32: less than 33 = data.max_length; nearest: 33"),
+        ("mesh={tensor: 8}", "num_heads: 4: mesh axis tensor of 8 does not divide it; nearest: 8"),
+    ],
+)
+def test_an_architecture_that_cannot_work_is_one_line(tmp_path, override, line):
+    path = tmp_path / "sft.yaml"
+    path.write_text(SFT)
+    config.check(config.load(path), 8)
+    assert mistake(path, override, devices=8) == f"{path}: models.policy.architecture.{line}"
+
+
+def test_a_policy_from_scratch_needs_room_for_prompt_and_response(ppo):
+    given = ["models.policy={architecture: {max_positions: 95}}", "tokenizer.init_from=runs/sft"]
+    assert "max_positions: 95: less than 96 = the largest of data.prompt_buckets" in mistake(ppo, *given, devices=1)
+    config.check(config.load(ppo, [*given, "generate.max_new_tokens=63"]), 1)
+
+
+def test_a_run_from_scratch_needs_a_tokenizer(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(SFT)
+    line = mistake(path, "tokenizer.train_vocab_size=", devices=1)
+    assert line.endswith("tokenizer: null: no model is given that has one; expected init_from or train_vocab_size")
+
+
+@pytest.mark.parametrize(
+    "micro, devices, num_micro, words",
+    [
+        (None, 8, 1, "micro-batches of 16 (1 a minibatch)"),
+        (8, 8, 2, "micro-batches of 8 (2 a minibatch)"),
+        (1, 1, 16, "micro-batches of 1 (16 a minibatch)"),
+    ],
+)
+def test_batch_arithmetic_is_stated(ppo, micro, devices, num_micro, words):
+    cfg = config.load(ppo, [f"batch.micro_batch_size={'' if micro is None else micro}"])
+    config.check(cfg, devices)
+    assert config.num_micro(cfg) == num_micro
+    assert config.updates_of(cfg) == (2, 2)
+    arithmetic = "16 prompts x 2 samples = 32 rows -> 2 epochs x 2 minibatches of 16 = 4 updates an iteration"
+    assert config.describe_batch(cfg) == f"batch: {arithmetic}; {words}"
+
+
+def test_the_nearest_batch_really_works(ppo):
+    """What an error proposes is accepted, and no nearer number would have been."""
+    for prompts in range(1, 40):
+        for samples in (1, 2, 3, 8):
+            given = [f"batch={{prompts_per_step: {prompts}, samples_per_prompt: {samples}}}"]
+            works = lambda n, samples=samples: n % 8 == 0 and n * samples % 16 == 0 and n > 0
+            cfg = config.load(ppo, given)
+            if works(prompts):
+                config.check(cfg, 8)
+                continue
+            with pytest.raises(ConfigError) as caught:
+                config.check(cfg, 8)
+            nearest = int(str(caught.value).rpartition("nearest: ")[2])
+            assert works(nearest)
+            assert not any(works(n) for n in range(prompts + 1, nearest)) or nearest < prompts
+            assert abs(nearest - prompts) <= min(abs(n - prompts) for n in range(1, 80) if works(n))
+
+
+def test_preferences_divide_like_the_rows_beside_them(ppo):
+    given = ["algorithm.reward_update=true", "data.preferences.path=x", "batch.micro_batch_size=2"]
+    config.check(config.load(ppo, given), 2)  # 32 pairs over 2 minibatches x 8 micro-batches x 2 shards
+    line = mistake(ppo, *given, "batch.preferences_per_step=36", devices=2)
+    rest = "36 rows do not divide over 2 minibatches x 2 batch shards (data 2 x fsdp 1) x 8 micro-batches; nearest: 32"
+    assert line == f"{ppo}: batch.preferences_per_step: 36: {rest}"
+    assert "with 32 preferences" in config.describe_batch(config.load(ppo, given))
+
+
+# ---- algorithms from outside, the reference -------------------------------------------------------------------------
+
+
+def test_an_algorithm_from_outside_the_package_brings_its_config(ppo, tmp_path, monkeypatch):
+    (tmp_path / "outside.py").write_text(
+        "import dataclasses\nfrom jaxrlhf.algorithms.ppo import ALGORITHM as PPO, PPOConfig\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Mine(PPOConfig):\n    twist: float = 0.5\n"
+        "ALGORITHM = PPO._replace(config=Mine)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = config.load(ppo, ["algorithm.name=outside:ALGORITHM", "algorithm.twist=2"])
+    assert (cfg.algorithm.twist, cfg.algorithm.num_epochs) == (2.0, 2)
+    (tmp_path / "again.yaml").write_text(config.dump(cfg))
+    assert config.load(tmp_path / "again.yaml") == cfg
+
+
+def test_the_reference_tells_type_default_and_comment():
+    text = config.reference()
+    assert "| `clip_range` | number | `0.2` | of the policy ratio, around 1 |" in text
+    assert '| `mode` | `max` or `min` | `"max"` | which value of it is best |' in text
+    assert "| `micro_batch_size` | integer or null | `null` | rows whose activations are held at once; " in text
+    assert "| `run_dir` | text | required |" in text
+    assert "| `prompt_buckets` | list of integer | `[64, 128, 256]` |" in text
+    for path, _ in config.records(Config):
+        assert not path or f"**`{path}`**" in text
+    for name in ALGORITHMS:
+        assert f"**`algorithm, name: {name}`**" in text
+
+
+def test_readme_holds_the_reference():
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README.md")
+    start, end = "<!-- config reference -->\n", "<!-- /config reference -->"
+    text = readme.read_text()
+    assert start in text and end in text
+    block = text.partition(start)[2].partition(end)[0]
+    assert block.strip() == config.reference().strip(), "stale: replace it with what `python -m jaxrlhf.config` prints"
+
+
+def test_the_module_prints_the_reference():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrlhf.config"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == config.reference().strip()
