@@ -181,7 +181,13 @@ def origin(cfg: Config, role: Role):
 
 
 def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
-    """What ``role`` starts from. Raises ConfigError where nothing is there."""
+    """What ``role`` starts from: the run's own checkpoint if there is one, else what the config names.
+
+    Raises ConfigError where nothing is there."""
+    if checkpoint.latest_step(cfg.run_dir) is not None:
+        step, extra = checkpoint.read_extra(cfg.run_dir)
+        if role in extra["models"]:
+            return Weights("run", cfg.run_dir, *checkpoint.model_of(extra["models"][role]), step, role)
     start = origin(cfg, role)
     if start.architecture is not None:
         shape = transformer.resolve(start.architecture, vocab_size)

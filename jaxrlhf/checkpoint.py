@@ -4,15 +4,18 @@ Each role is an item of its own, so that another run can take one role and read 
 """
 
 import dataclasses
-import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxrlhf.models import hf
 from jaxrlhf.models.transformer import ModelConfig, RopeScaling
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.state import abstract_params
 from jaxrlhf.types import Head, Params, Role, TrainState
 
 STATE, EXTRA = "state", "extra"  # items beside the roles'
@@ -108,13 +111,19 @@ def model_of(record: dict) -> tuple[ModelConfig, Head]:
     return ModelConfig(**fields), record["head"]
 
 
+def latest_step(run_dir) -> int | None:
+    """The newest whole checkpoint of a run, or None."""
+    there = directory(run_dir)
+    return max(ocp.utils.checkpoint_steps(there), default=None) if there.exists() else None
+
+
 def read_extra(run_dir) -> tuple[int, dict]:
     """(latest step, its JSON) of a run. Raises FileNotFoundError, in one line, where it has no checkpoint."""
-    with ocp.CheckpointManager(directory(run_dir), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(f"{run_dir}: no checkpoint in it; a run saves one every checkpoint.every iterations")
-        return step, manager.restore(step, args=ocp.args.Composite(**{EXTRA: ocp.args.JsonRestore()}))[EXTRA]
+    step = latest_step(run_dir)
+    if step is None:
+        raise FileNotFoundError(f"{run_dir}: no checkpoint in it; a run saves one every checkpoint.every iterations")
+    path = directory(run_dir) / str(step) / EXTRA
+    return step, ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)
 
 
 def find_role(record: dict, role: Role) -> Role:
@@ -127,12 +136,21 @@ def find_role(record: dict, role: Role) -> Role:
 
 def restore_role(run_dir, step: int, role: Role, abstract: Params) -> Params:
     """One role's parameters of a run, laid out as ``abstract`` says."""
-    with ocp.CheckpointManager(directory(run_dir), options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        kinds = [p.name for p in (directory(run_dir) / str(step)).iterdir()]
-        item = next(f"{kind}.{role}" for kind in ("params", "slow") if f"{kind}.{role}" in kinds)
-        return manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))[item]
+    there = directory(run_dir) / str(step)
+    item = next(there / f"{kind}.{role}" for kind in ("params", "slow") if (there / f"{kind}.{role}").exists())
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(item, abstract)
 
 
-def describe(tree) -> str:
-    """JSON of a pytree's shapes, for error messages and tests."""
-    return json.dumps(jax.tree.map(lambda x: list(x.shape), tree))
+def export(run_dir, role: Role, to) -> None:
+    """Write one role of a run's latest checkpoint as a HF folder, tokenizer included.
+
+    Raises FileNotFoundError for a run without checkpoints, ValueError for a role that it does not have."""
+    step, extra = read_extra(run_dir)
+    if role not in extra["models"]:
+        raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")
+    cfg, head = model_of(extra["models"][role])
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        params = restore_role(run_dir, step, role, abstract_params(cfg, head, jnp.dtype(extra["dtype"]), mesh))
+        hf.save(params, cfg, head, to, jnp.dtype(extra["dtype"]), tokenizer_folder=epath.Path(run_dir) / "tokenizer")

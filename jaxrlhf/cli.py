@@ -1,7 +1,8 @@
 """The ``jaxrlhf`` command.
 
-Nothing heavy is imported before a command runs, so that ``--help`` answers at once. Exit codes: 0 done, 2 a mistake in
-the config or the input (one line on stderr), 75 preempted (everything is saved: run the same command again).
+Nothing heavy is imported before a command runs, so that ``--help`` answers at once. Exit codes: 0 done, 1 training
+broke down, 2 a mistake in the config or the input (both one line on stderr), 75 preempted (everything is saved: run the
+same command again).
 """
 
 import json
@@ -13,6 +14,8 @@ from typing import Annotated
 
 import typer
 
+PACKAGE = Path(__file__).parent
+EXIT_BROKEN = 1
 EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -52,7 +55,7 @@ def train(
     from jaxrlhf.train import run
 
     for path, cfg in zip(paths, configs):
-        if run(cfg, path) == "preempted":
+        if run(cfg, config.read_file(path).decode()) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
 
 
@@ -73,7 +76,7 @@ def generate(
 
     cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     check_ranges(cfg, "command line")
-    from jaxrlhf.evaluate import generate_text
+    from jaxrlhf.complete import generate_text
 
     for text, response in zip(prompt, generate_text(model, prompt, cfg, seed, chat)):
         typer.echo(f"{text}\n  -> {response}" if len(prompt) > 1 else response)
@@ -126,17 +129,17 @@ def need_run(run: str) -> None:
 
 
 def main() -> None:
-    """The command, with mistakes of the user told in one line instead of a traceback (JAXRLHF_TRACEBACK=1 shows it)."""
+    """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:  # the latter: a loss that is not finite
         if os.environ.get("JAXRLHF_TRACEBACK") or not raised_here(error):
             raise
         print(error, file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
+        sys.exit(EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_BROKEN)
 
 
 def raised_here(error: BaseException) -> bool:
     """Whether a raise statement of this package raised ``error``, so that its message was written for the user."""
     *_, last = traceback.extract_tb(error.__traceback__)
-    return Path(__file__).parent in Path(last.filename).parents and (last.line or "").startswith("raise ")
+    return PACKAGE in Path(last.filename).parents and (last.line or "").startswith("raise ")

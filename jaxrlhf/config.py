@@ -97,6 +97,7 @@ class EvalConfig:
     every: int = 0  # iterations; 0: only at the end
     size: int = 256  # held-out examples
     samples: int = 8  # responses that go to samples.jsonl
+    judge: SourceConfig | None = None  # labelled texts for an outside judge, which `jaxrlhf evaluate` asks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,9 +216,11 @@ def find_algorithm(name: Any) -> Algorithm:
 def with_default_roles(cfg: Config) -> Config:
     """Fills in the roles that the algorithm needs and the config leaves out: the reference starts as the policy, the
     value model as the reward model."""
-    defaults = {"reference": "policy", "value": "reward"}
-    models = {role: RoleConfig(init_from=defaults[role]) for role in roles_of(cfg) if role in defaults}
-    return dataclasses.replace(cfg, models={**cfg.models, **{r: m for r, m in models.items() if r not in cfg.models}})
+    origins = {"reference": "policy", "value": "reward"}
+    left_out = [role for role in roles_of(cfg) if role in origins and role not in cfg.models]
+    return dataclasses.replace(
+        cfg, models=cfg.models | {role: RoleConfig(init_from=origins[role]) for role in left_out}
+    )
 
 
 def roles_of(cfg: Config) -> list[Role]:
@@ -508,11 +511,8 @@ def range_problems(record: Any, keys: tuple = ()) -> Iterator[tuple[tuple, str]]
     """(keys, text) of every number in ``record``, and in the records below it, that is outside its range."""
     for field in dataclasses.fields(record):
         value, here = getattr(record, field.name), (*keys, field.name)
-        items = [(here, value)]
-        if isinstance(value, (dict, tuple)):
-            items = [
-                ((*here, key), item) for key, item in (value.items() if isinstance(value, dict) else enumerate(value))
-            ]
+        inside = dict(enumerate(value)) if isinstance(value, tuple) else value
+        items = [((*here, key), item) for key, item in inside.items()] if isinstance(inside, dict) else [(here, value)]
         for place, item in items:
             if dataclasses.is_dataclass(item):
                 yield from range_problems(item, place)
@@ -532,8 +532,8 @@ def check(cfg: Config, num_devices: int, source: str = "config") -> None:
     """Raises ConfigError, a line a mistake, for what no single key shows: roles, data, batch arithmetic, the mesh.
 
     Nothing is built or read; ``source`` is what the lines start with (the config's path)."""
-    parts = (role_problems(cfg), data_problems(cfg), model_problems(cfg), device_problems(cfg, num_devices))
-    problems = [problem for part in parts for problem in part]
+    problems = [*role_problems(cfg), *data_problems(cfg), *tokenizer_problems(cfg), *evaluation_problems(cfg)]
+    problems += [*model_problems(cfg), *device_problems(cfg, num_devices)]
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
@@ -576,29 +576,34 @@ def origin_problems(cfg: Config, role: Role) -> Iterator[str]:
 
 
 def data_problems(cfg: Config) -> Iterator[str]:
-    """The data that the algorithm reads, the evaluation and the tokenizer are given."""
-    name, data = cfg.algorithm_name, cfg.data
-    sections = [SECTION_OF.get(field, field) for field in fields_read(cfg)]
-    for section in sections:
+    """What the algorithm reads is given, each source as one thing, and lengths make sense."""
+    name, data, generate = cfg.algorithm_name, cfg.data, cfg.generate
+    for section in sections_read(cfg):
         if getattr(data, section, None) is None:
             yield f"data.{section}: missing; {name} reads it; expected path or tfds"
-    for section in hints(DataConfig):
-        given = getattr(data, section)
+    sources = {f"data.{name}": getattr(data, name) for name in hints(DataConfig)} | {"eval.judge": cfg.eval.judge}
+    for key, given in sources.items():
         if isinstance(given, SourceConfig) and (given.path is None) == (given.tfds is None):
-            yield f"data.{section}: path is {show(given.path)} and tfds is {show(given.tfds)}; expected one of them"
-    if cfg.eval.every and not any(getattr(data, f"eval_{section}", None) for section in sections):
-        yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path or tfds"
+            yield f"{key}: path is {show(given.path)} and tfds is {show(given.tfds)}; expected one of them"
     if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
         nearest = sorted(set(data.prompt_buckets)) or [64, 128, 256]
         yield f"data.prompt_buckets: {show(data.prompt_buckets)}: expected ascending lengths; nearest: {nearest}"
-    best = cfg.checkpoint.best
+    if generate.min_new_tokens > generate.max_new_tokens:
+        most = generate.max_new_tokens
+        yield f"generate.min_new_tokens: {generate.min_new_tokens}: more than max_new_tokens; nearest: {most}"
+    if getattr(cfg.algorithm, "normalize_samples", 0) and "policy" not in cfg.models:
+        yield "models.policy: missing; algorithm.normalize_samples scores its responses; expected init_from"
+
+
+def evaluation_problems(cfg: Config) -> Iterator[str]:
+    """An evaluation that is asked for can be made."""
+    best, sections = cfg.checkpoint.best, sections_read(cfg)
+    if cfg.eval.every and not any(getattr(cfg.data, f"eval_{section}", None) for section in sections):
+        yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path or tfds"
     if best and not best.startswith("eval/"):
         yield f"checkpoint.best: {best}: expected a metric of the evaluation; nearest: eval/{best}"
     if best and not cfg.eval.every:
         yield f"checkpoint.best: {best}: never measured, as eval.every is 0; expected eval.every of 1 or more"
-    if getattr(cfg.algorithm, "normalize_samples", 0) and "policy" not in cfg.models:
-        yield "models.policy: missing; algorithm.normalize_samples scores its responses; expected init_from"
-    yield from tokenizer_problems(cfg)
 
 
 def tokenizer_problems(cfg: Config) -> Iterator[str]:
@@ -615,13 +620,10 @@ def tokenizer_problems(cfg: Config) -> Iterator[str]:
 
 def model_problems(cfg: Config) -> Iterator[str]:
     """Architectures whose heads divide, and which are long enough for the rows."""
-    generate, longest, what = cfg.generate, cfg.data.max_length, "data.max_length"
-    if generate.min_new_tokens > generate.max_new_tokens:
-        most = generate.max_new_tokens
-        yield f"generate.min_new_tokens: {generate.min_new_tokens}: more than max_new_tokens; nearest: {most}"
+    longest, what = cfg.data.max_length, "data.max_length"
     if "prompts" in fields_read(cfg):
-        longest = max(cfg.data.prompt_buckets, default=0) + generate.max_new_tokens
-        what = f"the largest of data.prompt_buckets + generate.max_new_tokens {generate.max_new_tokens}"
+        longest = max(cfg.data.prompt_buckets, default=0) + cfg.generate.max_new_tokens
+        what = f"the largest of data.prompt_buckets + generate.max_new_tokens {cfg.generate.max_new_tokens}"
     for role, shape in architectures(cfg):
         key = f"models.{role}.architecture"
         try:
@@ -657,32 +659,30 @@ def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
     axes = [axis for axis in AXES if axis in (RULES["batch"] or ())]
     shards, (_, minibatches) = math.prod(sizes[axis] for axis in axes), updates_of(cfg)
     over = f"{minibatches} minibatches x {shards} batch shards ({' x '.join(f'{axis} {sizes[axis]}' for axis in axes)})"
-    first = len(yielded := [*divided(cfg, minibatches, shards, over)])
-    yield from yielded
+    undivided = [*divided(cfg, fields_read(cfg), minibatches, shards, over)]
+    yield from undivided
     micro = cfg.batch.micro_batch_size
-    if first or micro is None:
+    if undivided or micro is None:
         return
     main, *others = fields_read(cfg)
-    minibatch = rows_of(cfg)[main] // minibatches
-    fits = [size for size in divisors(minibatch) if size % shards == 0]
+    rows = rows_of(cfg)[main]
+    fits = [size for size in divisors(rows // minibatches) if size % shards == 0]
     if micro not in fits:
         nearest = min(fits, key=lambda size: abs(size - micro))
         yield (
-            f"batch.micro_batch_size: {micro}: a minibatch has {rows_of(cfg)[main]} / {minibatches} = {minibatch} rows "
+            f"batch.micro_batch_size: {micro}: a minibatch has {rows} / {minibatches} = {rows // minibatches} rows "
             f"on {shards} batch shards; expected a divisor of it that the shards divide; nearest: {nearest}"
         )
         return
-    parts = minibatch // micro
-    for field in others:
-        yield from divided(cfg, minibatches * parts, shards, f"{over} x {parts} micro-batches", only=field)
+    parts = rows // minibatches // micro
+    yield from divided(cfg, others, minibatches * parts, shards, f"{over} x {parts} micro-batches")
 
 
-def divided(cfg: Config, parts: int, shards: int, over: str, only: str | None = None) -> Iterator[str]:
-    """What to say of rows that ``parts`` parts on ``shards`` shards do not divide."""
-    batch = cfg.batch
-    for field in [only] if only else fields_read(cfg):
-        key, each = ROWS_KEY[field], batch.samples_per_prompt if field == "prompts" else 1
-        count = getattr(batch, key)
+def divided(cfg: Config, fields: Sequence[str], parts: int, shards: int, over: str) -> Iterator[str]:
+    """What to say of the fields' rows where ``parts`` parts on ``shards`` shards do not divide them."""
+    for field in fields:
+        key, each = ROWS_KEY[field], cfg.batch.samples_per_prompt if field == "prompts" else 1
+        count = getattr(cfg.batch, key)
         # prompts lie on the shards themselves, before each of them becomes several rows
         unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards)
         if count % unit:
@@ -696,6 +696,11 @@ ROWS_KEY = {"prompts": "prompts_per_step", "sequences": "sequences_per_step", "p
 def fields_read(cfg: Config) -> tuple[str, ...]:
     """The fields of Batch that the algorithm reads from data."""
     return find_algorithm(cfg.algorithm_name).batch(cfg.algorithm)
+
+
+def sections_read(cfg: Config) -> list[str]:
+    """The sections of ``data`` that hold them."""
+    return [SECTION_OF.get(field, field) for field in fields_read(cfg)]
 
 
 def rows_of(cfg: Config) -> dict[str, int]:
@@ -747,18 +752,16 @@ def nearest_multiple(number: int, unit: int) -> int:
 
 def reference() -> str:
     """The reference of all keys in markdown, from the dataclasses and the comments beside their fields."""
-    parts = [reference_of("", Config)]
+    places: dict[type, list[str]] = {}
     for path, record in records(Config):
-        if path == "models":
-            continue
-        if path:
-            parts.append(reference_of(path, record))
-    algorithms = [reference_of(f"algorithm, name: {name}", row.config) for name, row in sorted(ALGORITHMS.items())]
-    return "\n".join([parts[0], *algorithms, *parts[1:]])
+        places.setdefault(record, []).append(path)
+    run, *sections = [reference_of(paths, record) for record, paths in places.items()]
+    algorithms = [reference_of([f"algorithm, name: {name}"], row.config) for name, row in sorted(ALGORITHMS.items())]
+    return "\n".join([run, *algorithms, *sections])
 
 
-def reference_of(path: str, record: type) -> str:
-    """One record as a heading, its docstring's first paragraph, and a table."""
+def reference_of(paths: list[str], record: type) -> str:
+    """One record as where it stands, its docstring's first paragraph, and a table."""
     intro = one_line(inspect.getdoc(record).split("\n\n")[0])  # type: ignore[union-attr]
     comments = field_comments(record)
     rows = []
@@ -768,7 +771,8 @@ def reference_of(path: str, record: type) -> str:
         cells = (f"`{field.name}`", type_name(hints(record)[field.name]), default_of(field), comments[field.name])
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     table = ["| key | type | default | |", "|---|---|---|---|", *rows] if rows else ["No keys."]
-    return "\n".join([f"**{f'`{path}`' if path else 'The run'}**: {intro}", "", *table, ""])
+    where = ", ".join(f"`{path}`" for path in paths if path) or "The run"
+    return "\n".join([f"**{where}**: {intro}", "", *table, ""])
 
 
 SECTIONS = ("algorithm", "algorithm_name", "models", "optimizer")  # explained by the tables of what is in them

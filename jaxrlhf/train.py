@@ -165,6 +165,7 @@ class Trainer:
         extra = {
             "config": dump(self.cfg),
             "models": checkpoint.models_record(self.ready.configs, self.ready.heads),
+            "dtype": self.cfg.precision.params,
             "data": self.feed.get_state(),
         }
         self.saved.save(step, state, extra, self.scores)

@@ -49,13 +49,13 @@ def calls(monkeypatch):
         monkeypatch.setitem(sys.modules, name, stand_in)
         monkeypatch.setattr(importlib.import_module("jaxrlhf"), name.rpartition(".")[2], stand_in, raising=False)
 
-    module("jaxrlhf.train", run=lambda cfg, source: "preempted" if "stop" in cfg.run_dir else "done")
+    module("jaxrlhf.train", run=lambda cfg, text: "preempted" if "stop" in cfg.run_dir else "done")
     module(
         "jaxrlhf.evaluate",
         evaluate_run={"eval/score/mean": 1.5},
         print_report=lambda report: print("the report", report),
-        generate_text=lambda model, prompts, *_: [prompt.upper() for prompt in prompts],
     )
+    module("jaxrlhf.complete", generate_text=lambda model, prompts, *_: [prompt.upper() for prompt in prompts])
     module("jaxrlhf.checkpoint", export=None)
     return noted
 
@@ -80,9 +80,9 @@ def run(monkeypatch, capsys):
 def test_train_runs_the_configs_in_order_with_their_overrides(sft, calls, run):
     second = sft.parent / "second.yaml"
     run("train", sft, second, "seed=3", "second:iterations=9")
-    assert [(name, cfg.run_dir, cfg.seed, cfg.iterations, source) for name, cfg, source in calls] == [
-        ("run", "first", 3, 2, str(sft)),
-        ("run", "second", 3, 9, str(second)),
+    assert [(name, cfg.run_dir, cfg.seed, cfg.iterations, text) for name, cfg, text in calls] == [
+        ("run", "first", 3, 2, sft.read_text()),
+        ("run", "second", 3, 9, second.read_text()),
     ]
 
 
@@ -104,8 +104,8 @@ def test_train_needs_a_config(calls, run):
     assert "no config file" in run("train", "seed=3", code=2)[1]
 
 
-def test_a_library_error_keeps_its_traceback(sft, calls, monkeypatch):
-    def broken(cfg, source):
+def test_a_library_error_keeps_its_traceback(sft, calls, monkeypatch, run):
+    def broken(cfg, text):
         return int("not a number")
 
     monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
@@ -113,7 +113,18 @@ def test_a_library_error_keeps_its_traceback(sft, calls, monkeypatch):
         run("train", sft)
 
 
-def test_the_traceback_of_a_mistake_can_be_asked_for(sft, calls, monkeypatch):
+def test_training_that_breaks_down_is_one_line_too(sft, calls, monkeypatch, run):
+    def broken(cfg, text):
+        raise FloatingPointError("step 3: loss/policy is nan")
+
+    monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
+    with pytest.raises(FloatingPointError):  # raised outside the package: not its words
+        run("train", sft)
+    monkeypatch.setattr(cli, "PACKAGE", Path(__file__).parent)
+    assert run("train", sft, code=1)[1] == "step 3: loss/policy is nan\n"
+
+
+def test_the_traceback_of_a_mistake_can_be_asked_for(sft, calls, monkeypatch, run):
     monkeypatch.setenv("JAXRLHF_TRACEBACK", "1")
     with pytest.raises(ValueError, match="expected an integer"):
         run("train", sft, "seed=x")
@@ -123,7 +134,8 @@ def test_the_traceback_of_a_mistake_can_be_asked_for(sft, calls, monkeypatch):
 
 
 def test_generate_passes_its_options(calls, run):
-    out, _ = run("generate", "model", "--prompt", "one", "--prompt", "two", *"--top-k 5 --max-tokens 7 --seed 2 --chat".split())
+    options = ["--top-k", 5, "--max-tokens", 7, "--seed", 2, "--chat"]
+    out, _ = run("generate", "model", "--prompt", "one", "--prompt", "two", *options)
     (_, model, prompts, cfg, seed, chat) = calls[0]
     assert (model, list(prompts), seed, chat) == ("model", ["one", "two"], 2, True)
     assert (cfg.top_k, cfg.max_new_tokens, cfg.temperature, cfg.top_p) == (5, 7, 1.0, 1.0)
@@ -179,8 +191,8 @@ try:
     main()
 except SystemExit as stop:
     assert not stop.code, stop.code
-heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "tokenizers", "tensorflow_datasets", "grain", "numpy",
-         "pydantic", "yaml", "etils", "tensorflow", "torch", "tensorboardX"}
+heavy = {"jax", "jaxlib", "flax", "optax", "orbax", "transformers", "tokenizers", "tensorflow_datasets", "grain",
+         "numpy", "pydantic", "yaml", "etils", "tensorflow", "torch", "tensorboardX"}
 print("HEAVY", sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 """
 

@@ -1,8 +1,8 @@
 """Endless streams of token batches for training, and fixed lists of them for evaluation.
 
-The order is a function of (data, seed, batch size) alone: a stream shuffles all the data afresh every epoch, cuts the
-endless row of epochs into global batches, and each process makes its own block of rows of each. So the state is the number
-of batches taken, a run resumes on any number of processes, and no data is lost at the end of an epoch.
+The order is a function of (data, seed, batch size) alone: a stream shuffles all the data afresh every epoch and cuts
+the endless row of epochs into global batches, of which each process makes its own block of rows. So the state is the
+number of batches taken, a run resumes on any number of processes, and no data is lost at the end of an epoch.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Stream(Iterator[HostBatch]):
             grain.MapDataset.range(len(layout.units))
             .shuffle(seed=shuffle_seed)  # by epoch: grain adds its number to the seed
             .repeat()
-            .batch(layout.rows, batch_fn=np.asarray)
+            .batch(layout.rows, drop_remainder=True, batch_fn=np.asarray)  # there is none: the epochs follow each other
             .map(layout.assemble)
             .to_iter_dataset(grain.ReadOptions(num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD))
         )
@@ -63,8 +63,8 @@ class Stream(Iterator[HostBatch]):
         """Goes on where ``get_state`` was called. Raises ValueError when that was in another order of other data."""
         if state.get("order") != self._order:
             raise ValueError(
-                f"{self._where}: the saved position {state.get('position')} is in another order of the data: source, seed, "
-                "batch size, tokenizer and the limits on length have to be as they were"
+                f"{self._where}: the saved position {state.get('position')} is in another order of the data: "
+                "source, seed, batch size, tokenizer and the limits on length have to be as they were"
             )
         self._batches.set_state(dict(state["position"]))
 

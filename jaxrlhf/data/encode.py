@@ -1,8 +1,8 @@
 """From a record to token ids and the mask of what is learnt.
 
-One promise: the tokens before a response are exactly those that ``encode_prompt`` gives for its prompt, so what a policy
-is trained on is what it sees while sampling. Hence a text is encoded whole where its pieces meet at the edge of a token,
-and piece by piece where a token would straddle prompt and response.
+One promise: the tokens before a response are exactly those that ``encode_prompt`` gives for its prompt, so what a
+policy is trained on is what it sees while sampling. Hence a text is encoded whole where its pieces meet at the edge of a
+token, and piece by piece where a token would straddle prompt and response.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,8 +23,10 @@ class Encoded(NamedTuple):
 
 
 def encode_prompt(record: Mapping[str, Any], tokenizer: Any) -> np.ndarray:
-    """i32[P] of ``prompt``, or of ``messages`` up to where the assistant speaks. Never empty: a start token is put where
-    nothing would be, since the first sampled token needs one before it."""
+    """i32[P] of ``prompt``, or of ``messages`` up to where the assistant speaks.
+
+    Never empty: a start token is put where nothing would be, since the first sampled token needs one before it.
+    """
     if record.get("prompt") is not None:
         ids = leading_ids(tokenizer) + encode_text(tokenizer, record["prompt"]).ids
     else:
@@ -113,8 +115,8 @@ def _chat_pieces(messages: Messages, turns: Iterable[int], tokenizer: Any) -> li
         before, after = _render(messages[:turn], tokenizer, to_answer=True), _render(messages[: turn + 1], tokenizer)
         if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
             raise ValueError(
-                f"chat template of {tokenizer.name_or_path!r} is not prefix-stable: it writes what comes before message "
-                f"{turn}, or the message, in another way once more follows, so what to learn can't be found"
+                f"chat template of {tokenizer.name_or_path!r} is not prefix-stable: it writes what comes before "
+                f"message {turn}, or the message, in another way once more follows, so what to learn can't be found"
                 + (" (data.loss_on: response needs it of the last message only)" if turn < len(messages) - 1 else "")
             )
         pieces += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]

@@ -6,6 +6,7 @@ Nothing is lost silently: every record is measured, and what is dropped, cut or 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -103,7 +104,7 @@ def _longest(kind: str, cfg: DataConfig) -> int:
             )
         return cfg.max_length
     buckets = tuple(cfg.prompt_buckets)
-    if not buckets or buckets[0] < 1 or any(low >= high for low, high in zip(buckets, buckets[1:])):
+    if not buckets or buckets[0] < 1 or any(low >= high for low, high in itertools.pairwise(buckets)):
         raise ValueError(f"data.prompt_buckets: {list(buckets)}, expected rising positive numbers")
     return buckets[-1]
 

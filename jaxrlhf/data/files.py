@@ -24,8 +24,8 @@ def read_jsonl(path) -> Rows:
     """One JSON object a line. Blank lines are nothing."""
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(BOM) if line == 1 else raw
-            if raw.strip():
+            raw = (raw.removeprefix(BOM) if line == 1 else raw).rstrip()
+            if raw:
                 yield line, _parse_json(raw)
 
 
@@ -37,7 +37,7 @@ def _parse_json(raw: bytes) -> dict[str, Any] | str:
     except UnicodeDecodeError as error:
         return f"is not UTF-8 (byte {error.start} of the line)"
     except json.JSONDecodeError as error:
-        return f"is not JSON: {error.msg} at column {error.colno}"
+        return f"is not JSON: {error.msg} at column {error.pos + 1}"
     except RecursionError:
         return "is not usable JSON: nested too deeply"
     return row if isinstance(row, dict) else f"is not a JSON object: {raw[:40].decode(errors='replace').strip()}"
@@ -182,7 +182,7 @@ class Parser:
     def _record(self, row: dict[str, Any] | str, from_text: bool) -> str:
         if isinstance(row, str):
             raise BadRecord(row)
-        record = take_fields(row, self.fields, self.where)
+        record = take_fields(row, self.fields, KINDS[self.kind], self.where)
         if from_text:
             record = {name: _cell(name, value) for name, value in record.items()}
         check_record(record, KINDS[self.kind], self.where)
@@ -230,7 +230,8 @@ def records_builder(digest: str, data_dir: str, parser: Parser):
         def _generate_examples(self):
             for index, record in enumerate(parser):
                 yield index, {"record": record}
-            self.info.metadata["skipped"] = parser.skipped  # written with the dataset, so that it outlives the parse
+            metadata: Any = self.info.metadata  # written with the dataset, so that the number outlives the parse
+            metadata["skipped"] = parser.skipped
 
         def download_and_prepare(self, **options):
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # TFDS narrates

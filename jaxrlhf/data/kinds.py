@@ -121,12 +121,14 @@ KINDS: dict[str, Kind] = {
         whole=same_sort,
     ),
     "prompts": Kind(forms=(("prompt",), ("messages",)), checks={"prompt": text, "messages": unanswered}),
+    "labels": Kind(forms=(("text", "label"),), checks={"text": filled_text, "label": number}),
 }
 
 # a CSV cell is text: how the other fields are read from it
 FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "messages": json.loads,
     "margin": lambda cell: float(cell) if cell.strip() else None,
+    "label": float,
 }
 
 
@@ -149,12 +151,15 @@ def check_fields(fields: Mapping[str, str], kind: Kind, where: str) -> None:
             raise ValueError(f"{where}.fields: {word!r} is not a field{nearest(word, kind.checks)}")
 
 
-def take_fields(row: Mapping[str, Any], fields: Mapping[str, str], where: str) -> dict[str, Any]:
+def take_fields(row: Mapping[str, Any], fields: Mapping[str, str], kind: Kind, where: str) -> dict[str, Any]:
     """The row with its columns renamed to our words; columns that ``fields`` doesn't name stay as they are.
 
+    Only a column that would make another form of the record than the one that ``fields`` asks for is left out.
     Raises BadRecord when a column that ``fields`` names is not in the row.
     """
-    record = {column: value for column, value in row.items() if column not in fields.values()}
+    asked = [form for form in kind.forms if set(form) & set(fields)]
+    other = {word for form in kind.forms for word in form}.difference(*asked) if asked else set()
+    record = {name: value for name, value in row.items() if name not in other and name not in fields.values()}
     for word, column in fields.items():
         if column not in row:
             raise BadRecord(f"no column {column!r}, which {where}.fields.{word} names{nearest(column, row)}")

@@ -1,12 +1,13 @@
 """The dataset ``jaxrlhf_movie_reviews``: film reviews as demonstrations, preferences, prompts, and for a judge.
 
-Importing this module registers it with TFDS; ``open_source`` does so when it meets the name. Raise VERSION when anything
-here or in reviews.py changes what is generated: prepared copies are found by it.
+Importing this module registers it with TFDS; ``open_source`` does so when it meets the name. Raise VERSION when
+anything here or in reviews.py changes what is generated: prepared copies are found by it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxrlhf.data.reviews import (
@@ -42,7 +43,7 @@ class JaxrlhfMovieReviews(tfds.core.GeneratorBasedBuilder):
 
     name = "jaxrlhf_movie_reviews"
     VERSION = tfds.core.Version(VERSION)
-    BUILDER_CONFIGS = [
+    BUILDER_CONFIGS: ClassVar = [
         tfds.core.BuilderConfig(name="demonstrations", description="sentences to learn to write"),
         tfds.core.BuilderConfig(name="preferences", description="a positive sentence is preferred to a negative one"),
         tfds.core.BuilderConfig(name="prompts", description="the first words of sentences"),
@@ -50,7 +51,7 @@ class JaxrlhfMovieReviews(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        numbers = {"label": tfds.features.Scalar("int64")}
+        numbers = {"label": tfds.features.Scalar(np.int64)}
         features = {name: numbers.get(name, tfds.features.Text()) for name in FEATURES[self._config()]}
         return tfds.core.DatasetInfo(
             builder=self,

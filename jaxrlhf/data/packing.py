@@ -4,14 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-OPEN_ROWS = 64  # looked at for each document: more packs tighter and takes longer
-
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndarray]:
-    """First fit: each document, in order, goes into the first open row with room for it.
+    """Best fit, long documents first: each goes into the row that it leaves the least room in.
 
-    When none has, the fullest row is closed and a new one opened. Every document is in exactly one row, and the plan is
-    a function of the lengths alone, so every process makes the same one without reading a token.
+    Every document is in exactly one row, and the plan is a function of the lengths alone, so every process makes the
+    same one without reading a token. Documents of one length are met in their order.
 
     Args:
         lengths: tokens of each document, each between 1 and ``capacity``.
@@ -19,22 +17,26 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndarray]
     Returns:
         A row: the positions, in ``lengths``, of its documents.
     """
-    closed: list[list[int]] = []
+    lengths = np.asarray(lengths, np.int64)
+    outside = np.flatnonzero((lengths < 1) | (lengths > capacity))
+    if len(outside):
+        raise ValueError(f"document {outside[0]} has {lengths[outside[0]]} tokens, expected 1 to {capacity}")
     rows: list[list[int]] = []
-    room = np.zeros(0, np.int64)
-    for document, length in enumerate(lengths):
-        if not 1 <= length <= capacity:
-            raise ValueError(f"document {document} has {length} tokens, expected 1 to {capacity}")
-        fits = room >= length
-        row = int(fits.argmax()) if fits.any() else len(rows)
-        if row == len(rows):
-            if len(rows) == OPEN_ROWS:
-                row = int(room.argmin())
-                closed.append(rows[row])
-                rows[row], room[row] = [], capacity
-            else:
-                rows.append([])
-                room = np.append(room, capacity)
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # the rows with that much room
+    rooms = 0  # bit r is set where by_room[r] holds a row, so the tightest fit is one bit operation away
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
         rows[row].append(document)
-        room[row] -= length
-    return [np.asarray(row, np.int64) for row in closed + rows]
+        if room > length:
+            by_room[room - length].append(row)
+            rooms |= 1 << (room - length)
+    return [np.sort(np.asarray(row, np.int64)) for row in rows]

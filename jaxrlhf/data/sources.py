@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from jaxrlhf.data import files
@@ -78,6 +78,9 @@ class Source:
             raise IndexError(f"{self.name}: record {index} of {self.size}")
         return self.read(index)
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.read, range(self.size))
+
 
 def cache_folder(cache_dir: str | None) -> str:
     """The local folder of prepared data. Raises ValueError for a remote one: records are read at random."""
@@ -123,7 +126,7 @@ def _open_files(cfg: SourceConfig, path: str, kind: str, folder: str, skip_bad: 
     digest = files.content_hash(found, kind, cfg.fields, skip_bad)
     parser = files.Parser(found, kind, cfg.fields, skip_bad, where)
     builder = _prepared(lambda: files.records_builder(digest, os.path.join(folder, "files"), parser))
-    rows = _data_source(builder, cfg.split, where)
+    rows = _data_source(builder, cfg.split, path, where)
     return Source(
         read=lambda index: json.loads(rows[index]["record"]),
         size=len(rows),
@@ -139,13 +142,15 @@ def _open_tfds(cfg: SourceConfig, name: str, kind: str, folder: str, where: str)
     except Exception as error:  # whatever a builder or a download raises; its first line says enough
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(message if message.startswith(where) else f"{where}.tfds: {name}: {message}") from error
-    rows = _data_source(builder, cfg.split, where)
+    rows = _data_source(builder, cfg.split, name, where)
     label = f"{builder.info.full_name}[{cfg.split}]"
     with _said_by(f"{where}.tfds: {label}"):
-        check_columns(take_fields(dict.fromkeys(builder.info.features or {}), cfg.fields, where), KINDS[kind], where)
+        check_columns(
+            take_fields(dict.fromkeys(builder.info.features or {}), cfg.fields, KINDS[kind], where), KINDS[kind], where
+        )
 
     def read(index: int) -> dict[str, Any]:
-        record = take_fields(to_python(rows[index]), cfg.fields, where)
+        record = take_fields(to_python(rows[index]), cfg.fields, KINDS[kind], where)
         with _said_by(f"{label}:{index}"):
             check_record(record, KINDS[kind], where)
         return record
@@ -174,7 +179,7 @@ def _prepared(make: Callable[[], Any]) -> Any:
     import tensorflow_datasets as tfds
 
     builder = make()
-    if builder.is_prepared():
+    if _has_data(builder):
         return builder
     config = tfds.download.DownloadConfig(
         try_download_gcs=False
@@ -182,9 +187,13 @@ def _prepared(make: Callable[[], Any]) -> Any:
     try:
         builder.download_and_prepare(file_format="array_record", download_config=config)
     except Exception:
-        if not make().is_prepared():
+        if not _has_data(make()):
             raise
     return make()  # a builder that lost the race still has no splits
+
+
+def _has_data(builder: Any) -> bool:
+    return (builder.data_path / "dataset_info.json").exists()  # builder.is_prepared() says the same, and warns if not
 
 
 def _find_builder(name: str, folder: str, where: str) -> Any:
@@ -195,13 +204,13 @@ def _find_builder(name: str, folder: str, where: str) -> Any:
     _register(base)
     try:
         ours = tfds.builder(name, data_dir=os.path.join(folder, "tfds"))
-        if ours.is_prepared():
+        if _has_data(ours):
             return ours
         theirs = tfds.builder(name)
     except tfds.core.DatasetNotFoundError:
         known = {*tfds.list_builders(with_community_datasets=False), *OWN_DATASETS}
         raise ValueError(f"{where}.tfds: {base!r} is unknown{nearest(base, known)}") from None
-    usable = theirs.is_prepared() and theirs.info.file_format and theirs.info.file_format.value == "array_record"
+    usable = _has_data(theirs) and theirs.info.file_format and theirs.info.file_format.value == "array_record"
     return theirs if usable else ours
 
 
@@ -217,17 +226,17 @@ def _register(base: str) -> None:
                 importlib.import_module(f"tensorflow_datasets.{module}")
 
 
-def _data_source(builder: Any, split: str, where: str) -> Any:
+def _data_source(builder: Any, split: str, name: str, where: str) -> Any:
+    splits = builder.info.splits
     try:
-        rows = builder.as_data_source(split=split)
+        size = splits[split].num_examples
     except (ValueError, KeyError, AssertionError) as error:
-        message = str(error).splitlines()[0]
-        raise ValueError(
-            f"{where}.split: {split!r} of {builder.name}: {message}{nearest(split.split('[')[0], builder.info.splits)}"
-        ) from None
-    if not len(rows):
-        raise ValueError(f"{where}.split: {split!r} of {builder.name} holds no records")
-    return rows
+        base = split.split("[")[0]
+        message = str(error).splitlines()[0] if base in splits else f"is unknown{nearest(base, splits)}"
+        raise ValueError(f"{where}.split: {split!r} of {name}: {message}") from None
+    if not size:
+        raise ValueError(f"{where}.split: {split!r} of {name} holds no records")
+    return builder.as_data_source(split=split)
 
 
 def to_python(value: Any) -> Any:

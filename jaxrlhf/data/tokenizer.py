@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 BYTES = 256  # a byte-level vocabulary starts with all of them, so that any text round-trips
 
 
@@ -46,17 +46,19 @@ def _load(folder: str, path: str) -> Any:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer trained on ``texts``: <pad> is 0, <eos> is 1, decode(encode(x)) == x for any text.
+    """A byte-level BPE tokenizer: <pad> is 0, <eos> 1, <bos> 2, and what encode_text makes of any text decodes to it.
+
+    A text starts with <bos>, a prompt as a demonstration does, so that a policy meets what it was trained on.
 
     The vocabulary is smaller than ``vocab_size`` where the texts hold too few different pairs.
-    Raises ValueError for a ``vocab_size`` below the 256 bytes and 2 special tokens.
+    Raises ValueError for a ``vocab_size`` below the 256 bytes and 3 special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < BYTES + 2:
+    if vocab_size < BYTES + 3:
         raise ValueError(
-            f"tokenizer.train_vocab_size: {vocab_size}, expected at least {BYTES + 2} (bytes, {PAD}, {EOS})"
+            f"tokenizer.train_vocab_size: {vocab_size}, expected at least {BYTES + 3} (bytes, {PAD}, {EOS}, {BOS})"
         )
     backend = Tokenizer(models.BPE())
     # without a prefix space: with it "a" and " a" are one, and the round trip is lost
@@ -64,11 +66,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[PAD, EOS, BOS], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    start = (BOS, backend.token_to_id(BOS))
+    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[start])  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, bos_token=BOS, clean_up_tokenization_spaces=False
     )
 
 

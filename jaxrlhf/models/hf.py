@@ -46,7 +46,7 @@ SHOWN = 3  # names that an error lists
 
 
 class TokenIds(NamedTuple):
-    """Special tokens that a folder's configs name."""
+    """Special tokens that an exported folder's configs name."""
 
     eos: tuple[int, ...] = ()
     bos: int | None = None
@@ -98,10 +98,13 @@ def mirror(remote: epath.Path) -> epath.Path:
     return local
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, in one line, where it is missing, broken or absurdly large."""
+def read_json(folder: epath.PathLike, name: str) -> dict[str, Any] | None:
+    """The object in a JSON file of the folder; None where there is no such file.
+
+    Raises ValueError, in one line, where it is broken or absurdly large."""
+    path = epath.Path(folder) / name
     if not path.exists():
-        raise ValueError(f"{path}: there is no such file; a Hugging Face folder has config.json and {SINGLE}")
+        return None
     if path.stat().length > MAX_JSON_BYTES:
         raise ValueError(f"{path}: {path.stat().length} bytes; expected at most {MAX_JSON_BYTES}")
     try:
@@ -120,8 +123,10 @@ def read_config(folder: epath.PathLike) -> tuple[ModelConfig, Head]:
     """The architecture (resolved) and the head that config.json names.
 
     Raises ValueError, in one line, for a family, a class or a field that changes the maths and is not supported."""
-    path = epath.Path(folder) / "config.json"
-    return parse_config(read_json(path), str(path))
+    raw, where = read_json(folder, "config.json"), f"{folder}/config.json"
+    if raw is None:
+        raise ValueError(f"{where}: there is no such file; expected a Hugging Face folder: config.json and {SINGLE}")
+    return parse_config(raw, where)
 
 
 def parse_config(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, Head]:
@@ -263,19 +268,6 @@ def describe_ids(ids: TokenIds) -> dict[str, Any]:
     return {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}
 
 
-def read_token_ids(folder: epath.PathLike) -> TokenIds:
-    """EOS (several), BOS and padding, from generation_config.json, else config.json."""
-    folder = epath.Path(folder)
-    raw = read_json(folder / "config.json")
-    if (folder / "generation_config.json").exists():
-        raw |= {
-            name: value for name, value in read_json(folder / "generation_config.json").items() if value is not None
-        }
-    eos = raw.get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return TokenIds(tuple(eos), raw.get("bos_token_id"), raw.get("pad_token_id"))
-
-
 # ---- where a leaf is in the files -----------------------------------------------------------------------------------
 
 
@@ -350,28 +342,31 @@ def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> So
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-class Loaded(NamedTuple):
-    params: Params
-    fresh: list[str]  # paths of leaves that the folder lacks, which are random
-
-
-def load(folder: epath.PathLike, cfg: ModelConfig, head: Head, dtype=jnp.float32, key: Array | None = None) -> Loaded:
+def load(
+    folder: epath.PathLike,
+    cfg: ModelConfig,
+    head: Head,
+    dtype=jnp.float32,
+    *,
+    key: Array | None = None,
+    fresh: list[str] | None = None,
+) -> Params:
     """The weights of a folder as the parameters of transformer.parameter_table, laid out on the current mesh.
 
     Every device's part is read by itself, so that no whole copy is ever held besides. A scalar head that the folder
-    lacks is drawn with ``key`` (by default that of 0) as transformer.init does, and named in ``fresh``.
-    Raises ValueError, in one line, for tensors that are missing, not used, of another shape, or not finite.
+    lacks is drawn with ``key`` (by default that of 0) as transformer.init does; the paths of such leaves are added to
+    ``fresh``. Raises ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite.
     """
     folder = epath.Path(folder)
-    names = FAMILIES[cfg.family].hf
-    tensors = with_prefix(open_weights(folder), names.prefix)
-    sources, fresh, drawn = find_sources(cfg, head), [], {}
+    tensors = with_prefix(open_weights(folder), FAMILIES[cfg.family].hf.prefix)
+    sources, drawn = find_sources(cfg, head), {}
     if head == "scalar" and f"{SCORE.name}.weight" not in tensors:
         key = jax.random.key(0) if key is None else key
         head_leaves = jax.jit(lambda key: init(cfg, head, key, dtype)["head"])(key)  # the rest is never computed
         drawn = {f"head.{name}": value for name, value in head_leaves.items()}
-        fresh = sorted(drawn)
         del sources["head.kernel"]
+        if fresh is not None:
+            fresh.extend(sorted(drawn))
     check_tensors(tensors, sources, cfg, head, str(folder))
 
     def one(path, leaf: Leaf) -> Array:
@@ -379,12 +374,12 @@ def load(folder: epath.PathLike, cfg: ModelConfig, head: Head, dtype=jnp.float32
         if path in drawn:
             return drawn[path]
         if path == "head.bias":
-            bias = read_json(folder / "config.json").get("score_bias", 0.0)
+            bias = (read_json(folder, "config.json") or {}).get("score_bias", 0.0)
             return place(leaf, lambda index: np.full(leaf.shape, bias, jnp.dtype(dtype)))
         return place(leaf, lambda index: read_shard(sources[path], tensors, leaf.shape, index, dtype, str(folder)))
 
     table = parameter_table(cfg, head)
-    return Loaded(jax.tree_util.tree_map_with_path(one, table, is_leaf=lambda x: isinstance(x, Leaf)), fresh)
+    return jax.tree_util.tree_map_with_path(one, table, is_leaf=lambda x: isinstance(x, Leaf))
 
 
 def open_weights(folder: epath.Path) -> dict[str, Any]:
@@ -414,7 +409,7 @@ def open_file(path: epath.Path) -> dict[str, Any]:
 
 def open_shards(folder: epath.Path) -> dict[str, Any]:
     """open_weights of the files that the index names."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = (read_json(folder, INDEX) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{folder / INDEX}: weight_map: expected an object of tensor: file")
     files = {}
@@ -471,10 +466,9 @@ def check_tensors(
 
 def check_tied(head: Any, embedding: Any, what: str, rows: int = 4096) -> None:
     """A tied model's file may repeat the embeddings as its head, but not contradict them."""
-    same = head.get_shape() == embedding.get_shape() and all(
-        np.array_equal(head[i : i + rows], embedding[i : i + rows]) for i in range(0, head.get_shape()[0], rows)
-    )
-    if not same:
+    size = head.get_shape()[0]
+    chunks = [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
+    if head.get_shape() != embedding.get_shape() or any((head[part] != embedding[part]).any() for part in chunks):
         raise ValueError(f"{what}: differs from the embeddings, though config.json says that they are tied")
 
 
@@ -506,6 +500,8 @@ def read_shard(
         axis: tuple(min(bound, source.sizes[axis]) for bound in pair)
         for axis, pair in zip(source.axes, inner, strict=True)
     }
+    if any(start == stop for start, stop in window.values()):
+        return shard  # beyond the vocabulary: all padding
     for row, layer in enumerate(layers):
         name = source.name.format(layer=layer)
         value = read_tensor(source, tensors[name], window)
@@ -655,7 +651,7 @@ def check_params(params: Params, cfg: ModelConfig, head: Head) -> None:
     wrong = sorted(path for path in flat.keys() | expected if flat.get(path) != expected.get(path))
     if wrong:
         shapes = f"{flat.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'absent')}"
-        raise ValueError(f"export: parameters do not fit the config: {shown(wrong)}: {shapes}")
+        raise ValueError(f"export: {len(wrong)} parameters do not fit the config: {wrong[0]}: {shapes}")
 
 
 def check_ids(ids: TokenIds, cfg: ModelConfig) -> None:

@@ -1,0 +1,86 @@
+"""Text in, text out: sample continuations from a run, a HF folder or a hub model."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import checkpoint, generate
+from jaxrlhf.build import tokenizer_of
+from jaxrlhf.data import encode, tokenizer as tokenizers
+from jaxrlhf.feed import put
+from jaxrlhf.models import hf
+from jaxrlhf.models.transformer import ModelConfig, Runtime, padded_vocab
+from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
+from jaxrlhf.state import abstract_params
+from jaxrlhf.types import Params, Prompts
+
+
+class Model(NamedTuple):
+    """A language model ready to sample from, under the mesh it was read on."""
+
+    params: Params
+    config: ModelConfig
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+
+
+def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
+    """The policy of a run's latest checkpoint, or a HF model. ``mesh`` is the current one.
+
+    Raises ValueError, in one line, where there is no language model."""
+    tokenizer = tokenizers.load_tokenizer(str(tokenizer_of(name)))
+    if checkpoint.is_run(name):
+        step, extra = checkpoint.read_extra(name)
+        role = checkpoint.find_role(extra["models"], "policy")
+        cfg, head = checkpoint.model_of(extra["models"][role])
+        if head != "lm":
+            raise ValueError(f"{name}: holds a {role} model with a {head} head, which can't write; expected a policy")
+        params = checkpoint.restore_role(name, step, role, abstract_params(cfg, head, dtype, mesh))
+        return Model(params, cfg, tokenizer, tokenizers.eos_ids(tokenizer))
+    folder = hf.locate(name)
+    cfg, head = hf.read_config(folder)
+    if head != "lm":
+        raise ValueError(f"{name}: a model with a {head} head can't write; expected a causal language model")
+    eos = tokenizers.eos_ids(tokenizer, hf.read_json(folder / "generation_config.json"))
+    return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, eos)
+
+
+def generate_text(
+    name: str, prompts: Sequence[str], cfg: generate.GenerateConfig, seed: int = 0, chat: bool = False
+) -> list[str]:
+    """A continuation of each prompt. ``chat``: each is a user's message, put into the model's chat template."""
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        model = read_model(name, mesh)
+        batch = encode_prompts(model, prompts, chat, batch_shards(mesh))
+        sampler = make_sampler(model, cfg)
+        run = lambda params, prompts: generate.sample(
+            params, model.config, prompts, jnp.int32(seed), jnp.int32(0), sampler, Runtime()
+        )
+        found = jax.device_get(jax.jit(run)(model.params, put(mesh, batch)))
+    rows = zip(np.asarray(found.tokens), np.asarray(found.response_mask))
+    return [model.tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows][: len(prompts)]
+
+
+def make_sampler(model: Model, cfg: generate.GenerateConfig) -> generate.Sampler:
+    """The sampler that ``cfg`` asks for, with this model's ending tokens and stop texts."""
+    pieces = tokenizers.token_bytes(model.tokenizer) if cfg.stop else []
+    stops = tuple(generate.stop_automaton(text, pieces, padded_vocab(model.config)) for text in cfg.stop)
+    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_new_tokens, model.eos_ids)
+    return generate.Sampler(sampling, cfg.max_new_tokens, model.eos_ids, tokenizers.pad_id(model.tokenizer), stops)
+
+
+def encode_prompts(model: Model, prompts: Sequence[str], chat: bool, shards: int) -> Prompts:
+    """Left-padded prompts; rows that fill up the mesh's shards are empty."""
+    records = [{"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text} for text in prompts]
+    ids = [encode.encode_prompt(record, model.tokenizer) for record in records]
+    rows, width = -(-len(ids) // shards) * shards, max(map(len, ids))
+    tokens, valid = np.full((rows, width), tokenizers.pad_id(model.tokenizer), np.int32), np.zeros((rows, width), bool)
+    for row, piece in enumerate(ids):
+        tokens[row, width - len(piece) :] = piece
+        valid[row, width - len(piece) :] = True
+    return Prompts(tokens, valid, np.arange(rows, dtype=np.int32))  # type: ignore[arg-type]

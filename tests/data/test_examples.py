@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+
+from jaxrlhf.data import examples as ex
+from jaxrlhf.data.encode import Encoded
+from jaxrlhf.data.kinds import BadRecord
+from jaxrlhf.data.sources import Source
+
+from .conftest import in_memory
+
+
+def side(prompt: int, response: int, first: int = 0) -> Encoded:
+    """Tokens 0, 1, ...; the last ``response`` of them are learnt."""
+    return Encoded(np.arange(prompt + response, dtype=np.int32) + first, np.arange(prompt + response) >= prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt, response, limit, tokens, learnt",
+    [
+        (3, 2, 5, [0, 1, 2, 3, 4], [3, 4]),  # it fits
+        (3, 2, 4, [1, 2, 3, 4], [3, 4]),  # the prompt loses its start
+        (3, 4, 4, [2, 3, 4, 5], [3, 4, 5]),  # then the response its end; something stays before it
+        (1, 6, 3, [0, 1, 2], [1, 2]),
+        (5, 0, 2, [3, 4], []),  # a prompt keeps its end
+    ],
+)
+def test_truncate(prompt, response, limit, tokens, learnt):
+    (cut,) = ex.truncate((side(prompt, response),), limit)
+    assert cut.tokens.tolist() == tokens and cut.tokens[cut.response_mask].tolist() == learnt
+    assert not cut.response_mask[:1].any()
+
+
+def test_truncate_keeps_bos():
+    (cut,) = ex.truncate((side(4, 2),), 4, bos=[0])
+    assert cut.tokens.tolist() == [0, 3, 4, 5]
+    (cut,) = ex.truncate((side(4, 9),), 4, bos=[0])
+    assert cut.tokens.tolist() == [0, 4, 5, 6] and cut.response_mask.tolist() == [False, True, True, True]
+
+
+def test_truncate_leaves_a_pair_the_same_prompt():
+    chosen, rejected = ex.truncate((side(4, 1), side(4, 3)), 5)
+    assert chosen.tokens.tolist() == [2, 3, 4] and rejected.tokens.tolist() == [2, 3, 4, 5, 6]
+
+
+def make(kind, records, tokenizer, cfg, **options):
+    return ex.make_examples(kind, in_memory(records, **options), tokenizer, cfg, f"data.{kind}")
+
+
+def test_dropped_and_cut_are_counted(tokenizer, config):
+    records = [{"prompt": "x" * n, "id": n} for n in (3, 9, 5, 8, 1)]  # one token a character
+    dropped = make("prompts", records, tokenizer, config(prompt_buckets=(4, 8)), skipped=2)
+    assert dropped.kept.tolist() == [0, 2, 3, 4]
+    assert dropped.counts == {"kept": 4, "dropped": 1, "truncated": 0, "identical": 0, "skipped": 2}
+    cut = make("prompts", records, tokenizer, config(prompt_buckets=(4, 8), too_long="truncate"))
+    assert cut.lengths.tolist() == [3, 8, 5, 8, 1] and cut.truncated.tolist() == [False, True, False, False, False]
+    assert cut.counts["truncated"] == 1 and len(cut.sides(records[1])[0].tokens) == 8
+
+
+def test_nothing_left_is_an_error(tokenizer, config):
+    with pytest.raises(ValueError, match=r"data\.prompts: none of 2 records is left with 4 tokens \(2 dropped\)"):
+        make("prompts", [{"prompt": "x" * 9}, {"prompt": "x" * 8}], tokenizer, config(prompt_buckets=(4,)))
+
+
+def test_identical_sides_are_left_out(tokenizer, config):
+    pairs = [("abc", "abd"), ("abc", "abc"), ("qqqqqqqq1", "qqqqqqqq2")]
+    records = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    whole = make("preferences", records, tokenizer, config())
+    assert whole.kept.tolist() == [0, 2] and whole.counts["identical"] == 1
+    cut = make("preferences", records, tokenizer, config(max_length=7, too_long="truncate"))
+    assert cut.kept.tolist() == [0] and cut.counts["identical"] == 2  # what differed has been cut off
+
+
+def test_bad_record_stops_or_is_counted(tokenizer, config):
+    def read(index):
+        if index == 1:
+            raise BadRecord("far/data[train]:1: text is empty")
+        return {"text": "a"}
+
+    source = Source(read, 3, "far/data[train]", "f")
+    with pytest.raises(ValueError, match=r"^far/data\[train\]:1: text is empty$"):
+        ex.make_examples("demonstrations", source, tokenizer, config(), "data.x")
+    found = ex.make_examples("demonstrations", source, tokenizer, config(skip_bad=True), "data.x")
+    assert found.kept.tolist() == [0, 2] and found.counts["skipped"] == 1
+
+
+def test_measures_are_kept_for_the_next_start(tokenizer, config, chat):
+    records = [{"text": "a"}, {"text": "bcd"}]
+    first = make("demonstrations", records, tokenizer, config())
+
+    def fail(index):
+        raise AssertionError("measured again")
+
+    source = in_memory(records)
+    blind = Source(fail, 2, source.name, source.fingerprint)
+    again = ex.make_examples("demonstrations", blind, tokenizer, config(), "data.x")
+    assert again.lengths.tolist() == first.lengths.tolist() == [3, 5]
+    for cfg, other in ((config(max_length=4), tokenizer), (config(), chat)):  # other rules are measured anew
+        with pytest.raises(AssertionError, match="measured again"):
+            ex.make_examples("demonstrations", blind, other, cfg, "data.x")
+
+
+@pytest.mark.parametrize(
+    "kind, fields, message",
+    [
+        ("prompts", {"prompt_buckets": ()}, r"data.prompt_buckets: \[\], expected rising"),
+        ("prompts", {"prompt_buckets": (8, 4)}, r"data.prompt_buckets: \[8, 4\], expected rising"),
+        ("preferences", {"max_length": 1}, "data.max_length: 1, expected at least 2"),
+    ],
+)
+def test_limits_that_make_no_sense(kind, fields, message, tokenizer, config):
+    with pytest.raises(ValueError, match=message):
+        make(kind, [{"prompt": "a"}], tokenizer, config(**fields))

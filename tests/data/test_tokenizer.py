@@ -1,0 +1,97 @@
+import copy
+import json
+
+import pytest
+
+from jaxrlhf.data import tokenizer as tk
+
+from .conftest import TEXTS
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "a b", " a  b\n\tc ", "don't .", "caf\u00e9 \U0001f642 \u4e2d", "x <eos> y", "\x00\r\n"]
+)
+def test_trained_bpe_round_trips(trained, text):
+    ids = tk.encode_text(trained, text).ids
+    assert trained.decode(ids) == text
+    assert trained(text, add_special_tokens=False)["input_ids"] == ids
+
+
+def test_trained_bpe(trained):
+    assert (trained.pad_token_id, trained.eos_token_id, trained.bos_token_id, len(trained)) == (0, 1, 2, 300)
+    assert trained("a")["input_ids"][0] == 2 and tk.leading_ids(trained) == [2]  # a text starts with BOS
+    assert len(tk.encode_text(trained, "the film is good").ids) < 10  # it has merged
+    assert tk.fingerprint(tk.train_bpe(TEXTS * 3, 300)) == tk.fingerprint(trained)
+    assert len(tk.train_bpe(["ab"], 1000)) < 300  # no more pairs than there are
+    with pytest.raises(ValueError, match=r"tokenizer\.train_vocab_size: 258, expected at least 259"):
+        tk.train_bpe(["a"], 258)
+
+
+def test_save_and_load(trained, tmp_path):
+    tokenizer = copy.deepcopy(trained)
+    tokenizer.chat_template = "{{ messages }}"
+    tk.save_tokenizer(tokenizer, str(tmp_path / "new" / "tok"))
+    loaded = tk.load_tokenizer(str(tmp_path / "new" / "tok"))
+    assert tk.fingerprint(loaded) == tk.fingerprint(tokenizer)
+    assert loaded.chat_template == tokenizer.chat_template
+    assert tk.leading_ids(loaded) == [2]
+    assert loaded.decode(loaded(" a ,b")["input_ids"]) == "<bos> a ,b"
+    tk.save_tokenizer(loaded, str(tmp_path / "new" / "tok"))  # over what is there
+
+
+def test_fingerprint(tokenizer):
+    before = tk.fingerprint(tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "x"
+    other(["a b c", "d"], padding=True, truncation=True, max_length=2)
+    assert tk.fingerprint(other) == before
+    other.add_tokens(["film"])
+    assert tk.fingerprint(other) != before
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.eos_token
+    assert tk.fingerprint(other) != before
+    assert tk.fingerprint(tk.train_bpe(TEXTS, 290)) != before
+
+
+def test_ids_that_end_and_fill(tokenizer):
+    assert tk.eos_ids(tokenizer) == tk.eos_ids(tokenizer, {}) == (1,)
+    assert tk.eos_ids(tokenizer, {"eos_token_id": 7}) == (1, 7)
+    assert tk.eos_ids(tokenizer, {"eos_token_id": [7, 1, 9]}) == (1, 7, 9)
+    assert tk.eos_ids(tokenizer, {"eos_token_id": None}) == (1,)
+    assert tk.pad_id(tokenizer) == 0 and tk.start_id(tokenizer) == 1
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    assert tk.pad_id(bare) == 1
+    bare.eos_token = None
+    assert tk.eos_ids(bare, {"eos_token_id": 3}) == (3,)
+    with pytest.raises(ValueError, match="has no EOS token"):
+        tk.eos_ids(bare)
+
+
+def test_leading_ids(tokenizer, add_bos):
+    assert tk.leading_ids(tokenizer) == []
+    assert tk.leading_ids(add_bos) == [add_bos.bos_token_id] == [tk.start_id(add_bos)]
+
+
+def test_truncation_left_on_by_a_call_does_not_cut(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other("a b c d e", truncation=True, max_length=2, padding="max_length")
+    assert other.decode(tk.encode_text(other, "a b c d e").ids) == "a b c d e"
+    assert len(tk.encode_text(other, "").ids) == 0
+
+
+def test_what_is_no_tokenizer(tmp_path):
+    for path, message in ((str(tmp_path / "none"), "is not a folder"), (str(tmp_path), "can't be loaded: ")):
+        with pytest.raises(ValueError, match=message) as error:
+            tk.load_tokenizer(path)
+        assert "\n" not in str(error.value)
+
+
+def test_code_of_a_tokenizer_is_not_run(tmp_path):
+    marker = tmp_path / "ran"
+    config = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\nclass Mine: pass\n")
+    with pytest.raises(ValueError, match="can't be loaded"):
+        tk.load_tokenizer(str(tmp_path))
+    assert not marker.exists()

@@ -1,0 +1,588 @@
+"""Hugging Face folders without torch: names, layouts, meshes and refusals. tests/parity compares with transformers."""
+
+import dataclasses
+import json
+import re
+import struct
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxrlhf import sharding
+from jaxrlhf.models import hf
+from jaxrlhf.models.families import FAMILIES, Module
+from jaxrlhf.models.transformer import Leaf, ModelConfig, RopeScaling, init, parameter_table, resolve, weight_spec
+from jaxrlhf.sharding import MeshConfig
+from jaxrlhf.types import Head
+
+LLAMA = resolve(
+    ModelConfig(
+        vocab_size=101,
+        hidden_size=32,
+        num_kv_heads=2,
+        head_dim=16,
+        mlp_size=48,
+        max_positions=64,
+        tie_embeddings=False,
+        attention_bias=True,
+        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+    )
+)
+GPT2 = resolve(ModelConfig(family="gpt2", vocab_size=101, hidden_size=32, max_positions=16))
+IDS = hf.TokenIds(eos=(7, 9), bos=1, pad=0)
+
+
+def random_params(cfg: ModelConfig, head: Head = "lm"):
+    """Every leaf random, biases and norms too; the rows that pad the vocabulary are 0, as load makes them."""
+    rng = np.random.default_rng(0)
+
+    def one(leaf):
+        value = rng.normal(size=leaf.shape).astype(np.float32)
+        for axis, name in enumerate(leaf.axes):
+            if name == "vocab":
+                value[(slice(None),) * axis + (slice(cfg.vocab_size, None),)] = 0
+        return jnp.asarray(value)
+
+    return jax.tree.map(one, parameter_table(cfg, head), is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def edit(folder, **changes):
+    """Change fields of config.json; ... takes one out."""
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in raw.items() if value is not ...}))
+
+
+def rewrite(folder, change):
+    """Change the tensors of a folder's one file."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refused(pattern, call, *args, **kwargs):
+    """``call`` raises a ValueError of one line that says ``pattern``."""
+    with pytest.raises(ValueError, match=pattern) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    hf.save(random_params(LLAMA), LLAMA, "lm", tmp_path / "model", ids=IDS)
+    return tmp_path / "model"
+
+
+# ---- round trips ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, dataclasses.replace(LLAMA, tie_embeddings=True, rope_scaling=None)])
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_round_trip(cfg, head, tmp_path):
+    params = random_params(cfg, head)
+    hf.save(params, cfg, head, tmp_path, ids=IDS)
+    assert hf.read_config(tmp_path) == (cfg, head)
+    fresh = []
+    equal(hf.load(tmp_path, cfg, head, fresh=fresh), params)
+    assert fresh == []
+
+
+def test_names_and_layouts(tmp_path):
+    """Against loops written by hand: torch Linear [out, in] for llama, fused Conv1D [in, out] for GPT-2."""
+    params = random_params(LLAMA)
+    hf.save(params, LLAMA, "lm", tmp_path / "llama")
+    file = load_file(tmp_path / "llama" / "model.safetensors")
+    assert len(file) == 3 + 2 * 13
+    layer = jax.tree.map(lambda x: np.asarray(x[1]), params["layers"])
+    query = file["model.layers.1.self_attn.q_proj.weight"]
+    for head in range(4):
+        for k in range(16):
+            np.testing.assert_array_equal(query[16 * head + k], layer["attention"]["query"]["kernel"][:, head, k])
+    np.testing.assert_array_equal(
+        file["model.layers.1.self_attn.k_proj.bias"][16:], layer["attention"]["key"]["bias"][1]
+    )
+    out = file["model.layers.1.self_attn.o_proj.weight"]
+    np.testing.assert_array_equal(out[:, 16 * 3 + 2], layer["attention"]["out"]["kernel"][3, 2])
+    np.testing.assert_array_equal(file["model.layers.1.mlp.down_proj.weight"], layer["mlp"]["down"]["kernel"].T)
+    assert file["lm_head.weight"].shape == file["model.embed_tokens.weight"].shape == (101, 32)
+
+    params = random_params(GPT2)
+    hf.save(params, GPT2, "lm", tmp_path / "gpt2")
+    file = load_file(tmp_path / "gpt2" / "model.safetensors")
+    attention = jax.tree.map(lambda x: np.asarray(x[0]), params["layers"]["attention"])
+    for part, name in enumerate(("query", "key", "value")):
+        columns = slice(32 * part + 8 * 3, 32 * part + 8 * 4)  # of head 3
+        weight, bias = file["transformer.h.0.attn.c_attn.weight"], file["transformer.h.0.attn.c_attn.bias"]
+        np.testing.assert_array_equal(weight[:, columns], attention[name]["kernel"][:, 3])
+        np.testing.assert_array_equal(bias[columns], attention[name]["bias"][3])
+
+
+@pytest.mark.parametrize("layout", ["part.{}.head_dim embed", "{}.part.head_dim embed"])
+def test_fused_layouts_of_other_families(layout, tmp_path, monkeypatch):
+    """Unequal parts one after the other, and parts interleaved in every head, on one device and on a mesh."""
+    interleaved = layout.startswith("{}")
+    cfg = dataclasses.replace(LLAMA, num_kv_heads=4) if interleaved else LLAMA
+    heads = {"query": "heads", "key": "kv_heads", "value": "kv_heads"}
+    fused = {
+        f"layers.attention.{part}": Module("model.layers.{layer}.qkv", layout.format(axis))
+        for part, axis in heads.items()
+    }
+    llama = FAMILIES["llama"]
+    names = llama.hf._replace(modules=llama.hf.modules | fused)
+    monkeypatch.setitem(FAMILIES, "llama", llama._replace(hf=names))
+    params = random_params(cfg)
+    hf.save(params, cfg, "lm", tmp_path)
+    parts = [np.asarray(params["layers"]["attention"][part]["kernel"][0]) for part in heads]  # [D, heads, K]
+    if interleaved:
+        expected = [part[:, head].T for head in range(4) for part in parts]
+    else:
+        expected = [part[:, head].T for part in parts for head in range(part.shape[1])]
+    file = load_file(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(file["model.layers.0.qkv.weight"], np.concatenate(expected))
+    equal(hf.load(tmp_path, cfg, "lm"), params)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+        equal(hf.load(tmp_path, cfg, "lm"), params)
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float64, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
+def test_number_formats(folder, stored, wanted):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: value.astype(stored) for name, value in tensors.items()}, folder / "model.safetensors")
+    loaded = hf.load(folder, LLAMA, "lm", wanted)
+    cast = lambda x: np.asarray(x).astype(stored).astype(wanted)
+    equal(loaded, jax.tree.map(cast, random_params(LLAMA)))
+    assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype(wanted)}
+
+
+def test_shards_and_index(tmp_path):
+    params = random_params(LLAMA)
+    hf.save(params, LLAMA, "lm", tmp_path, max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == [path.name for path in files]
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors" and len(files) > 2
+    sizes = [{name: x.nbytes for name, x in load_file(path).items()} for path in files]
+    assert all(sum(size.values()) <= 20_000 or len(size) == 1 for size in sizes)
+    assert index["metadata"]["total_size"] == sum(sum(size.values()) for size in sizes)
+    equal(hf.load(tmp_path, LLAMA, "lm"), params)
+
+    hf.save(params, LLAMA, "lm", tmp_path)  # an export in one file leaves no shard of the old one behind
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+# ---- meshes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize("cfg", [LLAMA, dataclasses.replace(LLAMA, num_kv_heads=1), GPT2])
+def test_mesh_equals_one_device(cfg, shape, tmp_path):
+    params = random_params(cfg)
+    hf.save(params, cfg, "lm", tmp_path / "one")
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape), jax.devices()[:8])):
+        loaded = hf.load(tmp_path / "one", cfg, "lm")
+        specs = jax.tree.map(weight_spec, parameter_table(cfg, "lm"), is_leaf=lambda x: isinstance(x, Leaf))
+        hf.save(loaded, cfg, "lm", tmp_path / "mesh")
+    equal(loaded, params)
+    jax.tree.map(lambda x, spec: np.testing.assert_equal(x.sharding.spec, spec), loaded, specs)
+    one, mesh = (tmp_path / name / "model.safetensors" for name in ("one", "mesh"))
+    assert one.read_bytes() == mesh.read_bytes()
+
+
+class Recorder:
+    """A lazy tensor that counts the numbers read from it."""
+
+    def __init__(self, inner):
+        self.inner, self.reads = inner, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __getitem__(self, index):
+        value = self.inner[index]
+        self.reads.append(value.size)
+        return value
+
+
+def test_sharded_reading_touches_only_its_slices(folder, monkeypatch):
+    """Each of the four parts of a matrix is read once, though two devices of (2, 2, 2) hold it; none is read whole."""
+    tensors = {name: Recorder(tensor) for name, tensor in hf.open_weights(hf.epath.Path(folder)).items()}
+    monkeypatch.setattr(hf, "open_weights", lambda folder: tensors)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+        hf.load(folder, LLAMA, "lm")
+    for name, tensor in tensors.items():
+        size = np.prod(tensor.get_shape())
+        assert sum(tensor.reads) == size, name
+        if len(tensor.get_shape()) == 2:
+            assert len(tensor.reads) == 4 and max(tensor.reads) <= size / 4 * (128 / 101), name
+
+
+def test_a_part_of_nothing_but_padding(folder):
+    """Over 8 devices the last one's rows of the vocabulary, 112 to 128, are beyond the file's 101."""
+    tensors, source = hf.open_weights(hf.epath.Path(folder)), hf.find_sources(LLAMA, "lm")["head.kernel"]
+    read = lambda columns: hf.read_shard(source, tensors, (32, 128), (slice(0, 16), columns), jnp.float32, "")
+    kernel = np.asarray(random_params(LLAMA)["head"]["kernel"])
+    np.testing.assert_array_equal(read(slice(96, 112)), kernel[:16, 96:112])
+    np.testing.assert_array_equal(read(slice(112, 128)), np.zeros((16, 16)))
+
+
+# ---- scalar heads ---------------------------------------------------------------------------------------------------
+
+
+def test_fresh_scalar_head(folder):
+    """A language model asked for scores gets the head of transformer.init; everything else is the file's."""
+    fresh = []
+    loaded = hf.load(folder, LLAMA, "scalar", key=jax.random.key(5), fresh=fresh)
+    assert fresh == ["head.bias", "head.kernel"]
+    drawn = init(LLAMA, "scalar", jax.random.key(5))["head"]
+    np.testing.assert_allclose(loaded["head"]["kernel"], drawn["kernel"], rtol=1e-6)
+    assert np.std(drawn["kernel"]) > 0.05
+    expected = random_params(LLAMA)
+    equal(loaded["layers"], expected["layers"])
+    equal(loaded["embed"], expected["embed"])
+    other = hf.load(folder, LLAMA, "scalar")["head"]["kernel"]
+    assert not np.array_equal(other, drawn["kernel"])
+
+
+def test_score_bias_comes_back(tmp_path):
+    params = random_params(LLAMA, "scalar")
+    hf.save(params, LLAMA, "scalar", tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["score.weight"].shape == (1, 32)
+    np.testing.assert_array_equal(hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"], params["head"]["bias"])
+    edit(tmp_path, score_bias=...)
+    assert hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 0
+
+
+def test_language_model_from_scores(tmp_path):
+    """A tied model has its head in its embeddings; another lacks it, and it is never made up."""
+    tied = dataclasses.replace(LLAMA, tie_embeddings=True)
+    for cfg, name in ((tied, "tied"), (LLAMA, "untied")):
+        hf.save(random_params(cfg, "scalar"), cfg, "scalar", tmp_path / name)
+    assert "head" not in hf.load(tmp_path / "tied", tied, "lm")
+    refused("lacks tensors: lm_head.weight$", hf.load, tmp_path / "untied", LLAMA, "lm")
+
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
+
+MINIMAL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def test_absent_fields_are_what_transformers_assumes():
+    cfg, head = hf.parse_config(MINIMAL, "here")
+    assert head == "lm"
+    assert (cfg.norm_eps, cfg.max_positions, cfg.tie_embeddings, cfg.rope_theta) == (1e-6, 2048, False, 10000.0)
+    assert (cfg.num_kv_heads, cfg.head_dim, cfg.attention_bias, cfg.rope_scaling) == (4, 8, False, None)
+    small = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 9, "n_embd": 8, "n_layer": 1}
+    cfg, _ = hf.parse_config(small | {"n_head": 2, "attn_pdrop": 0.1, "n_ctx": 16}, "here")
+    assert (cfg.mlp_size, cfg.max_positions, cfg.norm_eps, cfg.tie_embeddings) == (32, 1024, 1e-5, True)
+
+
+def test_both_spellings_of_rope():
+    stretch = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+    old = {"rope_theta": 500.0, "rope_scaling": {**stretch, "original_max_position_embeddings": 32}}
+    new = {"rope_parameters": {**stretch, "rope_theta": 500.0, "original_max_position_embeddings": 32}}
+    configs = [hf.parse_config(MINIMAL | spelling, "here")[0] for spelling in (old, new)]
+    assert configs[0] == configs[1]
+    assert configs[0].rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
+    assert configs[0].rope_theta == 500.0
+    linear = hf.parse_config(MINIMAL | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "here")[0]
+    assert linear.rope_scaling == RopeScaling("linear", 2.0)
+
+
+GPT2_FIELDS = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+@pytest.mark.parametrize(
+    "changes, pattern",
+    [
+        ({"model_type": "mamba"}, "model_type: 'mamba' is not supported; expected llama or gpt2"),
+        ({"model_type": None}, "model_type: None"),
+        ({"architectures": ["LlamaForQuestionAnswering"]}, "architectures: .*expected LlamaForCausalLM or LlamaForSeq"),
+        ({"architectures": None}, "architectures: None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "num_labels: 2 is not supported; expected 1"),
+        ({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, "num_labels: 2"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; expected 'silu'"),
+        ({"pretraining_tp": 2}, "pretraining_tp: 2"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"auto_map": {"AutoModel": "x.py"}}, "auto_map: remote code is never run"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type: 'yarn'.*default, linear"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor: None; expected a positive number"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "expected one flat object"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
+        ({"rope_theta": "big"}, "rope_theta: 'big'"),
+        ({"hidden_size": None}, "hidden_size: is missing"),
+        ({"hidden_size": -1}, "hidden_size: -1; expected a positive whole number"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers: 2.0"),
+        ({"vocab_size": True}, "vocab_size: True"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps: inf"),
+        ({"mlp_bias": 1}, "mlp_bias: 1; expected true or false"),
+        ({"num_attention_heads": 5}, "hidden size 32 is not a multiple of 5 heads"),
+        ({"num_key_value_heads": 3}, "num_heads: 4 is not a multiple of num_kv_heads: 3"),
+        ({**GPT2_FIELDS, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True"),
+        ({**GPT2_FIELDS, "scale_attn_weights": False}, "scale_attn_weights: False"),
+        ({**GPT2_FIELDS, "activation_function": "relu"}, "activation_function: 'relu'.*'gelu_new'"),
+        ({**GPT2_FIELDS, "add_cross_attention": True}, "add_cross_attention: True"),
+    ],
+)
+def test_unsupported_configs_are_named(changes, pattern):
+    refused("^here.*" + pattern, hf.parse_config, MINIMAL | changes, "here")
+
+
+@pytest.mark.parametrize("text, pattern", [("{", "is not JSON"), ("[1]", "holds a list"), ("[" * 10**5, "is not JSON")])
+def test_broken_config_file(tmp_path, text, pattern):
+    (tmp_path / "config.json").write_text(text)
+    refused(f"config.json: {pattern}", hf.read_config, tmp_path)
+
+
+def test_absent_config_and_absurd_size(tmp_path, monkeypatch):
+    refused("config.json: there is no such file; expected a Hugging", hf.read_config, tmp_path)
+    (tmp_path / "config.json").write_text("{}" + " " * 100)
+    monkeypatch.setattr(hf, "MAX_JSON_BYTES", 50)
+    refused("102 bytes; expected at most 50", hf.read_config, tmp_path)
+
+
+# ---- weights that are refused ---------------------------------------------------------------------------------------
+
+
+def drop(tensors):
+    del tensors["model.norm.weight"]
+
+
+def swap_shape(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].T.copy()
+
+
+def add(tensors):
+    tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(16, np.float32)
+
+
+def poison(tensors):
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+
+
+def overflow(tensors):
+    tensors["model.embed_tokens.weight"][100, 0] = np.inf
+
+
+def quantise(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+
+
+@pytest.mark.parametrize(
+    "change, pattern",
+    [
+        (drop, "lacks tensors: model.norm.weight$"),
+        (swap_shape, r"lm_head.weight: has shape \(32, 101\); config.json says \(101, 32\)"),
+        (add, "no place for: model.layers.0.self_attn.q_norm.weight"),
+        (poison, "model.layers.1.mlp.up_proj.weight: holds weights that are NaN or infinite"),
+        (overflow, "model.embed_tokens.weight: holds weights that are NaN"),
+        (quantise, "model.norm.weight: holds I8; expected one of F32"),
+    ],
+)
+def test_wrong_tensors_are_named(folder, change, pattern):
+    rewrite(folder, change)
+    refused(re.escape(str(folder)) + ".*" + pattern, hf.load, folder, LLAMA, "lm")
+
+
+def test_a_config_that_claims_too_many_layers(folder):
+    """Refused at the first missing names, before anything of that size is made."""
+    refused("lacks tensors: .*and others", hf.load, folder, dataclasses.replace(LLAMA, num_layers=2**30), "lm")
+
+
+def test_tied_head_in_the_file(tmp_path):
+    tied = dataclasses.replace(LLAMA, tie_embeddings=True)
+    hf.save(random_params(tied), tied, "lm", tmp_path)
+
+    def repeat(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+
+    rewrite(tmp_path, repeat)
+    equal(hf.load(tmp_path, tied, "lm"), random_params(tied))
+    rewrite(tmp_path, lambda tensors: tensors["lm_head.weight"].__setitem__((50, 3), 0.5))
+    refused("lm_head.weight: differs from the embeddings", hf.load, tmp_path, tied, "lm")
+
+
+def test_base_model_names_and_old_buffers(tmp_path):
+    """GPT-2's own file: no "transformer." in front, and causal masks among the weights."""
+    params = random_params(GPT2)
+    hf.save(params, GPT2, "lm", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 16, 16), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    equal(hf.load(tmp_path, GPT2, "lm"), params)
+
+
+def header(text, size=8):
+    return struct.pack("<Q", len(text)) + text + b"\0" * size
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**60) + b"{}",  # a header larger than the file
+        header(b'{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4000000000000]}}'),
+        header(
+            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+            b' "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}',
+            12,
+        ),
+        header(b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'),
+        b"",
+    ],
+    ids=["header", "claimed size", "overlap", "shape", "empty"],
+)
+def test_broken_safetensors(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    refused("model.safetensors: is not a safetensors file: ", hf.load, folder, LLAMA, "lm")
+
+
+def test_pickled_weights_are_refused(folder):
+    (folder / "model.safetensors").unlink()
+    refused("there are no weights; expected model.safetensors", hf.load, folder, LLAMA, "lm")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    refused("pytorch_model.bin: pickled weights can run code", hf.load, folder, LLAMA, "lm")
+
+
+@pytest.mark.parametrize(
+    "index, pattern",
+    [
+        ({"a": "../model.safetensors"}, r"\.\./model.safetensors: there is no such file"),
+        ({"a": "absent.safetensors"}, "absent.safetensors: there is no such file"),
+        ({"a": "part.safetensors"}, "part.safetensors does not hold a"),
+        ({"a": 3}, "weight_map: expected an object"),
+        (None, "weight_map: expected an object"),
+    ],
+)
+def test_broken_index(folder, index, pattern):
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    refused(pattern, hf.load, folder, LLAMA, "lm")
+
+
+# ---- exports --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cfg, pattern",
+    [
+        (dataclasses.replace(GPT2, num_kv_heads=2), "num_kv_heads: 2 cannot be said in the config.json of gpt2"),
+        (dataclasses.replace(GPT2, attention_bias=False), "attention_bias: False cannot be said"),
+        (dataclasses.replace(LLAMA, num_heads=6), "hidden_size: 32 is not a multiple of num_heads: 6"),
+    ],
+)
+def test_what_a_family_cannot_say(cfg, pattern, tmp_path):
+    refused(f"export: .*{pattern}", hf.save, random_params(cfg), cfg, "lm", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_parameters_of_another_config(tmp_path):
+    refused("embed.positions.embedding: .16, 32., expected absent", hf.save, random_params(GPT2), LLAMA, "lm", tmp_path)
+    lora = random_params(LLAMA)
+    lora["layers"]["attention"]["query"]["lora_a"] = jnp.zeros((2, 32, 4))
+    refused(r"query.lora_a: \(2, 32, 4\), expected absent", hf.save, lora, LLAMA, "lm", tmp_path)
+    refused(
+        "eos token 101 is outside the vocabulary of 101",
+        hf.save,
+        random_params(LLAMA),
+        LLAMA,
+        "lm",
+        tmp_path,
+        ids=hf.TokenIds(eos=(101,)),
+    )
+
+
+def test_tokenizer_files_are_copied(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    save = lambda: hf.save(random_params(LLAMA), LLAMA, "lm", target, tokenizer_folder=source)
+    refused("holds no tokenizer", save)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "notes.txt", "model.safetensors"):
+        (source / name).write_text(name)
+    save()
+    written = {path.name for path in target.iterdir()}
+    assert written == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+        "config.json",
+    }
+    assert (target / "tokenizer.json").read_text() == "tokenizer.json"
+
+
+def test_token_ids(folder, tmp_path):
+    """Null, one or several; null is written out, since transformers has numbers of its own for what is absent."""
+    expected = {"eos_token_id": [7, 9], "bos_token_id": 1, "pad_token_id": 0}
+    assert hf.read_json(folder, "generation_config.json") == expected
+    assert (hf.read_json(folder, "config.json") or {}).items() >= expected.items()
+    hf.save(random_params(LLAMA), LLAMA, "lm", folder)
+    assert hf.read_json(folder, "generation_config.json") is None  # the earlier export's
+    config = hf.read_json(folder, "config.json") or {}
+    assert [config[name] for name in expected] == [None, None, None]
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_locate(folder, monkeypatch):
+    assert hf.locate(str(folder)) == hf.epath.Path(folder)
+    refused("init_from: '/no/such/folder': there is no such folder", hf.locate, "/no/such/folder")
+    refused(r"init_from: '\./here': there is no such folder", hf.locate, "./here")
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options, name=name)
+        return str(folder)
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hf.locate("owner/model-1.5") == hf.epath.Path(folder)
+    assert asked["name"] == "owner/model-1.5"
+    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in asked["allow_patterns"])
+
+    def fail(name, **options):
+        raise OSError("401 Unauthorized\nmore lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    refused("init_from: 'owner/model': .*the hub answers: 401 Unauthorized$", hf.locate, "owner/model")
+
+
+def test_mirror_follows_the_remote_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (folder / "code.py").write_text("")
+    local = hf.mirror(hf.epath.Path(folder))
+    equal(hf.load(local, LLAMA, "lm"), random_params(LLAMA))
+    assert not (local / "code.py").exists()
+    before = (local / "model.safetensors").stat().mtime
+    (folder / "generation_config.json").unlink()
+    edit(folder, pad_token_id=5)
+    assert hf.mirror(hf.epath.Path(folder)) == local
+    assert (hf.read_json(local, "config.json") or {})["pad_token_id"] == 5
+    assert not (local / "generation_config.json").exists()
+    assert (local / "model.safetensors").stat().mtime == before
+
+
+def test_no_heavy_imports():
+    """Reading and writing need neither torch nor transformers, and importing this needs no safetensors either."""
+    heavy = ("torch", "transformers", "safetensors", "huggingface_hub")
+    code = f"import sys, jaxrlhf.models.hf; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

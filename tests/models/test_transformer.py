@@ -1,0 +1,275 @@
+"""The decoder: positions, masks, packing, padding, meshes, remat, number formats. tests/parity has real numbers."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import sharding
+from jaxrlhf.models.attention import attention, causal_mask, rope_frequencies, rotate
+from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
+from jaxrlhf.models.transformer import (
+    Leaf,
+    ModelConfig,
+    RopeScaling,
+    Runtime,
+    forward,
+    init,
+    padded_vocab,
+    parameter_table,
+    positions_of,
+    resolve,
+    weight_spec,
+)
+from jaxrlhf.sharding import MeshConfig
+from jaxrlhf.types import Head
+
+BASE = resolve(ModelConfig(vocab_size=101, hidden_size=32, mlp_size=48, max_positions=32))
+LLAMA = dataclasses.replace(BASE, num_kv_heads=2, head_dim=16, rope_theta=100.0)
+GPT2 = dataclasses.replace(BASE, family="gpt2", attention_bias=True, mlp_bias=True)
+SIZE = 12  # columns
+FLOAT32 = Runtime()
+
+
+@functools.cache
+def weights(cfg):
+    """The deviations of init, but for larger embeddings (logits of size 1) and norms and biases that do something."""
+    rng = np.random.default_rng(0)
+
+    def one(path, leaf):
+        deviation = {"embedding": 0.3, "kernel": leaf.init}.get(path[-1].key, 0.1)
+        return ((leaf.init == "ones") + deviation * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    table = parameter_table(cfg, "lm")
+    return jax.tree_util.tree_map_with_path(one, table, is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def placed(cfg):
+    """The same weights on the current mesh."""
+    table = parameter_table(cfg, "lm")
+    put = lambda leaf, x: jax.device_put(x, weight_spec(leaf))
+    return jax.tree.map(put, table, weights(cfg), is_leaf=lambda x: isinstance(x, Leaf))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def logits_of(params, cfg, tokens, segments, runtime=FLOAT32):
+    return lm_logits(params, cfg, forward(params, cfg, tokens, segments, runtime))
+
+
+def rows(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 101, (count, SIZE))
+
+
+# ---- positions and masks --------------------------------------------------------------------------------------------
+
+
+def test_positions():
+    segments = jnp.array([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 2, 2, 2, 3]])
+    positions = np.asarray(positions_of(segments))
+    assert positions[0, 2:].tolist() == [0, 1, 2, 3]
+    assert positions[1, :3].tolist() == [0, 1, 2]
+    assert positions[2].tolist() == [0, 1, 0, 1, 2, 0]
+
+
+def test_causal_mask():
+    mask = np.asarray(causal_mask(jnp.array([[0, 1, 1, 2]])))[0, 0]
+    assert mask.tolist() == [
+        [False, False, False, False],
+        [False, True, False, False],
+        [False, True, True, False],
+        [False, False, False, True],
+    ]
+
+
+def frequency(i, dim, theta, scaling):
+    """The law of one frequency, written as the definition has it."""
+    plain = theta ** (-2 * i / dim)
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    turns = scaling.original_max_positions * plain / (2 * math.pi)  # over the original context
+    if turns < scaling.low_freq_factor:
+        return plain / scaling.factor
+    if turns > scaling.high_freq_factor:
+        return plain
+    share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return (1 - share) * plain / scaling.factor + share * plain
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 64)])
+def test_rope_frequencies(scaling):
+    expected = [frequency(i, 16, 10000.0, scaling) for i in range(8)]
+    np.testing.assert_allclose(rope_frequencies(16, 10000.0, scaling), expected, rtol=1e-5)
+
+
+def test_rotation_is_by_the_position_and_relative():
+    """One pair (x_i, x_{i + K/2}) turns by position x frequency; products depend on the distance alone."""
+    freqs = jnp.array([0.5, 0.1])
+    turned = rotate(jnp.array([1.0, 0, 0, 2.0]).reshape(1, 1, 1, 4), jnp.array([[3]]), freqs)[0, 0, 0]
+    expected = [math.cos(1.5), -2 * math.sin(0.3), math.sin(1.5), 2 * math.cos(0.3)]
+    np.testing.assert_allclose(turned, expected, atol=1e-6)
+    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 4))
+    product = lambda m, n: (rotate(query, jnp.array([[m]]), freqs) * rotate(key, jnp.array([[n]]), freqs)).sum()
+    np.testing.assert_allclose(product(9, 4), product(5, 0), atol=1e-5)
+    assert abs(product(9, 4) - product(9, 5)) > 1e-3
+
+
+def test_grouped_attention_against_a_loop():
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(1, 5, heads, 3)).astype(np.float32) for heads in (4, 2, 2))
+    mask = np.tril(np.ones((5, 5), bool))
+    expected = np.zeros_like(query)
+    for head in range(4):
+        for s in range(5):
+            scores = np.array([query[0, s, head] @ key[0, t, head // 2] / math.sqrt(3) for t in range(s + 1)])
+            share = np.exp(scores) / np.exp(scores).sum()
+            expected[0, s, head] = sum(share[t] * value[0, t, head // 2] for t in range(s + 1))
+    for repeats in (1, 2):  # 2: as where a mesh does not divide the kv heads
+        arguments = query, key.repeat(repeats, axis=2), value.repeat(repeats, axis=2), mask[None, None]
+        np.testing.assert_allclose(jax.jit(attention)(*arguments), expected, atol=1e-5)
+
+
+# ---- whole rows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2])
+def test_padding_never_changes_logits(cfg):
+    """Left, right, more or less of it, and whatever tokens stand there."""
+    text = rows(1)[0, :7]
+    params = weights(cfg)
+    tokens, segments = np.zeros((8, SIZE), int), np.zeros((8, SIZE), int)
+    for row in range(6):
+        tokens[row, row : row + 7], segments[row, row : row + 7] = text, 1
+    tokens[6:], segments[6:] = rows(2, seed=5), segments[2:4]  # other tokens in the padding
+    tokens[6, 2:9], tokens[7, 3:10] = text, text
+    logits = np.asarray(logits_of(params, cfg, jnp.array(tokens), jnp.array(segments)))
+    alone = np.stack([logits[row][segments[row] > 0] for row in range(8)])
+    assert np.abs(alone[..., :101]).max() > 1
+    np.testing.assert_allclose(alone, alone[:1].repeat(8, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2])
+def test_packed_documents_do_not_see_each_other(cfg):
+    """Three documents in one row give the logits of three rows."""
+    text, params = rows(1, seed=2)[0], weights(cfg)
+    lengths, starts = [4, 6, 2], [0, 4, 10]
+    tokens, segments = np.zeros((8, SIZE), int), np.zeros((8, SIZE), int)
+    tokens[3], segments[3] = text, np.repeat([1, 2, 3], lengths)
+    for row, (start, length) in enumerate(zip(starts, lengths)):
+        tokens[row, :length], segments[row, :length] = text[start : start + length], 1
+    logits = np.asarray(logits_of(params, cfg, jnp.array(tokens), jnp.array(segments)))
+    separate = np.concatenate([logits[row, :length] for row, length in enumerate(lengths)])
+    np.testing.assert_allclose(logits[3], separate, atol=1e-5)
+    together = logits_of(params, cfg, jnp.array(tokens), jnp.array(np.minimum(segments, 1)))[3]
+    assert np.abs(together[4:] - separate[4:])[:, :101].max() > 1e-2  # packing without segments would be seen
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2])
+def test_the_future_is_not_seen(cfg):
+    params, tokens = weights(cfg), np.tile(rows(1), (8, 1))
+    for row in range(8):
+        tokens[row, row + 1] = (tokens[row, row + 1] + 1) % 101
+    logits = np.asarray(logits_of(params, cfg, jnp.array(tokens), jnp.ones((8, SIZE), int)))
+    original = logits[7]  # the same as all others up to its column 7
+    for row in range(7):
+        np.testing.assert_array_equal(logits[row, : row + 1], original[: row + 1])
+        assert np.abs(logits[row, row + 1 : 8] - original[row + 1 : 8]).max(-1).min() > 1e-3
+
+
+def test_padding_of_the_vocabulary_cannot_be_sampled():
+    logits = logits_of(weights(LLAMA), LLAMA, jnp.array(rows(8)), jnp.ones((8, SIZE), int))
+    assert logits.shape[-1] == padded_vocab(LLAMA) == 128
+    assert (logits[..., 101:] == IMPOSSIBLE).all() and (logits[..., :101] > -1e3).all()
+
+
+# ---- meshes, remat, number formats ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cfg, shape",
+    [
+        (LLAMA, (2, 2, 2)),
+        (dataclasses.replace(LLAMA, num_kv_heads=1, tie_embeddings=False), (1, 4, 2)),  # one kv head on two devices
+        (GPT2, (2, 2, 2)),
+    ],
+)
+def test_mesh_equals_one_device(cfg, shape):
+    tokens, segments = rows(8), np.arange(SIZE) >= np.arange(8)[:, None]
+    expected = logits_of(weights(cfg), cfg, jnp.array(tokens), jnp.array(segments, int))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape), jax.devices()[:8])):
+        put = lambda x: jax.device_put(x.astype(np.int32), sharding.spec("batch", "seq"))
+        logits = logits_of(placed(cfg), cfg, put(tokens), put(segments))
+        assert logits.sharding.spec == sharding.spec("batch", "seq", "vocab")
+    np.testing.assert_allclose(np.asarray(logits)[segments], np.asarray(expected)[segments], atol=1e-5)
+
+
+def test_init_does_not_depend_on_the_mesh():
+    draw = jax.jit(lambda key: init(LLAMA, "scalar", key))
+    one = draw(jax.random.key(1))
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+        many = draw(jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, many, one)
+    kernel = np.asarray(one["layers"]["attention"]["query"]["kernel"])
+    np.testing.assert_allclose(kernel.std(), 1 / math.sqrt(32), rtol=0.05)
+    assert not np.array_equal(kernel[0], kernel[1])
+
+
+def test_remat_gives_the_same_gradients():
+    tokens, segments = jnp.array(rows(2)), jnp.ones((2, SIZE), int)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradients(params, runtime):
+        return jax.grad(lambda params: (forward(params, LLAMA, tokens, segments, runtime) ** 3).sum())(params)
+
+    plain = gradients(weights(LLAMA), Runtime())
+    assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain)) > 1e-3
+    for remat in ("full", "dots"):
+        other = gradients(weights(LLAMA), Runtime(remat=remat))
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max()), other, plain
+        )
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2])
+def test_bfloat16_deviates_by_its_rounding(cfg):
+    """bfloat16 has 8 bits: activations in it move logits by 1% of their spread on average, and none by 10%."""
+    tokens, segments = jnp.array(rows(8)), jnp.ones((8, SIZE), int)
+    exact = np.asarray(logits_of(weights(cfg), cfg, tokens, segments))[..., :101]
+    rough = logits_of(weights(cfg), cfg, tokens, segments, Runtime(compute=jnp.bfloat16))
+    assert rough.dtype == jnp.float32  # of the sum over the hidden features
+    error = np.abs(np.asarray(rough)[..., :101] - exact)
+    assert 1e-3 < error.mean() / exact.std() < 0.01
+    assert error.max() / exact.std() < 0.1
+
+
+def test_parameters_match_their_table():
+    heads: list[Head] = ["lm", "scalar"]
+    for cfg in (LLAMA, GPT2):
+        for head in heads:
+            params = jax.eval_shape(
+                lambda key, cfg=cfg, head=head: init(cfg, head, key, jnp.bfloat16), jax.random.key(0)
+            )
+            is_leaf = lambda x: isinstance(x, Leaf)
+            table = parameter_table(cfg, head)
+            jax.tree.map(lambda leaf, x: np.testing.assert_equal(x.shape, leaf.shape), table, params, is_leaf=is_leaf)
+            assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_resolve():
+    cfg = resolve(ModelConfig(hidden_size=128, num_heads=4), vocab_size=300)
+    assert (cfg.vocab_size, cfg.num_kv_heads, cfg.head_dim, cfg.mlp_size, cfg.attention_bias) == (
+        300,
+        4,
+        32,
+        384,
+        False,
+    )
+    cfg = resolve(ModelConfig(family="gpt2", hidden_size=128, num_heads=4), vocab_size=300)
+    assert (cfg.mlp_size, cfg.attention_bias, cfg.mlp_bias) == (512, True, True)
+    with pytest.raises(ValueError, match="num_heads: 4 is not a multiple of num_kv_heads: 3"):
+        resolve(ModelConfig(num_heads=4, num_kv_heads=3))

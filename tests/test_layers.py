@@ -1,0 +1,138 @@
+"""The arrow of imports: a file imports only from lower layers, or from its own package, and never in a circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
+
+# the first part of a module's name below jaxrlhf -> its layer
+LAYERS = {
+    "": 0,
+    **dict.fromkeys(("types", "sharding", "optim"), 0),
+    "ops": 1,
+    "models": 2,
+    **dict.fromkeys(("algorithms", "data", "rewards"), 3),
+    **dict.fromkeys(("generate", "step", "state", "checkpoint", "metrics"), 4),
+    "config": 5,
+    **dict.fromkeys(("build", "feed", "normalize", "complete", "train", "evaluate"), 6),
+    **dict.fromkeys(("plan", "serve", "report", "benchmarks"), 6),
+    **dict.fromkeys(("cli", "__main__"), 7),
+}
+
+# packages that see less than their layer allows
+ONLY = {
+    "ops": {"types", "sharding", "ops"},  # pure array maths
+    "algorithms": {"types", "ops", "algorithms"},  # an algorithm reaches networks through Nets alone
+    "data": {"types", "sharding", "data"},  # text to tokens on the host
+    "rewards": {"types", "rewards"},
+}
+
+LIGHT = {"typer"}  # what cli.py may import before a command runs, besides the standard library
+
+
+def module_name(path: Path, package: Path = PACKAGE) -> str:
+    """ "" for the package itself, "ops.kl" for jaxrlhf/ops/kl.py."""
+    parts = list(path.relative_to(package).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(source: str, modules=MODULES) -> set[str]:
+    """The modules of jaxrlhf that the source imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name.partition(".")[2] in modules else node.module for name in inside]
+        else:
+            continue
+        found |= {str(name).partition(".")[2] for name in names if str(name).partition(".")[0] == "jaxrlhf"}
+    return found
+
+
+def layer(module: str) -> int:
+    """Raises KeyError for a module that has no place in the table."""
+    return LAYERS[module.partition(".")[0]]
+
+
+def wrong_arrows(module: str, targets: set[str]) -> list[str]:
+    """The imports of ``module`` that go up, or out of what its package may see."""
+    package = module.partition(".")[0]
+    wrong = []
+    for target in sorted(targets):
+        other = target.partition(".")[0]
+        if other != package and layer(target) > layer(module):
+            wrong.append(f"{module} (layer {layer(module)}) imports {target} (layer {layer(target)})")
+        elif package in ONLY and other not in ONLY[package]:
+            wrong.append(f"{module} imports {target}; {package} imports only {', '.join(sorted(ONLY[package]))}")
+    return wrong
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """A path of imports that comes back to where it began; None where there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        done.add(module)
+        return next((found for other in sorted(graph.get(module, ())) if (found := walk(other, [*path, module]))), None)
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), None)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES), ids=lambda name: name or "jaxrlhf")
+def test_imports_point_down(module):
+    assert wrong_arrows(module, imports(MODULES[module].read_text())) == []
+
+
+def test_imports_never_go_in_a_circle():
+    # a module of a package has its package's __init__ imported too; that is Python's own order, not an arrow
+    assert circle({module: imports(path.read_text()) - {module} for module, path in MODULES.items()}) is None
+
+
+def test_the_command_line_is_light():
+    tree = ast.parse((PACKAGE / "cli.py").read_text())
+    nodes = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    import sys
+
+    assert {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) <= LIGHT
+
+
+# ---- the checks themselves can fail ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module, source, wrong",
+    [
+        ("ops.kl", "from jaxrlhf.models import nets", 1),
+        ("ops.kl", "def f():\n    import jaxrlhf.config", 1),
+        ("algorithms.ppo", "from jaxrlhf.models.transformer import forward", 1),  # lower, but not for algorithms
+        ("algorithms.ppo", "from jaxrlhf.sharding import spec", 1),
+        ("algorithms.ppo", "from jaxrlhf.algorithms.rm import loss\nfrom jaxrlhf.ops.kl import kl_estimate", 0),
+        ("data.sources", "from jaxrlhf.config import ConfigError", 1),
+        ("data.sources", "from jaxrlhf import models", 1),
+        ("step", "import jax, os\nfrom jaxrlhf.types import Batch", 0),
+        ("metrics", "from jaxrlhf.config import Config", 1),
+        ("config", "from jaxrlhf.metrics import LogConfig", 0),
+    ],
+)
+def test_a_wrong_arrow_is_found(module, source, wrong):
+    modules = {"models.nets", "models", "config", *MODULES}
+    assert len(wrong_arrows(module, imports(source, modules))) == wrong
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None

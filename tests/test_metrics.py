@@ -1,0 +1,236 @@
+"""The written record of a run: rows, resuming, half-written lines, the lock, what a person sees."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from jaxrlhf import metrics
+from jaxrlhf.metrics import JsonLines, LogConfig, MetricsLog, RunDirBusy, lock_run_dir, read_rows, summary
+
+QUIET = LogConfig(tensorboard=False)
+ROW = {"score/mean": 0.5, "kl/reference": 1.25, "loss/value": 9.0, "loss/policy": 0.3}
+
+
+def open_log(run_dir, total=10, start=0, cfg=QUIET, terminal=False, **kwargs):
+    """(log, the text that a person sees)."""
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=120)
+    return MetricsLog(run_dir, cfg, total, start, console=console, **kwargs), screen
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_one_flat_json_object(tmp_path):
+    before = time.time()
+    log, _ = open_log(tmp_path)
+    log.write(1, ROW | {"policy/entropy": jnp.float32(2.5)})
+    log.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert list(row)[:2] == ["step", "time"]
+    assert before - 1 <= row.pop("time") <= time.time() + 1
+    assert row == {"step": 1, **ROW, "policy/entropy": 2.5}
+    assert read_rows(tmp_path, "metrics")[0]["kl/reference"] == 1.25
+
+
+def test_non_finite_numbers_are_null_and_counted(tmp_path):
+    log, screen = open_log(tmp_path)
+    for step in (1, 2):
+        log.write(step, {"loss/policy": math.nan, "kl/reference": math.inf if step == 2 else 0.0, "score/mean": 1.0})
+    log.close()
+    rows = read_rows(tmp_path, "metrics")
+    assert [(row["loss/policy"], row["kl/reference"]) for row in rows] == [(None, 0.0), (None, None)]
+    assert log.nonfinite == {"loss/policy": 2, "kl/reference": 1}
+    text = screen.getvalue()
+    assert text.count("warning: loss/policy is nan at step 1; written as null") == 1
+    assert "warning: kl/reference is inf at step 2" in text
+    assert "not finite: kl/reference x 1, loss/policy x 2" in text
+
+
+def test_samples_keep_their_text(tmp_path):
+    log, _ = open_log(tmp_path)
+    texts = ["line\nbreak", "über \u2028 ☃", "half an emoji \ud83d", '"quoted"']
+    log.samples(3, [{"prompt": "p", "response": text, "score": jnp.float32(0.5), "split": "train"} for text in texts])
+    log.close()
+    rows = read_rows(tmp_path, "samples")
+    assert [row["response"] for row in rows] == [*texts[:2], "half an emoji ?", texts[3]]
+    assert rows[0] == {"step": 3, "prompt": "p", "response": "line\nbreak", "score": 0.5, "split": "train"}
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+
+def write_steps(run_dir, steps, **kwargs):
+    log, _ = open_log(run_dir, **kwargs)
+    for step in steps:
+        log.write(step, ROW)
+        log.samples(step, [{"prompt": "p", "response": str(step)}])
+    log.close()
+
+
+def test_resuming_drops_what_comes_after_the_checkpoint(tmp_path):
+    write_steps(tmp_path, [1, 2, 3, 4, 5])
+    write_steps(tmp_path, [4], start=3)
+    for name in ("metrics", "samples"):
+        assert [row["step"] for row in read_rows(tmp_path, name)] == [1, 2, 3, 4]
+
+
+def test_starting_over_drops_everything(tmp_path):
+    write_steps(tmp_path, [0, 1, 2])
+    write_steps(tmp_path, [0], start=0)
+    assert [row["step"] for row in read_rows(tmp_path, "metrics")] == [0]
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b'{"step": 3}', b"{\xc3", b"\x00\x00\n", b'"text"\n', b"\n"])
+def test_a_half_written_line_is_dropped(tmp_path, tail):
+    write_steps(tmp_path, [1, 2])
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(tail)
+    assert [row["step"] for row in read_rows(tmp_path, "metrics")] == [1, 2]  # while another process still writes
+    write_steps(tmp_path, [3], start=2)
+    assert [row["step"] for row in read_rows(tmp_path, "metrics")] == [1, 2, 3]
+    assert not (tmp_path / "metrics.tmp").exists()
+
+
+def test_rows_are_written_in_parts_where_nothing_can_be_appended(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "PART_ROWS", 3)
+
+    def write(steps, last_step):
+        rows = JsonLines(metrics.epath.Path(tmp_path), "metrics", last_step, parts=True)
+        for step in steps:
+            rows.append({"step": step})
+        rows.close()
+
+    write(range(1, 8), -1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"metrics-{i:06d}.jsonl" for i in range(3)]
+    write([6, 7], 5)  # resumes: steps 6 and 7 are dropped from their parts and written to a new one
+    assert [row["step"] for row in read_rows(tmp_path, "metrics")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+# ---- one writer -----------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from jaxrlhf.metrics import lock_run_dir
+lock = lock_run_dir(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(RunDirBusy) as caught:
+            open_log(tmp_path)
+        line = str(caught.value)
+        assert line.startswith(f"run_dir: {tmp_path}: already being written by process {holder.pid} on ")
+        assert "\n" not in line and line.endswith("choose another run_dir")
+        assert not (tmp_path / "metrics.jsonl").exists()
+    finally:
+        holder.kill()  # no chance to tidy up
+        holder.wait()
+    write_steps(tmp_path, [1])
+    assert len(read_rows(tmp_path, "metrics")) == 1
+
+
+def test_the_lock_can_be_taken_before_the_log_is_made(tmp_path):
+    lock = lock_run_dir(tmp_path / "new")
+    with pytest.raises(RunDirBusy):
+        open_log(tmp_path / "new")
+    log, _ = open_log(tmp_path / "new", lock=lock)
+    log.close()
+    lock_run_dir(tmp_path / "new").close()  # type: ignore[union-attr]
+
+
+def test_other_processes_of_a_run_write_nothing(tmp_path):
+    first, _ = open_log(tmp_path)
+    other, screen = open_log(tmp_path, main=False)
+    other.write(1, ROW)
+    other.samples(1, [{"prompt": "p"}])
+    other.say("hello")
+    other.close()
+    first.close()
+    assert screen.getvalue() == "" and read_rows(tmp_path, "metrics") == []
+
+
+# ---- what a person sees ---------------------------------------------------------------------------------------------
+
+
+def test_the_summary_shows_the_few_numbers_that_matter():
+    row = ROW | {"throughput/response_tokens_per_second": 1840.4, "time/iteration": 3.0}
+    assert summary(row) == "reward +0.500  kl 1.250  loss 0.3000  1,840 tok/s"
+    assert summary({"loss/reward": 0.69, "reward/accuracy": 0.5}) == "accuracy 0.500  loss 0.6900"
+    assert summary({"eval/score/mean": 2.0}) == "eval/score/mean 2"
+    assert summary({}) == ""
+
+
+def test_a_log_gets_plain_lines_now_and_then(tmp_path):
+    log, screen = open_log(tmp_path, total=5, cfg=LogConfig(every=2, tensorboard=False))
+    for step in range(1, 6):
+        log.write(step, {"score/mean": float(step)})
+    log.close()
+    lines = screen.getvalue().splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [
+        ["step 2/5", "reward +2.000"],
+        ["step 4/5", "reward +4.000"],
+        ["step 5/5", "reward +5.000"],
+    ]
+    assert all("\x1b" not in line for line in lines)
+    assert len(read_rows(tmp_path, "metrics")) == 5
+
+
+def test_time_left_counts_from_the_first_update(tmp_path, monkeypatch):
+    clock = iter([1000.0, 1002.0, 1012.0])  # the first update comes after compilation
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    screen = io.StringIO()
+    lines = metrics.Lines(Console(file=screen), total=2000, start=0, every=1)
+    for step in (1, 2, 7):
+        lines.show(step, "x")
+    ends = [line.rpartition("  ")[2] for line in screen.getvalue().splitlines()]
+    assert ends == ["x", "1:06:36 left", "1:06:26 left"]  # 2 s an update x 1998, then x 1993
+
+
+def test_a_terminal_gets_a_bar(tmp_path):
+    log, screen = open_log(tmp_path, total=4, terminal=True)
+    log.write(1, ROW)
+    log.say("a line above it")
+    log.write(4, ROW)
+    log.close()
+    text = screen.getvalue()
+    assert "4/4" in text and "reward +0.500  kl 1.250  loss 0.3000" in text and "a line above it" in text
+
+
+# ---- TensorBoard ----------------------------------------------------------------------------------------------------
+
+EVENTS = """
+import sys
+from jaxrlhf.metrics import LogConfig, MetricsLog
+with MetricsLog(sys.argv[1], LogConfig(), 3) as log:
+    log.write(1, {"score/mean": 0.25, "loss/policy": float("nan")})
+print(sorted({"torch", "tensorflow"} & set(sys.modules)))
+"""
+
+
+def test_tensorboard_events_without_torch(tmp_path):
+    command = [sys.executable, "-c", EVENTS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data = file.read_bytes()
+    assert b"score/mean" in data and b"loss/policy" not in data
+
+
+def test_tensorboard_can_be_turned_off(tmp_path):
+    write_steps(tmp_path, [1])
+    assert sorted(os.listdir(tmp_path)) == [".lock", "metrics.jsonl", "samples.jsonl"]
