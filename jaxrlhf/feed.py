@@ -37,7 +37,7 @@ class Feed:
                 seed=cfg.seed,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
-                **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids[:1]}),
+                **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids}),
             )
         self.first: Batch | None = None  # read for its shapes, not yet used
 
@@ -112,7 +112,7 @@ def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> li
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         where=where,
-        **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids[:1]}),
+        **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids}),
     )
 
 

@@ -1,8 +1,8 @@
 """From a record to token ids and the mask of what is learnt.
 
 One promise: the tokens before a response are exactly those that ``encode_prompt`` gives for its prompt, so what a
-policy is trained on is what it sees while sampling. Hence a text is encoded whole where its pieces meet at the edge of a
-token, and piece by piece where a token would straddle prompt and response.
+policy is trained on is what it sees while sampling. Hence a text is encoded whole where its pieces meet at the edge of
+a token, and piece by piece where a token would straddle prompt and response.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

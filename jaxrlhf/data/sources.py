@@ -179,17 +179,16 @@ def _prepared(make: Callable[[], Any]) -> Any:
     import tensorflow_datasets as tfds
 
     builder = make()
-    if _has_data(builder):
-        return builder
-    config = tfds.download.DownloadConfig(
-        try_download_gcs=False
-    )  # Google's copies are in a format without random access
-    try:
-        builder.download_and_prepare(file_format="array_record", download_config=config)
-    except Exception:
-        if not _has_data(make()):
-            raise
-    return make()  # a builder that lost the race still has no splits
+    if not _has_data(builder):
+        # not from Google's copies: their format can't be read at random
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        try:
+            builder.download_and_prepare(file_format="array_record", download_config=config)
+        except Exception:
+            if not _has_data(make()):
+                raise
+    # a builder knows the splits that were there when it was made, and another process may have been faster
+    return make()
 
 
 def _has_data(builder: Any) -> bool:

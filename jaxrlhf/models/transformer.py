@@ -114,7 +114,7 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
     qkv = lambda n, axis: layer_linear((dim, n, width), ("embed", axis, "head_dim"), dim, cfg.attention_bias, 2)
     up = lambda: layer_linear((dim, mlp), ("embed", "mlp"), dim, cfg.mlp_bias, 1)
     table = {
-        "embed": {"tokens": {"embedding": Leaf((padded_vocab(cfg), dim), ("vocab", "embed"), 0.02)}},
+        "embed": {"tokens": {"embedding": Leaf((padded_vocab(cfg), dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
         "layers": {
             "attention": {
                 "norm": norm(cfg.num_layers),

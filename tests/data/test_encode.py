@@ -219,6 +219,24 @@ def test_chat_pair_learns_what_differs(chat):
     assert learnt(chosen, chat) == ["see you<eos>"]  # the first answer is shared
 
 
+def test_first_token_is_never_learnt(chat):
+    """Where the assistant opens and the template writes nothing before it, nothing predicts its first token."""
+    chat.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    encoded = encode_demonstration({"messages": [{"role": "assistant", "content": "abc"}]}, chat, "response")
+    assert encoded.response_mask.tolist() == [False] + [True] * (len(encoded.tokens) - 1)
+
+
+def test_offsets_without_their_spaces(letters):
+    """A space at the end of a prompt stays there, though such a tokenizer says that it is empty and further on."""
+    from tokenizers import processors
+
+    trimming = copy.deepcopy(letters)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert encode_text(trimming, "a ").offsets[1] == (2, 2)
+    encoded = encode_demonstration({"prompt": "a ", "response": "b"}, trimming, "response")
+    assert learnt(encoded, trimming) == ["b<eos>"]
+
+
 def test_offsets_with_bytes_of_one_character(letters):
     """An emoji is several tokens with the same offsets; none of them may be taken for a token across the border."""
     encoded = encode_demonstration({"prompt": "\U0001f642", "response": "\U0001f642"}, letters, "response")

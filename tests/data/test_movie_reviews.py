@@ -37,9 +37,9 @@ def opened(few, tmp_path, monkeypatch):
     """Opens a split of the dataset, prepared from ``few``."""
     from jaxrlhf.data import movie_reviews
 
-    monkeypatch.setattr(movie_reviews, "read_reviews", list)
-    monkeypatch.setattr(movie_reviews, "split_corpus", lambda found: few)
+    monkeypatch.setattr(movie_reviews, "installed_corpus", lambda: few)
     monkeypatch.setattr(movie_reviews, "IMDB_PAIRS", 40)
+    monkeypatch.setattr(movie_reviews, "PAIRINGS", 3)
 
     def do(config: str, split: str) -> list[dict]:
         cfg = SourceConfig(tfds=f"{NAME}/{config}", split=split)
@@ -50,9 +50,10 @@ def opened(few, tmp_path, monkeypatch):
 
 @needs_corpus
 def test_sizes_of_the_whole_corpus(corpus):
-    assert [len(part) for part in corpus] == [7530, 1000, 14_902, 10_000]
-    assert [sum(review.label for review in part) for part in corpus][:2] == [3765, 500]
-    assert sum(review.label for review in corpus.imdb_judge) == 5000
+    rt_test, judge = reviews.RT_TEST, reviews.IMDB_JUDGE
+    assert [len(part) for part in corpus] == [8530 - rt_test, rt_test, 24_902 - judge, judge]
+    assert [sum(review.label for review in part) for part in corpus[:2]] == [4265 - rt_test // 2, rt_test // 2]
+    assert sum(review.label for review in corpus.imdb_judge) == judge // 2
     tested, trained = ({letters(r.text) for r in part} for part in (corpus.rt_test, corpus.rt_train))
     judged, learnt = ({letters(r.text) for r in part} for part in (corpus.imdb_judge, corpus.imdb_train))
     assert not tested & trained and not judged & learnt and len(judged | learnt) == 24_902
@@ -78,7 +79,7 @@ def test_preferences(opened, few):
     train, imdb, test = (opened("preferences", split) for split in ("train", "imdb", "test"))
     pairs = {(record["chosen"], record["rejected"]) for record in train}
     smaller = min(sum(r.label for r in few.rt_train), sum(1 - r.label for r in few.rt_train))
-    assert len(pairs) == len(train) == 4 * smaller  # each time with another partner
+    assert len(pairs) == len(train) == 3 * smaller  # each time with another partner
     for record in train + test:
         assert record["prompt"] == "" and label[record["chosen"]] == 1 and label[record["rejected"]] == 0
     assert len(imdb) == 40 and not any(record["chosen"] in label for record in imdb)
@@ -101,13 +102,16 @@ def test_prompts(opened, few):
 @needs_corpus
 def test_judge(opened, few):
     train, test = (opened("judge", split) for split in ("train", "test"))
-    assert len(train) == 100 and sum(record["label"] for record in train) == 50
+    assert len(train) == len(few.imdb_judge) == 2 * sum(record["label"] for record in train)
     assert {record["source"] for record in train} == {IMDB}
     assert max(len(record["text"].split()) for record in train) > 100  # whole reviews
     assert len(test) == len(few.rt_test) and {record["source"] for record in test} == {ROTTEN_TOMATOES}
 
 
 def test_without_the_package(tmp_path, monkeypatch):
+    from jaxrlhf.data import movie_reviews
+
+    monkeypatch.setattr(movie_reviews, "installed_corpus", movie_reviews.installed_corpus.__wrapped__)
     monkeypatch.setattr(reviews, "PACKAGE", "no-such-reviews")
     with pytest.raises(ValueError) as error:
         open_source(

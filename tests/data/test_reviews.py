@@ -17,6 +17,7 @@ def corpus_of(rt: int, imdb: int) -> list[Review]:
 def small(monkeypatch):
     monkeypatch.setattr(reviews, "RT_TEST", 6)
     monkeypatch.setattr(reviews, "IMDB_JUDGE", 8)
+    monkeypatch.setattr(reviews, "SENTENCES_PER_REVIEW", 4)
     return split_corpus(corpus_of(20, 20))
 
 

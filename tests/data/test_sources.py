@@ -86,6 +86,22 @@ def test_two_processes_prepare_the_same_data_at_once(tmp_path):
     assert not [name for name in os.listdir(os.path.dirname(builder.data_dir)) if "incomplete" in name]
 
 
+def test_other_process_finishes_while_we_start(tmp_path):
+    """Our builder is made before the data is there, and looks for it after."""
+    cfg = write(tmp_path / "a.jsonl", ["one", "two"])
+    found = files.find_files(str(cfg.path), "x")
+
+    def make():
+        return files.records_builder(
+            "0" * 64, str(tmp_path / "c"), files.Parser(found, "demonstrations", {}, False, "x")
+        )
+
+    early = make()
+    _prepared(make)
+    made = iter([early])
+    assert len(_prepared(lambda: next(made, None) or make()).as_data_source("train")) == 2
+
+
 def test_tfds_round_trip_without_tensorflow(tmp_path):
     """A registered dataset is prepared, read back as plain Python, and tensorflow never imported."""
     script = """

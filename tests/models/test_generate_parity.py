@@ -1,7 +1,7 @@
 """The sampler against the whole-row forward pass, NumPy oracles of the distribution, and the law of its noise."""
 
-import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,57 +14,295 @@ from jaxrlhf.generate import Sampler, sample, stop_automaton
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Leaf, ModelConfig, Runtime, forward, parameter_table, resolve, weight_spec
-from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, support, uniform_noise
+from jaxrlhf.ops.sampling import IMPOSSIBLE, Sampling, choose, support, uniform_noise
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Prompts
 
-LLAMA = resolve(
-    ModelConfig(vocab_size=101, hidden_size=32, num_kv_heads=2, head_dim=16, mlp_size=48, max_positions=64)
-)
-GPT2 = resolve(ModelConfig(family="gpt2", vocab_size=101, hidden_size=32, mlp_size=48, max_positions=64))
-CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
-PROMPT, NEW = 6, 16  # columns
-LENGTHS = np.array([6, 3, 5, 1, 6, 2, 4, 6])  # of eight prompts
-EOS = (3, 17, 40, 41, 77)  # many, so that most rows end within NEW tokens
-PAD = 0
-
-PIECES = [bytes([97 + i % 5]) + b"-" * (i % 3) for i in range(101)]  # texts of the tokens
-STOP_TEXTS = ("aa", "b--c")  # the first over two tokens, the second in two ways to cut it
-
-
-def stops(texts):
-    return tuple(Automaton.make(text) for text in texts)
-
-
-class Automaton(np.ndarray):
-    """A stop table that jit can hash."""
-
-    @classmethod
-    def make(cls, text):
-        return stop_automaton(text, PIECES, 128).view(cls)
-
-    def __hash__(self):  # pyright: ignore[reportIncompatibleVariableOverride]
-        return hash(self.tobytes())
-
-    def __eq__(self, other):
-        return np.array_equal(self, other)
-
-
-SHAPED = Sampling(temperature=0.7, top_k=20, top_p=0.9, min_new_tokens=3, eos_ids=EOS)
-SAMPLERS = {
-    "plain": Sampler(Sampling(eos_ids=EOS), NEW, EOS, PAD),
-    "shaped": Sampler(SHAPED, NEW, EOS, PAD, samples_per_prompt=2),
+CONFIGS = {
+    "llama": resolve(
+        ModelConfig(vocab_size=101, hidden_size=32, num_kv_heads=2, head_dim=16, mlp_size=48, max_positions=64)
+    ),
+    "gpt2": resolve(ModelConfig(family="gpt2", vocab_size=101, hidden_size=32, mlp_size=48, max_positions=64)),
 }
+PROMPT, NEW = 6, 16  # columns
+LENGTHS = np.array([6, 3, 5, 1, 6, 2, 4, 6])  # of the eight prompts
+EOS = (3, 17, 40, 58)
+PIECES = [bytes([97 + i % 5]) + b"-" * (i % 3) for i in range(101)]  # texts of the tokens: a, b-, c--, d, ...
+STOPS = ("aa", "b--")  # one is two tokens; the other is one, or the beginning of none
+SHAPED = Sampling(temperature=0.7, top_k=30, top_p=0.9, min_new_tokens=3, eos_ids=EOS)
+SAMPLERS = {
+    "plain": Sampler(Sampling(eos_ids=EOS), NEW, EOS, pad_id=0),
+    "shaped": Sampler(SHAPED, NEW, EOS, 0, tuple(stop_automaton(text, PIECES, 128) for text in STOPS), 2),
+}
+SAMPLERS["pad is eos"] = SAMPLERS["shaped"]._replace(samples_per_prompt=1, pad_id=EOS[0])
+FLOAT32, BFLOAT16 = Runtime(), Runtime(compute=jnp.bfloat16)
 
 
 @functools.cache
-def weights(name):
-    """Random, with logits of size 1, norms and biases that do something; positions matter."""
+def weights(model):
+    """Random, with logits of size 1, and norms, biases and positions that do something."""
     rng = np.random.default_rng(3)
 
     def one(path, leaf):
-        deviation = {"embedding": 0.4, "kernel": leaf.init}.get(path[-1].key, 0.1)
+        deviation = {"embedding": 0.25, "kernel": leaf.init}.get(path[-1].key, 0.1)
         return ((leaf.init == "ones") + deviation * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    table = parameter_table(CONFIGS[name], "lm")
+    table = parameter_table(CONFIGS[model], "lm")
     return jax.tree_util.tree_map_with_path(one, table, is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def make_prompts(columns=PROMPT, filler=0) -> Prompts:
+    """The eight prompts, left-padded to ``columns`` with ``filler``."""
+    rng = np.random.default_rng(1)
+    tokens, valid = np.full((8, columns), filler), np.zeros((8, columns), bool)
+    for row, length in enumerate(LENGTHS):
+        tokens[row, columns - length :], valid[row, columns - length :] = rng.integers(0, 101, length), True
+    return Prompts(tokens.astype(np.int32), valid, np.arange(8, dtype=np.int32) + 100)  # pyright: ignore[reportArgumentType]
+
+
+def one_a_prompt(prompts) -> Prompts:
+    """Sixteen prompts, each to be sampled once, in place of eight that are sampled twice."""
+    rows = np.repeat(np.arange(8), 2)
+    tokens, valid, ids = (np.asarray(x)[rows] for x in (prompts.tokens, prompts.valid, prompts.sample_id))
+    return Prompts(tokens, valid, 2 * ids + np.arange(16, dtype=np.int32) % 2)  # pyright: ignore[reportArgumentType]
+
+
+@functools.cache
+def sampling_program(model, name, runtime=FLOAT32):
+    """jit of sample(params, prompts, seed, step)."""
+    cfg, sampler = CONFIGS[model], SAMPLERS[name]
+    return jax.jit(lambda params, prompts, seed, step: sample(params, cfg, prompts, seed, step, sampler, runtime))
+
+
+@functools.cache
+def forward_program(model, name, runtime=FLOAT32):
+    """jit of the whole-row TokenStats under the same shaping, as the trainer computes them."""
+    nets = make_nets({"policy": CONFIGS[model]}, runtime, SAMPLERS[name].sampling, lambda *_: None)  # pyright: ignore[reportArgumentType]
+    return jax.jit(lambda params, sequences: nets.token_stats("policy", {"policy": params}, sequences))
+
+
+def draw(model, name, prompts=None, seed=5, step=2, runtime=FLOAT32) -> Any:
+    """Sequences of NumPy arrays."""
+    program = sampling_program(model, name, runtime)
+    prompts = make_prompts() if prompts is None else prompts
+    return jax.tree.map(np.asarray, program(weights(model), prompts, jnp.int32(seed), jnp.int32(step)))
+
+
+def responses(sequences):
+    """The tokens of every response, as lists."""
+    return [row[mask].tolist() for row, mask in zip(sequences.tokens, sequences.response_mask)]
+
+
+def same_samples(one, other):
+    """Equal tokens and masks after the prompt, log-probs to rounding."""
+    assert responses(one) == responses(other)
+    np.testing.assert_array_equal(one.ended, other.ended)
+    np.testing.assert_array_equal(one.response_mask[:, -NEW:], other.response_mask[:, -NEW:])
+    np.testing.assert_allclose(one.logprobs[:, -NEW:], other.logprobs[:, -NEW:], atol=1e-5)
+
+
+# ---- the sampler and the trainer agree ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model, name", [("llama", "plain"), ("llama", "shaped"), ("gpt2", "shaped")])
+def test_decode_logprobs_equal_full_forward_logprobs(model, name):
+    """Left padding, temperature, top-k, top-p, min_new_tokens, stop texts, four EOS ids, two samples a prompt."""
+    sequences = draw(model, name)
+    whole = np.asarray(forward_program(model, name)(weights(model), sequences).logprobs)
+    mask = sequences.response_mask
+    assert mask.sum() > 60 and sequences.logprobs[mask].std() > 0.3
+    np.testing.assert_allclose(sequences.logprobs[mask], whole[mask], atol=1e-4)
+
+
+def test_bfloat16_decode_is_near_full_forward():
+    """In bfloat16 the two orders of summation differ: by 0.01 nats a token on average, and 0.1 at most."""
+    sequences = draw("llama", "plain", runtime=BFLOAT16)
+    mask = sequences.response_mask
+    whole = np.asarray(forward_program("llama", "plain", BFLOAT16)(weights("llama"), sequences).logprobs)
+    exact = np.asarray(forward_program("llama", "plain")(weights("llama"), sequences).logprobs)
+    assert np.abs(sequences.logprobs - whole)[mask].mean() < 0.01
+    assert np.abs(sequences.logprobs - whole)[mask].max() < 0.1
+    assert 1e-4 < np.abs(sequences.logprobs - exact)[mask].mean() < 0.03
+
+
+def kept_by_sorting(logits, top_k, top_p):
+    """bool[V]: top-k, then the fewest most likely tokens of what is left with top_p of its mass."""
+    order = np.argsort(-logits, kind="stable")
+    kept = np.ones(len(logits), bool)
+    if top_k:
+        kept = logits >= logits[order[min(top_k, len(order)) - 1]]
+    if top_p < 1:
+        mass = np.where(kept, np.exp(logits - logits.max()), 0)
+        before = np.cumsum(mass[order]) - mass[order]
+        last = order[np.flatnonzero(before < top_p * mass.sum())[-1]]
+        kept &= logits >= logits[last]
+    return kept
+
+
+def test_logprobs_are_of_the_distribution_sampled_from():
+    """A NumPy loop over tokens: EOS banned at first, temperature, top-k, top-p, renormalised."""
+    cfg, sequences = CONFIGS["llama"], draw("llama", "shaped")
+
+    @jax.jit
+    def whole(params, tokens, valid):
+        return lm_logits(params, cfg, forward(params, cfg, tokens, valid.astype(jnp.int32), FLOAT32))
+
+    logits = np.asarray(whole(weights("llama"), sequences.tokens, sequences.valid), np.float64)
+    for row, column in zip(*np.nonzero(sequences.response_mask)):
+        shaped = logits[row, column - 1, :101] / SHAPED.temperature
+        if column - PROMPT < SHAPED.min_new_tokens:
+            shaped[list(EOS)] = IMPOSSIBLE
+        kept = kept_by_sorting(shaped, SHAPED.top_k, SHAPED.top_p)
+        token = sequences.tokens[row, column]
+        assert kept[token]
+        expected = shaped[token] - np.log(np.exp(shaped[kept]).sum())
+        assert abs(sequences.logprobs[row, column] - expected) < 1e-4
+
+
+# ---- when a response ends -------------------------------------------------------------------------------------------
+
+
+def test_endings():
+    """At the first EOS or completed stop text, which belong to the response; nothing after it, and no EOS too early."""
+    ends = []
+    for seed in range(4):
+        sequences = draw("llama", "shaped", seed=seed)
+        np.testing.assert_array_equal(sequences.tokens[:, :PROMPT], np.repeat(make_prompts().tokens, 2, axis=0))
+        np.testing.assert_array_equal(sequences.valid[:, :PROMPT], np.repeat(make_prompts().valid, 2, axis=0))
+        np.testing.assert_array_equal(sequences.valid[:, PROMPT:], sequences.response_mask[:, PROMPT:])
+        for row in range(16):
+            length = int(sequences.response_mask[row].sum())
+            assert sequences.response_mask[row, PROMPT : PROMPT + length].all()
+            tokens = sequences.tokens[row, PROMPT : PROMPT + length].tolist()
+            texts = [b"".join(PIECES[token] for token in tokens[: i + 1]) for i in range(length)]
+            stopped = [any(stop.encode() in text for stop in STOPS) for text in texts]
+            at_eos = [token in EOS for token in tokens]
+            assert not any(at_eos[:3])
+            assert not any(at_eos[:-1]) and not any(stopped[:-1])
+            assert sequences.ended[row] == (at_eos[-1] or stopped[-1]) and (sequences.ended[row] or length == NEW)
+            assert (sequences.tokens[row, PROMPT + length :] == 0).all()
+            assert (sequences.logprobs[row, PROMPT + length :] == 0).all()
+            ends.append("eos" if at_eos[-1] else "stop" if stopped[-1] else "length")
+    assert min(ends.count(kind) for kind in ("eos", "stop", "length")) >= 3
+
+
+def test_a_pad_token_that_is_an_eos():
+    """Neither padding of that id nor its own meaning is confused: masks come from lengths."""
+    prompts = make_prompts()
+    tokens = np.array(prompts.tokens)
+    tokens[:4, -1] = EOS[0]  # prompts may end in it too
+    once = one_a_prompt(prompts.replace(tokens=tokens))  # pyright: ignore[reportAttributeAccessIssue]
+    padded = once.replace(tokens=np.where(once.valid, once.tokens, EOS[0]))  # pyright: ignore[reportAttributeAccessIssue]
+    made = draw("llama", "pad is eos", padded)
+    same_samples(made, draw("llama", "shaped", prompts.replace(tokens=tokens)))  # pyright: ignore[reportAttributeAccessIssue]
+    after = made.tokens[:, PROMPT:][~made.response_mask[:, PROMPT:]]
+    assert len(after) > 20 and (after == EOS[0]).all()
+
+
+# ---- what a sample depends on ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model, name", [("llama", "plain"), ("gpt2", "shaped")])
+def test_the_bucket_never_changes_samples(model, name):
+    same_samples(draw(model, name, make_prompts(PROMPT)), draw(model, name, make_prompts(PROMPT + 4, filler=9)))
+
+
+def test_a_sample_depends_on_its_id_and_not_on_its_neighbours():
+    order = np.random.default_rng(0).permutation(8)
+    straight, mixed = draw("llama", "plain"), draw("llama", "plain", jax.tree.map(lambda x: x[order], make_prompts()))
+    assert [responses(straight)[row] for row in order] == responses(mixed)
+    assert responses(straight) == responses(draw("llama", "plain"))
+    assert responses(straight) != responses(draw("llama", "plain", seed=6))
+    assert responses(straight) != responses(draw("llama", "plain", step=3))
+
+
+def test_samples_of_a_prompt_are_contiguous_and_have_their_own_ids():
+    """Sample n of prompt i is the one sample of a prompt whose id is 2 i + n."""
+    twice = draw("llama", "shaped")
+    same_samples(twice, draw("llama", "pad is eos", one_a_prompt(make_prompts())))
+    pairs = responses(twice)
+    assert sum(pairs[2 * i] != pairs[2 * i + 1] for i in range(8)) >= 7
+
+
+def test_mesh_equals_one_device():
+    table, spec = parameter_table(CONFIGS["llama"], "lm"), sharding.spec
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+        put = lambda leaf, x: jax.device_put(x, weight_spec(leaf))
+        params = jax.tree.map(put, table, weights("llama"), is_leaf=lambda x: isinstance(x, Leaf))
+        prompts = jax.tree.map(lambda x: jax.device_put(x, spec("batch", *[None] * (x.ndim - 1))), make_prompts())
+        many = sampling_program("llama", "shaped")(params, prompts, jnp.int32(5), jnp.int32(2))
+    same_samples(jax.tree.map(np.asarray, many), draw("llama", "shaped"))
+
+
+# ---- the law of choice ----------------------------------------------------------------------------------------------
+
+choose_program = jax.jit(choose, static_argnums=2)
+noise_program = jax.jit(uniform_noise)
+
+
+@pytest.mark.parametrize("vocab", [7, 64, 150])
+def test_choice_follows_softmax(vocab):
+    """Chi-square over 40,000 draws at the noise law's own uniforms; tokens that are impossible are never drawn."""
+    count = 40_000
+    logits = np.random.default_rng(vocab).normal(size=vocab).astype(np.float32)
+    logits[[2, vocab - 1]] = IMPOSSIBLE
+    uniform = noise_program(0, 1, jnp.arange(400), jnp.tile(jnp.arange(count // 400), (400, 1)))
+    token, logprob = choose_program(jnp.tile(logits, (count, 1)), uniform.reshape(-1))
+    exact = np.exp(logits.astype(np.float64) - logits.max())
+    exact /= exact.sum()
+    seen = np.bincount(token, minlength=vocab)
+    possible = exact > 0
+    assert seen[~possible].sum() == 0
+    assert stats.chisquare(seen[possible], exact[possible] * count).pvalue > 1e-3
+    np.testing.assert_allclose(logprob, np.log(exact[np.asarray(token)]), atol=1e-5)
+
+
+def test_choice_is_the_inverse_of_the_cumulative_distribution():
+    rng = np.random.default_rng(0)
+    logits, uniform = rng.normal(size=(4000, 150)).astype(np.float32), rng.random(4000).astype(np.float32)
+    share = np.exp(logits.astype(np.float64))
+    edges = np.cumsum(share / share.sum(1, keepdims=True), axis=1)
+    clear = np.abs(edges - uniform[:, None]).min(1) > 1e-6  # rounding may decide nearer to an edge
+    expected = (edges <= uniform[:, None]).sum(1)
+    token, _ = choose_program(logits, uniform)
+    assert clear.mean() > 0.99
+    np.testing.assert_array_equal(np.asarray(token)[clear], expected[clear])
+    ends = np.tile(logits[:1], (2, 1))
+    ends[:, [0, 149]] = IMPOSSIBLE
+    first_last, _ = choose_program(
+        ends, np.array([0.0, 1.0], np.float32)
+    )  # uniforms are below 1, but their product may round
+    assert first_last.tolist() == [1, 148]
+
+
+def test_greedy_choice():
+    logits = np.random.default_rng(0).normal(size=(20, 101)).astype(np.float32)
+    token, logprob = choose_program(logits, np.zeros(20, np.float32), True)
+    np.testing.assert_array_equal(token, logits.argmax(1))
+    np.testing.assert_allclose(logprob, logits.max(1) - np.log(np.exp(logits).sum(1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (200, 1.0), (0, 0.9), (0, 0.01), (5, 0.6), (40, 0.95)])
+def test_support_against_sorting(top_k, top_p):
+    logits = 3 * np.random.default_rng(top_k).normal(size=(30, 101)).astype(np.float32)
+    kept = np.asarray(jax.jit(support, static_argnums=(1, 2))(logits, top_k, top_p))
+    np.testing.assert_array_equal(kept, [kept_by_sorting(row.astype(np.float64), top_k, top_p) for row in logits])
+    assert kept.any(1).all()
+
+
+def test_support_keeps_ties_and_excludes_the_impossible():
+    kept = lambda logits, *filters: support(jnp.array(logits), *filters).tolist()
+    assert kept([1.0, 2.0, 1.0, 0.0], 2, 1.0) == [True, True, True, False]
+    assert kept([0.0, 0.0, -0.0, IMPOSSIBLE], 0, 0.5)[3] is False
+    assert kept([5.0, IMPOSSIBLE, IMPOSSIBLE], 0, 0.9) == [True, False, False]
+
+
+def test_noise_is_keyed_by_seed_step_id_and_position():
+    ids, positions = jnp.arange(50), jnp.tile(jnp.arange(40), (50, 1))
+    noise = lambda seed, step: np.asarray(noise_program(seed, step, ids, positions))
+    base = noise(1, 2)
+    assert base.min() >= 0 and base.max() < 1 and len(np.unique(base)) > 1990
+    assert stats.kstest(base.ravel(), "uniform").pvalue > 1e-3
+    assert (noise(2, 2) != base).mean() > 0.99 and (noise(1, 3) != base).mean() > 0.99
+    shifted = noise_program(1, 2, ids[10:12], positions[:2, 5:9])
+    np.testing.assert_array_equal(shifted, base[10:12, 5:9])

@@ -1,0 +1,95 @@
+"""Rows in a new order, in parts, repeated, in pairs: the same with and without a mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxrlhf.ops.rows import deinterleave, interleave, repeat_rows, shuffle, split_rows
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from tests.tiny import program, put
+
+ROWS = PartitionSpec(("data", "fsdp"), None)
+
+
+def tree(rows: int = 16):
+    return {"id": np.arange(rows, dtype=np.int32), "x": np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)}
+
+
+def on_mesh(function, *args):
+    """The result of ``function`` on NumPy trees whose rows are split over (2, 2, 2)."""
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        return program(function)(*put(args))
+
+
+def test_shuffle_moves_every_array_alike():
+    out = shuffle(jax.tree.map(jnp.asarray, tree()), jax.random.key(0))
+    ids = np.asarray(out["id"])
+    assert sorted(ids) == list(range(16)) and list(ids) != list(range(16))
+    np.testing.assert_array_equal(out["x"], tree()["x"][ids])
+    again, other = shuffle(tree_of_jax(), jax.random.key(0)), shuffle(tree_of_jax(), jax.random.key(1))
+    np.testing.assert_array_equal(again["id"], ids)
+    assert list(other["id"]) != list(ids)
+
+
+def tree_of_jax():
+    return jax.tree.map(jnp.asarray, tree())
+
+
+def test_shuffle_is_global_under_a_mesh():
+    out = on_mesh(lambda rows: shuffle(rows, jax.random.key(0)), tree())
+    alone = shuffle(tree_of_jax(), jax.random.key(0))
+    np.testing.assert_array_equal(out["id"], alone["id"])
+    np.testing.assert_array_equal(out["x"], alone["x"])
+    assert out["x"].sharding.spec == ROWS
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_split_rows_takes_every_parts_th_row(parts):
+    out = split_rows(tree_of_jax(), parts)
+    assert out["x"].shape == (parts, 16 // parts, 3)
+    for part in range(parts):
+        np.testing.assert_array_equal(out["id"][part], np.arange(16)[part::parts])
+        np.testing.assert_array_equal(out["x"][part], tree()["x"][part::parts])
+
+
+def test_split_rows_stays_on_its_devices():
+    out = on_mesh(lambda rows: split_rows(rows, 2), tree())
+    np.testing.assert_array_equal(out["x"], split_rows(tree_of_jax(), 2)["x"])
+    assert out["x"].sharding.spec == PartitionSpec(None, ("data", "fsdp"), None)
+    for shard in out["id"].addressable_shards:  # a device holds 4 neighbouring rows before, and the same ones after
+        assert len({int(row) // 4 for row in np.asarray(shard.data).ravel()}) == 1
+    collectives = ("all_gather", "all-gather", "all-to-all", "collective-permute")
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        text = jax.jit(lambda rows: split_rows(rows, 2)).lower(put(tree())).compile().as_text()
+    assert text is not None and not any(word in text for word in collectives)
+
+
+def test_rows_that_do_not_split_are_refused():
+    with pytest.raises(Exception, match="reshape"):
+        split_rows(tree_of_jax(), 3)
+
+
+def test_repeat_rows_is_contiguous():
+    out = repeat_rows(tree_of_jax(), 3)
+    np.testing.assert_array_equal(out["id"], np.repeat(np.arange(16), 3))
+    np.testing.assert_array_equal(out["x"], np.repeat(tree()["x"], 3, axis=0))
+    meshed = on_mesh(lambda rows: repeat_rows(rows, 3), tree())
+    np.testing.assert_array_equal(meshed["x"], out["x"])
+    assert meshed["x"].sharding.spec == ROWS
+    same = tree_of_jax()
+    assert repeat_rows(same, 1) is same
+
+
+def test_interleave_and_back():
+    first, second = tree_of_jax(), jax.tree.map(lambda x: -x - 1, tree_of_jax())
+    both = interleave(first, second)
+    np.testing.assert_array_equal(both["id"][0::2], first["id"])
+    np.testing.assert_array_equal(both["id"][1::2], second["id"])
+    for found, given in zip(deinterleave(both["x"]), (first["x"], second["x"])):
+        np.testing.assert_array_equal(found, given)
+    meshed = on_mesh(lambda a, b: deinterleave(interleave(a, b)["x"]), first, second)
+    np.testing.assert_array_equal(meshed[0], first["x"])
+    np.testing.assert_array_equal(meshed[1], second["x"])
+    assert meshed[0].sharding.spec == ROWS

@@ -1,0 +1,89 @@
+"""The mesh, its one-line errors, and the table from logical axes to mesh axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxrlhf import sharding
+from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape
+
+
+@pytest.mark.parametrize(
+    ("cfg", "devices", "shape"),
+    [
+        (MeshConfig(), 1, (1, 1, 1)),
+        (MeshConfig(), 8, (8, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 2, 2)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 4, 2)),
+        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (2, 3, 1)),
+    ],
+)
+def test_mesh_shape(cfg, devices, shape):
+    assert mesh_shape(cfg, devices) == shape
+
+
+@pytest.mark.parametrize(
+    ("cfg", "devices", "words"),
+    [
+        (MeshConfig(data=2, fsdp=2, tensor=2), 6, ["data=2, fsdp=2, tensor=2", "needs 8 devices", "equals the 6"]),
+        (MeshConfig(data=2, fsdp=2, tensor=1), 8, ["data=2, fsdp=2, tensor=1", "needs 4 devices", "equals the 8"]),
+        (MeshConfig(data=-1, fsdp=3), 8, ["data=-1, fsdp=3, tensor=1", "needs 3 devices", "divides into the 8"]),
+        (MeshConfig(data=-1, fsdp=-1), 8, ["data=-1, fsdp=-1", "at most one is -1"]),
+        (MeshConfig(data=0), 8, ["data=0", "positive"]),
+        (MeshConfig(fsdp=-2), 8, ["fsdp=-2", "positive"]),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(cfg, devices, words):
+    with pytest.raises(ValueError) as caught:
+        mesh_shape(cfg, devices)
+    message = str(caught.value)
+    assert message.startswith("mesh: ") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_mesh_is_explicit_and_in_the_order_of_the_devices():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Explicit}
+    assert [device.id for device in mesh.devices.flat] == list(range(8))
+    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (3, 1, 1)
+    assert sharding.batch_shards(mesh) == 4  # rows go over data and fsdp
+    assert sharding.batch_shards(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))) == 4
+    assert sharding.batch_shards(make_mesh(MeshConfig(tensor=8))) == 1
+
+
+def test_partition_is_the_table():
+    assert sharding.partition(("batch", "seq", None)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert sharding.partition(("layers", "embed", "kv_heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
+    with pytest.raises(KeyError, match="colour"):
+        sharding.partition(("colour",))
+    used = {axis for rule in sharding.RULES.values() for axis in ((rule,) if isinstance(rule, str) else rule or ())}
+    assert used <= set(AXES)
+
+
+def test_without_a_mesh_nothing_is_laid_out():
+    x = jnp.ones((4, 2))
+    assert not sharding.explicit() and sharding.spec("batch", None) is None
+    assert sharding.constrain(x, "batch", None) is x
+
+
+def test_under_a_mesh_rows_are_split():
+    x = np.arange(16.0).reshape(8, 2)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        split = sharding.constrain(jnp.asarray(x), "batch", None)
+        assert sharding.explicit() and jax.typeof(split).sharding.spec == PartitionSpec(("data", "fsdp"), None)
+        assert {shard.data.shape for shard in split.addressable_shards} == {(2, 2)}
+        np.testing.assert_array_equal(split, x)
+        with pytest.raises(Exception, match="5"):  # 5 rows on 4 shards: refused, not padded
+            sharding.constrain(jnp.ones((5, 2)), "batch", None)
+
+
+def test_concrete_puts_abstract_layouts_on_the_mesh():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(lambda: {"w": sharding.constrain(jnp.ones((4, 8)), "embed", "mlp"), "n": jnp.int32(0)})
+    found = sharding.concrete(abstract, mesh)
+    assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert found["n"].sharding.spec == PartitionSpec() and found["n"].dtype == jnp.int32

@@ -1,0 +1,145 @@
+"""A tiny model and a tiny run of an algorithm, put together by hand: what tests of the step and the algorithms share."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxrlhf import generate
+from jaxrlhf import state as states
+from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.models.nets import make_nets
+from jaxrlhf.models.transformer import ModelConfig, Runtime, parameter_table, resolve, weight_spec
+from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.optim import OptimizerConfig, make_optimizer
+from jaxrlhf.sharding import explicit, partition
+from jaxrlhf.step import Recipe
+from jaxrlhf.types import Batch, Params, Preferences, Prompts, Sequences, TrainState
+
+MODEL = resolve(ModelConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32))
+EOS_IDS = (1, 2)
+FAST = {"xla_backend_optimization_level": 0}  # programs of tests run for milliseconds: what counts is to compile them
+
+
+def program(function, donate=()):
+    """``jax.jit`` for tests."""
+    return jax.jit(function, donate_argnums=donate, compiler_options=FAST)
+
+
+def put(tree):
+    """NumPy arrays on the current mesh (if any), their rows split as those of a batch."""
+
+    def one(x):
+        if not explicit():
+            return jnp.asarray(x)
+        return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), partition(("batch", *(None,) * (x.ndim - 1)))))
+
+    return jax.tree.map(one, tree)
+
+
+def parameters(cfg: ModelConfig, head, seed: int) -> Params:
+    """What ``transformer.init`` makes, drawn by NumPy: the jitted init takes seconds to compile, and differs by mesh."""
+    rng = np.random.default_rng(seed)
+
+    def one(leaf):
+        if isinstance(leaf.init, str):
+            x = np.full(leaf.shape, float(leaf.init == "ones"), np.float32)
+        else:
+            x = (rng.normal(size=leaf.shape) * leaf.init).astype(np.float32)
+        return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), weight_spec(leaf))) if explicit() else jnp.array(x)
+
+    return jax.tree.map(one, parameter_table(cfg, head), is_leaf=lambda x: hasattr(x, "init"))
+
+
+# ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def prompts(rows: int = 16, columns: int = 4, seed: int = 0, vocab: int = 64) -> Prompts:
+    """Left-padded prompts of 1 to ``columns`` tokens."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, vocab, (rows, columns)).astype(np.int32)
+    valid = np.arange(columns) >= rng.integers(0, columns, (rows, 1))
+    return put(Prompts(np.where(valid, tokens, 0), valid, np.arange(rows, dtype=np.int32)))
+
+
+def sequences(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 0, vocab: int = 64) -> Sequences:
+    """Prompts of 1 to ``prompt`` tokens with responses of 0 to ``room`` tokens; the first row has none, the next all."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, vocab, (rows, prompt + room)).astype(np.int32)
+    lengths = rng.integers(0, room + 1, rows)
+    lengths[:2] = 0, room
+    columns = np.arange(prompt + room)
+    mask = (columns >= prompt) & (columns < prompt + lengths[:, None])
+    valid = mask | ((columns < prompt) & (columns >= rng.integers(0, prompt, (rows, 1))))
+    return put(Sequences(np.where(valid, tokens, 0), valid, mask, ended=lengths < room, response_start=prompt))
+
+
+def preferences(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 10) -> Preferences:
+    """Pairs of ``sequences``, the last row padding."""
+    pair = [sequences(rows, prompt, room, seed + side) for side in range(2)]
+    real = np.arange(rows) < rows - 1
+    blank = lambda x: put(np.where(real.reshape(-1, *(1,) * (x.ndim - 1)), np.asarray(x), 0).astype(x.dtype))
+    margin = np.random.default_rng(seed).normal(size=rows).astype(np.float32)
+    return Preferences(*jax.tree.map(blank, pair), margin=put(margin))
+
+
+# ---- a run ----------------------------------------------------------------------------------------------------------
+
+
+class Tiny(NamedTuple):
+    """A recipe, the state that it starts from, and one batch."""
+
+    recipe: Recipe
+    state: TrainState
+    batch: Batch
+
+
+def build(
+    name: str,
+    cfg: Any,
+    *,
+    model: ModelConfig = MODEL,
+    batch: Batch | None = None,
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3),
+    num_micro: int = 1,
+    room: int = 6,
+    samples_per_prompt: int = 1,
+    eos_ids: tuple[int, ...] = EOS_IDS,
+) -> Tiny:
+    """The algorithm called ``name`` on models of this shape, on the current mesh. Policy and reference start equal."""
+    algorithm = ALGORITHMS[name]
+    trained, slow = algorithm.roles(cfg)
+    seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2}
+    make = lambda heads: {role: parameters(model, head, seeds[role]) for role, head in heads.items()}
+    optimizers = {role: make_optimizer(optimizer, 1000) for role in trained}
+    sampling = Sampling(eos_ids=eos_ids)
+    nets = make_nets(
+        dict.fromkeys(seeds, model), Runtime(), sampling, sampler_of(model, sampling, room, samples_per_prompt)
+    )
+    recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro)
+    state = states.new_state(0, make(trained), make(slow), optimizers, algorithm.controls(cfg))
+    return Tiny(recipe, state, Batch(prompts=prompts(), preferences=preferences()) if batch is None else batch)
+
+
+def sampler_of(model: ModelConfig, sampling: Sampling, room: int, samples_per_prompt: int = 1, pad_id: int = 0):
+    """Nets.sample for a model of this shape."""
+    sampler = generate.Sampler(sampling, room, sampling.eos_ids, pad_id, (), samples_per_prompt)
+
+    def sample(role, trees, prompts, seed, step):
+        return generate.sample(trees[role], model, prompts, seed, step, sampler, Runtime())
+
+    return sample
+
+
+def changed(recipe: Recipe, **fields) -> Recipe:
+    """The recipe with fields of the algorithm's config replaced."""
+    return recipe._replace(cfg=dataclasses.replace(recipe.cfg, **fields))
+
+
+def equal_trees(first, second) -> bool:
+    """Whether two pytrees hold the same bits."""
+    same = jax.tree.map(lambda a, b: np.array_equal(np.asarray(a), np.asarray(b)), first, second)
+    return all(jax.tree.leaves(same))
