@@ -10,7 +10,7 @@ from etils import epath
 
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
-from jaxrlhf.config import Config, ConfigError, num_micro, updates_of
+from jaxrlhf.config import Config, ConfigError, dump, num_micro, read_yaml, show, updates_of
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.models import hf, nets, transformer
@@ -64,6 +64,7 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     tokenizer = find_tokenizer(cfg)
     weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads}
     check_tokenizers(cfg, weights, tokenizer)
+    keep_tokenizer(cfg, tokenizer)
     sampler = make_sampler(cfg, tokenizer, weights)
     epochs, minibatches = updates_of(cfg)
     total = cfg.iterations * epochs * minibatches
@@ -87,11 +88,10 @@ def bind_nets(cfg: Config, weights: dict[Role, Weights], sampler: generate.Sampl
 
 
 def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
-    """The sampler that ``generate`` asks for, with the EOS tokens of the tokenizer and of the policy's files."""
+    """The sampler that ``generate`` asks for, with the EOS tokens of the tokenizer and of the policy's origin."""
     ask = cfg.generate
     policy = weights.get("policy")
-    folder = policy.path if policy and policy.kind == "hf" else None
-    eos_ids = tokenizers.eos_ids(tokenizer, hf.read_json(folder, "generation_config.json") if folder else None)
+    eos_ids = tokenizers.eos_ids(tokenizer, generation_config(policy) if policy else None)
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
     stops = ()
     if ask.stop:
@@ -102,21 +102,33 @@ def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> genera
     return generate.Sampler(sampling, ask.max_new_tokens, eos_ids, pad, stops, cfg.batch.samples_per_prompt)
 
 
+def generation_config(start: Weights) -> dict | None:
+    """What the policy's folder says of generation; of a run, the EOS tokens that it was trained with."""
+    if start.kind == "run":
+        return {"eos_token_id": checkpoint.read_extra(start.path)[1].get("eos_ids")}
+    return hf.read_json(start.path, "generation_config.json") if start.path else None
+
+
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
 
 
 def find_tokenizer(cfg: Config):
-    """The run's own tokenizer if it has one already; else the one the config names or asks to train, saved in the run."""
-    own = epath.Path(cfg.run_dir) / "tokenizer"
-    if own.exists():
-        return tokenizers.load_tokenizer(os.fspath(own))
+    """The run's own tokenizer if it has a checkpoint; else the one the config names or asks to train."""
+    if checkpoint.latest_step(cfg.run_dir) is not None:
+        return tokenizers.load_tokenizer(os.fspath(epath.Path(cfg.run_dir) / "tokenizer"))
     if cfg.tokenizer.train_vocab_size:
-        tokenizer = train_tokenizer(cfg)
-    else:
-        tokenizer = tokenizers.load_tokenizer(tokenizer_folder(cfg))
-    if jax.process_index() == 0:
-        tokenizers.save_tokenizer(tokenizer, os.fspath(own))
-    return tokenizer
+        return train_tokenizer(cfg)
+    return tokenizers.load_tokenizer(tokenizer_folder(cfg))
+
+
+def keep_tokenizer(cfg: Config, tokenizer) -> None:
+    """Save it in the run, where it isn't the run's own already; what a start that came to nothing left is replaced."""
+    own = epath.Path(cfg.run_dir) / "tokenizer"
+    if checkpoint.latest_step(cfg.run_dir) is not None or jax.process_index() != 0:
+        return
+    if own.exists():
+        own.rmtree()
+    tokenizers.save_tokenizer(tokenizer, os.fspath(own))
 
 
 def train_tokenizer(cfg: Config):
@@ -132,13 +144,23 @@ def train_tokenizer(cfg: Config):
 
 def tokenizer_folder(cfg: Config) -> str:
     """Where the tokenizer is read from: tokenizer.init_from, else where the policy or the reward model starts."""
-    named = cfg.tokenizer.init_from
+    named, where = cfg.tokenizer.init_from, "tokenizer"
     if named is None:
         roles = [role for role in ("policy", "reward", *cfg.models) if role in cfg.models]
-        named = next((origin(cfg, role).init_from for role in roles if origin(cfg, role).init_from), None)
+        starts = [(base_role(cfg, role), origin(cfg, role).init_from) for role in roles]
+        role, named = next((start for start in starts if start[1]), ("", None))
+        where = f"models.{role}"
     if named is None:
         raise ConfigError("tokenizer: no model starts from files; expected tokenizer.init_from or .train_vocab_size")
-    return os.fspath(tokenizer_of(named))
+    return os.fspath(located(tokenizer_of, named, where))
+
+
+def located(find, named: str, where: str):
+    """``find(named)``, whose error ("init_from: ...") is told as one of the config's section ``where``."""
+    try:
+        return find(named)
+    except ValueError as error:
+        raise ConfigError(f"{where}.{error}") from None
 
 
 def tokenizer_of(named: str):
@@ -198,7 +220,7 @@ def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
         named = next(name for name, model in cfg.models.items() if model is start)
         there = checkpoint.find_role(extra["models"], named)
         return Weights("run", path, *checkpoint.model_of(extra["models"][there]), step, there)
-    folder = os.fspath(hf.locate(path))
+    folder = os.fspath(located(hf.locate, path, f"models.{base_role(cfg, role)}"))
     return Weights("hf", folder, *hf.read_config(folder))
 
 
@@ -241,3 +263,36 @@ def abstract_state(run: Run) -> TrainState:
     params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
     controls = run.algorithm.controls(run.cfg.algorithm)
     return state.abstract_state(params, still, run.recipe.optimizers, controls, run.mesh)
+
+
+# ---- going on with a run --------------------------------------------------------------------------------------------
+
+# keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
+FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.")
+
+
+def changes_since_saved(cfg: Config) -> list[str]:
+    """What the config says otherwise than at the run's last checkpoint, as "key: old -> new".
+
+    Raises ConfigError where one of the keys is FIXED."""
+    if checkpoint.latest_step(cfg.run_dir) is None:
+        return []
+    step, extra = checkpoint.read_extra(cfg.run_dir)
+    old, new = (flat(read_yaml(text, "config")) for text in (extra["config"], dump(cfg)))
+    changed = [key for key in {**old, **new} if key != "run_dir" and old.get(key) != new.get(key)]
+    fixed = [key for key in changed if key.startswith(FIXED)]
+    if fixed:
+        key = fixed[0]
+        raise ConfigError(
+            f"{key}: {show(new.get(key))}: the run in {cfg.run_dir} is at step {step} with {show(old.get(key))}; "
+            "expected the same, or another run_dir"
+        )
+    return [f"{key}: {show(old.get(key))} -> {show(new.get(key))}" for key in changed]
+
+
+def flat(tree: dict, path: str = "") -> dict[str, object]:
+    """Dotted key -> value, for all values in sections of sections."""
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": value}
+    return found

@@ -4,6 +4,7 @@ Each role is an item of its own, so that another run can take one role and read 
 """
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import hf
 from jaxrlhf.models.transformer import ModelConfig, RopeScaling
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -22,16 +24,22 @@ STATE, EXTRA = "state", "extra"  # items beside the roles'
 
 
 class Checkpoints:
-    """The checkpoints of one run directory: the last ``keep``, and the best by ``best`` (a name in save's metrics)."""
+    """The checkpoints of one run directory: the last ``keep``, and the best by ``best`` (a name in save's metrics).
 
-    def __init__(self, run_dir, keep: int = 2, best: str | None = None, mode: str = "max"):
+    ``read_only``: for other processes than the one that trains, whose unfinished checkpoints are then left alone."""
+
+    def __init__(self, run_dir, keep: int = 2, best: str | None = None, mode: str = "max", read_only: bool = False):
         policies: list = [preservation_policy.LatestN(keep)]
+        of = lambda metrics: metrics[best]
         if best:
-            of = lambda metrics: metrics[best]
-            policies.append(preservation_policy.BestN(get_metric_fn=of, reverse=mode == "min", n=1))
+            rules = {"get_metric_fn": of, "reverse": mode == "min", "keep_checkpoints_without_metrics": False}
+            policies.append(preservation_policy.BestN(n=1, **rules))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,  # what a crash left half-written
+            best_fn=of if best else None,  # without it orbax writes no metrics, and a resumed run forgets its best
+            best_mode=mode,
+            cleanup_tmp_directories=not read_only,  # what a crash left half-written
+            read_only=read_only,
         )
         self.best, self.mode = best, mode
         self.manager = ocp.CheckpointManager(directory(run_dir), options=options)
@@ -48,8 +56,16 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of ``step``, laid out as ``abstract`` says: on another mesh than it was saved from, if need be."""
+        """The state of ``step``, laid out as ``abstract`` says: on another mesh than it was saved from, if need be.
+
+        Raises ValueError, in one line, where other roles learned, or other ones did not."""
         items = {item: ocp.args.StandardRestore(tree) for item, tree in parts(abstract).items()}
+        there = {path.name for path in (epath.Path(self.manager.directory) / str(step)).iterdir()}
+        if missing := sorted(items.keys() - there):
+            held = ", ".join(sorted(name for name in there if name.startswith(("params.", "slow."))))
+            raise ValueError(
+                f"{self.manager.directory}: step {step} has no {missing[0]}, as the config wants; it has {held}"
+            )
         found = self.manager.restore(step, args=ocp.args.Composite(**items))
         return assemble(abstract, found)
 
@@ -150,7 +166,11 @@ def export(run_dir, role: Role, to) -> None:
     if role not in extra["models"]:
         raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")
     cfg, head = model_of(extra["models"][role])
+    folder, dtype = epath.Path(run_dir) / "tokenizer", jnp.dtype(extra["dtype"])
+    tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
+    eos = tokenizers.eos_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
+    ids = hf.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        params = restore_role(run_dir, step, role, abstract_params(cfg, head, jnp.dtype(extra["dtype"]), mesh))
-        hf.save(params, cfg, head, to, jnp.dtype(extra["dtype"]), tokenizer_folder=epath.Path(run_dir) / "tokenizer")
+        params = restore_role(run_dir, step, role, abstract_params(cfg, head, dtype, mesh))
+        hf.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)

@@ -132,11 +132,11 @@ def main() -> None:
     """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
     try:
         app()
-    except (ValueError, FloatingPointError) as error:  # the latter: a loss that is not finite
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:  # the last: a loss is not finite
         if os.environ.get("JAXRLHF_TRACEBACK") or not raised_here(error):
             raise
         print(error, file=sys.stderr)
-        sys.exit(EXIT_MISTAKE if isinstance(error, ValueError) else EXIT_BROKEN)
+        sys.exit(EXIT_BROKEN if isinstance(error, FloatingPointError) else EXIT_MISTAKE)
 
 
 def raised_here(error: BaseException) -> bool:

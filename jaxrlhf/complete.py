@@ -40,12 +40,12 @@ def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
         if head != "lm":
             raise ValueError(f"{name}: holds a {role} model with a {head} head, which can't write; expected a policy")
         params = checkpoint.restore_role(name, step, role, abstract_params(cfg, head, dtype, mesh))
-        return Model(params, cfg, tokenizer, tokenizers.eos_ids(tokenizer))
+        return Model(params, cfg, tokenizer, tokenizers.eos_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}))
     folder = hf.locate(name)
     cfg, head = hf.read_config(folder)
     if head != "lm":
         raise ValueError(f"{name}: a model with a {head} head can't write; expected a causal language model")
-    eos = tokenizers.eos_ids(tokenizer, hf.read_json(folder / "generation_config.json"))
+    eos = tokenizers.eos_ids(tokenizer, hf.read_json(folder, "generation_config.json"))
     return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, eos)
 
 

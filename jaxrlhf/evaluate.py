@@ -84,7 +84,7 @@ def evaluate_run(run_dir: str, judge: bool = True, samples: int = 8) -> dict[str
     ready = build(cfg)
     report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}
     with jax.set_mesh(ready.mesh):
-        saved = checkpoint.Checkpoints(run_dir, cfg.checkpoint.keep)
+        saved = checkpoint.Checkpoints(run_dir, read_only=True)
         state = saved.restore(step, abstract_state(ready))
         saved.close()
         held = HeldOut(ready)

@@ -152,20 +152,21 @@ def replace_text(path: epath.Path, text: str) -> None:
 def summary(metrics: Mapping[str, float]) -> str:
     """The few numbers that tell how training goes: "reward +0.53  kl 1.20  loss 0.312  1,840 tok/s"."""
 
-    def first(*starts: str) -> float | None:
-        return next((metrics[key] for start in starts for key in metrics if key.startswith(start)), None)
+    def first(*names: str) -> float | None:
+        keys = [prefix + name for prefix in ("", "eval/") for name in names]
+        return next((metrics[key] for key in keys if key in metrics), None)
 
     rows = [
         ("reward {:+.3f}", first("score/mean")),
         ("kl {:.3f}", first("kl/reference")),
+        ("length {:.1f}", first("response/length_mean")),
         ("accuracy {:.3f}", first("reward/accuracy")),
-        ("loss {:.4f}", first("loss/policy", "loss/reward", "loss/")),
-        ("{:,.0f} tok/s", first("throughput/")),
+        ("loss {:.4f}", first("loss/policy", "loss/reward")),
+        ("{:,.0f} tok/s", first("throughput/response_tokens_per_second")),
     ]
     shown = [form.format(value) for form, value in rows if value is not None]
-    if not shown:  # an evaluation between two updates
-        shown = [f"{key} {value:.4g}" for key, value in list(metrics.items())[:4]]
-    return "  ".join(shown)
+    held_out = ["held out:"] if metrics and all(key.startswith("eval/") for key in metrics) else []
+    return "  ".join([*held_out, *shown])
 
 
 class Bar:

@@ -10,8 +10,8 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf import checkpoint, evaluate, normalize
-from jaxrlhf.build import Run, abstract_state, build, initial_state
-from jaxrlhf.config import Config, check, describe_batch, dump
+from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state
+from jaxrlhf.config import Config, ConfigError, check, describe_batch, dump, suggest
 from jaxrlhf.feed import Feed, layout, put
 from jaxrlhf.metrics import MetricsLog, lock_run_dir
 from jaxrlhf.step import make_iteration
@@ -24,18 +24,22 @@ def run(cfg: Config, raw: str = "") -> str:
     """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", or "preempted" after SIGTERM.
 
     ``raw`` is the config as the user wrote it, kept beside the resolved one. Raises ConfigError before any model is
-    built, RunDirBusy where another process writes to the run directory.
+    built, RunDirBusy where another process writes to the run directory; both leave its config and tokenizer alone.
     """
     check(cfg, jax.device_count())
-    run_dir = epath.Path(cfg.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = lock_run_dir(run_dir)
-    (run_dir / "config.yaml").write_text(dump(cfg))
+    lock, run_dir = lock_run_dir(cfg.run_dir), epath.Path(cfg.run_dir)
+    changes = changes_since_saved(cfg)
+    start = checkpoint.latest_step(run_dir) or 0
+    if start >= cfg.iterations:
+        print(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= to go on")
+        return DONE
     use_compilation_cache()
     ready = build(cfg)
+    (run_dir / "config.yaml").write_text(dump(cfg))
     saved = checkpoint.Checkpoints(run_dir, cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode)
-    start = saved.latest() or 0
     with jax.set_mesh(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
+        if changes:
+            log.say(f"changed since step {start}: {', '.join(changes)}")
         return Trainer(ready, saved, log).run(start)
 
 
@@ -63,7 +67,7 @@ class Trainer:
         self.evaluation = evaluate.HeldOut(ready)
         self.pending: Finished | None = None
         self.last_time = time.perf_counter()
-        self.scores: dict[str, float] = {}  # of the newest evaluation
+        self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation
         self.preempted = False
 
     def run(self, start: int) -> str:
@@ -71,9 +75,6 @@ class Trainer:
         cfg = self.cfg
         self.log.say(describe_batch(cfg))
         state = self.restore(start) if start else initial_state(self.ready)
-        if start >= cfg.iterations:
-            self.log.say(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= to go on")
-            return DONE
         programs = self.compile(state)
         previous = signal.signal(signal.SIGTERM, self.ask_to_stop)
         try:
@@ -83,7 +84,7 @@ class Trainer:
         finally:
             signal.signal(signal.SIGTERM, previous)
         if self.preempted and step < cfg.iterations:
-            self.log.say(f"SIGTERM: saved at step {step}; the same command goes on from there")
+            self.log.say(f"SIGTERM: stopped at step {step}; the same command goes on from there")
             return PREEMPTED
         return DONE
 
@@ -103,9 +104,12 @@ class Trainer:
             if last or (cfg.eval.every and step % cfg.eval.every == 0):
                 self.flush()
                 self.evaluate(step, state)
-            if last or self.preempted or step % cfg.checkpoint.every == 0:
+            if last or step % cfg.checkpoint.every == 0:
                 self.flush()
                 self.save(step, state)
+        if step > (self.saved.latest() or 0):  # SIGTERM came between two saves
+            self.flush()
+            self.save(step, state)
         self.saved.close()
         return state, step
 
@@ -114,7 +118,9 @@ class Trainer:
         started, programs = time.perf_counter(), {}
         step = jax.jit(make_iteration(self.ready.recipe), donate_argnums=0)
         for batch in self.feed.shapes():
-            batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(self.ready.mesh, x)), batch)
+            batch = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(self.ready.mesh, x)), batch
+            )
             programs[shapes(batch)] = step.lower(state, batch).compile()
         count = f"{len(programs)} program{'s' if len(programs) > 1 else ''}"
         self.log.say(f"compiled {count} in {time.perf_counter() - started:.1f} s")
@@ -126,7 +132,9 @@ class Trainer:
     # ---- what is written down -------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Wait for the pending iteration and log it. Raises FloatingPointError where its loss is not finite."""
+        """Wait for the pending iteration and log it.
+
+        Raises FloatingPointError where a loss or a gradient is not finite: the parameters are not, or soon."""
         if self.pending is None:
             return
         step, metrics, sequences = self.pending
@@ -137,7 +145,8 @@ class Trainer:
         if "response/tokens" in numbers:
             numbers["throughput/response_tokens_per_second"] = numbers["response/tokens"] / numbers["time/iteration"]
         self.log.write(step, numbers | self.feed.counts())
-        bad = [name for name, value in numbers.items() if name.startswith("loss/") and not np.isfinite(value)]
+        vital = [name for name in numbers if name.startswith("loss/") or name.endswith("/grad_norm")]
+        bad = [name for name in vital if not np.isfinite(numbers[name])]
         if bad:
             kept = self.saved.latest()
             self.saved.close()
@@ -149,12 +158,17 @@ class Trainer:
         return self.cfg.log.samples > 0 and step % self.cfg.log.samples_every == 0
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Held-out metrics and samples, where the config names held-out data."""
+        """Held-out metrics and samples, where the config names held-out data.
+
+        Raises ConfigError where checkpoint.best is none of the metrics."""
         result = self.evaluation.run(state)
         if result is None:
             return
-        self.scores = {f"eval/{name}": value for name, value in result.metrics.items()}
-        self.log.write(step, self.scores)
+        scores, best = {f"eval/{name}": value for name, value in result.metrics.items()}, self.cfg.checkpoint.best
+        if best and best not in scores:
+            raise ConfigError(f"checkpoint.best: {best}: nothing that is evaluated; {suggest(best, sorted(scores))}")
+        self.scores = step, scores
+        self.log.write(step, scores)
         self.log.samples(step, result.samples[: self.cfg.eval.samples])
         self.last_time = time.perf_counter()
 
@@ -166,9 +180,11 @@ class Trainer:
             "config": dump(self.cfg),
             "models": checkpoint.models_record(self.ready.configs, self.ready.heads),
             "dtype": self.cfg.precision.params,
+            "eos_ids": list(self.ready.sampler.eos_ids),
             "data": self.feed.get_state(),
         }
-        self.saved.save(step, state, extra, self.scores)
+        evaluated, scores = self.scores
+        self.saved.save(step, state, extra, scores if evaluated == step else None)
         self.last_time = time.perf_counter()
 
     def restore(self, step: int) -> TrainState:

@@ -171,7 +171,7 @@ def test_the_summary_shows_the_few_numbers_that_matter():
     row = ROW | {"throughput/response_tokens_per_second": 1840.4, "time/iteration": 3.0}
     assert summary(row) == "reward +0.500  kl 1.250  loss 0.3000  1,840 tok/s"
     assert summary({"loss/reward": 0.69, "reward/accuracy": 0.5}) == "accuracy 0.500  loss 0.6900"
-    assert summary({"eval/score/mean": 2.0}) == "eval/score/mean 2"
+    assert summary({"eval/score/mean": 2.0}) == "held out:  reward +2.000"
     assert summary({}) == ""
 
 

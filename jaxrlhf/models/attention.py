@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import constrain
+from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array
 
 MASKED = -1e30  # finite: a row with nothing to attend to stays finite, and is masked downstream
@@ -24,17 +24,30 @@ def attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
 
     query [B, S, H, K]; key and value [B, T, N, K], each shared by H / N query heads; mask bool[B, 1, S, T] -> [B, S, H, K].
     """
-    batch, length, heads, dim = query.shape
     kv_heads = key.shape[2]
-    scale = 1.0 / math.sqrt(dim)
-    if kv_heads == heads:
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    if kv_heads == query.shape[2]:
         logits = jnp.einsum("bshk,bthk->bhst", query, key, preferred_element_type=jnp.float32) * scale
         weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1).astype(value.dtype)
         return jnp.einsum("bhst,bthk->bshk", weights, value)
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, dim)
+    grouped = group_heads(query, kv_heads)
     logits = jnp.einsum("bsngk,btnk->bngst", grouped, key, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, MASKED), axis=-1).astype(value.dtype)
-    return jnp.einsum("bngst,btnk->bsngk", weights, value).reshape(batch, length, heads, dim)
+    return ungroup_heads(jnp.einsum("bngst,btnk->bsngk", weights, value))
+
+
+def group_heads(x: Array, kv_heads: int) -> Array:
+    """[B, S, H, K] -> [B, S, N, H / N, K], split over devices along N as the keys are: with N = 1 there is a choice."""
+    *front, heads, dim = x.shape
+    layout = spec("batch", "seq", "kv_heads", None, "head_dim")
+    return jax.lax.reshape(x, (*front, kv_heads, heads // kv_heads, dim), out_sharding=layout)
+
+
+def ungroup_heads(x: Array) -> Array:
+    """The inverse."""
+    *front, kv_heads, group, dim = x.shape
+    layout = spec("batch", "seq", "heads", "head_dim")
+    return jax.lax.reshape(x, (*front, kv_heads * group, dim), out_sharding=layout)
 
 
 def match_heads(x: Array, heads: int) -> Array:

@@ -374,12 +374,19 @@ def load(
         if path in drawn:
             return drawn[path]
         if path == "head.bias":
-            bias = (read_json(folder, "config.json") or {}).get("score_bias", 0.0)
-            return place(leaf, lambda index: np.full(leaf.shape, bias, jnp.dtype(dtype)))
+            return place(leaf, lambda index: np.full(leaf.shape, read_score_bias(folder), jnp.dtype(dtype)))
         return place(leaf, lambda index: read_shard(sources[path], tensors, leaf.shape, index, dtype, str(folder)))
 
     table = parameter_table(cfg, head)
     return jax.tree_util.tree_map_with_path(one, table, is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def read_score_bias(folder: epath.Path) -> float:
+    """The score's bias, which has no place in a Hugging Face class: ``score_bias`` in config.json, by default 0."""
+    bias = (read_json(folder, "config.json") or {}).get("score_bias", 0.0)
+    if type(bias) not in (int, float) or not math.isfinite(bias):
+        raise ValueError(f"{folder}/config.json: score_bias: {bias!r}; expected a number")
+    return bias
 
 
 def open_weights(folder: epath.Path) -> dict[str, Any]:
@@ -473,20 +480,21 @@ def check_tied(head: Any, embedding: Any, what: str, rows: int = 4096) -> None:
 
 
 def place(leaf: Leaf, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Array:
-    """The array whose parts ``read`` gives, laid out as the leaf is; a part that several devices hold is read once."""
+    """The array whose parts ``read`` gives, laid out as the leaf is.
+
+    A part that several devices hold is read once, and the host holds one part at a time."""
     if not explicit():
-        return jnp.asarray(read((slice(None),) * len(leaf.shape)))
-    parts: dict[tuple, np.ndarray] = {}
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        bounds = tuple(one.indices(size) for one, size in zip(index, leaf.shape))
-        if bounds not in parts:
-            parts[bounds] = read(index)
-        return parts[bounds]
-
+        return jax.block_until_ready(jax.device_put(read((slice(None),) * len(leaf.shape))))
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), partition(weight_axes(leaf)))
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    holders: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(one.indices(size) for one, size in zip(index or (), leaf.shape))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        part = read(tuple(slice(*bound) for bound in bounds))
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
 def read_shard(
@@ -578,7 +586,8 @@ def save(
             folder / INDEX, {"metadata": {"total_size": weight_bytes(cfg, head, dtype)}, "weight_map": weight_map}
         )
     for path in tokenizer:
-        path.copy(folder / path.name, overwrite=True)
+        if path != folder / path.name:
+            path.copy(folder / path.name, overwrite=True)
     if ids.eos:
         write_json(folder / "generation_config.json", describe_ids(ids))
     write_json(folder / "config.json", raw)

@@ -13,7 +13,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.attention import attention, causal_mask, match_heads, rope_frequencies, rotate
+from jaxrlhf.models.attention import (
+    attention,
+    causal_mask,
+    group_heads,
+    match_heads,
+    rope_frequencies,
+    rotate,
+    ungroup_heads,
+)
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.linear import gathered, linear
 from jaxrlhf.sharding import constrain, spec
@@ -343,9 +351,8 @@ def decode_step(
 
 def cached_attention(query: Array, cache: Cache, mask: Array) -> Array:
     """One query a row, [B, 1, H, K], over the cache [B, N, T, K]; mask bool[B, 1, 1, T] -> [B, 1, H, K]."""
-    batch, _, heads, dim = query.shape
-    kv_heads = cache.key.shape[1]
-    grouped = query[:, 0].reshape(batch, kv_heads, heads // kv_heads, dim)
-    logits = jnp.einsum("bngk,bntk->bngt", grouped, cache.key, preferred_element_type=jnp.float32) / math.sqrt(dim)
+    grouped = group_heads(query, cache.key.shape[1])[:, 0]
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    logits = jnp.einsum("bngk,bntk->bngt", grouped, cache.key, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).astype(cache.value.dtype)
-    return jnp.einsum("bngt,bntk->bngk", weights, cache.value).reshape(batch, heads, dim)[:, None]
+    return ungroup_heads(jnp.einsum("bngt,bntk->bngk", weights, cache.value)[:, None])

@@ -14,6 +14,7 @@ needs_corpus = pytest.mark.skipif(
 )
 KINDS = {
     "demonstrations": "demonstrations",
+    "imdb_demonstrations": "demonstrations",
     "preferences": "preferences",
     "prompts": "prompts",
     "judge": "demonstrations",
@@ -38,7 +39,6 @@ def opened(few, tmp_path, monkeypatch):
     from jaxrlhf.data import movie_reviews
 
     monkeypatch.setattr(movie_reviews, "installed_corpus", lambda: few)
-    monkeypatch.setattr(movie_reviews, "IMDB_PAIRS", 40)
     monkeypatch.setattr(movie_reviews, "PAIRINGS", 3)
 
     def do(config: str, split: str) -> list[dict]:
@@ -61,28 +61,30 @@ def test_sizes_of_the_whole_corpus(corpus):
 
 @needs_corpus
 def test_demonstrations(opened, few):
-    train, rotten, test = (opened("demonstrations", split) for split in ("train", "rotten_tomatoes", "test"))
-    assert set(train[0]) == {"text", "label", "source"}
-    assert {record["source"] for record in train} == {ROTTEN_TOMATOES, IMDB}
-    assert sorted(record["text"] for record in rotten) == sorted(clean(review.text) for review in few.rt_train)
+    train, test, imdb = (
+        opened("demonstrations", "train"),
+        opened("demonstrations", "test"),
+        opened("imdb_demonstrations", "train"),
+    )
+    assert set(train[0]) == set(imdb[0]) == {"text", "label", "source"}
+    assert {record["source"] for record in train} == {ROTTEN_TOMATOES} and {r["source"] for r in imdb} == {IMDB}
+    assert sorted(record["text"] for record in train) == sorted(clean(review.text) for review in few.rt_train)
     assert sorted(record["text"] for record in test) == sorted(clean(review.text) for review in few.rt_test)
-    assert not {record["text"] for record in train} & {record["text"] for record in test}
-    for record in train:
+    assert not {record["text"] for record in train + imdb} & {record["text"] for record in test}
+    for record in train + imdb:
         assert "<br" not in record["text"] and record["text"] == clean(record["text"])
-        if record["source"] == IMDB:
-            assert 4 <= len(record["text"].split()) <= 40
+    assert all(4 <= len(record["text"].split()) <= 40 for record in imdb)
 
 
 @needs_corpus
 def test_preferences(opened, few):
     label = {clean(review.text): review.label for review in few.rt_train + few.rt_test}
-    train, imdb, test = (opened("preferences", split) for split in ("train", "imdb", "test"))
+    train, test = (opened("preferences", split) for split in ("train", "test"))
     pairs = {(record["chosen"], record["rejected"]) for record in train}
     smaller = min(sum(r.label for r in few.rt_train), sum(1 - r.label for r in few.rt_train))
     assert len(pairs) == len(train) == 3 * smaller  # each time with another partner
     for record in train + test:
         assert record["prompt"] == "" and label[record["chosen"]] == 1 and label[record["rejected"]] == 0
-    assert len(imdb) == 40 and not any(record["chosen"] in label for record in imdb)
     tested = {clean(review.text) for review in few.rt_test}
     assert all(record["chosen"] in tested and record["rejected"] in tested for record in test)
     assert not tested & {text for pair in pairs for text in pair}

@@ -193,9 +193,10 @@ def test_mesh_equals_one_device(cfg, shape, tmp_path):
         specs = jax.tree.map(weight_spec, parameter_table(cfg, "lm"), is_leaf=lambda x: isinstance(x, Leaf))
         hf.save(loaded, cfg, "lm", tmp_path / "mesh")
     equal(loaded, params)
+    hf.save(loaded, cfg, "lm", tmp_path / "outside")  # without the mesh in force
     jax.tree.map(lambda x, spec: np.testing.assert_equal(x.sharding.spec, spec), loaded, specs)
-    one, mesh = (tmp_path / name / "model.safetensors" for name in ("one", "mesh"))
-    assert one.read_bytes() == mesh.read_bytes()
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "mesh", "outside")]
+    assert files[0] == files[1] == files[2]
 
 
 class Recorder:
@@ -260,6 +261,8 @@ def test_score_bias_comes_back(tmp_path):
     np.testing.assert_array_equal(hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"], params["head"]["bias"])
     edit(tmp_path, score_bias=...)
     assert hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 0
+    edit(tmp_path, score_bias=[1.0])
+    refused("score_bias: .1.0.; expected a number", hf.load, tmp_path, LLAMA, "scalar")
 
 
 def test_language_model_from_scores(tmp_path):
@@ -526,6 +529,8 @@ def test_tokenizer_files_are_copied(tmp_path):
         "config.json",
     }
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
+    hf.save(random_params(LLAMA), LLAMA, "lm", source, tokenizer_folder=source)  # into the tokenizer's own folder
+    assert (source / "tokenizer.json").read_text() == "tokenizer.json"
 
 
 def test_token_ids(folder, tmp_path):

@@ -24,6 +24,7 @@ from jaxrlhf.types import Prompts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NEW_TOKENS = 32
+GREEDY = ("llama", "llama_linear", "gpt2")  # cases that also generate: programs take seconds to compile
 TOLERANCE = 1e-4  # on logits of size 1 to 10, float32
 
 LLAMA = {
@@ -126,7 +127,8 @@ def test_golden(case, tmp_path):
     assert np.abs(logits[VALID]).max() > 1  # else the tolerance says little
     np.testing.assert_allclose(logits[VALID], np.array(golden["logits"]), atol=TOLERANCE, rtol=0)
     np.testing.assert_allclose(our_output(tmp_path / "scalar")[:, -1], golden["scores"], atol=TOLERANCE, rtol=0)
-    assert our_greedy(tmp_path / "lm").tolist() == golden["greedy"]
+    if case in GREEDY:
+        assert our_greedy(tmp_path / "lm").tolist() == golden["greedy"]
 
 
 # ---- there --------------------------------------------------------------------------------------------------------
@@ -188,7 +190,8 @@ def test_theirs_to_ours_and_back(case, tmp_path):
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     expected = their_output(model)
     np.testing.assert_allclose(our_output(tmp_path / "theirs")[VALID], expected[VALID], atol=TOLERANCE, rtol=0)
-    assert our_greedy(tmp_path / "theirs").tolist() == their_greedy(model).tolist()
+    if case in GREEDY:
+        assert our_greedy(tmp_path / "theirs").tolist() == their_greedy(model).tolist()
 
     cfg, head = hf.read_config(tmp_path / "theirs")
     params = hf.load(tmp_path / "theirs", cfg, head)
@@ -285,7 +288,7 @@ def write_golden() -> None:
             "config": {head: config_of(case, head) for head in ("lm", "scalar")},
             "logits": rounded(their_output(model)[VALID]),
             "scores": rounded(their_output(scorer)),
-            "greedy": their_greedy(model).tolist(),
+            "greedy": their_greedy(model).tolist() if case in GREEDY else None,
         }
         (GOLDEN / f"transformers_{case}.json").write_text(json.dumps(golden) + "\n")
 

@@ -1,0 +1,554 @@
+"""PPO against a plain NumPy loop, its gradients, and a policy small enough to enumerate."""
+
+import dataclasses
+import itertools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import step as steps
+from jaxrlhf.algorithms import ppo
+from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.types import Batch, Experience, Mean, Nets, Preferences, Prompts, Sequences, TokenStats, TrainState
+from tests import tiny
+
+PROMPT, ROOM = 3, 5
+LENGTHS = [5, 1, 0, 3, 4, 5]  # of the responses; one is empty
+
+# Networks whose parameters are their answers: trees[role] holds the arrays.
+FAKE = Nets(
+    token_stats=lambda role, trees, sequences: TokenStats(trees[role]["logprobs"], trees[role]["entropy"]),
+    values=lambda role, trees, sequences: trees[role]["values"],
+    scores=lambda role, trees, sequences: trees[role]["scores"],
+    sample=lambda *args: pytest.fail("nothing is sampled here"),
+)
+
+
+@dataclasses.dataclass
+class Case:
+    """Everything that prepare and loss read, as NumPy arrays."""
+
+    mask: np.ndarray
+    ended: np.ndarray
+    sampled: np.ndarray  # log-probs of the sampler
+    policy: np.ndarray  # of the trainer's policy
+    reference: np.ndarray
+    entropy: np.ndarray
+    values: np.ndarray
+    scores: np.ndarray
+
+    def sequences(self, **fields) -> Sequences:
+        tokens = jnp.zeros(self.mask.shape, jnp.int32)
+        mask = jnp.array(self.mask)
+        given = {"logprobs": jnp.array(self.sampled), "ended": jnp.array(self.ended), "response_start": PROMPT} | fields
+        return Sequences(tokens, jnp.ones_like(mask), mask, **given)
+
+    def params(self) -> dict:
+        policy = {"logprobs": jnp.array(self.policy), "entropy": jnp.array(self.entropy)}
+        return {"policy": policy, "value": {"values": jnp.array(self.values)}}
+
+    def slow(self) -> dict:
+        reference = {"logprobs": jnp.array(self.reference), "entropy": jnp.array(self.entropy)}
+        return {"reference": reference, "reward": {"scores": jnp.array(self.scores)}}
+
+    def state(self, kl_coef: float) -> TrainState:
+        controls = {"kl_coef": jnp.float32(kl_coef)}
+        return TrainState(jnp.int32(0), jnp.int32(0), self.params(), self.slow(), {}, controls)
+
+
+def make_case(seed: int = 0, junk: float = 0.0) -> Case:
+    """Random numbers on the response tokens, ``junk`` elsewhere. Row 0 has a tool's token amid its response."""
+    rng = np.random.default_rng(seed)
+    columns = np.arange(PROMPT + ROOM)
+    mask = (columns >= PROMPT) & (columns < PROMPT + np.array(LENGTHS)[:, None])
+    mask[0, PROMPT + 2] = False
+    fill = lambda x: np.where(mask, x, junk).astype(np.float32)
+    draw = lambda scale, shift=0.0: rng.normal(shift, scale, mask.shape)
+    ended = np.array([False, True, False, True, True, False])
+    reference = draw(0.7, -2.0)
+    sampled, policy = reference + draw(0.3), reference + draw(0.3)
+    scores = rng.normal(0.5, 1.0, len(LENGTHS)).astype(np.float32)
+    sampled, policy, reference = fill(sampled), fill(policy), fill(reference)
+    return Case(mask, ended, sampled, policy, reference, fill(np.abs(draw(1.0))), fill(draw(0.5)), scores)
+
+
+def prepare(case: Case, cfg: PPOConfig, kl_coef: float | None = None) -> tuple[Experience, dict[str, float]]:
+    """The experience, and metrics as numbers."""
+    state = case.state(cfg.kl_coef if kl_coef is None else kl_coef)
+    experience, means = ppo.prepare(FAKE, state, Batch(sequences=case.sequences()), cfg)
+    return experience, {name: float(mean.value()) for name, mean in means.items()}
+
+
+# ---- prepare against a loop -----------------------------------------------------------------------------------------
+
+
+def by_loop(case: Case, cfg: PPOConfig) -> dict[str, np.ndarray]:
+    """PPO's bookkeeping in float64, one token at a time, the tokens of a response only."""
+    logprobs = case.policy if cfg.old_logprobs == "recompute" else case.sampled
+    rewards, advantages = np.zeros(case.mask.shape), np.zeros(case.mask.shape)
+    for row in range(len(case.mask)):
+        chosen = np.flatnonzero(case.mask[row])
+        for t in chosen:
+            log_ratio = float(logprobs[row, t]) - float(case.reference[row, t])
+            kl = {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": np.exp(-log_ratio) - 1 + log_ratio}[cfg.kl_estimator]
+            rewards[row, t] = -cfg.kl_coef * kl
+        if len(chosen):
+            rewards[row, chosen[-1]] += case.scores[row] - (0.0 if case.ended[row] else cfg.missing_eos_penalty)
+    if cfg.whiten_rewards:
+        kept = rewards[case.mask]
+        rewards[case.mask] = (kept - kept.mean()) / kept.std(ddof=1) + kept.mean()
+    for row in range(len(case.mask)):
+        next_value = next_advantage = 0.0
+        for t in reversed(np.flatnonzero(case.mask[row])):
+            delta = rewards[row, t] + cfg.gamma * next_value - case.values[row, t]
+            advantages[row, t] = next_advantage = delta + cfg.gamma * cfg.gae_lambda * next_advantage
+            next_value = float(case.values[row, t])
+    returns = np.where(case.mask, advantages + case.values, 0.0)
+    if cfg.whiten_advantages != "no":
+        kept = advantages[case.mask]
+        spread = kept.std(ddof=int(cfg.whiten_advantages == "unbiased"))
+        advantages[case.mask] = (kept - kept.mean()) / spread
+    return {"rewards": rewards, "advantages": advantages, "returns": returns, "logprobs": logprobs}
+
+
+def metrics_by_loop(case: Case, cfg: PPOConfig, found: dict[str, np.ndarray]) -> dict[str, float]:
+    """What ``prepare`` should report; an empty response is no response."""
+    rows = case.mask.any(1)
+    drift = np.where(case.mask, found["logprobs"] - case.reference, 0).sum(1)[rows]
+    lengths = case.mask.sum(1)[rows]
+    unexplained = (found["returns"] - case.values)[case.mask].var() / found["returns"][case.mask].var()
+    return {
+        "score/mean": case.scores[rows].mean(),
+        "score/std": case.scores[rows].std(ddof=1),
+        "reward/mean": found["rewards"].sum(1)[rows].mean(),
+        "kl/reference": drift.mean(),
+        "kl/coef": cfg.kl_coef,
+        "kl/sampler_mismatch": np.abs(found["logprobs"] - case.sampled)[case.mask].mean(),
+        "response/length_mean": lengths.mean(),
+        "response/ended": case.ended[rows].mean(),
+        "response/tokens": lengths.sum(),
+        "response/count": rows.sum(),
+        "value/mean": case.values[case.mask].mean(),
+        "value/explained_variance": 1 - unexplained,
+    }
+
+
+VARIANTS = {
+    "default": PPOConfig(),
+    "plain": PPOConfig(whiten_advantages="no", kl_coef=0.3),
+    "k2": PPOConfig(kl_estimator="k2", kl_coef=0.4, whiten_advantages="no"),
+    "k3": PPOConfig(kl_estimator="k3", kl_coef=0.4, whiten_advantages="no"),
+    "biased": PPOConfig(whiten_advantages="biased"),
+    "discounted": PPOConfig(gamma=0.9, gae_lambda=0.8, whiten_advantages="no"),
+    "monte carlo": PPOConfig(gae_lambda=1.0, whiten_advantages="no"),
+    "one step": PPOConfig(gae_lambda=0.0, whiten_advantages="no"),
+    "whitened rewards": PPOConfig(whiten_rewards=True, whiten_advantages="no", kl_coef=0.2),
+    "missing eos": PPOConfig(missing_eos_penalty=1.5, whiten_advantages="no"),
+    "missing eos, whitened rewards": PPOConfig(missing_eos_penalty=1.5, whiten_rewards=True, whiten_advantages="no"),
+    "recompute": PPOConfig(old_logprobs="recompute", kl_coef=0.3, whiten_advantages="no"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_prepare_is_a_numpy_loop(name):
+    case, cfg = make_case(), VARIANTS[name]
+    experience, metrics = prepare(case, cfg)
+    expected = by_loop(case, cfg)
+    np.testing.assert_allclose(np.asarray(experience.advantages), expected["advantages"], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(experience.returns), expected["returns"], atol=1e-5)
+    sequences = experience.sequences
+    assert sequences is not None and experience.values is not None
+    np.testing.assert_array_equal(sequences.logprobs, expected["logprobs"])
+    np.testing.assert_array_equal(experience.values, np.where(case.mask, case.values, 0))
+    np.testing.assert_array_equal(sequences.scores, case.scores)  # raw: without the penalty
+    numbers = metrics_by_loop(case, cfg, expected)
+    assert metrics.keys() == numbers.keys()
+    for metric, number in numbers.items():
+        np.testing.assert_allclose(metrics[metric], number, atol=2e-5, err_msg=metric)
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -1e30])
+@pytest.mark.parametrize("name", ["default", "recompute", "missing eos, whitened rewards", "k3"])
+def test_what_is_outside_the_responses_never_counts(name, junk):
+    cfg = replace(VARIANTS[name], entropy_coef=0.1)
+    clean, dirty = make_case(), make_case(junk=junk)
+    (experience, metrics), (dirtied, dirty_metrics) = prepare(clean, cfg), prepare(dirty, cfg)
+    np.testing.assert_array_equal(dirtied.advantages, experience.advantages)
+    np.testing.assert_array_equal(dirtied.returns, experience.returns)
+    np.testing.assert_array_equal(np.asarray(dirtied.values), np.asarray(experience.values))
+    assert dirty_metrics == metrics and all(np.isfinite(list(metrics.values())))
+    assert not np.asarray(experience.advantages)[~clean.mask].any()
+    clean_grads, dirty_grads = (gradients(case, given, cfg) for case, given in ((clean, experience), (dirty, dirtied)))
+    for role in ("policy", "value"):
+        assert tiny.equal_trees(clean_grads[role], dirty_grads[role])
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dirty_grads[role]))
+
+
+def test_missing_eos_costs_score_and_nothing_else():
+    """Returns by hand: no KL, no discount, values 0, lambda 1, so that every token's return is the shaped score."""
+    case = make_case()
+    case.values[:] = 0.0
+    cfg = PPOConfig(missing_eos_penalty=2.0, kl_coef=0.0, gae_lambda=1.0, whiten_advantages="no")
+    experience, metrics = prepare(case, cfg)
+    shaped = case.scores - np.where(case.ended, 0.0, 2.0)
+    np.testing.assert_allclose(np.asarray(experience.returns), np.where(case.mask, shaped[:, None], 0), atol=1e-6)
+    np.testing.assert_allclose(metrics["score/mean"], case.scores[case.mask.any(1)].mean(), atol=1e-6)
+
+
+def test_column_t_is_about_token_t():
+    """A nat of KL at token t lowers the returns up to t; a unit of value there lowers the advantage of t alone."""
+    base = make_case()
+    zero = np.zeros_like(base.values)
+    case = replace(
+        base, sampled=zero.copy(), reference=zero, values=zero.copy(), scores=np.zeros(len(LENGTHS), np.float32)
+    )
+    cfg = PPOConfig(kl_coef=1.0, gae_lambda=1.0, whiten_advantages="no")
+    case.sampled[4, PROMPT + 1] = 1.0
+    experience, _ = prepare(case, cfg)
+    np.testing.assert_allclose(np.asarray(experience.returns)[4, PROMPT : PROMPT + 4], [-1, -1, 0, 0])
+    case.sampled[:], case.values[4, PROMPT + 1] = 0.0, 1.0
+    experience, _ = prepare(case, cfg)
+    np.testing.assert_allclose(np.asarray(experience.advantages)[4, PROMPT : PROMPT + 4], [0, -1, 0, 0])
+
+
+def test_scores_of_the_host_replace_the_reward_model():
+    case = make_case()
+    given = np.array([1, 0, 1, 1, 0, -1])  # a verifier's: integers
+    state = case.state(0.3)
+    state = replace(state, slow={"reference": state.slow["reference"]})  # there is no reward model to ask
+    cfg = PPOConfig(whiten_advantages="no", kl_coef=0.3)
+    batch = Batch(sequences=case.sequences(scores=jnp.array(given)))
+    experience, means = ppo.prepare(FAKE, state, batch, cfg)
+    case.scores = given.astype(np.float32)
+    np.testing.assert_allclose(
+        np.asarray(experience.returns), by_loop(case, cfg)["returns"], atol=1e-5
+    )  # nats are not rounded off
+    assert experience.returns is not None and experience.returns.dtype == jnp.float32
+    np.testing.assert_allclose(float(means["score/mean"].value()), 0.2, atol=1e-6)  # of 5 rows: one is empty
+
+
+def test_the_reward_model_that_learns_is_the_one_that_scores():
+    case = make_case()
+    state = case.state(0.05)
+    state = replace(state, params=state.params | {"reward": {"scores": state.slow["reward"]["scores"] + 10}})
+    for reward_update, shift in ((False, 0), (True, 10)):
+        cfg = PPOConfig(reward_update=reward_update)
+        experience, _ = ppo.prepare(FAKE, state, Batch(sequences=case.sequences()), cfg)
+        assert experience.sequences is not None
+        np.testing.assert_allclose(np.asarray(experience.sequences.scores), case.scores + shift, rtol=1e-6)
+
+
+def test_kl_coef_is_the_state_s_not_the_config_s():
+    case, cfg = make_case(), PPOConfig(kl_coef=0.05, whiten_advantages="no")
+    experience, metrics = prepare(case, cfg, kl_coef=0.7)
+    expected = by_loop(case, replace(cfg, kl_coef=0.7))
+    np.testing.assert_allclose(np.asarray(experience.returns), expected["returns"], atol=1e-5)
+    np.testing.assert_allclose(metrics["kl/coef"], 0.7, rtol=1e-6)
+
+
+def test_no_response_token_at_all():
+    case = make_case()
+    case.mask[:] = False
+    for cfg in VARIANTS.values():
+        cfg = replace(cfg, entropy_coef=0.1)
+        experience, metrics = prepare(case, cfg)
+        assert all(np.isfinite(list(metrics.values()))) and not np.asarray(experience.advantages).any()
+        grads = gradients(case, experience, cfg)
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------
+
+
+def losses_of(params, case: Case, experience: Experience, cfg: PPOConfig):
+    return ppo.loss(FAKE, params, case.slow(), experience, cfg)
+
+
+def gradients(case: Case, experience: Experience, cfg: PPOConfig) -> dict:
+    """Of the sum of all roles' totals in all params: what the step differentiates."""
+    total = lambda params: sum(mean.total for mean in losses_of(params, case, experience, cfg)[0].values())
+    return jax.grad(total)(case.params())
+
+
+def token_terms(case: Case, experience: Experience, cfg: PPOConfig, where) -> dict[str, float]:
+    """What one response token adds to the metrics of ``loss``, in float64."""
+    sequences = experience.sequences
+    assert sequences is not None
+    read = lambda x: float(np.asarray(x)[where])
+    advantage, target, old_value, value = map(
+        read, (experience.advantages, experience.returns, experience.values, case.values)
+    )
+    ratio = np.exp(read(case.policy) - read(sequences.logprobs))
+    free = -advantage * ratio
+    clipped = -advantage * min(max(ratio, 1 - cfg.clip_range), 1 + cfg.clip_range)
+    error = near = (value - target) ** 2
+    if cfg.value_clip_range is not None:
+        room = cfg.value_clip_range
+        near = (min(max(value, old_value - room), old_value + room) - target) ** 2
+    return {
+        "loss/policy": max(free, clipped),
+        "loss/value": max(error, near) / 2,
+        "policy/entropy": read(case.entropy),
+        "policy/clip_fraction": float(clipped > free),
+        "policy/ratio": float(ratio),
+        "policy/kl_old": float(ratio - 1 - np.log(ratio)),
+        "value/clip_fraction": float(near > error),
+    }
+
+
+@pytest.mark.parametrize("value_clip_range", [0.2, None])
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_is_a_numpy_loop(seed, value_clip_range):
+    case = make_case(seed)
+    cfg = PPOConfig(entropy_coef=0.3, value_clip_range=value_clip_range)
+    experience, _ = prepare(case, cfg)
+    later = make_case(seed + 10)  # the networks have moved since
+    case.policy, case.values = case.sampled + later.policy - later.reference, later.values
+    losses, metrics = losses_of(case.params(), case, experience, cfg)
+    terms = [token_terms(case, experience, cfg, where) for where in zip(*np.nonzero(case.mask))]
+    expected = {name: np.mean([term[name] for term in terms]) for name in terms[0]}
+    assert expected["policy/clip_fraction"] > 0, "a case that nothing clips tests no clip"
+    assert (expected["value/clip_fraction"] > 0) == (value_clip_range is not None)
+    assert metrics.keys() == expected.keys() and sorted(losses) == ["policy", "value"]
+    for name, number in expected.items():
+        np.testing.assert_allclose(float(metrics[name].value()), number, atol=1e-5, err_msg=name)
+    with_bonus = expected["loss/policy"] - 0.3 * expected["policy/entropy"]
+    np.testing.assert_allclose(float(losses["policy"].value()), with_bonus, atol=1e-5)
+    np.testing.assert_allclose(float(losses["value"].value()), expected["loss/value"], atol=1e-5)
+    assert losses["policy"].count == losses["value"].count == case.mask.sum()
+
+
+def pairs() -> Preferences:
+    """Two pairs; the fake reward model's ``scores`` are of (chosen, rejected, chosen, rejected)."""
+    side = Sequences(jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3), bool), jnp.ones((2, 3), bool))
+    return Preferences(side, side)
+
+
+def test_a_role_s_loss_moves_no_other_role():
+    case, cfg = make_case(), PPOConfig(entropy_coef=0.1, reward_update=True)
+    params = case.params() | {"reward": {"scores": jnp.array([0.3, -0.2, 0.1, 0.5])}}
+    experience = replace(prepare(case, PPOConfig())[0], preferences=pairs())
+    assert sorted(losses_of(params, case, experience, cfg)[0]) == sorted(params)
+    for role in params:
+        total = lambda params: losses_of(params, case, experience, cfg)[0][role].total  # noqa: B023
+        for other, grads in jax.grad(total)(params).items():
+            moved = any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads))
+            assert moved == (other == role), (role, other)
+
+
+def test_every_response_token_gets_gradient_and_no_other():
+    """The ending token too: without it a policy never learns to stop. Prompt, padding and tool tokens: none."""
+    case = make_case()
+    cfg = PPOConfig(entropy_coef=0.1, old_logprobs="recompute")
+    experience, _ = prepare(case, cfg)
+    moved = replace(case, values=(case.values + 0.05 * case.mask).astype(np.float32))
+    grads = gradients(moved, experience, cfg)
+    for array in (grads["policy"]["logprobs"], grads["policy"]["entropy"], grads["value"]["values"]):
+        np.testing.assert_array_equal(np.asarray(array) != 0, case.mask)
+    assert case.ended[3] and grads["policy"]["logprobs"][3, PROMPT + LENGTHS[3] - 1] != 0
+    expected = np.where(case.mask, -np.asarray(experience.advantages), 0)  # at ratio 1
+    np.testing.assert_allclose(grads["policy"]["logprobs"], expected, atol=1e-6)
+
+
+def test_the_entropy_bonus_raises_entropy():
+    case = make_case()
+    for coef in (0.0, 0.25):
+        cfg = PPOConfig(entropy_coef=coef)
+        grads = gradients(case, prepare(case, cfg)[0], cfg)
+        np.testing.assert_allclose(grads["policy"]["entropy"], np.where(case.mask, -coef, 0))  # descent goes up
+
+
+# ---- roles, stopping, the controller --------------------------------------------------------------------------------
+
+
+def test_roles():
+    trained, slow = ppo.roles(PPOConfig())
+    assert trained == {"policy": "lm", "value": "scalar"} and slow == {"reference": "lm", "reward": "scalar"}
+    trained, slow = ppo.roles(PPOConfig(reward_update=True))
+    assert trained == {"policy": "lm", "value": "scalar", "reward": "scalar"} and slow == {"reference": "lm"}
+    assert ppo.ALGORITHM.batch(PPOConfig()) == ("prompts",)
+    assert ppo.ALGORITHM.batch(PPOConfig(reward_update=True)) == ("prompts", "preferences")
+
+
+@pytest.mark.parametrize(("stop_kl", "measured", "stops"), [(None, 1e9, False), (0.1, 0.09, False), (0.1, 0.11, True)])
+def test_stop(stop_kl, measured, stops):
+    assert bool(ppo.stop({"policy/kl_old": jnp.float32(measured)}, PPOConfig(stop_kl=stop_kl))) is stops
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (9.0, 0.1 * (1 + 0.2 * 64 / 10000)),  # 50% over: held at 20%
+        (6.6, 0.1 * (1 + 0.1 * 64 / 10000)),
+        (6.0, 0.1),
+        (5.4, 0.1 * (1 - 0.1 * 64 / 10000)),
+        (-1.0, 0.1 * (1 - 0.2 * 64 / 10000)),
+    ],
+)
+def test_the_adaptive_controller(measured, expected):
+    state = make_case().state(0.1)
+    metrics = {"kl/reference": jnp.float32(measured), "response/count": jnp.float32(64)}
+    adapted = ppo.after(state, metrics, PPOConfig(kl_controller="adaptive", kl_target=6.0, kl_horizon=10000))
+    np.testing.assert_allclose(float(adapted.controls["kl_coef"]), expected, rtol=1e-6)
+    assert ppo.after(state, metrics, PPOConfig(kl_controller="fixed")) is state
+
+
+# ---- one iteration of a real model ----------------------------------------------------------------------------------
+
+
+def watched(nets, params, slow, minibatch, cfg):
+    """ppo.loss, which also says how far any response token's ratio is from 1."""
+    losses, metrics = ppo.loss(nets, params, slow, minibatch, cfg)
+    mask = minibatch.sequences.response_mask
+    stats = nets.token_stats("policy", params, minibatch.sequences)
+    distance = jnp.abs(jnp.exp(jnp.where(mask, stats.logprobs - minibatch.sequences.logprobs, 0)) - 1).max()
+    return losses, metrics | {"distance": Mean(distance, jnp.float32(1))}
+
+
+@pytest.fixture(scope="module")
+def iteration():
+    """One iteration with everything on: (state before, state after, metrics, sequences)."""
+    cfg = PPOConfig(
+        num_epochs=1, old_logprobs="recompute", reward_update=True, kl_controller="adaptive", missing_eos_penalty=1.0
+    )
+    run = tiny.build("ppo", cfg)
+    recipe = run.recipe._replace(algorithm=run.recipe.algorithm._replace(loss=watched))
+    return run.state, *tiny.program(steps.make_iteration(recipe))(run.state, run.batch)
+
+
+def test_the_first_ratio_is_exactly_1_with_recompute(iteration):
+    metrics = iteration[2]
+    assert metrics["distance"] == 0 and metrics["policy/ratio"] == 1 and metrics["policy/kl_old"] == 0
+    assert 0 < metrics["kl/sampler_mismatch"] < 1e-5  # the sampler's own are equal to rounding only
+
+
+def test_one_iteration_moves_what_learns_and_nothing_else(iteration):
+    before, after, metrics, sequences = iteration
+    assert sorted(after.params) == ["policy", "reward", "value"]
+    for role in after.params:
+        assert not tiny.equal_trees(before.params[role], after.params[role]), role
+    assert tiny.equal_trees(before.slow, after.slow) and sorted(after.slow) == ["reference"]
+    assert after.step == 1 and all(np.isfinite(float(value)) for value in metrics.values())
+    shrunk = before.controls["kl_coef"] * (1 - 0.2 * 16 / 10000)  # no KL yet: down
+    np.testing.assert_allclose(after.controls["kl_coef"], shrunk, rtol=1e-6)
+    assert abs(float(metrics["kl/reference"])) < 1e-5  # reference and policy start equal
+    assert 0 < metrics["response/ended"] < 1 and sequences.scores is None
+
+
+@pytest.mark.parametrize("column", [5, 8])
+def test_a_real_model_s_column_t_is_about_token_t(column):
+    """Another token t: its own log-prob and what comes later differ, its value is as before."""
+    run = tiny.build("ppo", PPOConfig())
+    nets, params = run.recipe.nets, run.state.params
+    read = tiny.program(lambda s: (nets.token_stats("policy", params, s).logprobs, nets.values("value", params, s)))
+    sequences = tiny.sequences(rows=2)  # of which row 1 is full
+    other = replace(sequences, tokens=sequences.tokens.at[1, column].add(1))
+    for array, changed, first in zip(read(sequences), read(other), (column, column + 1)):
+        differs = np.asarray(array != changed)[1, 4:]
+        np.testing.assert_array_equal(differs, np.arange(4, 10) >= first)
+
+
+# ---- a policy that can be enumerated --------------------------------------------------------------------------------
+
+LETTERS = resolve(ModelConfig(vocab_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32))
+LAST, LONGEST = 1, 3  # token 1 ends a response; at most 3 tokens
+
+
+def every_response() -> Sequences:
+    """All 40 responses to the prompt (2, 3): 13 that end with token 1, 27 of three other tokens."""
+    others = [token for token in range(4) if token != LAST]
+    ending = [(*head, LAST) for size in range(LONGEST) for head in itertools.product(others, repeat=size)]
+    rows = ending + list(itertools.product(others, repeat=LONGEST))
+    tokens = np.array([[2, 3, *row, *[0] * (LONGEST - len(row))] for row in rows], np.int32)
+    columns = np.arange(2 + LONGEST)
+    valid = columns < 2 + np.array([len(row) for row in rows])[:, None]
+    return Sequences(jnp.array(tokens), jnp.array(valid), jnp.array(valid & (columns >= 2)), response_start=2)
+
+
+def reward_of(sequences: Sequences):
+    """+1 a token 3, -1 a token 2, +1.5 for ending."""
+    count = lambda token: ((sequences.tokens == token) & sequences.response_mask).sum(-1)
+    return 1.0 * count(3) - 1.0 * count(2) + 1.5 * count(LAST)
+
+
+class Exact:
+    """Expected rewards and KL, summed over all responses."""
+
+    def __init__(self, nets: Nets):
+        self.responses = every_response()
+        self.rewards = np.asarray(reward_of(self.responses), np.float64)
+        self.log_p = tiny.program(lambda params: self.logprobs(nets, params))
+
+    def logprobs(self, nets: Nets, params):
+        stats = nets.token_stats("policy", {"policy": params}, self.responses)
+        return jnp.where(self.responses.response_mask, stats.logprobs, 0).sum(-1)
+
+    def __call__(self, params, reference) -> tuple[float, float]:
+        """(expected reward, KL(policy || reference) in nats)."""
+        log_p, log_ref = (np.asarray(self.log_p(tree), np.float64) for tree in (params, reference))
+        np.testing.assert_allclose(np.exp(log_p).sum(), 1, atol=1e-5)
+        return float(np.exp(log_p) @ self.rewards), float(np.exp(log_p) @ (log_p - log_ref))
+
+    def best(self, reference, kl_coef: float) -> float:
+        """The largest E[reward] - kl_coef * KL of any policy: kl_coef * log E_reference[exp(reward / kl_coef)]."""
+        log_ref = np.asarray(self.log_p(reference), np.float64)
+        return kl_coef * float(np.log(np.exp(log_ref + self.rewards / kl_coef).sum()))
+
+
+@pytest.fixture(scope="module")
+def enumerated():
+    """(exact, train): train(kl_coef) runs 30 iterations and returns the policy before and after."""
+    rows = 64
+    prompts = Prompts(jnp.tile(jnp.array([[2, 3]], jnp.int32), (rows, 1)), jnp.ones((rows, 2), bool), jnp.arange(rows))
+    run = tiny.build(
+        "ppo",
+        PPOConfig(num_epochs=2, value_clip_range=None),
+        model=LETTERS,
+        batch=Batch(prompts=prompts),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        room=LONGEST,
+        eos_ids=(LAST,),
+    )
+    nets = run.recipe.nets._replace(scores=lambda role, trees, sequences: reward_of(sequences))
+    step = tiny.program(steps.make_iteration(run.recipe._replace(nets=nets)))
+
+    def train(kl_coef: float):
+        state = replace(run.state, controls={"kl_coef": jnp.float32(kl_coef)})
+        for _ in range(30):
+            state, *_ = step(state, run.batch)
+        return run.state.params["policy"], state.params["policy"]
+
+    return Exact(nets), train
+
+
+def test_expected_reward_rises(enumerated):
+    exact, train = enumerated
+    start, end = train(0.0)
+    (before, nothing), (after, moved) = exact(start, start), exact(end, start)
+    highest = exact.rewards.max()  # 3.5: two tokens 3, then the end
+    print(f"\nkl_coef 0: expected reward {before:.3f} -> {after:.3f} of {highest}, KL {moved:.3f}")
+    assert nothing == 0 and after > before + 0.8 * (highest - before) and moved > 1
+
+
+def test_a_large_kl_coef_holds_the_policy_at_the_reference(enumerated):
+    exact, train = enumerated
+    start, end = train(10.0)
+    _, moved = exact(end, start)
+    print(f"\nkl_coef 10: KL {moved:.4f}")
+    assert 0 < moved < 0.1
+
+
+def test_the_kl_regularised_optimum_is_approached(enumerated):
+    """At kl_coef 1 the best policy is known: reference * exp(reward), normalised."""
+    exact, train = enumerated
+    start, end = train(1.0)
+    (before, _), (after, moved) = exact(start, start), exact(end, start)
+    best = exact.best(start, 1.0)
+    print(f"\nkl_coef 1: reward - KL {before:.3f} -> {after - moved:.3f} of {best:.3f}, KL {moved:.3f}")
+    assert best > before + 0.5 and after - moved > before + 0.8 * (best - before)
+    assert after - moved <= best + 1e-4  # or the enumeration is wrong

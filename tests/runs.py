@@ -1,0 +1,346 @@
+"""Real runs for the end-to-end tests: tiny text, the configs of configs/tiny made smaller, and processes to run them.
+
+``python -m tests.runs PLAN`` is such a process: it runs commands of ``jaxrlhf`` one after the other in one interpreter
+(imports and compiled programs are paid for once), notes what is compiled and dispatched when, and may send itself a
+signal at a step that the plan names, where a signal from outside would come at any time.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+TINY = [ROOT / "configs" / "tiny" / f"{name}.yaml" for name in ("sft", "rm", "ppo")]
+SEPARATOR = "\x1e"
+COMPILED = "backend_compile_duration"  # how the name of a compilation's event ends
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+GOOD = "lovely warm bright funny moving wise tender clever fresh".split()
+BAD = "dull cold grim stale clumsy hollow tired shallow loud".split()
+THINGS = "film story plot cast score script ending scene camera dialogue".split()
+
+
+def sentence(rng: np.random.Generator, words: Sequence[str]) -> str:
+    """ "the film is warm and its script bright" of the words."""
+    first, second = rng.choice(THINGS, 2, replace=False)
+    return f"the {first} is {rng.choice(words)} and its {second} {rng.choice(words)}"
+
+
+def labelled(rng: np.random.Generator, label: int) -> dict[str, Any]:
+    return {"text": sentence(rng, GOOD if label else BAD), "label": label}
+
+
+def write_text(folder: Path) -> None:
+    """demonstrations, preferences, prompts and labels as JSONL, each with a held-out file."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    either = lambda: sentence(rng, GOOD if rng.random() < 0.5 else BAD)
+    rows = {
+        "demonstrations": lambda: {"text": either()},
+        "preferences": lambda: {"chosen": sentence(rng, GOOD), "rejected": sentence(rng, BAD)},
+        "prompts": lambda: {"prompt": " ".join(either().split()[: rng.integers(2, 5)])},
+        "labels": lambda: labelled(rng, int(rng.random() < 0.5)),
+    }
+    for name, make in rows.items():
+        for prefix, count in (("", 200), ("eval_", 40)):
+            lines = [json.dumps(make()) + "\n" for _ in range(count)]
+            (folder / f"{prefix}{name}.jsonl").write_text("".join(lines))
+
+
+# ---- configs --------------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "iterations=4",
+    "checkpoint.every=2",
+    "eval.every=2",
+    "sft:models.policy.architecture.hidden_size=16",
+    "sft:models.policy.architecture.num_layers=1",
+    "sft:tokenizer.train_vocab_size=300",
+    "sft:data.max_length=32",
+    "rm:data.max_length=32",
+    "rm:data.prompt_buckets=[8]",
+    "rm:algorithm.normalize_samples=200",
+    "ppo:data.max_length=32",
+    "ppo:data.prompt_buckets=[8]",
+    "ppo:algorithm.reward_update=true",
+    "ppo:algorithm.kl_controller=adaptive",
+    "ppo:algorithm.kl_horizon=100",
+    "ppo:batch.preferences_per_step=16",
+    "ppo:log.samples=2",
+    "ppo:log.samples_every=1",
+)
+READ = {
+    "sft": ("demonstrations", "eval_demonstrations"),
+    "rm": ("preferences", "eval_preferences", "prompts"),
+    "ppo": ("prompts", "eval_prompts", "preferences", "eval_preferences"),
+}
+
+
+def overrides(text: Path, runs: Path, origins: Path | None = None) -> list[str]:
+    """What makes configs/tiny small, read ``text``, write to ``runs`` / sft, rm, ppo and start from ``origins``."""
+    origins = origins or runs
+    found = [*SMALL, f"data.cache_dir={text / 'cache'}", f"ppo:eval.judge={{path: {text}/labels.jsonl}}"]
+    for name, sections in READ.items():
+        found.append(f"{name}:run_dir={runs / name}")
+        found += [f"{name}:data.{section}={{path: {text}/{section}.jsonl}}" for section in sections]
+    found += [f"rm:models.{role}.init_from={origins}/sft" for role in ("reward", "policy")]
+    return [*found, f"ppo:models.policy.init_from={origins}/sft", f"ppo:models.reward.init_from={origins}/rm"]
+
+
+def train(*arguments: str, configs: Sequence[Path] = tuple(TINY)) -> list[str]:
+    """The command that trains ``configs``; overrides for other configs are left out."""
+    names = {path.stem for path in configs}
+    mine = [text for text in arguments if (":" not in text.split("=")[0]) or text.split(":")[0] in names]
+    return ["train", *map(str, configs), *mine]
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Done:
+    """A process that has ended."""
+
+    code: int  # of the last command; negative: the signal that killed it
+    outputs: list[str]  # what each command printed
+    errors: str
+    events: list[dict[str, Any]]  # in order: {"what": "compiled" | "row" | "programs" | "dispatched", ...}
+
+
+def process(
+    folder: Path,
+    commands: Sequence[Sequence[str]],
+    devices: int = 1,
+    kill: tuple[str, str, int] | None = None,
+    profile: str | None = None,
+    timeout: float = 500,
+) -> Done:
+    """Run the commands in a new process.
+
+    Args:
+        folder: where it leaves what it notes.
+        devices: fake CPU devices.
+        kill: (signal, run, step): the process gets the signal when it has written the row of this step of this run.
+        profile: a run between whose steps 2 and 4 dispatches are counted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = {"commands": commands, "events": str(folder / "events.json"), "kill": kill, "profile": profile}
+    (folder / "plan.json").write_text(json.dumps(plan))
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),  # type: ignore[attr-defined]
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # they run for milliseconds: what counts is to compile them
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    }
+    command = [sys.executable, "-m", "tests.runs", str(folder / "plan.json")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+    noted = folder / "events.json"
+    events = json.loads(noted.read_text()) if noted.exists() else []
+    return Done(done.returncode, done.stdout.split(SEPARATOR), done.stderr, events)
+
+
+def main() -> None:
+    """The process."""
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    from jaxrlhf import cli
+
+    events = watch(plan)
+    atexit.register(lambda: Path(plan["events"]).write_text(json.dumps(events)))
+    code: Any = 0
+    for number, command in enumerate(plan["commands"]):
+        if number:
+            print(SEPARATOR, end="", flush=True)
+        sys.argv = ["jaxrlhf", *command]
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        if code:
+            break
+    sys.exit(code)
+
+
+def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """Note compilations, rows and dispatches from now on, and send the plan's signal when its time comes."""
+    from jaxrlhf import metrics
+    from jaxrlhf import train as trainer
+
+    events: list[dict[str, Any]] = []
+    write, compile_all, save = metrics.MetricsLog.write, trainer.Trainer.compile, trainer.Trainer.save
+    folder = Path(plan["events"]).parent
+
+    def listen(event: str, seconds: float, **more: Any) -> None:
+        if event.endswith(COMPILED):
+            events.append({"what": "compiled", "name": more.get("fun_name")})
+
+    def noting_write(self: Any, step: int, numbers: dict[str, Any]) -> None:
+        write(self, step, numbers)
+        run, evaluation = self.metrics.run_dir.name, any(key.startswith("eval/") for key in numbers)
+        events.append({"what": "row", "run": run, "step": step, "evaluation": evaluation})
+        if run == plan["profile"] and step == 4 and not evaluation:
+            jax.profiler.stop_trace()
+            events.append({"what": "dispatched", "run": run, "count": executions(folder / "profile")})
+        if plan["kill"] and plan["kill"][1:] == [run, step] and not evaluation:
+            os.kill(os.getpid(), getattr(signal, plan["kill"][0]))
+
+    def noting_compile(self: Any, state: Any) -> Any:
+        programs = compile_all(self, state)
+        events.append({"what": "programs", "run": Path(self.cfg.run_dir).name, "count": len(programs)})
+        return programs
+
+    def noting_save(self: Any, step: int, state: Any) -> None:
+        save(self, step, state)
+        if Path(self.cfg.run_dir).name == plan["profile"] and step == 2:
+            jax.profiler.start_trace(str(folder / "profile"))
+
+    if plan["profile"]:
+        one = jax.jit(lambda x: x + 1)
+        x = jax.block_until_ready(one(np.zeros(3)))
+        with jax.profiler.trace(str(folder / "known")):
+            jax.block_until_ready([one(x) for _ in range(4)])
+        events.append({"what": "dispatched", "run": None, "count": executions(folder / "known") / 4})
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    metrics.MetricsLog.write = noting_write  # type: ignore[method-assign]
+    trainer.Trainer.compile = noting_compile  # type: ignore[method-assign]
+    trainer.Trainer.save = noting_save  # type: ignore[method-assign]
+    return events
+
+
+def executions(folder: Path) -> int:
+    """Events of an executable being run, in a profile."""
+    from jax.profiler import ProfileData
+
+    (path,) = folder.glob("**/*.xplane.pb")
+    lines = [line for plane in ProfileData.from_file(str(path)).planes for line in plane.lines]
+    return sum(bool(re.search("Executable::Execute", event.name)) for line in lines for event in line.events)
+
+
+# ---- shared between tests and between workers -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time is in here, for one ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def once(folder: Path, name: str, make) -> Any:
+    """What ``make`` returned (a list of Done) when some worker called it first; its files are in ``folder``."""
+    kept = folder / f"{name}.json"
+    with alone(folder / f"{name}.lock"):
+        if not kept.exists():
+            kept.write_text(json.dumps([dataclasses.asdict(done) for done in make()]))
+    return [Done(**fields) for fields in json.loads(kept.read_text())]
+
+
+def text(root: Path) -> Path:
+    """The folder of the text."""
+    with alone(root / "text.lock"):
+        if not (root / "text").exists():
+            write_text(root / "text")
+    return root / "text"
+
+
+def whole(root: Path) -> list[Done]:
+    """The process that trained ``root``/whole/{sft,rm,ppo} without a break, and ppo as "still" at learning rate 0; that
+    evaluated and exported them; and that wrote with the policy and with its export."""
+    runs = root / "whole"
+    still = ["ppo:optimizer.default.learning_rate=0", "ppo:iterations=1", f"ppo:run_dir={runs}/still"]
+    write = ["--prompt", "the film is", "--prompt", "the plot", "--temperature", "0", "--max-tokens", "8"]
+    commands = [
+        train(*overrides(text(root), runs)),
+        train(*overrides(text(root), runs), *still, configs=TINY[2:]),
+        *(["evaluate", f"{runs / name}", "--json"] for name in ("sft", "rm", "ppo", "still")),
+        ["export", f"{runs}/ppo", "--role", "policy", "--to", f"{runs}/policy-hf"],
+        ["export", f"{runs}/rm", "--role", "reward", "--to", f"{runs}/reward-hf"],
+        ["generate", f"{runs}/ppo", *write],
+        ["generate", f"{runs}/policy-hf", *write],
+    ]
+    return once(root, "whole", lambda: [process(root / "process", commands, profile="ppo")])
+
+
+def parts(root: Path) -> list[Done]:
+    """The processes that trained ``root``/parts/{sft,rm,ppo} a part at a time, from where those of ``whole`` start:
+
+    1. sft for 2 iterations; rm until SIGTERM while its second is computed
+    2. the rest of sft and rm; ppo until SIGTERM while its second is computed
+    3. ppo until SIGKILL before the checkpoint after its third iteration
+    4. the rest of ppo
+
+    What is there after 1, 2 and 3 is copied to parts-1, parts-2 and parts-3."""
+    whole(root)
+    arguments = [*overrides(text(root), root / "parts", root / "whole"), "checkpoint.every=3"]
+    kills: list[Any] = [("SIGTERM", "rm", 1), ("SIGTERM", "ppo", 1), ("SIGKILL", "ppo", 3), None]
+
+    def make() -> Iterator[Done]:
+        for number, kill in enumerate(kills, 1):
+            command = train(*arguments, *(["sft:iterations=2"] if number == 1 else []))
+            yield process(root / f"process-{number}", [command], kill=kill)
+            if kill:
+                shutil.copytree(root / "parts", root / f"parts-{number}")
+
+    return once(root, "parts", make)
+
+
+# ---- what runs leave ------------------------------------------------------------------------------------------------
+
+
+def copy_run(source: Path, to: Path, last: int) -> Path:
+    """A copy of a run directory, without the checkpoints after step ``last``."""
+    shutil.copytree(source, to)
+    for path in (to / "checkpoints").iterdir():
+        if path.name.isdigit() and int(path.name) > last:
+            shutil.rmtree(path)
+    return to
+
+
+def read_state(run: Path, step: int) -> dict[str, np.ndarray]:
+    """Every leaf of a checkpoint: "params.policy/embed/tokens/embedding", ..."""
+    import orbax.checkpoint as ocp
+
+    found = {}
+    for item in sorted((run / "checkpoints" / str(step)).iterdir()):
+        if not item.name.startswith(("params.", "slow.", "state")):
+            continue
+        with ocp.PyTreeCheckpointer() as reader:
+            tree = reader.restore(item)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            found[f"{item.name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = np.asarray(leaf)
+    return found
+
+
+def rows(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl or samples.jsonl, without what a clock says."""
+    timed = ("time", "time/iteration", "throughput/response_tokens_per_second")
+    lines = (run / f"{name}.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+
+
+def steps_kept(run: Path) -> list[int]:
+    """The steps that have a checkpoint."""
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+
+
+if __name__ == "__main__":
+    main()

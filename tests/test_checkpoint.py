@@ -1,0 +1,231 @@
+"""Checkpoints: the whole state and back, which steps stay, what a crash leaves, and what another run takes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrlhf import checkpoint
+from jaxrlhf import state as states
+from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.models.transformer import ModelConfig, RopeScaling, resolve
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.types import TrainState
+
+ADAM = optax.adam(1e-3)
+MESHES = {1: MeshConfig(1, 1, 1), 8: MeshConfig(2, 2, 2)}
+
+
+def mesh_of(devices: int):
+    return make_mesh(MESHES[devices], jax.devices()[:devices])
+
+
+def new_state(value: float, devices: int = 1, trained=("policy",), slow=("reference",)) -> TrainState:
+    """A state whose weights are ``value`` and up, split over fsdp and tensor."""
+    layout = NamedSharding(mesh_of(devices), P("fsdp", "tensor"))
+    weights = lambda at: {"kernel": jax.device_put(value + at + np.arange(8, dtype=np.float32).reshape(4, 2), layout)}
+    params = {role: weights(at) for at, role in enumerate(trained)}
+    still = {role: weights(100 + at) for at, role in enumerate(slow)}
+    with jax.set_mesh(mesh_of(devices)):
+        state = states.new_state(7, params, still, dict.fromkeys(trained, ADAM), {"kl_coef": jnp.float32(0.25)})
+    return state.replace(step=jnp.int32(value))
+
+
+def describe(state: TrainState, devices: int = 1) -> TrainState:
+    """Shapes and layouts of the state, as they would be on so many devices."""
+
+    def one(x):
+        spec = P("fsdp", "tensor") if x.ndim == 2 else P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh_of(devices), spec))
+
+    return jax.tree.map(one, state)
+
+
+def same(first: TrainState, second: TrainState) -> None:
+    """Raises AssertionError where two states differ in any bit."""
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def save(run: Path, steps, scores=None, **options) -> Checkpoints:
+    """Save the states of these steps, with eval/score where ``scores`` has one; closed again."""
+    saved = Checkpoints(run, **options)
+    for step in steps:
+        saved.save(
+            step, new_state(step), {"number": step}, {"eval/score": scores[step]} if step in (scores or {}) else None
+        )
+    saved.close()
+    return saved
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+
+
+# ---- there and back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 8), (8, 1), (8, 8)])
+def test_a_state_comes_back_on_the_mesh_that_is_asked_for(tmp_path, before, after):
+    state = new_state(3, before)
+    saved = Checkpoints(tmp_path)
+    saved.save(3, state, {"data": {"position": [1, 2]}})
+    saved.close()
+    again = Checkpoints(tmp_path)
+    found = again.restore(3, describe(state, after))
+    same(found, state)
+    assert again.extra(3) == {"data": {"position": [1, 2]}}
+    assert len(found.params["policy"]["kernel"].sharding.device_set) == after
+    assert len(found.opt_state["policy"][0].mu["kernel"].sharding.device_set) == after
+
+
+def test_a_state_that_is_donated_after_save_is_what_was_saved(tmp_path):
+    state = new_state(3)
+    expected = jax.tree.map(np.array, state)
+    saved = Checkpoints(tmp_path)
+    saved.save(3, state, {})
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)(state))
+    saved.close()
+    same(Checkpoints(tmp_path).restore(3, describe(expected)), expected)
+
+
+def test_a_state_without_controls(tmp_path):
+    state = new_state(1).replace(controls={}, slow={})
+    saved = Checkpoints(tmp_path)
+    saved.save(1, state, {})
+    saved.close()
+    same(Checkpoints(tmp_path).restore(1, describe(state)), state)
+
+
+def test_other_roles_than_the_saved_ones_are_one_line(tmp_path):
+    save(tmp_path, [1])
+    wanted = new_state(1, trained=("policy", "reward"), slow=("reference",))
+    with pytest.raises(
+        ValueError, match="step 1 has no params.reward, as the config wants; it has params.policy, slow"
+    ):
+        Checkpoints(tmp_path).restore(1, describe(wanted))
+
+
+# ---- which of them stay ---------------------------------------------------------------------------------------------
+
+
+def test_the_last_ones_stay(tmp_path):
+    save(tmp_path, range(1, 6), keep=2)
+    assert steps_of(tmp_path) == [4, 5]
+    assert checkpoint.latest_step(tmp_path) == 5
+
+
+@pytest.mark.parametrize(("mode", "stay"), [("max", [2, 5]), ("min", [3, 5])])
+def test_the_best_one_stays_too(tmp_path, mode, stay):
+    save(tmp_path, range(1, 6), {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.4, 5: 0.3}, keep=1, best="eval/score", mode=mode)
+    assert steps_of(tmp_path) == stay
+
+
+def test_the_best_is_remembered_by_the_next_process(tmp_path):
+    options = {"keep": 1, "best": "eval/score"}
+    save(tmp_path, [1, 2], {1: 0.9, 2: 0.2}, **options)
+    save(tmp_path, [3, 4], {3: 0.5, 4: 0.3}, **options)
+    assert steps_of(tmp_path) == [1, 4]
+
+
+def test_a_checkpoint_that_was_not_measured_is_not_the_best(tmp_path):
+    save(tmp_path, range(1, 7), {2: 0.5, 4: 0.4}, keep=2, best="eval/score")
+    assert steps_of(tmp_path) == [2, 5, 6]
+
+
+# ---- crashes --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_crash_left_half_written_is_no_checkpoint_and_goes(tmp_path):
+    save(tmp_path, [1, 2])
+    half = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "2", half)
+    (half / "commit_success.txt").unlink(missing_ok=True)
+    assert checkpoint.latest_step(tmp_path) == 2
+    reader = Checkpoints(tmp_path, read_only=True)  # for a reader it may be one that is being written
+    same(reader.restore(2, describe(new_state(2))), new_state(2))
+    reader.close()
+    assert half.exists()
+    saved = Checkpoints(tmp_path)
+    assert saved.latest() == 2
+    saved.save(3, new_state(3), {})
+    saved.close()
+    assert steps_of(tmp_path) == [2, 3]
+
+
+def test_a_run_without_a_checkpoint_is_one_line(tmp_path):
+    assert checkpoint.latest_step(tmp_path) is None
+    for make in (lambda: None, lambda: Checkpoints(tmp_path).close()):
+        make()
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint in it; a run saves one every checkpoint\.every"):
+            checkpoint.read_extra(tmp_path)
+
+
+# ---- what other runs take -------------------------------------------------------------------------------------------
+
+
+def test_one_role_is_read_alone(tmp_path):
+    state = new_state(5, trained=("policy", "value"))
+    saved = Checkpoints(tmp_path)
+    saved.save(5, state, {"number": 5})
+    saved.close()
+    assert checkpoint.read_extra(tmp_path) == (5, {"number": 5})
+    for role in ("policy", "value"):  # nothing else is needed on disk
+        shutil.rmtree(tmp_path / "checkpoints" / "5" / "state", ignore_errors=True)
+        found = checkpoint.restore_role(tmp_path, 5, role, describe(state).params[role])
+        np.testing.assert_array_equal(found["kernel"], state.params[role]["kernel"])
+    found = checkpoint.restore_role(tmp_path, 5, "reference", describe(state).slow["reference"])
+    np.testing.assert_array_equal(found["kernel"], state.slow["reference"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        ModelConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=4),
+        ModelConfig(family="gpt2", vocab_size=64, hidden_size=16, num_layers=1, num_heads=4),
+        ModelConfig(vocab_size=64, hidden_size=16, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32)),
+    ],
+    ids=["llama", "gpt2", "scaled"],
+)
+def test_shapes_of_models_go_through_json(cfg):
+    cfg = resolve(cfg)
+    record = json.loads(json.dumps(checkpoint.models_record({"reward": cfg}, {"reward": "scalar"})))
+    assert checkpoint.model_of(record["reward"]) == (cfg, "scalar")
+    changed = dataclasses.replace(cfg, num_layers=7)
+    assert checkpoint.models_record({"reward": changed}, {"reward": "scalar"}) != record
+
+
+@pytest.mark.parametrize(
+    ("role", "held", "found"),
+    [
+        ("reward", ["policy", "reward"], "reward"),
+        ("reward", ["policy"], "policy"),
+        ("value", ["policy", "reward"], "policy"),
+        ("policy", ["reward"], "reward"),
+    ],
+)
+def test_which_role_another_starts_from(role, held, found):
+    assert checkpoint.find_role(dict.fromkeys(held), role) == found
+
+
+def test_no_role_to_start_from():
+    with pytest.raises(ValueError, match="a run without models has nothing to start policy from"):
+        checkpoint.find_role({}, "policy")
+
+
+def test_a_run_is_a_config_and_checkpoints(tmp_path):
+    assert not checkpoint.is_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    assert not checkpoint.is_run(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert checkpoint.is_run(tmp_path)

@@ -1,0 +1,176 @@
+"""A run that is stopped and goes on is the run that was never stopped, bit for bit; on another mesh, to rounding.
+
+Both sides of each comparison are processes with the same settings (see runs.whole and runs.parts).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import runs
+
+NAMES = ("sft", "rm", "ppo")
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Path:
+    """The runs without a break."""
+    runs.whole(root)
+    return root / "whole"
+
+
+@pytest.fixture(scope="module")
+def parts(root) -> Path:
+    """The runs that were stopped and went on."""
+    runs.parts(root)
+    return root / "parts"
+
+
+def extra(run: Path, step: int) -> dict[str, Any]:
+    """The JSON of a checkpoint; of its config only what does not differ between the two sides on purpose."""
+    found = json.loads((run / "checkpoints" / str(step) / "extra" / "metadata").read_text())
+    lines = found["config"].splitlines()
+    return found | {"config": [line for line in lines if not line.startswith(("run_dir:", "checkpoint:", "  every:"))]}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_has_the_same_bits(whole, parts, name):
+    expected, found = (runs.read_state(side / name, 4) for side in (whole, parts))
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        other = found[path]
+        assert (other.dtype, other.shape) == (leaf.dtype, leaf.shape), path
+        assert other.tobytes() == leaf.tobytes(), path
+
+
+def test_the_state_is_all_there_is(whole):
+    """So that the comparison compares: roles, both moments and the count of each optimizer, controls, step and seed."""
+    found = runs.read_state(whole / "ppo", 4)
+    items = {path.split("/")[0] for path in found}
+    assert items == {"params.policy", "params.value", "params.reward", "slow.reference", "state"}
+    state = {path.removeprefix("state/") for path in found if path.startswith("state/")}
+    assert {"step", "seed", "controls/kl_coef"} <= state
+    assert found["state/step"] == 4
+    for role in ("policy", "value", "reward"):
+        weights = [path.split("/", 1)[1] for path in found if path.startswith(f"params.{role}/")]
+        for moment in ("mu", "nu"):
+            moments = [path for path in state if path.startswith(f"opt_state/{role}/") and f"/{moment}/" in path]
+            assert len(moments) == len(weights) > 0
+        (count,) = (path for path in state if path.startswith(f"opt_state/{role}/1/") and path.endswith("count"))
+        assert found[f"state/{count}"] == 4 * 2 * 2  # iterations x epochs x minibatches
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_changes_what_is_compared(whole, name):
+    before, after = (runs.read_state(whole / name, step) for step in (2, 4))
+    for path, leaf in after.items():
+        moved = leaf.tobytes() != before[path].tobytes()
+        constant = path.startswith("slow.") or path.split("/", 1)[1] in ("seed",)
+        if constant:
+            assert not moved, path
+        elif path.startswith("params.") and "bias" not in path:
+            assert moved, path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_data_positions_models_and_config_are_those_of_an_unbroken_run(whole, parts, name):
+    assert extra(parts / name, 4) == extra(whole / name, 4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("file", ["metrics", "samples"])
+def test_rows_are_those_of_an_unbroken_run(whole, parts, name, file):
+    expected, found = (runs.rows(side / name, file) for side in (whole, parts))
+    assert found == expected
+    assert len(expected) == {"metrics": 7, "samples": 3 * 8 + 4 * 2 if name == "ppo" else 0}[file]
+
+
+def test_sigterm_saves_and_says_so(root):
+    first, second, *_ = runs.parts(root)
+    for done, folder, name in ((first, "parts-1", "rm"), (second, "parts-2", "ppo")):
+        assert done.code == 75
+        assert done.outputs[-1].endswith("SIGTERM: stopped at step 2; the same command goes on from there\n")
+        # checkpoint.every is 3: this one is there because of the signal
+        assert runs.steps_kept(root / folder / name) == [2]
+    assert not (root / "parts-1" / "ppo").exists()  # the command went no further
+
+
+def test_sigkill_leaves_the_checkpoint_before(root):
+    *_, third, fourth = runs.parts(root)
+    killed = root / "parts-3" / "ppo"
+    assert third.code == -9
+    assert runs.steps_kept(killed) == [2]
+    # step 3 was written down, and is redone without standing there twice
+    assert [row["step"] for row in runs.rows(killed)] == [0, 1, 2, 2, 3]
+    assert "resumed from step 2" in fourth.outputs[0]
+    assert fourth.code == 0
+
+
+def test_a_reward_model_is_normalised_once(root):
+    """The first process stopped before it; the second came to the end; the others found nothing left to do."""
+    said = ["reward model: scores of 200 samples" in done.outputs[0] for done in runs.parts(root)]
+    assert said == [False, True, False, False]
+
+
+def test_a_resumed_run_says_what_changed_since(root):
+    first, second, *_ = runs.parts(root)
+    assert "changed since" not in first.outputs[0]
+    assert second.outputs[0].startswith("changed since step 2: iterations: 2 -> 4\n")
+    assert second.outputs[0].count("changed since") == 1
+
+
+def test_a_finished_run_is_left_alone(root):
+    _, second, third, _ = runs.parts(root)
+    for name in ("sft", "rm"):
+        assert f"parts/{name}: all 4 iterations are done; raise iterations= to go on\n" in third.outputs[0]
+        before, after = (
+            {path.relative_to(side): path.stat().st_mtime_ns for path in side.rglob("*") if path.is_file()}
+            for side in (root / "parts-2" / name, root / "parts" / name)
+        )
+        lock = Path(".lock")  # names the last process
+        assert before.pop(lock) != after.pop(lock)
+        assert before == after
+
+
+# ---- another mesh ---------------------------------------------------------------------------------------------------
+
+MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+
+
+def go_on(root: Path, name: str, source: Path, last: int, to: str, devices: int, mesh: list[str]) -> Path:
+    """A copy of a run as it was at step ``last``, and gone on with on other devices."""
+    folder = root / to / "runs"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    run = runs.copy_run(source, folder / name, last)
+    config = [path for path in runs.TINY if path.stem == name]
+    arguments = [*runs.overrides(runs.text(root), folder, root / "whole"), "checkpoint.every=1", "checkpoint.keep=9"]
+    done = runs.process(root / to, [runs.train(*arguments, *mesh, configs=config)], devices)
+    assert done.code == 0, done.errors
+    assert f"resumed from step {last}" in done.outputs[0]
+    return run
+
+
+def losses(run: Path, step: int) -> dict[str, float]:
+    """Loss and score of the iteration, which were computed with the parameters before it."""
+    (row,) = (row for row in runs.rows(run) if row["step"] == step and not any("eval/" in key for key in row))
+    return {key: value for key, value in row.items() if key.startswith(("loss/", "score/", "policy/entropy"))}
+
+
+@pytest.mark.parametrize(
+    "name", ["sft", pytest.param("rm", marks=pytest.mark.nightly), pytest.param("ppo", marks=pytest.mark.nightly)]
+)
+def test_a_checkpoint_is_restored_on_another_mesh_and_back(root, whole, name):
+    many = go_on(root, name, whole / name, 2, f"many-{name}", 8, MESH)
+    assert losses(many, 3).keys() == losses(whole / name, 3).keys() != set()
+    for key, value in losses(whole / name, 3).items():
+        np.testing.assert_allclose(losses(many, 3)[key], value, rtol=0, atol=1e-5, err_msg=key)
+    one = go_on(root, name, many, 3, f"one-{name}", 1, ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"])
+    for key, value in losses(many, 4).items():
+        np.testing.assert_allclose(losses(one, 4)[key], value, rtol=0, atol=1e-5, err_msg=key)
+    assert losses(one, 4) != losses(one, 3)
