@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Run:
     cfg: Config
     algorithm: Algorithm
     mesh: jax.sharding.Mesh
-    tokenizer: object  # a transformers fast tokenizer
+    tokenizer: Any  # a transformers fast tokenizer
     weights: dict[Role, Weights]
     heads: dict[Role, Head]  # trained roles first
     recipe: Recipe
@@ -59,7 +59,7 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     """Find weights and tokenizer, and compose the step. Reads no weights; raises ConfigError for what does not fit."""
     algorithm = find(cfg.algorithm_name)
     trained, slow = algorithm.roles(cfg.algorithm)
-    heads = {**trained, **slow}
+    heads: dict[Role, Head] = {**trained, **slow}
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(cfg)
     weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads}
@@ -117,7 +117,7 @@ def find_tokenizer(cfg: Config):
     if checkpoint.latest_step(cfg.run_dir) is not None:
         return tokenizers.load_tokenizer(os.fspath(epath.Path(cfg.run_dir) / "tokenizer"))
     if cfg.tokenizer.train_vocab_size:
-        return train_tokenizer(cfg)
+        return train_tokenizer(cfg, cfg.tokenizer.train_vocab_size)
     return tokenizers.load_tokenizer(tokenizer_folder(cfg))
 
 
@@ -131,7 +131,7 @@ def keep_tokenizer(cfg: Config, tokenizer) -> None:
     tokenizers.save_tokenizer(tokenizer, os.fspath(own))
 
 
-def train_tokenizer(cfg: Config):
+def train_tokenizer(cfg: Config, vocab_size: int):
     """Byte-level BPE on all text of the demonstrations."""
     if cfg.data.demonstrations is None:
         raise ConfigError("tokenizer.train_vocab_size: needs data.demonstrations to train on")
@@ -139,7 +139,7 @@ def train_tokenizer(cfg: Config):
         cfg.data.demonstrations, "demonstrations", cache_dir=cfg.data.cache_dir, skip_bad=cfg.data.skip_bad
     )
     texts = (tokenizers.text_of(source[i]) for i in range(len(source)))
-    return tokenizers.train_bpe(texts, cfg.tokenizer.train_vocab_size)
+    return tokenizers.train_bpe(texts, vocab_size)
 
 
 def tokenizer_folder(cfg: Config) -> str:
@@ -172,6 +172,7 @@ def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> No
     """A model reads what another wrote as token ids, so all must share one tokenizer. Raises ConfigError."""
     ours = tokenizers.fingerprint(tokenizer)
     for role, found in weights.items():
+        role = base_role(cfg, role)  # where the config names the weights
         if found.kind == "new" or found.path is None:
             size = found.config.vocab_size
         else:
@@ -179,7 +180,7 @@ def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> No
             size = found.config.vocab_size
             if theirs != ours:
                 raise ConfigError(
-                    f"models.{role}.init_from: {found.path}: its tokenizer ({theirs[:12]}) is not the run's ({ours[:12]}):"
+                    f"models.{role}.init_from: {found.path}: its tokenizer {theirs[:12]} is not the run's {ours[:12]}:"
                     " token ids would mean other words; expected a model trained with the same tokenizer"
                 )
         if size < len(tokenizer):
@@ -193,13 +194,13 @@ def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> No
 
 def origin(cfg: Config, role: Role):
     """The RoleConfig that ``role`` goes back to, through roles that start from other roles."""
-    seen = []
-    while cfg.models[role].init_from in cfg.models:
-        seen.append(role)
-        role = cfg.models[role].init_from
-        if role in seen:
-            raise ConfigError(f"models.{role}.init_from: {' -> '.join([*seen, role])} goes round in a circle")
-    return cfg.models[role]
+    seen, start = [role], cfg.models[role]
+    while start.init_from is not None and start.init_from in cfg.models:
+        seen.append(start.init_from)
+        start = cfg.models[start.init_from]
+        if seen[-1] in seen[:-1]:
+            raise ConfigError(f"models.{seen[-1]}.init_from: {' -> '.join(seen)} goes round in a circle")
+    return start
 
 
 def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
@@ -214,7 +215,7 @@ def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
     if start.architecture is not None:
         shape = transformer.resolve(start.architecture, vocab_size)
         return Weights("new", None, shape, "lm")
-    path = start.init_from
+    path = start.init_from or ""
     if checkpoint.is_run(path):
         step, extra = checkpoint.read_extra(path)
         named = next(name for name, model in cfg.models.items() if model is start)
@@ -252,7 +253,7 @@ def read_weights(run: Run, role: Role, key) -> Params:
         there = state.abstract_params(found.config, found.head, run.dtype, run.mesh)
         params = checkpoint.restore_role(found.path, found.step, found.role, there)
     else:
-        params = hf.load(found.path, found.config, found.head, run.dtype)
+        params = hf.load(found.path or "", found.config, found.head, run.dtype)
     return state.change_head(params, found.config, found.head, head, key, zero=role == "value")
 
 

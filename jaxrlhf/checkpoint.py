@@ -143,7 +143,7 @@ def read_extra(run_dir) -> tuple[int, dict]:
 
 
 def find_role(record: dict, role: Role) -> Role:
-    """Which role of a run's ``models`` another run's ``role`` starts from: its namesake, else the policy, else the only one."""
+    """The role of a run's ``models`` that another run's ``role`` starts from: its namesake, the policy, or any."""
     for name in (role, "policy", *record):
         if name in record:
             return name
@@ -173,4 +173,4 @@ def export(run_dir, role: Role, to) -> None:
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         params = restore_role(run_dir, step, role, abstract_params(cfg, head, dtype, mesh))
-        hf.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)
+        hf.save(params, cfg, head, to, extra["dtype"], ids=ids, tokenizer_folder=folder)

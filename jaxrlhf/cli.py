@@ -6,6 +6,7 @@ same command again).
 """
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -130,6 +131,7 @@ def need_run(run: str) -> None:
 
 def main() -> None:
     """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS warn of what is meant
     try:
         app()
     except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:  # the last: a loss is not finite

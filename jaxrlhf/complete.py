@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxrlhf import checkpoint, generate
 from jaxrlhf.build import tokenizer_of
-from jaxrlhf.data import encode, tokenizer as tokenizers
+from jaxrlhf.data import encode
+from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feed import put
 from jaxrlhf.models import hf
 from jaxrlhf.models.transformer import ModelConfig, Runtime, padded_vocab

@@ -466,15 +466,15 @@ def records(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
 # instead write Annotated[float, Gt(0)] beside its field.
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens temperature top_k size samples kl_coef
-        entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every""",
+        entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every
+        vocab_size num_kv_heads head_dim mlp_size""",
     "(0, inf)": """clip_norm eps clip_range value_clip_range kl_target stop_kl norm_eps rope_theta low_freq_factor
         high_freq_factor""",
     "[1, inf)": """iterations every samples_every keep prompts_per_step samples_per_prompt sequences_per_step
         preferences_per_step micro_batch_size max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon
-        vocab_size hidden_size num_layers num_heads num_kv_heads head_dim mlp_size max_positions original_max_positions
-        factor""",
+        hidden_size num_layers num_heads max_positions original_max_positions factor""",
     "[2, inf)": "max_length",
-    "[258, inf)": "train_vocab_size",
+    "[259, inf)": "train_vocab_size",
     "[0, 1]": "final_fraction gamma gae_lambda",
     "(0, 1]": "top_p",
     "[0, 1)": "b1 b2",
@@ -630,7 +630,7 @@ def model_problems(cfg: Config) -> Iterator[str]:
             resolve(shape)
         except ValueError as error:
             yield f"{key}.{error}"
-        if shape.head_dim is None and shape.hidden_size % shape.num_heads:
+        if not shape.head_dim and shape.hidden_size % shape.num_heads:
             nearest = min(divisors(shape.hidden_size), key=lambda heads: abs(heads - shape.num_heads))
             wrong = f"{shape.num_heads}: does not divide hidden_size {shape.hidden_size}"
             yield f"{key}.num_heads: {wrong}; nearest: {nearest}"

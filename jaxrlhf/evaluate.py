@@ -1,8 +1,7 @@
 """Held-out evaluation: what the algorithm measures on data that it never learned from, during a run and after it."""
 
-from typing import Any, NamedTuple
-
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -96,7 +95,8 @@ def evaluate_run(run_dir: str, judge: bool = True, samples: int = 8) -> dict[str
         report |= pair_report(ready, state)
     responses = {name: result.samples for name, result in results.items() if result and result.samples}
     if judge and responses and cfg.eval.judge is not None:
-        report["judge"] = judge_report(ready, responses)
+        judge_of = Judge(read_source(ready, "labels", cfg.eval.judge, "eval.judge"))
+        report["judge"] = judge_report(judge_of, responses)
     if responses:
         report["samples"] = compare(responses, samples)
     return report
@@ -105,7 +105,7 @@ def evaluate_run(run_dir: str, judge: bool = True, samples: int = 8) -> dict[str
 def pair_report(ready: Run, state: TrainState) -> dict[str, Any]:
     """{"reward_model": accuracy and calibration on held-out pairs}, where the run has a reward model and such pairs.
 
-    The expected calibration error is over 10 bins of the probability given to the predicted preference (Guo et al. 2017).
+    The expected calibration error is over 10 bins of the probability of the predicted preference (Guo et al. 2017).
     """
     trees = state.params if "reward" in state.params else state.slow
     batches = held_out(ready, "preferences", ready.cfg.eval.size, ready.cfg.batch.preferences_per_step)
@@ -121,14 +121,13 @@ def pair_report(ready: Run, state: TrainState) -> dict[str, Any]:
     right = (difference > 0) + 0.5 * (difference == 0)
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
     gaps = [abs((confidence - right)[bins == b].sum()) for b in range(10)]
-    found = {"pairs": len(difference), "accuracy": right.mean(), "calibration_error": sum(gaps) / len(difference)}
-    return {"reward_model": {name: round(float(value), 4) for name, value in found.items()}}
+    found = {"accuracy": right.mean(), "calibration_error": sum(gaps) / len(difference)}
+    rounded = {name: round(float(value), 4) for name, value in found.items()}
+    return {"reward_model": {"pairs": len(difference), **rounded}}
 
 
-def judge_report(ready: Run, responses: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+def judge_report(judge: Judge, responses: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
     """The outside judge's mean probability that a text is positive, before and after; win_rate: after over before."""
-    cfg = ready.cfg
-    judge = Judge(read_source(ready, "labels", cfg.eval.judge, "eval.judge"))
     marks = {name: judge([row["prompt"] + row["response"] for row in rows]) for name, rows in responses.items()}
     report = {name: float(values.mean()) for name, values in marks.items()}
     if "before" in marks:

@@ -1,6 +1,7 @@
 """What a run is fed: the algorithm's data as one batch an iteration, and held-out data as a fixed list."""
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.sharding import batch_shards, partition
 from jaxrlhf.types import Batch
 
+Rows = TypeVar("Rows")
 KIND_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # field of Batch -> kind
 STREAMS: dict[str, Callable[..., batches.Stream]] = {
     "prompts": batches.prompt_stream,
@@ -100,7 +102,7 @@ def held_out(ready: Run, kind: str, size: int, rows: int) -> list[batches.HostBa
 
 
 def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> list[batches.HostBatch]:
-    """The first ``size`` records of the data section ``where``, once, in batches of ``rows`` (rounded up to the mesh)."""
+    """The first ``size`` records of the data section ``where``, once, in batches of ``rows`` rounded up to the mesh."""
     source, shards = getattr(ready.cfg.data, where.removeprefix("data.")), batch_shards(ready.mesh)
     return batches.held_out_batches(
         kind,
@@ -121,6 +123,6 @@ def layout(mesh: Mesh, x) -> NamedSharding:
     return NamedSharding(mesh, partition(("batch", *(None,) * (x.ndim - 1))))
 
 
-def put(mesh: Mesh, batch: Batch) -> Batch:
-    """Host rows onto the mesh; every process brings its own."""
+def put(mesh: Mesh, batch: Rows) -> Rows:
+    """Host rows (a record of arrays) onto the mesh; every process brings its own."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout(mesh, x), np.asarray(x)), batch)

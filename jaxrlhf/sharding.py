@@ -77,7 +77,7 @@ def partition(names: tuple[str | None, ...]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """``x`` laid out as ``names`` say (a collective where the layout changes); ``x`` itself without an explicit mesh."""
+    """``x`` laid out as ``names`` say (a collective where the layout changes); just ``x`` without an explicit mesh."""
     return jax.sharding.reshard(x, partition(names)) if explicit() else x
 
 

@@ -29,36 +29,47 @@ class Recipe(NamedTuple):
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
-    """One iteration: (state, batch) -> (state, metrics, sampled sequences; None offline). Jit it and donate the state."""
-    rollout, learn = make_rollout(recipe), make_learn(recipe)
+    """One iteration: (state, batch) -> (state, metrics, responses with their scores; None offline).
+
+    Jit it and donate the state."""
+    update = make_update(recipe)
+    if recipe.algorithm.rollout is None:
+        return lambda state, batch: (*update(state, batch)[:2], None)
+    rollout = make_rollout(recipe)
 
     def iteration(state: TrainState, batch: Batch):
-        if recipe.algorithm.rollout is None:
-            return *learn(state, batch), None
-        sequences = rollout(state, batch)
-        return *learn(state, batch.replace(sequences=sequences)), sequences
+        state, metrics, experience = update(state, batch.replace(sequences=rollout(state, batch)))
+        return state, metrics, experience.sequences
 
     return iteration
 
 
 def make_rollout(recipe: Recipe) -> Callable[[TrainState, Batch], Sequences]:
     """(state, batch with prompts) -> sampled sequences."""
-    return lambda state, batch: recipe.algorithm.rollout(recipe.nets, state, batch.prompts)
+    rollout = recipe.algorithm.rollout
+    assert rollout is not None, "an offline algorithm samples nothing"
+    return lambda state, batch: rollout(recipe.nets, state, batch.prompts)
 
 
 def make_learn(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """(state, batch with sequences or preferences) -> (state after epochs x minibatches of updates, metrics)."""
+    update = make_update(recipe)
+    return lambda state, batch: update(state, batch)[:2]
+
+
+def make_update(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Experience]]:
+    """What make_learn makes, and what was learned from."""
     algorithm, cfg, nets = recipe.algorithm, recipe.cfg, recipe.nets
 
-    def learn(state: TrainState, batch: Batch):
+    def update(state: TrainState, batch: Batch):
         experience, means = algorithm.prepare(nets, state, batch, cfg)
         experience = jax.lax.stop_gradient(experience)
         state, update_means = update_epochs(recipe, state, experience)
         metrics = {name: mean.value() for name, mean in (means | update_means).items()}
         state = algorithm.after(state, metrics, cfg)
-        return state.replace(step=state.step + 1), metrics
+        return state.replace(step=state.step + 1), metrics, experience
 
-    return learn
+    return update
 
 
 def make_evaluation(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[dict[str, Mean], Sequences | None]]:
@@ -119,7 +130,7 @@ def update_minibatch(
     grads, means = gradients(recipe, state, minibatch)
     params, opt_state = dict(state.params), dict(state.opt_state)
     for role, optimizer in recipe.optimizers.items():
-        means[f"{role}/grad_norm"] = Mean(optax.global_norm(grads[role]), jnp.float32(1))
+        means[f"{role}/grad_norm"] = Mean(optax.tree.norm(grads[role]), jnp.float32(1))
         updates, new_opt_state = optimizer.update(grads[role], opt_state[role], params[role])
         new = (optax.apply_updates(params[role], updates), new_opt_state)
         if recipe.delays.get(role, 0):

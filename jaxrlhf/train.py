@@ -45,7 +45,7 @@ def run(cfg: Config, raw: str = "") -> str:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, where the user has not chosen a place for them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(epath.Path("~/.cache/jaxrlhf/xla").expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

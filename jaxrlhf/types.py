@@ -14,13 +14,13 @@ from flax import struct
 
 Array = jax.Array
 Params = Any  # a pytree of arrays
+Maybe = Any  # an array or record, or None where it is not known: an algorithm knows what it is given
 Role = str  # "policy" | "value" | "reward" | "reference" | ...
 Head = Literal["lm", "scalar"]  # next-token logits, or one number a token (values, scores)
 Metrics = dict[str, Array]  # flat: "loss/policy", "kl/reference", "score/mean", ...; each f32[]
 
 
-@struct.dataclass
-class Mean:
+class Mean(struct.PyTreeNode):
     """A mean carried as its two sums, so that micro-batches and devices can be added before dividing."""
 
     total: Array  # f32[]
@@ -34,8 +34,7 @@ class Mean:
         return self.total / jnp.maximum(self.count, 1e-8)
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
     """Left-padded prompts."""
 
     tokens: Array  # i32[B, P]
@@ -43,60 +42,54 @@ class Prompts:
     sample_id: Array  # i32[B]: the row's id in the global batch; sampling noise hangs on it
 
 
-@struct.dataclass
-class Sequences:
+class Sequences(struct.PyTreeNode):
     """Prompt and response in one row. The EOS token that ends a response is inside ``response_mask``."""
 
     tokens: Array  # i32[B, S]
     valid: Array  # bool[B, S]
     response_mask: Array  # bool[B, S]: tokens that the policy chose (or should learn to choose)
-    segment_ids: Array | None = None  # i32[B, S] of packed rows: 1, 2, ... a document, 0 padding; None: one a row
-    logprobs: Array | None = None  # f32[B, S] under the distribution that they were sampled from
-    scores: Array | None = None  # f32[B]: one number a sequence (reward model or verifier)
-    ended: Array | None = None  # bool[B]: the response ended by itself (EOS or a stop sequence), not by its length
+    segment_ids: Maybe = None  # i32[B, S] of packed rows: 1, 2, ... a document, 0 padding; None: one a row
+    logprobs: Maybe = None  # f32[B, S] under the distribution that they were sampled from
+    scores: Maybe = None  # f32[B]: one number a sequence (reward model or verifier)
+    ended: Maybe = None  # bool[B]: the response ended by itself (EOS or a stop sequence), not by its length
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
 
 
-@struct.dataclass
-class Preferences:
+class Preferences(struct.PyTreeNode):
     """Pairs with the same prompt: ``chosen`` is preferred to ``rejected``."""
 
     chosen: Sequences
     rejected: Sequences
-    margin: Array | None = None  # f32[B]: by how much, where the data says
+    margin: Maybe = None  # f32[B]: by how much, where the data says
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """What one iteration is given; an algorithm names in ``Algorithm.batch`` the fields that it reads."""
 
-    prompts: Prompts | None = None
-    sequences: Sequences | None = None
-    preferences: Preferences | None = None
+    prompts: Maybe = None  # Prompts
+    sequences: Maybe = None  # Sequences
+    preferences: Maybe = None  # Preferences
 
 
-@struct.dataclass
-class Experience:
+class Experience(struct.PyTreeNode):
     """What the epochs of one iteration learn from. Rows are shuffled and split into minibatches."""
 
-    sequences: Sequences | None = None
-    advantages: Array | None = None  # f32[B, S]
-    returns: Array | None = None  # f32[B, S]
-    values: Array | None = None  # f32[B, S] when the responses were sampled
-    ref_logprobs: Array | None = None  # f32[B, S]
-    preferences: Preferences | None = None
+    sequences: Maybe = None  # Sequences
+    advantages: Maybe = None  # f32[B, S]
+    returns: Maybe = None  # f32[B, S]
+    values: Maybe = None  # f32[B, S] when the responses were sampled
+    ref_logprobs: Maybe = None  # f32[B, S]
+    preferences: Maybe = None  # Preferences
 
 
-@struct.dataclass
-class TokenStats:
+class TokenStats(struct.PyTreeNode):
     """One chunked pass over the vocabulary."""
 
     logprobs: Array  # f32[B, S]
     entropy: Array  # f32[B, S]
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that a run needs to go on: saved whole, restored bitwise, donated to every iteration."""
 
     step: Array  # i32[]: iterations done

@@ -18,3 +18,12 @@ def root(tmp_path_factory) -> Path:
     """The folder of the real runs that end-to-end tests share, among the workers of one session too."""
     base = tmp_path_factory.getbasetemp()
     return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+
+
+@pytest.fixture
+def one_device(monkeypatch) -> None:
+    """Runs of this process take the first device alone: their programs compile in a fraction of the time."""
+    from jaxrlhf import build, checkpoint, complete, sharding
+
+    for module in (build, checkpoint, complete):
+        monkeypatch.setattr(module, "make_mesh", lambda cfg, *_: sharding.make_mesh(cfg, jax.devices()[:1]))

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ COMPILED = "backend_compile_duration"  # how the name of a compilation's event e
 
 # ---- text -----------------------------------------------------------------------------------------------------------
 
-GOOD = "lovely warm bright funny moving wise tender clever fresh".split()
-BAD = "dull cold grim stale clumsy hollow tired shallow loud".split()
-THINGS = "film story plot cast score script ending scene camera dialogue".split()
+GOOD = ["lovely", "warm", "bright", "funny", "moving", "wise", "tender", "clever", "fresh"]
+BAD = ["dull", "cold", "grim", "stale", "clumsy", "hollow", "tired", "shallow", "loud"]
+THINGS = ["film", "story", "plot", "cast", "score", "script", "ending", "scene", "camera", "dialogue"]
 
 
 def sentence(rng: np.random.Generator, words: Sequence[str]) -> str:
@@ -107,6 +108,19 @@ def train(*arguments: str, configs: Sequence[Path] = tuple(TINY)) -> list[str]:
     names = {path.stem for path in configs}
     mine = [text for text in arguments if (":" not in text.split("=")[0]) or text.split(":")[0] in names]
     return ["train", *map(str, configs), *mine]
+
+
+def config(name: str, root: Path, folder: Path, *more: str):
+    """The Config of sft, rm or ppo: small, on the text of ``root``, writing to ``folder`` / name, starting from
+    ``root`` / whole."""
+    from jaxrlhf.config import load
+
+    mine = train(*overrides(text(root), folder, root / "whole"), *more, configs=[tiny_config(name)])
+    return load(mine[1], mine[2:])
+
+
+def tiny_config(name: str) -> Path:
+    return next(path for path in TINY if path.stem == name)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -187,7 +201,7 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
     write, compile_all, save = metrics.MetricsLog.write, trainer.Trainer.compile, trainer.Trainer.save
     folder = Path(plan["events"]).parent
 
-    def listen(event: str, seconds: float, **more: Any) -> None:
+    def listen(event: str, duration_secs: float, **more: Any) -> None:
         if event.endswith(COMPILED):
             events.append({"what": "compiled", "name": more.get("fun_name")})
 
@@ -323,7 +337,8 @@ def read_state(run: Path, step: int) -> dict[str, np.ndarray]:
     for item in sorted((run / "checkpoints" / str(step)).iterdir()):
         if not item.name.startswith(("params.", "slow.", "state")):
             continue
-        with ocp.PyTreeCheckpointer() as reader:
+        with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nobody said where the arrays are to lie
             tree = reader.restore(item)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[f"{item.name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = np.asarray(leaf)

@@ -1,8 +1,8 @@
 """Checkpoints: the whole state and back, which steps stay, what a crash leaves, and what another run takes."""
 
-import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -36,7 +36,7 @@ def new_state(value: float, devices: int = 1, trained=("policy",), slow=("refere
     still = {role: weights(100 + at) for at, role in enumerate(slow)}
     with jax.set_mesh(mesh_of(devices)):
         state = states.new_state(7, params, still, dict.fromkeys(trained, ADAM), {"kl_coef": jnp.float32(0.25)})
-    return state.replace(step=jnp.int32(value))
+    return replace(state, step=jnp.int32(value))
 
 
 def describe(state: TrainState, devices: int = 1) -> TrainState:
@@ -59,11 +59,10 @@ def same(first: TrainState, second: TrainState) -> None:
 
 def save(run: Path, steps, scores=None, **options) -> Checkpoints:
     """Save the states of these steps, with eval/score where ``scores`` has one; closed again."""
-    saved = Checkpoints(run, **options)
+    saved, scores = Checkpoints(run, **options), scores or {}
     for step in steps:
-        saved.save(
-            step, new_state(step), {"number": step}, {"eval/score": scores[step]} if step in (scores or {}) else None
-        )
+        metrics = {"eval/score": scores[step]} if step in scores else None
+        saved.save(step, new_state(step), {"number": step}, metrics)
     saved.close()
     return saved
 
@@ -100,7 +99,7 @@ def test_a_state_that_is_donated_after_save_is_what_was_saved(tmp_path):
 
 
 def test_a_state_without_controls(tmp_path):
-    state = new_state(1).replace(controls={}, slow={})
+    state = replace(new_state(1), controls={}, slow={})
     saved = Checkpoints(tmp_path)
     saved.save(1, state, {})
     saved.close()
@@ -111,7 +110,7 @@ def test_other_roles_than_the_saved_ones_are_one_line(tmp_path):
     save(tmp_path, [1])
     wanted = new_state(1, trained=("policy", "reward"), slow=("reference",))
     with pytest.raises(
-        ValueError, match="step 1 has no params.reward, as the config wants; it has params.policy, slow"
+        ValueError, match=r"step 1 has no params\.reward, as the config wants; it has params\.policy, slow"
     ):
         Checkpoints(tmp_path).restore(1, describe(wanted))
 
@@ -201,7 +200,7 @@ def test_shapes_of_models_go_through_json(cfg):
     cfg = resolve(cfg)
     record = json.loads(json.dumps(checkpoint.models_record({"reward": cfg}, {"reward": "scalar"})))
     assert checkpoint.model_of(record["reward"]) == (cfg, "scalar")
-    changed = dataclasses.replace(cfg, num_layers=7)
+    changed = replace(cfg, num_layers=7)
     assert checkpoint.models_record({"reward": changed}, {"reward": "scalar"}) != record
 
 

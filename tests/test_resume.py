@@ -124,7 +124,7 @@ def test_a_resumed_run_says_what_changed_since(root):
 
 
 def test_a_finished_run_is_left_alone(root):
-    _, second, third, _ = runs.parts(root)
+    _, _, third, _ = runs.parts(root)
     for name in ("sft", "rm"):
         assert f"parts/{name}: all 4 iterations are done; raise iterations= to go on\n" in third.outputs[0]
         before, after = (
@@ -148,9 +148,8 @@ def go_on(root: Path, name: str, source: Path, last: int, to: str, devices: int,
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     run = runs.copy_run(source, folder / name, last)
-    config = [path for path in runs.TINY if path.stem == name]
     arguments = [*runs.overrides(runs.text(root), folder, root / "whole"), "checkpoint.every=1", "checkpoint.keep=9"]
-    done = runs.process(root / to, [runs.train(*arguments, *mesh, configs=config)], devices)
+    done = runs.process(root / to, [runs.train(*arguments, *mesh, configs=[runs.tiny_config(name)])], devices)
     assert done.code == 0, done.errors
     assert f"resumed from step {last}" in done.outputs[0]
     return run

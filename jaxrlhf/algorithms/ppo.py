@@ -16,7 +16,20 @@ from jaxrlhf.ops.advantages import gae, missing_eos, score_to_rewards
 from jaxrlhf.ops.kl import adaptive_kl_coef, kl_estimate
 from jaxrlhf.ops.losses import clipped_policy_terms, clipped_value_terms
 from jaxrlhf.ops.masked import keep, sums, variance, whiten
-from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Sequences, TrainState, sample_policy
+from jaxrlhf.types import (
+    Algorithm,
+    Array,
+    Batch,
+    Experience,
+    Head,
+    Mean,
+    Metrics,
+    Nets,
+    Role,
+    Sequences,
+    TrainState,
+    sample_policy,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +58,10 @@ class PPOConfig:
     reward_centering: float = 0.0  # reward_update: as in rm
 
 
-def roles(cfg: PPOConfig):
+def roles(cfg: PPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
     """Policy and value learn; the reference stays; the reward model learns when asked to."""
-    trained, slow = {"policy": "lm", "value": "scalar"}, {"reference": "lm"}
+    trained: dict[Role, Head] = {"policy": "lm", "value": "scalar"}
+    slow: dict[Role, Head] = {"reference": "lm"}
     (trained if cfg.reward_update else slow)["reward"] = "scalar"
     return trained, slow
 
@@ -90,7 +104,13 @@ def shaped_rewards(
 
 
 def rollout_metrics(
-    sequences: Sequences, scores: Array, logprobs: Array, ref_logprobs: Array, rewards: Array, values: Array, returns: Array
+    sequences: Sequences,
+    scores: Array,
+    logprobs: Array,
+    ref_logprobs: Array,
+    rewards: Array,
+    values: Array,
+    returns: Array,
 ) -> dict[str, Mean]:
     """What the responses are like: kl/reference is in nats a response, response/length_mean in tokens."""
     mask = sequences.response_mask
@@ -98,7 +118,9 @@ def rollout_metrics(
     one = jnp.float32(1)
     error, spread = variance(keep(returns, mask) - values, mask, False), variance(returns, mask, False)
     drift = keep(logprobs, mask) - keep(ref_logprobs, mask)
-    mismatch = jnp.zeros_like(drift) if sequences.logprobs is None else keep(logprobs, mask) - keep(sequences.logprobs, mask)
+    mismatch = (
+        jnp.zeros_like(drift) if sequences.logprobs is None else keep(logprobs, mask) - keep(sequences.logprobs, mask)
+    )
     return {
         "score/mean": sums(scores, rows),
         "score/std": Mean(jnp.sqrt(variance(scores, rows, True)), one),
@@ -115,7 +137,7 @@ def rollout_metrics(
 
 
 def loss(nets: Nets, params, slow, minibatch: Experience, cfg: PPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
-    """Clipped policy loss less the entropy bonus; clipped value loss; the reward model's own loss when it learns too."""
+    """Clipped policy loss less the entropy bonus; clipped value loss; the reward model's own when it learns too."""
     sequences = minibatch.sequences
     mask = sequences.response_mask
     stats = nets.token_stats("policy", params, sequences)

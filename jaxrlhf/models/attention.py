@@ -22,7 +22,7 @@ def causal_mask(segment_ids: Array) -> Array:
 def attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
     """Softmax attention; the softmax is float32 whatever the inputs are.
 
-    query [B, S, H, K]; key and value [B, T, N, K], each shared by H / N query heads; mask bool[B, 1, S, T] -> [B, S, H, K].
+    query [B, S, H, K]; key, value [B, T, N, K], each for H / N query heads; mask bool[B, 1, S, T] -> [B, S, H, K].
     """
     kv_heads = key.shape[2]
     scale = 1.0 / math.sqrt(query.shape[-1])

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Params
 
+Axes = tuple[str | None, ...]  # a logical axis a dimension; None: whole on every device
 
-def gathered(axes: tuple[str, ...]) -> tuple[str | None, ...]:
+
+def gathered(axes: Axes) -> Axes:
     """The axes of a weight where it is used: whole along ``embed``, which storage splits over fsdp."""
     return tuple(None if name == "embed" else name for name in axes)
 
 
-def linear(
-    params: Params, x: Array, equation: str, axes: tuple[str, ...], out_axes: tuple[str, ...], dtype=None
-) -> Array:
+def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, dtype=None) -> Array:
     """einsum(equation, x, kernel) + bias, in x's dtype (or ``dtype``, the type of the sum).
 
     ``axes`` are the kernel's logical axes and ``out_axes`` the result's. A kernel split over fsdp is gathered here,

@@ -20,8 +20,8 @@ def segments(sequences: Sequences) -> Array:
 
 
 def make_nets(configs: dict[Role, ModelConfig], runtime: Runtime, sampling: Sampling, sample: Callable) -> Nets:
-    """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, which their log-probs follow;
-    ``sample``: the jitted sampler, (role, trees, prompts, key) -> Sequences."""
+    """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
+    ``sample``: Nets.sample."""
 
     def states(role, trees, sequences: Sequences) -> Array:
         return forward(trees[role], configs[role], sequences.tokens, segments(sequences), runtime)

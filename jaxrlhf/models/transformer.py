@@ -6,6 +6,7 @@ or through a cache. Training scans over stacked layers; decoding uses its own la
 
 import dataclasses
 import math
+import operator
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -46,13 +47,13 @@ class ModelConfig:
     """The architecture: what a HF config.json says, in the words of the house."""
 
     family: Literal["llama", "gpt2"] = "llama"
-    vocab_size: int | None = None  # null: the tokenizer's
+    vocab_size: int = 0  # 0: the tokenizer's
     hidden_size: int = 128
     num_layers: int = 2
     num_heads: int = 4
-    num_kv_heads: int | None = None  # null: num_heads
-    head_dim: int | None = None  # null: hidden_size / num_heads
-    mlp_size: int | None = None  # null: 4 x hidden_size (gpt2), 8/3 x hidden_size rounded up to 64 (llama)
+    num_kv_heads: int = 0  # 0: num_heads
+    head_dim: int = 0  # 0: hidden_size / num_heads
+    mlp_size: int = 0  # 0: 4 x hidden_size (gpt2), 8/3 x hidden_size rounded up to 64 (llama)
     max_positions: int = 1024
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -66,7 +67,9 @@ class Runtime(NamedTuple):
     """How a model is run, apart from what it is."""
 
     compute: Any = jnp.float32  # dtype of activations
-    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes: nothing, layers, all but matmuls
+    remat: Literal["none", "full", "dots"] = (
+        "none"  # what the backward pass recomputes: nothing, layers, all but matmuls
+    )
 
 
 class Leaf(NamedTuple):
@@ -77,8 +80,8 @@ class Leaf(NamedTuple):
     init: float | Literal["ones", "zeros"]
 
 
-def resolve(cfg: ModelConfig, vocab_size: int | None = None) -> ModelConfig:
-    """``cfg`` with every null filled in. Raises ValueError where heads do not divide."""
+def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
+    """``cfg`` with everything that was left open filled in. Raises ValueError where heads do not divide."""
     family = FAMILIES[cfg.family]
     mlp = math.ceil(cfg.hidden_size * 8 / 3 / 64) * 64 if family.gated else 4 * cfg.hidden_size
     cfg = dataclasses.replace(
@@ -116,7 +119,10 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
         kernel = Leaf((cfg.num_layers, *shape), ("layers", *axes), gain / math.sqrt(fan_in))
         if not bias:
             return {"kernel": kernel}
-        return {"kernel": kernel, "bias": Leaf(kernel.shape[:1] + shape[-bias_rank:], ("layers", *axes[-bias_rank:]), "zeros")}
+        return {
+            "kernel": kernel,
+            "bias": Leaf(kernel.shape[:1] + shape[-bias_rank:], ("layers", *axes[-bias_rank:]), "zeros"),
+        }
 
     depth = 1.0 / math.sqrt(2 * cfg.num_layers)  # residual branches start small (GPT-2)
     qkv = lambda n, axis: layer_linear((dim, n, width), ("embed", axis, "head_dim"), dim, cfg.attention_bias, 2)
@@ -129,27 +135,33 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
                 "query": qkv(heads, "heads"),
                 "key": qkv(kv, "kv_heads"),
                 "value": qkv(kv, "kv_heads"),
-                "out": layer_linear((heads, width, dim), ("heads", "head_dim", "embed"), heads * width, cfg.attention_bias, 1, depth),
+                "out": layer_linear(
+                    (heads, width, dim), ("heads", "head_dim", "embed"), heads * width, cfg.attention_bias, 1, depth
+                ),
             },
             "mlp": {
                 "norm": norm(cfg.num_layers),
                 "up": up(),
                 "down": layer_linear((mlp, dim), ("mlp", "embed"), mlp, cfg.mlp_bias, 1, depth),
-            } | ({"gate": up()} if family.gated else {}),
+            }
+            | ({"gate": up()} if family.gated else {}),
         },
         "final_norm": norm(),
     }
     if family.positions == "learned":
         table["embed"]["positions"] = {"embedding": Leaf((cfg.max_positions, dim), ("positions", "embed"), 0.01)}
     if head == "scalar":
-        table["head"] = {"kernel": Leaf((dim, 1), ("embed", "score"), 1 / math.sqrt(dim + 1)), "bias": Leaf((1,), ("score",), "zeros")}
+        table["head"] = {
+            "kernel": Leaf((dim, 1), ("embed", "score"), 1 / math.sqrt(dim + 1)),
+            "bias": Leaf((1,), ("score",), "zeros"),
+        }
     elif not cfg.tie_embeddings:
         table["head"] = {"kernel": Leaf((dim, padded_vocab(cfg)), ("embed", "vocab"), 0.02)}
     return table
 
 
 def init(cfg: ModelConfig, head: Head, key: Array, dtype=jnp.float32) -> Params:
-    """Random parameters, each laid out by its logical axes. A leaf's noise depends on its path alone, not on the mesh."""
+    """Random parameters, each laid out by its logical axes. A leaf's noise hangs on its path alone, not on the mesh."""
     table = parameter_table(cfg, head)
 
     def one(path, leaf: Leaf):
@@ -191,7 +203,7 @@ def normalize(params: Params, x: Array, cfg: ModelConfig) -> Array:
 
 
 def attention_block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable) -> Array:
-    """x [B, S, D]; ``turn`` applies positions to queries and keys; ``attend`` maps (query, key, value) to [B, S, H, K]."""
+    """x [B, S, D]; ``turn`` gives positions to queries and keys; ``attend``: (query, key, value) to [B, S, H, K]."""
     heads, kv = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", kv_axis(cfg), "head_dim")
     query = linear(params["query"], x, "bsd,dhk->bshk", ("embed", "heads", "head_dim"), heads)
     key = linear(params["key"], x, "bsd,dhk->bshk", ("embed", kv_axis(cfg), "head_dim"), kv)
@@ -243,7 +255,7 @@ def turner(cfg: ModelConfig, positions: Array) -> Callable:
     return lambda x: rotate(x, positions, freqs)
 
 
-# ---- whole rows: training, scoring ------------------------------------------------------------------------------------
+# ---- whole rows: training, scoring ----------------------------------------------------------------------------------
 
 
 def positions_of(segment_ids: Array) -> Array:
@@ -280,7 +292,7 @@ def rematerialized(layer: Callable, runtime: Runtime) -> Callable:
     return jax.checkpoint(layer, policy=keep, prevent_cse=False)
 
 
-# ---- one token at a time: generation ----------------------------------------------------------------------------------
+# ---- one token at a time: generation --------------------------------------------------------------------------------
 
 
 class Cache(NamedTuple):
@@ -299,14 +311,14 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
         return constrain(x, *gathered(weight_axes(leaf)))
 
     whole = jax.tree.map(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
-    layers = [jax.tree.map(lambda x: x[i], whole["layers"]) for i in range(cfg.num_layers)]
+    layers = [jax.tree.map(operator.itemgetter(i), whole["layers"]) for i in range(cfg.num_layers)]
     return whole | {"layers": layers}
 
 
 def prefill(params: Params, cfg: ModelConfig, tokens: Array, valid: Array, cache_size: int, runtime: Runtime):
-    """Read left-padded prompts [B, P]: (final hidden state of the last column [B, 1, D], a Cache a layer, T = cache_size).
+    """Read left-padded prompts [B, P]: (final hidden state of the last column [B, 1, D], a Cache a layer).
 
-    ``params`` are in decode_layout."""
+    The caches have room for ``cache_size`` columns; ``params`` are in decode_layout."""
     segment_ids = valid.astype(jnp.int32)
     positions = positions_of(segment_ids)
     mask, turn = causal_mask(segment_ids), turner(cfg, positions)

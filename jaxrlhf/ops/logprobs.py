@@ -30,7 +30,9 @@ def token_logprobs(logits: Array, tokens: Array) -> TokenStats:
     return TokenStats(picked - log_total, log_total - (weights * shifted).sum(-1) / total)
 
 
-def chunked_token_stats(hidden: Array, tokens: Array, logits_of: Callable[[Array, Array], Array], vocab: int) -> TokenStats:
+def chunked_token_stats(
+    hidden: Array, tokens: Array, logits_of: Callable[[Array, Array], Array], vocab: int
+) -> TokenStats:
     """token_logprobs of ``logits_of(hidden, columns)`` over chunks of columns.
 
     hidden [B, S, D] is aligned: column t is the state before token t. Small problems are done at once; else each

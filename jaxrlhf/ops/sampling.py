@@ -26,7 +26,7 @@ class Sampling(NamedTuple):
 
 
 def uniform_noise(seed: Array, step: Array, sample_id: Array, positions: Array) -> Array:
-    """f32[B, T] in [0, 1): one number for sample_id i32[B] and positions i32[B, T] (the token's place in its sequence)."""
+    """f32[B, T] in [0, 1): one number for sample_id i32[B] and positions i32[B, T] (places in the sequence)."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     one = lambda ident, position: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, ident), position))
     return jax.vmap(jax.vmap(one, (None, 0)))(sample_id, positions)

@@ -3,7 +3,7 @@
 It shares nothing with the neural models, so a policy that only pleases its own reward model does not please it too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,16 +14,16 @@ class Judge:
     ``records`` have ``text`` and ``label`` (1 positive, 0 negative). Raises ImportError, in one line, without
     scikit-learn."""
 
-    def __init__(self, records: Sequence[dict]):
+    def __init__(self, records: Iterable[dict]):
         try:
             from sklearn.feature_extraction.text import TfidfVectorizer
             from sklearn.linear_model import LogisticRegression
             from sklearn.pipeline import make_pipeline
         except ImportError:
             raise ImportError("eval.judge: needs scikit-learn; pip install 'jaxrlhf[demo]'") from None
-        words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, dtype=np.float32)
+        words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
         self.model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=200))
-        rows = [records[i] for i in range(len(records))]
+        rows = list(records)
         self.model.fit([row["text"] for row in rows], [int(row["label"]) for row in rows])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:

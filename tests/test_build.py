@@ -1,0 +1,265 @@
+"""From a config to a run: where weights and tokenizer come from, what does not fit, what the state starts as."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import build, checkpoint, cli, complete
+from jaxrlhf import train as trainer
+from jaxrlhf.config import Config, ConfigError, RoleConfig
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.models import transformer
+from jaxrlhf.types import TrainState
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Path:
+    runs.whole(root)
+    return root / "whole"
+
+
+@pytest.fixture
+def ppo(whole, root, tmp_path):
+    """Makes a Config of ppo that starts from the runs in ``whole``."""
+    return lambda *more: runs.config("ppo", root, tmp_path, *more)
+
+
+@pytest.fixture
+def foreign(whole, tmp_path) -> Path:
+    """A copy of the sft run whose tokens mean other text."""
+    run = tmp_path / "foreign"
+    shutil.copytree(whole / "sft", run)
+    tokenizers.save_tokenizer(tokenizers.train_bpe(["zebra zebras zoo zoom"] * 9, 300), str(run / "tokenizer"))
+    return run
+
+
+def tokenizer_of(run: Path) -> str:
+    return tokenizers.fingerprint(tokenizers.load_tokenizer(str(run / "tokenizer")))
+
+
+def started(cfg: Config) -> tuple[build.Run, TrainState]:
+    ready = build.build(cfg, jax.devices()[:1])
+    with jax.set_mesh(ready.mesh):
+        return ready, build.initial_state(ready)
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """Leaves by their path: "embed/tokens/embedding"."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in paths}
+
+
+def leaves(tree: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def equal(first: Any, second: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(leaves(first), leaves(second), strict=True))
+
+
+# ---- one tokenizer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["policy", "reward", "value", "reference"])
+def test_a_model_with_another_tokenizer_is_refused(ppo, foreign, tmp_path, whole, role):
+    cfg = ppo(f"models.{role}={{init_from: {foreign}}}", f"tokenizer.init_from={whole / 'sft'}")
+    with pytest.raises(ConfigError) as error:
+        build.build(cfg)
+    assert str(error.value).startswith(f"models.{role}.init_from: {foreign}: its tokenizer ")
+    assert "is not the run's" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_the_command_refuses_it_in_one_line_and_starts_nothing(root, whole, foreign, tmp_path, monkeypatch, capsys):
+    command = runs.train(*runs.overrides(root / "text", tmp_path, whole), configs=runs.TINY[2:])
+    monkeypatch.setattr(sys, "argv", ["jaxrlhf", *command, f"models.reward.init_from={foreign}"])
+    monkeypatch.setattr(trainer, "initial_state", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "models.reward.init_from" in err
+    assert [path.name for path in (tmp_path / "ppo").iterdir()] == [".lock"]
+
+
+def test_a_start_that_came_to_nothing_leaves_no_tokenizer_behind(ppo, foreign, whole, tmp_path):
+    """Neither when it was refused, nor when it ended before its first checkpoint."""
+    with pytest.raises(ConfigError, match="token ids"):
+        build.build(ppo(f"models.policy.init_from={foreign}"))
+    build.build(ppo(f"models.policy.init_from={foreign}", "models.reward={init_from: policy}"))
+    assert tokenizer_of(tmp_path / "ppo") == tokenizer_of(foreign)
+    build.build(ppo())
+    assert tokenizer_of(tmp_path / "ppo") == tokenizer_of(whole / "sft") != tokenizer_of(foreign)
+
+
+def test_a_run_with_a_checkpoint_keeps_its_tokenizer(whole, root, tmp_path):
+    run = runs.copy_run(whole / "sft", tmp_path / "sft", 2)
+    before = {path: path.stat().st_mtime_ns for path in (run / "tokenizer").iterdir()}
+    ready = build.build(runs.config("sft", root, tmp_path))
+    assert tokenizers.fingerprint(ready.tokenizer) == tokenizer_of(whole / "sft")
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "tokenizer").iterdir()}
+
+
+def test_a_vocabulary_that_is_too_small(root, tmp_path):
+    cfg = runs.config("sft", root, tmp_path, "models.policy.architecture.vocab_size=280")
+    with pytest.raises(
+        ConfigError, match=r"^models\.policy: vocab_size 280 is less than the 300 tokens of the tokenizer$"
+    ):
+        build.build(cfg)
+
+
+# ---- where things come from -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["policy", "reward", "value"])
+def test_an_origin_that_is_not_there_is_one_line(ppo, tmp_path, role):
+    cfg = ppo(f"models.{role}.init_from={tmp_path}/nowhere/run")
+    with pytest.raises(ConfigError) as error:
+        build.build(cfg)
+    assert str(error.value).startswith(f"models.{role}.init_from: '{tmp_path}/nowhere/run': there is no such folder")
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_that_has_saved_nothing_yet_is_one_line(ppo, whole, tmp_path):
+    run = runs.copy_run(whole / "rm", tmp_path / "early", 0)
+    with pytest.raises(FileNotFoundError, match="early: no checkpoint in it"):
+        build.build(ppo(f"models.reward.init_from={run}"))
+
+
+def test_roles_that_start_from_roles(ppo):
+    cfg = ppo("models.reference={init_from: policy}", "models.value={init_from: reference}")
+    assert [build.base_role(cfg, role) for role in ("policy", "reference", "value")] == ["policy"] * 3
+    circle = {"policy": RoleConfig(init_from="value"), "value": RoleConfig(init_from="policy")}
+    with pytest.raises(ConfigError, match="goes round in a circle"):
+        build.origin(runs.dataclasses.replace(cfg, models=circle), "policy")
+
+
+def test_ppo_starts_from_both_runs(ppo, whole):
+    ready, state = started(ppo())
+    for role, run in (("policy", "sft"), ("reward", "rm")):
+        saved = {path: leaf for path, leaf in runs.read_state(whole / run, 4).items() if path.startswith("params.")}
+        found = named(state.params[role])
+        assert {f"params.{role}/{path}" for path in found} == saved.keys()
+        assert all(np.array_equal(leaf, saved[f"params.{role}/{path}"]) for path, leaf in found.items())
+    assert equal(state.slow["reference"], state.params["policy"])
+    assert equal(state.params["value"], state.params["reward"])
+    assert ready.heads == {"policy": "lm", "value": "scalar", "reward": "scalar", "reference": "lm"}
+    assert state.step == 0 and state.seed == 0 and state.controls["kl_coef"] == np.float32(0.05)
+
+
+def test_no_role_is_another_s_alias(ppo):
+    """The state is donated: a buffer that two roles shared would be used after it was given away."""
+    _, state = started(ppo("models.value={init_from: policy}", "models.reward={init_from: policy}"))
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state.params, state.slow)) if leaf.size > 1]
+    assert len(pointers) == len(set(pointers))
+
+
+def test_a_value_model_that_starts_from_a_policy_knows_nothing(ppo):
+    _, state = started(ppo("models.value={init_from: policy}"))
+    head = state.params["value"]["head"]
+    assert not np.any(head["kernel"]) and not np.any(head["bias"])
+    trunk = {name: part for name, part in state.params["value"].items() if name != "head"}
+    assert equal(trunk, {name: state.params["policy"][name] for name in trunk})
+
+
+def test_a_reward_model_starts_as_the_policy_with_a_new_head(root, whole, tmp_path):
+    _, state = started(runs.config("rm", root, tmp_path))
+    policy = runs.read_state(whole / "sft", 4)
+    found = named(state.params["reward"])
+    head = {path: found.pop(path) for path in ("head/kernel", "head/bias")}
+    assert np.std(head["head/kernel"]) > 0.1 and not np.any(head["head/bias"])
+    assert found.keys() == {path.split("/", 1)[1] for path in policy if path.startswith("params.policy/")}
+    assert all(np.array_equal(leaf, policy[f"params.policy/{path}"]) for path, leaf in found.items())
+
+
+def test_random_weights_are_the_seed_s(root, tmp_path):
+    states = [started(runs.config("sft", root, tmp_path, f"seed={seed}"))[1].params for seed in (0, 0, 1)]
+    assert equal(states[0], states[1]) and not equal(states[0], states[2])
+
+
+def test_weights_are_cast_to_the_run_s_precision(ppo, whole):
+    _, state = started(ppo("precision.params=bfloat16"))
+    expected = runs.read_state(whole / "sft", 4)["params.policy/embed/tokens/embedding"].astype(jax.numpy.bfloat16)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.slow))} == {"bfloat16"}
+    np.testing.assert_array_equal(state.params["policy"]["embed"]["tokens"]["embedding"], expected)
+
+
+@pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
+def test_the_abstract_state_is_the_state_with_nothing_in_it(root, whole, tmp_path, name):
+    ready, state = started(runs.config(name, root, tmp_path))
+    with jax.set_mesh(ready.mesh):
+        described = build.abstract_state(ready)
+    assert jax.tree.structure(described) == jax.tree.structure(state)
+    for shape, leaf in zip(jax.tree.leaves(described), jax.tree.leaves(state)):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+        assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+# ---- folders of Hugging Face ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(whole, tmp_path) -> Path:
+    """The exported policy, with a second token that ends a response, as chat models have."""
+    found = tmp_path / "hf"
+    shutil.copytree(whole / "policy-hf", found)
+    generation = json.loads((found / "generation_config.json").read_text())
+    (found / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": [1, 7]}))
+    return found
+
+
+def test_a_folder_starts_a_run_as_its_run_would(ppo, whole, folder):
+    from_run, from_folder = (started(ppo(f"models.policy.init_from={path}"))[1] for path in (whole / "ppo", folder))
+    expected, found = named(from_run.params["policy"]), named(from_folder.params["policy"])
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():  # rows that pad the vocabulary are not in the folder
+        rows = slice(300) if path == "embed/tokens/embedding" else ...
+        np.testing.assert_array_equal(found[path][rows], leaf[rows], err_msg=path)
+
+
+def test_every_eos_token_stays_one_when_a_run_goes_on(root, folder, tmp_path, ppo, monkeypatch, one_device):
+    """Also in the runs that start from the run, in text that it writes, and in its export."""
+    make = lambda recipe: lambda state, batch: (state.replace(step=state.step + 1), {}, None)
+    monkeypatch.setattr(trainer, "make_iteration", make)
+    off = ["eval.every=0", "data.eval_demonstrations=null", "log.tensorboard=false", "tokenizer.train_vocab_size=null"]
+    cfg = runs.config("sft", root, tmp_path, *off, f"models.policy={{init_from: {folder}}}")
+    assert build.build(cfg).sampler.eos_ids == (1, 7)
+    assert trainer.run(cfg) == "done"
+    assert build.build(cfg).weights["policy"].kind == "run"
+    assert build.build(cfg).sampler.eos_ids == (1, 7)
+    assert build.build(ppo(f"models.policy.init_from={cfg.run_dir}")).sampler.eos_ids == (1, 7)
+    mesh = complete.make_mesh(complete.MeshConfig())
+    with jax.set_mesh(mesh):
+        assert complete.read_model(cfg.run_dir, mesh).eos_ids == (1, 7)
+    checkpoint.export(cfg.run_dir, "policy", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
+
+
+# ---- what the step is told ------------------------------------------------------------------------------------------
+
+
+def test_schedules_end_with_the_run(root, tmp_path, monkeypatch):
+    """They count optimizer steps: iterations x epochs x minibatches."""
+    told = []
+    real = build.make_optimizer
+    monkeypatch.setattr(build, "make_optimizer", lambda cfg, total: told.append((cfg, total)) or real(cfg, total))
+    runs.whole(root)
+    optimizer = ["optimizer.value.learning_rate=0.5", "optimizer.value.delay=3", "batch.micro_batch_size=8"]
+    ready = build.build(runs.config("ppo", root, tmp_path, *optimizer, "iterations=5"))
+    assert {total for _, total in told} == {5 * 2 * 2}
+    assert sorted(cfg.learning_rate for cfg, _ in told) == [1e-3, 1e-3, 0.5]
+    assert ready.recipe.delays == {"policy": 0, "value": 3, "reward": 0} and ready.recipe.num_micro == 1
+
+
+def test_the_vocabulary_is_the_tokenizer_s(root, tmp_path):
+    ready = build.build(runs.config("sft", root, tmp_path))
+    assert ready.configs["policy"].vocab_size == len(ready.tokenizer) == 300
+    assert transformer.padded_vocab(ready.configs["policy"]) >= 300
+    assert os.path.exists(tmp_path / "sft" / "tokenizer" / "tokenizer.json")

@@ -1,0 +1,171 @@
+"""Text in, text out; and that an exported folder is the model of its run."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import checkpoint, cli
+from jaxrlhf.complete import generate_text
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.models import hf
+from jaxrlhf.models.nets import make_nets
+from jaxrlhf.models.transformer import Runtime
+from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.state import abstract_params
+from jaxrlhf.types import Params, Sequences
+from tests import runs
+
+PROMPTS = ["the film is", "the plot"]  # those of runs.whole
+GREEDY = GenerateConfig(max_new_tokens=8, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def outputs(root) -> list[str]:
+    """What the last commands of the process printed: text of the policy, text of its export."""
+    (done,) = runs.whole(root)
+    assert done.code == 0, done.errors
+    return done.outputs[-2:]
+
+
+@pytest.fixture(scope="module")
+def whole(root, outputs) -> Path:
+    return root / "whole"
+
+
+# ---- text -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_its_export_write_the_same(outputs):
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("the film is\n  -> ") and "\nthe plot\n  -> " in outputs[0]
+
+
+def test_the_command_writes_what_the_function_does(whole, outputs, one_device):
+    texts = generate_text(str(whole / "ppo"), PROMPTS, GREEDY)
+    assert outputs[0] == "".join(f"{prompt}\n  -> {text}\n" for prompt, text in zip(PROMPTS, texts))
+    assert texts[0] != texts[1]
+
+
+def test_responses_do_not_hang_on_their_company(whole, one_device):
+    """Another batch is padded otherwise, and lies otherwise on the devices."""
+    alone = generate_text(str(whole / "ppo"), PROMPTS[1:], GREEDY)
+    assert alone == generate_text(str(whole / "ppo"), [*PROMPTS, "the scene is cold and"], GREEDY)[1:2]
+
+
+def test_the_seed_decides(whole, one_device):
+    write = lambda seed: generate_text(str(whole / "sft"), PROMPTS, GenerateConfig(max_new_tokens=8), seed)
+    assert write(1) == write(1) != write(2)
+
+
+def test_a_stop_text_ends_a_response(whole, one_device):
+    (free,) = generate_text(str(whole / "ppo"), PROMPTS[1:], GREEDY)
+    stop = free[len(free) // 2 : len(free) // 2 + 3]
+    (found,) = generate_text(str(whole / "ppo"), PROMPTS[1:], GenerateConfig(8, temperature=0.0, stop=("@@", stop)))
+    assert free.startswith(found) and len(found) < len(free)
+    assert stop in found
+    # it ends with the token that completes the stop text
+    ids = tokenizers.encode_text(tokenizers.load_tokenizer(str(whole / "ppo" / "tokenizer")), found).ids
+    assert len(ids) <= 8
+
+
+def test_an_empty_prompt(whole, one_device):
+    (text,) = generate_text(str(whole / "ppo"), [""], GREEDY)
+    assert text
+
+
+@pytest.mark.parametrize("name", ["rm", "reward-hf"])
+def test_a_reward_model_cannot_write(whole, one_device, name):
+    with pytest.raises(ValueError, match=r"with a scalar head,? (which )?can't write; expected a"):
+        generate_text(str(whole / name), PROMPTS, GREEDY)
+
+
+def test_no_chat_without_a_template(whole, one_device):
+    with pytest.raises(ValueError, match="has no chat template"):
+        generate_text(str(whole / "ppo"), PROMPTS, GREEDY, chat=True)
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+EXPORTS = {"policy-hf": ("ppo", "policy", "lm"), "reward-hf": ("rm", "reward", "scalar")}
+
+
+def both(whole: Path, name: str) -> tuple[Params, Params]:
+    """(of the run, of its export)."""
+    run, role, head = EXPORTS[name]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    cfg, _ = checkpoint.model_of(checkpoint.read_extra(whole / run)[1]["models"][role])
+    with jax.set_mesh(mesh):
+        ours = checkpoint.restore_role(whole / run, 4, role, abstract_params(cfg, head, jnp.float32, mesh))  # type: ignore[arg-type]
+        return ours, hf.load(whole / name, *hf.read_config(whole / name), jnp.float32)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_holds_the_same_bits(whole, name):
+    run, role, _ = EXPORTS[name]
+    assert hf.read_config(whole / name) == checkpoint.model_of(checkpoint.read_extra(whole / run)[1]["models"][role])
+    ours, theirs = both(whole, name)
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)):
+        name = jax.tree_util.keystr(path)
+        rows = slice(300) if name.endswith("['embedding']") else ...  # without the vocabulary's padding
+        np.testing.assert_array_equal(np.asarray(a)[rows], np.asarray(b)[rows], err_msg=name)
+
+
+def test_an_exported_reward_model_keeps_its_scores(whole):
+    """The bias too, for which transformers has no place: normalisation is in it."""
+    ours, theirs = both(whole, "reward-hf")
+    cfg, _ = hf.read_config(whole / "reward-hf")
+    assert abs(float(ours["head"]["bias"][0])) > 1e-3
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 300, (6, 12)).astype(np.int32)
+    valid = np.arange(12) < rng.integers(3, 13, (6, 1))
+    rows = Sequences(jnp.array(tokens), jnp.array(valid), jnp.array(valid))
+    nets = make_nets({"reward": cfg}, Runtime(), Sampling(), lambda *_: pytest.fail("nothing is sampled"))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        score = jax.jit(lambda tree: nets.scores("reward", {"reward": tree}, rows))
+        np.testing.assert_array_equal(score(ours), score(theirs))
+        off = dict(ours, head=ours["head"] | {"bias": jnp.zeros(1)})
+        assert not np.allclose(score(off), score(ours), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_is_complete(whole, name):
+    config = json.loads((whole / name / "config.json").read_text())
+    assert (config["pad_token_id"], config["eos_token_id"], config["bos_token_id"]) == (0, 1, 2)
+    assert json.loads((whole / name / "generation_config.json").read_text())["eos_token_id"] in (1, [1])
+    run = EXPORTS[name][0]
+    ours, theirs = (tokenizers.load_tokenizer(str(path)) for path in (whole / run / "tokenizer", whole / name))
+    assert tokenizers.fingerprint(ours) == tokenizers.fingerprint(theirs)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``jaxrlhf export args``; gives what is on stderr, with exit code 2."""
+
+    def call(*args) -> str:
+        monkeypatch.setattr(sys, "argv", ["jaxrlhf", "export", *map(str, args)])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        return capsys.readouterr().err
+
+    return call
+
+
+def test_a_role_that_the_run_does_not_have(whole, tmp_path, command):
+    err = command(whole / "ppo", "--role", "critic", "--to", tmp_path / "out")
+    assert err == f"--role critic: {whole}/ppo has no such role; it has: policy, reference, reward, value\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_checkpoint(whole, tmp_path, command):
+    run = runs.copy_run(whole / "sft", tmp_path / "sft", 0)
+    err = command(run, "--to", tmp_path / "out")
+    assert err == f"{run}: no checkpoint in it; a run saves one every checkpoint.every iterations\n"

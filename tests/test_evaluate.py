@@ -1,0 +1,279 @@
+"""Held-out evaluation: what the reports say, against numbers worked out another way."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import build, cli, evaluate
+from jaxrlhf.rewards.judge import Judge
+from tests import runs
+
+NAMES = ("sft", "rm", "ppo", "still")
+
+
+@pytest.fixture(scope="module")
+def reports(root) -> dict[str, dict[str, Any]]:
+    """What ``jaxrlhf evaluate RUN --json`` printed of each run."""
+    (done,) = runs.whole(root)
+    assert done.code == 0, done.errors
+    return {name: json.loads(text) for name, text in zip(NAMES, done.outputs[2:6], strict=True)}
+
+
+@pytest.fixture
+def last_evaluation(root):
+    """The last row of evaluation in a run's metrics.jsonl, without "eval/"."""
+
+    def find(name: str) -> dict[str, float]:
+        row = [row for row in runs.rows(root / "whole" / name) if any("eval/" in key for key in row)][-1]
+        return {key.removeprefix("eval/"): value for key, value in row.items() if key.startswith("eval/")}
+
+    return find
+
+
+# ---- reports --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_after_is_the_evaluation_at_the_end_of_training(root, reports, last_evaluation, name):
+    """The same data, the same noise: an evaluation of a run can be repeated."""
+    report, expected = reports[name], last_evaluation(name)
+    assert report["run"] == str(root / "whole" / name)
+    assert (report["algorithm"], report["step"]) == ("ppo" if name == "still" else name, 1 if name == "still" else 4)
+    assert report["after"].keys() == expected.keys()
+    for key, value in expected.items():
+        if not key.startswith("kl/coef"):  # the state's: after the last iteration it was adapted once more
+            np.testing.assert_allclose(report["after"][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_only_a_policy_with_a_reference_has_a_before(reports):
+    has = {name: sorted(report.keys() - {"run", "algorithm", "step"}) for name, report in reports.items()}
+    assert has == {
+        "sft": ["after"],
+        "rm": ["after", "reward_model"],
+        "ppo": ["after", "before", "judge", "reward_model", "samples"],
+        "still": ["after", "before", "judge", "reward_model", "samples"],
+    }
+
+
+def test_before_is_the_reference(reports):
+    before, after = reports["ppo"]["before"], reports["ppo"]["after"]
+    assert before.keys() == after.keys() >= {"score/mean", "score/std", "kl/reference", "response/length_mean"}
+    assert abs(before["kl/reference"]) < 1e-5 < 1e-3 < after["kl/reference"]
+    assert before["score/mean"] != after["score/mean"]
+
+
+def test_a_policy_that_did_not_learn_is_its_reference(root, reports):
+    """Trained at learning rate 0: the same responses under the same noise, so the same of everything."""
+    report = reports["still"]
+    assert report["before"] == report["after"]
+    assert abs(report["after"]["kl/reference"]) < 1e-5
+    assert report["judge"]["before"] == report["judge"]["after"] and report["judge"]["win_rate"] == 0.5
+    assert all(row["before"] == row["after"] and row["score_before"] == row["score_after"] for row in report["samples"])
+    state = runs.read_state(root / "whole" / "still", 1)
+    policy = {path.removeprefix("params.policy/"): leaf for path, leaf in state.items() if "params.policy" in path}
+    assert all(np.array_equal(state[f"slow.reference/{path}"], leaf) for path, leaf in policy.items())
+
+
+def test_samples_show_both_policies_on_the_same_prompts(reports):
+    samples = reports["ppo"]["samples"]
+    assert len(samples) == 8
+    assert all(row.keys() == {"prompt", "before", "score_before", "after", "score_after"} for row in samples)
+    assert any(row["before"] != row["after"] for row in samples)
+    assert [row["prompt"] for row in samples] == [row["prompt"] for row in reports["still"]["samples"]]
+    scores = [row["score_after"] for row in samples]
+    assert min(scores) < reports["ppo"]["after"]["score/mean"] < max(scores)
+
+
+def test_the_report_for_a_reader(reports, capsys):
+    evaluate.print_report(reports["ppo"])
+    shown = capsys.readouterr().out
+    for words in ("reward", "KL from the reference", "length (tokens)", "outside judge: share positive", "before"):
+        assert words in shown
+    assert f"{reports['ppo']['after']['score/mean']:.3f}" in shown
+    assert f"reward model: {reports['ppo']['reward_model']['accuracy']:.1%} of 32 held-out pairs right" in shown
+    assert reports["ppo"]["samples"][0]["prompt"] in shown
+    evaluate.print_report(reports["sft"])
+    assert "loss (nats a token)" in capsys.readouterr().out
+
+
+def test_prompts_of_brackets_are_no_markup(capsys):
+    row = {"prompt": "[bold]is[/bold] this", "after": "[red]text", "score_after": 1.0}
+    evaluate.print_report({"run": "r", "algorithm": "ppo", "step": 1, "after": {}, "samples": [row]})
+    assert "[bold]is[/bold] this\n   after (+1.00): [red]text" in capsys.readouterr().out
+
+
+def test_a_run_without_a_checkpoint_is_one_line(root, tmp_path, monkeypatch, capsys):
+    runs.whole(root)
+    run = runs.copy_run(root / "whole" / "sft", tmp_path / "sft", 0)
+    monkeypatch.setattr(sys, "argv", ["jaxrlhf", "evaluate", str(run)])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert capsys.readouterr().err == f"{run}: no checkpoint in it; a run saves one every checkpoint.every iterations\n"
+
+
+def test_evaluating_leaves_the_run_as_it_is(root, tmp_path, reports, one_device):
+    """Also a checkpoint that another process is writing."""
+    run = runs.copy_run(root / "whole" / "sft", tmp_path / "sft", 4)
+    half = run / "checkpoints" / "6.orbax-checkpoint-tmp"
+    half.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    report = evaluate.evaluate_run(str(run))
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} and half.exists()
+    np.testing.assert_allclose(report["after"]["loss/policy"], reports["sft"]["after"]["loss/policy"], rtol=1e-5)
+
+
+# ---- all of the held-out data, and no more --------------------------------------------------------------------------
+
+
+def test_the_size_of_batches_changes_nothing(root, tmp_path):
+    """20 sentences in batches of 4 or 16 rows: the last batch is filled up, which counts for nothing."""
+    found = []
+    runs.whole(root)
+    for rows in (4, 16):
+        more = ["data.pack=false", "eval.size=20", f"batch.sequences_per_step={rows}"]
+        cfg = runs.config("sft", root, tmp_path / str(rows), *more)
+        ready = build.build(cfg, jax.devices()[:1])
+        with jax.set_mesh(ready.mesh):
+            held = evaluate.HeldOut(ready)
+            result = held.run(build.initial_state(ready))
+        assert len(held.batches) == -(-20 // rows)
+        assert result is not None and result.samples == []
+        found.append(result.metrics)
+    assert found[0].keys() == found[1].keys() == {"loss/policy", "policy/entropy"}
+    for key, value in found[0].items():
+        np.testing.assert_allclose(found[1][key], value, rtol=1e-5)
+
+
+def test_no_held_out_data_no_evaluation(root, tmp_path):
+    runs.whole(root)
+    cfg = runs.config("sft", root, tmp_path, "data.eval_demonstrations=null", "eval.every=0")
+    held = evaluate.HeldOut(build.build(cfg, jax.devices()[:1]))
+    assert held.run(None) is None  # type: ignore[arg-type]
+
+
+def test_sample_rows_are_text_without_padding_and_special_tokens(root, tmp_path):
+    runs.whole(root)
+    ready = build.build(runs.config("sft", root, tmp_path), jax.devices()[:1])
+    ids = lambda text: ready.tokenizer.encode(text, add_special_tokens=False)
+    prompt, response = [2, *ids("the film")], [*ids(" is warm"), 1]  # <bos>, <eos>
+    tokens = np.array([[0, 0, *prompt, *response, 0], [0] * (len(prompt) + len(response) + 3)])
+    valid = tokens > 0
+    columns = np.arange(tokens.shape[1])
+    mask = valid & (columns >= 2 + len(prompt))
+    scores = np.array([0.123456, 9.0], np.float32)
+    sequences = evaluate.Sequences(tokens, valid, mask, scores=scores)  # type: ignore[arg-type]
+    row = {"prompt": "the film", "response": " is warm", "score": 0.1235, "split": "eval"}
+    assert evaluate.sample_rows(ready, sequences, 1, "eval") == [row]
+    bare = dataclasses.replace(sequences, scores=None)
+    assert evaluate.sample_rows(ready, bare, 9, "x")[1] == {"prompt": "", "response": "", "split": "x"}
+
+
+# ---- what the reward model gets right -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rm", "ppo"])
+def test_pairs_of_the_run(reports, last_evaluation, name):
+    found = reports[name]["reward_model"]
+    assert found["pairs"] == 32
+    assert found["accuracy"] * 32 == pytest.approx(round(found["accuracy"] * 32), abs=2e-3)
+    assert 0 <= found["calibration_error"] <= 0.5
+    if name == "rm":  # the loss's own metric
+        assert found["accuracy"] == pytest.approx(last_evaluation("rm")["reward/accuracy"], abs=1e-4)
+        # a model that ranks pairs as it should has its confidence above its accuracy or below; the gap is a lower bound
+        gap = abs(last_evaluation("rm")["reward/confidence"] - found["accuracy"])
+        assert found["calibration_error"] >= gap - 1e-3
+
+
+def test_accuracy_and_calibration_are_a_loop(monkeypatch):
+    """Scores with ties, in batches of which the last is filled up with rows of other scores."""
+    rng = np.random.default_rng(0)
+    chosen, rejected = rng.normal(size=(2, 23)).astype(np.float32)
+    rejected[[3, 20]] = chosen[[3, 20]]
+    batches = []
+    for at in range(0, 23, 8):
+        pair = [np.full(8, 9.0 - 18 * side, np.float32) for side in (0, 1)]
+        rows = min(8, 23 - at)
+        for filled, scores in zip(pair, (chosen, rejected)):
+            filled[:rows] = scores[at : at + rows]
+        batches.append(SimpleNamespace(batch=SimpleNamespace(preferences=pair), counts={"rows": rows}))
+    monkeypatch.setattr(evaluate, "held_out", lambda *_: batches)
+    monkeypatch.setattr(evaluate, "put", lambda mesh, batch: batch)
+    monkeypatch.setattr(evaluate, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
+    batch = SimpleNamespace(preferences_per_step=8)
+    cfg = SimpleNamespace(eval=SimpleNamespace(size=23), batch=batch)
+    ready: Any = SimpleNamespace(cfg=cfg, mesh=None, recipe=SimpleNamespace(nets=None))
+    state: Any = SimpleNamespace(params={"reward": {}}, slow={})
+    found = evaluate.pair_report(ready, state)["reward_model"]
+    assert found["pairs"] == 23
+    np.testing.assert_allclose(found["accuracy"], accuracy(chosen, rejected), atol=5e-5)
+    np.testing.assert_allclose(found["calibration_error"], calibration_error(chosen, rejected), atol=5e-5)
+
+
+def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
+    """A tie is half right."""
+    points = 0.0
+    for a, b in zip(chosen, rejected):
+        points += 1 if a > b else 0.5 if a == b else 0
+    return points / len(chosen)
+
+
+def calibration_error(chosen: np.ndarray, rejected: np.ndarray) -> float:
+    """Bins [0.5, 0.55), ... of the probability of what is predicted; |mean confidence - share right| by their size."""
+    total = 0.0
+    for low in np.arange(10) / 20 + 0.5:
+        inside = []
+        for a, b in zip(chosen, rejected):
+            confidence = 1 / (1 + np.exp(-abs(float(a) - float(b))))
+            if low <= confidence < low + 0.05 or (low > 0.94 and confidence == 1):
+                inside.append((confidence, accuracy(np.array([a]), np.array([b]))))
+        if inside:
+            means = np.mean(inside, axis=0)
+            total += len(inside) * abs(means[0] - means[1])
+    return total / len(chosen)
+
+
+def test_no_reward_model_no_report(monkeypatch):
+    state: Any = SimpleNamespace(params={"policy": {}}, slow={})
+    monkeypatch.setattr(evaluate, "held_out", lambda *_: [object()])
+    size = SimpleNamespace(eval=SimpleNamespace(size=1), batch=SimpleNamespace(preferences_per_step=1))
+    ready: Any = SimpleNamespace(cfg=size)
+    assert evaluate.pair_report(ready, state) == {}
+
+
+# ---- the outside judge ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labels(root) -> list[dict]:
+    runs.text(root)
+    return [json.loads(line) for line in (root / "text" / "labels.jsonl").read_text().splitlines()]
+
+
+def test_the_judge_learns_the_labels(root, labels):
+    judge = Judge(labels)
+    held_out = [json.loads(line) for line in (Path(root) / "text" / "eval_labels.jsonl").read_text().splitlines()]
+    found = judge([row["text"] for row in held_out])
+    assert found.shape == (40,) and found.min() >= 0 and found.max() <= 1
+    assert ((found > 0.5) == [row["label"] for row in held_out]).mean() > 0.95
+
+
+def test_the_judge_compares_before_and_after(labels):
+    """Of prompt and response together; a tie is half a win."""
+    judge, prompt = Judge(labels), "the film is"
+    rows = lambda texts: [{"prompt": prompt, "response": text} for text in texts]
+    before = [" dull and its plot grim", " warm", " cold", " stale"]
+    after = [" warm and its plot bright", " dull", " cold", " lovely"]
+    marks = [judge([prompt + text for text in side]).mean() for side in (before, after)]
+    assert evaluate.judge_report(judge, {"before": rows(before), "after": rows(after)}) == {
+        "before": pytest.approx(marks[0], abs=1e-4),
+        "after": pytest.approx(marks[1], abs=1e-4),
+        "win_rate": (1 + 0 + 0.5 + 1) / 4,
+    }
+    assert evaluate.judge_report(judge, {"after": rows(after)}).keys() == {"after"}

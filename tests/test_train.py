@@ -1,0 +1,483 @@
+"""What a run leaves, what it refuses, what it compiles and when, and how it ends before its end."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import checkpoint, cli
+from jaxrlhf import train as trainer
+from jaxrlhf.config import ConfigError, dump, load
+from jaxrlhf.metrics import lock_run_dir
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def process(root) -> runs.Done:
+    """The process that trained root/whole."""
+    (done,) = runs.whole(root)
+    assert done.code == 0, done.errors
+    return done
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``jaxrlhf args`` as the script does, in this process; gives (stdout, stderr)."""
+
+    def call(*args: Any, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxrlhf", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert (stop.value.code or 0) == code
+        return capsys.readouterr()
+
+    return call
+
+
+# ---- the run directory ----------------------------------------------------------------------------------------------
+
+OF_EVERY_ROW = {"step", "time", "time/iteration"}
+NAMES = {
+    "sft": {"loss/policy", "policy/entropy", "policy/grad_norm"},
+    "rm": {"loss/reward", "reward/accuracy", "reward/margin", "reward/confidence", "reward/brier", "reward/grad_norm"},
+    "ppo": {
+        "score/mean",
+        "score/std",
+        "kl/reference",
+        "kl/coef",
+        "kl/sampler_mismatch",
+        "policy/entropy",
+        "policy/clip_fraction",
+        "policy/grad_norm",
+        "response/length_mean",
+        "response/ended",
+        "loss/policy",
+        "loss/value",
+        "loss/reward",
+        "value/explained_variance",
+        "throughput/response_tokens_per_second",
+    },
+}
+
+
+def metric_rows(run: Path) -> tuple[list[dict], list[dict]]:
+    """(rows of updates, rows of evaluations) of metrics.jsonl as they stand there."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    return [row for row in rows if row not in evaluations], evaluations
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_are_one_flat_object_an_update(process, root, name):
+    updates, evaluations = metric_rows(root / "whole" / name)
+    assert [row["step"] for row in updates] == [1, 2, 3, 4]
+    for row in updates:
+        assert row.keys() >= OF_EVERY_ROW | NAMES[name]
+    for row in updates + evaluations:
+        assert all(isinstance(value, int | float) for value in row.values()), row
+        assert all("/" in key for key in row if key not in ("step", "time"))
+    assert len({json.dumps(row) for row in updates}) == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluations_come_at_their_steps(process, root, name):
+    _, evaluations = metric_rows(root / "whole" / name)
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    shown = {"sft": "eval/loss/policy", "rm": "eval/reward/accuracy", "ppo": "eval/score/mean"}[name]
+    assert len({row[shown] for row in evaluations}) > 1
+    assert all(key.startswith("eval/") or key in ("step", "time") for row in evaluations for key in row)
+
+
+def test_numbers_make_sense(process, root):
+    first, *_ = updates, _ = metric_rows(root / "whole" / "ppo")
+    assert abs(first[0]["kl/reference"]) < 1e-5  # the policy is still the reference
+    assert updates[-1]["kl/reference"] > 1e-3
+    assert {row["response/length_mean"] <= 8 for row in updates} == {True}
+    for row in updates:
+        assert 0 <= row["policy/clip_fraction"] <= 1 and 0 <= row["response/ended"] <= 1
+        tokens = row["throughput/response_tokens_per_second"] * row["time/iteration"]
+        np.testing.assert_allclose(tokens, row["response/length_mean"] * 16, rtol=1e-5)
+    for name, loss in (("sft", "loss/policy"), ("rm", "loss/reward")):
+        (first_row, *_), _ = metric_rows(root / "whole" / name)
+        assert {"sft": 4 < first_row[loss] < 8, "rm": 0.3 < first_row[loss] < 1.5}[name]
+
+
+def test_the_adaptive_controller_moves_the_coefficient(process, root):
+    updates, _ = metric_rows(root / "whole" / "ppo")
+    coefs = [row["kl/coef"] for row in updates]
+    assert coefs[0] == pytest.approx(0.05) and sorted(coefs, reverse=True) == coefs  # KL is far below its target
+    state = runs.read_state(root / "whole" / "ppo", 4)
+    assert state["state/controls/kl_coef"] < coefs[-1]
+
+
+def test_samples(process, root):
+    samples = runs.rows(root / "whole" / "ppo", "samples")
+    assert all(row.keys() == {"step", "prompt", "response", "score", "split"} for row in samples)
+    count = lambda step, split: sum((row["step"], row["split"]) == (step, split) for row in samples)
+    assert [count(step, "train") for step in range(5)] == [0, 2, 2, 2, 2]
+    assert [count(step, "eval") for step in range(5)] == [8, 0, 8, 0, 8]
+    held_out = [row["prompt"] for row in samples if row["split"] == "eval"]
+    assert held_out[:8] == held_out[8:16] == held_out[16:]
+    known = {json.loads(line)["prompt"] for line in (root / "text/eval_prompts.jsonl").read_text().splitlines()}
+    assert all(any(prompt.endswith(shown) for prompt in known) for shown in held_out)  # too long ones lose their start
+    assert runs.rows(root / "whole" / "sft", "samples") == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_config_is_kept_whole(process, root, name):
+    kept = load(root / "whole" / name / "config.yaml")
+    assert kept == runs.config(name, root, root / "whole")
+    assert kept.models.keys() >= {"sft": {"policy"}, "rm": {"reward"}, "ppo": {"policy", "value", "reference"}}[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensorboard_has_the_same_numbers(process, root, name):
+    updates, evaluations = metric_rows(root / "whole" / name)
+    events = scalars(root / "whole" / name / "tensorboard")
+    for row in updates + evaluations:
+        for key in row.keys() - {"step", "time"}:
+            assert events[key, row["step"]] == pytest.approx(row[key], rel=1e-6, abs=1e-30)
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """(tag, step) -> value of the event files: records of length, checksum, event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event  # type: ignore[import-untyped]
+
+    found = {}
+    for path in sorted(folder.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack("<Q", data[at : at + 8])
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            at += 16 + size
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_two_checkpoints_stay(process, root, name):
+    run = root / "whole" / name
+    assert runs.steps_kept(run) == [2, 4]
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+        "tokenizer",
+    }
+
+
+def test_a_log_has_plain_lines(process):
+    lines = process.outputs[0].splitlines()
+    assert "batch: 8 sequences -> 1 epochs x 1 minibatches of 8 = 1 updates an iteration" in lines[0]
+    assert sum(line.startswith("compiled 1 program in ") for line in lines) == 3
+    assert any(line.startswith("step 3/4  reward ") and "  kl " in line and " tok/s" in line for line in lines)
+    assert "\x1b" not in process.outputs[0]
+    assert "Traceback" not in process.errors
+
+
+# ---- compilations and dispatches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_compiled_after_the_first_iteration(process, name):
+    """But, at the very end, what normalises a reward model."""
+    rows = [at for at, event in enumerate(process.events) if event["what"] == "row" and event["run"] == name]
+    first, last = (next(at for at in rows if process.events[at]["step"] == step) for step in (1, 4))
+    compiled = [event["name"] for event in process.events[first : rows[-1]] if event["what"] == "compiled"]
+    assert [event for event in process.events[first:last] if event["what"] == "compiled"] == []
+    assert compiled == {"rm": ["jit(score)", "jit(fold)"]}.get(name, [])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_step_is_compiled_once_and_before_the_first_iteration(process, name):
+    whats = [(event["what"], event.get("run")) for event in process.events]
+    programs, first = whats.index(("programs", name)), whats.index(("row", name))
+    before = [event.get("name") for event in process.events[:programs]]
+    assert before[-1] == "jit(iteration)"
+    assert before.count("jit(iteration)") == 1 + list(NAMES).index(name)  # the runs before had theirs
+    assert programs < first
+
+
+def test_an_iteration_is_one_dispatch(process):
+    """Sampling, scoring and 2 x 2 updates of three models; between two iterations the trainer dispatches nothing."""
+    known, found = (event["count"] for event in process.events if event["what"] == "dispatched")
+    assert known >= 1 and known == int(known)
+    assert found == 2 * known
+
+
+# ---- a trainer with a step that costs nothing -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(monkeypatch, one_device, process):
+    """In place of the fused step: count, and report ``numbers`` of the step (f32[] -> metrics)."""
+    return functools.partial(count_steps, monkeypatch)
+
+
+def count_steps(monkeypatch, numbers=lambda step: {}, seen=None) -> None:
+
+    def make_iteration(recipe):
+        def iteration(state, batch):
+            if seen is not None and batch.prompts is not None:
+                seen.append(batch.prompts.tokens.shape)
+            step = state.step + 1
+            return state.replace(step=step), {"loss/policy": jnp.float32(1), **numbers(step)}, None
+
+        return iteration
+
+    monkeypatch.setattr(trainer, "make_iteration", make_iteration)
+
+
+def bare(root: Path, folder: Path, *more: str):
+    """sft of the model of root/whole, without held-out data."""
+    off = ["eval.every=0", "data.eval_demonstrations=null", "log.tensorboard=false", "tokenizer.train_vocab_size=null"]
+    return runs.config("sft", root, folder, *off, f"models.policy={{init_from: {root}/whole/sft}}", *more)
+
+
+@pytest.mark.parametrize("metric", ["loss/policy", "loss/value", "value/grad_norm"])
+def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(root, tmp_path, fake, metric):
+    fake(lambda step: {metric: jnp.where(step == 3, jnp.nan, 1.0)})
+    cfg = bare(root, tmp_path, "iterations=5", "checkpoint.every=1")
+    with pytest.raises(FloatingPointError, match=f"^step 3: {metric} is nan; last good checkpoint: step 2$"):
+        trainer.run(cfg)
+    assert runs.steps_kept(tmp_path / "sft") == [1, 2]
+    assert [row[metric] for row in runs.rows(tmp_path / "sft")] == [1.0, 1.0, None]
+
+
+def test_an_infinite_loss_is_exit_code_1(root, tmp_path, fake, command):
+    fake(lambda step: {"loss/value": jnp.where(step == 2, jnp.inf, 1.0)})
+    config = tmp_path / "sft.yaml"
+    config.write_text(dump(bare(root, tmp_path)))
+    _, err = command("train", config, code=1)
+    assert err == "step 2: loss/value is inf; last good checkpoint: step None\n"
+
+
+def test_other_metrics_may_be_nan(root, tmp_path, fake):
+    fake(lambda step: {"value/explained_variance": jnp.float32(jnp.nan)})
+    assert trainer.run(bare(root, tmp_path)) == "done"
+
+
+def signal_when(monkeypatch, method: str, call: int) -> None:
+    """This process gets SIGTERM when the Trainer's method begins for the ``call``-th time."""
+    real, calls = getattr(trainer.Trainer, method), []
+
+    def signalling(self, *args):
+        calls.append(args)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(trainer.Trainer, method, signalling)
+
+
+@pytest.mark.parametrize("method", ["flush", "save", "samples_due"])
+def test_sigterm_is_heard_wherever_the_loop_is(root, tmp_path, monkeypatch, fake, method):
+    fake()
+    signal_when(monkeypatch, method, 2)
+    handler = signal.getsignal(signal.SIGTERM)
+    cfg = bare(root, tmp_path, "iterations=6")
+    assert trainer.run(cfg) == "preempted"
+    assert signal.getsignal(signal.SIGTERM) == handler
+    at = {"flush": 2, "save": 4, "samples_due": 2}[method]
+    assert checkpoint.latest_step(tmp_path / "sft") == at
+    assert [row["step"] for row in runs.rows(tmp_path / "sft")] == list(range(1, at + 1))
+    assert trainer.run(cfg) == "done"
+    assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_before_the_first_iteration_saves_nothing(root, tmp_path, monkeypatch, fake, capsys):
+    fake()
+    cfg = runs.config("sft", root, tmp_path, "log.tensorboard=false")
+    numbers = trainer.evaluate.Result({"loss/policy": 1.0}, [])
+    monkeypatch.setattr(trainer.evaluate.HeldOut, "run", lambda self, state: numbers)
+    signal_when(monkeypatch, "evaluate", 1)
+    assert trainer.run(cfg) == "preempted"
+    assert "SIGTERM: stopped at step 0" in capsys.readouterr().out
+    assert checkpoint.latest_step(tmp_path / "sft") is None
+    assert trainer.run(cfg) == "done"
+    assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [0, 1, 2, 2, 3, 4, 4]
+
+
+def test_sigterm_in_the_last_iteration_is_no_preemption(root, tmp_path, monkeypatch, fake):
+    fake()
+    signal_when(monkeypatch, "save", 2)
+    assert trainer.run(bare(root, tmp_path)) == "done"
+
+
+@pytest.fixture
+def measured(monkeypatch, fake):
+    """Evaluations that cost nothing: the loss is 2 at step 0, then 1, 3, 4, ..."""
+    numbers = iter([2.0, 1.0, 3.0, 4.0, 5.0, 6.0])
+    make = lambda self, state: trainer.evaluate.Result({"loss/policy": next(numbers)}, [])
+    monkeypatch.setattr(trainer.evaluate.HeldOut, "run", make)
+    fake()
+
+
+def test_the_best_checkpoint_stays(root, tmp_path, measured):
+    """Best is step 2. Step 3 is saved without having been measured, and is not mistaken for it."""
+    options = ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.best=eval/loss/policy", "checkpoint.mode=min"]
+    assert trainer.run(runs.config("sft", root, tmp_path, *options)) == "done"
+    assert runs.steps_kept(tmp_path / "sft") == [2, 4]
+
+
+def test_a_best_that_is_never_measured_is_refused_before_training(root, tmp_path, measured):
+    cfg = runs.config("sft", root, tmp_path, "checkpoint.best=eval/loss/polcy")
+    with pytest.raises(ConfigError, match=r"checkpoint\.best: eval/loss/polcy: nothing that is .* eval/loss/policy"):
+        trainer.run(cfg)
+
+
+def test_every_bucket_is_compiled_before_the_first_iteration(process, root, tmp_path, monkeypatch, fake):
+    """And none is compiled again, though the widths of the batches differ."""
+    lowered, compiled = [], []
+    fake(seen=lowered)
+    data = ["data.prompt_buckets=[3, 4, 16]", "data.eval_prompts=null", "data.eval_preferences=null"]
+    off = ["eval.every=0", "eval.judge=null", "log.tensorboard=false", "log.samples=0", "algorithm.reward_update=false"]
+    more = ["batch.prompts_per_step=8", "algorithm.num_minibatches=1", "iterations=8"]
+    (tmp_path / "prompts.jsonl").write_text("".join('{"prompt": "%s"}\n' % ("a" * n) for n in [1] * 30 + [3, 7]))
+    data.append(f"data.prompts={{path: {tmp_path}/prompts.jsonl}}")
+    cfg = runs.config("ppo", root, tmp_path, *data, *off, *more)
+    used, write = [], trainer.MetricsLog.write
+    listen = lambda event, duration_secs, **_: compiled.append(event) if event.endswith(runs.COMPILED) else None
+    real_put = trainer.put
+
+    def put(mesh, batch):
+        used.append(batch.prompts.tokens.shape)
+        return real_put(mesh, batch)
+
+    def noting(self, step, numbers):
+        write(self, step, numbers)
+        compiled.clear()
+
+    monkeypatch.setattr(trainer, "put", put)
+    monkeypatch.setattr(trainer.MetricsLog, "write", noting)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert trainer.run(cfg) == "done"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert lowered == [(8, 3), (8, 4), (8, 16)]
+    assert len(used) == 8 and len(set(used)) > 1
+    assert compiled == []
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused(process, root, command):
+    """One that holds the lock is another process to the next one, whoever it is."""
+    run = root / "whole" / "sft"
+    kept = (run / "config.yaml").read_bytes()
+    lock = lock_run_dir(run)
+    assert lock
+    _, err = command(*runs.train(*runs.overrides(root / "text", root / "whole"), configs=runs.TINY[:1]), code=2)
+    lock.close()
+    assert err.startswith(f"run_dir: {run}: already being written by process {os.getpid()} on ")
+    assert err.count("\n") == 1
+    assert (run / "config.yaml").read_bytes() == kept
+
+
+MISTAKES = {
+    "algorithm.kl_coeff=1": "command line: algorithm.kl_coeff: unknown key (value 1); nearest: kl_coef\n",
+    "iterations=many": 'command line: iterations: "many": expected an integer\n',
+    "batch.prompts_per_step=24": "batch.prompts_per_step: 24: 24 rows do not divide over 2 minibatches x 8 batch ",
+    "mesh.data=3": "mesh: (data=3, fsdp=1, tensor=1) needs 3 devices, which never equals the 8 present here",
+    "models.value.init_from=value": "models.value.init_from: value: goes in a circle (value -> value); expected one",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_config_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, command, mistake):
+    monkeypatch.setattr(trainer, "build", lambda *_: pytest.fail("a model is built"))
+    out, err = command("train", runs.tiny_config("ppo"), f"run_dir={tmp_path}/run", mistake, code=2)
+    assert out == "" and MISTAKES[mistake] in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_is_refused_in_one_line_too(tmp_path):
+    """Nothing that a library says while it is imported comes before or behind it."""
+    command = [
+        sys.executable,
+        "-m",
+        "jaxrlhf",
+        "train",
+        str(runs.tiny_config("sft")),
+        f"run_dir={tmp_path}/run",
+        "sead=1",
+    ]
+    done = subprocess.run(
+        command, cwd=runs.ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "command line: sead: unknown key (value 1); nearest: seed\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- going on with another config -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_done(process, root, tmp_path) -> Path:
+    """sft, stopped at step 2, in a folder of its own."""
+    (tmp_path / "runs").mkdir()
+    return runs.copy_run(root / "whole" / "sft", tmp_path / "runs" / "sft", 2)
+
+
+FIXED = {
+    "models.policy.architecture.num_layers=2": "models.policy.architecture.num_layers: 2: ",
+    "models.policy={init_from: elsewhere}": 'models.policy.init_from: "elsewhere": ',
+    "precision.params=bfloat16": 'precision.params: "bfloat16": ',
+    "tokenizer.train_vocab_size=310": "tokenizer.train_vocab_size: 310: ",
+    "seed=1": "seed: 1: ",
+}
+
+
+@pytest.mark.parametrize("change", FIXED)
+def test_what_a_run_cannot_change_is_refused(root, half_done, monkeypatch, change):
+    monkeypatch.setattr(trainer, "build", lambda *_: pytest.fail("a model is built"))
+    kept = {path: path.stat().st_mtime_ns for path in half_done.rglob("*") if path.name != ".lock"}
+    with pytest.raises(ConfigError) as error:
+        trainer.run(runs.config("sft", root, half_done.parent, change))
+    assert str(error.value).startswith(FIXED[change] + f"the run in {half_done} is at step 2 with ")
+    assert "\n" not in str(error.value)
+    assert kept == {path: path.stat().st_mtime_ns for path in half_done.rglob("*") if path.name != ".lock"}
+
+
+def test_another_algorithm_is_refused(root, half_done):
+    cfg = runs.config("rm", root, half_done.parent, f"run_dir={half_done}")
+    with pytest.raises(
+        ConfigError, match=r'^algorithm\.name: "rm": the run in .* is at step 2 with "sft"; expected the sa'
+    ):
+        trainer.run(cfg)
+
+
+def test_other_changes_are_told(root, half_done, fake, capsys):
+    fake()
+    changes = ["optimizer.default.learning_rate=0.5", "log.every=2", "eval.every=0", "data.eval_demonstrations=null"]
+    assert trainer.run(runs.config("sft", root, half_done.parent, *changes)) == "done"
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("changed since step 2: "))
+    assert "optimizer.default.learning_rate: 0.01 -> 0.5" in line
+    assert "log.every: 1 -> 2" in line and "eval.every: 2 -> 0" in line
+    assert "run_dir" not in line  # the run may be moved
+    assert load(half_done / "config.yaml").log.every == 2
+
+
+def test_other_data_is_refused(root, half_done, tmp_path, one_device):
+    """The position in the data would mean other rows."""
+    shutil.copy(root / "text" / "eval_demonstrations.jsonl", tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="is in another order of the data: source, seed, batch size"):
+        trainer.run(runs.config("sft", root, half_done.parent, f"data.demonstrations={{path: {tmp_path}/other.jsonl}}"))
