@@ -10,10 +10,13 @@ from etils import epath
 
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
-from jaxrlhf.config import Config, ConfigError, dump, num_micro, read_yaml, show, updates_of
+from jaxrlhf.config import Config, dump
+from jaxrlhf.config_batch import num_micro, updates_of
+from jaxrlhf.config_errors import ConfigError, show
+from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
-from jaxrlhf.models import hf, nets, transformer
+from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
 from jaxrlhf.models.transformer import ModelConfig, Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
@@ -106,7 +109,7 @@ def generation_config(start: Weights) -> dict | None:
     """What the policy's folder says of generation; of a run, the EOS tokens that it was trained with."""
     if start.kind == "run":
         return {"eos_token_id": checkpoint.read_extra(start.path)[1].get("eos_ids")}
-    return hf.read_json(start.path, "generation_config.json") if start.path else None
+    return hf_folder.read_json(start.path, "generation_config.json") if start.path else None
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ def located(find, named: str, where: str):
 
 def tokenizer_of(named: str):
     """The folder with the tokenizer of a run, a HF folder or a hub name."""
-    return epath.Path(named) / "tokenizer" if checkpoint.is_run(named) else hf.locate(named)
+    return epath.Path(named) / "tokenizer" if checkpoint.is_run(named) else hf_folder.locate(named)
 
 
 def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> None:
@@ -221,8 +224,8 @@ def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
         named = next(name for name, model in cfg.models.items() if model is start)
         there = checkpoint.find_role(extra["models"], named)
         return Weights("run", path, *checkpoint.model_of(extra["models"][there]), step, there)
-    folder = os.fspath(located(hf.locate, path, f"models.{base_role(cfg, role)}"))
-    return Weights("hf", folder, *hf.read_config(folder))
+    folder = os.fspath(located(hf_folder.locate, path, f"models.{base_role(cfg, role)}"))
+    return Weights("hf", folder, *hf_config.read_config(folder))
 
 
 def initial_state(run: Run) -> TrainState:

@@ -14,7 +14,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.models import hf
+from jaxrlhf.models import hf, hf_config
 from jaxrlhf.models.transformer import ModelConfig, RopeScaling
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.state import abstract_params
@@ -169,7 +169,7 @@ def export(run_dir, role: Role, to) -> None:
     folder, dtype = epath.Path(run_dir) / "tokenizer", jnp.dtype(extra["dtype"])
     tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
     eos = tokenizers.eos_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
-    ids = hf.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    ids = hf_config.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         params = restore_role(run_dir, step, role, abstract_params(cfg, head, dtype, mesh))

@@ -46,17 +46,19 @@ def train(
     overrides = [argument for argument in arguments if "=" in argument]
     if not paths:
         raise typer.BadParameter("no config file: expected at least one, as in configs/tiny/ppo.yaml")
-    from jaxrlhf import config
+    from jaxrlhf.config import load_all
+    from jaxrlhf.config_check import check
+    from jaxrlhf.config_yaml import read_file
 
-    configs = config.load_all(paths, overrides)
+    configs = load_all(paths, overrides)
     import jax
 
     for path, cfg in zip(paths, configs):
-        config.check(cfg, jax.device_count(), path)
+        check(cfg, jax.device_count(), path)
     from jaxrlhf.train import run
 
     for path, cfg in zip(paths, configs):
-        if run(cfg, config.read_file(path).decode()) == "preempted":
+        if run(cfg, read_file(path).decode()) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
 
 
@@ -72,7 +74,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
 ) -> None:
     """Sample a response to each prompt."""
-    from jaxrlhf.config import check_ranges
+    from jaxrlhf.config_ranges import check_ranges
     from jaxrlhf.generate import GenerateConfig
 
     cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -119,7 +121,7 @@ def need_run(run: str) -> None:
     """Raises ConfigError where there is no run directory; the nearest one beside it is named."""
     from etils import epath
 
-    from jaxrlhf.config import ConfigError, suggest
+    from jaxrlhf.config_errors import ConfigError, suggest
 
     path = epath.Path(run)
     if not (path / "config.yaml").exists():

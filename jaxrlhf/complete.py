@@ -12,7 +12,7 @@ from jaxrlhf.build import tokenizer_of
 from jaxrlhf.data import encode
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feed import put
-from jaxrlhf.models import hf
+from jaxrlhf.models import hf, hf_config, hf_folder
 from jaxrlhf.models.transformer import ModelConfig, Runtime, padded_vocab
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
@@ -42,11 +42,11 @@ def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
             raise ValueError(f"{name}: holds a {role} model with a {head} head, which can't write; expected a policy")
         params = checkpoint.restore_role(name, step, role, abstract_params(cfg, head, dtype, mesh))
         return Model(params, cfg, tokenizer, tokenizers.eos_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}))
-    folder = hf.locate(name)
-    cfg, head = hf.read_config(folder)
+    folder = hf_folder.locate(name)
+    cfg, head = hf_config.read_config(folder)
     if head != "lm":
         raise ValueError(f"{name}: a model with a {head} head can't write; expected a causal language model")
-    eos = tokenizers.eos_ids(tokenizer, hf.read_json(folder, "generation_config.json"))
+    eos = tokenizers.eos_ids(tokenizer, hf_folder.read_json(folder, "generation_config.json"))
     return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, eos)
 
 

@@ -13,7 +13,8 @@ from rich.table import Table
 from jaxrlhf import checkpoint
 from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.build import Run, abstract_state, build
-from jaxrlhf.config import ROWS_KEY, load
+from jaxrlhf.config import load
+from jaxrlhf.config_batch import ROWS_KEY
 from jaxrlhf.feed import KIND_OF, held_out, put, read_source
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.step import make_evaluation
@@ -175,7 +176,7 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(f"outside judge prefers after to before: {report['judge']['win_rate']:.1%}", highlight=False)
     if "reward_model" in report:
         pairs = report["reward_model"]
-        text = f"reward model: {pairs['accuracy']:.1%} of {pairs['pairs']} held-out pairs right, "
+        text = f"reward model: {pairs['accuracy']:.1%} of {pairs['pairs']:.0f} held-out pairs right, "
         console.print(text + f"calibration error {pairs['calibration_error']:.3f}", highlight=False)
     for row in report.get("samples", []):
         console.print(f"\n[bold]{escape(row['prompt'])}[/bold]", highlight=False)

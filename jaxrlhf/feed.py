@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrlhf.build import Run
-from jaxrlhf.config import ROWS_KEY
+from jaxrlhf.config_batch import ROWS_KEY
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.sharding import batch_shards, partition

@@ -11,7 +11,10 @@ from etils import epath
 
 from jaxrlhf import checkpoint, evaluate, normalize
 from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state
-from jaxrlhf.config import Config, ConfigError, check, describe_batch, dump, suggest
+from jaxrlhf.config import Config, dump
+from jaxrlhf.config_batch import describe_batch
+from jaxrlhf.config_check import check
+from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.feed import Feed, layout, put
 from jaxrlhf.metrics import MetricsLog, lock_run_dir
 from jaxrlhf.step import make_iteration

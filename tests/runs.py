@@ -200,6 +200,7 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     write, compile_all, save = metrics.MetricsLog.write, trainer.Trainer.compile, trainer.Trainer.save
     folder = Path(plan["events"]).parent
+    compilations = lambda: sum(event["what"] == "compiled" for event in events)
 
     def listen(event: str, duration_secs: float, **more: Any) -> None:
         if event.endswith(COMPILED):
@@ -216,8 +217,9 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
             os.kill(os.getpid(), getattr(signal, plan["kill"][0]))
 
     def noting_compile(self: Any, state: Any) -> Any:
+        before = compilations()
         programs = compile_all(self, state)
-        events.append({"what": "programs", "run": Path(self.cfg.run_dir).name, "count": len(programs)})
+        events.append({"what": "programs", "run": Path(self.cfg.run_dir).name, "count": compilations() - before})
         return programs
 
     def noting_save(self: Any, step: int, state: Any) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from jaxrlhf import build, checkpoint, cli, complete
 from jaxrlhf import train as trainer
-from jaxrlhf.config import Config, ConfigError, RoleConfig
+from jaxrlhf.config import Config, RoleConfig
+from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import transformer
 from jaxrlhf.types import TrainState

@@ -13,7 +13,7 @@ from jaxrlhf import checkpoint, cli
 from jaxrlhf.complete import generate_text
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate import GenerateConfig
-from jaxrlhf.models import hf
+from jaxrlhf.models import hf, hf_config
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
@@ -103,13 +103,15 @@ def both(whole: Path, name: str) -> tuple[Params, Params]:
     cfg, _ = checkpoint.model_of(checkpoint.read_extra(whole / run)[1]["models"][role])
     with jax.set_mesh(mesh):
         ours = checkpoint.restore_role(whole / run, 4, role, abstract_params(cfg, head, jnp.float32, mesh))  # type: ignore[arg-type]
-        return ours, hf.load(whole / name, *hf.read_config(whole / name), jnp.float32)
+        return ours, hf.load(whole / name, *hf_config.read_config(whole / name), jnp.float32)
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_an_export_holds_the_same_bits(whole, name):
     run, role, _ = EXPORTS[name]
-    assert hf.read_config(whole / name) == checkpoint.model_of(checkpoint.read_extra(whole / run)[1]["models"][role])
+    assert hf_config.read_config(whole / name) == checkpoint.model_of(
+        checkpoint.read_extra(whole / run)[1]["models"][role]
+    )
     ours, theirs = both(whole, name)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs)):
@@ -121,7 +123,7 @@ def test_an_export_holds_the_same_bits(whole, name):
 def test_an_exported_reward_model_keeps_its_scores(whole):
     """The bias too, for which transformers has no place: normalisation is in it."""
     ours, theirs = both(whole, "reward-hf")
-    cfg, _ = hf.read_config(whole / "reward-hf")
+    cfg, _ = hf_config.read_config(whole / "reward-hf")
     assert abs(float(ours["head"]["bias"][0])) > 1e-3
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 300, (6, 12)).astype(np.int32)

@@ -12,7 +12,15 @@ import yaml
 from jaxrlhf import config
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.config import Config, ConfigError
+from jaxrlhf.config import Config
+from jaxrlhf.config_batch import describe_batch, num_micro, updates_of
+from jaxrlhf.config_check import check
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config_ranges import RANGE_OF, interval_of
+from jaxrlhf.config_reference import reference
+from jaxrlhf.config_types import hints, records
+from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.sharding import MeshConfig
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -47,7 +55,7 @@ def mistakes(path, *overrides, devices=None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         cfg = config.load(path, overrides)
         if devices:
-            config.check(cfg, devices, str(path))
+            check(cfg, devices, str(path))
     return str(caught.value).split("\n")
 
 
@@ -83,7 +91,7 @@ def test_a_role_takes_its_own_optimizer_row_else_the_default(ppo):
     cfg = config.load(ppo)
     assert cfg.optimizer_of("value").learning_rate == 3e-4
     assert cfg.optimizer_of("policy").learning_rate == 1e-4
-    assert dataclasses.replace(cfg, optimizer={}).optimizer_of("policy") == config.OptimizerConfig()
+    assert dataclasses.replace(cfg, optimizer={}).optimizer_of("policy") == OptimizerConfig()
 
 
 def test_reference_and_value_have_default_origins(ppo):
@@ -95,7 +103,7 @@ def test_reference_and_value_have_default_origins(ppo):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_file_loads_checks_and_round_trips(path, tmp_path):
     cfg = config.load(path)
-    config.check(cfg, 1, str(path))
+    check(cfg, 1, str(path))
     again = tmp_path / "config.yaml"
     again.write_text(config.dump(cfg))
     assert config.load(again) == cfg
@@ -231,18 +239,18 @@ def test_zero_is_allowed_where_it_means_something(ppo):
 
 def test_every_number_in_a_config_has_a_range():
     """Whoever adds a numeric field says in which interval it lies (mesh sizes have their own check)."""
-    classes = {cls for _, cls in config.records(Config)} | {row.config for row in ALGORITHMS.values()}
-    classes.discard(config.MeshConfig)
+    classes = {cls for _, cls in records(Config)} | {row.config for row in ALGORITHMS.values()}
+    classes.discard(MeshConfig)
     numeric = lambda hint: re.search(r"\b(int|float)\b", str(hint)) is not None
     missing = [
         f"{cls.__name__}.{name}"
         for cls in classes
-        for name, hint in config.hints(cls).items()
-        if numeric(hint) and not config.interval_of(cls, name)
+        for name, hint in hints(cls).items()
+        if numeric(hint) and not interval_of(cls, name)
     ]
-    known = {name for cls in classes for name in config.hints(cls)} | {"EvalConfig.every"}
+    known = {name for cls in classes for name in hints(cls)} | {"EvalConfig.every"}
     assert missing == []
-    assert config.RANGE_OF.keys() - known == set()  # nor is a range left behind by a field that went away
+    assert RANGE_OF.keys() - known == set()  # nor is a range left behind by a field that went away
 
 
 def test_all_mistakes_are_told_at_once_a_line_each(ppo):
@@ -312,7 +320,7 @@ def test_a_shared_anchor_is_not_shared_by_overrides(tmp_path):
 def test_a_good_config_passes(ppo):
     cfg = config.load(ppo)
     for devices in (1, 2, 8):
-        config.check(cfg, devices)
+        check(cfg, devices)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +367,11 @@ def test_a_good_config_passes(ppo):
         (["optimizer.valeu={}"], "optimizer.valeu: no role of ppo; nearest: value"),
         (["generate.min_new_tokens=99"], "generate.min_new_tokens: 99: more than max_new_tokens; nearest: 64"),
         (
+            ["generate.temperature=0"],
+            "generate.temperature: 0.0: greedy, and ppo learns from the probabilities of what it samples; expected "
+            "more than 0; nearest: 1.0",
+        ),
+        (
             ["tokenizer={init_from: a, train_vocab_size: 300}"],
             "tokenizer.train_vocab_size: 300: init_from a is given too",
         ),
@@ -392,14 +405,14 @@ data: {demonstrations: {path: a.jsonl}, max_length: 32}
 def test_an_architecture_that_cannot_work_is_one_line(tmp_path, override, line):
     path = tmp_path / "sft.yaml"
     path.write_text(SFT)
-    config.check(config.load(path), 8)
+    check(config.load(path), 8)
     assert mistake(path, override, devices=8) == f"{path}: models.policy.architecture.{line}"
 
 
 def test_a_policy_from_scratch_needs_room_for_prompt_and_response(ppo):
     given = ["models.policy={architecture: {max_positions: 95}}", "tokenizer.init_from=runs/sft"]
     assert "max_positions: 95: less than 96 = the largest of data.prompt_buckets" in mistake(ppo, *given, devices=1)
-    config.check(config.load(ppo, [*given, "generate.max_new_tokens=63"]), 1)
+    check(config.load(ppo, [*given, "generate.max_new_tokens=63"]), 1)
 
 
 def test_a_run_from_scratch_needs_a_tokenizer(tmp_path):
@@ -409,21 +422,27 @@ def test_a_run_from_scratch_needs_a_tokenizer(tmp_path):
     assert line.endswith("tokenizer: null: no model is given that has one; expected init_from or train_vocab_size")
 
 
+def test_greedy_responses_are_fine_where_none_is_trained_on(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(SFT)
+    check(config.load(path, ["generate.temperature=0"]), 1)
+
+
 @pytest.mark.parametrize(
-    "micro, devices, num_micro, words",
+    "micro, devices, parts, words",
     [
         (None, 8, 1, "micro-batches of 16 (1 a minibatch)"),
         (8, 8, 2, "micro-batches of 8 (2 a minibatch)"),
         (1, 1, 16, "micro-batches of 1 (16 a minibatch)"),
     ],
 )
-def test_batch_arithmetic_is_stated(ppo, micro, devices, num_micro, words):
+def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     cfg = config.load(ppo, [f"batch.micro_batch_size={'' if micro is None else micro}"])
-    config.check(cfg, devices)
-    assert config.num_micro(cfg) == num_micro
-    assert config.updates_of(cfg) == (2, 2)
+    check(cfg, devices)
+    assert num_micro(cfg) == parts
+    assert updates_of(cfg) == (2, 2)
     arithmetic = "16 prompts x 2 samples = 32 rows -> 2 epochs x 2 minibatches of 16 = 4 updates an iteration"
-    assert config.describe_batch(cfg) == f"batch: {arithmetic}; {words}"
+    assert describe_batch(cfg) == f"batch: {arithmetic}; {words}"
 
 
 def test_the_nearest_batch_really_works(ppo):
@@ -434,10 +453,10 @@ def test_the_nearest_batch_really_works(ppo):
             works = lambda n, samples=samples: n % 8 == 0 and n * samples % 16 == 0 and n > 0
             cfg = config.load(ppo, given)
             if works(prompts):
-                config.check(cfg, 8)
+                check(cfg, 8)
                 continue
             with pytest.raises(ConfigError) as caught:
-                config.check(cfg, 8)
+                check(cfg, 8)
             nearest = int(str(caught.value).rpartition("nearest: ")[2])
             assert works(nearest)
             assert not any(works(n) for n in range(prompts + 1, nearest)) or nearest < prompts
@@ -446,11 +465,11 @@ def test_the_nearest_batch_really_works(ppo):
 
 def test_preferences_divide_like_the_rows_beside_them(ppo):
     given = ["algorithm.reward_update=true", "data.preferences.path=x", "batch.micro_batch_size=2"]
-    config.check(config.load(ppo, given), 2)  # 32 pairs over 2 minibatches x 8 micro-batches x 2 shards
+    check(config.load(ppo, given), 2)  # 32 pairs over 2 minibatches x 8 micro-batches x 2 shards
     line = mistake(ppo, *given, "batch.preferences_per_step=36", devices=2)
     rest = "36 rows do not divide over 2 minibatches x 2 batch shards (data 2 x fsdp 1) x 8 micro-batches; nearest: 32"
     assert line == f"{ppo}: batch.preferences_per_step: 36: {rest}"
-    assert "with 32 preferences" in config.describe_batch(config.load(ppo, given))
+    assert "with 32 preferences" in describe_batch(config.load(ppo, given))
 
 
 # ---- algorithms from outside, the reference -------------------------------------------------------------------------
@@ -470,14 +489,14 @@ def test_an_algorithm_from_outside_the_package_brings_its_config(ppo, tmp_path, 
 
 
 def test_the_reference_tells_type_default_and_comment():
-    text = config.reference()
+    text = reference(Config)
     assert "| `clip_range` | number | `0.2` | of the policy ratio, around 1 |" in text
     assert '| `mode` | `max` or `min` | `"max"` | which value of it is best |' in text
     assert "| `micro_batch_size` | integer or null | `null` | rows whose activations are held at once; " in text
     assert "| `run_dir` | text | required |" in text
     assert "| `prompt_buckets` | list of integer | `[64, 128, 256]` |" in text
     headings = "\n".join(line for line in text.splitlines() if line.startswith("**"))
-    for path, _ in config.records(Config):
+    for path, _ in records(Config):
         assert not path or headings.count(f"`{path}`") == 1
     for name in ALGORITHMS:
         assert f"**`algorithm, name: {name}`**" in headings
@@ -491,11 +510,11 @@ def test_readme_holds_the_reference():
     text = readme.read_text()
     assert start in text and end in text
     block = text.partition(start)[2].partition(end)[0]
-    assert block.strip() == config.reference().strip(), "stale: replace it with what `python -m jaxrlhf.config` prints"
+    assert block.strip() == reference(Config).strip(), "stale: replace it with what `python -m jaxrlhf.config` prints"
 
 
 def test_the_module_prints_the_reference():
     done = subprocess.run(
         [sys.executable, "-m", "jaxrlhf.config"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == config.reference().strip()
+    assert done.stdout.strip() == reference(Config).strip()

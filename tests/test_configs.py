@@ -8,7 +8,9 @@ import jax
 import pytest
 
 from jaxrlhf import build
-from jaxrlhf.config import Config, RoleConfig, check, describe_batch, dump, load
+from jaxrlhf.config import Config, RoleConfig, dump, load
+from jaxrlhf.config_batch import describe_batch
+from jaxrlhf.config_check import check
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.sharding import AXES

@@ -69,6 +69,14 @@ def test_before_is_the_reference(reports):
     assert before["score/mean"] != after["score/mean"]
 
 
+def test_evaluations_share_their_noise(root, reports):
+    """What the reference says at the end is what the policy said at the start, when it was the reference."""
+    samples = runs.rows(root / "whole" / "ppo", "samples")
+    start = [row["response"] for row in samples if (row["step"], row["split"]) == (0, "eval")]
+    assert [row["before"] for row in reports["ppo"]["samples"]] == start
+    assert len(set(start)) == 8
+
+
 def test_a_policy_that_did_not_learn_is_its_reference(root, reports):
     """Trained at learning rate 0: the same responses under the same noise, so the same of everything."""
     report = reports["still"]

@@ -16,6 +16,8 @@ LAYERS = {
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),
     **dict.fromkeys(("generate", "step", "state", "checkpoint", "metrics"), 4),
     "config": 5,
+    **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
+    **dict.fromkeys(("config_batch", "config_check", "config_reference"), 5),
     **dict.fromkeys(("build", "feed", "normalize", "complete", "train", "evaluate"), 6),
     **dict.fromkeys(("plan", "serve", "report", "benchmarks"), 6),
     **dict.fromkeys(("cli", "__main__"), 7),

@@ -18,7 +18,8 @@ import pytest
 
 from jaxrlhf import checkpoint, cli
 from jaxrlhf import train as trainer
-from jaxrlhf.config import ConfigError, dump, load
+from jaxrlhf.config import dump, load
+from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.metrics import lock_run_dir
 from tests import runs
 
@@ -205,11 +206,9 @@ def test_nothing_is_compiled_after_the_first_iteration(process, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_step_is_compiled_once_and_before_the_first_iteration(process, name):
     whats = [(event["what"], event.get("run")) for event in process.events]
-    programs, first = whats.index(("programs", name)), whats.index(("row", name))
-    before = [event.get("name") for event in process.events[:programs]]
-    assert before[-1] == "jit(iteration)"
-    assert before.count("jit(iteration)") == 1 + list(NAMES).index(name)  # the runs before had theirs
-    assert programs < first
+    programs = whats.index(("programs", name))
+    assert process.events[programs]["count"] == 1  # one bucket
+    assert programs < whats.index(("row", name))
 
 
 def test_an_iteration_is_one_dispatch(process):

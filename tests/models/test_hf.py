@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import sharding
-from jaxrlhf.models import hf
+from jaxrlhf.models import hf, hf_config, hf_folder, hf_layout
 from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.transformer import Leaf, ModelConfig, RopeScaling, init, parameter_table, resolve, weight_spec
 from jaxrlhf.sharding import MeshConfig
@@ -35,7 +35,7 @@ LLAMA = resolve(
     )
 )
 GPT2 = resolve(ModelConfig(family="gpt2", vocab_size=101, hidden_size=32, max_positions=16))
-IDS = hf.TokenIds(eos=(7, 9), bos=1, pad=0)
+IDS = hf_config.TokenIds(eos=(7, 9), bos=1, pad=0)
 
 
 def random_params(cfg: ModelConfig, head: Head = "lm"):
@@ -90,7 +90,7 @@ def folder(tmp_path):
 def test_round_trip(cfg, head, tmp_path):
     params = random_params(cfg, head)
     hf.save(params, cfg, head, tmp_path, ids=IDS)
-    assert hf.read_config(tmp_path) == (cfg, head)
+    assert hf_config.read_config(tmp_path) == (cfg, head)
     fresh = []
     equal(hf.load(tmp_path, cfg, head, fresh=fresh), params)
     assert fresh == []
@@ -229,7 +229,7 @@ def test_sharded_reading_touches_only_its_slices(folder, monkeypatch):
 
 def test_a_part_of_nothing_but_padding(folder):
     """Over 8 devices the last one's rows of the vocabulary, 112 to 128, are beyond the file's 101."""
-    tensors, source = hf.open_weights(hf.epath.Path(folder)), hf.find_sources(LLAMA, "lm")["head.kernel"]
+    tensors, source = hf.open_weights(hf.epath.Path(folder)), hf_layout.find_sources(LLAMA, "lm")["head.kernel"]
     read = lambda columns: hf.read_shard(source, tensors, (32, 128), (slice(0, 16), columns), jnp.float32, "")
     kernel = np.asarray(random_params(LLAMA)["head"]["kernel"])
     np.testing.assert_array_equal(read(slice(96, 112)), kernel[:16, 96:112])
@@ -288,12 +288,12 @@ MINIMAL = {
 
 
 def test_absent_fields_are_what_transformers_assumes():
-    cfg, head = hf.parse_config(MINIMAL, "here")
+    cfg, head = hf_config.parse_config(MINIMAL, "here")
     assert head == "lm"
     assert (cfg.norm_eps, cfg.max_positions, cfg.tie_embeddings, cfg.rope_theta) == (1e-6, 2048, False, 10000.0)
     assert (cfg.num_kv_heads, cfg.head_dim, cfg.attention_bias, cfg.rope_scaling) == (4, 8, False, None)
     small = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 9, "n_embd": 8, "n_layer": 1}
-    cfg, _ = hf.parse_config(small | {"n_head": 2, "attn_pdrop": 0.1, "n_ctx": 16}, "here")
+    cfg, _ = hf_config.parse_config(small | {"n_head": 2, "attn_pdrop": 0.1, "n_ctx": 16}, "here")
     assert (cfg.mlp_size, cfg.max_positions, cfg.norm_eps, cfg.tie_embeddings) == (32, 1024, 1e-5, True)
 
 
@@ -301,11 +301,11 @@ def test_both_spellings_of_rope():
     stretch = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
     old = {"rope_theta": 500.0, "rope_scaling": {**stretch, "original_max_position_embeddings": 32}}
     new = {"rope_parameters": {**stretch, "rope_theta": 500.0, "original_max_position_embeddings": 32}}
-    configs = [hf.parse_config(MINIMAL | spelling, "here")[0] for spelling in (old, new)]
+    configs = [hf_config.parse_config(MINIMAL | spelling, "here")[0] for spelling in (old, new)]
     assert configs[0] == configs[1]
     assert configs[0].rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 32)
     assert configs[0].rope_theta == 500.0
-    linear = hf.parse_config(MINIMAL | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "here")[0]
+    linear = hf_config.parse_config(MINIMAL | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "here")[0]
     assert linear.rope_scaling == RopeScaling("linear", 2.0)
 
 
@@ -345,20 +345,20 @@ GPT2_FIELDS = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_em
     ],
 )
 def test_unsupported_configs_are_named(changes, pattern):
-    refused("^here.*" + pattern, hf.parse_config, MINIMAL | changes, "here")
+    refused("^here.*" + pattern, hf_config.parse_config, MINIMAL | changes, "here")
 
 
 @pytest.mark.parametrize("text, pattern", [("{", "is not JSON"), ("[1]", "holds a list"), ("[" * 10**5, "is not JSON")])
 def test_broken_config_file(tmp_path, text, pattern):
     (tmp_path / "config.json").write_text(text)
-    refused(f"config.json: {pattern}", hf.read_config, tmp_path)
+    refused(f"config.json: {pattern}", hf_config.read_config, tmp_path)
 
 
 def test_absent_config_and_absurd_size(tmp_path, monkeypatch):
-    refused("config.json: there is no such file; expected a Hugging", hf.read_config, tmp_path)
+    refused("config.json: there is no such file; expected a Hugging", hf_config.read_config, tmp_path)
     (tmp_path / "config.json").write_text("{}" + " " * 100)
-    monkeypatch.setattr(hf, "MAX_JSON_BYTES", 50)
-    refused("102 bytes; expected at most 50", hf.read_config, tmp_path)
+    monkeypatch.setattr(hf_folder, "MAX_JSON_BYTES", 50)
+    refused("102 bytes; expected at most 50", hf_config.read_config, tmp_path)
 
 
 # ---- weights that are refused ---------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def test_parameters_of_another_config(tmp_path):
         LLAMA,
         "lm",
         tmp_path,
-        ids=hf.TokenIds(eos=(101,)),
+        ids=hf_config.TokenIds(eos=(101,)),
     )
 
 
@@ -536,11 +536,11 @@ def test_tokenizer_files_are_copied(tmp_path):
 def test_token_ids(folder, tmp_path):
     """Null, one or several; null is written out, since transformers has numbers of its own for what is absent."""
     expected = {"eos_token_id": [7, 9], "bos_token_id": 1, "pad_token_id": 0}
-    assert hf.read_json(folder, "generation_config.json") == expected
-    assert (hf.read_json(folder, "config.json") or {}).items() >= expected.items()
+    assert hf_folder.read_json(folder, "generation_config.json") == expected
+    assert (hf_folder.read_json(folder, "config.json") or {}).items() >= expected.items()
     hf.save(random_params(LLAMA), LLAMA, "lm", folder)
-    assert hf.read_json(folder, "generation_config.json") is None  # the earlier export's
-    config = hf.read_json(folder, "config.json") or {}
+    assert hf_folder.read_json(folder, "generation_config.json") is None  # the earlier export's
+    config = hf_folder.read_json(folder, "config.json") or {}
     assert [config[name] for name in expected] == [None, None, None]
 
 
@@ -548,9 +548,9 @@ def test_token_ids(folder, tmp_path):
 
 
 def test_locate(folder, monkeypatch):
-    assert hf.locate(str(folder)) == hf.epath.Path(folder)
-    refused("init_from: '/no/such/folder': there is no such folder", hf.locate, "/no/such/folder")
-    refused(r"init_from: '\./here': there is no such folder", hf.locate, "./here")
+    assert hf_folder.locate(str(folder)) == hf.epath.Path(folder)
+    refused("init_from: '/no/such/folder': there is no such folder", hf_folder.locate, "/no/such/folder")
+    refused(r"init_from: '\./here': there is no such folder", hf_folder.locate, "./here")
     asked = {}
 
     def download(name, **options):
@@ -560,7 +560,7 @@ def test_locate(folder, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hf.locate("owner/model-1.5") == hf.epath.Path(folder)
+    assert hf_folder.locate("owner/model-1.5") == hf.epath.Path(folder)
     assert asked["name"] == "owner/model-1.5"
     assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in asked["allow_patterns"])
 
@@ -568,20 +568,20 @@ def test_locate(folder, monkeypatch):
         raise OSError("401 Unauthorized\nmore lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refused("init_from: 'owner/model': .*the hub answers: 401 Unauthorized$", hf.locate, "owner/model")
+    refused("init_from: 'owner/model': .*the hub answers: 401 Unauthorized$", hf_folder.locate, "owner/model")
 
 
 def test_mirror_follows_the_remote_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (folder / "code.py").write_text("")
-    local = hf.mirror(hf.epath.Path(folder))
+    local = hf_folder.mirror(hf.epath.Path(folder))
     equal(hf.load(local, LLAMA, "lm"), random_params(LLAMA))
     assert not (local / "code.py").exists()
     before = (local / "model.safetensors").stat().mtime
     (folder / "generation_config.json").unlink()
     edit(folder, pad_token_id=5)
-    assert hf.mirror(hf.epath.Path(folder)) == local
-    assert (hf.read_json(local, "config.json") or {})["pad_token_id"] == 5
+    assert hf_folder.mirror(hf.epath.Path(folder)) == local
+    assert (hf_folder.read_json(local, "config.json") or {})["pad_token_id"] == 5
     assert not (local / "generation_config.json").exists()
     assert (local / "model.safetensors").stat().mtime == before
 

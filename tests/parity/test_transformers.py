@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.generate import Sampler, sample
-from jaxrlhf.models import hf
+from jaxrlhf.models import hf, hf_config, hf_layout
 from jaxrlhf.models.heads import lm_logits, scalar
 from jaxrlhf.models.transformer import Leaf, Runtime, forward, padded_vocab, parameter_table
 from jaxrlhf.ops.sampling import Sampling
@@ -85,14 +85,14 @@ generate = jax.jit(sample, static_argnums=(1, 5, 6))
 
 def our_output(folder):
     """Logits [B, S, V] or per-token scores [B, S] of a folder."""
-    cfg, head = hf.read_config(folder)
+    cfg, head = hf_config.read_config(folder)
     params = hf.load(folder, cfg, head)
     return np.asarray(compute(params, cfg, head, jnp.array(TOKENS), jnp.array(VALID)))
 
 
 def our_greedy(folder):
     """[B, NEW_TOKENS]"""
-    cfg, head = hf.read_config(folder)
+    cfg, head = hf_config.read_config(folder)
     sampler = Sampler(Sampling(temperature=0.0), NEW_TOKENS, eos_ids=(), pad_id=0)
     prompts = Prompts(jnp.array(TOKENS), jnp.array(VALID), jnp.arange(len(TOKENS)))
     made = generate(hf.load(folder, cfg, head), cfg, prompts, jnp.int32(0), jnp.int32(0), sampler, Runtime())
@@ -118,9 +118,9 @@ def test_golden(case, tmp_path):
         folder = tmp_path / head
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(golden["config"][head]))
-        cfg, found = hf.read_config(folder)
+        cfg, found = hf_config.read_config(folder)
         assert found == head
-        sources = hf.find_sources(cfg, head).values()
+        sources = hf_layout.find_sources(cfg, head).values()
         weights = {name: law(name, source.shape()) for source in sources for name in source.names()}
         save_file(weights, folder / "model.safetensors")
     logits = our_output(tmp_path / "lm")
@@ -193,7 +193,7 @@ def test_theirs_to_ours_and_back(case, tmp_path):
     if case in GREEDY:
         assert our_greedy(tmp_path / "theirs").tolist() == their_greedy(model).tolist()
 
-    cfg, head = hf.read_config(tmp_path / "theirs")
+    cfg, head = hf_config.read_config(tmp_path / "theirs")
     params = hf.load(tmp_path / "theirs", cfg, head)
     hf.save(params, cfg, head, tmp_path / "ours", max_shard_bytes=20_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
@@ -207,7 +207,7 @@ def test_theirs_to_ours_and_back(case, tmp_path):
 @pytest.mark.torch
 @pytest.mark.parametrize("case", CASES)
 def test_ours_to_theirs_and_back(case, tmp_path):
-    cfg, head = hf.parse_config(config_of(case, "lm"), case)
+    cfg, head = hf_config.parse_config(config_of(case, "lm"), case)
     rng = np.random.default_rng(3)
     is_leaf = lambda x: isinstance(x, Leaf)
     draw = lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32)
@@ -219,10 +219,10 @@ def test_ours_to_theirs_and_back(case, tmp_path):
     np.testing.assert_allclose(logits[VALID], their_output(model)[VALID], atol=TOLERANCE, rtol=0)
 
     model.save_pretrained(tmp_path / "theirs")
-    assert hf.read_config(tmp_path / "theirs") == (cfg, head)
+    assert hf_config.read_config(tmp_path / "theirs") == (cfg, head)
     again = hf.load(tmp_path / "theirs", cfg, head)
     for path, value in jax.tree_util.tree_leaves_with_path(params):
-        loaded = hf.leaf_at(again, hf.dotted(path))
+        loaded = hf.leaf_at(again, hf_layout.dotted(path))
         cut = tuple(slice(101 if size == padded_vocab(cfg) else None) for size in value.shape)  # files have no padding
         np.testing.assert_array_equal(loaded[cut], value[cut])
 
@@ -237,10 +237,10 @@ def test_scores_both_ways(case, tmp_path):
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(our_output(tmp_path / "theirs")[:, -1], expected, atol=TOLERANCE, rtol=0)
 
-    cfg, head = hf.read_config(tmp_path / "theirs")
+    cfg, head = hf_config.read_config(tmp_path / "theirs")
     params = hf.load(tmp_path / "theirs", cfg, head)
     params["head"]["bias"] = params["head"]["bias"] + 0.3
-    hf.save(params, cfg, head, tmp_path / "ours", ids=hf.TokenIds(eos=(5, 6), pad=100))
+    hf.save(params, cfg, head, tmp_path / "ours", ids=hf_config.TokenIds(eos=(5, 6), pad=100))
     again = reload(model, tmp_path / "ours")
     same_weights(model, again)
     assert (again.config.num_labels, again.config.pad_token_id) == (1, 100)
@@ -261,9 +261,9 @@ def test_bfloat16_files_and_token_ids(tmp_path):
     torch = pytest.importorskip("torch")
     model = their_model("llama")
     model.save_pretrained(tmp_path / "theirs")
-    cfg, head = hf.read_config(tmp_path / "theirs")
+    cfg, head = hf_config.read_config(tmp_path / "theirs")
     params = hf.load(tmp_path / "theirs", cfg, head)
-    ids = hf.TokenIds(eos=(int(their_greedy(model)[0, 3]), 99), bos=1, pad=2)
+    ids = hf_config.TokenIds(eos=(int(their_greedy(model)[0, 3]), 99), bos=1, pad=2)
     hf.save(params, cfg, head, tmp_path / "ours", "bfloat16", ids=ids)
     again = reload(model, tmp_path / "ours")
     assert again.dtype == torch.bfloat16

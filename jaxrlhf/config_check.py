@@ -1,0 +1,207 @@
+"""Does a config make sense on these devices? What no single key shows: roles, data, batch arithmetic, the mesh."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from jaxrlhf.config import Config, find_algorithm, roles_of
+from jaxrlhf.config_batch import ROWS_KEY, fields_read, rows_of, updates_of
+from jaxrlhf.config_errors import ConfigError, show, suggest
+from jaxrlhf.config_types import hints
+from jaxrlhf.data.sources import DataConfig, SourceConfig
+from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.sharding import AXES, RULES, mesh_shape
+from jaxrlhf.types import Role
+
+ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q")
+SECTION_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # Batch -> data
+
+
+def check(cfg: Config, num_devices: int, source: str = "config") -> None:
+    """Raises ConfigError, a line a mistake, for what no single key shows: roles, data, batch arithmetic, the mesh.
+
+    Nothing is built or read; ``source`` is what the lines start with (the config's path)."""
+    problems = [*role_problems(cfg), *data_problems(cfg), *generate_problems(cfg), *tokenizer_problems(cfg)]
+    problems += [*evaluation_problems(cfg), *model_problems(cfg), *device_problems(cfg, num_devices)]
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def role_problems(cfg: Config) -> Iterator[str]:
+    """Every role that is needed has one origin, and no origin goes round in a circle."""
+    needed, name = roles_of(cfg), cfg.algorithm_name
+    for role in needed:
+        if role not in cfg.models:
+            yield f"models.{role}: missing; {name} needs it; expected init_from or architecture"
+    for role, model in cfg.models.items():
+        if role not in needed and role not in ROLES:
+            yield f"models.{role}: unknown role; {suggest(role, needed)}"
+        if model.init_from is None and model.architecture is None:
+            yield f"models.{role}: neither init_from nor architecture is given; expected one of them"
+        elif model.init_from is not None and model.architecture is not None:
+            yield f"models.{role}: init_from {model.init_from} and architecture are both given; expected one of them"
+        elif model.init_from in {*ROLES, *cfg.models}:
+            yield from origin_problems(cfg, role)
+    for role in cfg.optimizer:
+        if role != "default" and role not in needed:
+            yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
+
+
+def origin_problems(cfg: Config, role: Role) -> Iterator[str]:
+    """Follows init_from from role to role."""
+    path = [role]
+    while (origin := cfg.models[path[-1]].init_from) in {*ROLES, *cfg.models}:
+        where = f"models.{role}.init_from: {cfg.models[role].init_from}"
+        if origin not in cfg.models:
+            if len(path) == 1:
+                others = [other for other in cfg.models if other != role]
+                yield f"{where}: a role that models does not give; {suggest(origin, others)}"
+            return
+        if origin in path:
+            if role == min(path) == origin:  # once a circle
+                yield f"{where}: goes in a circle ({' -> '.join([*path, origin])}); expected one that ends at weights"
+            return
+        path.append(origin)
+
+
+def data_problems(cfg: Config) -> Iterator[str]:
+    """What the algorithm reads is given, each source as one thing, and lengths make sense."""
+    name, data = cfg.algorithm_name, cfg.data
+    for section in sections_read(cfg):
+        if getattr(data, section, None) is None:
+            yield f"data.{section}: missing; {name} reads it; expected path or tfds"
+    sources = {f"data.{name}": getattr(data, name) for name in hints(DataConfig)} | {"eval.judge": cfg.eval.judge}
+    for key, given in sources.items():
+        if isinstance(given, SourceConfig) and (given.path is None) == (given.tfds is None):
+            yield f"{key}: path is {show(given.path)} and tfds is {show(given.tfds)}; expected one of them"
+    if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
+        nearest = sorted(set(data.prompt_buckets)) or [64, 128, 256]
+        yield f"data.prompt_buckets: {show(data.prompt_buckets)}: expected ascending lengths; nearest: {nearest}"
+    if getattr(cfg.algorithm, "normalize_samples", 0) and "policy" not in cfg.models:
+        yield "models.policy: missing; algorithm.normalize_samples scores its responses; expected init_from"
+
+
+def generate_problems(cfg: Config) -> Iterator[str]:
+    """Responses can be as long as asked for, and training has a distribution to sample them from."""
+    generate, name = cfg.generate, cfg.algorithm_name
+    if generate.min_new_tokens > generate.max_new_tokens:
+        most = generate.max_new_tokens
+        yield f"generate.min_new_tokens: {generate.min_new_tokens}: more than max_new_tokens; nearest: {most}"
+    if generate.temperature == 0 and find_algorithm(name).rollout is not None:
+        default = type(generate).temperature
+        yield (
+            f"generate.temperature: {show(generate.temperature)}: greedy, and {name} learns from the probabilities of "
+            f"what it samples; expected more than 0; nearest: {show(default)}"
+        )
+
+
+def evaluation_problems(cfg: Config) -> Iterator[str]:
+    """An evaluation that is asked for can be made."""
+    best, sections = cfg.checkpoint.best, sections_read(cfg)
+    if cfg.eval.every and not any(getattr(cfg.data, f"eval_{section}", None) for section in sections):
+        yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path or tfds"
+    if best and not best.startswith("eval/"):
+        yield f"checkpoint.best: {best}: expected a metric of the evaluation; nearest: eval/{best}"
+    if best and not cfg.eval.every:
+        yield f"checkpoint.best: {best}: never measured, as eval.every is 0; expected eval.every of 1 or more"
+
+
+def tokenizer_problems(cfg: Config) -> Iterator[str]:
+    """The tokenizer has exactly one origin."""
+    tokenizer, size = cfg.tokenizer, cfg.tokenizer.train_vocab_size
+    if size and tokenizer.init_from:
+        yield f"tokenizer.train_vocab_size: {size}: init_from {tokenizer.init_from} is given too; expected one of them"
+    elif size and cfg.data.demonstrations is None:
+        yield f"tokenizer.train_vocab_size: {size}: there is no text to train on; expected data.demonstrations"
+    from_scratch = all(model.init_from in {None, *cfg.models} for model in cfg.models.values())
+    if from_scratch and not size and not tokenizer.init_from:
+        yield "tokenizer: null: no model is given that has one; expected init_from or train_vocab_size"
+
+
+def model_problems(cfg: Config) -> Iterator[str]:
+    """Architectures whose heads divide, and which are long enough for the rows."""
+    longest, what = cfg.data.max_length, "data.max_length"
+    if "prompts" in fields_read(cfg):
+        longest = max(cfg.data.prompt_buckets, default=0) + cfg.generate.max_new_tokens
+        what = f"the largest of data.prompt_buckets + generate.max_new_tokens {cfg.generate.max_new_tokens}"
+    for role, shape in architectures(cfg):
+        key = f"models.{role}.architecture"
+        try:
+            resolve(shape)
+        except ValueError as error:
+            yield f"{key}.{error}"
+        if not shape.head_dim and shape.hidden_size % shape.num_heads:
+            nearest = min(divisors(shape.hidden_size), key=lambda heads: abs(heads - shape.num_heads))
+            wrong = f"{shape.num_heads}: does not divide hidden_size {shape.hidden_size}"
+            yield f"{key}.num_heads: {wrong}; nearest: {nearest}"
+        if shape.max_positions < longest:
+            yield f"{key}.max_positions: {shape.max_positions}: less than {longest} = {what}; nearest: {longest}"
+
+
+def device_problems(cfg: Config, num_devices: int) -> Iterator[str]:
+    """The mesh fits the devices, and rows and models divide over the mesh."""
+    try:
+        sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices), strict=True))
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from batch_problems(cfg, sizes)
+    for role, shape in architectures(cfg):
+        for name, axis in (("num_heads", "tensor"), ("mlp_size", "tensor"), ("hidden_size", "fsdp")):
+            value = getattr(shape, name)
+            if value and value % sizes[axis]:
+                key, nearest = f"models.{role}.architecture.{name}", nearest_multiple(value, sizes[axis])
+                yield f"{key}: {value}: mesh axis {axis} of {sizes[axis]} does not divide it; nearest: {nearest}"
+
+
+def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Rows divide into minibatches, micro-batches and shards; ``sizes``: devices along each mesh axis."""
+    axes = [axis for axis in AXES if axis in (RULES["batch"] or ())]
+    shards, (_, minibatches) = math.prod(sizes[axis] for axis in axes), updates_of(cfg)
+    over = f"{minibatches} minibatches x {shards} batch shards ({' x '.join(f'{axis} {sizes[axis]}' for axis in axes)})"
+    undivided = [*divided(cfg, fields_read(cfg), minibatches, shards, over)]
+    yield from undivided
+    micro = cfg.batch.micro_batch_size
+    if undivided or micro is None:
+        return
+    main, *others = fields_read(cfg)
+    rows = rows_of(cfg)[main]
+    fits = [size for size in divisors(rows // minibatches) if size % shards == 0]
+    if micro not in fits:
+        nearest = min(fits, key=lambda size: abs(size - micro))
+        yield (
+            f"batch.micro_batch_size: {micro}: a minibatch has {rows} / {minibatches} = {rows // minibatches} rows "
+            f"on {shards} batch shards; expected a divisor of it that the shards divide; nearest: {nearest}"
+        )
+        return
+    parts = rows // minibatches // micro
+    yield from divided(cfg, others, minibatches * parts, shards, f"{over} x {parts} micro-batches")
+
+
+def divided(cfg: Config, fields: Sequence[str], parts: int, shards: int, over: str) -> Iterator[str]:
+    """What to say of the fields' rows where ``parts`` parts on ``shards`` shards do not divide them."""
+    for field in fields:
+        key, each = ROWS_KEY[field], cfg.batch.samples_per_prompt if field == "prompts" else 1
+        count = getattr(cfg.batch, key)
+        # prompts lie on the shards themselves, before each of them becomes several rows
+        unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards)
+        if count % unit:
+            rows = f"{count} prompts x {each} samples = {count * each} rows" if each > 1 else f"{count} rows"
+            yield f"batch.{key}: {count}: {rows} do not divide over {over}; nearest: {nearest_multiple(count, unit)}"
+
+
+def sections_read(cfg: Config) -> list[str]:
+    """The sections of ``data`` that hold them."""
+    return [SECTION_OF.get(field, field) for field in fields_read(cfg)]
+
+
+def architectures(cfg: Config) -> list[tuple[Role, ModelConfig]]:
+    """The roles that start from random weights, with their shapes."""
+    return [(role, model.architecture) for role, model in cfg.models.items() if model.architecture]
+
+
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def nearest_multiple(number: int, unit: int) -> int:
+    return max(unit, round(number / unit) * unit)

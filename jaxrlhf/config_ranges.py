@@ -1,0 +1,66 @@
+"""The range in which each number of a config lies."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from jaxrlhf.config_errors import ConfigError, dotted, show
+
+# Interval -> the fields that lie in it, wherever they stand (Class.field where a name means two things). A record may
+# instead write Annotated[float, Gt(0)] beside its field.
+RANGES = {
+    "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens temperature top_k size samples kl_coef
+        entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every
+        vocab_size num_kv_heads head_dim mlp_size""",
+    "(0, inf)": """clip_norm eps clip_range value_clip_range kl_target stop_kl norm_eps rope_theta low_freq_factor
+        high_freq_factor""",
+    "[1, inf)": """iterations every samples_every keep prompts_per_step samples_per_prompt sequences_per_step
+        preferences_per_step micro_batch_size max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon
+        hidden_size num_layers num_heads max_positions original_max_positions factor""",
+    "[2, inf)": "max_length",
+    "[259, inf)": "train_vocab_size",
+    "[0, 1]": "final_fraction gamma gae_lambda",
+    "(0, 1]": "top_p",
+    "[0, 1)": "b1 b2",
+    "[0, 0.5)": "label_smoothing reward_label_smoothing",
+    "[0, 2147483647]": "seed",
+}
+RANGE_OF = {name: interval for interval, names in RANGES.items() for name in names.split()}
+
+
+def interval_of(cls: type, name: str) -> str | None:
+    """The interval in which the field lies; None where any number will do."""
+    return RANGE_OF.get(f"{cls.__name__}.{name}") or RANGE_OF.get(name)
+
+
+def outside(value: float, interval: str) -> str | None:
+    """What to say of a number that isn't in ``interval`` ("[0, 1)"); None of one that is."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    below = value < low or (value == low and interval[0] == "(")
+    above = value > high or (value == high and interval[-1] == ")")
+    if not below and not above:
+        return None
+    bound, closed = (low, interval[0] == "[") if below else (high, interval[-1] == "]")
+    nearest = f"; nearest: {bound:g}" if closed else ""
+    return f"{show(value)}: expected a number in {interval}{nearest}"
+
+
+def check_ranges(record: Any, source: str) -> None:
+    """Raises ConfigError for the numbers in ``record`` that are outside their range; ``source`` starts the lines."""
+    if problems := [*range_problems(record)]:
+        raise ConfigError("\n".join(f"{source}: {dotted(keys)}: {text}" for keys, text in problems))
+
+
+def range_problems(record: Any, keys: tuple = ()) -> Iterator[tuple[tuple, str]]:
+    """(keys, text) of every number in ``record``, and in the records below it, that is outside its range."""
+    for field in dataclasses.fields(record):
+        value, here = getattr(record, field.name), (*keys, field.name)
+        inside = dict(enumerate(value)) if isinstance(value, tuple) else value
+        items = [((*here, key), item) for key, item in inside.items()] if isinstance(inside, dict) else [(here, value)]
+        for place, item in items:
+            if dataclasses.is_dataclass(item):
+                yield from range_problems(item, place)
+            elif isinstance(item, (int, float)) and not isinstance(item, bool):
+                interval = interval_of(type(record), field.name)
+                if interval and (text := outside(item, interval)):
+                    yield place, text

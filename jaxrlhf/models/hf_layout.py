@@ -1,0 +1,81 @@
+"""Where each leaf of the parameters is in the tensors of a Hugging Face folder, by the tables in models/families.py."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+
+from jaxrlhf.models.families import FAMILIES, Module
+from jaxrlhf.models.transformer import Leaf, ModelConfig, parameter_table
+from jaxrlhf.types import Head
+
+SCORE = Module("score", "score embed")  # the scalar head, in every family; its bias is in config.json, HF has none
+
+
+class Source(NamedTuple):
+    """The tensor, one a layer, that holds a leaf."""
+
+    name: str
+    dims: tuple[tuple[str, ...], ...]  # the tensor's dimensions, each the leaf's axes that it is made of
+    axes: tuple[str, ...]  # the leaf's, without layers
+    sizes: dict[str, int]  # of those axes in the file: the vocabulary is not padded there
+    layers: int | None
+    before: int = 0  # where the leaf begins along the ``part`` of a fused tensor
+    total: int = 0  # and how long that is
+
+    def own(self) -> int:
+        """The leaf's share of ``total``; 0 where the tensor is not fused."""
+        fused = [dim[dim.index("part") + 1 :] for dim in self.dims if "part" in dim]
+        return math.prod(self.sizes[axis] for axis in fused[0]) if fused else 0
+
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor, its other parts included."""
+
+        def one(dim: tuple[str, ...]) -> int:
+            mine = math.prod(self.sizes[axis] for axis in dim if axis != "part")
+            return mine // self.own() * self.total if "part" in dim else mine
+
+        return tuple(map(one, self.dims))
+
+    def names(self) -> Iterator[str]:
+        """The tensor's name for each layer."""
+        return (self.name.format(layer=i) for i in range(self.layers)) if self.layers else iter([self.name])
+
+
+def dotted(path) -> str:
+    return ".".join(key.key for key in path)
+
+
+def leaves_of(cfg: ModelConfig, head: Head) -> dict[str, Leaf]:
+    """Path -> Leaf."""
+    is_leaf = lambda x: isinstance(x, Leaf)
+    flat = jax.tree_util.tree_leaves_with_path(parameter_table(cfg, head), is_leaf=is_leaf)
+    return {dotted(path): leaf for path, leaf in flat}
+
+
+def find_sources(cfg: ModelConfig, head: Head) -> dict[str, Source]:
+    """Path of a leaf -> Source, for every leaf but the bias of a scalar head; parts of a tensor in their order."""
+    leaves = leaves_of(cfg, head)
+    leaves.pop("head.bias", None)
+    modules = FAMILIES[cfg.family].hf.modules | ({"head": SCORE} if head == "scalar" else {})
+    order = {path: place for place, path in enumerate(modules)}
+    found, length = {}, {}
+    for path, leaf in sorted(leaves.items(), key=lambda item: order[item[0].rpartition(".")[0]]):
+        module, _, kind = path.rpartition(".")
+        source = make_source(modules[module], "bias" if kind == "bias" else "weight", leaf, cfg)
+        found[path] = source._replace(before=length.get(source.name, 0))
+        length[source.name] = found[path].before + source.own()
+    return {path: source._replace(total=length[source.name]) for path, source in found.items()}
+
+
+def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> Source:
+    """Where ``leaf`` of ``module`` is, but for its place among parts."""
+    stacked = leaf.axes[0] == "layers"
+    axes = leaf.axes[1:] if stacked else leaf.axes
+    sizes = dict(zip(axes, leaf.shape[1:] if stacked else leaf.shape, strict=True))
+    if "vocab" in sizes:
+        sizes["vocab"] = cfg.vocab_size or sizes["vocab"]
+    dims = tuple(tuple(dim.split(".")) for dim in module.layout.split())
+    dims = tuple(dim for dim in dims if set(dim) - {"part"} <= set(axes))  # a bias has some of the weight's
+    return Source(f"{module.name}.{suffix}", dims, axes, sizes, cfg.num_layers if stacked else None)
