@@ -1,5 +1,7 @@
+#!/usr/bin/env bash
 # Sourced by the scripts beside it: finds Python 3.11+, makes the virtual environment $VENV (.venv), installs jaxrlhf
 # into it with the extras given as the first argument.
+set -euo pipefail
 VENV=${VENV:-.venv}
 if [ ! -x "$VENV/bin/python" ]; then
     for PYTHON in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do

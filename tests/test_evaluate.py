@@ -202,12 +202,12 @@ def test_pairs_of_the_run(reports, last_evaluation, name):
 def test_accuracy_and_calibration_are_a_loop(monkeypatch):
     """Scores with ties, in batches of which the last is filled up with rows of other scores."""
     rng = np.random.default_rng(0)
-    chosen, rejected = rng.normal(size=(2, 23)).astype(np.float32)
+    chosen, rejected = rng.normal([[0.8], [0.0]], size=(2, 99)).astype(np.float32)
     rejected[[3, 20]] = chosen[[3, 20]]
     batches = []
-    for at in range(0, 23, 8):
+    for at in range(0, 99, 8):
         pair = [np.full(8, 9.0 - 18 * side, np.float32) for side in (0, 1)]
-        rows = min(8, 23 - at)
+        rows = min(8, 99 - at)
         for filled, scores in zip(pair, (chosen, rejected)):
             filled[:rows] = scores[at : at + rows]
         batches.append(SimpleNamespace(batch=SimpleNamespace(preferences=pair), counts={"rows": rows}))
@@ -215,11 +215,11 @@ def test_accuracy_and_calibration_are_a_loop(monkeypatch):
     monkeypatch.setattr(evaluate, "put", lambda mesh, batch: batch)
     monkeypatch.setattr(evaluate, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
     batch = SimpleNamespace(preferences_per_step=8)
-    cfg = SimpleNamespace(eval=SimpleNamespace(size=23), batch=batch)
+    cfg = SimpleNamespace(eval=SimpleNamespace(size=99), batch=batch)
     ready: Any = SimpleNamespace(cfg=cfg, mesh=None, recipe=SimpleNamespace(nets=None))
     state: Any = SimpleNamespace(params={"reward": {}}, slow={})
     found = evaluate.pair_report(ready, state)["reward_model"]
-    assert found["pairs"] == 23
+    assert found["pairs"] == 99
     np.testing.assert_allclose(found["accuracy"], accuracy(chosen, rejected), atol=5e-5)
     np.testing.assert_allclose(found["calibration_error"], calibration_error(chosen, rejected), atol=5e-5)
 

@@ -283,15 +283,15 @@ def signal_when(monkeypatch, method: str, call: int) -> None:
     monkeypatch.setattr(trainer.Trainer, method, signalling)
 
 
-@pytest.mark.parametrize("method", ["flush", "save", "samples_due"])
-def test_sigterm_is_heard_wherever_the_loop_is(root, tmp_path, monkeypatch, fake, method):
+@pytest.mark.parametrize(("method", "call", "at"), [("flush", 2, 2), ("save", 1, 3), ("samples_due", 4, 4)])
+def test_sigterm_is_heard_wherever_the_loop_is(root, tmp_path, monkeypatch, fake, method, call, at):
+    """And saves, where checkpoint.every would not."""
     fake()
-    signal_when(monkeypatch, method, 2)
+    signal_when(monkeypatch, method, call)
     handler = signal.getsignal(signal.SIGTERM)
-    cfg = bare(root, tmp_path, "iterations=6")
+    cfg = bare(root, tmp_path, "iterations=6", "checkpoint.every=3")
     assert trainer.run(cfg) == "preempted"
     assert signal.getsignal(signal.SIGTERM) == handler
-    at = {"flush": 2, "save": 4, "samples_due": 2}[method]
     assert checkpoint.latest_step(tmp_path / "sft") == at
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == list(range(1, at + 1))
     assert trainer.run(cfg) == "done"
