@@ -140,7 +140,7 @@ def process(
     folder: Path,
     commands: Sequence[Sequence[str]],
     devices: int = 1,
-    kill: tuple[str, str, int] | None = None,
+    kill: tuple[str, str, str, int] | None = None,
     profile: str | None = None,
     timeout: float = 500,
 ) -> Done:
@@ -149,7 +149,8 @@ def process(
     Args:
         folder: where it leaves what it notes.
         devices: fake CPU devices.
-        kill: (signal, run, step): the process gets the signal when it has written the row of this step of this run.
+        kill: (signal, run, "metrics" or "samples", step): the process gets the signal when it has written down this of
+            this step of this run.
         profile: a run between whose steps 2 and 4 dispatches are counted.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,8 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
     from jaxrlhf import train as trainer
 
     events: list[dict[str, Any]] = []
-    write, compile_all, save = metrics.MetricsLog.write, trainer.Trainer.compile, trainer.Trainer.save
+    write, samples = metrics.MetricsLog.write, metrics.MetricsLog.samples
+    compile_all, save = trainer.Trainer.compile, trainer.Trainer.save
     folder = Path(plan["events"]).parent
     compilations = lambda: sum(event["what"] == "compiled" for event in events)
 
@@ -213,7 +215,14 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
         if run == plan["profile"] and step == 4 and not evaluation:
             jax.profiler.stop_trace()
             events.append({"what": "dispatched", "run": run, "count": executions(folder / "profile")})
-        if plan["kill"] and plan["kill"][1:] == [run, step] and not evaluation:
+        kill_at(run, "metrics", step)
+
+    def noting_samples(self: Any, step: int, found: Any) -> None:
+        samples(self, step, found)
+        kill_at(self.metrics.run_dir.name, "samples", step)
+
+    def kill_at(*place: Any) -> None:
+        if plan["kill"] and plan["kill"][1:] == [*place]:
             os.kill(os.getpid(), getattr(signal, plan["kill"][0]))
 
     def noting_compile(self: Any, state: Any) -> Any:
@@ -234,7 +243,7 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
             jax.block_until_ready([one(x) for _ in range(4)])
         events.append({"what": "dispatched", "run": None, "count": executions(folder / "known") / 4})
     jax.monitoring.register_event_duration_secs_listener(listen)
-    metrics.MetricsLog.write = noting_write  # type: ignore[method-assign]
+    metrics.MetricsLog.write, metrics.MetricsLog.samples = noting_write, noting_samples  # type: ignore[method-assign]
     trainer.Trainer.compile = noting_compile  # type: ignore[method-assign]
     trainer.Trainer.save = noting_save  # type: ignore[method-assign]
     return events
@@ -307,7 +316,8 @@ def parts(root: Path) -> list[Done]:
     What is there after 1, 2 and 3 is copied to parts-1, parts-2 and parts-3."""
     whole(root)
     arguments = [*overrides(text(root), root / "parts", root / "whole"), "checkpoint.every=3"]
-    kills: list[Any] = [("SIGTERM", "rm", 1), ("SIGTERM", "ppo", 1), ("SIGKILL", "ppo", 3), None]
+    kills: list[Any] = [("SIGTERM", "rm", "metrics", 1), ("SIGTERM", "ppo", "metrics", 1)]
+    kills += [("SIGKILL", "ppo", "samples", 3), None]
 
     def make() -> Iterator[Done]:
         for number, kill in enumerate(kills, 1):

@@ -106,6 +106,7 @@ def test_sigkill_leaves_the_checkpoint_before(root):
     assert runs.steps_kept(killed) == [2]
     # step 3 was written down, and is redone without standing there twice
     assert [row["step"] for row in runs.rows(killed)] == [0, 1, 2, 2, 3]
+    assert [row["step"] for row in runs.rows(killed, "samples")][-2:] == [3, 3]
     assert "resumed from step 2" in fourth.outputs[0]
     assert fourth.code == 0
 
