@@ -26,8 +26,8 @@ DONE, PREEMPTED = "done", "preempted"
 def run(cfg: Config, raw: str = "") -> str:
     """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", or "preempted" after SIGTERM.
 
-    ``raw`` is the config as the user wrote it, kept beside the resolved one. Raises ConfigError before any model is
-    built, RunDirBusy where another process writes to the run directory; both leave its config and tokenizer alone.
+    ``raw`` is the config as the user wrote it, kept beside the resolved one as source.yaml. Raises ConfigError before
+    any model is built, RunDirBusy where another process writes to the run directory; both leave its config and tokenizer alone.
     """
     check(cfg, jax.device_count())
     lock, run_dir = lock_run_dir(cfg.run_dir), epath.Path(cfg.run_dir)
@@ -39,6 +39,8 @@ def run(cfg: Config, raw: str = "") -> str:
     use_compilation_cache()
     ready = build(cfg)
     (run_dir / "config.yaml").write_text(dump(cfg))
+    if raw:
+        (run_dir / "source.yaml").write_text(raw)
     saved = checkpoint.Checkpoints(run_dir, cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode)
     with jax.set_mesh(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
         if changes:

@@ -171,6 +171,7 @@ def test_the_last_two_checkpoints_stay(process, root, name):
     run = root / "whole" / name
     assert runs.steps_kept(run) == [2, 4]
     assert {path.name for path in run.iterdir()} == {
+        "source.yaml",
         ".lock",
         "checkpoints",
         "config.yaml",
