@@ -27,7 +27,8 @@ def run(cfg: Config, raw: str = "") -> str:
     """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", or "preempted" after SIGTERM.
 
     ``raw`` is the config as the user wrote it, kept beside the resolved one as source.yaml. Raises ConfigError before
-    any model is built, RunDirBusy where another process writes to the run directory; both leave its config and tokenizer alone.
+    any model is built, RunDirBusy where another process writes to the run directory; both leave its config and
+    tokenizer alone.
     """
     check(cfg, jax.device_count())
     lock, run_dir = lock_run_dir(cfg.run_dir), epath.Path(cfg.run_dir)
