@@ -95,14 +95,19 @@ def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> genera
     ask = cfg.generate
     policy = weights.get("policy")
     eos_ids = tokenizers.eos_ids(tokenizer, generation_config(policy) if policy else None)
+    size = transformer.padded_vocab(policy.config) if policy else len(tokenizer)
+    return sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)
+
+
+def sampler_of(
+    ask: generate.GenerateConfig, tokenizer, eos_ids: tuple[int, ...], vocab: int, samples_per_prompt: int = 1
+) -> generate.Sampler:
+    """The sampler for a model whose (padded) vocabulary has ``vocab`` rows, with its ending tokens and stop texts."""
+    pieces = tokenizers.token_bytes(tokenizer) if ask.stop else []
+    stops = tuple(generate.stop_automaton(text, pieces, vocab) for text in ask.stop)
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
-    stops = ()
-    if ask.stop:
-        pieces = tokenizers.token_bytes(tokenizer)
-        size = transformer.padded_vocab(policy.config) if policy else len(pieces)
-        stops = tuple(generate.stop_automaton(text, pieces, size) for text in ask.stop)
     pad = tokenizers.pad_id(tokenizer)
-    return generate.Sampler(sampling, ask.max_new_tokens, eos_ids, pad, stops, cfg.batch.samples_per_prompt)
+    return generate.Sampler(sampling, ask.max_new_tokens, eos_ids, pad, stops, samples_per_prompt)
 
 
 def generation_config(start: Weights) -> dict | None:

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import checkpoint, generate
-from jaxrlhf.build import tokenizer_of
+from jaxrlhf.build import sampler_of, tokenizer_of
 from jaxrlhf.data import encode
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feed import put
 from jaxrlhf.models import hf, hf_config, hf_folder
 from jaxrlhf.models.transformer import ModelConfig, Runtime, padded_vocab
-from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
 from jaxrlhf.state import abstract_params
 from jaxrlhf.types import Params, Prompts
@@ -58,21 +57,13 @@ def generate_text(
     with jax.set_mesh(mesh):
         model = read_model(name, mesh)
         batch = encode_prompts(model, prompts, chat, batch_shards(mesh))
-        sampler = make_sampler(model, cfg)
+        sampler = sampler_of(cfg, model.tokenizer, model.eos_ids, padded_vocab(model.config))
         run = lambda params, prompts: generate.sample(
             params, model.config, prompts, jnp.int32(seed), jnp.int32(0), sampler, Runtime()
         )
         found = jax.device_get(jax.jit(run)(model.params, put(mesh, batch)))
     rows = zip(np.asarray(found.tokens), np.asarray(found.response_mask))
     return [model.tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows][: len(prompts)]
-
-
-def make_sampler(model: Model, cfg: generate.GenerateConfig) -> generate.Sampler:
-    """The sampler that ``cfg`` asks for, with this model's ending tokens and stop texts."""
-    pieces = tokenizers.token_bytes(model.tokenizer) if cfg.stop else []
-    stops = tuple(generate.stop_automaton(text, pieces, padded_vocab(model.config)) for text in cfg.stop)
-    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_new_tokens, model.eos_ids)
-    return generate.Sampler(sampling, cfg.max_new_tokens, model.eos_ids, tokenizers.pad_id(model.tokenizer), stops)
 
 
 def encode_prompts(model: Model, prompts: Sequence[str], chat: bool, shards: int) -> Prompts:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.models.transformer import Leaf, ModelConfig, init, parameter_table
+from jaxrlhf.models.transformer import ModelConfig, init
 from jaxrlhf.sharding import concrete
 from jaxrlhf.types import Array, Head, Params, Role, TrainState
 
@@ -55,14 +55,3 @@ def change_head(params: Params, cfg: ModelConfig, old: Head, new: Head, key: Arr
     dtype = params["embed"]["tokens"]["embedding"].dtype
     head = jax.jit(lambda: init(cfg, "scalar", key, dtype)["head"])()
     return trunk | {"head": jax.tree.map(jnp.zeros_like, head) if zero else head}
-
-
-def copy(params: Params) -> Params:
-    """New buffers: a reference that aliases the policy would be donated with it."""
-    return jax.tree.map(jnp.copy, params)
-
-
-def count(cfg: ModelConfig, head: Head) -> int:
-    """Number of parameters, padding of the vocabulary included."""
-    leaves = jax.tree.leaves(parameter_table(cfg, head), is_leaf=lambda x: isinstance(x, Leaf))
-    return sum(int(jnp.prod(jnp.array(leaf.shape))) for leaf in leaves)
