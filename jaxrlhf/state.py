@@ -55,3 +55,8 @@ def change_head(params: Params, cfg: ModelConfig, old: Head, new: Head, key: Arr
     dtype = params["embed"]["tokens"]["embedding"].dtype
     head = jax.jit(lambda: init(cfg, "scalar", key, dtype)["head"])()
     return trunk | {"head": jax.tree.map(jnp.zeros_like, head) if zero else head}
+
+
+def copy(params: Params) -> Params:
+    """New buffers: a reference that aliases the policy would be donated with it."""
+    return jax.tree.map(jnp.copy, params)
