@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from jaxrlhf.models import gguf
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.hf_config import NO_IDS, TokenIds, describe, describe_ids
 from jaxrlhf.models.hf_folder import INDEX, SINGLE, clear, read_json, tokenizer_files, write_json
@@ -82,6 +83,8 @@ def open_weights(folder: epath.Path) -> dict[str, Any]:
     """Name -> a lazy safetensors slice (get_shape, get_dtype, [...]) of every tensor in the folder.
 
     Raises ValueError, in one line, where there are none or their files are broken."""
+    if (folder / gguf.RECORD).exists():
+        return dict(gguf.open_tensors(folder))
     if (folder / SINGLE).exists():
         return open_file(folder / SINGLE)
     if (folder / INDEX).exists():

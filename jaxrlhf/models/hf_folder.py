@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from jaxrlhf.models import gguf
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,10 +29,12 @@ MAX_JSON_BYTES = 64 * 2**20
 
 
 def locate(name: str) -> epath.Path:
-    """The local folder that ``name`` says: a folder here, gs://... (copied), or a hub name (downloaded).
+    """The local folder that ``name`` says: a folder here, gs://... (copied), gguf:FILE, or a hub name (downloaded).
 
     Only configs, tokenizers and safetensors are fetched. Raises ValueError, in one line, where there is no such thing.
     """
+    if name.startswith(gguf.PREFIX):
+        return gguf.unpack(name.removeprefix(gguf.PREFIX))
     folder = epath.Path(name).expanduser()
     if "://" in name and folder.is_dir():
         return mirror(folder)
