@@ -35,11 +35,15 @@ def encode_prompt(record: Mapping[str, Any], tokenizer: Any) -> np.ndarray:
 
 
 def encode_demonstration(
-    record: Mapping[str, Any], tokenizer: Any, loss_on: str, eos: Sequence[int] | None = None
+    record: Mapping[str, Any],
+    tokenizer: Any,
+    loss_on: str,
+    eos: Sequence[int] | None = None,
+    append_eos: bool = True,
 ) -> Encoded:
     """Tokens and mask of one demonstration; its first token is never learnt, as nothing comes before it.
 
-    - prompt + response: the response and the EOS behind it are learnt.
+    - prompt + response: the response and the EOS behind it are learnt (without ``append_eos`` only one that it has).
     - messages: through the chat template; learnt are all assistant turns (``loss_on`` "assistant") or the last one.
     - text: all of it is learnt, its first word too, so a start token (BOS, or else EOS) is put in front.
 
@@ -51,15 +55,18 @@ def encode_demonstration(
     """
     eos = eos_ids(tokenizer) if eos is None else eos
     if record.get("prompt") is not None and record.get("response") is not None:
-        return _encode_texts(record["prompt"], record["response"], tokenizer, eos)
+        return _encode_texts(record["prompt"], record["response"], tokenizer, eos, append_eos)
     if record.get("messages") is not None:
         messages = record["messages"]
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        return _encode_chat(messages, turns if loss_on == "assistant" else turns[-1:], tokenizer, eos)
-    return _finish([([start_id(tokenizer)], False), (encode_text(tokenizer, record["text"]).ids, True)], eos)
+        return _encode_chat(messages, turns if loss_on == "assistant" else turns[-1:], tokenizer, eos, append_eos)
+    text = encode_text(tokenizer, record["text"]).ids
+    return _finish([([start_id(tokenizer)], False), (text, True)], eos, append_eos)
 
 
-def encode_pair(record: Mapping[str, Any], tokenizer: Any, eos: Sequence[int] | None = None) -> tuple[Encoded, Encoded]:
+def encode_pair(
+    record: Mapping[str, Any], tokenizer: Any, eos: Sequence[int] | None = None, append_eos: bool = True
+) -> tuple[Encoded, Encoded]:
     """(chosen, rejected), each with its prompt in front.
 
     Text sides follow ``prompt`` (empty where there is none). Of two lists of messages the prompt is what they share at
@@ -70,17 +77,15 @@ def encode_pair(record: Mapping[str, Any], tokenizer: Any, eos: Sequence[int] | 
     prompt = record.get("prompt")
     if isinstance(record["chosen"], str) and not isinstance(prompt, list):
         chosen, rejected = (
-            _encode_texts(prompt or "", record[side], tokenizer, eos) for side in ("chosen", "rejected")
+            _encode_texts(prompt or "", record[side], tokenizer, eos, append_eos) for side in ("chosen", "rejected")
         )
         return chosen, rejected
     chosen, rejected = (_conversation(prompt, record[side]) for side in ("chosen", "rejected"))
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    first, second = (
-        _encode_chat(side, [t for t in range(shared, len(side)) if side[t]["role"] == "assistant"], tokenizer, eos)
-        for side in (chosen, rejected)
-    )
+    turns = lambda side: [turn for turn in range(shared, len(side)) if side[turn]["role"] == "assistant"]
+    first, second = (_encode_chat(side, turns(side), tokenizer, eos, append_eos) for side in (chosen, rejected))
     return first, second
 
 
@@ -91,13 +96,13 @@ def _conversation(prompt: Any, side: Any) -> list[Mapping[str, Any]]:
     return [*([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), *side]
 
 
-def _encode_texts(prompt: str, response: str, tokenizer: Any, eos: Sequence[int]) -> Encoded:
+def _encode_texts(prompt: str, response: str, tokenizer: Any, eos: Sequence[int], append_eos: bool) -> Encoded:
     before, after = _encode_pieces([(prompt, False), (response, True)], tokenizer)
     before = leading_ids(tokenizer) + before
-    return _finish([(before or [start_id(tokenizer)], False), (after, True)], eos)
+    return _finish([(before or [start_id(tokenizer)], False), (after, True)], eos, append_eos)
 
 
-def _encode_chat(messages: Messages, turns: list[int], tokenizer: Any, eos: Sequence[int]) -> Encoded:
+def _encode_chat(messages: Messages, turns: list[int], tokenizer: Any, eos: Sequence[int], append_eos: bool) -> Encoded:
     """``turns`` are learnt, each up to its EOS: what a template writes behind it (a line break) no policy ever says."""
     pieces = _chat_pieces(messages, turns, tokenizer)
     parts: list[tuple[list[int], bool]] = []
@@ -105,7 +110,7 @@ def _encode_chat(messages: Messages, turns: list[int], tokenizer: Any, eos: Sequ
         end = max((at + 1 for at, token in enumerate(ids) if learnt and token in eos), default=len(ids))
         parts.append((ids[:end], learnt))
         parts.append((ids[end:], False))
-    return _finish(parts[:-1] if turns[-1] == len(messages) - 1 else parts, eos)
+    return _finish(parts[:-1] if turns[-1] == len(messages) - 1 else parts, eos, append_eos)
 
 
 def _chat_pieces(messages: Messages, turns: Iterable[int], tokenizer: Any) -> list[Piece]:
@@ -166,11 +171,11 @@ def _continuation(text: str, tokenizer: Any) -> list[int]:
     return [token for token, begin in zip(after_break.ids, begins) if begin >= 1]
 
 
-def _finish(parts: Sequence[tuple[list[int], bool]], eos: Sequence[int]) -> Encoded:
-    """Joins the parts and ends a learnt last part with EOS, where it has none."""
+def _finish(parts: Sequence[tuple[list[int], bool]], eos: Sequence[int], append_eos: bool) -> Encoded:
+    """Joins the parts and ends a learnt last part with EOS, where it has none and ``append_eos`` asks for it."""
     ids = [token for part, _ in parts for token in part]
     mask = [learnt for part, learnt in parts for _ in part]
-    if parts[-1][1] and ids[-1] not in eos:
+    if append_eos and parts[-1][1] and ids[-1] not in eos:
         ids.append(eos[0])
         mask.append(True)
     mask[0] = False

@@ -48,7 +48,7 @@ def make_examples(
     """
     max_length = _longest(kind, cfg)
     eos = eos_ids(tokenizer) if eos is None else tuple(eos)
-    encode, bos = _encoder(kind, tokenizer, cfg.loss_on, eos), leading_ids(tokenizer)
+    encode, bos = _encoder(kind, tokenizer, cfg, eos), leading_ids(tokenizer)
 
     def sides(record: Mapping[str, Any]) -> Sides:
         return truncate(encode(record), max_length, bos)
@@ -109,15 +109,15 @@ def _longest(kind: str, cfg: DataConfig) -> int:
     return buckets[-1]
 
 
-def _encoder(kind: str, tokenizer: Any, loss_on: str, eos: Sequence[int]) -> Callable[[Mapping[str, Any]], Sides]:
+def _encoder(kind: str, tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> Callable[[Mapping[str, Any]], Sides]:
     def prompt(record: Mapping[str, Any]) -> Sides:
         ids = encode_prompt(record, tokenizer)
         return (Encoded(ids, np.zeros(len(ids), bool)),)
 
     return {
         "prompts": prompt,
-        "demonstrations": lambda record: (encode_demonstration(record, tokenizer, loss_on, eos),),
-        "preferences": lambda record: encode_pair(record, tokenizer, eos),
+        "demonstrations": lambda record: (encode_demonstration(record, tokenizer, cfg.loss_on, eos, cfg.append_eos),),
+        "preferences": lambda record: encode_pair(record, tokenizer, eos, cfg.append_eos),
     }[kind]
 
 
@@ -153,7 +153,7 @@ def _measure_key(
     kind: str, source: Source, tokenizer: Any, cfg: DataConfig, max_length: int, eos: Sequence[int]
 ) -> str:
     text = [fingerprint(tokenizer), tokenizer.chat_template, leading_ids(tokenizer), start_id(tokenizer), list(eos)]
-    rules = [FORMAT, kind, max_length, cfg.too_long, cfg.loss_on, cfg.skip_bad]
+    rules = [FORMAT, kind, max_length, cfg.too_long, cfg.loss_on, cfg.append_eos, cfg.skip_bad]
     return hashlib.sha256(json.dumps([source.fingerprint, text, rules]).encode()).hexdigest()
 
 

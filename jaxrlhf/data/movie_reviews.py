@@ -5,7 +5,7 @@ anything here or in reviews.py changes what is generated: prepared copies are fo
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxrlhf.data.reviews import (
     clean,
     imdb_sentences,
     letters,
+    natural,
     rank,
     read_reviews,
     split_corpus,
@@ -34,6 +35,8 @@ FEATURES = {
     "imdb_demonstrations": REVIEW_FEATURES,
     "preferences": ("prompt", "chosen", "rejected"),
     "prompts": ("prompt", "source"),
+    "natural_preferences": ("prompt", "chosen", "rejected"),
+    "natural_prompts": ("prompt", "source"),
     "judge": REVIEW_FEATURES,
 }
 Example = dict[str, Any]
@@ -49,6 +52,8 @@ class JaxrlhfMovieReviews(tfds.core.GeneratorBasedBuilder):
         tfds.core.BuilderConfig(name="imdb_demonstrations", description="sentences cut out of IMDB reviews"),
         tfds.core.BuilderConfig(name="preferences", description="a positive sentence is preferred to a negative one"),
         tfds.core.BuilderConfig(name="prompts", description="the first words of sentences"),
+        tfds.core.BuilderConfig(name="natural_preferences", description="pairs that begin alike, as people type them"),
+        tfds.core.BuilderConfig(name="natural_prompts", description="the first words, as people type them"),
         tfds.core.BuilderConfig(name="judge", description="whole IMDB reviews, seen by no other part"),
     ]
 
@@ -98,7 +103,8 @@ def imdb_demonstrations(corpus: Corpus) -> dict[str, list[Example]]:
 
 def preferences(corpus: Corpus) -> dict[str, list[Example]]:
     """Pairs of Rotten Tomatoes sentences with an empty prompt."""
-    return {"train": pairs(corpus.rt_train, PAIRINGS), "test": pairs(corpus.rt_test, PAIRINGS)}
+    split = lambda reviews: pairs([*map(tidy, reviews)], PAIRINGS)
+    return {"train": split(corpus.rt_train), "test": split(corpus.rt_test)}
 
 
 def pairs(reviews: Sequence[Review], rounds: int) -> list[Example]:
@@ -110,26 +116,59 @@ def pairs(reviews: Sequence[Review], rounds: int) -> list[Example]:
     return [
         {
             "prompt": "",
-            "chosen": tidy(positive[at]).text,
-            "rejected": tidy(negative[(at + shift) % size]).text,
+            "chosen": positive[at].text,
+            "rejected": negative[(at + shift) % size].text,
         }
         for shift in shifts
         for at in range(size)
     ]
 
 
+def natural_preferences(corpus: Corpus) -> dict[str, list[Example]]:
+    """Pairs of sentences, one positive and one negative, that begin with the same words: those are the prompt."""
+    return {"train": continuations(corpus.rt_train, 1), "test": continuations(corpus.rt_test, PAIRINGS)}
+
+
+def continuations(reviews: Iterable[Review], rounds: int) -> list[Example]:
+    """``pairs`` within each group of sentences that share their first word, as (prompt, chosen, rejected)."""
+    groups: dict[str, list[Review]] = {}
+    for review in map(typed, reviews):
+        groups.setdefault(review.text.split()[0], []).append(review)
+    found = [pair for word in sorted(groups) for pair in pairs(groups[word], rounds)]
+    found.sort(key=lambda pair: rank("continuation", pair["chosen"], pair["rejected"]))
+    return [shared for shared in map(share_prompt, found) if shared["prompt"]]
+
+
+def share_prompt(pair: Example) -> Example:
+    """The words that both sides begin with become the prompt; each side keeps one word at least."""
+    chosen, rejected = (pair[side].split(" ") for side in ("chosen", "rejected"))
+    most = min(len(chosen), len(rejected)) - 1
+    count = next((at for at in range(most) if chosen[at] != rejected[at]), most)
+    prompt = " ".join(chosen[:count])
+    return {"prompt": prompt} | {side: pair[side][len(prompt) :] for side in ("chosen", "rejected")}
+
+
 def prompts(corpus: Corpus) -> dict[str, list[Example]]:
     """Beginnings of sentences, none of them twice; none of the test is in the training split."""
-    test = beginnings(corpus.rt_test, set())
+    return split_beginnings(corpus, tidy)
+
+
+def natural_prompts(corpus: Corpus) -> dict[str, list[Example]]:
+    """The same, as people type them."""
+    return split_beginnings(corpus, typed)
+
+
+def split_beginnings(corpus: Corpus, form: Callable[[Review], Review]) -> dict[str, list[Example]]:
+    test = beginnings(map(form, corpus.rt_test), set())
     seen = {letters(example["prompt"]) for example in test}
-    return {"train": beginnings(corpus.rt_train, seen), "test": test}
+    return {"train": beginnings(map(form, corpus.rt_train), seen), "test": test}
 
 
 def beginnings(reviews: Iterable[Review], seen: set[str]) -> list[Example]:
     """The first words of each review, their number drawn from PROMPT_WORDS; what is in ``seen`` is left out."""
     low, high = PROMPT_WORDS
     seen, found = set(seen), []
-    for review in map(tidy, reviews):
+    for review in reviews:
         prompt = " ".join(review.text.split()[: low + rank("prompt", review.text) % (high - low + 1)])
         if letters(prompt) and letters(prompt) not in seen:
             seen.add(letters(prompt))
@@ -150,10 +189,17 @@ def tidy(review: Review) -> Review:
     return review._replace(text=clean(review.text))
 
 
+def typed(review: Review) -> Review:
+    """Tidied, then written as people type."""
+    return review._replace(text=natural(clean(review.text)))
+
+
 SPLITS = {
     "demonstrations": demonstrations,
     "imdb_demonstrations": imdb_demonstrations,
     "preferences": preferences,
     "prompts": prompts,
+    "natural_preferences": natural_preferences,
+    "natural_prompts": natural_prompts,
     "judge": judge,
 }

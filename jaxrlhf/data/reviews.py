@@ -117,6 +117,18 @@ def clean(text: str) -> str:
     return " ".join(text.split())
 
 
+def natural(text: str) -> str:
+    """A cleaned text as people type it: no space before punctuation, capitals where sentences begin.
+
+    A pretrained model meets in it what it was trained on; ``clean`` of it gives the text back, but for odd spacing."""
+    text = re.sub(r"\.(?: \.)+", "...", text)
+    text = re.sub(r'" ([^"]*?) "', r'"\1"', text)
+    text = re.sub(r" +([.,;:!?)\]])", r"\1", text)
+    text = re.sub(r"([(\[]) +", r"\1", text)
+    text = re.sub(r"\bi(?='|\b(?![-.]))", "I", text)
+    return re.sub(r"(^[\W_]*|(?:(?<!\.\.)\.|[!?])[\")]* +)([a-z])", lambda found: found[1] + found[2].upper(), text)
+
+
 def sentences(review: Review) -> list[str]:
     """A whole review, cut where a sentence ends and the next begins with a capital."""
     paragraphs = re.split(r"(?:<br\s*/?>\s*)+|\n+", review.text)

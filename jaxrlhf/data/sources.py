@@ -49,6 +49,7 @@ class DataConfig:
     eval_prompts: SourceConfig | None = None
     cache_dir: str | None = None  # local folder of prepared datasets; null: ~/.cache/jaxrlhf/data
     loss_on: Literal["response", "assistant"] = "response"  # of messages: the last assistant turn, or each of them
+    append_eos: bool = True  # behind responses without one; false where they are to end by generate.stop
     max_length: int = 512  # tokens in a row of demonstrations, or in one side of a pair
     pack: bool = True  # several demonstrations share a row, and don't see each other
     prompt_buckets: tuple[int, ...] = (

@@ -48,6 +48,16 @@ def test_eos_is_not_doubled(tokenizer):
     assert learnt(encoded, tokenizer) == ["b<eos>"]
 
 
+def test_without_append_eos_responses_stay_as_they_are(tokenizer):
+    """Only an EOS that the text itself has; on both sides of a pair too."""
+    encode = lambda record: encode_demonstration(record, tokenizer, "response", append_eos=False)
+    assert learnt(encode({"prompt": "the film", "response": " is good ."}), tokenizer) == [" is good ."]
+    assert learnt(encode({"prompt": "a", "response": "b<eos>"}), tokenizer) == ["b<eos>"]
+    assert text_of(encode({"text": "the film"}), tokenizer) == "<eos>the film"
+    pair = encode_pair({"prompt": "it", "chosen": " is", "rejected": " was"}, tokenizer, append_eos=False)
+    assert [text_of(side, tokenizer) for side in pair] == ["it is", "it was"]
+
+
 def test_first_word_of_a_text_is_learnt(tokenizer, add_bos):
     encoded = encode_demonstration({"text": "the film"}, tokenizer, "response")
     assert text_of(encoded, tokenizer) == "<eos>the film<eos>"  # no BOS: a document begins where the last one ended

@@ -17,6 +17,8 @@ KINDS = {
     "imdb_demonstrations": "demonstrations",
     "preferences": "preferences",
     "prompts": "prompts",
+    "natural_preferences": "preferences",
+    "natural_prompts": "prompts",
     "judge": "demonstrations",
 }
 NAME = "jaxrlhf_movie_reviews"
@@ -99,6 +101,30 @@ def test_prompts(opened, few):
     assert all(any(start.startswith(record["prompt"]) for start in starts) for record in test)
     assert not {letters(record["prompt"]) for record in train} & {letters(record["prompt"]) for record in test}
     assert {len(record["prompt"].split()) for record in train} >= {2, 3, 4, 5}
+
+
+@needs_corpus
+def test_natural_preferences(opened, few):
+    """Prompt + side is a sentence of its label; the prompt is all that the sides share at the start."""
+    label = {letters(review.text): review.label for review in few.rt_train + few.rt_test}
+    tested = {letters(review.text) for review in few.rt_test}
+    train, test = (opened("natural_preferences", split) for split in ("train", "test"))
+    assert len(train) > 10 and len({record["chosen"] for record in train}) == len(train)  # in one pair each
+    for record in train + test:
+        chosen, rejected = (letters(record["prompt"] + record[side]) for side in ("chosen", "rejected"))
+        assert label[chosen] == 1 and label[rejected] == 0
+        assert record["prompt"] and record["chosen"][0] == record["rejected"][0] == " "
+        assert record["chosen"].split()[0] != record["rejected"].split()[0]
+        assert (chosen in tested) == (rejected in tested) == (record in test)
+
+
+@needs_corpus
+def test_natural_prompts(opened, few):
+    train, test = (opened("natural_prompts", split) for split in ("train", "test"))
+    starts = tuple(letters(review.text) for review in few.rt_test)
+    assert all(any(start.startswith(letters(record["prompt"])) for start in starts) for record in test)
+    assert sum(record["prompt"][0].isupper() for record in train) > 0.9 * len(train)
+    assert not {letters(record["prompt"]) for record in train} & {letters(record["prompt"]) for record in test}
 
 
 @needs_corpus

@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from jaxrlhf.data import reviews
-from jaxrlhf.data.reviews import IMDB, ROTTEN_TOMATOES, Review, clean, letters, split_corpus
+from jaxrlhf.data.reviews import IMDB, ROTTEN_TOMATOES, Review, clean, letters, natural, split_corpus
 
 
 def corpus_of(rt: int, imdb: int) -> list[Review]:
@@ -39,6 +39,22 @@ def small(monkeypatch):
 )
 def test_clean(typed, cleaned):
     assert clean(typed) == cleaned and clean(cleaned) == cleaned
+
+
+@pytest.mark.parametrize(
+    "cleaned, typed",
+    [
+        ("it's a film , isn't it ?", "It's a film, isn't it?"),
+        ("wait . . . what", "Wait... what"),
+        ("good . it works ! i'd go", "Good. It works! I'd go"),
+        ('he said " wow " ( yes )', 'He said "wow" (yes)'),
+        ("i think i i-robot", "I think I i-robot"),
+        ("[the] 7.5 of 10,000 .", "[The] 7.5 of 10,000."),
+        ("a -- b : c ; d", "A -- b: c; d"),
+    ],
+)
+def test_natural(cleaned, typed):
+    assert natural(cleaned) == typed and clean(typed) == cleaned
 
 
 def test_sentences_end_where_a_capital_follows():
