@@ -10,7 +10,7 @@ from etils import epath
 
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
-from jaxrlhf.config import Config, dump
+from jaxrlhf.config import Config, dump, roles_of
 from jaxrlhf.config_batch import num_micro, updates_of
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
@@ -20,6 +20,7 @@ from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
 from jaxrlhf.models.transformer import ModelConfig, Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
+from jaxrlhf.rewards import functions
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
@@ -48,6 +49,7 @@ class Run:
     heads: dict[Role, Head]  # trained roles first
     recipe: Recipe
     sampler: generate.Sampler
+    reward_function: functions.RewardFunction | None  # None: the reward model scores, or nothing is sampled
 
     @property
     def configs(self) -> dict[Role, ModelConfig]:
@@ -61,7 +63,8 @@ class Run:
 def build(cfg: Config, devices: list | None = None) -> Run:
     """Find weights and tokenizer, and compose the step. Reads no weights; raises ConfigError for what does not fit."""
     algorithm = find(cfg.algorithm_name)
-    trained, slow = algorithm.roles(cfg.algorithm)
+    reward_function = find_reward_function(cfg)
+    trained, slow = roles_of(cfg)
     heads: dict[Role, Head] = {**trained, **slow}
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(cfg)
@@ -75,7 +78,12 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
     bound = bind_nets(cfg, weights, sampler)
     recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg))
-    return Run(cfg, algorithm, mesh, tokenizer, weights, heads, recipe, sampler)
+    return Run(cfg, algorithm, mesh, tokenizer, weights, heads, recipe, sampler, reward_function)
+
+
+def find_reward_function(cfg: Config) -> functions.RewardFunction | None:
+    """The function of the user's that scores the responses; None where the config names none."""
+    return located(functions.resolve, cfg.rewards.function, "rewards") if cfg.rewards.function else None
 
 
 def bind_nets(cfg: Config, weights: dict[Role, Weights], sampler: generate.Sampler) -> Nets:
@@ -240,7 +248,7 @@ def initial_state(run: Run) -> TrainState:
     for role in run.heads:
         number = sorted(run.cfg.models).index(base_role(run.cfg, role))
         trees[role] = read_weights(run, role, jax.random.fold_in(key, number))
-    trained, slow = run.algorithm.roles(run.cfg.algorithm)
+    trained, slow = roles_of(run.cfg)
     controls = run.algorithm.controls(run.cfg.algorithm)
     params, still = {role: trees[role] for role in trained}, {role: trees[role] for role in slow}
     return state.new_state(run.cfg.seed, params, still, run.recipe.optimizers, controls)
@@ -267,7 +275,7 @@ def read_weights(run: Run, role: Role, key) -> Params:
 
 def abstract_state(run: Run) -> TrainState:
     """The state's shapes and layouts, nothing allocated: what a checkpoint is restored into."""
-    trained, slow = run.algorithm.roles(run.cfg.algorithm)
+    trained, slow = roles_of(run.cfg)
     describe = lambda role: state.abstract_params(run.weights[role].config, run.heads[role], run.dtype, run.mesh)
     params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
     controls = run.algorithm.controls(run.cfg.algorithm)

@@ -17,7 +17,8 @@ from jaxrlhf.config import load
 from jaxrlhf.config_batch import ROWS_KEY
 from jaxrlhf.feed import KIND_OF, held_out, put, read_source
 from jaxrlhf.rewards.judge import Judge
-from jaxrlhf.step import make_evaluation
+from jaxrlhf.score import score
+from jaxrlhf.step import make_held_out_rollout, make_measure
 from jaxrlhf.types import Mean, Sequences, TrainState
 
 
@@ -29,7 +30,7 @@ class Result(NamedTuple):
 
 
 class HeldOut:
-    """The held-out batches of a run and the program that evaluates on them."""
+    """The held-out batches of a run and the programs that evaluate on them."""
 
     def __init__(self, ready: Run, size: int | None = None):
         cfg = ready.cfg
@@ -38,7 +39,8 @@ class HeldOut:
         self.kind = KIND_OF[field]
         rows = min(getattr(cfg.batch, ROWS_KEY[field]), self.size)
         self.batches = held_out(ready, self.kind, self.size, rows)
-        self.program = jax.jit(make_evaluation(ready.recipe))
+        self.rollout = jax.jit(make_held_out_rollout(ready.recipe)) if ready.algorithm.rollout else None
+        self.measure = jax.jit(make_measure(ready.recipe))
 
     def run(self, state: TrainState) -> Result | None:
         """Metrics over all held-out batches, and the first sampled responses. None without held-out data."""
@@ -47,7 +49,12 @@ class HeldOut:
         total: dict[str, Mean] = {}
         samples: list[dict[str, Any]] = []
         for host in self.batches:
-            means, sequences = self.program(state, put(self.ready.mesh, host.batch))
+            batch = put(self.ready.mesh, host.batch)
+            if self.rollout is not None:
+                batch = batch.replace(sequences=self.rollout(state, batch))
+            if self.ready.reward_function is not None:
+                batch = batch.replace(sequences=score(self.ready, batch.sequences, host.columns or []).sequences)
+            means, sequences = self.measure(state, batch)
             means = jax.device_get(means)
             total = {name: total[name] + mean if name in total else mean for name, mean in means.items()}
             if sequences is not None:
