@@ -85,7 +85,7 @@ class EvalConfig:
     every: int = 0  # iterations; 0: only at the end
     size: int = 256  # held-out examples
     samples: int = 8  # responses that go to samples.jsonl
-    judge: SourceConfig | None = None  # labelled texts for an outside judge, which `jaxrlhf evaluate` asks
+    judge: SourceConfig | None = None  # labelled texts to train an outside judge on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,9 +218,10 @@ def find_algorithm(name: Any) -> Algorithm:
 
 def with_default_roles(cfg: Config) -> Config:
     """Fills in the roles that the algorithm needs and the config leaves out: the reference starts as the policy, the
-    value model as the reward model, or where there is none as the policy."""
+    value model as the reward model, or where there is none as the policy. A policy that learns from its own responses
+    always has a reference: an evaluation compares with it."""
     trained, slow = roles_of(cfg)
-    needed = {**trained, **slow}
+    needed = {**trained, **slow} | ({"reference": "lm"} if find_algorithm(cfg.algorithm_name).rollout else {})
     origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
     left_out = [role for role in needed if role in origins and role not in cfg.models]
     return dataclasses.replace(

@@ -119,6 +119,7 @@ def generate_problems(cfg: Config) -> Iterator[str]:
 def evaluation_problems(cfg: Config) -> Iterator[str]:
     """An evaluation that is asked for can be made."""
     best, sections = cfg.checkpoint.best, sections_read(cfg)
+    sections += ["prompts"] if "policy" in roles_of(cfg)[0] and "prompts" not in sections else []
     if cfg.eval.every and not any(getattr(cfg.data, f"eval_{section}", None) for section in sections):
         yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path or tfds"
     if best and not best.startswith("eval/"):

@@ -72,23 +72,13 @@ def make_update(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainStat
     return update
 
 
-def make_held_out_rollout(recipe: Recipe) -> Callable[[TrainState, Batch], Sequences]:
-    """make_rollout under step 0, whatever the state's step is, so that evaluations of a run share their noise."""
-    rollout = make_rollout(recipe)
-    return lambda state, batch: rollout(state.replace(step=jnp.int32(0)), batch)
-
-
-def make_measure(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[dict[str, Mean], Sequences | None]]:
-    """(state, held-out batch, its responses sampled) -> (metrics as Means, responses with their scores; None offline):
-    what the algorithm measures, and no update."""
+def make_measure(recipe: Recipe) -> Callable[[TrainState, Batch], dict[str, Mean]]:
+    """(state, held-out batch) -> metrics as Means: what an offline algorithm measures, and no update."""
     algorithm, cfg, nets = recipe.algorithm, recipe.cfg, recipe.nets
 
     def measure(state: TrainState, batch: Batch):
         experience, means = algorithm.prepare(nets, state, batch, cfg)
-        if algorithm.rollout is not None:
-            return means, experience.sequences
-        _, loss_means = algorithm.loss(nets, state.params, state.slow, experience, cfg)
-        return means | loss_means, None
+        return means | algorithm.loss(nets, state.params, state.slow, experience, cfg)[1]
 
     return measure
 

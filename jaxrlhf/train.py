@@ -15,6 +15,7 @@ from jaxrlhf.config import Config, dump
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError, suggest
+from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, layout, put
 from jaxrlhf.metrics import MetricsLog, lock_run_dir
 from jaxrlhf.score import compile_halves
@@ -161,7 +162,7 @@ class Trainer:
             kept = self.saved.latest()
             raise FloatingPointError(f"step {step}: {bad[0]} is {numbers[bad[0]]}; last good checkpoint: step {kept}")
         if sequences is not None:
-            self.log.samples(step, evaluate.sample_rows(self.ready, sequences, self.cfg.log.samples, "train"))
+            self.log.samples(step, sample_rows(self.ready, sequences, self.cfg.log.samples, "train"))
 
     def samples_due(self, step: int) -> bool:
         return self.cfg.log.samples > 0 and step % self.cfg.log.samples_every == 0

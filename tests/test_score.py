@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import build, checkpoint, cli, evaluate, sharding
+from jaxrlhf import build, checkpoint, cli, evaluate_report, sharding
 from jaxrlhf import step as steps
 from jaxrlhf import train as trainer
 from jaxrlhf.algorithms.ppo import PPOConfig
@@ -244,7 +244,7 @@ def test_the_time_in_the_function_is_a_metric(learned):
 
 def test_a_finished_run_is_evaluated_with_its_function(learned):
     with rewarded_by(vowels):
-        report = evaluate.evaluate_run(str(learned))
+        report = evaluate_report.evaluate_run(str(learned))
     last = [row for row in runs.rows(learned) if "eval/score/mean" in row][-1]
     assert report["after"]["score/mean"] == pytest.approx(last["eval/score/mean"], abs=1e-6)
     first = next(row for row in runs.rows(learned) if "eval/score/mean" in row)
@@ -286,7 +286,7 @@ def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, 
 
 def test_a_run_whose_function_is_gone_is_refused_in_one_line(learned):
     with pytest.raises(ConfigError, match=r"^rewards\.function: my_rewards:f: no module my_rewards; .*$"):
-        evaluate.evaluate_run(str(learned))
+        evaluate_report.evaluate_run(str(learned))
 
 
 def test_roles_of_a_run_with_a_function(learned):
