@@ -10,7 +10,7 @@ from etils import epath
 
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
-from jaxrlhf.config import Config, dump
+from jaxrlhf.config import Config, dump, roles_of
 from jaxrlhf.config_batch import num_micro, updates_of
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
@@ -20,6 +20,7 @@ from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
 from jaxrlhf.models.transformer import ModelConfig, Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
+from jaxrlhf.rewards import functions
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
@@ -48,6 +49,7 @@ class Run:
     heads: dict[Role, Head]  # trained roles first
     recipe: Recipe
     sampler: generate.Sampler
+    reward_function: functions.RewardFunction | None  # None: the reward model scores, or nothing is sampled
 
     @property
     def configs(self) -> dict[Role, ModelConfig]:
@@ -61,7 +63,8 @@ class Run:
 def build(cfg: Config, devices: list | None = None) -> Run:
     """Find weights and tokenizer, and compose the step. Reads no weights; raises ConfigError for what does not fit."""
     algorithm = find(cfg.algorithm_name)
-    trained, slow = algorithm.roles(cfg.algorithm)
+    reward_function = find_reward_function(cfg)
+    trained, slow = roles_of(cfg)
     heads: dict[Role, Head] = {**trained, **slow}
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(cfg)
@@ -73,16 +76,31 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     total = cfg.iterations * epochs * minibatches
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
-    bound = bind_nets(cfg, weights, sampler)
+    # log-probs are of the distribution sampled from, where responses are sampled
+    bound = bind_nets(cfg, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
     recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg))
-    return Run(cfg, algorithm, mesh, tokenizer, weights, heads, recipe, sampler)
+    return Run(cfg, algorithm, mesh, tokenizer, weights, heads, recipe, sampler, reward_function)
 
 
-def bind_nets(cfg: Config, weights: dict[Role, Weights], sampler: generate.Sampler) -> Nets:
-    """What algorithms may ask of the run's models. Log-probs follow the sampling only where responses are sampled."""
+def find_reward_function(cfg: Config) -> functions.RewardFunction | None:
+    """The function of the user's that scores the responses; None where the config names none."""
+    return located(functions.resolve, cfg.rewards.function, "rewards") if cfg.rewards.function else None
+
+
+def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> Run:
+    """``run`` with roles that its algorithm does without (an evaluation's), and responses sampled by ``sampler``."""
+    weights = {role: find_weights(run.cfg, role, len(run.tokenizer)) for role in more}
+    check_tokenizers(run.cfg, weights, run.tokenizer)
+    weights = run.weights | weights
+    nets = bind_nets(run.cfg, weights, sampler, sampler.sampling)
+    recipe = run.recipe._replace(nets=nets)
+    return dataclasses.replace(run, weights=weights, heads=run.heads | more, recipe=recipe, sampler=sampler)
+
+
+def bind_nets(cfg: Config, weights: dict[Role, Weights], sampler: generate.Sampler, sampling: Sampling) -> Nets:
+    """What algorithms may ask of the run's models; log-probs are of the distribution that ``sampling`` shapes."""
     configs = {role: found.config for role, found in weights.items()}
     runtime = Runtime(jnp.dtype(cfg.precision.compute), cfg.remat)
-    sampling = sampler.sampling if find(cfg.algorithm_name).rollout else Sampling()
 
     def sample(role: Role, trees: dict[Role, Params], prompts: Prompts, seed, step) -> Sequences:
         return generate.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
@@ -235,12 +253,8 @@ def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
 
 def initial_state(run: Run) -> TrainState:
     """Read or draw every role's weights. A role that starts from another is a copy of it: nothing is aliased."""
-    key = jax.random.key(run.cfg.seed)
-    trees: dict[Role, Params] = {}
-    for role in run.heads:
-        number = sorted(run.cfg.models).index(base_role(run.cfg, role))
-        trees[role] = read_weights(run, role, jax.random.fold_in(key, number))
-    trained, slow = run.algorithm.roles(run.cfg.algorithm)
+    trees: dict[Role, Params] = {role: read_weights(run, role) for role in run.heads}
+    trained, slow = roles_of(run.cfg)
     controls = run.algorithm.controls(run.cfg.algorithm)
     params, still = {role: trees[role] for role in trained}, {role: trees[role] for role in slow}
     return state.new_state(run.cfg.seed, params, still, run.recipe.optimizers, controls)
@@ -252,9 +266,12 @@ def base_role(cfg: Config, role: Role) -> Role:
     return next(name for name, model in cfg.models.items() if model is start)
 
 
-def read_weights(run: Run, role: Role, key) -> Params:
-    """One role's parameters on the mesh, under the head it needs. The same key draws the same trunk for every role."""
+def read_weights(run: Run, role: Role) -> Params:
+    """One role's parameters on the mesh, under the head it needs. What is drawn hangs on the seed and on where the role
+    starts, so that roles that start from the same random weights do."""
     found, head = run.weights[role], run.heads[role]
+    number = sorted(run.cfg.models).index(base_role(run.cfg, role))
+    key = jax.random.fold_in(jax.random.key(run.cfg.seed), number)
     if found.kind == "new":
         return jax.jit(lambda: transformer.init(found.config, head, key, run.dtype))()
     if found.kind == "run":
@@ -267,7 +284,7 @@ def read_weights(run: Run, role: Role, key) -> Params:
 
 def abstract_state(run: Run) -> TrainState:
     """The state's shapes and layouts, nothing allocated: what a checkpoint is restored into."""
-    trained, slow = run.algorithm.roles(run.cfg.algorithm)
+    trained, slow = roles_of(run.cfg)
     describe = lambda role: state.abstract_params(run.weights[role].config, run.heads[role], run.dtype, run.mesh)
     params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
     controls = run.algorithm.controls(run.cfg.algorithm)

@@ -94,7 +94,7 @@ def evaluate(
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
-    from jaxrlhf.evaluate import evaluate_run, print_report
+    from jaxrlhf.evaluate_report import evaluate_run, print_report
 
     report = evaluate_run(run, judge, samples)
     if as_json:

@@ -24,8 +24,9 @@ from jaxrlhf.generate import GenerateConfig
 from jaxrlhf.metrics import LogConfig
 from jaxrlhf.models.transformer import ModelConfig
 from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.sharding import MeshConfig
-from jaxrlhf.types import Algorithm, Role
+from jaxrlhf.types import Algorithm, Head, Role
 
 # ---- the record -----------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ class EvalConfig:
     every: int = 0  # iterations; 0: only at the end
     size: int = 256  # held-out examples
     samples: int = 8  # responses that go to samples.jsonl
-    judge: SourceConfig | None = None  # labelled texts for an outside judge, which `jaxrlhf evaluate` asks
+    judge: SourceConfig | None = None  # labelled texts to train an outside judge on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,7 @@ class Config:
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     generate: GenerateConfig = GenerateConfig()
+    rewards: RewardsConfig = RewardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
@@ -216,18 +218,25 @@ def find_algorithm(name: Any) -> Algorithm:
 
 def with_default_roles(cfg: Config) -> Config:
     """Fills in the roles that the algorithm needs and the config leaves out: the reference starts as the policy, the
-    value model as the reward model."""
-    origins = {"reference": "policy", "value": "reward"}
-    left_out = [role for role in roles_of(cfg) if role in origins and role not in cfg.models]
+    value model as the reward model, or where there is none as the policy. A policy that learns from its own responses
+    always has a reference: an evaluation compares with it."""
+    trained, slow = roles_of(cfg)
+    needed = {**trained, **slow} | ({"reference": "lm"} if find_algorithm(cfg.algorithm_name).rollout else {})
+    origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
+    left_out = [role for role in needed if role in origins and role not in cfg.models]
     return dataclasses.replace(
         cfg, models=cfg.models | {role: RoleConfig(init_from=origins[role]) for role in left_out}
     )
 
 
-def roles_of(cfg: Config) -> list[Role]:
-    """The roles that the algorithm needs, trained ones first."""
-    trained, slow = find_algorithm(cfg.algorithm_name).roles(cfg.algorithm)
-    return [*trained, *slow]
+def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
+    """(trained, slow): the roles that the run needs. A reward function takes the place of the reward model."""
+    algorithm = find_algorithm(cfg.algorithm_name)
+    trained, slow = algorithm.roles(cfg.algorithm)
+    if cfg.rewards.function is None or algorithm.rollout is None:  # offline there is nothing to score
+        return trained, slow
+    without = lambda heads: {role: head for role, head in heads.items() if role != "reward"}
+    return without(trained), without(slow)
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from jaxrlhf.config_errors import ConfigError, show, suggest
 from jaxrlhf.config_types import hints
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.rewards import functions
 from jaxrlhf.sharding import AXES, RULES, mesh_shape
 from jaxrlhf.types import Role
 
@@ -19,16 +20,19 @@ SECTION_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences"
 def check(cfg: Config, num_devices: int, source: str = "config") -> None:
     """Raises ConfigError, a line a mistake, for what no single key shows: roles, data, batch arithmetic, the mesh.
 
-    Nothing is built or read; ``source`` is what the lines start with (the config's path)."""
-    problems = [*role_problems(cfg), *data_problems(cfg), *generate_problems(cfg), *tokenizer_problems(cfg)]
-    problems += [*evaluation_problems(cfg), *model_problems(cfg), *device_problems(cfg, num_devices)]
+    Nothing is built or read, but for the module of rewards.function, which is imported; ``source`` is what the lines
+    start with (the config's path)."""
+    problems = [*role_problems(cfg), *reward_problems(cfg), *data_problems(cfg), *generate_problems(cfg)]
+    problems += [*tokenizer_problems(cfg), *evaluation_problems(cfg), *model_problems(cfg)]
+    problems += device_problems(cfg, num_devices)
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
 
 def role_problems(cfg: Config) -> Iterator[str]:
     """Every role that is needed has one origin, and no origin goes round in a circle."""
-    needed, name = roles_of(cfg), cfg.algorithm_name
+    (trained, slow), name = roles_of(cfg), cfg.algorithm_name
+    needed = [*trained, *slow]
     for role in needed:
         if role not in cfg.models:
             yield f"models.{role}: missing; {name} needs it; expected init_from or architecture"
@@ -44,6 +48,24 @@ def role_problems(cfg: Config) -> Iterator[str]:
     for role in cfg.optimizer:
         if role != "default" and role not in needed:
             yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
+
+
+def reward_problems(cfg: Config) -> Iterator[str]:
+    """A reward function can be found, has something to score, and is alone in that."""
+    name, function = cfg.algorithm_name, cfg.rewards.function
+    if function is None:
+        return
+    if find_algorithm(name).rollout is None:
+        yield f"rewards.function: {function}: {name} samples no responses to score; expected null"
+        return
+    if "reward" in cfg.models:
+        yield f"models.reward: rewards.function {function} is given too; expected one of them"
+    if getattr(cfg.algorithm, "reward_update", False):
+        yield f"algorithm.reward_update: true: rewards.function {function} is no model that can learn; expected false"
+    try:
+        functions.resolve(function)
+    except ValueError as error:
+        yield f"rewards.{error}"
 
 
 def origin_problems(cfg: Config, role: Role) -> Iterator[str]:
@@ -97,6 +119,7 @@ def generate_problems(cfg: Config) -> Iterator[str]:
 def evaluation_problems(cfg: Config) -> Iterator[str]:
     """An evaluation that is asked for can be made."""
     best, sections = cfg.checkpoint.best, sections_read(cfg)
+    sections += ["prompts"] if "policy" in roles_of(cfg)[0] and "prompts" not in sections else []
     if cfg.eval.every and not any(getattr(cfg.data, f"eval_{section}", None) for section in sections):
         yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path or tfds"
     if best and not best.startswith("eval/"):

@@ -1,7 +1,7 @@
 """What a run is fed: the algorithm's data as one batch an iteration, and held-out data as a fixed list."""
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -41,25 +41,22 @@ class Feed:
                 process_count=jax.process_count(),
                 **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids}),
             )
-        self.first: Batch | None = None  # read for its shapes, not yet used
 
-    def next(self) -> Batch:
-        """This process's rows of the next iteration, as NumPy arrays."""
-        if self.first is not None:
-            batch, self.first = self.first, None
-            return batch
-        merged = Batch()
+    def next(self) -> tuple[Batch, list[dict[str, Any]]]:
+        """This process's rows of the next iteration, as NumPy arrays, and the records of its prompts, one each."""
+        merged, records = Batch(), []
         for stream in self.streams.values():
-            parts = {name: part for name, part in vars(next(stream).batch).items() if part is not None}
-            merged = merged.replace(**parts)
-        return merged
+            host = next(stream)
+            parts = {name: part for name, part in vars(host.batch).items() if part is not None}
+            merged, records = merged.replace(**parts), records + (host.columns or [])
+        return merged, records
 
     def shapes(self) -> Iterator[Batch]:
         """A batch (of ShapeDtypeStructs, global rows) for every shape that can come: one a prompt bucket."""
         state = self.get_state()
         rows = jax.process_count()
         whole = lambda x: jax.ShapeDtypeStruct((x.shape[0] * rows, *x.shape[1:]), x.dtype)
-        batch = jax.tree.map(whole, self.next())
+        batch = jax.tree.map(whole, self.next()[0])
         self.set_state(state)
         if batch.prompts is None:
             yield batch
@@ -126,3 +123,13 @@ def layout(mesh: Mesh, x) -> NamedSharding:
 def put(mesh: Mesh, batch: Rows) -> Rows:
     """Host rows (a record of arrays) onto the mesh; every process brings its own."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout(mesh, x), np.asarray(x)), batch)
+
+
+def fetch(rows: Rows) -> Rows:
+    """The inverse of ``put``: this process's rows as NumPy arrays."""
+
+    def one(x) -> np.ndarray:
+        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}  # once where it is replicated
+        return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
+
+    return jax.tree.map(one, rows)

@@ -4,15 +4,13 @@ The head is affine, so the normalisation is folded into it: kernel / std and (bi
 the same against every reward model (Ziegler et al. 2019; Stiennon et al. 2020).
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf import build, feed
 from jaxrlhf.build import Run
-from jaxrlhf.types import Params, TrainState
+from jaxrlhf.types import Head, Params, Role, TrainState
 
 
 def finish(ready: Run, state: TrainState, say=print) -> TrainState:
@@ -37,13 +35,11 @@ def fold(head: Params, mean: float, std: float) -> Params:
 
 def score_policy_samples(ready: Run, state: TrainState, size: int) -> np.ndarray:
     """f32[size]: what the reward model thinks of responses that models.policy samples for data.prompts."""
-    cfg = ready.cfg
-    found = build.find_weights(cfg, "policy", len(ready.tokenizer))
-    sampler = build.make_sampler(cfg, ready.tokenizer, {"policy": found})
-    weights = ready.weights | {"policy": found}
-    nets = build.bind_nets(cfg, weights, sampler)
-    whole = dataclasses.replace(ready, weights=weights, heads=ready.heads | {"policy": "lm"})
-    policy = {"policy": build.read_weights(whole, "policy", jax.random.key(cfg.seed))}
+    policy: dict[Role, Head] = {"policy": "lm"}
+    found = build.find_weights(ready.cfg, "policy", len(ready.tokenizer))
+    sampler = build.make_sampler(ready.cfg, ready.tokenizer, {"policy": found})
+    whole = build.with_roles(ready, policy, sampler)
+    nets, params = whole.recipe.nets, {"policy": build.read_weights(whole, "policy")}
 
     @jax.jit
     def score(policy, reward, prompts, step):
@@ -53,6 +49,6 @@ def score_policy_samples(ready: Run, state: TrainState, size: int) -> np.ndarray
     scores = []
     for number, host in enumerate(feed.training_prompts(ready, size)):
         rows = feed.put(ready.mesh, host.batch).prompts
-        found_scores, real = score(policy, {"reward": state.params["reward"]}, rows, jnp.int32(number))
+        found_scores, real = score(params, {"reward": state.params["reward"]}, rows, jnp.int32(number))
         scores.append(np.asarray(found_scores)[np.asarray(real)])
     return np.concatenate(scores)

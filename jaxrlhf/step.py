@@ -72,23 +72,15 @@ def make_update(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainStat
     return update
 
 
-def make_evaluation(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[dict[str, Mean], Sequences | None]]:
-    """(state, held-out batch) -> (metrics as Means, sampled sequences): what the algorithm measures, and no update.
-
-    Responses are sampled under step 0 whatever the state's step is, so that evaluations of a run share their noise.
-    """
+def make_measure(recipe: Recipe) -> Callable[[TrainState, Batch], dict[str, Mean]]:
+    """(state, held-out batch) -> metrics as Means: what an offline algorithm measures, and no update."""
     algorithm, cfg, nets = recipe.algorithm, recipe.cfg, recipe.nets
 
-    def evaluation(state: TrainState, batch: Batch):
-        if algorithm.rollout is not None:
-            sequences = algorithm.rollout(nets, state.replace(step=jnp.int32(0)), batch.prompts)
-            experience, means = algorithm.prepare(nets, state, batch.replace(sequences=sequences), cfg)
-            return means, experience.sequences
+    def measure(state: TrainState, batch: Batch):
         experience, means = algorithm.prepare(nets, state, batch, cfg)
-        _, loss_means = algorithm.loss(nets, state.params, state.slow, experience, cfg)
-        return means | loss_means, None
+        return means | algorithm.loss(nets, state.params, state.slow, experience, cfg)[1]
 
-    return evaluation
+    return measure
 
 
 # ---- updates --------------------------------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from jaxrlhf.config import Config, dump
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError, suggest
+from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, layout, put
 from jaxrlhf.metrics import MetricsLog, lock_run_dir
+from jaxrlhf.score import compile_halves
 from jaxrlhf.step import make_iteration
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
@@ -60,7 +62,7 @@ class Finished(NamedTuple):
     """One dispatched iteration, its numbers still on the device."""
 
     step: int
-    metrics: Metrics
+    metrics: Metrics  # and a time that the host measured
     sequences: Sequences | None
 
 
@@ -89,6 +91,7 @@ class Trainer:
             state, step = self.loop(state, start, programs)
         finally:
             signal.signal(signal.SIGTERM, previous)
+            self.saved.close()  # also where something was raised, a user's reward function say: what is saved is whole
         if self.preempted and step < cfg.iterations:
             self.log.say(f"SIGTERM: stopped at step {step}; the same command goes on from there")
             return PREEMPTED
@@ -98,8 +101,9 @@ class Trainer:
         cfg, step = self.cfg, start
         self.last_time = time.perf_counter()
         while step < cfg.iterations and not self.preempted:
-            batch = put(self.ready.mesh, self.feed.next())
-            state, metrics, sequences = programs[shapes(batch)](state, batch)
+            host, records = self.feed.next()
+            batch = put(self.ready.mesh, host)
+            state, metrics, sequences = programs[shapes(batch)](state, batch, records)
             step += 1
             self.flush()  # the iteration before, while this one runs
             self.pending = Finished(step, metrics, sequences if self.samples_due(step) else None)
@@ -116,20 +120,21 @@ class Trainer:
         if step > (self.saved.latest() or 0):  # SIGTERM came between two saves
             self.flush()
             self.save(step, state)
-        self.saved.close()
         return state, step
 
     def compile(self, state: TrainState) -> dict[Any, Callable]:
-        """The step's program for every shape of batch that can come, before the first is run."""
+        """The iteration for every shape of batch that can come, before the first is run: (state, batch, records) ->
+        (state, metrics, responses) in one program, or in two where the host scores the responses between them."""
         started, programs = time.perf_counter(), {}
-        step = jax.jit(make_iteration(self.ready.recipe), donate_argnums=0)
+        halves = self.ready.reward_function is not None
+        compile_for = compile_halves if halves else compile_whole
         for batch in self.feed.shapes():
             batch = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(self.ready.mesh, x)), batch
             )
-            programs[shapes(batch)] = step.lower(state, batch).compile()
-        count = f"{len(programs)} program{'s' if len(programs) > 1 else ''}"
-        self.log.say(f"compiled {count} in {time.perf_counter() - started:.1f} s")
+            programs[shapes(batch)] = compile_for(self.ready, state, batch)
+        count = len(programs) * (2 if halves else 1)
+        self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")
         return programs
 
     def ask_to_stop(self, *_: object) -> None:
@@ -155,10 +160,9 @@ class Trainer:
         bad = [name for name in vital if not np.isfinite(numbers[name])]
         if bad:
             kept = self.saved.latest()
-            self.saved.close()
             raise FloatingPointError(f"step {step}: {bad[0]} is {numbers[bad[0]]}; last good checkpoint: step {kept}")
         if sequences is not None:
-            self.log.samples(step, evaluate.sample_rows(self.ready, sequences, self.cfg.log.samples, "train"))
+            self.log.samples(step, sample_rows(self.ready, sequences, self.cfg.log.samples, "train"))
 
     def samples_due(self, step: int) -> bool:
         return self.cfg.log.samples > 0 and step % self.cfg.log.samples_every == 0
@@ -199,6 +203,12 @@ class Trainer:
         self.feed.set_state(self.saved.extra(step)["data"])
         self.log.say(f"resumed from step {step}")
         return state
+
+
+def compile_whole(ready: Run, state: TrainState, batch: Batch) -> Callable:
+    """The iteration as one program that the state is donated to; the records are for reward functions."""
+    program = jax.jit(make_iteration(ready.recipe), donate_argnums=0).lower(state, batch).compile()
+    return lambda state, batch, records: program(state, batch)
 
 
 def shapes(batch: Batch) -> tuple:

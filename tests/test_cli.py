@@ -51,7 +51,7 @@ def calls(monkeypatch):
 
     module("jaxrlhf.train", run=lambda cfg, text: "preempted" if "stop" in cfg.run_dir else "done")
     module(
-        "jaxrlhf.evaluate",
+        "jaxrlhf.evaluate_report",
         evaluate_run={"eval/score/mean": 1.5},
         print_report=lambda report: print("the report", report),
     )

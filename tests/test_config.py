@@ -100,6 +100,21 @@ def test_reference_and_value_have_default_origins(ppo):
     assert config.load(ppo, ["models.value.init_from=policy"]).models["value"].init_from == "policy"
 
 
+FUNCTION = ("rewards.function=operator:add", "models={policy: {init_from: runs/sft}}")
+
+
+def test_a_reward_function_takes_the_place_of_the_reward_model(ppo):
+    cfg = config.load(ppo, FUNCTION)
+    check(cfg, 8)
+    assert config.roles_of(cfg) == ({"policy": "lm", "value": "scalar"}, {"reference": "lm"})
+    assert {role: model.init_from for role, model in cfg.models.items()} == {
+        "policy": "runs/sft",
+        "reference": "policy",
+        "value": "policy",
+    }
+    assert config.roles_of(config.load(ppo))[1] == {"reference": "lm", "reward": "scalar"}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_config_file_loads_checks_and_round_trips(path, tmp_path):
     cfg = config.load(path)
@@ -365,6 +380,15 @@ def test_a_good_config_passes(ppo):
         ),
         (["models.rewards.init_from=runs/rm"], "models.rewards: unknown role; nearest: reward"),
         (["optimizer.valeu={}"], "optimizer.valeu: no role of ppo; nearest: value"),
+        (["rewards.function=operator:add"], "models.reward: rewards.function operator:add is given too; expected one"),
+        (
+            [*FUNCTION, "algorithm.reward_update=true", "data.preferences.path=x"],
+            "algorithm.reward_update: true: rewards.function operator:add is no model that can learn; expected false",
+        ),
+        ([*FUNCTION, "rewards.function=operator:ad"], "rewards.function: operator:ad: operator has no ad; nearest: a"),
+        ([*FUNCTION, "rewards.function=add"], 'rewards.function: add: expected "package.module:name"'),
+        ([*FUNCTION, "optimizer.reward={}"], "optimizer.reward: no role of ppo; choices: default, policy, value, ref"),
+        ([*FUNCTION, "models.value.init_from=reward"], "models.value.init_from: reward: a role that models does not "),
         (["generate.min_new_tokens=99"], "generate.min_new_tokens: 99: more than max_new_tokens; nearest: 64"),
         (
             ["generate.temperature=0"],
@@ -420,6 +444,13 @@ def test_a_run_from_scratch_needs_a_tokenizer(tmp_path):
     path.write_text(SFT)
     line = mistake(path, "tokenizer.train_vocab_size=", devices=1)
     assert line.endswith("tokenizer: null: no model is given that has one; expected init_from or train_vocab_size")
+
+
+def test_a_reward_function_needs_responses(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(SFT)
+    line = "rewards.function: operator:add: sft samples no responses to score; expected null"
+    assert mistake(path, "rewards.function=operator:add", devices=1) == f"{path}: {line}"
 
 
 def test_greedy_responses_are_fine_where_none_is_trained_on(tmp_path):

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf import build, cli, evaluate
+from jaxrlhf import build, cli, evaluate, evaluate_report
+from jaxrlhf.evaluate_policy import PolicyEvaluation, Responses, sample_rows
 from jaxrlhf.rewards.judge import Judge
+from jaxrlhf.types import Sequences
 from tests import runs
 
 NAMES = ("sft", "rm", "ppo", "still")
@@ -48,8 +50,7 @@ def test_after_is_the_evaluation_at_the_end_of_training(root, reports, last_eval
     assert (report["algorithm"], report["step"]) == ("ppo" if name == "still" else name, 1 if name == "still" else 4)
     assert report["after"].keys() == expected.keys()
     for key, value in expected.items():
-        if not key.startswith("kl/coef"):  # the state's: after the last iteration it was adapted once more
-            np.testing.assert_allclose(report["after"][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(report["after"][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
 def test_only_a_policy_with_a_reference_has_a_before(reports):
@@ -57,14 +58,16 @@ def test_only_a_policy_with_a_reference_has_a_before(reports):
     assert has == {
         "sft": ["after"],
         "rm": ["after", "reward_model"],
-        "ppo": ["after", "before", "judge", "reward_model", "samples"],
-        "still": ["after", "before", "judge", "reward_model", "samples"],
+        "ppo": ["after", "before", "reward_model", "samples"],
+        "still": ["after", "before", "reward_model", "samples"],
     }
 
 
 def test_before_is_the_reference(reports):
     before, after = reports["ppo"]["before"], reports["ppo"]["after"]
-    assert before.keys() == after.keys() >= {"score/mean", "score/std", "kl/reference", "response/length_mean"}
+    expected = {"score/mean", "score/std", "kl/reference", "response/length_mean", "response/ended"}
+    assert before.keys() == after.keys() == expected | {"judge/mean", "judge/std", "win_rate/reward", "win_rate/judge"}
+    assert before["win_rate/reward"] == before["win_rate/judge"] == 0.5  # against itself
     assert abs(before["kl/reference"]) < 1e-5 < 1e-3 < after["kl/reference"]
     assert before["score/mean"] != after["score/mean"]
 
@@ -82,7 +85,7 @@ def test_a_policy_that_did_not_learn_is_its_reference(root, reports):
     report = reports["still"]
     assert report["before"] == report["after"]
     assert abs(report["after"]["kl/reference"]) < 1e-5
-    assert report["judge"]["before"] == report["judge"]["after"] and report["judge"]["win_rate"] == 0.5
+    assert report["after"]["win_rate/reward"] == report["after"]["win_rate/judge"] == 0.5
     assert all(row["before"] == row["after"] and row["score_before"] == row["score_after"] for row in report["samples"])
     state = runs.read_state(root / "whole" / "still", 1)
     policy = {path.removeprefix("params.policy/"): leaf for path, leaf in state.items() if "params.policy" in path}
@@ -100,20 +103,22 @@ def test_samples_show_both_policies_on_the_same_prompts(reports):
 
 
 def test_the_report_for_a_reader(reports, capsys):
-    evaluate.print_report(reports["ppo"])
+    evaluate_report.print_report(reports["ppo"])
     shown = capsys.readouterr().out
     for words in ("reward", "KL from the reference", "length (tokens)", "outside judge: share positive", "before"):
         assert words in shown
     assert f"{reports['ppo']['after']['score/mean']:.3f}" in shown
+    wins = reports["ppo"]["after"]["win_rate/judge"]
+    assert f"the outside judge prefers after to before: {wins:.1%}" in shown
     assert f"reward model: {reports['ppo']['reward_model']['accuracy']:.1%} of 32 held-out pairs right" in shown
     assert reports["ppo"]["samples"][0]["prompt"] in shown
-    evaluate.print_report(reports["sft"])
-    assert "loss (nats a token)" in capsys.readouterr().out
+    evaluate_report.print_report(reports["sft"])
+    assert f"{reports['sft']['after']['loss/policy']:.3f}" in capsys.readouterr().out
 
 
 def test_prompts_of_brackets_are_no_markup(capsys):
     row = {"prompt": "[bold]is[/bold] this", "after": "[red]text", "score_after": 1.0}
-    evaluate.print_report({"run": "r", "algorithm": "ppo", "step": 1, "after": {}, "samples": [row]})
+    evaluate_report.print_report({"run": "r", "algorithm": "ppo", "step": 1, "after": {}, "samples": [row]})
     assert "[bold]is[/bold] this\n   after (+1.00): [red]text" in capsys.readouterr().out
 
 
@@ -132,7 +137,7 @@ def test_evaluating_leaves_the_run_as_it_is(root, tmp_path, reports, one_device)
     half = run / "checkpoints" / "6.orbax-checkpoint-tmp"
     half.mkdir()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    report = evaluate.evaluate_run(str(run))
+    report = evaluate_report.evaluate_run(str(run))
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} and half.exists()
     np.testing.assert_allclose(report["after"]["loss/policy"], reports["sft"]["after"]["loss/policy"], rtol=1e-5)
 
@@ -151,7 +156,7 @@ def test_the_size_of_batches_changes_nothing(root, tmp_path):
         with jax.set_mesh(ready.mesh):
             held = evaluate.HeldOut(ready)
             result = held.run(build.initial_state(ready))
-        assert len(held.batches) == -(-20 // rows)
+        assert held.measure and len(held.measure.batches) == -(-20 // rows)
         assert result is not None and result.samples == []
         found.append(result.metrics)
     assert found[0].keys() == found[1].keys() == {"loss/policy", "policy/entropy"}
@@ -176,11 +181,11 @@ def test_sample_rows_are_text_without_padding_and_special_tokens(root, tmp_path)
     columns = np.arange(tokens.shape[1])
     mask = valid & (columns >= 2 + len(prompt))
     scores = np.array([0.123456, 9.0], np.float32)
-    sequences = evaluate.Sequences(tokens, valid, mask, scores=scores)  # type: ignore[arg-type]
+    sequences = Sequences(tokens, valid, mask, scores=scores)  # type: ignore[arg-type]
     row = {"prompt": "the film", "response": " is warm", "score": 0.1235, "split": "eval"}
-    assert evaluate.sample_rows(ready, sequences, 1, "eval") == [row]
+    assert sample_rows(ready, sequences, 1, "eval") == [row]
     bare = dataclasses.replace(sequences, scores=None)
-    assert evaluate.sample_rows(ready, bare, 9, "x")[1] == {"prompt": "", "response": "", "split": "x"}
+    assert sample_rows(ready, bare, 9, "x")[1] == {"prompt": "", "response": "", "split": "x"}
 
 
 # ---- what the reward model gets right -------------------------------------------------------------------------------
@@ -211,14 +216,14 @@ def test_accuracy_and_calibration_are_a_loop(monkeypatch):
         for filled, scores in zip(pair, (chosen, rejected)):
             filled[:rows] = scores[at : at + rows]
         batches.append(SimpleNamespace(batch=SimpleNamespace(preferences=pair), counts={"rows": rows}))
-    monkeypatch.setattr(evaluate, "held_out", lambda *_: batches)
-    monkeypatch.setattr(evaluate, "put", lambda mesh, batch: batch)
-    monkeypatch.setattr(evaluate, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
+    monkeypatch.setattr(evaluate_report, "held_out", lambda *_: batches)
+    monkeypatch.setattr(evaluate_report, "put", lambda mesh, batch: batch)
+    monkeypatch.setattr(evaluate_report, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
     batch = SimpleNamespace(preferences_per_step=8)
     cfg = SimpleNamespace(eval=SimpleNamespace(size=99), batch=batch)
     ready: Any = SimpleNamespace(cfg=cfg, mesh=None, recipe=SimpleNamespace(nets=None))
     state: Any = SimpleNamespace(params={"reward": {}}, slow={})
-    found = evaluate.pair_report(ready, state)["reward_model"]
+    found = evaluate_report.pair_report(ready, state)["reward_model"]
     assert found["pairs"] == 99
     np.testing.assert_allclose(found["accuracy"], accuracy(chosen, rejected), atol=5e-5)
     np.testing.assert_allclose(found["calibration_error"], calibration_error(chosen, rejected), atol=5e-5)
@@ -249,10 +254,10 @@ def calibration_error(chosen: np.ndarray, rejected: np.ndarray) -> float:
 
 def test_no_reward_model_no_report(monkeypatch):
     state: Any = SimpleNamespace(params={"policy": {}}, slow={})
-    monkeypatch.setattr(evaluate, "held_out", lambda *_: [object()])
+    monkeypatch.setattr(evaluate_report, "held_out", lambda *_: [object()])
     size = SimpleNamespace(eval=SimpleNamespace(size=1), batch=SimpleNamespace(preferences_per_step=1))
     ready: Any = SimpleNamespace(cfg=size)
-    assert evaluate.pair_report(ready, state) == {}
+    assert evaluate_report.pair_report(ready, state) == {}
 
 
 # ---- the outside judge ----------------------------------------------------------------------------------------------
@@ -272,16 +277,36 @@ def test_the_judge_learns_the_labels(root, labels):
     assert ((found > 0.5) == [row["label"] for row in held_out]).mean() > 0.95
 
 
-def test_the_judge_compares_before_and_after(labels):
-    """Of prompt and response together; a tie is half a win."""
-    judge, prompt = Judge(labels), "the film is"
-    rows = lambda texts: [{"prompt": prompt, "response": text} for text in texts]
-    before = [" dull and its plot grim", " warm", " cold", " stale"]
-    after = [" warm and its plot bright", " dull", " cold", " lovely"]
-    marks = [judge([prompt + text for text in side]).mean() for side in (before, after)]
-    assert evaluate.judge_report(judge, {"before": rows(before), "after": rows(after)}) == {
-        "before": pytest.approx(marks[0], abs=1e-4),
-        "after": pytest.approx(marks[1], abs=1e-4),
-        "win_rate": (1 + 0 + 0.5 + 1) / 4,
+def test_metrics_are_worked_out_by_hand():
+    """Wins are counted prompt by prompt, a tie as half a one; padding rows never come this far."""
+    row = lambda *numbers: np.array(numbers, np.float32)
+    flags = np.array([True, True, False])
+    before = Responses([{}] * 3, row(5, 5, 5), flags, row(0, 0, 0), row(1, 2, 3), row(0.5, 0.5, 0.5))
+    after = Responses([{}] * 3, row(2, 4, 6), flags, row(1, 2, 6), row(2, 2, 2), row(0.9, 0.6, 0.1))
+    found = PolicyEvaluation.metrics(SimpleNamespace(before=before), after)  # type: ignore[arg-type]
+    expected = {
+        "response/length_mean": 4,
+        "response/ended": 2 / 3,
+        "kl/reference": 3,
+        "score/mean": 2,
+        "score/std": 0,
+        "judge/mean": 1.6 / 3,
+        "judge/std": np.std([0.9, 0.6, 0.1], ddof=1),
+        "win_rate/reward": (1 + 0.5 + 0) / 3,
+        "win_rate/judge": 2 / 3,
     }
-    assert evaluate.judge_report(judge, {"after": rows(after)}).keys() == {"after"}
+    assert found == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
+    bare = after._replace(kl=None, scores=None, marks=None)
+    alone = PolicyEvaluation.metrics(SimpleNamespace(before=None), bare)  # type: ignore[arg-type]
+    assert alone.keys() == {"response/length_mean", "response/ended"}
+
+
+def test_the_judge_reads_prompt_and_response(labels):
+    rows = [{"prompt": "the film is", "response": text} for text in (" dull and its plot grim", " warm", "")]
+    evaluation = SimpleNamespace(asks_judge=True, judge=Judge(labels))
+    marks = PolicyEvaluation.marks(evaluation, rows)  # type: ignore[arg-type]
+    assert marks is not None
+    np.testing.assert_array_equal(
+        marks, Judge(labels)(["the film is dull and its plot grim", "the film is warm", "the film is"])
+    )
+    assert PolicyEvaluation.marks(SimpleNamespace(asks_judge=False), rows) is None  # type: ignore[arg-type]

@@ -105,8 +105,9 @@ def choose(logits: Array, uniform: Array, greedy: bool = False) -> tuple[Array, 
     else:
         goal = (uniform * total)[:, None]
         block = first_above(cumulative, goal, mass)
-        before = jnp.take_along_axis(cumulative - mass, block[:, None], axis=1)
-        inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+        # a row at a time: take_along_axis would take a batch of one row for an axis to broadcast
+        pick = jax.vmap(lambda row, at: jax.lax.dynamic_index_in_dim(row, at, keepdims=False))
+        before, inside = pick(cumulative - mass, block)[:, None], pick(blocks, block)
         rest = jnp.maximum(goal - before, 0.0)  # rounding may leave it below 0, where a banned first token would pass
         token = block * BLOCK + first_above(jnp.cumsum(inside, axis=-1), rest, inside)
     chosen = jnp.where(jnp.arange(vocab) == token[:, None], logits, 0.0).sum(-1)

@@ -275,6 +275,18 @@ def test_choice_is_the_inverse_of_the_cumulative_distribution():
     assert first_last.tolist() == [1, 148]
 
 
+def test_choice_in_a_batch_of_one_row():
+    """On a mesh too, where an axis of size 1 is still split over the devices."""
+    logits, uniform = np.random.default_rng(0).normal(size=(3, 150)).astype(np.float32), np.array([0.2, 0.5, 0.9])
+    together, _ = choose_program(logits, uniform)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
+        layouts = sharding.spec("batch", None), sharding.spec("batch")
+        for row in range(3):
+            parts = (logits[row : row + 1], uniform[row : row + 1].astype(np.float32))
+            token, _ = choose_program(*(jax.device_put(x, where) for x, where in zip(parts, layouts)))
+            assert token.tolist() == [together[row]]
+
+
 def test_greedy_choice():
     logits = np.random.default_rng(0).normal(size=(20, 101)).astype(np.float32)
     token, logprob = choose_program(logits, np.zeros(20, np.float32), True)

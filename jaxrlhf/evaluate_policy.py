@@ -1,0 +1,134 @@
+"""What a policy writes for held-out prompts: reward, KL, length, and how often it beats the reference.
+
+It is the same for every algorithm with a policy, on policy or offline. Policy and reference answer the same prompts
+under the same sampling noise, one response each; the reward model (or the user's function) and an outside judge say
+whose response is better.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf import build
+from jaxrlhf.build import Run
+from jaxrlhf.feed import held_out, put, read_source
+from jaxrlhf.ops.masked import keep
+from jaxrlhf.rewards.judge import Judge
+from jaxrlhf.score import score
+from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState, sample_policy
+
+
+class Responses(NamedTuple):
+    """What one policy wrote: an entry a held-out prompt. None: nothing measures it in this run."""
+
+    rows: list[dict[str, Any]]  # prompt, response, score, split
+    lengths: np.ndarray  # f32, tokens
+    ended: np.ndarray  # bool, by itself
+    kl: np.ndarray | None  # f32, nats from the reference, of the sampled tokens
+    scores: np.ndarray | None  # f32
+    marks: np.ndarray | None  # f64: the judge's probability that the text is positive
+
+
+class PolicyEvaluation:
+    """The held-out prompts of a run, and the program that has them answered and scored.
+
+    A reference or a reward model that the config names and the algorithm does without is read at the first evaluation
+    and kept."""
+
+    def __init__(self, ready: Run, judge: bool = True):
+        cfg = ready.cfg
+        heads: dict[Role, Head] = {"reference": "lm", "reward": "scalar"}
+        self.more = {role: head for role, head in heads.items() if role in cfg.models and role not in ready.heads}
+        self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=1))
+        rows = min(cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt, cfg.eval.size)
+        self.batches = held_out(ready, "prompts", cfg.eval.size, rows)
+        self.asks_judge = judge and cfg.eval.judge is not None
+        self.judge: Judge | None = None
+        self.extra: dict[Role, Params] | None = None
+        self.before: Responses | None = None
+        self.program = jax.jit(self.answer)
+
+    def run(self, state: TrainState) -> Responses:
+        """What the policy writes; at first, and each time where the reward learns, what the reference writes too."""
+        if self.extra is None:
+            self.extra = {role: build.read_weights(self.ready, role) for role in self.more}
+        reference = (self.extra | state.slow).get("reference")
+        if reference is not None and (self.before is None or "reward" in state.params):
+            self.before = self.write(state.replace(params=state.params | {"policy": reference}))
+        return self.write(state)
+
+    def answer(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts) -> tuple[Sequences, Array | None]:
+        """(responses, with their scores where a reward model gives them; their KL in nats f32[B])."""
+        nets, trees = self.ready.recipe.nets, extra | state.slow | state.params
+        rollout = self.ready.algorithm.rollout or sample_policy
+        # under step 0, so that all evaluations share their noise
+        sequences = rollout(nets, state.replace(step=jnp.int32(0)), prompts)
+        if "reward" in trees and self.ready.reward_function is None:
+            sequences = sequences.replace(scores=nets.scores("reward", trees, sequences))
+        if "reference" not in trees:
+            return sequences, None
+        reference = nets.token_stats("reference", trees, sequences).logprobs
+        return sequences, keep(sequences.logprobs - reference, sequences.response_mask).sum(-1)
+
+    def write(self, state: TrainState) -> Responses:
+        """All prompts answered by the policy in ``state``."""
+        columns: dict[str, list] = {"rows": [], "lengths": [], "ended": [], "kl": [], "scores": []}
+        for host in self.batches:
+            sequences, kl = self.program(state, self.extra, put(self.ready.mesh, host.batch).prompts)
+            if self.ready.reward_function is not None:
+                sequences = score(self.ready, sequences, host.columns or []).sequences
+            real, mask = host.counts["rows"], np.asarray(sequences.response_mask)
+            columns["rows"] += sample_rows(self.ready, sequences, real, "eval")
+            values = {"lengths": mask.sum(1, dtype=np.float32), "ended": sequences.ended}
+            values |= {"kl": kl, "scores": sequences.scores}
+            for name, value in values.items():
+                columns[name] += [] if value is None else [np.asarray(value)[:real]]
+        rows = columns.pop("rows")
+        arrays: dict[str, Any] = {name: np.concatenate(parts) if parts else None for name, parts in columns.items()}
+        return Responses(rows=rows, marks=self.marks(rows), **arrays)
+
+    def marks(self, rows: list[dict[str, Any]]) -> np.ndarray | None:
+        """What the judge thinks of prompt + response. It is trained when it is first asked."""
+        if not self.asks_judge:
+            return None
+        if self.judge is None:
+            self.judge = Judge(read_source(self.ready, "labels", self.ready.cfg.eval.judge, "eval.judge"))  # type: ignore[arg-type]
+        return self.judge([row["prompt"] + row["response"] for row in rows])
+
+    def metrics(self, responses: Responses) -> dict[str, float]:
+        """Means over the prompts. win_rate/...: the share of prompts whose response beats the reference's, by the
+        reward and by the judge; a tie is half a win."""
+        found = {"response/length_mean": responses.lengths.mean(), "response/ended": responses.ended.mean()}
+        if responses.kl is not None:
+            found["kl/reference"] = responses.kl.mean()
+        for name, values in (("score", responses.scores), ("judge", responses.marks)):
+            if values is not None:
+                found |= {f"{name}/mean": values.mean(), f"{name}/std": values.std(ddof=len(values) > 1)}
+        if self.before is not None:
+            pairs = {
+                "reward": (responses.scores, self.before.scores),
+                "judge": (responses.marks, self.before.marks),
+            }
+            found |= {f"win_rate/{name}": win_rate(*pair) for name, pair in pairs.items() if pair[0] is not None}
+        return {name: float(value) for name, value in found.items()}
+
+
+def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The share of places where ours is more; equal ones count half."""
+    return float(np.mean((ours > theirs) + 0.5 * (ours == theirs)))
+
+
+def sample_rows(ready: Run, sequences: Sequences, count: int, split: str) -> list[dict[str, Any]]:
+    """The first ``count`` rows as text: prompt, response, score, split."""
+    rows = jax.tree.map(lambda x: np.asarray(jax.device_get(x))[:count], sequences)
+    decode = lambda ids: ready.tokenizer.decode(ids, skip_special_tokens=True)
+    texts = []
+    for i in range(len(rows.tokens)):
+        prompt = rows.tokens[i][rows.valid[i] & ~rows.response_mask[i]]
+        row = {"prompt": decode(prompt), "response": decode(rows.tokens[i][rows.response_mask[i]])}
+        if rows.scores is not None:
+            row["score"] = round(float(rows.scores[i]), 4)
+        texts.append(row | {"split": split})
+    return texts

@@ -1,0 +1,63 @@
+"""An iteration whose scores only the host can compute: two programs, with the user's reward function between them."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.build import Run
+from jaxrlhf.feed import fetch, layout, put
+from jaxrlhf.step import make_learn, make_rollout
+from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
+
+Records = list[dict[str, Any]]
+
+
+class Scored(NamedTuple):
+    """Responses that the host has scored."""
+
+    sequences: Sequences  # scores f32[B], laid out as rows; 0 in rows that fill up a batch
+    seconds: float  # spent in the function
+
+
+def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
+    """The run's reward function on this process's responses, special tokens left out.
+
+    ``records``: those of this process's prompts, without the ones that fill up; the samples of a prompt are contiguous.
+    Raises ValueError, in one line, where the function does not answer with numbers."""
+    assert ready.reward_function is not None, "the reward model scores"
+    rows = fetch((sequences.tokens, sequences.response_mask))
+    each = ready.sampler.samples_per_prompt
+    copies = [dict(record) for record in records for _ in range(each)]  # the function's own: it may change them
+    decode = lambda ids: ready.tokenizer.decode(ids, skip_special_tokens=True)
+    responses = [decode(tokens[mask]) for tokens, mask, _ in zip(*rows, copies)]
+    scores = np.zeros(len(rows[0]), np.float32)
+    started = time.perf_counter()
+    if responses:  # a process may have none in the last batch of an evaluation
+        scores[: len(responses)] = ready.reward_function(responses, copies)
+    seconds = time.perf_counter() - started
+    return Scored(sequences.replace(scores=put(ready.mesh, scores)), seconds)
+
+
+def compile_halves(ready: Run, state: TrainState, batch: Batch) -> Callable:
+    """(state, batch, records) -> (state, metrics, responses with their scores), compiled for the shapes given.
+
+    The state is donated to the second program only: the first leaves it whole, should the function raise."""
+    rollout = jax.jit(make_rollout(ready.recipe)).lower(state, batch)
+    sample = rollout.compile()
+    described = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    sequences = jax.tree.map(described, rollout.out_info, sample.output_shardings)
+    scores = jax.ShapeDtypeStruct(sequences.ended.shape, jnp.float32)
+    sequences = sequences.replace(scores=described(scores, layout(ready.mesh, scores)))
+    learn = jax.jit(make_learn(ready.recipe), donate_argnums=0)
+    learn = learn.lower(state, batch.replace(sequences=sequences)).compile()
+
+    def iteration(state: TrainState, batch: Batch, records: Records) -> tuple[TrainState, Metrics, Sequences]:
+        sequences, seconds = score(ready, sample(state, batch), records)
+        state, metrics = learn(state, batch.replace(sequences=sequences))
+        return state, metrics | {"time/rewards": seconds}, sequences
+
+    return iteration

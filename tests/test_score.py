@@ -1,0 +1,342 @@
+"""Scores of the host: which response and record the function is given, and what the second program makes of them."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import build, checkpoint, cli, evaluate_report, sharding
+from jaxrlhf import step as steps
+from jaxrlhf import train as trainer
+from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.config import Config, dump, parse
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.feed import fetch, put
+from jaxrlhf.rewards.functions import RewardFunction
+from jaxrlhf.score import compile_halves, score
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.types import Batch, Sequences
+from tests import runs, tiny
+
+MESHES = [(1, 1, 1), (2, 2, 2), (8, 1, 1)]  # data, fsdp, tensor
+
+
+def mesh_of(shape: tuple[int, ...]):
+    return make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+
+
+def ready_for(mesh, function: Callable, recipe=None, samples_per_prompt: int = 2) -> Any:
+    """What scoring reads of a Run, with a tokenizer whose words are the token ids."""
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
+    sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt)
+    named = RewardFunction("my:f", function)
+    return SimpleNamespace(recipe=recipe, mesh=mesh, tokenizer=tokenizer, sampler=sampler, reward_function=named)
+
+
+# ---- two programs are the one ---------------------------------------------------------------------------------------
+
+
+def test_a_function_that_is_the_reward_model_teaches_what_it_teaches():
+    """It reads text and records, makes tokens of them again, and asks the reward model of the one program."""
+    cfg = PPOConfig(num_epochs=2, num_minibatches=2, kl_coef=0.1)
+    mesh = mesh_of((2, 2, 2))
+    with jax.set_mesh(mesh):
+        run = tiny.build("ppo", cfg, batch=Batch(prompts=tiny.prompts()), samples_per_prompt=2)
+        one = tiny.program(steps.make_iteration(run.recipe))
+        expected, metrics, sequences = one(run.state, run.batch)
+        ids, valid = np.asarray(run.batch.prompts.tokens), np.asarray(run.batch.prompts.valid)
+        records = [{"ids": row[real].tolist()} for row, real in zip(ids, valid)]
+        scores = tiny.program(lambda trees, rows: run.recipe.nets.scores("reward", trees, rows))
+        reward_model = {"reward": run.state.slow["reward"]}
+
+        def function(responses: list[str], records: list[dict]) -> list[float]:
+            return scores(reward_model, written_again(responses, records)).tolist()
+
+        without = run.state.replace(slow={"reference": run.state.slow["reference"]})
+        halves = compile_halves(ready_for(mesh, function, run.recipe), without, run.batch)
+        found, numbers, scored = halves(without, run.batch, records)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(without.params)), "nothing was donated"
+    np.testing.assert_array_equal(scored.tokens, sequences.tokens)
+    np.testing.assert_allclose(scored.scores, sequences.scores, rtol=0, atol=1e-6)
+    assert np.std(scored.scores) > 0.1
+    assert numbers.keys() == metrics.keys() | {"time/rewards"}
+    for name, value in metrics.items():
+        np.testing.assert_allclose(numbers[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found.params, expected.params)
+    assert not tiny.equal_trees(found.params["policy"], found.slow["reference"])
+
+
+def written_again(responses: list[str], records: list[dict], prompt: int = 4, room: int = 6) -> Sequences:
+    """The rows that the texts were decoded from."""
+    tokens, valid = np.zeros((2, len(responses), prompt + room), np.int32)
+    for row, (text, record) in enumerate(zip(responses, records)):
+        ids, words = record["ids"], [int(word) for word in text.split()]
+        tokens[row, prompt - len(ids) : prompt + len(words)] = ids + words
+        valid[row, prompt - len(ids) : prompt + len(words)] = 1
+    mask = valid.astype(bool) & (np.arange(prompt + room) >= prompt)
+    return Sequences(*tiny.put((tokens, valid.astype(bool), mask)), response_start=prompt)
+
+
+# ---- which rows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_fetch_is_the_inverse_of_put(shape):
+    mesh, rows = mesh_of(shape), (np.arange(48).reshape(16, 3), np.arange(16.0, dtype=np.float32))
+    with jax.set_mesh(mesh):
+        found = fetch(put(mesh, rows))
+    for a, b in zip(found, rows, strict=True):
+        assert a.dtype == put(mesh, b).dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_rows_that_fill_up_a_batch_are_never_shown(shape):
+    """5 prompts of 8 are real, each with 2 responses: 10 rows of 16; the prompt is no part of the text."""
+    tokens = np.arange(16 * 4, dtype=np.int32).reshape(16, 4)
+    mask = np.array([[False, True, True, False]] * 15 + [[False] * 4])
+    mesh, seen = mesh_of(shape), []
+
+    def function(responses, records):
+        seen.append((responses, records))
+        return [float(text.split()[0]) + 1000 * record["number"] for text, record in zip(responses, records)]
+
+    with jax.set_mesh(mesh):
+        rows = Sequences(*put(mesh, (tokens, np.ones_like(mask), mask)))
+        found, seconds = score(ready_for(mesh, function), rows, [{"number": number} for number in range(5)])
+    ((responses, records),) = seen
+    assert responses == [f"{4 * row + 1} {4 * row + 2}" for row in range(10)]
+    assert [record["number"] for record in records] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    expected = [4 * row + 1 + 1000 * (row // 2) for row in range(10)] + [0] * 6
+    np.testing.assert_array_equal(found.scores, np.array(expected, np.float32))
+    assert found.scores.dtype == jnp.float32 and found.scores.sharding == rows.tokens[:, 0].sharding
+    assert 0 <= seconds < 60
+
+
+def test_a_batch_without_a_real_row_is_not_asked_about():
+    mesh = mesh_of((1, 1, 1))
+    with jax.set_mesh(mesh):
+        rows = Sequences(*put(mesh, (np.zeros((2, 3), np.int32), *np.zeros((2, 2, 3), bool))))
+        found, _ = score(ready_for(mesh, lambda *_: pytest.fail("it is asked")), rows, [])
+    np.testing.assert_array_equal(found.scores, [0, 0])
+
+
+def test_a_function_may_change_its_records():
+    """They are its own: the next evaluation finds them as they were, and so does the other sample of the prompt."""
+    mesh, records = mesh_of((1, 1, 1)), [{"answer": "4"}]
+
+    def function(responses, records):
+        return [float(record.pop("answer")) for record in records]
+
+    with jax.set_mesh(mesh):
+        rows = Sequences(*put(mesh, (np.zeros((2, 3), np.int32), *np.ones((2, 2, 3), bool))))
+        found, _ = score(ready_for(mesh, function), rows, records)
+    np.testing.assert_array_equal(found.scores, [4, 4])
+    assert records == [{"answer": "4"}]
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """Demonstrations to train a tokenizer on, and prompts with an answer each."""
+    folder = tmp_path_factory.mktemp("rewards")
+    runs.write_text(folder / "text")
+    for name in ("prompts", "eval_prompts"):
+        rows = [json.loads(line) for line in (folder / "text" / f"{name}.jsonl").read_text().splitlines()]
+        rows = [row | {"answer": len(row["prompt"])} for row in rows]
+        (folder / "text" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "text"
+
+
+def config(text: Path, run_dir: Path, **more: Any) -> Config:
+    """ppo from random weights, 8 prompts x 2 responses against my_rewards:f; held out: 12 prompts in batches of 8."""
+    file = lambda name: {"path": str(text / f"{name}.jsonl")}
+    shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_positions": 32}
+    tree: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "iterations": 4,
+        "algorithm": {"name": "ppo", "num_epochs": 2, "num_minibatches": 2},
+        "models": {"policy": {"architecture": shape}},
+        "tokenizer": {"train_vocab_size": 300},
+        "optimizer": {"default": {"learning_rate": 1e-2}},
+        "data": {name: file(name) for name in ("demonstrations", "prompts", "eval_prompts")}
+        | {"prompt_buckets": [16], "cache_dir": str(text / "cache")},
+        "batch": {"prompts_per_step": 8, "samples_per_prompt": 2},
+        "generate": {"max_new_tokens": 6},
+        "rewards": {"function": "my_rewards:f"},
+        "checkpoint": {"every": 10},
+        "eval": {"size": 12},
+        "log": {"samples": 16, "samples_every": 1, "tensorboard": False},
+    }
+    return parse(tree | more, "test")
+
+
+@contextlib.contextmanager
+def rewarded_by(function: Callable) -> Iterator[None]:
+    """my_rewards:f is the function; runs take the first device."""
+    module = ModuleType("my_rewards")
+    module.f = function  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "my_rewards", module)
+        patch.setattr(build, "make_mesh", lambda cfg, *_: sharding.make_mesh(cfg, jax.devices()[:1]))
+        yield
+
+
+def vowels(responses: list[str], records: list[dict]) -> list[float]:
+    """The share of the response that is vowels; records only have to be those of the responses."""
+    assert all(record["answer"] == len(record["prompt"]) for record in records)
+    return [sum(letter in "aeiou" for letter in text) / max(len(text), 1) for text in responses]
+
+
+@pytest.fixture(scope="module")
+def learned(text, tmp_path_factory) -> Path:
+    """A run of 80 iterations for vowels, to which a nat from the reference costs nothing."""
+    run = tmp_path_factory.mktemp("learned") / "ppo"
+    calls = []
+
+    def counted(responses, records):
+        calls.append(len(responses))
+        return vowels(responses, records)
+
+    with rewarded_by(counted):
+        free = {"name": "ppo", "num_epochs": 2, "num_minibatches": 2, "kl_coef": 0.0}
+        evaluated = {"every": 80, "size": 12, "samples": 12}
+        assert trainer.run(config(text, run, iterations=80, algorithm=free, eval=evaluated)) == "done"
+    assert calls == [16, 8, *[16] * 80, 16, 8]  # held out: 8 and 4 prompts x 2; then 80 x 8 x 2; held out again
+    return run
+
+
+def test_ppo_learns_what_the_function_pays_for(learned):
+    rows = runs.rows(learned)
+    before, after = (row["eval/score/mean"] for row in rows if "eval/score/mean" in row)
+    assert after > before + 0.2
+    scores = [row["score/mean"] for row in rows if "score/mean" in row]
+    assert len(scores) == 80 and np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.2
+
+
+def test_samples_carry_their_own_scores(learned):
+    """In training and held out: the function on the text that is shown gives the score that is shown."""
+    rows = runs.rows(learned, "samples")
+    assert {row["split"] for row in rows} == {"train", "eval"} and len(rows) > 400
+    for row in rows:
+        assert row["score"] == pytest.approx(vowels([row["response"]], [])[0], abs=1e-4)
+
+
+def test_the_time_in_the_function_is_a_metric(learned):
+    lines = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in lines if "time/iteration" in row]
+    assert len(updates) == 80
+    assert all(0 < row["time/rewards"] < row["time/iteration"] for row in updates)
+
+
+def test_a_finished_run_is_evaluated_with_its_function(learned):
+    with rewarded_by(vowels):
+        report = evaluate_report.evaluate_run(str(learned))
+    last = [row for row in runs.rows(learned) if "eval/score/mean" in row][-1]
+    assert report["after"]["score/mean"] == pytest.approx(last["eval/score/mean"], abs=1e-6)
+    first = next(row for row in runs.rows(learned) if "eval/score/mean" in row)
+    assert report["before"]["score/mean"] == pytest.approx(first["eval/score/mean"], abs=1e-6)
+    assert "reward_model" not in report
+
+
+def test_records_are_those_of_the_responses(text, tmp_path):
+    """A score that only the record knows lies beside the prompt that it belongs to, in training and held out."""
+    with rewarded_by(lambda responses, records: [record["answer"] for record in records]):
+        assert trainer.run(config(text, tmp_path / "ppo", iterations=1)) == "done"
+    rows = runs.rows(tmp_path / "ppo", "samples")
+    assert {row["split"] for row in rows} == {"train", "eval"} and len({row["score"] for row in rows}) > 4
+    assert all(row["score"] == len(row["prompt"]) for row in rows)
+
+
+def test_errors_of_the_function_s_own_are_shown_where_they_are_and_answers_in_one_line():
+    def broken(responses, records):
+        raise ValueError("not mine to explain")
+
+    for function, one_line in ((broken, False), (lambda *_: [None], True)):
+        with pytest.raises(ValueError) as caught:
+            RewardFunction("my:f", function)([""], [{}])
+        assert cli.raised_here(caught.value) == one_line
+
+
+def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "build", lambda *_: pytest.fail("a model is built"))
+    cfg = config(text, tmp_path / "ppo", rewards={"function": "nowhere_at_all:f"})
+    (tmp_path / "ppo.yaml").write_text(dump(cfg))
+    monkeypatch.setattr(sys, "argv", ["jaxrlhf", "train", str(tmp_path / "ppo.yaml")])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    out, err = capsys.readouterr()
+    line = f"{tmp_path}/ppo.yaml: rewards.function: nowhere_at_all:f: no module nowhere_at_all; "
+    assert out == "" and err.startswith(line) and err.count("\n") == 1
+    assert not (tmp_path / "ppo").exists()
+
+
+def test_a_run_whose_function_is_gone_is_refused_in_one_line(learned):
+    with pytest.raises(ConfigError, match=r"^rewards\.function: my_rewards:f: no module my_rewards; .*$"):
+        evaluate_report.evaluate_run(str(learned))
+
+
+def test_roles_of_a_run_with_a_function(learned):
+    _, extra = checkpoint.read_extra(str(learned))
+    assert extra["models"].keys() == {"policy", "value", "reference"}
+
+
+def test_sigterm_in_the_function_and_resuming_change_no_bit(text, tmp_path):
+    calls = []
+
+    def stopping(responses, records):
+        calls.append(len(responses))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return vowels(responses, records)
+
+    whole, parts = (config(text, tmp_path / name) for name in ("whole", "parts"))
+    with rewarded_by(vowels):
+        assert trainer.run(whole) == "done"
+    with rewarded_by(stopping):
+        assert trainer.run(parts) == "preempted"
+        assert runs.steps_kept(tmp_path / "parts") == [2]  # the iteration that it came in was finished
+        assert trainer.run(parts) == "done"
+    expected, found = (runs.read_state(tmp_path / name, 4) for name in ("whole", "parts"))
+    assert found.keys() == expected.keys()
+    for path, leaf in expected.items():
+        assert found[path].tobytes() == leaf.tobytes(), path
+    for name in ("metrics", "samples"):
+        assert runs.rows(tmp_path / "parts", name) == runs.rows(tmp_path / "whole", name)
+
+
+@pytest.mark.parametrize("mistake", ["raises", "answers"])
+def test_a_function_that_breaks_leaves_the_last_checkpoint_whole(text, tmp_path, mistake):
+    """What it raises is raised as it is, and with the function mended the run goes on."""
+    calls = []
+
+    def breaking(responses, records):
+        calls.append(len(responses))
+        if len(calls) == 3:
+            return {"raises": lambda: [record["solution"] for record in records], "answers": lambda: [1.0]}[mistake]()
+        return vowels(responses, records)
+
+    cfg = config(text, tmp_path / "ppo", checkpoint={"every": 1})
+    expected = {
+        "raises": pytest.raises(KeyError, match="solution"),
+        "answers": pytest.raises(ValueError, match=r"^rewards.function: my_rewards:f: returned 1 scores: expected 16"),
+    }
+    with rewarded_by(breaking), expected[mistake]:
+        trainer.run(cfg)
+    assert runs.steps_kept(tmp_path / "ppo") == [1, 2]
+    with rewarded_by(vowels):
+        assert trainer.run(dataclasses.replace(cfg, iterations=3)) == "done"
+    assert runs.steps_kept(tmp_path / "ppo") == [2, 3]
