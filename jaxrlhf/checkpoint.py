@@ -26,9 +26,18 @@ STATE, EXTRA = "state", "extra"  # items beside the roles'
 class Checkpoints:
     """The checkpoints of one run directory: the last ``keep``, and the best by ``best`` (a name in save's metrics).
 
-    ``read_only``: for other processes than the one that trains, whose unfinished checkpoints are then left alone."""
+    ``read_only``: for other processes than the one that trains, whose unfinished checkpoints are then left alone.
+    ``background``: a save goes on after it was called, from a copy of the state in host memory."""
 
-    def __init__(self, run_dir, keep: int = 2, best: str | None = None, mode: str = "max", read_only: bool = False):
+    def __init__(
+        self,
+        run_dir,
+        keep: int = 2,
+        best: str | None = None,
+        mode: str = "max",
+        read_only: bool = False,
+        background: bool = True,
+    ):
         policies: list = [preservation_policy.LatestN(keep)]
         of = lambda metrics: metrics[best]
         if best:
@@ -40,6 +49,7 @@ class Checkpoints:
             best_mode=mode,
             cleanup_tmp_directories=not read_only,  # what a crash left half-written
             read_only=read_only,
+            enable_async_checkpointing=background,
         )
         self.best, self.mode = best, mode
         self.manager = ocp.CheckpointManager(directory(run_dir), options=options)

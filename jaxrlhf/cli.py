@@ -64,7 +64,7 @@ def train(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A run directory, a Hugging Face folder or a hub name.")],
+    model: Annotated[str, typer.Argument(help="A run directory, a Hugging Face folder, gguf:FILE or a hub name.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = 0,
@@ -105,11 +105,17 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Run,
+    run: Annotated[str, typer.Argument(help="A run directory, or gguf:FILE.")],
     to: Annotated[str, typer.Option(help="The folder to write.")],
     role: Annotated[str, typer.Option(help="Whose weights: policy, reward, value, ...")] = "policy",
 ) -> None:
-    """Write the weights of one role as a Hugging Face folder, which transformers loads."""
+    """Write the weights of one role, or of a GGUF file, as a Hugging Face folder, which transformers loads."""
+    if run.startswith("gguf:"):
+        from jaxrlhf.complete import export_model
+
+        export_model(run, to)
+        typer.echo(f"{run} written to {to}")
+        return
     need_run(run)
     from jaxrlhf.checkpoint import export as export_role
 

@@ -49,6 +49,15 @@ def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
     return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, eos)
 
 
+def export_model(name: str, to: str) -> None:
+    """Write the language model ``name`` (gguf:FILE, say) as a Hugging Face folder in float32, tokenizer included."""
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        model = read_model(name, mesh)
+        ids = hf_config.TokenIds(model.eos_ids, model.tokenizer.bos_token_id, model.tokenizer.pad_token_id)
+        hf.save(model.params, model.config, "lm", to, ids=ids, tokenizer_folder=tokenizer_of(name))
+
+
 def generate_text(
     name: str, prompts: Sequence[str], cfg: generate.GenerateConfig, seed: int = 0, chat: bool = False
 ) -> list[str]:

@@ -35,7 +35,7 @@ from jaxrlhf.types import Algorithm, Head, Role
 class RoleConfig:
     """Where the weights of one role come from: exactly one of the two."""
 
-    init_from: str | None = None  # a Hugging Face folder, a hub name, a jaxrlhf run, or another role (policy, reward)
+    init_from: str | None = None  # a Hugging Face folder, gguf:FILE, a hub name, a run, or another role (policy)
     architecture: ModelConfig | None = None  # random weights of this shape
 
 
@@ -73,6 +73,7 @@ class CheckpointConfig:
     """When the whole state is saved, and which saves stay."""
 
     every: int = 50  # iterations; the last one is saved too
+    background: bool = True  # write while training goes on, which takes a copy of the state in host memory
     keep: int = 2  # latest checkpoints that stay
     best: str | None = None  # a metric of the evaluation ("eval/score/mean") whose best checkpoint stays too
     mode: Literal["max", "min"] = "max"  # which value of it is best

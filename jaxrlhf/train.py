@@ -44,7 +44,8 @@ def run(cfg: Config, raw: str = "") -> str:
     (run_dir / "config.yaml").write_text(dump(cfg))
     if raw:
         (run_dir / "source.yaml").write_text(raw)
-    saved = checkpoint.Checkpoints(run_dir, cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode)
+    keeping = cfg.checkpoint
+    saved = checkpoint.Checkpoints(run_dir, keeping.keep, keeping.best, keeping.mode, background=keeping.background)
     with jax.set_mesh(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
         if changes:
             log.say(f"changed since step {start}: {', '.join(changes)}")

@@ -88,11 +88,14 @@ def test_a_state_comes_back_on_the_mesh_that_is_asked_for(tmp_path, before, afte
     assert len(found.opt_state["policy"][0].mu["kernel"].sharding.device_set) == after
 
 
-def test_a_state_that_is_donated_after_save_is_what_was_saved(tmp_path):
+@pytest.mark.parametrize("background", [True, False])
+def test_a_state_that_is_donated_after_save_is_what_was_saved(tmp_path, background):
     state = new_state(3)
     expected = jax.tree.map(np.array, state)
-    saved = Checkpoints(tmp_path)
+    saved = Checkpoints(tmp_path, background=background)
     saved.save(3, state, {})
+    if not background:  # all of it is on disk already
+        same(Checkpoints(tmp_path, read_only=True).restore(3, describe(expected)), expected)
     jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)(state))
     saved.close()
     same(Checkpoints(tmp_path).restore(3, describe(expected)), expected)
