@@ -377,7 +377,9 @@ def test_roles():
 
 @pytest.mark.parametrize(("stop_kl", "measured", "stops"), [(None, 1e9, False), (0.1, 0.09, False), (0.1, 0.11, True)])
 def test_stop(stop_kl, measured, stops):
-    assert bool(ppo.stop({"policy/kl_old": jnp.float32(measured)}, PPOConfig(stop_kl=stop_kl))) is stops
+    assert ppo.ALGORITHM.stop is not None
+    stop = ppo.ALGORITHM.stop({"policy/kl_old": jnp.float32(measured)}, PPOConfig(stop_kl=stop_kl))
+    assert bool(stop) is stops
 
 
 @pytest.mark.parametrize(
