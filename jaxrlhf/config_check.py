@@ -103,16 +103,22 @@ def data_problems(cfg: Config) -> Iterator[str]:
 
 
 def generate_problems(cfg: Config) -> Iterator[str]:
-    """Responses can be as long as asked for, and training has a distribution to sample them from."""
+    """Responses can be as long as asked for; training has a distribution to sample them from, and enough of them."""
     generate, name = cfg.generate, cfg.algorithm_name
+    algorithm, samples = find_algorithm(name), cfg.batch.samples_per_prompt
     if generate.min_new_tokens > generate.max_new_tokens:
         most = generate.max_new_tokens
         yield f"generate.min_new_tokens: {generate.min_new_tokens}: more than max_new_tokens; nearest: {most}"
-    if generate.temperature == 0 and find_algorithm(name).rollout is not None:
+    if generate.temperature == 0 and algorithm.rollout is not None:
         default = type(generate).temperature
         yield (
             f"generate.temperature: {show(generate.temperature)}: greedy, and {name} learns from the probabilities of "
             f"what it samples; expected more than 0; nearest: {show(default)}"
+        )
+    if samples < (least := algorithm.min_samples_per_prompt):
+        yield (
+            f"batch.samples_per_prompt: {samples}: {name} compares the responses to a prompt with each other; "
+            f"expected {least} or more; nearest: {least}"
         )
 
 

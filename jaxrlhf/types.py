@@ -78,7 +78,7 @@ class Experience(struct.PyTreeNode):
     advantages: Maybe = None  # f32[B, S]
     returns: Maybe = None  # f32[B, S]
     values: Maybe = None  # f32[B, S] when the responses were sampled
-    ref_logprobs: Maybe = None  # f32[B, S]
+    ref_logprobs: Maybe = None  # f32[B, S]; beside preferences (f32[B], f32[B]): of whole chosen, rejected responses
     preferences: Maybe = None  # Preferences
 
 
@@ -142,3 +142,4 @@ class Algorithm(NamedTuple):
     controls: Callable[[Any], dict[str, Array]] = no_controls
     stop: Callable[[Metrics, Any], Array] | None = None  # metrics of one minibatch -> bool[]: skip the rest
     after: Callable[[TrainState, Metrics, Any], TrainState] = keep_state
+    min_samples_per_prompt: int = 1  # fewer responses to a prompt teach it nothing

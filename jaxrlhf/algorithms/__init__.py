@@ -2,13 +2,15 @@
 
 import importlib
 
-from jaxrlhf.algorithms import ppo, rm, sft
+from jaxrlhf.algorithms import dpo, grpo, ppo, rm, sft
 from jaxrlhf.types import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": sft.ALGORITHM,
     "rm": rm.ALGORITHM,
     "ppo": ppo.ALGORITHM,
+    "grpo": grpo.ALGORITHM,
+    "dpo": dpo.ALGORITHM,
 }
 
 

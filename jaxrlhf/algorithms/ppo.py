@@ -11,8 +11,9 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxrlhf.algorithms import on_policy
 from jaxrlhf.algorithms.rm import preference_loss
-from jaxrlhf.ops.advantages import gae, missing_eos, score_to_rewards
+from jaxrlhf.ops.advantages import gae, score_to_rewards
 from jaxrlhf.ops.kl import adaptive_kl_coef, kl_estimate
 from jaxrlhf.ops.losses import clipped_policy_terms, clipped_value_terms
 from jaxrlhf.ops.masked import keep, sums, variance, whiten
@@ -70,17 +71,14 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     """Score the responses, charge for KL, and work out advantages and returns. Nothing here is differentiated."""
     sequences = batch.sequences
     mask = sequences.response_mask
-    scores = sequences.scores
-    if scores is None:
-        scores = nets.scores("reward", state.params if cfg.reward_update else state.slow, sequences)
-    logprobs = sequences.logprobs
-    if cfg.old_logprobs == "recompute":
-        logprobs = nets.token_stats("policy", state.params, sequences).logprobs
+    scores = on_policy.scores_of(nets, state.params if cfg.reward_update else state.slow, sequences)
+    logprobs = on_policy.old_logprobs(nets, state, sequences, cfg.old_logprobs)
     ref_logprobs = nets.token_stats("reference", state.slow, sequences).logprobs
     values = keep(nets.values("value", state.params, sequences), mask)
     rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
-    metrics = rollout_metrics(sequences, scores, logprobs, ref_logprobs, rewards, values, returns)
+    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
+    metrics |= value_metrics(mask, rewards, values, returns)
     metrics["kl/coef"] = Mean(state.controls["kl_coef"], jnp.float32(1))
     if cfg.whiten_advantages != "no":
         advantages = whiten(advantages, mask, variance=cfg.whiten_advantages)
@@ -94,8 +92,7 @@ def shaped_rewards(
 ) -> Array:
     """f32[B, S]: -kl_coef * KL on every response token, and on the last one the score."""
     mask = sequences.response_mask
-    if cfg.missing_eos_penalty and sequences.ended is not None:
-        scores = missing_eos(scores, sequences.ended, cfg.missing_eos_penalty)
+    scores = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
     penalty = state.controls["kl_coef"] * kl_estimate(logprobs, ref_logprobs, cfg.kl_estimator)
     rewards = score_to_rewards(scores, penalty, mask)
     if cfg.whiten_rewards:
@@ -103,36 +100,14 @@ def shaped_rewards(
     return rewards
 
 
-def rollout_metrics(
-    sequences: Sequences,
-    scores: Array,
-    logprobs: Array,
-    ref_logprobs: Array,
-    rewards: Array,
-    values: Array,
-    returns: Array,
-) -> dict[str, Mean]:
-    """What the responses are like: kl/reference is in nats a response, response/length_mean in tokens."""
-    mask = sequences.response_mask
-    rows = mask.any(-1)
-    one = jnp.float32(1)
+def value_metrics(mask: Array, rewards: Array, values: Array, returns: Array) -> dict[str, Mean]:
+    """What the critic expects and what it explains of the returns; reward/mean is a response's, KL paid."""
     error, spread = variance(keep(returns, mask) - values, mask, False), variance(returns, mask, False)
-    drift = keep(logprobs, mask) - keep(ref_logprobs, mask)
-    mismatch = (
-        jnp.zeros_like(drift) if sequences.logprobs is None else keep(logprobs, mask) - keep(sequences.logprobs, mask)
-    )
+    explained = jnp.where(spread > 0, 1 - error / jnp.maximum(spread, 1e-8), 0.0)
     return {
-        "score/mean": sums(scores, rows),
-        "score/std": Mean(jnp.sqrt(variance(scores, rows, True)), one),
-        "reward/mean": sums(rewards.sum(-1), rows),
-        "kl/reference": sums(drift.sum(-1), rows),
-        "kl/sampler_mismatch": sums(jnp.abs(mismatch), mask),
-        "response/length_mean": sums(mask.sum(-1, dtype=jnp.float32), rows),
-        "response/ended": sums(sequences.ended, rows),
-        "response/tokens": Mean(mask.sum(dtype=jnp.float32), one),
-        "response/count": Mean(rows.sum(dtype=jnp.float32), one),
+        "reward/mean": sums(rewards.sum(-1), mask.any(-1)),
         "value/mean": sums(values, mask),
-        "value/explained_variance": Mean(jnp.where(spread > 0, 1 - error / jnp.maximum(spread, 1e-8), 0.0), one),
+        "value/explained_variance": Mean(explained, jnp.float32(1)),
     }
 
 
@@ -150,12 +125,8 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: PPOConfig) -> tup
     metrics = {
         "loss/policy": sums(policy, mask),
         "loss/value": losses["value"],
-        "policy/entropy": sums(entropy, mask),
-        "policy/clip_fraction": sums(clipped, mask),
-        "policy/ratio": sums(ratio, mask),
-        "policy/kl_old": sums(kl_estimate(old, logprobs, "k3"), mask),
         "value/clip_fraction": sums(value_clipped, mask),
-    }
+    } | on_policy.update_metrics(logprobs, old, entropy, ratio, clipped, mask)
     if cfg.reward_update:
         losses["reward"], reward_metrics = preference_loss(
             nets, params, minibatch.preferences, cfg.reward_label_smoothing, cfg.reward_centering
@@ -166,11 +137,6 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: PPOConfig) -> tup
 
 def controls(cfg: PPOConfig) -> dict[str, Array]:
     return {"kl_coef": jnp.float32(cfg.kl_coef)}
-
-
-def stop(metrics: Metrics, cfg: PPOConfig) -> Array:
-    """Whether the policy has moved far enough from the one that sampled."""
-    return metrics["policy/kl_old"] > (jnp.inf if cfg.stop_kl is None else cfg.stop_kl)
 
 
 def after(state: TrainState, metrics: Metrics, cfg: PPOConfig) -> TrainState:
@@ -191,6 +157,6 @@ ALGORITHM = Algorithm(
     loss=loss,
     rollout=sample_policy,
     controls=controls,
-    stop=stop,
+    stop=on_policy.stop,
     after=after,
 )

@@ -1,10 +1,15 @@
 """From one score a sequence to a reward, an advantage and a return for every response token."""
 
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.ops import masked
-from jaxrlhf.types import Array
+from jaxrlhf.ops.rows import group_rows, ungroup_rows
+from jaxrlhf.types import Array, Mean
+
+GroupBaseline = Literal["mean_std", "mean", "leave_one_out"]
 
 
 def missing_eos(scores: Array, ended: Array, penalty: float | Array) -> Array:
@@ -77,3 +82,49 @@ def gae(
     _, advantages = jax.lax.scan(backward, (nothing, nothing), columns, reverse=True)
     advantages = advantages.swapaxes(0, 1)
     return advantages, advantages + values  # both are 0 outside the mask
+
+
+def group_advantages(scores: Array, rows: Array, size: int, how: GroupBaseline) -> tuple[Array, Mean]:
+    """Each response's score against those of the other responses to its prompt.
+
+        mean_std       (score - mean of the group) / (standard deviation of the group + 1e-6)   over n - 1
+        mean           score - mean of the group
+        leave_one_out  score - mean of the group's others
+
+    ``mean`` is (n - 1) / n times ``leave_one_out``, whose baseline does not depend on the response itself, so that the
+    policy gradient stays unbiased. A group whose scores are all equal tells nothing: its advantages are exactly 0, also
+    where its mean is rounded. So are those of a response that is alone: there is nothing to compare it with (verl
+    keeps its score as it is).
+
+    Args:
+        scores: [B], the ``size`` responses to a prompt contiguous.
+        rows: bool[B], the real ones; what ``scores`` hold elsewhere is ignored, and n counts without it.
+
+    Returns:
+        (advantages f32[B], 0 outside ``rows``; the share of groups that are told apart by nothing, of those that have
+        a row).
+
+    Raises:
+        ValueError: for another ``how``.
+
+    Source: mean_std: Shao et al. 2024 (arXiv:2402.03300), section 4.1.2; mean: Liu et al. 2025 (arXiv:2503.20783);
+    leave_one_out: Kool et al. 2019; Ahmadian et al. 2024 (arXiv:2402.14740).
+    """
+    assert scores.shape == rows.shape, (scores.shape, rows.shape)
+    assert len(scores) % size == 0, (scores.shape, size)
+    if how not in get_args(GroupBaseline):
+        raise ValueError(f"group baseline {how!r}: expected one of {', '.join(get_args(GroupBaseline))}")
+    real = group_rows(rows, size)
+    values = masked.keep(group_rows(scores, size), real)
+    count = jnp.sum(real, axis=1, keepdims=True, dtype=jnp.float32)
+    highest = jnp.max(jnp.where(real, values, -jnp.inf), axis=1, keepdims=True)
+    lowest = jnp.min(jnp.where(real, values, jnp.inf), axis=1, keepdims=True)
+    differ = highest > lowest
+    centered = masked.keep(values - jnp.sum(values, axis=1, keepdims=True) / jnp.maximum(count, 1.0), real & differ)
+    others = jnp.maximum(count - 1.0, 1.0)
+    if how == "mean_std":
+        variance = jnp.sum(jnp.square(centered), axis=1, keepdims=True) / others
+        centered = centered / (jnp.sqrt(variance) + 1e-6)
+    elif how == "leave_one_out":
+        centered = centered * count / others
+    return ungroup_rows(centered), masked.sums(~differ[:, 0], count[:, 0] > 0)

@@ -115,6 +115,40 @@ def bradley_terry(
     return -(1.0 - label_smoothing) * right - label_smoothing * wrong
 
 
+def ipo(
+    chosen: Array,
+    rejected: Array,
+    beta: float | Array,
+    margin: Array | None = None,
+    label_smoothing: float | Array = 0.0,
+) -> Array:
+    """Squared distance of the implicit rewards' difference from 1/2, in units of beta, for every pair.
+
+        d    = chosen - rejected - margin
+        loss = ((1 - e) * (d - 1/2)^2 + e * (d + 1/2)^2) / beta^2        e = label_smoothing
+
+    Unlike ``bradley_terry`` it has a finite minimum, d = 1/2 - e, so that it does not push a policy that already gets a
+    pair right ever further from its reference.
+
+    Args:
+        chosen, rejected: [B], implicit rewards: beta * (log p - log p_ref) of the whole response.
+        beta: of those rewards.
+        margin, label_smoothing: as in ``bradley_terry``; the source has neither.
+
+    Returns:
+        f32[B].
+
+    Source: Azar et al. 2023 (arXiv:2310.12036), equation 17 (tau there is beta here).
+    """
+    assert chosen.shape == rejected.shape, (chosen.shape, rejected.shape)
+    assert margin is None or margin.shape == chosen.shape, (None if margin is None else margin.shape, chosen.shape)
+    difference = chosen.astype(jnp.float32) - rejected
+    if margin is not None:
+        difference = difference - margin
+    right, wrong = jnp.square(difference - 0.5), jnp.square(difference + 0.5)
+    return ((1.0 - label_smoothing) * right + label_smoothing * wrong) / beta**2
+
+
 def centering(chosen: Array, rejected: Array) -> Array:
     """(chosen + rejected)^2, f32[B]: holds scores near 0, which a loss on their difference alone leaves free to drift.
 

@@ -64,6 +64,12 @@ def whiten(
     return scaled if shift_mean else keep(scaled + mean(x, mask), mask)
 
 
+def row_means(x: Array, mask: Array) -> Array:
+    """The mean of each row of ``x`` under ``mask`` (both [B, S]) at each of the row's kept positions; 0 elsewhere."""
+    count = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+    return keep(jnp.broadcast_to(jnp.sum(keep(x, mask), axis=1, keepdims=True) / count, x.shape), mask)
+
+
 def last_index(mask: Array) -> Array:
     """i32[B]: the last True column of each row of ``mask`` (bool[B, S]), whatever its gaps; -1 for an empty row."""
     columns = jnp.arange(mask.shape[1], dtype=jnp.int32)

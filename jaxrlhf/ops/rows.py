@@ -17,15 +17,23 @@ def shuffle(tree, key: Array):
     return jax.tree.map(one, tree)
 
 
+def group_rows(x: Array, size: int) -> Array:
+    """[B, ...] -> [B / size, size, ...]: rows that stand together become a group, on the devices that hold them.
+
+    On a mesh the groups must divide over the devices that share the batch, so that none lies on two of them."""
+    rows, *rest = x.shape
+    return jax.lax.reshape(x, (rows // size, size, *rest), out_sharding=spec("batch", *(None,) * x.ndim))
+
+
+def ungroup_rows(x: Array) -> Array:
+    """The inverse: [G, n, ...] -> [G * n, ...]."""
+    groups, size, *rest = x.shape
+    return jax.lax.reshape(x, (groups * size, *rest), out_sharding=spec("batch", *(None,) * len(rest)))
+
+
 def split_rows(tree, parts: int):
     """[B, ...] -> [parts, B / parts, ...]. A part takes every parts-th row, so that each device splits its own rows."""
-
-    def one(x):
-        rows, *rest = x.shape
-        split = jax.lax.reshape(x, (rows // parts, parts, *rest), out_sharding=spec("batch", *(None,) * x.ndim))
-        return jnp.swapaxes(split, 0, 1)
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda x: jnp.swapaxes(group_rows(x, parts), 0, 1), tree)
 
 
 def repeat_rows(tree, times: int):

@@ -1,7 +1,5 @@
 """PPO against a plain NumPy loop, its gradients, and a policy small enough to enumerate."""
 
-import dataclasses
-import itertools
 from dataclasses import replace
 
 import jax
@@ -12,69 +10,10 @@ import pytest
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.models.transformer import ModelConfig, resolve
-from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.types import Batch, Experience, Mean, Nets, Preferences, Prompts, Sequences, TokenStats, TrainState
+from jaxrlhf.types import Batch, Experience, Mean, Preferences, Sequences
 from tests import tiny
-
-PROMPT, ROOM = 3, 5
-LENGTHS = [5, 1, 0, 3, 4, 5]  # of the responses; one is empty
-
-# Networks whose parameters are their answers: trees[role] holds the arrays.
-FAKE = Nets(
-    token_stats=lambda role, trees, sequences: TokenStats(trees[role]["logprobs"], trees[role]["entropy"]),
-    values=lambda role, trees, sequences: trees[role]["values"],
-    scores=lambda role, trees, sequences: trees[role]["scores"],
-    sample=lambda *args: pytest.fail("nothing is sampled here"),
-)
-
-
-@dataclasses.dataclass
-class Case:
-    """Everything that prepare and loss read, as NumPy arrays."""
-
-    mask: np.ndarray
-    ended: np.ndarray
-    sampled: np.ndarray  # log-probs of the sampler
-    policy: np.ndarray  # of the trainer's policy
-    reference: np.ndarray
-    entropy: np.ndarray
-    values: np.ndarray
-    scores: np.ndarray
-
-    def sequences(self, **fields) -> Sequences:
-        tokens = jnp.zeros(self.mask.shape, jnp.int32)
-        mask = jnp.array(self.mask)
-        given = {"logprobs": jnp.array(self.sampled), "ended": jnp.array(self.ended), "response_start": PROMPT} | fields
-        return Sequences(tokens, jnp.ones_like(mask), mask, **given)
-
-    def params(self) -> dict:
-        policy = {"logprobs": jnp.array(self.policy), "entropy": jnp.array(self.entropy)}
-        return {"policy": policy, "value": {"values": jnp.array(self.values)}}
-
-    def slow(self) -> dict:
-        reference = {"logprobs": jnp.array(self.reference), "entropy": jnp.array(self.entropy)}
-        return {"reference": reference, "reward": {"scores": jnp.array(self.scores)}}
-
-    def state(self, kl_coef: float) -> TrainState:
-        controls = {"kl_coef": jnp.float32(kl_coef)}
-        return TrainState(jnp.int32(0), jnp.int32(0), self.params(), self.slow(), {}, controls)
-
-
-def make_case(seed: int = 0, junk: float = 0.0) -> Case:
-    """Random numbers on the response tokens, ``junk`` elsewhere. Row 0 has a tool's token amid its response."""
-    rng = np.random.default_rng(seed)
-    columns = np.arange(PROMPT + ROOM)
-    mask = (columns >= PROMPT) & (columns < PROMPT + np.array(LENGTHS)[:, None])
-    mask[0, PROMPT + 2] = False
-    fill = lambda x: np.where(mask, x, junk).astype(np.float32)
-    draw = lambda scale, shift=0.0: rng.normal(shift, scale, mask.shape)
-    ended = np.array([False, True, False, True, True, False])
-    reference = draw(0.7, -2.0)
-    sampled, policy = reference + draw(0.3), reference + draw(0.3)
-    scores = rng.normal(0.5, 1.0, len(LENGTHS)).astype(np.float32)
-    sampled, policy, reference = fill(sampled), fill(policy), fill(reference)
-    return Case(mask, ended, sampled, policy, reference, fill(np.abs(draw(1.0))), fill(draw(0.5)), scores)
+from tests.enumerated import run as enumerated_run
+from tests.fake import FAKE, LENGTHS, PROMPT, Case, make_case
 
 
 def prepare(case: Case, cfg: PPOConfig, kl_coef: float | None = None) -> tuple[Experience, dict[str, float]]:
@@ -377,7 +316,9 @@ def test_roles():
 
 @pytest.mark.parametrize(("stop_kl", "measured", "stops"), [(None, 1e9, False), (0.1, 0.09, False), (0.1, 0.11, True)])
 def test_stop(stop_kl, measured, stops):
-    assert bool(ppo.stop({"policy/kl_old": jnp.float32(measured)}, PPOConfig(stop_kl=stop_kl))) is stops
+    assert ppo.ALGORITHM.stop is not None
+    stop = ppo.ALGORITHM.stop({"policy/kl_old": jnp.float32(measured)}, PPOConfig(stop_kl=stop_kl))
+    assert bool(stop) is stops
 
 
 @pytest.mark.parametrize(
@@ -456,67 +397,12 @@ def test_a_real_model_s_column_t_is_about_token_t(column):
 
 # ---- a policy that can be enumerated --------------------------------------------------------------------------------
 
-LETTERS = resolve(ModelConfig(vocab_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32))
-LAST, LONGEST = 1, 3  # token 1 ends a response; at most 3 tokens
-
-
-def every_response() -> Sequences:
-    """All 40 responses to the prompt (2, 3): 13 that end with token 1, 27 of three other tokens."""
-    others = [token for token in range(4) if token != LAST]
-    ending = [(*head, LAST) for size in range(LONGEST) for head in itertools.product(others, repeat=size)]
-    rows = ending + list(itertools.product(others, repeat=LONGEST))
-    tokens = np.array([[2, 3, *row, *[0] * (LONGEST - len(row))] for row in rows], np.int32)
-    columns = np.arange(2 + LONGEST)
-    valid = columns < 2 + np.array([len(row) for row in rows])[:, None]
-    return Sequences(jnp.array(tokens), jnp.array(valid), jnp.array(valid & (columns >= 2)), response_start=2)
-
-
-def reward_of(sequences: Sequences):
-    """+1 a token 3, -1 a token 2, +1.5 for ending."""
-    count = lambda token: ((sequences.tokens == token) & sequences.response_mask).sum(-1)
-    return 1.0 * count(3) - 1.0 * count(2) + 1.5 * count(LAST)
-
-
-class Exact:
-    """Expected rewards and KL, summed over all responses."""
-
-    def __init__(self, nets: Nets):
-        self.responses = every_response()
-        self.rewards = np.asarray(reward_of(self.responses), np.float64)
-        self.log_p = tiny.program(lambda params: self.logprobs(nets, params))
-
-    def logprobs(self, nets: Nets, params):
-        stats = nets.token_stats("policy", {"policy": params}, self.responses)
-        return jnp.where(self.responses.response_mask, stats.logprobs, 0).sum(-1)
-
-    def __call__(self, params, reference) -> tuple[float, float]:
-        """(expected reward, KL(policy || reference) in nats)."""
-        log_p, log_ref = (np.asarray(self.log_p(tree), np.float64) for tree in (params, reference))
-        np.testing.assert_allclose(np.exp(log_p).sum(), 1, atol=1e-5)
-        return float(np.exp(log_p) @ self.rewards), float(np.exp(log_p) @ (log_p - log_ref))
-
-    def best(self, reference, kl_coef: float) -> float:
-        """The largest E[reward] - kl_coef * KL of any policy: kl_coef * log E_reference[exp(reward / kl_coef)]."""
-        log_ref = np.asarray(self.log_p(reference), np.float64)
-        return kl_coef * float(np.log(np.exp(log_ref + self.rewards / kl_coef).sum()))
-
 
 @pytest.fixture(scope="module")
 def enumerated():
     """(exact, train): train(kl_coef) runs 30 iterations and returns the policy before and after."""
-    rows = 64
-    prompts = Prompts(jnp.tile(jnp.array([[2, 3]], jnp.int32), (rows, 1)), jnp.ones((rows, 2), bool), jnp.arange(rows))
-    run = tiny.build(
-        "ppo",
-        PPOConfig(num_epochs=2, value_clip_range=None),
-        model=LETTERS,
-        batch=Batch(prompts=prompts),
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-        room=LONGEST,
-        eos_ids=(LAST,),
-    )
-    nets = run.recipe.nets._replace(scores=lambda role, trees, sequences: reward_of(sequences))
-    step = tiny.program(steps.make_iteration(run.recipe._replace(nets=nets)))
+    run, exact = enumerated_run("ppo", PPOConfig(num_epochs=2, value_clip_range=None))
+    step = tiny.program(steps.make_iteration(run.recipe))
 
     def train(kl_coef: float):
         state = replace(run.state, controls={"kl_coef": jnp.float32(kl_coef)})
@@ -524,7 +410,7 @@ def enumerated():
             state, *_ = step(state, run.batch)
         return run.state.params["policy"], state.params["policy"]
 
-    return Exact(nets), train
+    return exact, train
 
 
 def test_expected_reward_rises(enumerated):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf.ops import advantages as ops
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from tests.tiny import program, put
 
 gae, missing_eos, score_to_rewards = map(jax.jit, (ops.gae, ops.missing_eos, ops.score_to_rewards))
+group_advantages = jax.jit(ops.group_advantages, static_argnums=(2, 3))
+BASELINES: tuple[ops.GroupBaseline, ...] = get_args(ops.GroupBaseline)
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "advantages.json").read_text())
 
 
@@ -203,3 +208,113 @@ def test_rows_sharded_over_an_explicit_mesh():
     for a, b in zip(ours, alone):
         assert a.sharding.spec == rows.spec
         np.testing.assert_allclose(np.asarray(a), b, atol=1e-6)
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+
+def groups(seed: int, count: int = 8, size: int = 4):
+    """scores and rows of groups: one of equal scores, one with a single row, one with none; junk outside the rows."""
+    rng = np.random.default_rng(seed)
+    scores, rows = rng.normal(size=(count, size)).astype(np.float32), rng.random((count, size)) < 0.8
+    rows[:, :2] = True
+    scores[1] = 1000.1  # whose mean is rounded
+    rows[2], rows[3] = np.arange(size) == 1, False
+    return np.where(rows, scores, rng.choice([np.nan, np.inf, 7.0], rows.shape)).astype(
+        np.float32
+    ).ravel(), rows.ravel()
+
+
+def groups_loop(scores, rows, size: int, how: str):
+    """(advantages, share of groups without a difference), a response at a time."""
+    advantages, equal = np.zeros(len(scores)), []
+    for start in range(0, len(scores), size):
+        kept = [i for i in range(start, start + size) if rows[i]]
+        values = {i: float(scores[i]) for i in kept}
+        if kept:
+            equal.append(len(set(values.values())) == 1)
+        if len(set(values.values())) < 2:
+            continue
+        mean = np.mean(list(values.values()))
+        for i in kept:
+            others = [values[j] for j in kept if j != i]
+            by = {
+                "mean": values[i] - mean,
+                "mean_std": (values[i] - mean) / (np.std(list(values.values()), ddof=1) + 1e-6),
+                "leave_one_out": values[i] - np.mean(others),
+            }
+            advantages[i] = by[how]
+    return advantages, np.mean(equal)
+
+
+@pytest.mark.parametrize("how", BASELINES)
+def test_groups_published(how):
+    case = GOLDEN["group_baselines"]
+    size = max(map(len, case["groups"]))
+    pad = lambda groups: np.array([[*group, *[0] * (size - len(group))] for group in groups], np.float32).ravel()
+    rows = np.array([[True] * len(group) + [False] * (size - len(group)) for group in case["groups"]]).ravel()
+    ours, equal = group_advantages(jnp.array(pad(case["groups"])), jnp.array(rows), size, how)
+    np.testing.assert_allclose(ours, pad(case[how]), atol=1e-6)
+    assert equal.value() == 0.5
+
+
+def test_leave_one_out_published():
+    case = GOLDEN["leave_one_out"]
+    scores = jnp.array(case["scores"])  # integers
+    ours, _ = group_advantages(scores, jnp.ones(6, bool), case["size"], "leave_one_out")
+    np.testing.assert_allclose(ours, case["advantages"], atol=1e-6)
+    assert ours.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("how", BASELINES)
+def test_a_response_that_is_alone_gets_nothing(how):
+    """A decision: verl gives it its score of 5 (4.999995 by the deviation), which is no comparison with anything."""
+    for size, rows in ((1, [True]), (2, [True, False])):
+        ours, equal = group_advantages(jnp.full(size, 5.0), jnp.array(rows), size, how)
+        assert not ours.any() and (equal.total, equal.count) == (1, 1)
+
+
+@pytest.mark.parametrize("how", BASELINES)
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_are_a_numpy_loop(seed, how):
+    scores, rows = groups(seed)
+    ours, equal = group_advantages(jnp.array(scores), jnp.array(rows), 4, how)
+    expected, share = groups_loop(scores, rows, 4, how)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(equal.value(), share, rtol=1e-6)
+    assert share == 2 / 7 and not np.asarray(ours)[~rows].any() and not np.asarray(ours)[4:12].any()
+
+
+def test_mean_is_leave_one_out_made_smaller():
+    scores, rows = jnp.array(np.random.default_rng(0).normal(size=12), jnp.float32), jnp.ones(12, bool)
+    mean, others = (group_advantages(scores, rows, 4, how)[0] for how in ("mean", "leave_one_out"))
+    np.testing.assert_allclose(mean, 0.75 * others, rtol=1e-6)
+
+
+def test_groups_of_no_response_at_all():
+    for how in BASELINES:
+        ours, equal = group_advantages(jnp.full(8, jnp.nan), jnp.zeros(8, bool), 4, how)
+        assert not ours.any() and equal.count == 0 and equal.value() == 0
+
+
+def test_wrong_groups_are_refused():
+    with pytest.raises(ValueError, match="group baseline 'median': expected one of mean_std, mean, leave_one_out"):
+        ops.group_advantages(jnp.ones(4), jnp.ones(4, bool), 2, "median")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(AssertionError):
+        ops.group_advantages(jnp.ones(5), jnp.ones(5, bool), 2, "mean")
+
+
+@pytest.mark.parametrize("how", BASELINES)
+def test_groups_on_a_mesh_are_those_of_one_device(how):
+    """And need no word between devices but for the count of equal groups."""
+    scores, rows = groups(4, count=16)
+    alone, equal = group_advantages(jnp.array(scores), jnp.array(rows), 4, how)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        split = program(lambda scores, rows: ops.group_advantages(scores, rows, 4, how))
+        meshed, meshed_equal = split(*put((scores, rows)))
+        advantages_only = jax.jit(lambda scores, rows: ops.group_advantages(scores, rows, 4, how)[0])
+        text = advantages_only.lower(*put((scores, rows))).compile().as_text()
+    np.testing.assert_allclose(meshed, alone, rtol=1e-6)
+    assert meshed.sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert (meshed_equal.total, meshed_equal.count) == (equal.total, equal.count)
+    assert text is not None and not any(word in text for word in ("all-gather", "all-to-all", "all-reduce", "permute"))

@@ -21,6 +21,7 @@ from jaxrlhf.ops.losses import (
     centering,
     clipped_policy_terms,
     clipped_value_terms,
+    ipo,
 )
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
@@ -166,12 +167,47 @@ def test_pairwise_published():
     np.testing.assert_allclose(bradley_terry(chosen, rejected, margin).mean(), case["loss_with_margin"], atol=1e-6)
 
 
-def test_pairwise_published_smoothed():
-    case = GOLDEN["pairwise_smoothed"]
-    chosen, rejected = jnp.array(case["chosen"]), jnp.array(case["rejected"])
-    np.testing.assert_allclose(bradley_terry(chosen, rejected).mean(), case["loss"], atol=1e-6)
-    smoothed = bradley_terry(chosen, rejected, label_smoothing=case["label_smoothing"])
-    np.testing.assert_allclose(smoothed.mean(), case["loss_smoothed"], atol=1e-6)
+def implicit_rewards(case):
+    """(chosen, rejected) of a published case."""
+    read = lambda name: jnp.array(case[name], jnp.float32)
+    return tuple(case["beta"] * (read(side) - read(f"ref_{side}")) for side in ("chosen", "rejected"))
+
+
+@pytest.mark.parametrize("name", ["dpo", "dpo_far"])
+def test_losses_of_implicit_rewards_published(name):
+    case = GOLDEN[name]
+    chosen, rejected = implicit_rewards(case)
+    if "rewards_chosen" in case:
+        np.testing.assert_allclose(chosen, case["rewards_chosen"], atol=1e-6)
+        np.testing.assert_allclose(rejected, case["rewards_rejected"], atol=1e-6)
+    for row in case["losses"]:
+        smoothing = {"label_smoothing": row["label_smoothing"]}
+        if row["objective"] == "sigmoid":
+            loss = bradley_terry(chosen, rejected, **smoothing)
+        else:
+            loss = ipo(chosen, rejected, case["beta"], **smoothing)
+        np.testing.assert_allclose(loss.mean(), row["loss"], rtol=1e-6, atol=1e-6)
+
+
+def test_ipo_is_a_loop():
+    rng = np.random.default_rng(0)
+    chosen, rejected, margin = rng.normal(0, 0.3, (3, 12)).astype(np.float32)
+    ours = ipo(jnp.array(chosen), jnp.array(rejected), 0.2, jnp.array(margin), 0.1)
+    for c, r, m, loss in zip(chosen.tolist(), rejected.tolist(), margin.tolist(), ours.tolist()):
+        nats = (c - r - m) / 0.2  # of the log-ratios' difference, in which the paper writes it
+        np.testing.assert_allclose(loss, 0.9 * (nats - 2.5) ** 2 + 0.1 * (nats + 2.5) ** 2, rtol=1e-5)
+
+
+def test_ipo_is_least_where_it_says():
+    gradient = jax.grad(lambda d, e: ipo(d, jnp.zeros(1), 0.1, None, e).sum())
+    for smoothing in (0.0, 0.2):
+        np.testing.assert_allclose(gradient(jnp.array([0.5 - smoothing]), smoothing), 0, atol=1e-5)
+        assert gradient(jnp.array([0.4 - smoothing]), smoothing) < -1 < 1 < gradient(jnp.array([0.6]), smoothing)
+
+
+def test_ipo_refuses_a_column_of_rewards():
+    with pytest.raises(AssertionError):
+        ipo(jnp.ones((3, 1)), jnp.ones(3), 0.1)
 
 
 def test_pairwise_is_a_loop():

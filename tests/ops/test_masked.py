@@ -131,6 +131,15 @@ def test_micro_batches_add_up_to_the_batch():
         np.testing.assert_allclose(sum(parts[1:], parts[0]).value(), whole, rtol=1e-6)
 
 
+def test_row_means_stand_where_the_row_is_kept():
+    x, mask = ragged(3)
+    ours = masked.row_means(jnp.array(x), jnp.array(mask))
+    for row, kept, found in zip(x.astype(np.float64), mask, np.asarray(ours)):
+        np.testing.assert_allclose(found, np.where(kept, row[kept].mean() if kept.any() else 0, 0), rtol=1e-5)
+    gradient = jax.grad(lambda x: masked.row_means(x, jnp.array(mask)).sum())(jnp.array(x))
+    np.testing.assert_allclose(gradient, mask, rtol=1e-6)  # n places of sum / n
+
+
 def test_last_index_and_at_last():
     mask = np.array([[1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]], bool)
     np.testing.assert_array_equal(masked.last_index(jnp.array(mask)), [1, 3, -1, 1])

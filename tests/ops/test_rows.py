@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxrlhf.ops.rows import deinterleave, interleave, repeat_rows, shuffle, split_rows
+from jaxrlhf.ops.rows import deinterleave, group_rows, interleave, repeat_rows, shuffle, split_rows, ungroup_rows
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.tiny import program, put
 
@@ -80,6 +80,16 @@ def test_repeat_rows_is_contiguous():
     assert meshed["x"].sharding.spec == ROWS
     same = tree_of_jax()
     assert repeat_rows(same, 1) is same
+
+
+def test_groups_are_neighbours_and_come_apart_again():
+    out = group_rows(tree_of_jax()["x"], 4)
+    np.testing.assert_array_equal(out, tree()["x"].reshape(4, 4, 3))
+    np.testing.assert_array_equal(ungroup_rows(out), tree()["x"])
+    meshed = on_mesh(lambda rows: (group_rows(rows["x"], 4), ungroup_rows(group_rows(rows["x"], 4))), tree())
+    np.testing.assert_array_equal(meshed[0], out)
+    np.testing.assert_array_equal(meshed[1], tree()["x"])
+    assert meshed[0].sharding.spec == PartitionSpec(("data", "fsdp"), None, None) and meshed[1].sharding.spec == ROWS
 
 
 def test_interleave_and_back():

@@ -1,0 +1,67 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): the reward model inside the policy.
+
+The policy that is best under a reward and a KL penalty of beta is pi ~ reference * exp(reward / beta). Read the other
+way round, a policy has an implicit reward, beta * (log pi - log reference) of a whole response, and preferences teach
+it as they teach a reward model.
+"""
+
+import dataclasses
+from typing import Literal
+
+from jaxrlhf.ops.losses import bradley_terry, ipo
+from jaxrlhf.ops.masked import keep, sums
+from jaxrlhf.ops.rows import deinterleave, interleave
+from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Nets, Params, Preferences, Role, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation: preference pairs, a reference, no reward model and no sampling."""
+
+    beta: float = 0.1  # implicit reward for each nat between policy and reference
+    objective: Literal["sigmoid", "ipo"] = "sigmoid"  # log-likelihood; ipo: its squared error, with a finite optimum
+    label_smoothing: float = 0.0  # the share of pairs taken to be labelled the wrong way round
+
+
+def response_logprobs(nets: Nets, role: Role, trees: dict[Role, Params], pairs: Preferences) -> tuple[Array, Array]:
+    """log p of the whole chosen and rejected responses, nats f32[B] each, in one pass of the model."""
+    rows = interleave(pairs.chosen, pairs.rejected)
+    logprobs = nets.token_stats(role, trees, rows).logprobs
+    return deinterleave(keep(logprobs, rows.response_mask).sum(-1))
+
+
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: DPOConfig) -> tuple[Experience, dict[str, Mean]]:
+    """Pairs are learned from as they come; what the reference says of them is asked once."""
+    pairs = batch.preferences
+    return Experience(preferences=pairs, ref_logprobs=response_logprobs(nets, "reference", state.slow, pairs)), {}
+
+
+def loss(nets: Nets, params, slow, minibatch: Experience, cfg: DPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """Mean loss of a pair; a margin is in units of implicit reward. Padding pairs count for nothing."""
+    pairs = minibatch.preferences
+    real = pairs.chosen.valid.any(-1)
+    logprobs = response_logprobs(nets, "policy", params, pairs)
+    chosen, rejected = (cfg.beta * (ours - ref) for ours, ref in zip(logprobs, minibatch.ref_logprobs, strict=True))
+    if cfg.objective == "sigmoid":
+        terms = bradley_terry(chosen, rejected, pairs.margin, cfg.label_smoothing)
+    else:
+        terms = ipo(chosen, rejected, cfg.beta, pairs.margin, cfg.label_smoothing)
+    total, difference = sums(terms, real), chosen - rejected
+    return {"policy": total}, {
+        "loss/policy": total,
+        "implicit_reward/chosen": sums(chosen, real),
+        "implicit_reward/rejected": sums(rejected, real),
+        "implicit_reward/margin": sums(difference, real),
+        "implicit_reward/accuracy": sums((difference > 0) + 0.5 * (difference == 0), real),
+        "logprobs/chosen": sums(logprobs[0], real),
+        "logprobs/rejected": sums(logprobs[1], real),
+    }
+
+
+ALGORITHM = Algorithm(
+    config=DPOConfig,
+    batch=lambda cfg: ("preferences",),
+    roles=lambda cfg: ({"policy": "lm"}, {"reference": "lm"}),
+    prepare=prepare,
+    loss=loss,
+)

@@ -1,0 +1,105 @@
+"""Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300): PPO's clipped step without a value model.
+
+Every prompt gets batch.samples_per_prompt responses. A response's advantage, the same for each of its tokens, is how
+much better its score is than those of the others; the KL from the reference is a term of the loss, not of the reward.
+The fields that tell its variants apart:
+
+    the paper      advantages: mean_std        aggregation: seq-mean-token-mean
+    Dr. GRPO       advantages: mean            aggregation: seq-mean-token-sum    (arXiv:2503.20783)
+    RLOO           advantages: leave_one_out   aggregation: seq-mean-token-sum    (arXiv:2402.14740)
+    DAPO's loss    aggregation: token-mean, clip_range_high: 0.28, kl_coef: 0     (arXiv:2503.14476)
+    GSPO           ratio: sequence, aggregation: seq-mean-token-mean, clip_range_low: 3e-4, clip_range_high: 4e-4,
+                   kl_coef: 0                                                     (arXiv:2507.18071)
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+
+from jaxrlhf.algorithms import on_policy
+from jaxrlhf.ops.advantages import GroupBaseline, group_advantages
+from jaxrlhf.ops.kl import kl_estimate
+from jaxrlhf.ops.losses import Aggregation, aggregate, clipped_policy_terms
+from jaxrlhf.ops.masked import keep, row_means
+from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Nets, Role, TrainState, sample_policy
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPOConfig:
+    """Group-relative policy optimisation: the responses to one prompt are each other's baseline."""
+
+    num_epochs: int = 1  # passes over the responses of an iteration
+    num_minibatches: int = 1  # updates an epoch
+    advantages: GroupBaseline = "mean_std"  # a score less the group's mean, or its others' mean; over its deviation
+    ratio: Literal["token", "sequence"] = "token"  # sequence: the geometric mean of a response's token ratios
+    clip_range_low: float = 0.2  # how far the ratio may fall under 1
+    clip_range_high: float = 0.2  # how far it may rise over 1
+    dual_clip: float | None = None  # the largest ratio that counts against a response; null: no bound
+    aggregation: Aggregation = "token-mean"  # over tokens alike, or over responses by their sums or means
+    kl_coef: float = 0.04  # weight of the KL from the reference in the loss; 0: no reference is held
+    kl_estimator: Literal["k2", "k3"] = "k3"  # of that KL; k1 has no gradient on average
+    entropy_coef: float = 0.0  # bonus for each nat of a token's entropy
+    missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end
+    stop_kl: float | None = None  # nats a token from the old policy: past it the iteration's other updates are skipped
+    old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
+
+
+def roles(cfg: GRPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
+    """The policy learns; the reward model stays, and so does the reference where the KL counts."""
+    slow: dict[Role, Head] = {"reference": "lm"} if cfg.kl_coef else {}
+    return {"policy": "lm"}, slow | {"reward": "scalar"}
+
+
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tuple[Experience, dict[str, Mean]]:
+    """Score the responses and compare each with its group. A row without a response is in no group."""
+    sequences = batch.sequences
+    mask = sequences.response_mask
+    group_size = len(mask) // len(batch.prompts.tokens)
+    scores = on_policy.scores_of(nets, state.slow, sequences)
+    logprobs = on_policy.old_logprobs(nets, state, sequences, cfg.old_logprobs)
+    ref_logprobs = nets.token_stats("reference", state.slow, sequences).logprobs if cfg.kl_coef else None
+    marks = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
+    advantages, equal = group_advantages(marks, mask.any(-1), group_size, cfg.advantages)
+    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
+    metrics["group/zero_variance"] = equal
+    sequences = sequences.replace(scores=scores, logprobs=logprobs)
+    experience = Experience(sequences, jnp.where(mask, advantages[:, None], 0.0), ref_logprobs=ref_logprobs)
+    return experience, metrics
+
+
+def loss(nets: Nets, params, slow, minibatch: Experience, cfg: GRPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """Clipped policy loss, plus kl_coef times the KL from the reference, less the entropy bonus."""
+    sequences = minibatch.sequences
+    mask = sequences.response_mask
+    stats = nets.token_stats("policy", params, sequences)
+    logprobs, old, entropy = keep(stats.logprobs, mask), keep(sequences.logprobs, mask), keep(stats.entropy, mask)
+    log_ratio = logprobs - old if cfg.ratio == "token" else row_means(logprobs - old, mask)
+    policy, ratio, clipped = clipped_policy_terms(
+        log_ratio,
+        jnp.zeros_like(log_ratio),
+        minibatch.advantages,
+        cfg.clip_range_low,
+        cfg.clip_range_high,
+        cfg.dual_clip,
+    )
+    total = policy - cfg.entropy_coef * entropy
+    metrics = on_policy.update_metrics(logprobs, old, entropy, ratio, clipped, mask)
+    metrics["loss/policy"] = aggregate(policy, mask, cfg.aggregation)
+    if cfg.kl_coef:
+        kl = kl_estimate(logprobs, keep(minibatch.ref_logprobs, mask), cfg.kl_estimator)
+        total = total + cfg.kl_coef * kl
+        metrics["loss/kl"] = aggregate(kl, mask, cfg.aggregation)
+    return {"policy": aggregate(total, mask, cfg.aggregation)}, metrics
+
+
+ALGORITHM = Algorithm(
+    config=GRPOConfig,
+    batch=lambda cfg: ("prompts",),
+    roles=roles,
+    prepare=prepare,
+    loss=loss,
+    rollout=sample_policy,
+    stop=on_policy.stop,
+    min_samples_per_prompt=2,
+)

@@ -1,0 +1,71 @@
+"""What algorithms that learn from the policy's own responses share: the score, the old log-probs, what they report."""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jaxrlhf.ops.advantages import missing_eos
+from jaxrlhf.ops.kl import kl_estimate
+from jaxrlhf.ops.masked import keep, sums, variance
+from jaxrlhf.types import Array, Mean, Metrics, Nets, Params, Role, Sequences, TrainState
+
+
+def scores_of(nets: Nets, trees: dict[Role, Params], sequences: Sequences) -> Array:
+    """f32[B]: what the host gave, else what the reward model in ``trees`` says."""
+    return nets.scores("reward", trees, sequences) if sequences.scores is None else sequences.scores
+
+
+def penalised(scores: Array, sequences: Sequences, penalty: float) -> Array:
+    """f32[B]: ``scores`` less ``penalty`` where it is known that a response did not end by itself."""
+    if not penalty or sequences.ended is None:
+        return scores
+    return missing_eos(scores, sequences.ended, penalty)
+
+
+def old_logprobs(nets: Nets, state: TrainState, sequences: Sequences, how: Literal["sampler", "recompute"]) -> Array:
+    """f32[B, S]: log-probs of the responses before any update, as sampled or by a pass of the trainer's own."""
+    if how == "sampler":
+        return sequences.logprobs
+    return nets.token_stats("policy", state.params, sequences).logprobs
+
+
+def rollout_metrics(
+    sequences: Sequences, scores: Array, logprobs: Array, ref_logprobs: Array | None
+) -> dict[str, Mean]:
+    """What the responses are like: kl/reference (with a reference) is in nats a response, lengths in tokens.
+
+    ``logprobs``: the old ones; kl/sampler_mismatch is their mean distance from those of the sampler, nats a token."""
+    mask = sequences.response_mask
+    rows = mask.any(-1)
+    one = jnp.float32(1)
+    old = keep(logprobs, mask)
+    mismatch = jnp.zeros_like(old) if sequences.logprobs is None else old - keep(sequences.logprobs, mask)
+    metrics = {
+        "score/mean": sums(scores, rows),
+        "score/std": Mean(jnp.sqrt(variance(scores, rows, True)), one),
+        "kl/sampler_mismatch": sums(jnp.abs(mismatch), mask),
+        "response/length_mean": sums(mask.sum(-1, dtype=jnp.float32), rows),
+        "response/ended": sums(sequences.ended, rows),
+        "response/tokens": Mean(mask.sum(dtype=jnp.float32), one),
+        "response/count": Mean(rows.sum(dtype=jnp.float32), one),
+    }
+    if ref_logprobs is not None:
+        metrics["kl/reference"] = sums((old - keep(ref_logprobs, mask)).sum(-1), rows)
+    return metrics
+
+
+def update_metrics(
+    logprobs: Array, old: Array, entropy: Array, ratio: Array, clipped: Array, mask: Array
+) -> dict[str, Mean]:
+    """How far an update is from the policy that sampled; means over response tokens. All [B, S]."""
+    return {
+        "policy/entropy": sums(entropy, mask),
+        "policy/clip_fraction": sums(clipped, mask),
+        "policy/ratio": sums(ratio, mask),
+        "policy/kl_old": sums(kl_estimate(old, logprobs, "k3"), mask),
+    }
+
+
+def stop(metrics: Metrics, cfg: Any) -> Array:
+    """Whether the policy has moved further than ``cfg.stop_kl`` from the one that sampled."""
+    return metrics["policy/kl_old"] > (jnp.inf if cfg.stop_kl is None else cfg.stop_kl)

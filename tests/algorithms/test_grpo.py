@@ -1,0 +1,456 @@
+"""GRPO against a plain NumPy loop, its gradient against expectations summed by hand, and policies that learn."""
+
+import itertools
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import step as steps
+from jaxrlhf.algorithms import grpo
+from jaxrlhf.algorithms.grpo import GRPOConfig
+from jaxrlhf.types import Batch, Experience, Mean, Nets, Prompts, Sequences, TokenStats, TrainState
+from tests import tiny
+from tests.enumerated import run as enumerated_run
+from tests.fake import FAKE, LENGTHS, PROMPT, Case, make_case
+
+SIZE = 3  # of a group: rows 0 to 2, of which the last has no response, and rows 3 to 5
+
+
+def prompts_of(rows: int) -> Prompts:
+    """As many prompts as ``prepare`` needs to know the size of a group."""
+    return Prompts(jnp.zeros((rows, 1), jnp.int32), jnp.ones((rows, 1), bool), jnp.arange(rows))
+
+
+def prepare(case: Case, cfg: GRPOConfig, size: int = SIZE) -> tuple[Experience, dict[str, float]]:
+    """The experience, and metrics as numbers."""
+    batch = Batch(prompts=prompts_of(len(case.mask) // size), sequences=case.sequences())
+    experience, means = grpo.prepare(FAKE, case.state(0.0), batch, cfg)
+    return experience, {name: float(mean.value()) for name, mean in means.items()}
+
+
+# ---- prepare against a loop -----------------------------------------------------------------------------------------
+
+
+def advantages_by_loop(case: Case, cfg: GRPOConfig) -> np.ndarray:
+    """[B, S], in float64, a group at a time."""
+    found = np.zeros(case.mask.shape)
+    marks = case.scores.astype(np.float64) - np.where(case.ended, 0.0, cfg.missing_eos_penalty)
+    for start in range(0, len(marks), SIZE):
+        rows = [row for row in range(start, start + SIZE) if case.mask[row].any()]
+        for row in rows:
+            others = [marks[other] for other in rows if other != row]
+            value = marks[row] - np.mean(others if cfg.advantages == "leave_one_out" else marks[rows])
+            if cfg.advantages == "mean_std":
+                value /= marks[rows].std(ddof=1) + 1e-6
+            found[row, case.mask[row]] = value
+    return found
+
+
+VARIANTS = {
+    "default": GRPOConfig(),
+    "mean": GRPOConfig(advantages="mean"),
+    "leave one out": GRPOConfig(advantages="leave_one_out"),
+    "missing eos": GRPOConfig(advantages="mean", missing_eos_penalty=1.5),
+    "recompute": GRPOConfig(old_logprobs="recompute"),
+    "no reference": GRPOConfig(kl_coef=0.0),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_prepare_is_a_numpy_loop(name):
+    case, cfg = make_case(), VARIANTS[name]
+    experience, metrics = prepare(case, cfg)
+    np.testing.assert_allclose(np.asarray(experience.advantages), advantages_by_loop(case, cfg), atol=1e-5)
+    sequences, rows = experience.sequences, case.mask.any(1)
+    old = case.policy if cfg.old_logprobs == "recompute" else case.sampled
+    assert sequences is not None
+    np.testing.assert_array_equal(sequences.logprobs, old)
+    np.testing.assert_array_equal(sequences.scores, case.scores)  # raw: without the penalty
+    expected = {
+        "score/mean": case.scores[rows].mean(),
+        "score/std": case.scores[rows].std(ddof=1),
+        "kl/reference": np.where(case.mask, old - case.reference, 0).sum(1)[rows].mean(),
+        "kl/sampler_mismatch": np.abs(old - case.sampled)[case.mask].mean(),
+        "response/length_mean": case.mask.sum(1)[rows].mean(),
+        "response/ended": case.ended[rows].mean(),
+        "response/tokens": case.mask.sum(),
+        "response/count": rows.sum(),
+        "group/zero_variance": 0.0,
+    }
+    if name == "no reference":
+        del expected["kl/reference"]
+    assert (experience.ref_logprobs is None) == (name == "no reference")
+    assert metrics.keys() == expected.keys()
+    for metric, number in expected.items():
+        np.testing.assert_allclose(metrics[metric], number, atol=2e-5, err_msg=metric)
+
+
+def test_groups_without_a_difference_are_counted():
+    case = make_case()
+    case.scores[:3] = 1000.1  # whose mean is rounded; what stands in the empty row is no score
+    case.scores[2] = 3.0
+    experience, metrics = prepare(case, GRPOConfig())
+    assert metrics["group/zero_variance"] == 0.5
+    assert not np.asarray(experience.advantages)[:3].any() and np.asarray(experience.advantages)[3:].any()
+    case.scores[:] = 1.0
+    assert prepare(case, GRPOConfig())[1]["group/zero_variance"] == 1
+    differs = prepare(case, GRPOConfig(missing_eos_penalty=0.5))  # by how they ended
+    assert differs[1]["group/zero_variance"] == 0 and np.asarray(differs[0].advantages).any()
+
+
+def test_scores_of_the_host_replace_the_reward_model():
+    case = make_case()
+    given = np.array([1, 0, 1, 1, 0, -1])  # a verifier's: integers
+    state = case.state(0.0)
+    state = replace(state, slow={"reference": state.slow["reference"]})  # there is no reward model to ask
+    batch = Batch(prompts=prompts_of(2), sequences=case.sequences(scores=jnp.array(given)))
+    experience, means = grpo.prepare(FAKE, state, batch, GRPOConfig(advantages="mean"))
+    case.scores = given.astype(np.float32)
+    expected = advantages_by_loop(case, GRPOConfig(advantages="mean"))
+    np.testing.assert_allclose(np.asarray(experience.advantages), expected, atol=1e-6)
+    np.testing.assert_allclose(float(means["score/mean"].value()), 0.2, atol=1e-6)  # of 5 rows: one is empty
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf, -1e30])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_what_is_outside_the_responses_never_counts(ratio, junk):
+    cfg = GRPOConfig(ratio=ratio, entropy_coef=0.1, missing_eos_penalty=0.3)
+    clean, dirty = make_case(), make_case(junk=junk)
+    dirty.scores[2] = junk  # of the row without a response
+    (experience, metrics), (dirtied, dirty_metrics) = prepare(clean, cfg), prepare(dirty, cfg)
+    np.testing.assert_array_equal(np.asarray(dirtied.advantages), np.asarray(experience.advantages))
+    assert dirty_metrics == metrics and all(np.isfinite(list(metrics.values())))
+    grads, dirty_grads = (gradients(case, given, cfg) for case, given in ((clean, experience), (dirty, dirtied)))
+    assert tiny.equal_trees(grads, dirty_grads)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dirty_grads))
+
+
+@pytest.mark.parametrize("cfg", [GRPOConfig(entropy_coef=0.1), GRPOConfig(ratio="sequence", kl_coef=0.0)], ids=str)
+def test_padding_rows_count_for_nothing(cfg):
+    """A whole group of them, and one more in each group: same metrics, losses and gradients of the others."""
+    case = make_case()
+    places = [0, 1, 2, None, 3, 4, 5, None, None, None, None, None]
+    source = np.array([0 if place is None else place for place in places])
+    padded = Case(*(np.asarray(array)[source] for array in vars(case).values()))
+    real = np.array([place is not None for place in places])
+    padded.mask[~real] = False
+    padded.scores[~real] = 50.0
+    (experience, metrics), (wide, wide_metrics) = prepare(case, cfg), prepare(padded, cfg, size=4)
+    assert wide_metrics == pytest.approx(metrics, rel=1e-6)
+    np.testing.assert_allclose(np.asarray(wide.advantages)[real], np.asarray(experience.advantages), rtol=1e-6)
+    losses, means = losses_of(case.params(), case, experience, cfg)
+    wide_losses, wide_means = losses_of(padded.params(), padded, wide, cfg)
+    for found, expected in ((wide_losses, losses), (wide_means, means)):
+        for name, mean in expected.items():
+            np.testing.assert_allclose(found[name].value(), mean.value(), rtol=1e-5, err_msg=name)
+            assert found[name].count == mean.count
+    grads, wide_grads = gradients(case, experience, cfg)["policy"], gradients(padded, wide, cfg)["policy"]
+    for name in grads:
+        np.testing.assert_allclose(wide_grads[name][real], grads[name], rtol=1e-5, atol=1e-7)
+        assert not wide_grads[name][~real].any()
+
+
+def test_no_response_token_at_all():
+    case = make_case()
+    case.mask[:] = False
+    for cfg in VARIANTS.values():
+        experience, metrics = prepare(case, cfg)
+        assert all(np.isfinite(list(metrics.values()))) and not np.asarray(experience.advantages).any()
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients(case, experience, cfg)))
+
+
+# ---- loss -----------------------------------------------------------------------------------------------------------
+
+
+def losses_of(params, case: Case, experience: Experience, cfg: GRPOConfig):
+    return grpo.loss(FAKE, params, case.slow(), experience, cfg)
+
+
+def gradients(case: Case, experience: Experience, cfg: GRPOConfig) -> dict:
+    """Of the policy's total: what the step differentiates."""
+    return jax.grad(lambda params: losses_of(params, case, experience, cfg)[0]["policy"].total)(case.params())
+
+
+def token_terms(case: Case, experience: Experience, cfg: GRPOConfig, row: int) -> list[dict[str, float]]:
+    """What each token of a response adds, in float64."""
+    columns, terms = np.flatnonzero(case.mask[row]), []
+    assert experience.sequences is not None
+    log_ratios = (case.policy.astype(np.float64) - np.asarray(experience.sequences.logprobs))[row, columns]
+    for column, log_ratio in zip(columns, log_ratios):
+        advantage = float(np.asarray(experience.advantages)[row, column])
+        ratio = np.exp(log_ratio if cfg.ratio == "token" else log_ratios.mean())
+        free = -advantage * ratio
+        bounded = -advantage * min(max(ratio, 1 - cfg.clip_range_low), 1 + cfg.clip_range_high)
+        policy = max(free, bounded)
+        if cfg.dual_clip is not None and advantage < 0:
+            policy = min(policy, -advantage * cfg.dual_clip)
+        nats = float(case.policy[row, column]) - float(case.reference[row, column])
+        term = {
+            "loss/policy": policy,
+            "policy/entropy": float(case.entropy[row, column]),
+            "policy/clip_fraction": float(bounded > free),
+            "policy/ratio": ratio,
+            "policy/kl_old": np.exp(log_ratio) - 1 - log_ratio,
+        }
+        if cfg.kl_coef:
+            term["loss/kl"] = nats**2 / 2 if cfg.kl_estimator == "k2" else np.exp(-nats) - 1 + nats
+        term["total"] = policy + cfg.kl_coef * term.get("loss/kl", 0.0) - cfg.entropy_coef * term["policy/entropy"]
+        terms.append(term)
+    return terms
+
+
+def aggregated(rows: list[list[dict[str, float]]], name: str, how: str) -> float:
+    numbers = [[term[name] for term in row] for row in rows]
+    if how == "token-mean":
+        return float(np.mean(np.concatenate(numbers)))
+    return float(np.mean([np.sum(row) if how == "seq-mean-token-sum" else np.mean(row) for row in numbers]))
+
+
+LOSSES = [
+    GRPOConfig(entropy_coef=0.3, kl_coef=0.5),
+    GRPOConfig(aggregation="seq-mean-token-mean", kl_estimator="k2", clip_range_high=0.4),
+    GRPOConfig(aggregation="seq-mean-token-sum", advantages="mean", dual_clip=1.1, kl_coef=0.0),
+    GRPOConfig(ratio="sequence", aggregation="seq-mean-token-mean", clip_range_low=0.01, clip_range_high=0.02),
+    GRPOConfig(ratio="sequence", advantages="leave_one_out", clip_range_low=0.01, clip_range_high=0.02),
+]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("cfg", LOSSES, ids=str)
+def test_loss_is_a_numpy_loop(cfg, seed):
+    case = make_case(seed)
+    experience, _ = prepare(case, cfg)
+    later = make_case(seed + 10)  # the policy has moved since
+    case.policy = case.sampled + later.policy - later.reference
+    losses, metrics = losses_of(case.params(), case, experience, cfg)
+    rows = [token_terms(case, experience, cfg, row) for row in range(len(LENGTHS)) if case.mask[row].any()]
+    assert metrics.keys() | {"total"} == rows[0][0].keys() and losses.keys() == {"policy"}
+    for name in metrics:
+        how = cfg.aggregation if name.startswith("loss/") else "token-mean"
+        np.testing.assert_allclose(float(metrics[name].value()), aggregated(rows, name, how), atol=1e-5, err_msg=name)
+    expected = aggregated(rows, "total", cfg.aggregation)
+    np.testing.assert_allclose(float(losses["policy"].value()), expected, rtol=1e-5, atol=1e-6)
+    assert 0 < metrics["policy/clip_fraction"].value() < 1, "a case that nothing clips tests no clip"
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_every_response_token_gets_gradient_and_no_other(aggregation, ratio):
+    """At ratio 1, -advantage each, shared out as the aggregation says. The ending token too, but no tool's token."""
+    case, cfg = make_case(), GRPOConfig(old_logprobs="recompute", kl_coef=0.0, aggregation=aggregation, ratio=ratio)
+    experience, _ = prepare(case, cfg)
+    grads = np.asarray(gradients(case, experience, cfg)["policy"]["logprobs"])
+    np.testing.assert_array_equal(grads != 0, case.mask)
+    assert case.ended[3] and grads[3, PROMPT + LENGTHS[3] - 1] != 0
+    lengths = case.mask.sum(1, keepdims=True) if aggregation == "seq-mean-token-mean" else 1
+    expected = np.where(case.mask, -np.asarray(experience.advantages), 0) / np.maximum(lengths, 1)
+    np.testing.assert_allclose(grads, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("advantages", ["mean_std", "mean", "leave_one_out"])
+def test_a_group_without_a_difference_has_no_gradient(advantages, ratio):
+    """Exactly none, wherever the policy is by then; the other group has some."""
+    case, cfg = make_case(), GRPOConfig(advantages=advantages, kl_coef=0.0, ratio=ratio)
+    case.scores[3:] = 0.1 + 0.2
+    experience, metrics = prepare(case, cfg)
+    grads = np.asarray(gradients(case, experience, cfg)["policy"]["logprobs"])
+    assert not grads[3:].any() and grads[:2].any() and metrics["group/zero_variance"] == 0.5
+
+
+# ---- expectations summed by hand ------------------------------------------------------------------------------------
+
+VOCAB, STOP = 3, 0  # token 0 ends a response; at most 2 tokens
+RESPONSES = [(STOP,)] + [(first, second) for first in (1, 2) for second in range(VOCAB)]
+REWARDS = np.array([0.3, 1.0, -0.7, 2.0, 0.1, -1.2, 0.6], np.float32)
+
+
+def tabular(theta):
+    """log p of each token of each response under a table of logits: row 0 first, row t after token t. [7, 2]."""
+    logp = jax.nn.log_softmax(theta)
+    return jnp.array([[logp[0, row[0]], logp[row[0], row[1]] if len(row) > 1 else 0.0] for row in RESPONSES])
+
+
+# Column 0 of a sequence says which response it is; columns 1 and 2 are its tokens.
+TABULAR = Nets(
+    token_stats=lambda role, trees, sequences: TokenStats(
+        jnp.pad(tabular(trees[role]), ((0, 0), (1, 0)))[sequences.tokens[:, 0]], jnp.zeros(sequences.tokens.shape)
+    ),
+    values=lambda *args: pytest.fail("there is no value model"),
+    scores=lambda role, trees, sequences: trees[role][sequences.tokens[:, 0]],
+    sample=lambda *args: pytest.fail("nothing is sampled here"),
+)
+
+
+def responses_of(ids) -> Sequences:
+    mask = np.array([[False, True, len(RESPONSES[i]) > 1] for i in ids])
+    tokens = jnp.broadcast_to(jnp.array(ids)[:, None], mask.shape)
+    return Sequences(tokens, jnp.array(mask), jnp.array(mask), ended=jnp.array(mask.any(1)), response_start=1)
+
+
+THETA = jnp.array(np.random.default_rng(0).normal(size=(VOCAB, VOCAB)), jnp.float32)
+
+
+def expected_gradient(theta, reference, cfg: GRPOConfig, size: int):
+    """The mean gradient of GRPO's loss over every group of ``size`` responses that the policy may sample.
+
+    The loss is a sum over groups, so a group counts as often as it is sampled once its advantages are multiplied by
+    its probability (kl_coef 0)."""
+    groups = np.array(list(itertools.product(range(len(RESPONSES)), repeat=size)))
+    slow = {"reference": reference, "reward": jnp.array(REWARDS)}
+    state = TrainState(jnp.int32(0), jnp.int32(0), {"policy": theta}, slow, {}, {})
+    batch = Batch(prompts=prompts_of(len(groups)), sequences=responses_of(groups.ravel()))
+    experience, _ = grpo.prepare(TABULAR, state, batch, cfg)
+    chance = jnp.exp(tabular(theta).sum(1))[groups].prod(1)
+    weight = jnp.repeat(chance, size)[:, None] * len(groups)
+    experience = replace(experience, advantages=experience.advantages * weight)
+    loss = lambda theta: grpo.loss(TABULAR, {"policy": theta}, slow, experience, cfg)[0]["policy"].value()
+    return jax.grad(loss)(theta)
+
+
+@pytest.mark.parametrize(("advantages", "share"), [("leave_one_out", 1.0), ("mean", 1 / 2)])
+def test_the_gradient_is_that_of_the_expected_reward(advantages, share):
+    """Summed over all 49 pairs of responses; with the mean of the group as baseline, (n - 1) / n of it."""
+    cfg = GRPOConfig(advantages=advantages, aggregation="seq-mean-token-sum", kl_coef=0.0, old_logprobs="recompute")
+    expected_reward = lambda theta: jnp.exp(tabular(theta).sum(1)) @ jnp.array(REWARDS)
+    exact = jax.grad(expected_reward)(THETA)
+    assert jnp.abs(exact).max() > 0.1
+    np.testing.assert_allclose(expected_gradient(THETA, THETA, cfg, 2), -share * exact, atol=2e-6)
+
+
+def test_the_gradient_of_normalised_advantages_is_a_sum_over_groups():
+    """(score - mean) / deviation by NumPy, times grad log p by autodiff, over all 343 groups of three."""
+    cfg = GRPOConfig(aggregation="seq-mean-token-sum", kl_coef=0.0, old_logprobs="recompute")
+    slopes = np.asarray(jax.jacobian(lambda theta: tabular(theta).sum(1))(THETA), np.float64)
+    log_p, expected = np.asarray(tabular(THETA).sum(1), np.float64), np.zeros((VOCAB, VOCAB))
+    for group in itertools.product(range(len(RESPONSES)), repeat=3):
+        scores = REWARDS[list(group)].astype(np.float64)
+        if len(set(group)) > 1:
+            advantages = (scores - scores.mean()) / (scores.std(ddof=1) + 1e-6)
+            expected += np.exp(log_p[list(group)].sum()) * np.tensordot(advantages, slopes[list(group)], 1) / 3
+    np.testing.assert_allclose(expected_gradient(THETA, THETA, cfg, 3), -expected, atol=2e-6)
+
+
+def test_the_kl_regularised_optimum_is_a_stationary_point():
+    """One-token responses, where k2's gradient is that of the KL: none at reference * exp(reward / kl_coef)."""
+    beta, rewards = 0.5, np.array([0.3, 1.0, -0.7], np.float32)
+    reference = jax.nn.log_softmax(THETA[0])
+    best = jax.nn.log_softmax(reference + rewards / beta)
+    cfg = GRPOConfig(advantages="leave_one_out", kl_coef=beta, kl_estimator="k2", old_logprobs="recompute")
+
+    def gradient(log_p):
+        """Over all pairs; a pair's loss is differentiated by itself, then weighted."""
+        total = jnp.zeros(VOCAB)
+        for pair in itertools.product(range(VOCAB), repeat=2):
+            nets = TABULAR._replace(
+                token_stats=lambda role, trees, sequences: TokenStats(
+                    jax.nn.log_softmax(trees[role])[sequences.tokens], jnp.zeros(sequences.tokens.shape)
+                )
+            )
+            column = jnp.array(pair)[:, None]
+            sequences = Sequences(column, column >= 0, column >= 0, scores=jnp.array(rewards)[column[:, 0]])
+            sequences = sequences.replace(ended=column[:, 0] >= 0)
+            state = TrainState(jnp.int32(0), jnp.int32(0), {"policy": log_p}, {"reference": reference}, {}, {})
+            experience, _ = grpo.prepare(nets, state, Batch(prompts=prompts_of(1), sequences=sequences), cfg)
+            loss = lambda log_p: grpo.loss(nets, {"policy": log_p}, {}, experience, cfg)[0]["policy"].value()  # noqa: B023
+            total = total + jnp.exp(log_p[column].sum()) * jax.grad(loss)(log_p)
+        return total
+
+    assert jnp.abs(gradient(reference)).max() > 0.05
+    np.testing.assert_allclose(gradient(best), np.zeros(VOCAB), atol=1e-6)
+
+
+# ---- the record -----------------------------------------------------------------------------------------------------
+
+
+def test_the_record():
+    assert grpo.roles(GRPOConfig()) == ({"policy": "lm"}, {"reference": "lm", "reward": "scalar"})
+    assert grpo.roles(GRPOConfig(kl_coef=0.0)) == ({"policy": "lm"}, {"reward": "scalar"})
+    record = grpo.ALGORITHM
+    assert record.batch(GRPOConfig()) == ("prompts",) and record.min_samples_per_prompt == 2
+    assert record.stop is not None
+    for stop_kl, stops in ((None, False), (0.1, True), (0.2, False)):
+        assert bool(record.stop({"policy/kl_old": jnp.float32(0.15)}, GRPOConfig(stop_kl=stop_kl))) is stops
+
+
+# ---- a real model ---------------------------------------------------------------------------------------------------
+
+
+def watched(nets, params, slow, minibatch, cfg):
+    """grpo.loss, which also says how far any response token's ratio is from 1."""
+    losses, metrics = grpo.loss(nets, params, slow, minibatch, cfg)
+    mask = minibatch.sequences.response_mask
+    stats = nets.token_stats("policy", params, minibatch.sequences)
+    distance = jnp.abs(jnp.exp(jnp.where(mask, stats.logprobs - minibatch.sequences.logprobs, 0)) - 1).max()
+    return losses, metrics | {"distance": Mean(distance, jnp.float32(1))}
+
+
+def test_the_first_ratio_is_exactly_1_with_recompute():
+    run = tiny.build("grpo", GRPOConfig(old_logprobs="recompute"), samples_per_prompt=4)
+    recipe = run.recipe._replace(algorithm=run.recipe.algorithm._replace(loss=watched))
+    state, metrics, sequences = tiny.program(steps.make_iteration(recipe))(run.state, run.batch)
+    assert sequences is not None and len(sequences.tokens) == 64
+    assert metrics["distance"] == 0 and metrics["policy/ratio"] == 1
+    # all log-probs have the same bits, but XLA may compute some again where it sums up this metric, an ulp away
+    ulp = 2.0**-21  # of 4 to 8 nats
+    assert metrics["policy/kl_old"] <= ulp**2 / 2
+    assert 0 < metrics["kl/sampler_mismatch"] < 1e-5  # the sampler's own are equal to rounding only
+    assert sorted(state.params) == ["policy"] and tiny.equal_trees(state.slow, run.state.slow)
+    assert not tiny.equal_trees(state.params, run.state.params)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [GRPOConfig(), GRPOConfig(ratio="sequence", aggregation="seq-mean-token-mean", entropy_coef=0.1)],
+    ids=lambda cfg: cfg.aggregation,
+)
+def test_the_number_of_micro_batches_changes_nothing(cfg):
+    run = tiny.build("grpo", cfg)
+    sequences, rng = tiny.sequences(), np.random.default_rng(0)
+    mask = np.asarray(sequences.response_mask)
+    draw = lambda shift, scale: jnp.array(np.where(mask, rng.normal(shift, scale, mask.shape), 0), jnp.float32)
+    sequences = sequences.replace(logprobs=draw(-np.log(64), 0.3))
+    experience = Experience(sequences, draw(0, 1), ref_logprobs=draw(-np.log(64), 0.3))
+    found = {}
+    for parts in (1, 4):
+        recipe = run.recipe._replace(num_micro=parts)
+        found[parts] = tiny.program(partial(steps.gradients, recipe))(run.state, experience)
+    (whole, means), (split, split_means) = found[1], found[4]
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole)) > 0.01, "no gradient, no test"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), split, whole)
+    for name, mean in means.items():
+        np.testing.assert_allclose(split_means[name].value(), mean.value(), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+# ---- a policy that can be enumerated --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["paper", "sequence"])
+def test_expected_reward_rises(name):
+    cfg = {
+        "paper": GRPOConfig(num_epochs=2, aggregation="seq-mean-token-mean"),
+        "sequence": GRPOConfig(num_epochs=2, ratio="sequence", advantages="leave_one_out", kl_coef=0.0),
+    }[name]
+    run, exact = enumerated_run("grpo", cfg, samples_per_prompt=8)
+    step, state, start = tiny.program(steps.make_iteration(run.recipe)), run.state, run.state.params["policy"]
+    for _ in range(30):
+        state, *_ = step(state, run.batch)
+    end = state.params["policy"]
+    (before, _), (after, moved) = exact(start, start), exact(end, start)
+    highest = exact.rewards.max()  # 3.5: two tokens 3, then the end
+    print(f"\n{name}: expected reward {before:.3f} -> {after:.3f} of {highest}, KL {moved:.3f}")
+    assert after > before + 0.8 * (highest - before) and moved > 1
+
+
+def test_a_large_kl_coef_holds_the_policy_at_the_reference():
+    run, exact = enumerated_run("grpo", GRPOConfig(kl_coef=10.0), samples_per_prompt=8)
+    step, state, start = tiny.program(steps.make_iteration(run.recipe)), run.state, run.state.params["policy"]
+    for _ in range(30):
+        state, *_ = step(state, run.batch)
+    _, moved = exact(state.params["policy"], start)
+    print(f"\nkl_coef 10: KL {moved:.4f}")
+    assert 0 < moved < 0.1

@@ -1,0 +1,75 @@
+"""A policy small enough to sum over all that it may say, and a reward: what is expected, and what would be best."""
+
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.types import Batch, Nets, Prompts, Sequences
+from tests import tiny
+
+LETTERS = resolve(ModelConfig(vocab_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32))
+LAST, LONGEST = 1, 3  # token 1 ends a response; at most 3 tokens
+
+
+def every_response() -> Sequences:
+    """All 40 responses to the prompt (2, 3): 13 that end with token 1, 27 of three other tokens."""
+    others = [token for token in range(4) if token != LAST]
+    ending = [(*head, LAST) for size in range(LONGEST) for head in itertools.product(others, repeat=size)]
+    rows = ending + list(itertools.product(others, repeat=LONGEST))
+    tokens = np.array([[2, 3, *row, *[0] * (LONGEST - len(row))] for row in rows], np.int32)
+    columns = np.arange(2 + LONGEST)
+    valid = columns < 2 + np.array([len(row) for row in rows])[:, None]
+    return Sequences(jnp.array(tokens), jnp.array(valid), jnp.array(valid & (columns >= 2)), response_start=2)
+
+
+def reward_of(sequences: Sequences):
+    """+1 a token 3, -1 a token 2, +1.5 for ending."""
+    count = lambda token: ((sequences.tokens == token) & sequences.response_mask).sum(-1)
+    return 1.0 * count(3) - 1.0 * count(2) + 1.5 * count(LAST)
+
+
+class Exact:
+    """Expected rewards and KL, summed over all responses."""
+
+    def __init__(self, nets: Nets):
+        self.responses = every_response()
+        self.rewards = np.asarray(reward_of(self.responses), np.float64)
+        self.log_p = tiny.program(lambda params: self.logprobs(nets, params))
+
+    def logprobs(self, nets: Nets, params):
+        stats = nets.token_stats("policy", {"policy": params}, self.responses)
+        return jnp.where(self.responses.response_mask, stats.logprobs, 0).sum(-1)
+
+    def __call__(self, params, reference) -> tuple[float, float]:
+        """(expected reward, KL(policy || reference) in nats)."""
+        log_p, log_ref = (np.asarray(self.log_p(tree), np.float64) for tree in (params, reference))
+        np.testing.assert_allclose(np.exp(log_p).sum(), 1, atol=1e-5)
+        return float(np.exp(log_p) @ self.rewards), float(np.exp(log_p) @ (log_p - log_ref))
+
+    def best(self, reference, kl_coef: float) -> float:
+        """The largest E[reward] - kl_coef * KL of any policy: kl_coef * log E_reference[exp(reward / kl_coef)]."""
+        log_ref = np.asarray(self.log_p(reference), np.float64)
+        return kl_coef * float(np.log(np.exp(log_ref + self.rewards / kl_coef).sum()))
+
+
+def run(name: str, cfg: Any, rows: int = 64, samples_per_prompt: int = 1) -> tuple[tiny.Tiny, Exact]:
+    """The algorithm on ``rows`` responses to the prompt, scored by ``reward_of``."""
+    prompts = rows // samples_per_prompt
+    tokens = jnp.tile(jnp.array([[2, 3]], jnp.int32), (prompts, 1))
+    batch = Batch(prompts=Prompts(tokens, jnp.ones((prompts, 2), bool), jnp.arange(prompts)))
+    made = tiny.build(
+        name,
+        cfg,
+        model=LETTERS,
+        batch=batch,
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        room=LONGEST,
+        samples_per_prompt=samples_per_prompt,
+        eos_ids=(LAST,),
+    )
+    nets = made.recipe.nets._replace(scores=lambda role, trees, sequences: reward_of(sequences))
+    return made._replace(recipe=made.recipe._replace(nets=nets)), Exact(nets)

@@ -1,0 +1,68 @@
+"""Networks that answer what they are told to, and responses with random answers: for what an algorithm does itself."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.types import Nets, Sequences, TokenStats, TrainState
+
+PROMPT, ROOM = 3, 5
+LENGTHS = [5, 1, 0, 3, 4, 5]  # of the responses; one is empty
+
+# Networks whose parameters are their answers: trees[role] holds the arrays.
+FAKE = Nets(
+    token_stats=lambda role, trees, sequences: TokenStats(trees[role]["logprobs"], trees[role]["entropy"]),
+    values=lambda role, trees, sequences: trees[role]["values"],
+    scores=lambda role, trees, sequences: trees[role]["scores"],
+    sample=lambda *args: pytest.fail("nothing is sampled here"),
+)
+
+
+@dataclasses.dataclass
+class Case:
+    """Everything that prepare and loss read, as NumPy arrays."""
+
+    mask: np.ndarray
+    ended: np.ndarray
+    sampled: np.ndarray  # log-probs of the sampler
+    policy: np.ndarray  # of the trainer's policy
+    reference: np.ndarray
+    entropy: np.ndarray
+    values: np.ndarray
+    scores: np.ndarray
+
+    def sequences(self, **fields) -> Sequences:
+        tokens = jnp.zeros(self.mask.shape, jnp.int32)
+        mask = jnp.array(self.mask)
+        given = {"logprobs": jnp.array(self.sampled), "ended": jnp.array(self.ended), "response_start": PROMPT} | fields
+        return Sequences(tokens, jnp.ones_like(mask), mask, **given)
+
+    def params(self) -> dict:
+        policy = {"logprobs": jnp.array(self.policy), "entropy": jnp.array(self.entropy)}
+        return {"policy": policy, "value": {"values": jnp.array(self.values)}}
+
+    def slow(self) -> dict:
+        reference = {"logprobs": jnp.array(self.reference), "entropy": jnp.array(self.entropy)}
+        return {"reference": reference, "reward": {"scores": jnp.array(self.scores)}}
+
+    def state(self, kl_coef: float) -> TrainState:
+        controls = {"kl_coef": jnp.float32(kl_coef)}
+        return TrainState(jnp.int32(0), jnp.int32(0), self.params(), self.slow(), {}, controls)
+
+
+def make_case(seed: int = 0, junk: float = 0.0) -> Case:
+    """Random numbers on the response tokens, ``junk`` elsewhere. Row 0 has a tool's token amid its response."""
+    rng = np.random.default_rng(seed)
+    columns = np.arange(PROMPT + ROOM)
+    mask = (columns >= PROMPT) & (columns < PROMPT + np.array(LENGTHS)[:, None])
+    mask[0, PROMPT + 2] = False
+    fill = lambda x: np.where(mask, x, junk).astype(np.float32)
+    draw = lambda scale, shift=0.0: rng.normal(shift, scale, mask.shape)
+    ended = np.array([False, True, False, True, True, False])
+    reference = draw(0.7, -2.0)
+    sampled, policy = reference + draw(0.3), reference + draw(0.3)
+    scores = rng.normal(0.5, 1.0, len(LENGTHS)).astype(np.float32)
+    sampled, policy, reference = fill(sampled), fill(policy), fill(reference)
+    return Case(mask, ended, sampled, policy, reference, fill(np.abs(draw(1.0))), fill(draw(0.5)), scores)
