@@ -1,0 +1,225 @@
+"""DPO against a plain NumPy loop, its gradient where the answer is known, and preferences that a policy learns."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import step as steps
+from jaxrlhf.algorithms import dpo
+from jaxrlhf.algorithms.dpo import DPOConfig
+from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.types import Batch, Experience, Nets, Preferences, Sequences, TokenStats, TrainState
+from tests import tiny
+
+COLUMNS = 4  # the first is prompt
+
+
+def nothing(*args) -> Any:
+    pytest.fail("a policy is asked for log-probs only")
+
+
+# A policy whose log-probs are rows of a table, found by the sequence's first token.
+FAKE = Nets(
+    token_stats=lambda role, trees, sequences: TokenStats(
+        *[trees[role]["table"][sequences.tokens[:, 0]]] * 2  # type: ignore[arg-type]
+    ),
+    values=nothing,
+    scores=nothing,
+    sample=nothing,
+)
+CONFIGS = {
+    "sigmoid": DPOConfig(),
+    "beta": DPOConfig(beta=0.5),
+    "smoothing": DPOConfig(label_smoothing=0.1),
+    "ipo": DPOConfig(objective="ipo"),
+}
+
+
+def side(ids, lengths, real) -> Sequences:
+    """Row i has the log-probs table[ids[i]], of which its response is the ``lengths[i]`` after the first column."""
+    tokens = jnp.broadcast_to(jnp.array(ids, jnp.int32)[:, None], (len(ids), COLUMNS))
+    columns, real = np.arange(COLUMNS), np.asarray(real)[:, None]
+    valid = (columns <= np.array(lengths)[:, None]) & real
+    return Sequences(tokens, jnp.array(valid), jnp.array(valid & (columns > 0)))
+
+
+class Case:
+    """Random pairs: log-probs of policy and reference, f64[2, rows, COLUMNS], junk outside the responses."""
+
+    def __init__(self, seed: int = 0, rows: int = 6, junk: float = np.nan, margin: bool = False):
+        rng = np.random.default_rng(seed)
+        self.rows, self.real = rows, np.ones(rows, bool)
+        self.lengths = rng.integers(1, COLUMNS, (2, rows))
+        columns = np.arange(COLUMNS)
+        self.mask = (columns > 0) & (columns <= self.lengths[..., None])
+        self.reference = np.where(self.mask, rng.normal(-2, 1, self.mask.shape), junk)
+        self.policy = np.where(self.mask, self.reference + rng.normal(0, 2, self.mask.shape), junk)
+        self.margin = rng.normal(size=rows).astype(np.float32) if margin else None
+
+    def trees(self) -> tuple[dict, dict]:
+        table = lambda x: {"table": jnp.array(x.reshape(-1, COLUMNS), jnp.float32)}
+        return {"policy": table(self.policy)}, {"reference": table(self.reference)}
+
+    def experience(self) -> Experience:
+        rows = self.rows
+        ids = np.arange(2 * rows).reshape(2, rows)
+        pairs = Preferences(*(side(ids[at], self.lengths[at], self.real) for at in (0, 1)), margin=self.margin)
+        params, slow = self.trees()
+        state = TrainState(jnp.int32(0), jnp.int32(0), params, slow, {}, {})
+        return dpo.prepare(FAKE, state, Batch(preferences=pairs), CONFIGS["sigmoid"])[0]
+
+    def compute(self, cfg: DPOConfig):
+        """(mean loss, metrics as numbers, gradient of the total in the policy's log-probs [2, rows, COLUMNS])."""
+        (params, slow), experience = self.trees(), self.experience()
+        loss = lambda params: dpo.loss(FAKE, params, slow, experience, cfg)
+        losses, means = loss(params)
+        gradient = jax.grad(lambda params: loss(params)[0]["policy"].total)(params)["policy"]["table"]
+        numbers = {name: float(mean.value()) for name, mean in means.items()}
+        return float(losses["policy"].value()), numbers, np.asarray(gradient).reshape(self.mask.shape)
+
+
+def by_loop(case: Case, cfg: DPOConfig) -> dict[str, float]:
+    """Means over pairs, in float64, a pair at a time."""
+    rows = []
+    for row in range(case.rows):
+        sums = lambda x: [sum(x[at, row, t] for t in range(COLUMNS) if case.mask[at, row, t]) for at in (0, 1)]  # noqa: B023
+        ours, theirs = sums(case.policy), sums(case.reference)
+        chosen, rejected = (cfg.beta * (a - b) for a, b in zip(ours, theirs))
+        margin = 0.0 if case.margin is None else float(case.margin[row])
+        d = chosen - rejected - margin
+        if cfg.objective == "sigmoid":
+            e = cfg.label_smoothing
+            loss = (1 - e) * np.log1p(np.exp(-d)) + e * np.log1p(np.exp(d))
+        else:
+            loss = (d / cfg.beta - 1 / (2 * cfg.beta)) ** 2
+        rows.append([loss, chosen, rejected, chosen - rejected, float(chosen > rejected), *ours])
+    names = ["loss/policy", *(f"implicit_reward/{name}" for name in ("chosen", "rejected", "margin", "accuracy"))]
+    return dict(zip([*names, "logprobs/chosen", "logprobs/rejected"], np.mean(rows, axis=0).tolist()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("margin", [False, True])
+def test_loss_is_a_numpy_loop(name, seed, margin):
+    """What is outside the responses is NaN, and reaches neither numbers nor gradient."""
+    case = Case(seed, margin=margin)
+    loss, metrics, gradient = case.compute(CONFIGS[name])
+    expected = by_loop(case, CONFIGS[name])
+    assert metrics == {key: pytest.approx(value, rel=1e-5, abs=1e-5) for key, value in expected.items()}
+    assert loss == metrics["loss/policy"]
+    assert np.isfinite(gradient).all() and ((gradient != 0) == case.mask).all()
+
+
+@pytest.mark.parametrize(
+    ("cfg", "expected"),
+    [(DPOConfig(), 0.671268), (DPOConfig(label_smoothing=0.1), 0.676268), (DPOConfig(objective="ipo"), 22.5)],
+)
+def test_numbers_of_another_library(cfg, expected):
+    """Two pairs whose responses have these log-probs; the numbers are those of OpenRLHF's DPOLoss."""
+    case = Case(rows=2)
+    case.lengths = np.ones((2, 2), int)
+    case.mask = np.zeros((2, 2, COLUMNS), bool)
+    case.mask[..., 1] = True
+    case.policy, case.reference = np.zeros(case.mask.shape), np.zeros(case.mask.shape)
+    case.policy[..., 1] = [[-10, -12], [-14, -11]]
+    case.reference[..., 1] = [[-11, -12], [-13, -12]]
+    loss, metrics, _ = case.compute(cfg)
+    assert loss == pytest.approx(expected, abs=1e-5)
+    assert metrics["implicit_reward/chosen"] == pytest.approx(0.05)  # 0.1 and 0
+    assert metrics["implicit_reward/rejected"] == pytest.approx(0.0)  # -0.1 and 0.1
+
+
+def test_a_policy_that_is_the_reference():
+    """The loss is log 2 and pulls the two sides apart by beta / 2 a token."""
+    case = Case()
+    case.policy = case.reference
+    loss, metrics, gradient = case.compute(DPOConfig(beta=0.3))
+    assert loss == pytest.approx(np.log(2), abs=1e-6) and metrics["implicit_reward/margin"] == 0
+    assert metrics["implicit_reward/accuracy"] == 0.5  # ties
+    np.testing.assert_allclose(gradient, np.where(case.mask, [[[-0.15]], [[0.15]]], 0), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_pairs_count_for_nothing(name):
+    case, cfg = Case(rows=5), CONFIGS[name]
+    loss, metrics, gradient = case.compute(cfg)
+    padded = Case(rows=5)
+    fill = lambda x: np.concatenate([x, np.full((2, 2, COLUMNS), 7.0)], axis=1)
+    padded.policy, padded.reference, padded.rows = fill(case.policy), fill(case.reference), 7
+    padded.lengths = np.concatenate([case.lengths, [[2, 3], [1, 1]]], axis=1)
+    padded.mask = np.concatenate([case.mask, np.zeros((2, 2, COLUMNS), bool)], axis=1)
+    padded.real = np.arange(7) < 5
+    again = padded.compute(cfg)
+    assert again[0] == pytest.approx(loss, rel=1e-6) and again[1] == pytest.approx(metrics, rel=1e-6)
+    np.testing.assert_array_equal(again[2][:, :5], gradient)
+    assert (again[2][:, 5:] == 0).all()
+
+
+def test_the_optimum_under_a_reward_is_a_stationary_point():
+    """Preferences drawn as Bradley-Terry has it, p(i over j) = sigmoid(r_i - r_j), summed over all pairs: no gradient
+    at pi ~ reference * exp(r / beta), and one anywhere else (Rafailov et al. 2023, section 4)."""
+    rng = np.random.default_rng(0)
+    beta, rewards, reference = 0.5, rng.normal(size=4), jax.nn.log_softmax(jnp.array(rng.normal(size=4)))
+    pairs = [*itertools.permutations(range(4), 2)]
+
+    def expected_loss(logits):
+        table = jnp.zeros((4, COLUMNS)).at[:, 1].set(jax.nn.log_softmax(logits))
+        total = 0.0
+        for chosen, rejected in pairs:
+            sides = (side([one], [1], [True]) for one in (chosen, rejected))
+            known = (reference[chosen][None], reference[rejected][None])
+            experience = Experience(preferences=Preferences(*sides), ref_logprobs=known)
+            losses, _ = dpo.loss(FAKE, {"policy": {"table": table}}, {}, experience, DPOConfig(beta=beta))
+            total += jax.nn.sigmoid(rewards[chosen] - rewards[rejected]) * losses["policy"].total
+        return total
+
+    gradient = jax.grad(expected_loss)
+    best = reference + rewards / beta
+    np.testing.assert_allclose(gradient(best), 0, atol=1e-5)
+    assert np.abs(gradient(reference)).max() > 0.05
+    assert expected_loss(best) < expected_loss(reference)
+
+
+# ---- in the step ----------------------------------------------------------------------------------------------------
+
+
+def test_the_record():
+    assert dpo.ALGORITHM.batch(DPOConfig()) == ("preferences",)
+    assert dpo.ALGORITHM.roles(DPOConfig()) == ({"policy": "lm"}, {"reference": "lm"})
+    assert dpo.ALGORITHM.rollout is None
+
+
+@pytest.mark.parametrize("cfg", [DPOConfig(), DPOConfig(objective="ipo")], ids=str)
+def test_the_number_of_micro_batches_changes_nothing(cfg):
+    """Sums are divided by the pairs of the minibatch, of which the last is padding."""
+    after = []
+    for num_micro in (1, 4):
+        made = tiny.build("dpo", cfg, num_micro=num_micro, batch=Batch(preferences=tiny.preferences()))
+        apart = made.state.replace(params={"policy": tiny.parameters(tiny.MODEL, "lm", 5)})  # from the reference
+        state, metrics, _ = tiny.program(steps.make_iteration(made.recipe))(apart, made.batch)
+        after.append((state.params["policy"], metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after[0][0], after[1][0])
+    for name, value in after[0][1].items():
+        np.testing.assert_allclose(after[1][1][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_policy_learns_the_preferences():
+    made = tiny.build(
+        "dpo",
+        DPOConfig(beta=0.5),
+        batch=Batch(preferences=tiny.preferences().replace(margin=None)),  # type: ignore[attr-defined]
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+    iteration, state, found = tiny.program(steps.make_iteration(made.recipe)), made.state, []
+    for _ in range(30):
+        state, metrics, responses = iteration(state, made.batch)
+        assert responses is None
+        found.append({name: float(value) for name, value in metrics.items()})
+    assert found[0]["loss/policy"] == pytest.approx(np.log(2), abs=1e-5)
+    assert found[-1]["implicit_reward/accuracy"] > 0.9
+    assert found[-1]["loss/policy"] < 0.3
+    assert tiny.equal_trees(state.slow, made.state.slow)
