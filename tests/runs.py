@@ -26,6 +26,8 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 TINY = [ROOT / "configs" / "tiny" / f"{name}.yaml" for name in ("sft", "rm", "ppo")]
+# what the shared processes train: dpo and grpo before ppo, which is killed
+ALL = [*TINY[:2], *(ROOT / "configs" / "tiny" / f"{name}.yaml" for name in ("dpo", "grpo")), TINY[2]]
 SEPARATOR = "\x1e"
 COMPILED = "backend_compile_duration"  # how the name of a compilation's event ends
 
@@ -82,12 +84,21 @@ SMALL = (
     "ppo:algorithm.kl_controller=adaptive",
     "ppo:algorithm.kl_horizon=100",
     "ppo:batch.preferences_per_step=16",
+    "dpo:data.max_length=32",
+    "dpo:data.prompt_buckets=[8]",
+    "dpo:batch.prompts_per_step=16",
+    "grpo:data.prompt_buckets=[8]",
+    "grpo:batch.prompts_per_step=4",
+    "grpo:log.samples=2",
+    "grpo:log.samples_every=1",
     "ppo:log.samples=2",
     "ppo:log.samples_every=1",
 )
 READ = {
     "sft": ("demonstrations", "eval_demonstrations"),
     "rm": ("preferences", "eval_preferences", "prompts"),
+    "dpo": ("preferences", "eval_preferences", "eval_prompts"),
+    "grpo": ("prompts", "eval_prompts"),
     "ppo": ("prompts", "eval_prompts", "preferences", "eval_preferences"),
 }
 
@@ -100,7 +111,9 @@ def overrides(text: Path, runs: Path, origins: Path | None = None) -> list[str]:
         found.append(f"{name}:run_dir={runs / name}")
         found += [f"{name}:data.{section}={{path: {text}/{section}.jsonl}}" for section in sections]
     found += [f"rm:models.{role}.init_from={origins}/sft" for role in ("reward", "policy")]
-    return [*found, f"ppo:models.policy.init_from={origins}/sft", f"ppo:models.reward.init_from={origins}/rm"]
+    for name in ("dpo", "grpo", "ppo"):
+        found += [f"{name}:models.policy.init_from={origins}/sft", f"{name}:models.reward.init_from={origins}/rm"]
+    return found
 
 
 def train(*arguments: str, configs: Sequence[Path] = tuple(TINY)) -> list[str]:
@@ -120,7 +133,7 @@ def config(name: str, root: Path, folder: Path, *more: str):
 
 
 def tiny_config(name: str) -> Path:
-    return next(path for path in TINY if path.stem == name)
+    return next(path for path in ALL if path.stem == name)
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
@@ -288,15 +301,15 @@ def text(root: Path) -> Path:
 
 
 def whole(root: Path) -> list[Done]:
-    """The process that trained ``root``/whole/{sft,rm,ppo} without a break, and ppo as "still" at learning rate 0; that
-    evaluated and exported them; and that wrote with the policy and with its export."""
+    """The process that trained ``root``/whole/{sft,rm,dpo,grpo,ppo} without a break, and ppo as "still" at learning
+    rate 0; that evaluated and exported them; and that wrote with the policy and with its export."""
     runs = root / "whole"
     still = ["ppo:optimizer.default.learning_rate=0", "ppo:iterations=1", f"ppo:run_dir={runs}/still"]
     write = ["--prompt", "the film is", "--prompt", "the plot", "--temperature", "0", "--max-tokens", "8"]
     commands = [
-        train(*overrides(text(root), runs)),
+        train(*overrides(text(root), runs), configs=ALL),
         train(*overrides(text(root), runs), *still, configs=TINY[2:]),
-        *(["evaluate", f"{runs / name}", "--json"] for name in ("sft", "rm", "ppo", "still")),
+        *(["evaluate", f"{runs / name}", "--json"] for name in ("sft", "rm", "dpo", "grpo", "ppo", "still")),
         ["export", f"{runs}/ppo", "--role", "policy", "--to", f"{runs}/policy-hf"],
         ["export", f"{runs}/rm", "--role", "reward", "--to", f"{runs}/reward-hf"],
         ["generate", f"{runs}/ppo", *write],
@@ -306,11 +319,11 @@ def whole(root: Path) -> list[Done]:
 
 
 def parts(root: Path) -> list[Done]:
-    """The processes that trained ``root``/parts/{sft,rm,ppo} a part at a time, from where those of ``whole`` start:
+    """The processes that trained ``root``/parts/{sft,rm,dpo,grpo,ppo} a part at a time, from where ``whole`` starts:
 
     1. sft for 2 iterations; rm until SIGTERM while its second is computed
-    2. the rest of sft and rm; ppo until SIGTERM while its second is computed
-    3. ppo until SIGKILL before the checkpoint after its third iteration
+    2. the rest of sft and rm; dpo and grpo for 2 iterations; ppo until SIGTERM while its second is computed
+    3. the rest of dpo and grpo; ppo until SIGKILL before the checkpoint after its third iteration
     4. the rest of ppo
 
     What is there after 1, 2 and 3 is copied to parts-1, parts-2 and parts-3."""
@@ -321,7 +334,8 @@ def parts(root: Path) -> list[Done]:
 
     def make() -> Iterator[Done]:
         for number, kill in enumerate(kills, 1):
-            command = train(*arguments, *(["sft:iterations=2"] if number == 1 else []))
+            short = {1: ("sft",), 2: ("dpo", "grpo")}.get(number, ())
+            command = train(*arguments, *(f"{name}:iterations=2" for name in short), configs=ALL)
             yield process(root / f"process-{number}", [command], kill=kill)
             if kill:
                 shutil.copytree(root / "parts", root / f"parts-{number}")

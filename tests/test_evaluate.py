@@ -17,7 +17,7 @@ from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.types import Sequences
 from tests import runs
 
-NAMES = ("sft", "rm", "ppo", "still")
+NAMES = ("sft", "rm", "dpo", "grpo", "ppo", "still")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def reports(root) -> dict[str, dict[str, Any]]:
     """What ``jaxrlhf evaluate RUN --json`` printed of each run."""
     (done,) = runs.whole(root)
     assert done.code == 0, done.errors
-    return {name: json.loads(text) for name, text in zip(NAMES, done.outputs[2:6], strict=True)}
+    return {name: json.loads(text) for name, text in zip(NAMES, done.outputs[2:8], strict=True)}
 
 
 @pytest.fixture
@@ -58,6 +58,8 @@ def test_only_a_policy_with_a_reference_has_a_before(reports):
     assert has == {
         "sft": ["after"],
         "rm": ["after", "reward_model"],
+        "dpo": ["after", "before", "samples"],
+        "grpo": ["after", "before", "samples"],
         "ppo": ["after", "before", "reward_model", "samples"],
         "still": ["after", "before", "reward_model", "samples"],
     }

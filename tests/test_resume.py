@@ -13,7 +13,7 @@ import pytest
 
 from tests import runs
 
-NAMES = ("sft", "rm", "ppo")
+NAMES = ("sft", "rm", "dpo", "grpo", "ppo")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,10 @@ def test_data_positions_models_and_config_are_those_of_an_unbroken_run(whole, pa
 def test_rows_are_those_of_an_unbroken_run(whole, parts, name, file):
     expected, found = (runs.rows(side / name, file) for side in (whole, parts))
     assert found == expected
-    assert len(expected) == {"metrics": 7, "samples": 3 * 8 + 4 * 2 if name == "ppo" else 0}[file]
+    assert (
+        len(expected)
+        == {"metrics": 7, "samples": 3 * 8 * (name in ("dpo", "grpo", "ppo")) + 4 * 2 * (name in ("grpo", "ppo"))}[file]
+    )
 
 
 def test_sigterm_saves_and_says_so(root):
