@@ -281,7 +281,10 @@ def test_missing_keys_are_named(tmp_path):
         f"{path}: iterations: missing; expected integer",
     ]
     path.write_text("")
-    assert mistake(path) == f"{path}: algorithm.name: null: expected a name; choices: ppo, rm, sft, package.module:NAME"
+    assert (
+        mistake(path)
+        == f"{path}: algorithm.name: null: expected a name; choices: dpo, grpo, ppo, rm, sft, package.module:NAME"
+    )
 
 
 def test_a_missing_file_names_the_nearest(ppo):
@@ -405,6 +408,26 @@ def test_a_good_config_passes(ppo):
 def test_what_cannot_work_is_one_line(ppo, overrides, line):
     text = mistake(ppo, *overrides, devices=8)
     assert text.startswith((f"{ppo}: {line}", f"command line: {line}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["batch.samples_per_prompt=1"],
+            "batch.samples_per_prompt: 1: grpo compares the responses to a prompt with each other; expected 2 or more; "
+            "nearest: 2",
+        ),
+        (["algorithm.kl_estimator=k1"], 'algorithm.kl_estimator: "k1": expected one of k2, k3'),
+        (["algorithm.aggregation=token-sum"], 'algorithm.aggregation: "token-sum": expected one of token-mean, '),
+        (["algorithm.dual_clip=1"], "algorithm.dual_clip: 1.0: expected a number in (1, inf)"),
+    ],
+)
+def test_a_group_that_cannot_work_is_one_line(tmp_path, overrides, line):
+    path = tmp_path / "grpo.yaml"
+    path.write_text(PPO.replace("name: ppo", "name: grpo").replace("  value: {learning_rate: 3e-4}\n", ""))
+    check(config.load(path), 8)
+    assert mistake(path, *overrides, devices=8).startswith((f"{path}: {line}", f"command line: {line}"))
 
 
 SFT = """

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from jaxrlhf import build
+from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import Config, RoleConfig, dump, load
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
@@ -23,7 +24,8 @@ ORIGINS = {cfg.run_dir: cfg for cfg in CONFIGS.values()}  # run directory -> the
 
 
 def test_there_are_configs():
-    assert {"quickstart/sft", "quickstart/rm", "quickstart/ppo", "tiny/sft", "tiny/rm", "tiny/ppo"} <= set(IDS)
+    names = {f"tiny/{name}" for name in ALGORITHMS} | {f"quickstart/{name}" for name in ("sft", "rm", "ppo")}
+    assert names <= set(IDS)
 
 
 def devices_of(cfg: Config) -> int:

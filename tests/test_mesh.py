@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrlhf import step as steps
+from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.ops.sampling import uniform_noise
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -24,7 +26,7 @@ MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2)]  # data, fsdp, tensor
 ITERATIONS = 5
 
 # kv heads are grouped, and tensor = 2 divides them
-PLAIN = tiny.MODEL, PPOConfig(num_epochs=2, num_minibatches=2), 1, 1
+PLAIN = "ppo", tiny.MODEL, PPOConfig(num_epochs=2, num_minibatches=2), 1, 1
 # tensor = 2 does not divide the one kv head, the vocabulary is padded, and everything that can be on is on
 ODD_MODEL = dataclasses.replace(tiny.MODEL, num_kv_heads=1, vocab_size=50)
 ODD_PPO = PPOConfig(
@@ -38,7 +40,10 @@ ODD_PPO = PPOConfig(
     entropy_coef=0.01,
     stop_kl=10.0,
 )
-ODD = ODD_MODEL, ODD_PPO, 2, 2  # micro-batches a minibatch, samples a prompt
+ODD = "ppo", ODD_MODEL, ODD_PPO, 2, 2  # micro-batches a minibatch, samples a prompt
+# groups, which the shards of a batch must not cut; a minibatch cuts them as it likes
+GROUPS = "grpo", tiny.MODEL, GRPOConfig(num_minibatches=2, aggregation="seq-mean-token-mean"), 2, 4
+CASES = {"plain": PLAIN, "odd": ODD, "groups": GROUPS}
 
 
 def mesh_of(shape: tuple[int, ...]):
@@ -62,7 +67,7 @@ def layouts(state: TrainState) -> TrainState:
 
 @functools.cache
 def ran(shape: tuple[int, ...], which: str) -> Ran:
-    model, cfg, num_micro, copies = {"plain": PLAIN, "odd": ODD}[which]
+    name, model, cfg, num_micro, copies = CASES[which]
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **_):
@@ -71,9 +76,9 @@ def ran(shape: tuple[int, ...], which: str) -> Ran:
 
     with jax.set_mesh(mesh_of(shape)):
         batch = Batch(prompts=tiny.prompts(vocab=model.vocab_size), preferences=None)
-        if cfg.reward_update:
+        if "preferences" in ALGORITHMS[name].batch(cfg):
             batch = dataclasses.replace(batch, preferences=tiny.preferences(vocab=model.vocab_size))
-        run = tiny.build("ppo", cfg, model=model, batch=batch, num_micro=num_micro, samples_per_prompt=copies)
+        run = tiny.build(name, cfg, model=model, batch=batch, num_micro=num_micro, samples_per_prompt=copies)
         first, state = layouts(run.state), run.state
         step, tokens, metrics = tiny.program(steps.make_iteration(run.recipe), donate=0), [], []
         for iteration in range(ITERATIONS):
@@ -100,7 +105,7 @@ def test_noise_has_the_same_bits(shape):
     assert len(np.unique(alone)) > 500 and alone.min() >= 0 and alone.max() < 1
 
 
-RUNS = [(shape, "plain") for shape in MESHES] + [((2, 2, 2), "odd")]
+RUNS = [(shape, "plain") for shape in MESHES] + [((2, 2, 2), "odd"), ((2, 2, 2), "groups")]
 
 
 @pytest.mark.parametrize(("shape", "which"), RUNS)
@@ -113,12 +118,12 @@ def test_the_run_is_that_of_one_device(shape, which):
         expected, found = alone.metrics[iteration], split.metrics[iteration]
         assert found.keys() == expected.keys()
         for name in expected:
-            if name.startswith(("loss/", "score/", "kl/", "reward/", "policy/entropy", "response/")):
+            if name.startswith(("loss/", "score/", "kl/", "reward/", "policy/entropy", "response/", "group/")):
                 np.testing.assert_allclose(
                     found[name], expected[name], rtol=0, atol=1e-4, err_msg=f"{name}, {iteration}"
                 )
     changes = [np.abs(a - b).max() for a, b in zip(alone.tokens[:-1], alone.tokens[1:])]
-    assert min(changes) > 0 and alone.metrics[0]["loss/value"] != alone.metrics[-1]["loss/value"]
+    assert min(changes) > 0 and alone.metrics[0]["loss/policy"] != alone.metrics[-1]["loss/policy"]
 
 
 @pytest.mark.parametrize(("shape", "which"), RUNS)

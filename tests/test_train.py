@@ -52,6 +52,31 @@ OF_EVERY_ROW = {"step", "time", "time/iteration"}
 NAMES = {
     "sft": {"loss/policy", "policy/entropy", "policy/grad_norm"},
     "rm": {"loss/reward", "reward/accuracy", "reward/margin", "reward/confidence", "reward/brier", "reward/grad_norm"},
+    "dpo": {
+        "loss/policy",
+        "policy/grad_norm",
+        "implicit_reward/chosen",
+        "implicit_reward/rejected",
+        "implicit_reward/margin",
+        "implicit_reward/accuracy",
+        "logprobs/chosen",
+        "logprobs/rejected",
+    },
+    "grpo": {
+        "score/mean",
+        "score/std",
+        "kl/reference",
+        "kl/sampler_mismatch",
+        "group/zero_variance",
+        "policy/entropy",
+        "policy/clip_fraction",
+        "policy/grad_norm",
+        "response/length_mean",
+        "response/ended",
+        "loss/policy",
+        "loss/kl",
+        "throughput/response_tokens_per_second",
+    },
     "ppo": {
         "score/mean",
         "score/std",
@@ -95,7 +120,8 @@ def test_metrics_are_one_flat_object_an_update(process, root, name):
 def test_evaluations_come_at_their_steps(process, root, name):
     _, evaluations = metric_rows(root / "whole" / name)
     assert [row["step"] for row in evaluations] == [0, 2, 4]
-    shown = {"sft": "eval/loss/policy", "rm": "eval/reward/accuracy", "ppo": "eval/score/mean"}[name]
+    shown = {"sft": "eval/loss/policy", "rm": "eval/reward/accuracy", "dpo": "eval/implicit_reward/margin"}
+    shown = shown.get(name, "eval/score/mean")
     assert len({row[shown] for row in evaluations}) > 1
     assert all(key.startswith("eval/") or key in ("step", "time") for row in evaluations for key in row)
 
@@ -139,7 +165,8 @@ def test_samples(process, root):
 def test_the_config_is_kept_whole(process, root, name):
     kept = load(root / "whole" / name / "config.yaml")
     assert kept == runs.config(name, root, root / "whole")
-    assert kept.models.keys() >= {"sft": {"policy"}, "rm": {"reward"}, "ppo": {"policy", "value", "reference"}}[name]
+    more = {"dpo": {"reference"}, "grpo": {"reference"}, "ppo": {"value", "reference"}}.get(name, set())
+    assert kept.models.keys() >= {"reward" if name == "rm" else "policy"} | more
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -185,7 +212,7 @@ def test_the_last_two_checkpoints_stay(process, root, name):
 def test_a_log_has_plain_lines(process):
     lines = process.outputs[0].splitlines()
     assert "batch: 8 sequences -> 1 epochs x 1 minibatches of 8 = 1 updates an iteration" in lines[0]
-    assert sum(line.startswith("compiled 1 program in ") for line in lines) == 3
+    assert sum(line.startswith("compiled 1 program in ") for line in lines) == len(NAMES)
     assert any(line.startswith("step 3/4  reward ") and "  kl " in line and " tok/s" in line for line in lines)
     assert "\x1b" not in process.outputs[0]
     assert "Traceback" not in process.errors

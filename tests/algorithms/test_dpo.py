@@ -1,5 +1,6 @@
 """DPO against a plain NumPy loop, its gradient where the answer is known, and preferences that a policy learns."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import dpo
 from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Batch, Experience, Nets, Preferences, Sequences, TokenStats, TrainState
 from tests import tiny
 
@@ -184,6 +186,17 @@ def test_the_optimum_under_a_reward_is_a_stationary_point():
     assert expected_loss(best) < expected_loss(reference)
 
 
+def test_long_responses_are_summed_in_float32():
+    """600 tokens of bfloat16 log-probs: a bfloat16 sum would stop at 256."""
+    tokens = jnp.zeros((1, 601), jnp.int32)
+    one = Sequences(tokens, jnp.ones(tokens.shape, bool), jnp.arange(601)[None] > 0)
+    tree = {"table": jnp.full((1, 601), -1.0, jnp.bfloat16)}
+    state = TrainState(jnp.int32(0), jnp.int32(0), {"policy": tree}, {"reference": tree}, {}, {})
+    experience, _ = dpo.prepare(FAKE, state, Batch(preferences=Preferences(one, one)), DPOConfig())
+    _, metrics = dpo.loss(FAKE, state.params, {}, experience, DPOConfig())
+    assert metrics["logprobs/chosen"].value() == -600 and metrics["implicit_reward/chosen"].value() == 0
+
+
 # ---- in the step ----------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +218,50 @@ def test_the_number_of_micro_batches_changes_nothing(cfg):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after[0][0], after[1][0])
     for name, value in after[0][1].items():
         np.testing.assert_allclose(after[1][1][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def gradients(made: tiny.Tiny):
+    """(gradient, metrics as numbers) of the pairs in ``made``, from a policy that is not its reference."""
+    apart = made.state.replace(params={"policy": tiny.parameters(tiny.MODEL, "lm", 5)})
+
+    def learn(state, batch):
+        experience, _ = dpo.prepare(made.recipe.nets, state, batch, made.recipe.cfg)
+        return steps.gradients(made.recipe, state, experience)
+
+    grads, means = jax.tree.map(np.asarray, tiny.program(learn)(apart, made.batch))
+    return grads["policy"], {name: float(mean.value()) for name, mean in means.items()}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return gradients(tiny.build("dpo", DPOConfig()))
+
+
+def is_same(found, expected) -> None:
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[0])) > 0.01, "no gradient, no test"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), found[0], expected[0])
+    assert found[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-5)
+
+
+def test_a_mesh_changes_nothing(alone):
+    """What the reference says, two micro-batches and their gradient, on (2, 2, 2)."""
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        is_same(gradients(tiny.build("dpo", DPOConfig(), num_micro=2)), alone)
+
+
+def test_the_amount_of_padding_changes_nothing(alone):
+    """Columns of padding on either side, and whatever token they hold."""
+    made = tiny.build("dpo", DPOConfig())
+    pad = lambda x, value: jnp.pad(x, ((0, 0), (3, 2)), constant_values=value)
+
+    def widen(sequences: Sequences) -> Sequences:
+        arrays = {name: pad(getattr(sequences, name), False) for name in ("valid", "response_mask")}
+        start = sequences.response_start + 3
+        return dataclasses.replace(sequences, tokens=pad(sequences.tokens, 7), response_start=start, **arrays)
+
+    pairs = made.batch.preferences
+    wide = Preferences(widen(pairs.chosen), widen(pairs.rejected), pairs.margin)
+    is_same(gradients(made._replace(batch=Batch(preferences=wide))), alone)
 
 
 def test_a_policy_learns_the_preferences():
