@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.types import Nets, Sequences, TokenStats, TrainState
+from jaxrlhf.types import Nets, Prompts, Sequences, TokenStats, TrainState
 
 PROMPT, ROOM = 3, 5
 LENGTHS = [5, 1, 0, 3, 4, 5]  # of the responses; one is empty
@@ -66,3 +66,8 @@ def make_case(seed: int = 0, junk: float = 0.0) -> Case:
     scores = rng.normal(0.5, 1.0, len(LENGTHS)).astype(np.float32)
     sampled, policy, reference = fill(sampled), fill(policy), fill(reference)
     return Case(mask, ended, sampled, policy, reference, fill(np.abs(draw(1.0))), fill(draw(0.5)), scores)
+
+
+def prompts_of(rows: int) -> Prompts:
+    """As many prompts as ``prepare`` needs to know the size of a group."""
+    return Prompts(jnp.zeros((rows, 1), jnp.int32), jnp.ones((rows, 1), bool), jnp.arange(rows))

@@ -47,8 +47,10 @@ class GRPOConfig:
 
 def roles(cfg: GRPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
     """The policy learns; the reward model stays, and so does the reference where the KL counts."""
-    slow: dict[Role, Head] = {"reference": "lm"} if cfg.kl_coef else {}
-    return {"policy": "lm"}, slow | {"reward": "scalar"}
+    slow: dict[Role, Head] = {"reward": "scalar"}
+    if cfg.kl_coef:
+        slow["reference"] = "lm"
+    return {"policy": "lm"}, slow
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tuple[Experience, dict[str, Mean]]:
