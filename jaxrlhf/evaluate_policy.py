@@ -40,7 +40,8 @@ class PolicyEvaluation:
     def __init__(self, ready: Run, judge: bool = True):
         cfg = ready.cfg
         heads: dict[Role, Head] = {"reference": "lm", "reward": "scalar"}
-        self.more = {role: head for role, head in heads.items() if role in cfg.models and role not in ready.heads}
+        more = [role for role in heads if role in cfg.models and role not in ready.heads]
+        self.more = {role: heads[role] for role in more}
         self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=1))
         rows = min(cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt, cfg.eval.size)
         self.batches = held_out(ready, "prompts", cfg.eval.size, rows)
@@ -111,7 +112,9 @@ class PolicyEvaluation:
                 "reward": (responses.scores, self.before.scores),
                 "judge": (responses.marks, self.before.marks),
             }
-            found |= {f"win_rate/{name}": win_rate(*pair) for name, pair in pairs.items() if pair[0] is not None}
+            for name, (ours, theirs) in pairs.items():
+                if ours is not None and theirs is not None:
+                    found[f"win_rate/{name}"] = win_rate(ours, theirs)
         return {name: float(value) for name, value in found.items()}
 
 

@@ -113,7 +113,7 @@ def test_rows_that_fill_up_a_batch_are_never_shown(shape):
         return [float(text.split()[0]) + 1000 * record["number"] for text, record in zip(responses, records)]
 
     with jax.set_mesh(mesh):
-        rows = Sequences(*put(mesh, (tokens, np.ones_like(mask), mask)))
+        rows = Sequences(*put(mesh, (tokens, np.ones_like(mask), mask)))  # type: ignore[arg-type]
         found, seconds = score(ready_for(mesh, function), rows, [{"number": number} for number in range(5)])
     ((responses, records),) = seen
     assert responses == [f"{4 * row + 1} {4 * row + 2}" for row in range(10)]
@@ -127,7 +127,7 @@ def test_rows_that_fill_up_a_batch_are_never_shown(shape):
 def test_a_batch_without_a_real_row_is_not_asked_about():
     mesh = mesh_of((1, 1, 1))
     with jax.set_mesh(mesh):
-        rows = Sequences(*put(mesh, (np.zeros((2, 3), np.int32), *np.zeros((2, 2, 3), bool))))
+        rows = Sequences(*put(mesh, (np.zeros((2, 3), np.int32), *np.zeros((2, 2, 3), bool))))  # type: ignore[arg-type]
         found, _ = score(ready_for(mesh, lambda *_: pytest.fail("it is asked")), rows, [])
     np.testing.assert_array_equal(found.scores, [0, 0])
 
@@ -140,7 +140,7 @@ def test_a_function_may_change_its_records():
         return [float(record.pop("answer")) for record in records]
 
     with jax.set_mesh(mesh):
-        rows = Sequences(*put(mesh, (np.zeros((2, 3), np.int32), *np.ones((2, 2, 3), bool))))
+        rows = Sequences(*put(mesh, (np.zeros((2, 3), np.int32), *np.ones((2, 2, 3), bool))))  # type: ignore[arg-type]
         found, _ = score(ready_for(mesh, function), rows, records)
     np.testing.assert_array_equal(found.scores, [4, 4])
     assert records == [{"answer": "4"}]

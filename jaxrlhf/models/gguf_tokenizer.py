@@ -57,7 +57,7 @@ def byte_level(tokens: Sequence[str], merges: Sequence[str], cut: str, where: st
 
     if cut not in CUTS:
         raise ValueError(f"{where}: tokenizer.ggml.pre: {cut!r} is not supported; expected one of {', '.join(CUTS)}")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     backend = Tokenizer(models.BPE(vocab={token: ident for ident, token in enumerate(tokens)}, merges=pairs))
     rule, parts = CUTS[cut], pre_tokenizers
     if rule is GPT2:
@@ -66,6 +66,7 @@ def byte_level(tokens: Sequence[str], merges: Sequence[str], cut: str, where: st
         first, then = parts.Digits(individual_digits=True), parts.ByteLevel(add_prefix_space=False)
         backend.pre_tokenizer = parts.Sequence([first, then])  # type: ignore[assignment]
     else:
+        assert rule is not None
         first = parts.Split(Regex(rule), behavior="isolated")
         then = parts.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.pre_tokenizer = parts.Sequence([first, then])  # type: ignore[assignment]

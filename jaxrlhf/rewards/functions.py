@@ -79,7 +79,7 @@ def resolve(name: str) -> RewardFunction:
     function: Any = getattr(module, attribute)
     if not callable(function):
         raise ValueError(f"function: {name}: {show(function)} can't be called: expected a function")
-    return RewardFunction(name, function)
+    return RewardFunction(name, function)  # type: ignore[arg-type]
 
 
 def import_module(name: str, module_name: str):
