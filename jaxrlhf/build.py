@@ -17,7 +17,8 @@ from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
-from jaxrlhf.models.transformer import ModelConfig, Runtime
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
 from jaxrlhf.rewards import functions
@@ -239,7 +240,7 @@ def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
             return Weights("run", cfg.run_dir, *checkpoint.model_of(extra["models"][role]), step, role)
     start = origin(cfg, role)
     if start.architecture is not None:
-        shape = transformer.resolve(start.architecture, vocab_size)
+        shape = resolve(start.architecture, vocab_size)
         return Weights("new", None, shape, "lm")
     path = start.init_from or ""
     if checkpoint.is_run(path):

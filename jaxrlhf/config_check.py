@@ -8,7 +8,7 @@ from jaxrlhf.config_batch import ROWS_KEY, fields_read, rows_of, updates_of
 from jaxrlhf.config_errors import ConfigError, show, suggest
 from jaxrlhf.config_types import hints
 from jaxrlhf.data.sources import DataConfig, SourceConfig
-from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.rewards import functions
 from jaxrlhf.sharding import AXES, RULES, mesh_shape
 from jaxrlhf.types import Role

@@ -46,7 +46,7 @@ def attention(
 def cached_attention(
     query: Array, key: Array, value: Array, mask: Array, scale: float | None = None, softcap: float | None = None
 ) -> Array:
-    """One query a row, [B, 1, H, K], over cached keys and values [B, N, T, K]; mask bool[B, 1, 1, T] -> [B, 1, H, K]."""
+    """``attention`` of one query a row, [B, 1, H, K], over cached keys and values [B, N, T, K]; mask [B, 1, 1, T]."""
     grouped = group_heads(query, key.shape[1])[:, 0]
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     logits = jnp.einsum("bngk,bntk->bngt", grouped, key, preferred_element_type=jnp.float32) * scale

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.linear import linear
-from jaxrlhf.models.transformer import ModelConfig
 from jaxrlhf.sharding import constrain
 from jaxrlhf.types import Array, Params
 

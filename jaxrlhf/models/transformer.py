@@ -4,7 +4,6 @@ One block serves training, prefill and decoding: it is given ``attend``, which e
 or through a cache. Training scans over stacked layers; decoding uses its own layout, unstacked and gathered once.
 """
 
-import dataclasses
 import functools
 import math
 import operator
@@ -16,44 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.attention import attention, cached_attention, causal_mask, head_axis, match_heads, near
+from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.linear import gathered, linear
-from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate
+from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
 VOCAB_MULTIPLE = 64  # embeddings are padded up to it, whatever the mesh, so that a checkpoint fits every mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The architecture: what a HF config.json says, in the words of the house."""
-
-    family: Literal[
-        "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "gpt2", "gpt_neox"
-    ] = "llama"
-    vocab_size: int = 0  # 0: the tokenizer's
-    hidden_size: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 0  # 0: num_heads
-    head_dim: int = 0  # 0: hidden_size / num_heads
-    mlp_size: int = 0  # 0: 8/3 x hidden_size rounded up to 64 (4 x hidden_size where the mlp has no gate)
-    max_positions: int = 1024
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    rotary_fraction: float = 1.0  # of a head's features that is rotated
-    attention_bias: bool | None = None  # null: the family's
-    mlp_bias: bool | None = None  # null: the family's
-    tie_embeddings: bool = True
-    parallel_residual: bool | None = None  # attention and mlp side by side; null: the family's
-    sliding_window: int = 0  # tokens that local layers see, the token itself included; 0: there are no such layers
-    layer_types: tuple[Literal["local", "global"], ...] = ()  # a layer; []: the family's, where there is a window
-    local_rope_theta: float | None = None  # of local layers, which rope_scaling leaves alone; null: rope_theta
-    query_pre_attn_scalar: int = 0  # attention's products are divided by its root; 0: head_dim
-    attention_softcap: float | None = None  # products x become softcap x tanh(x / softcap)
-    logit_softcap: float | None = None  # the same of the next-token logits
 
 
 class Runtime(NamedTuple):
@@ -73,82 +42,6 @@ class Leaf(NamedTuple):
     init: float | Literal["ones", "zeros"]
 
 
-def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
-    """``cfg`` with everything that was left open filled in, and one way of saying each thing.
-
-    Raises ValueError, in one line, where its fields do not fit each other."""
-    family = FAMILIES[cfg.family]
-    mlp = math.ceil(cfg.hidden_size * 8 / 3 / 64) * 64 if family.gated else 4 * cfg.hidden_size
-    head_dim = cfg.head_dim or cfg.hidden_size // cfg.num_heads
-    layer_types, window = resolve_layers(cfg)
-    cfg = dataclasses.replace(
-        cfg,
-        vocab_size=cfg.vocab_size or vocab_size,
-        num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
-        head_dim=head_dim,
-        mlp_size=cfg.mlp_size or mlp,
-        attention_bias=family.attention_bias if cfg.attention_bias is None else cfg.attention_bias,
-        mlp_bias=family.mlp_bias if cfg.mlp_bias is None else cfg.mlp_bias,
-        parallel_residual=family.parallel_residual if cfg.parallel_residual is None else cfg.parallel_residual,
-        layer_types=layer_types,
-        sliding_window=window,
-        local_rope_theta=cfg.local_rope_theta if window else None,
-        query_pre_attn_scalar=0 if cfg.query_pre_attn_scalar == head_dim else cfg.query_pre_attn_scalar,
-    )
-    if cfg.num_heads % cfg.num_kv_heads:
-        raise ValueError(f"num_heads: {cfg.num_heads} is not a multiple of num_kv_heads: {cfg.num_kv_heads}")
-    if family.positions == "rope":
-        check_rope(cfg)
-    return cfg
-
-
-def resolve_layers(cfg: ModelConfig) -> tuple[tuple[Literal["local", "global"], ...], int]:
-    """(layer_types, sliding_window): both empty where no layer is local."""
-    every = FAMILIES[cfg.family].global_every
-    types = cfg.layer_types
-    if not types and cfg.sliding_window:
-        types = tuple("global" if every and (i + 1) % every == 0 else "local" for i in range(cfg.num_layers))
-    if types and len(types) != cfg.num_layers:
-        raise ValueError(f"layer_types: {len(types)} of them; expected one for each of num_layers: {cfg.num_layers}")
-    if "local" not in types:
-        return (), 0
-    if not cfg.sliding_window:
-        raise ValueError("layer_types: local layers need a window; expected sliding_window of 1 or more")
-    return types, cfg.sliding_window
-
-
-def rotary_size(cfg: ModelConfig) -> int:
-    """Features of a head that are rotated."""
-    return int(cfg.head_dim * cfg.rotary_fraction)
-
-
-def check_rope(cfg: ModelConfig) -> None:
-    """Raises ValueError where the rotated features are no pairs, or a scaling does not fit them."""
-    size, scaling = rotary_size(cfg), cfg.rope_scaling
-    if size % 2 or not size:
-        share = f"{cfg.rotary_fraction:g} of head_dim: {cfg.head_dim} is {size} features"
-        raise ValueError(f"rotary_fraction: {share}; expected an even number, at least 2")
-    if scaling is None:
-        return
-    for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():
-        if len(getattr(scaling, name)) != size // 2:
-            count = len(getattr(scaling, name))
-            raise ValueError(f"rope_scaling.{name}: {count} numbers; expected one for each of {size // 2} frequencies")
-    if cfg.local_rope_theta and rope_magnitude(scaling) != 1:
-        kind = scaling.kind
-        raise ValueError(f"rope_scaling.kind: {kind}: would scale local layers too; expected linear or llama3")
-
-
-def row_limit(cfg: ModelConfig) -> int | None:
-    """How many columns a row may have; None where any number will do.
-
-    Beyond them learned positions end, and longrope would need its long factors, whose choice depends on the row."""
-    if FAMILIES[cfg.family].positions == "learned":
-        return cfg.max_positions
-    longrope = cfg.rope_scaling is not None and cfg.rope_scaling.kind == "longrope"
-    return cfg.rope_scaling.original_max_positions if longrope else None
-
-
 def padded_vocab(cfg: ModelConfig) -> int:
     """Rows of the embedding: the vocabulary rounded up to VOCAB_MULTIPLE."""
     return -(-cfg.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -159,62 +52,13 @@ def padded_vocab(cfg: ModelConfig) -> int:
 
 def parameter_table(cfg: ModelConfig, head: Head) -> dict:
     """The pytree of Leafs of a model with this head. ``cfg`` is resolved."""
-    dim, heads, kv, width = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    family, mlp = FAMILIES[cfg.family], cfg.mlp_size
-    unit: Literal["ones", "zeros"] = "zeros" if family.norm_offset else "ones"
-
-    def norm(*stack):
-        leaf = lambda init: Leaf((*stack, dim), ("layers", "embed") if stack else ("embed",), init)
-        return {"scale": leaf(unit)} | ({"bias": leaf("zeros")} if family.norm == "layer" else {})
-
-    def norms():
-        places = {"pre": ["norm"], "post": ["post_norm"], "sandwich": ["norm", "post_norm"]}[family.norms]
-        return {place: norm(cfg.num_layers) for place in places}
-
-    def head_norms():
-        if family.query_key_norm == "none":
-            return {}
-        shape = lambda n: (cfg.num_layers, n, width) if family.query_key_norm == "all" else (cfg.num_layers, width)
-        axes = lambda name: ("layers", name, "head_dim") if family.query_key_norm == "all" else ("layers", "head_dim")
-        leaf = lambda n, name: {"scale": Leaf(shape(n), axes(name), unit)}
-        return {"query_norm": leaf(heads, "heads"), "key_norm": leaf(kv, "kv_heads")}
-
-    def layer_linear(shape, axes, fan_in, bias, bias_rank, gain=1.0):
-        kernel = Leaf((cfg.num_layers, *shape), ("layers", *axes), gain / math.sqrt(fan_in))
-        if not bias:
-            return {"kernel": kernel}
-        return {
-            "kernel": kernel,
-            "bias": Leaf(kernel.shape[:1] + shape[-bias_rank:], ("layers", *axes[-bias_rank:]), "zeros"),
-        }
-
-    depth = 1.0 / math.sqrt(2 * cfg.num_layers)  # residual branches start small (GPT-2)
-    qkv = lambda n, axis: layer_linear((dim, n, width), ("embed", axis, "head_dim"), dim, cfg.attention_bias, 2)
-    out_bias = cfg.attention_bias and family.out_bias
-    up = lambda: layer_linear((dim, mlp), ("embed", "mlp"), dim, cfg.mlp_bias, 1)
+    dim, vocab = cfg.hidden_size, padded_vocab(cfg)
     table = {
-        "embed": {"tokens": {"embedding": Leaf((padded_vocab(cfg), dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
-        "layers": {
-            "attention": {
-                "query": qkv(heads, "heads"),
-                "key": qkv(kv, "kv_heads"),
-                "value": qkv(kv, "kv_heads"),
-                "out": layer_linear(
-                    (heads, width, dim), ("heads", "head_dim", "embed"), heads * width, out_bias, 1, depth
-                ),
-            }
-            | norms()
-            | head_norms(),
-            "mlp": {
-                "up": up(),
-                "down": layer_linear((mlp, dim), ("mlp", "embed"), mlp, cfg.mlp_bias, 1, depth),
-            }
-            | ({"gate": up()} if family.gated else {})
-            | norms(),
-        },
-        "final_norm": norm(),
+        "embed": {"tokens": {"embedding": Leaf((vocab, dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
+        "layers": {"attention": attention_table(cfg) | branch_norms(cfg), "mlp": mlp_table(cfg) | branch_norms(cfg)},
+        "final_norm": norm_table(cfg, {"embed": dim}),
     }
-    if family.positions == "learned":
+    if FAMILIES[cfg.family].positions == "learned":
         table["embed"]["positions"] = {"embedding": Leaf((cfg.max_positions, dim), ("positions", "embed"), 0.01)}
     if head == "scalar":
         table["head"] = {
@@ -222,7 +66,58 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
             "bias": Leaf((1,), ("score",), "zeros"),
         }
     elif not cfg.tie_embeddings:
-        table["head"] = {"kernel": Leaf((dim, padded_vocab(cfg)), ("embed", "vocab"), 0.02)}
+        table["head"] = {"kernel": Leaf((dim, vocab), ("embed", "vocab"), 0.02)}
+    return table
+
+
+def attention_table(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' attention, but for the norms of the branch."""
+    family, bias, layers = FAMILIES[cfg.family], bool(cfg.attention_bias), {"layers": cfg.num_layers}
+    dim, width = {"embed": cfg.hidden_size}, {"head_dim": cfg.head_dim}
+    heads, kv = {"heads": cfg.num_heads}, {"kv_heads": cfg.num_kv_heads}
+    project = lambda n: linear_table(layers | dim | n | width, cfg.hidden_size, bias, 2)
+    out = linear_table(
+        layers | heads | width | dim, cfg.num_heads * cfg.head_dim, bias and family.out_bias, 1, small(cfg)
+    )
+    table = {"query": project(heads), "key": project(kv), "value": project(kv), "out": out}
+    if family.query_key_norm == "none":
+        return table
+    norm = lambda n: norm_table(cfg, layers | (n if family.query_key_norm == "all" else {}) | width)
+    return table | {"query_norm": norm(heads), "key_norm": norm(kv)}
+
+
+def mlp_table(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' mlps, but for the norms of the branch."""
+    layers, dim, mlp = {"layers": cfg.num_layers}, {"embed": cfg.hidden_size}, {"mlp": cfg.mlp_size}
+    up = lambda: linear_table(layers | dim | mlp, cfg.hidden_size, bool(cfg.mlp_bias), 1)
+    down = linear_table(layers | mlp | dim, cfg.mlp_size, bool(cfg.mlp_bias), 1, small(cfg))
+    return {"up": up(), "down": down} | ({"gate": up()} if FAMILIES[cfg.family].gated else {})
+
+
+def small(cfg: ModelConfig) -> float:
+    """Residual branches start small (GPT-2)."""
+    return 1.0 / math.sqrt(2 * cfg.num_layers)
+
+
+def branch_norms(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' norms before and after a residual branch, as the family has them."""
+    places = {"pre": ["norm"], "post": ["post_norm"], "sandwich": ["norm", "post_norm"]}[FAMILIES[cfg.family].norms]
+    return {place: norm_table(cfg, {"layers": cfg.num_layers, "embed": cfg.hidden_size}) for place in places}
+
+
+def norm_table(cfg: ModelConfig, sizes: dict[str, int]) -> dict:
+    """Leafs of a norm: ``sizes`` of its logical axes, in their order."""
+    family, leaf = FAMILIES[cfg.family], lambda init: Leaf(tuple(sizes.values()), tuple(sizes), init)
+    scale = {"scale": leaf("zeros" if family.norm_offset else "ones")}
+    return scale | ({"bias": leaf("zeros")} if family.norm == "layer" else {})
+
+
+def linear_table(sizes: dict[str, int], fan_in: int, bias: bool, bias_rank: int, gain: float = 1.0) -> dict:
+    """Leafs of a linear map: ``sizes`` of its kernel's logical axes; its bias has layers and the last ``bias_rank``."""
+    axes, shape = tuple(sizes), tuple(sizes.values())
+    table = {"kernel": Leaf(shape, axes, gain / math.sqrt(fan_in))}
+    if bias:
+        table["bias"] = Leaf(shape[:1] + shape[-bias_rank:], axes[:1] + axes[-bias_rank:], "zeros")
     return table
 
 
@@ -327,11 +222,6 @@ class Sight(NamedTuple):
 
     mask: Array  # bool[B, 1, S, T]: what each token may read
     freqs: Array | None  # f32[R / 2], radians a position; None where positions were embedded
-
-
-def local_layers(cfg: ModelConfig) -> list[bool]:
-    """Which layers are local."""
-    return [kind == "local" for kind in cfg.layer_types] or [False] * cfg.num_layers
 
 
 def sights(cfg: ModelConfig, mask: Array, columns: Array) -> dict[bool, Sight]:

@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.types import Batch, Experience, Mean, Nets, Preferences, Prompts, Sequences, TokenStats, TrainState
 from tests import tiny

@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import sharding
 from jaxrlhf.models import hf, hf_config, hf_folder, hf_layout
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.families import FAMILIES, Module
-from jaxrlhf.models.transformer import Leaf, ModelConfig, RopeScaling, init, parameter_table, resolve, weight_spec
+from jaxrlhf.models.rope import RopeScaling
+from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_spec
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Head
 

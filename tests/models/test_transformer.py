@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.models.attention import attention, causal_mask, rope_frequencies, rotate
+from jaxrlhf.models.attention import attention, causal_mask
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
+from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rotate
 from jaxrlhf.models.transformer import (
     Leaf,
-    ModelConfig,
-    RopeScaling,
     Runtime,
     forward,
     init,
     padded_vocab,
     parameter_table,
     positions_of,
-    resolve,
     weight_spec,
 )
 from jaxrlhf.sharding import MeshConfig
