@@ -18,6 +18,8 @@ from jaxrlhf.types import Prompts
 from tests.parity.cases import NEW_TOKENS, POSITIONS, TOKENS, VALID, config_of, law
 from tests.tiny import FAST
 
+FLOAT32 = Runtime()
+
 # ---- here -----------------------------------------------------------------------------------------------------------
 
 
@@ -26,7 +28,7 @@ def states(trunk, cfg, tokens, valid, runtime):
     return forward(trunk, cfg, tokens, valid.astype(jnp.int32), runtime)
 
 
-def compute(params, cfg, head, tokens=TOKENS, valid=VALID, runtime=Runtime()) -> np.ndarray:
+def compute(params, cfg, head, tokens=TOKENS, valid=VALID, runtime=FLOAT32) -> np.ndarray:
     """Logits [B, S, V] or per-token scores [B, S]. The program is of the trunk, which all heads share."""
     trunk = {name: part for name, part in params.items() if name != "head"}
     hidden = states(trunk, cfg, jnp.array(tokens), jnp.array(valid), runtime)
@@ -42,7 +44,7 @@ def our_greedy(params, cfg, prompt_tokens=TOKENS, prompt_valid=VALID):
     """The Sequences of prompts and NEW_TOKENS most likely tokens each."""
     sampler = Sampler(Sampling(temperature=0.0), NEW_TOKENS, eos_ids=(), pad_id=0)
     prompts = Prompts(jnp.array(prompt_tokens), jnp.array(prompt_valid), jnp.arange(len(prompt_tokens)))
-    return generate(params, cfg, prompts, jnp.int32(0), jnp.int32(0), sampler, Runtime())
+    return generate(params, cfg, prompts, jnp.int32(0), jnp.int32(0), sampler, FLOAT32)
 
 
 def read(folder, dtype=jnp.float32):
@@ -73,6 +75,8 @@ def their_model(case: str, head: str = "lm"):
     """A transformers model with the law's weights."""
     torch = pytest.importorskip("torch")
     import transformers
+
+    torch.set_num_threads(1)  # more only wait for each other on models as small as these
 
     raw = config_of(case, head)
     cls = getattr(transformers, raw["architectures"][0])
