@@ -38,7 +38,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, Head]
     families = {family.hf.model_type: name for name, family in FAMILIES.items()}
     kind = raw.get("model_type")
     if kind not in families:
-        raise ValueError(f"{where}: model_type: {kind!r} is not supported; expected {' or '.join(families)}")
+        raise ValueError(f"{where}: model_type: {kind!r} is not supported; expected one of {', '.join(families)}")
     family = FAMILIES[families[kind]]
     names = family.hf
     if raw.get("auto_map"):
