@@ -30,6 +30,9 @@ from jaxrlhf.types import Head
 BASE = resolve(ModelConfig(vocab_size=101, hidden_size=32, mlp_size=48, max_positions=32))
 LLAMA = dataclasses.replace(BASE, num_kv_heads=2, head_dim=16, rope_theta=100.0)
 GPT2 = dataclasses.replace(BASE, family="gpt2", attention_bias=True, mlp_bias=True)
+OLMO2 = resolve(dataclasses.replace(BASE, family="olmo2", num_kv_heads=2))
+WINDOWS = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
+GEMMA3 = resolve(dataclasses.replace(BASE, family="gemma3_text", num_kv_heads=1, local_rope_theta=50.0, **WINDOWS))
 SIZE = 12  # columns
 FLOAT32 = Runtime()
 
@@ -194,7 +197,11 @@ def test_padding_of_the_vocabulary_cannot_be_sampled():
     [
         (LLAMA, (2, 2, 2)),
         (dataclasses.replace(LLAMA, num_kv_heads=1, tie_embeddings=False), (1, 4, 2)),  # one kv head on two devices
+        (dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3), (2, 2, 2)),  # SmolLM2: heads stay whole
+        (dataclasses.replace(LLAMA, vocab_size=50257), (1, 4, 2)),
         (GPT2, (2, 2, 2)),
+        (OLMO2, (2, 2, 2)),  # a norm over all heads, on two devices
+        (GEMMA3, (2, 2, 2)),
     ],
 )
 def test_mesh_equals_one_device(cfg, shape):
