@@ -134,7 +134,8 @@ def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, 
     family = FAMILIES[cfg.family]
     names = family.hf
     raw = {"architectures": [names.classes[head]], "model_type": names.model_type}
-    raw |= {theirs: getattr(cfg, ours) for ours, (theirs, _) in names.fields.items()}
+    said = dataclasses.replace(cfg, query_pre_attn_scalar=cfg.query_pre_attn_scalar or cfg.head_dim)
+    raw |= {theirs: getattr(said, ours) for ours, (theirs, _) in names.fields.items()}
     raw |= {name: allowed[0] for name, allowed in names.fixed.items() if allowed[0] is not None}
     raw |= describe_rope(cfg, names.rope) if family.positions == "rope" else {}
     raw |= describe_windows(cfg, names.windows) if names.windows else {}

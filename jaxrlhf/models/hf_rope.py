@@ -124,7 +124,7 @@ def describe_rope(cfg: ModelConfig, names: Rope) -> dict[str, Any]:
         raw[names.fraction[0]] = new[FRACTION] = cfg.rotary_fraction
     if scaling:
         raw["rope_scaling"] = scaling
-    if scaling and names.original:
+    if scaling and names.original and ORIGINAL in scaling:
         raw[ORIGINAL] = scaling[ORIGINAL]
     if names.local_theta:
         theta = cfg.local_rope_theta or cfg.rope_theta

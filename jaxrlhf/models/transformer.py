@@ -224,14 +224,17 @@ class Sight(NamedTuple):
     freqs: Array | None  # f32[R / 2], radians a position; None where positions were embedded
 
 
+def check_length(cfg: ModelConfig, columns: int) -> None:
+    """Raises ValueError for rows that are longer than the model computes."""
+    limit = row_limit(cfg)
+    if limit is not None and columns > limit:
+        raise ValueError(f"rows of {columns} columns: more than this {cfg.family} model computes; nearest: {limit}")
+
+
 def sights(cfg: ModelConfig, mask: Array, columns: Array) -> dict[bool, Sight]:
     """Local or not -> Sight, for the kinds of layers that the model has.
 
-    ``mask``: what global layers read; columns i32[S]: where the rows of the mask stand. Raises ValueError for rows
-    that are longer than the model's."""
-    limit, length = row_limit(cfg), mask.shape[-1]
-    if limit is not None and length > limit:
-        raise ValueError(f"rows of {length} columns: longer than this {cfg.family} model computes; expected <= {limit}")
+    ``mask``: what global layers read; columns i32[S]: where the queries of its rows stand."""
 
     def one(local: bool) -> Sight:
         seen = near(mask, columns, cfg.sliding_window) if local else mask
@@ -269,7 +272,10 @@ def positions_of(segment_ids: Array) -> Array:
 
 
 def forward(params: Params, cfg: ModelConfig, tokens: Array, segment_ids: Array, runtime: Runtime) -> Array:
-    """Final hidden states [B, S, D] of whole rows: tokens and segment_ids (0 = padding) i32[B, S]."""
+    """Final hidden states [B, S, D] of whole rows: tokens and segment_ids (0 = padding) i32[B, S].
+
+    Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit)."""
+    check_length(cfg, segment_ids.shape[1])
     positions, local = positions_of(segment_ids), local_layers(cfg)
     seen = sights(cfg, causal_mask(segment_ids), jnp.arange(segment_ids.shape[1]))
     mixed = len(seen) == 2  # then a layer's flag chooses while it runs, as all layers are one program
@@ -327,7 +333,8 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
 def prefill(params: Params, cfg: ModelConfig, tokens: Array, valid: Array, cache_size: int, runtime: Runtime):
     """Read left-padded prompts [B, P]: (final hidden state of the last column [B, 1, D], a Cache a layer).
 
-    The caches have room for ``cache_size`` columns; ``params`` are in decode_layout."""
+    The caches have room for ``cache_size`` columns; ``params`` are in decode_layout. Raises ValueError as forward."""
+    check_length(cfg, cache_size)
     segment_ids = valid.astype(jnp.int32)
     positions = positions_of(segment_ids)
     seen = sights(cfg, causal_mask(segment_ids), jnp.arange(valid.shape[1]))
