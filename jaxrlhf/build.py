@@ -12,12 +12,14 @@ from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
 from jaxrlhf.config import Config, dump, roles_of
 from jaxrlhf.config_batch import num_micro, updates_of
+from jaxrlhf.config_check import SPLIT, divisors, longest_row
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
-from jaxrlhf.models.transformer import ModelConfig, Runtime
+from jaxrlhf.models.config import ModelConfig, resolve, row_limit
+from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
 from jaxrlhf.rewards import functions
@@ -70,6 +72,7 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     tokenizer = find_tokenizer(cfg)
     weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads}
     check_tokenizers(cfg, weights, tokenizer)
+    check_shapes(cfg, weights, mesh)
     keep_tokenizer(cfg, tokenizer)
     sampler = make_sampler(cfg, tokenizer, weights)
     epochs, minibatches = updates_of(cfg)
@@ -91,6 +94,7 @@ def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> R
     """``run`` with roles that its algorithm does without (an evaluation's), and responses sampled by ``sampler``."""
     weights = {role: find_weights(run.cfg, role, len(run.tokenizer)) for role in more}
     check_tokenizers(run.cfg, weights, run.tokenizer)
+    check_shapes(run.cfg, weights, run.mesh)
     weights = run.weights | weights
     nets = bind_nets(run.cfg, weights, sampler, sampler.sampling)
     recipe = run.recipe._replace(nets=nets)
@@ -215,6 +219,26 @@ def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> No
             )
 
 
+def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.Mesh) -> None:
+    """The mesh divides every model, wherever it comes from, and no row is longer than it computes.
+
+    Raises ConfigError for the first that is not so."""
+    longest, what = longest_row(cfg)
+    for role, found in weights.items():
+        where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
+        padded = transformer.padded_vocab(found.config)
+        values = [(name, getattr(found.config, name), axis) for name, axis in SPLIT]
+        for name, value, axis in [*values, ("padded vocabulary", padded, "tensor")]:
+            if value % mesh.shape[axis]:
+                nearest = min(divisors(value), key=lambda size: abs(size - mesh.shape[axis]))
+                raise ConfigError(
+                    f"{where}: its {name} {value} is not divided by mesh.{axis}: {mesh.shape[axis]}; nearest: {nearest}"
+                )
+        limit = row_limit(found.config)
+        if limit is not None and longest > limit:
+            raise ConfigError(f"{where}: computes rows of {limit} columns at most; expected that of {longest} = {what}")
+
+
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +263,7 @@ def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
             return Weights("run", cfg.run_dir, *checkpoint.model_of(extra["models"][role]), step, role)
     start = origin(cfg, role)
     if start.architecture is not None:
-        shape = transformer.resolve(start.architecture, vocab_size)
+        shape = resolve(start.architecture, vocab_size)
         return Weights("new", None, shape, "lm")
     path = start.init_from or ""
     if checkpoint.is_run(path):

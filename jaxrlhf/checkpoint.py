@@ -15,7 +15,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import hf, hf_config
-from jaxrlhf.models.transformer import ModelConfig, RopeScaling
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.state import abstract_params
 from jaxrlhf.types import Head, Params, Role, TrainState
@@ -130,11 +131,12 @@ def models_record(configs: dict[Role, ModelConfig], heads: dict[Role, Head]) -> 
 
 
 def model_of(record: dict) -> tuple[ModelConfig, Head]:
-    """One role's (config, head) from models_record."""
-    fields = dict(record["config"])
-    if fields.get("rope_scaling"):
-        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-    return ModelConfig(**fields), record["head"]
+    """One role's (config, head) from models_record, of this version or an older one that lacked some fields."""
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record["config"].items()}
+    if scaling := fields.get("rope_scaling"):
+        lists = {name: tuple(value) for name, value in scaling.items() if isinstance(value, list)}
+        fields["rope_scaling"] = RopeScaling(**scaling | lists)
+    return resolve(ModelConfig(**fields)), record["head"]
 
 
 def latest_step(run_dir) -> int | None:

@@ -13,7 +13,8 @@ from jaxrlhf.data import encode
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feed import put
 from jaxrlhf.models import hf, hf_config, hf_folder
-from jaxrlhf.models.transformer import ModelConfig, Runtime, padded_vocab
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.transformer import Runtime, padded_vocab
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
 from jaxrlhf.state import abstract_params
 from jaxrlhf.types import Params, Prompts

@@ -22,7 +22,7 @@ from jaxrlhf.config_yaml import Dumper, read_file, read_yaml
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.generate import GenerateConfig
 from jaxrlhf.metrics import LogConfig
-from jaxrlhf.models.transformer import ModelConfig
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.sharding import MeshConfig

@@ -8,12 +8,13 @@ from jaxrlhf.config_batch import ROWS_KEY, fields_read, rows_of, updates_of
 from jaxrlhf.config_errors import ConfigError, show, suggest
 from jaxrlhf.config_types import hints
 from jaxrlhf.data.sources import DataConfig, SourceConfig
-from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.rewards import functions
 from jaxrlhf.sharding import AXES, RULES, mesh_shape
 from jaxrlhf.types import Role
 
 ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q")
+SPLIT = (("mlp_size", "tensor"), ("hidden_size", "fsdp"))  # of a model, which a mesh axis must divide; heads need not
 SECTION_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # Batch -> data
 
 
@@ -148,22 +149,28 @@ def tokenizer_problems(cfg: Config) -> Iterator[str]:
 
 def model_problems(cfg: Config) -> Iterator[str]:
     """Architectures whose heads divide, and which are long enough for the rows."""
-    longest, what = cfg.data.max_length, "data.max_length"
-    if "prompts" in fields_read(cfg):
-        longest = max(cfg.data.prompt_buckets, default=0) + cfg.generate.max_new_tokens
-        what = f"the largest of data.prompt_buckets + generate.max_new_tokens {cfg.generate.max_new_tokens}"
+    longest, what = longest_row(cfg)
     for role, shape in architectures(cfg):
         key = f"models.{role}.architecture"
-        try:
-            resolve(shape)
-        except ValueError as error:
-            yield f"{key}.{error}"
         if not shape.head_dim and shape.hidden_size % shape.num_heads:
             nearest = min(divisors(shape.hidden_size), key=lambda heads: abs(heads - shape.num_heads))
             wrong = f"{shape.num_heads}: does not divide hidden_size {shape.hidden_size}"
             yield f"{key}.num_heads: {wrong}; nearest: {nearest}"
+        else:
+            try:
+                resolve(shape)
+            except ValueError as error:
+                yield f"{key}.{error}"
         if shape.max_positions < longest:
             yield f"{key}.max_positions: {shape.max_positions}: less than {longest} = {what}; nearest: {longest}"
+
+
+def longest_row(cfg: Config) -> tuple[int, str]:
+    """(columns of the longest rows, the keys that they come from)."""
+    if "prompts" not in fields_read(cfg):
+        return cfg.data.max_length, "data.max_length"
+    longest, room = max(cfg.data.prompt_buckets, default=0), cfg.generate.max_new_tokens
+    return longest + room, f"the largest of data.prompt_buckets + generate.max_new_tokens {room}"
 
 
 def device_problems(cfg: Config, num_devices: int) -> Iterator[str]:
@@ -175,9 +182,9 @@ def device_problems(cfg: Config, num_devices: int) -> Iterator[str]:
         return
     yield from batch_problems(cfg, sizes)
     for role, shape in architectures(cfg):
-        for name, axis in (("num_heads", "tensor"), ("mlp_size", "tensor"), ("hidden_size", "fsdp")):
+        for name, axis in SPLIT:
             value = getattr(shape, name)
-            if value and value % sizes[axis]:
+            if value % sizes[axis]:
                 key, nearest = f"models.{role}.architecture.{name}", nearest_multiple(value, sizes[axis])
                 yield f"{key}: {value}: mesh axis {axis} of {sizes[axis]} does not divide it; nearest: {nearest}"
 

@@ -11,9 +11,10 @@ from jaxrlhf.config_errors import ConfigError, dotted, show
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens temperature top_k size samples kl_coef
         entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every
-        vocab_size num_kv_heads head_dim mlp_size""",
+        vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar""",
     "(0, inf)": """clip_norm eps clip_range clip_range_low clip_range_high value_clip_range kl_target stop_kl beta
-        norm_eps rope_theta low_freq_factor high_freq_factor""",
+        norm_eps rope_theta low_freq_factor high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast
+        beta_slow attention_factor short_factor long_factor""",
     "(1, inf)": "dual_clip",
     "[1, inf)": """iterations every samples_every keep prompts_per_step samples_per_prompt sequences_per_step
         preferences_per_step micro_batch_size max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon
@@ -21,7 +22,7 @@ RANGES = {
     "[2, inf)": "max_length",
     "[259, inf)": "train_vocab_size",
     "[0, 1]": "final_fraction gamma gae_lambda",
-    "(0, 1]": "top_p",
+    "(0, 1]": "top_p rotary_fraction",
     "[0, 1)": "b1 b2",
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
     "[0, 2147483647]": "seed",

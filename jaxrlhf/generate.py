@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import lm_logits
-from jaxrlhf.models.transformer import Cache, ModelConfig, Runtime, decode_layout, decode_step, prefill
+from jaxrlhf.models.transformer import Cache, Runtime, decode_layout, decode_step, prefill
 from jaxrlhf.ops.rows import repeat_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
 from jaxrlhf.sharding import constrain, spec

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.models.transformer import ModelConfig, init
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.transformer import init
 from jaxrlhf.sharding import concrete
 from jaxrlhf.types import Array, Head, Params, Role, TrainState
 

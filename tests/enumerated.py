@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.types import Batch, Nets, Prompts, Sequences
 from tests import tiny

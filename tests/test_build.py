@@ -17,6 +17,8 @@ from jaxrlhf.config import Config, RoleConfig
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import transformer
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
 from tests import runs
 
@@ -40,6 +42,26 @@ def foreign(whole, tmp_path) -> Path:
     shutil.copytree(whole / "sft", run)
     tokenizers.save_tokenizer(tokenizers.train_bpe(["zebra zebras zoo zoom"] * 9, 300), str(run / "tokenizer"))
     return run
+
+
+@pytest.mark.parametrize(
+    "changes, pattern",
+    [
+        ({"mlp_size": 30}, r"its mlp_size 30 is not divided by mesh.tensor: 4; nearest: 3$"),
+        ({"hidden_size": 33, "head_dim": 8}, "its hidden_size 33 is not divided by mesh.fsdp: 2; nearest: 1$"),
+        ({"vocab_size": 50257, "num_heads": 9, "num_kv_heads": 3, "head_dim": 8}, None),  # padded; heads stay whole
+        ({"family": "gpt2", "max_positions": 7}, "computes rows of 7 columns at most; expected that of [0-9]+ = "),
+    ],
+)
+def test_models_from_files_must_fit_the_mesh_and_the_rows(ppo, changes, pattern):
+    shape = resolve(ModelConfig(**{"vocab_size": 300, "hidden_size": 32, "mlp_size": 48} | changes))
+    mesh = make_mesh(MeshConfig(1, 2, 4), jax.devices()[:8])
+    check = lambda: build.check_shapes(ppo(), {"policy": build.Weights("hf", "some/folder", shape, "lm")}, mesh)
+    if pattern is None:
+        return check()
+    with pytest.raises(ConfigError, match=r"^models\.policy: some/folder: " + pattern) as error:
+        check()
+    assert "\n" not in str(error.value)
 
 
 def tokenizer_of(run: Path) -> str:

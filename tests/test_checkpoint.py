@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf import checkpoint
 from jaxrlhf import state as states
 from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.models.transformer import ModelConfig, RopeScaling, resolve
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
 

@@ -446,7 +446,6 @@ data: {demonstrations: {path: a.jsonl}, max_length: 32}
         ("models.policy.architecture.num_heads=5", "num_heads: 5: does not divide hidden_size 64; nearest: 4"),
         ("models.policy.architecture.num_kv_heads=3", "num_heads: 4 is not a multiple of num_kv_heads: 3"),
         ("data.max_length=33", "max_positions: 32: less than 33 = data.max_length; nearest: 33"),
-        ("mesh={tensor: 8}", "num_heads: 4: mesh axis tensor of 8 does not divide it; nearest: 8"),
     ],
 )
 def test_an_architecture_that_cannot_work_is_one_line(tmp_path, override, line):
@@ -454,6 +453,14 @@ def test_an_architecture_that_cannot_work_is_one_line(tmp_path, override, line):
     path.write_text(SFT)
     check(config.load(path), 8)
     assert mistake(path, override, devices=8) == f"{path}: models.policy.architecture.{line}"
+
+
+def test_a_mesh_divides_all_but_the_heads(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(SFT)
+    check(config.load(path, ["mesh={tensor: 8}"]), 8)  # 4 heads
+    line = mistake(path, "mesh={tensor: 8}", "models.policy.architecture.mlp_size=100", devices=8)
+    assert line.endswith("architecture.mlp_size: 100: mesh axis tensor of 8 does not divide it; nearest: 96")
 
 
 def test_a_policy_from_scratch_needs_room_for_prompt_and_response(ppo):

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf.models.transformer import ModelConfig, resolve
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import OptimizerConfig, is_matrix, make_optimizer, make_schedule
 from tests.tiny import parameters
 

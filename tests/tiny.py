@@ -10,8 +10,9 @@ from jax.sharding import NamedSharding
 from jaxrlhf import generate
 from jaxrlhf import state as states
 from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.nets import make_nets
-from jaxrlhf.models.transformer import ModelConfig, Runtime, parameter_table, resolve, weight_spec
+from jaxrlhf.models.transformer import Runtime, parameter_table, weight_spec
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.sharding import explicit, partition

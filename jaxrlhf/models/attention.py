@@ -1,4 +1,4 @@
-"""Attention: rotary positions, masks, and the product itself."""
+"""Attention: masks, heads over devices, and the product itself."""
 
 import math
 
@@ -19,69 +19,75 @@ def causal_mask(segment_ids: Array) -> Array:
     return (same & causal & (segment_ids > 0)[:, None, :])[:, None]
 
 
-def attention(query: Array, key: Array, value: Array, mask: Array) -> Array:
+def near(mask: Array, columns: Array, window: int) -> Array:
+    """``mask`` bool[B, 1, S, T] of what lies less than ``window`` columns before the query, which is in ``columns``
+    i32[S]. The tokens of a segment are in columns beside each other, so columns count as positions do."""
+    return mask & (columns[:, None] - jnp.arange(mask.shape[-1]) < window)
+
+
+def attention(
+    query: Array, key: Array, value: Array, mask: Array, scale: float | None = None, softcap: float | None = None
+) -> Array:
     """Softmax attention; the softmax is float32 whatever the inputs are.
 
     query [B, S, H, K]; key, value [B, T, N, K], each for H / N query heads; mask bool[B, 1, S, T] -> [B, S, H, K].
-    """
+    ``scale``: of the products, by default 1 / sqrt(K); ``softcap``: see share."""
     kv_heads = key.shape[2]
-    scale = 1.0 / math.sqrt(query.shape[-1])
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     if kv_heads == query.shape[2]:
         logits = jnp.einsum("bshk,bthk->bhst", query, key, preferred_element_type=jnp.float32) * scale
-        weights = jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1).astype(value.dtype)
-        return jnp.einsum("bhst,bthk->bshk", weights, value)
+        return jnp.einsum("bhst,bthk->bshk", share(logits, mask, softcap).astype(value.dtype), value)
     grouped = group_heads(query, kv_heads)
     logits = jnp.einsum("bsngk,btnk->bngst", grouped, key, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(mask[:, :, None], logits, MASKED), axis=-1).astype(value.dtype)
+    weights = share(logits, mask[:, :, None], softcap).astype(value.dtype)
     return ungroup_heads(jnp.einsum("bngst,btnk->bsngk", weights, value))
+
+
+def cached_attention(
+    query: Array, key: Array, value: Array, mask: Array, scale: float | None = None, softcap: float | None = None
+) -> Array:
+    """``attention`` of one query a row, [B, 1, H, K], over cached keys and values [B, N, T, K]; mask [B, 1, 1, T]."""
+    grouped = group_heads(query, key.shape[1])[:, 0]
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    logits = jnp.einsum("bngk,bntk->bngt", grouped, key, preferred_element_type=jnp.float32) * scale
+    weights = share(logits, mask, softcap).astype(value.dtype)
+    return ungroup_heads(jnp.einsum("bngt,bntk->bngk", weights, value)[:, None])
+
+
+def share(logits: Array, mask: Array, softcap: float | None) -> Array:
+    """The softmax over what the mask lets through, of logits that ``softcap`` bends to lie within -/+ itself."""
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    return jax.nn.softmax(jnp.where(mask, logits, MASKED), axis=-1)
+
+
+# ---- heads over devices ---------------------------------------------------------------------------------------------
+
+
+def head_axis(name: str, size: int) -> str | None:
+    """The logical axis of ``size`` heads; None (whole on every device) where ``tensor`` does not divide them."""
+    tensor = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
+    return None if size % tensor else name
 
 
 def group_heads(x: Array, kv_heads: int) -> Array:
     """[B, S, H, K] -> [B, S, N, H / N, K], split over devices along N as the keys are: with N = 1 there is a choice."""
     *front, heads, dim = x.shape
-    layout = spec("batch", "seq", "kv_heads", None, "head_dim")
+    layout = spec("batch", "seq", head_axis("kv_heads", kv_heads), None, "head_dim")
     return jax.lax.reshape(x, (*front, kv_heads, heads // kv_heads, dim), out_sharding=layout)
 
 
 def ungroup_heads(x: Array) -> Array:
     """The inverse."""
     *front, kv_heads, group, dim = x.shape
-    layout = spec("batch", "seq", "heads", "head_dim")
+    layout = spec("batch", "seq", head_axis("heads", kv_heads * group), "head_dim")
     return jax.lax.reshape(x, (*front, kv_heads * group, dim), out_sharding=layout)
 
 
 def match_heads(x: Array, heads: int) -> Array:
     """Repeat kv heads [B, T, N, K] that the mesh does not divide up to the ``heads`` it does; else x."""
-    tensor = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
-    if x.shape[2] % tensor == 0:
-        return x
     batch, length, kv_heads, dim = x.shape
+    if head_axis("kv_heads", kv_heads) or not head_axis("heads", heads):
+        return x
     x = jnp.broadcast_to(x[:, :, :, None], (batch, length, kv_heads, heads // kv_heads, dim))
     return constrain(x.reshape(batch, length, heads, dim), "batch", "seq", "heads", "head_dim")
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling) -> Array:
-    """f32[head_dim / 2], radians a position. ``scaling``: a RopeScaling or None (linear: all slower by the factor;
-    llama3: only wavelengths longer than the original context, with a smooth band between)."""
-    freqs = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is None:
-        return freqs
-    if scaling.kind == "linear":
-        return freqs / scaling.factor
-    wavelength = 2 * math.pi / freqs
-    low = scaling.original_max_positions / scaling.low_freq_factor
-    high = scaling.original_max_positions / scaling.high_freq_factor
-    smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    between = (1 - smooth) * freqs / scaling.factor + smooth * freqs
-    return jnp.where(wavelength > low, freqs / scaling.factor, jnp.where(wavelength < high, freqs, between))
-
-
-def rotate(x: Array, positions: Array, freqs: Array) -> Array:
-    """Rotary embedding (Su et al. 2021) in the half-split layout: x [B, S, H, K], positions i32[B, S]."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * freqs
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.linear import linear
-from jaxrlhf.models.transformer import ModelConfig
 from jaxrlhf.sharding import constrain
 from jaxrlhf.types import Array, Params
 
@@ -18,6 +18,8 @@ def lm_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
     else:
         tied = {"kernel": params["embed"]["tokens"]["embedding"]}
         logits = linear(tied, hidden, "bsd,vd->bsv", ("vocab", "embed"), out, jnp.float32)
+    if cfg.logit_softcap is not None:
+        logits = cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap)
     if logits.shape[-1] == cfg.vocab_size:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1]) < cfg.vocab_size, logits, IMPOSSIBLE)

@@ -1,7 +1,7 @@
 """Weights of Hugging Face folders: read into arrays laid out on the mesh, and written so that transformers loads them.
 
 They go through safetensors alone, shard by shard; neither torch nor transformers is needed. What a family's tensors
-are called is in models/families.py; nothing here knows a family.
+are called is in models/families; nothing here knows a family.
 """
 
 import math
@@ -17,11 +17,12 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf.models import gguf
-from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.families import FAMILIES, HuggingFace
 from jaxrlhf.models.hf_config import NO_IDS, TokenIds, describe, describe_ids
 from jaxrlhf.models.hf_folder import INDEX, SINGLE, clear, read_json, tokenizer_files, write_json
 from jaxrlhf.models.hf_layout import SCORE, Source, dotted, find_sources, leaves_of
-from jaxrlhf.models.transformer import Leaf, ModelConfig, init, parameter_table, weight_axes
+from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_axes
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array, Head, Params
 
@@ -48,7 +49,7 @@ def load(
     ``fresh``. Raises ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite.
     """
     folder = epath.Path(folder)
-    tensors = with_prefix(open_weights(folder), FAMILIES[cfg.family].hf.prefix)
+    tensors = with_prefix(open_weights(folder), FAMILIES[cfg.family].hf)
     sources, drawn = find_sources(cfg, head), {}
     if head == "scalar" and f"{SCORE.name}.weight" not in tensors:
         key = jax.random.key(0) if key is None else key
@@ -122,12 +123,12 @@ def open_shards(folder: epath.Path) -> dict[str, Any]:
     return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
 
 
-def with_prefix(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+def with_prefix(tensors: dict[str, Any], names: HuggingFace) -> dict[str, Any]:
     """Base-model files (GPT-2's on the hub) leave the prefix out: put it back."""
-    if any(name.startswith(prefix) for name in tensors):
+    if any(name.startswith(names.prefix) for name in tensors):
         return tensors
-    heads = ("lm_head.", f"{SCORE.name}.")
-    return {name if name.startswith(heads) else prefix + name: tensor for name, tensor in tensors.items()}
+    heads = (f"{names.modules['head'].name}.", f"{SCORE.name}.")
+    return {name if name.startswith(heads) else names.prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def shown(names: list[str]) -> str:

@@ -1,19 +1,24 @@
 """config.json of a Hugging Face folder: read into a ModelConfig, and written so that transformers computes the same.
 
-What a family's fields are called is in models/families.py; nothing here knows a family.
+What a family's fields are called is in models/families; nothing here knows a family.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
-from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.config import LayerTypes, ModelConfig, resolve
+from jaxrlhf.models.families import FAMILIES, Windows
+from jaxrlhf.models.hf_fields import checked, parse_field, refuse_unsupported
 from jaxrlhf.models.hf_folder import SINGLE, read_json
-from jaxrlhf.models.transformer import ModelConfig, RopeScaling, resolve
+from jaxrlhf.models.hf_rope import GLOBAL, LOCAL, describe_rope, parse_rope
 from jaxrlhf.types import Head
+
+ALWAYS: dict[str, tuple] = {"quantization_config": (None,), "is_encoder_decoder": (False,)}  # fixed in every family
+LAYER_TYPES: dict[Literal["local", "global"], str] = {"local": LOCAL, "global": GLOBAL}
+
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
@@ -33,30 +38,24 @@ def parse_config(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, Head]
     families = {family.hf.model_type: name for name, family in FAMILIES.items()}
     kind = raw.get("model_type")
     if kind not in families:
-        raise ValueError(f"{where}: model_type: {kind!r} is not supported; expected {' or '.join(families)}")
+        raise ValueError(f"{where}: model_type: {kind!r} is not supported; expected one of {', '.join(families)}")
     family = FAMILIES[families[kind]]
-    refuse_unsupported(raw, family.hf.fixed, where)
-    head = parse_head(raw, family.hf.classes, where)
-    found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in family.hf.fields.items()}
+    names = family.hf
+    if raw.get("auto_map"):
+        raise ValueError(f"{where}: auto_map: remote code is never run; expected a plain {kind} model")
+    refuse_unsupported(raw, ALWAYS | names.fixed, where)
+    head = parse_head(raw, names.classes, where)
+    found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
     if family.positions == "rope":
-        found |= parse_rope(raw, found["max_positions"], where)
+        found |= parse_rope(raw, names.rope, found["max_positions"], where)
+    if names.windows:
+        found |= parse_windows(raw, names.windows, family.global_every, found["num_layers"], where)
     if not found.get("head_dim") and found["hidden_size"] % found["num_heads"]:
         raise ValueError(f"{where}: hidden size {found['hidden_size']} is not a multiple of {found['num_heads']} heads")
     try:
         return resolve(ModelConfig(**{"family": families[kind], **found})), head
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def refuse_unsupported(raw: Mapping[str, Any], fixed: Mapping[str, tuple], where: str) -> None:
-    """Fields that change the maths must have a value that is supported; code that comes with a model is never run."""
-    if raw.get("auto_map"):
-        raise ValueError(f"{where}: auto_map: remote code is never run; expected a plain {raw['model_type']} model")
-    always = {"quantization_config": (None,), "is_encoder_decoder": (False,), "partial_rotary_factor": (1.0, None)}
-    for name, allowed in {**always, **fixed}.items():
-        value = raw.get(name, allowed[0])
-        if value not in allowed:
-            raise ValueError(f"{where}: {name}: {value!r} is not supported; expected {allowed[0]!r}")
 
 
 def parse_head(raw: Mapping[str, Any], classes: Mapping[Head, str], where: str) -> Head:
@@ -74,53 +73,44 @@ def parse_head(raw: Mapping[str, Any], classes: Mapping[Head, str], where: str) 
     return heads[0]
 
 
-def parse_field(raw: Mapping[str, Any], ours: str, theirs: str, default: Any, where: str) -> Any:
-    """One field of ModelConfig, checked against its annotation: numbers are positive, null is absent."""
-    value = default if raw.get(theirs) is None else raw[theirs]
-    if value is ...:
-        raise ValueError(f"{where}: {theirs}: is missing")
-    kind = next(field.type for field in dataclasses.fields(ModelConfig) if field.name == ours)
-    return value if value is None else checked(value, kind, f"{where}: {theirs}")
+def parse_windows(raw: Mapping[str, Any], names: Windows, every: int, num_layers: int, where: str) -> dict[str, Any]:
+    """sliding_window and layer_types of ModelConfig; ``every``: as Family.global_every."""
+    consent = raw.get(names.switch, False) if names.switch else True
+    if not isinstance(consent, bool):
+        raise ValueError(f"{where}: {names.switch}: {consent!r}; expected true or false")
+    window = raw.get("sliding_window", names.size) if consent else None
+    if window is None and not names.optional:
+        raise ValueError(f"{where}: sliding_window: null is not supported; expected a positive whole number")
+    window = 0 if window is None else checked(window, int, f"{where}: sliding_window")
+    if names.types and raw.get("layer_types") is not None:
+        return {"sliding_window": window, "layer_types": parse_types(raw["layer_types"], where)}
+    if not window:
+        return {"sliding_window": 0}
+    if names.global_every:
+        every = checked(raw.get(names.global_every, every), int, f"{where}: {names.global_every}")
+    first = 0
+    if names.first_global:
+        field, default = names.first_global
+        first = raw.get(field, default)
+        if type(first) is not int or first < 0:
+            raise ValueError(f"{where}: {field}: {first!r}; expected a whole number")
+    is_global = lambda i: i < first or (every and (i + 1) % every == 0)
+    return {"sliding_window": window, "layer_types": layer_types(is_global, num_layers)}
 
 
-def checked(value: Any, kind: Any, what: str) -> Any:
-    """``value`` if it is a ``kind`` (bool, int or float, or null) in a sane range; else a ValueError about ``what``."""
-    kinds = get_args(kind) or (kind,)
-    if bool in kinds:
-        good, expected = isinstance(value, bool), "true or false"
-    elif int in kinds:
-        good, expected = type(value) is int and 0 < value < 2**31, "a positive whole number"
-    else:
-        good, expected = type(value) in (int, float) and 0 < value < math.inf, "a positive number"
-    if not good:
-        raise ValueError(f"{what}: {value!r}; expected {expected}")
-    return float(value) if float in kinds else value
+def layer_types(is_global: Callable[[int], Any], num_layers: int) -> LayerTypes:
+    return tuple("global" if is_global(i) else "local" for i in range(num_layers))
 
 
-def parse_rope(raw: Mapping[str, Any], max_positions: int, where: str) -> dict[str, Any]:
-    """rope_theta and rope_scaling of ModelConfig, from the old spelling (rope_theta, rope_scaling) or that of
-    transformers 5 (rope_parameters); as there, the old one wins where both are given."""
-    spelling = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope, where = raw.get(spelling) or {}, f"{where}: {spelling}"
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{where}: {rope!r} is not supported; expected one flat object")
-    number = lambda name: checked(rope.get(name), float, f"{where}.{name}")
-    refuse_unsupported({"partial_rotary_factor": rope.get("partial_rotary_factor")}, {}, where)
-    theta = checked(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0, float, f"{where}.rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = RopeScaling("linear", number("factor"))
-    elif kind == "llama3":
-        name = "original_max_position_embeddings"
-        original = checked(raw.get(name) or rope.get(name) or max_positions, int, f"{where}.{name}")
-        scaling = RopeScaling(
-            "llama3", number("factor"), number("low_freq_factor"), number("high_freq_factor"), original
-        )
-    else:
-        raise ValueError(f"{where}.rope_type: {kind!r} is not supported; expected default, linear or llama3")
-    return {"rope_theta": theta, "rope_scaling": scaling}
+def parse_types(given: Any, where: str) -> LayerTypes:
+    """layer_types in our words."""
+    names = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
+    if not isinstance(given, list):
+        raise ValueError(f"{where}: layer_types: {given!r}; expected a list")
+    for kind in given:
+        if kind not in names:
+            raise ValueError(f"{where}: layer_types: {kind!r} is not supported; expected {' or '.join(names)}")
+    return tuple(names[kind] for kind in given)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -144,9 +134,11 @@ def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, 
     family = FAMILIES[cfg.family]
     names = family.hf
     raw = {"architectures": [names.classes[head]], "model_type": names.model_type}
-    raw |= {theirs: getattr(cfg, ours) for ours, (theirs, _) in names.fields.items()}
-    raw |= {name: allowed[0] for name, allowed in names.fixed.items()}
-    raw |= describe_rope(cfg) if family.positions == "rope" else {}
+    said = dataclasses.replace(cfg, query_pre_attn_scalar=cfg.query_pre_attn_scalar or cfg.head_dim)
+    raw |= {theirs: getattr(said, ours) for ours, (theirs, _) in names.fields.items()}
+    raw |= {name: allowed[0] for name, allowed in names.fixed.items() if allowed[0] is not None}
+    raw |= describe_rope(cfg, names.rope) if family.positions == "rope" else {}
+    raw |= describe_windows(cfg, names.windows) if names.windows else {}
     raw |= describe_ids(ids)
     if head == "scalar":
         raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -162,17 +154,16 @@ def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, 
     return raw
 
 
-def describe_rope(cfg: ModelConfig) -> dict[str, Any]:
-    """The config.json fields that parse_rope reads, in both spellings: readers older than transformers 5 remain."""
-    scaling = cfg.rope_scaling
-    if scaling is None:
-        return {"rope_theta": cfg.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta}}
-    rope: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-        rope |= {"original_max_position_embeddings": scaling.original_max_positions}
-    new = {**rope, "rope_theta": cfg.rope_theta}
-    return {"rope_theta": cfg.rope_theta, "rope_scaling": rope, "rope_parameters": new}
+def describe_windows(cfg: ModelConfig, names: Windows) -> dict[str, Any]:
+    """The config.json fields that parse_windows reads."""
+    none = None if names.optional else cfg.max_positions  # where no layer looks at it a number has to stand
+    raw: dict[str, Any] = {"sliding_window": cfg.sliding_window or none}
+    if names.switch:
+        raw[names.switch] = cfg.sliding_window > 0
+    if names.types:
+        types = cfg.layer_types or ("global",) * cfg.num_layers
+        raw["layer_types"] = [LAYER_TYPES[kind] for kind in types]
+    return raw
 
 
 def describe_ids(ids: TokenIds) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where each leaf of the parameters is in the tensors of a Hugging Face folder, by the tables in models/families.py."""
+"""Where each leaf of the parameters is in the tensors of a Hugging Face folder, by the tables in models/families."""
 
 import math
 from collections.abc import Iterator
@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import jax
 
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES, Module
-from jaxrlhf.models.transformer import Leaf, ModelConfig, parameter_table
+from jaxrlhf.models.transformer import Leaf, parameter_table
 from jaxrlhf.types import Head
 
 SCORE = Module("score", "score embed")  # the scalar head, in every family; its bias is in config.json, HF has none

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import lm_logits, scalar
-from jaxrlhf.models.transformer import ModelConfig, Runtime, forward, padded_vocab
+from jaxrlhf.models.transformer import Runtime, forward, padded_vocab
 from jaxrlhf.ops.logprobs import chunked_token_stats, states_before
 from jaxrlhf.ops.masked import at_last
 from jaxrlhf.ops.sampling import Sampling, shape_logits

@@ -4,7 +4,7 @@ One block serves training, prefill and decoding: it is given ``attend``, which e
 or through a cache. Training scans over stacked layers; decoding uses its own layout, unstacked and gathered once.
 """
 
-import dataclasses
+import functools
 import math
 import operator
 import zlib
@@ -14,53 +14,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.attention import (
-    attention,
-    causal_mask,
-    group_heads,
-    match_heads,
-    rope_frequencies,
-    rotate,
-    ungroup_heads,
-)
+from jaxrlhf.models.attention import attention, cached_attention, causal_mask, head_axis, match_heads, near
+from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.linear import gathered, linear
+from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
 VOCAB_MULTIPLE = 64  # embeddings are padded up to it, whatever the mesh, so that a checkpoint fits every mesh
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for long contexts (the fields that its ``kind`` uses)."""
-
-    kind: Literal["linear", "llama3"]
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The architecture: what a HF config.json says, in the words of the house."""
-
-    family: Literal["llama", "gpt2"] = "llama"
-    vocab_size: int = 0  # 0: the tokenizer's
-    hidden_size: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 0  # 0: num_heads
-    head_dim: int = 0  # 0: hidden_size / num_heads
-    mlp_size: int = 0  # 0: 4 x hidden_size (gpt2), 8/3 x hidden_size rounded up to 64 (llama)
-    max_positions: int = 1024
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    attention_bias: bool | None = None  # null: the family's
-    mlp_bias: bool | None = None  # null: the family's
-    tie_embeddings: bool = True
 
 
 class Runtime(NamedTuple):
@@ -80,24 +42,6 @@ class Leaf(NamedTuple):
     init: float | Literal["ones", "zeros"]
 
 
-def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
-    """``cfg`` with everything that was left open filled in. Raises ValueError where heads do not divide."""
-    family = FAMILIES[cfg.family]
-    mlp = math.ceil(cfg.hidden_size * 8 / 3 / 64) * 64 if family.gated else 4 * cfg.hidden_size
-    cfg = dataclasses.replace(
-        cfg,
-        vocab_size=cfg.vocab_size or vocab_size,
-        num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
-        head_dim=cfg.head_dim or cfg.hidden_size // cfg.num_heads,
-        mlp_size=cfg.mlp_size or mlp,
-        attention_bias=family.bias if cfg.attention_bias is None else cfg.attention_bias,
-        mlp_bias=family.bias if cfg.mlp_bias is None else cfg.mlp_bias,
-    )
-    if cfg.num_heads % cfg.num_kv_heads:
-        raise ValueError(f"num_heads: {cfg.num_heads} is not a multiple of num_kv_heads: {cfg.num_kv_heads}")
-    return cfg
-
-
 def padded_vocab(cfg: ModelConfig) -> int:
     """Rows of the embedding: the vocabulary rounded up to VOCAB_MULTIPLE."""
     return -(-cfg.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -108,47 +52,13 @@ def padded_vocab(cfg: ModelConfig) -> int:
 
 def parameter_table(cfg: ModelConfig, head: Head) -> dict:
     """The pytree of Leafs of a model with this head. ``cfg`` is resolved."""
-    dim, heads, kv, width = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    family, mlp = FAMILIES[cfg.family], cfg.mlp_size
-
-    def norm(*stack):
-        leaf = lambda init: Leaf((*stack, dim), ("layers", "embed") if stack else ("embed",), init)
-        return {"scale": leaf("ones")} | ({"bias": leaf("zeros")} if family.norm == "layer" else {})
-
-    def layer_linear(shape, axes, fan_in, bias, bias_rank, gain=1.0):
-        kernel = Leaf((cfg.num_layers, *shape), ("layers", *axes), gain / math.sqrt(fan_in))
-        if not bias:
-            return {"kernel": kernel}
-        return {
-            "kernel": kernel,
-            "bias": Leaf(kernel.shape[:1] + shape[-bias_rank:], ("layers", *axes[-bias_rank:]), "zeros"),
-        }
-
-    depth = 1.0 / math.sqrt(2 * cfg.num_layers)  # residual branches start small (GPT-2)
-    qkv = lambda n, axis: layer_linear((dim, n, width), ("embed", axis, "head_dim"), dim, cfg.attention_bias, 2)
-    up = lambda: layer_linear((dim, mlp), ("embed", "mlp"), dim, cfg.mlp_bias, 1)
+    dim, vocab = cfg.hidden_size, padded_vocab(cfg)
     table = {
-        "embed": {"tokens": {"embedding": Leaf((padded_vocab(cfg), dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
-        "layers": {
-            "attention": {
-                "norm": norm(cfg.num_layers),
-                "query": qkv(heads, "heads"),
-                "key": qkv(kv, "kv_heads"),
-                "value": qkv(kv, "kv_heads"),
-                "out": layer_linear(
-                    (heads, width, dim), ("heads", "head_dim", "embed"), heads * width, cfg.attention_bias, 1, depth
-                ),
-            },
-            "mlp": {
-                "norm": norm(cfg.num_layers),
-                "up": up(),
-                "down": layer_linear((mlp, dim), ("mlp", "embed"), mlp, cfg.mlp_bias, 1, depth),
-            }
-            | ({"gate": up()} if family.gated else {}),
-        },
-        "final_norm": norm(),
+        "embed": {"tokens": {"embedding": Leaf((vocab, dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
+        "layers": {"attention": attention_table(cfg) | branch_norms(cfg), "mlp": mlp_table(cfg) | branch_norms(cfg)},
+        "final_norm": norm_table(cfg, {"embed": dim}),
     }
-    if family.positions == "learned":
+    if FAMILIES[cfg.family].positions == "learned":
         table["embed"]["positions"] = {"embedding": Leaf((cfg.max_positions, dim), ("positions", "embed"), 0.01)}
     if head == "scalar":
         table["head"] = {
@@ -156,7 +66,58 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
             "bias": Leaf((1,), ("score",), "zeros"),
         }
     elif not cfg.tie_embeddings:
-        table["head"] = {"kernel": Leaf((dim, padded_vocab(cfg)), ("embed", "vocab"), 0.02)}
+        table["head"] = {"kernel": Leaf((dim, vocab), ("embed", "vocab"), 0.02)}
+    return table
+
+
+def attention_table(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' attention, but for the norms of the branch."""
+    family, bias, layers = FAMILIES[cfg.family], bool(cfg.attention_bias), {"layers": cfg.num_layers}
+    dim, width = {"embed": cfg.hidden_size}, {"head_dim": cfg.head_dim}
+    heads, kv = {"heads": cfg.num_heads}, {"kv_heads": cfg.num_kv_heads}
+    project = lambda n: linear_table(layers | dim | n | width, cfg.hidden_size, bias, 2)
+    out = linear_table(
+        layers | heads | width | dim, cfg.num_heads * cfg.head_dim, bias and family.out_bias, 1, small(cfg)
+    )
+    table = {"query": project(heads), "key": project(kv), "value": project(kv), "out": out}
+    if family.query_key_norm == "none":
+        return table
+    norm = lambda n: norm_table(cfg, layers | (n if family.query_key_norm == "all" else {}) | width)
+    return table | {"query_norm": norm(heads), "key_norm": norm(kv)}
+
+
+def mlp_table(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' mlps, but for the norms of the branch."""
+    layers, dim, mlp = {"layers": cfg.num_layers}, {"embed": cfg.hidden_size}, {"mlp": cfg.mlp_size}
+    up = lambda: linear_table(layers | dim | mlp, cfg.hidden_size, bool(cfg.mlp_bias), 1)
+    down = linear_table(layers | mlp | dim, cfg.mlp_size, bool(cfg.mlp_bias), 1, small(cfg))
+    return {"up": up(), "down": down} | ({"gate": up()} if FAMILIES[cfg.family].gated else {})
+
+
+def small(cfg: ModelConfig) -> float:
+    """Residual branches start small (GPT-2)."""
+    return 1.0 / math.sqrt(2 * cfg.num_layers)
+
+
+def branch_norms(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' norms before and after a residual branch, as the family has them."""
+    places = {"pre": ["norm"], "post": ["post_norm"], "sandwich": ["norm", "post_norm"]}[FAMILIES[cfg.family].norms]
+    return {place: norm_table(cfg, {"layers": cfg.num_layers, "embed": cfg.hidden_size}) for place in places}
+
+
+def norm_table(cfg: ModelConfig, sizes: dict[str, int]) -> dict:
+    """Leafs of a norm: ``sizes`` of its logical axes, in their order."""
+    family, leaf = FAMILIES[cfg.family], lambda init: Leaf(tuple(sizes.values()), tuple(sizes), init)
+    scale = {"scale": leaf("zeros" if family.norm_offset else "ones")}
+    return scale | ({"bias": leaf("zeros")} if family.norm == "layer" else {})
+
+
+def linear_table(sizes: dict[str, int], fan_in: int, bias: bool, bias_rank: int, gain: float = 1.0) -> dict:
+    """Leafs of a linear map: ``sizes`` of its kernel's logical axes; its bias has layers and the last ``bias_rank``."""
+    axes, shape = tuple(sizes), tuple(sizes.values())
+    table = {"kernel": Leaf(shape, axes, gain / math.sqrt(fan_in))}
+    if bias:
+        table["bias"] = Leaf(shape[:1] + shape[-bias_rank:], axes[:1] + axes[-bias_rank:], "zeros")
     return table
 
 
@@ -176,11 +137,9 @@ def init(cfg: ModelConfig, head: Head, key: Array, dtype=jnp.float32) -> Params:
 
 
 def weight_axes(leaf: Leaf) -> tuple[str | None, ...]:
-    """The leaf's axes as this mesh can split them: kv heads that ``tensor`` does not divide stay whole."""
-    tensor = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
-    return tuple(
-        None if name == "kv_heads" and size % tensor else name for name, size in zip(leaf.axes, leaf.shape, strict=True)
-    )
+    """The leaf's axes as this mesh can split them: heads that ``tensor`` does not divide stay whole."""
+    one = lambda name, size: head_axis(name, size) if name in ("heads", "kv_heads") else name
+    return tuple(one(name, size) for name, size in zip(leaf.axes, leaf.shape, strict=True))
 
 
 def weight_spec(leaf: Leaf):
@@ -190,37 +149,41 @@ def weight_spec(leaf: Leaf):
 # ---- the block ------------------------------------------------------------------------------------------------------
 
 
-def normalize(params: Params, x: Array, cfg: ModelConfig) -> Array:
-    """RMS or layer normalisation in float32."""
+def normalize(params: Params, x: Array, cfg: ModelConfig, axes: tuple[str | None, ...] = (None,)) -> Array:
+    """RMS or layer normalisation in float32, over the last dimensions, whose logical axes are ``axes``."""
+    family, dims = FAMILIES[cfg.family], tuple(range(-len(axes), 0))
     y = x.astype(jnp.float32)
-    if FAMILIES[cfg.family].norm == "layer":
-        y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + cfg.norm_eps)
-    y = y * constrain(params["scale"].astype(jnp.float32), None)
+    if family.norm == "layer":
+        y = y - y.mean(dims, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, dims, keepdims=True) + cfg.norm_eps)
+    scale = constrain(params["scale"].astype(jnp.float32), *axes)
+    y = y * (1 + scale) if family.norm_offset else y * scale
     if "bias" in params:
-        y = y + constrain(params["bias"].astype(jnp.float32), None)
+        y = y + constrain(params["bias"].astype(jnp.float32), *axes)
     return y.astype(x.dtype)
 
 
 def attention_block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable) -> Array:
     """x [B, S, D]; ``turn`` gives positions to queries and keys; ``attend``: (query, key, value) to [B, S, H, K]."""
-    heads, kv = ("batch", "seq", "heads", "head_dim"), ("batch", "seq", kv_axis(cfg), "head_dim")
-    query = linear(params["query"], x, "bsd,dhk->bshk", ("embed", "heads", "head_dim"), heads)
-    key = linear(params["key"], x, "bsd,dhk->bshk", ("embed", kv_axis(cfg), "head_dim"), kv)
-    value = linear(params["value"], x, "bsd,dhk->bshk", ("embed", kv_axis(cfg), "head_dim"), kv)
+    heads, kv = head_axis("heads", cfg.num_heads), head_axis("kv_heads", cfg.num_kv_heads)
+
+    def project(name: str, axis: str | None) -> Array:
+        out = ("batch", "seq", axis, "head_dim")
+        return linear(params[name], x, "bsd,dhk->bshk", ("embed", axis, "head_dim"), out)
+
+    query, key, value = project("query", heads), project("key", kv), project("value", kv)
+    if "query_norm" in params:
+        whole = FAMILIES[cfg.family].query_key_norm == "all"
+        query = normalize(params["query_norm"], query, cfg, (heads, None) if whole else (None,))
+        key = normalize(params["key_norm"], key, cfg, (kv, None) if whole else (None,))
     mixed = attend(turn(query), turn(key), value)
-    return linear(params["out"], mixed, "bshk,hkd->bsd", ("heads", "head_dim", "embed"), ("batch", "seq", "hidden"))
-
-
-def kv_axis(cfg: ModelConfig) -> str | None:
-    """The logical axis of kv heads: None (whole everywhere) where ``tensor`` does not divide them."""
-    tensor = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
-    return None if cfg.num_kv_heads % tensor else "kv_heads"
+    return linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
 
 
 def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
     family = FAMILIES[cfg.family]
-    activate = jax.nn.silu if family.activation == "silu" else lambda y: jax.nn.gelu(y, approximate=True)
+    gelu = functools.partial(jax.nn.gelu, approximate=family.activation == "gelu_tanh")
+    activate = jax.nn.silu if family.activation == "silu" else gelu
     wide = ("batch", "seq", "mlp")
     y = linear(params["up"], x, "bsd,dm->bsm", ("embed", "mlp"), wide)
     if family.gated:
@@ -231,10 +194,15 @@ def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
 
 
 def block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable) -> Array:
-    """Pre-norm residual block."""
+    """Two residual branches, one after the other or side by side, with norms before or after what they compute."""
     attn, mlp = params["attention"], params["mlp"]
-    x = x + attention_block(attn, cfg, normalize(attn["norm"], x, cfg), turn, attend)
-    return x + mlp_block(mlp, cfg, normalize(mlp["norm"], x, cfg))
+    before = lambda part: normalize(part["norm"], x, cfg) if "norm" in part else x
+    after = lambda part, y: normalize(part["post_norm"], y, cfg) if "post_norm" in part else y
+    mixed = after(attn, attention_block(attn, cfg, before(attn), turn, attend))
+    if cfg.parallel_residual:
+        return x + mixed + after(mlp, mlp_block(mlp, cfg, before(mlp)))
+    x = x + mixed
+    return x + after(mlp, mlp_block(mlp, cfg, before(mlp)))
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dtype) -> Array:
@@ -244,15 +212,52 @@ def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dty
     if "positions" in params["embed"]:
         table = constrain(params["embed"]["positions"]["embedding"].astype(dtype), None, None)
         x = x + table.at[positions].get(out_sharding=spec("batch", "seq", "hidden"))
+    if FAMILIES[cfg.family].scaled_embeddings:
+        x = x * jnp.asarray(math.sqrt(cfg.hidden_size), dtype)
     return x
 
 
-def turner(cfg: ModelConfig, positions: Array) -> Callable:
+class Sight(NamedTuple):
+    """What local and global layers differ in."""
+
+    mask: Array  # bool[B, 1, S, T]: what each token may read
+    freqs: Array | None  # f32[R / 2], radians a position; None where positions were embedded
+
+
+def check_length(cfg: ModelConfig, columns: int) -> None:
+    """Raises ValueError for rows that are longer than the model computes."""
+    limit = row_limit(cfg)
+    if limit is not None and columns > limit:
+        raise ValueError(f"rows of {columns} columns: more than this {cfg.family} model computes; nearest: {limit}")
+
+
+def sights(cfg: ModelConfig, mask: Array, columns: Array) -> dict[bool, Sight]:
+    """Local or not -> Sight, for the kinds of layers that the model has.
+
+    ``mask``: what global layers read; columns i32[S]: where the queries of its rows stand."""
+
+    def one(local: bool) -> Sight:
+        seen = near(mask, columns, cfg.sliding_window) if local else mask
+        if FAMILIES[cfg.family].positions == "learned":
+            return Sight(seen, None)
+        if local and cfg.local_rope_theta:
+            return Sight(seen, rope_frequencies(rotary_size(cfg), cfg.local_rope_theta, None))
+        return Sight(seen, rope_frequencies(rotary_size(cfg), cfg.rope_theta, cfg.rope_scaling))
+
+    return {local: one(local) for local in set(local_layers(cfg))}
+
+
+def turner(cfg: ModelConfig, positions: Array, sight: Sight) -> Callable:
     """How queries and keys learn of their positions: rotation, or nothing where positions were embedded."""
-    if FAMILIES[cfg.family].positions == "learned":
+    if sight.freqs is None:
         return lambda x: x
-    freqs = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    return lambda x: rotate(x, positions, freqs)
+    freqs, magnitude = sight.freqs, rope_magnitude(cfg.rope_scaling)
+    return lambda x: rotate(x, positions, freqs, magnitude)
+
+
+def product(cfg: ModelConfig) -> dict[str, float | None]:
+    """How attention treats the products of queries and keys."""
+    return {"scale": 1.0 / math.sqrt(cfg.query_pre_attn_scalar or cfg.head_dim), "softcap": cfg.attention_softcap}
 
 
 # ---- whole rows: training, scoring ----------------------------------------------------------------------------------
@@ -267,18 +272,28 @@ def positions_of(segment_ids: Array) -> Array:
 
 
 def forward(params: Params, cfg: ModelConfig, tokens: Array, segment_ids: Array, runtime: Runtime) -> Array:
-    """Final hidden states [B, S, D] of whole rows: tokens and segment_ids (0 = padding) i32[B, S]."""
-    positions = positions_of(segment_ids)
-    mask, turn = causal_mask(segment_ids), turner(cfg, positions)
+    """Final hidden states [B, S, D] of whole rows: tokens and segment_ids (0 = padding) i32[B, S].
 
-    def attend(query, key, value):
-        return attention(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads), mask)
+    Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit)."""
+    check_length(cfg, segment_ids.shape[1])
+    positions, local = positions_of(segment_ids), local_layers(cfg)
+    seen = sights(cfg, causal_mask(segment_ids), jnp.arange(segment_ids.shape[1]))
+    mixed = len(seen) == 2  # then a layer's flag chooses while it runs, as all layers are one program
 
-    def layer(x, layer_params):
-        return block(layer_params, cfg, x, turn, attend), None
+    def layer(x, xs):
+        layer_params, is_local = xs
+        choose = lambda near, far: jnp.where(is_local, near, far)
+        sight = jax.tree.map(choose, seen[True], seen[False]) if mixed else seen[local[0]]
+
+        def attend(query, key, value):
+            key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
+            return attention(query, key, value, sight.mask, **product(cfg))
+
+        return block(layer_params, cfg, x, turner(cfg, positions, sight), attend), None
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    x, _ = jax.lax.scan(rematerialized(layer, runtime), x, params["layers"])
+    flags = jnp.array(local) if mixed else None
+    x, _ = jax.lax.scan(rematerialized(layer, runtime), x, (params["layers"], flags))
     return normalize(params["final_norm"], x, cfg)
 
 
@@ -306,11 +321,11 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     """The parameters as decoding reads them: cast, gathered over fsdp and unstacked, once a rollout."""
     table = parameter_table(cfg, head)
 
-    def one(leaf: Leaf, x):
-        x = x if leaf.init == "ones" else x.astype(runtime.compute)
+    def one(path, leaf: Leaf, x):
+        x = x if path[-1].key == "scale" else x.astype(runtime.compute)  # norms compute in float32
         return constrain(x, *gathered(weight_axes(leaf)))
 
-    whole = jax.tree.map(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
+    whole = jax.tree_util.tree_map_with_path(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
     layers = [jax.tree.map(operator.itemgetter(i), whole["layers"]) for i in range(cfg.num_layers)]
     return whole | {"layers": layers}
 
@@ -318,21 +333,23 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
 def prefill(params: Params, cfg: ModelConfig, tokens: Array, valid: Array, cache_size: int, runtime: Runtime):
     """Read left-padded prompts [B, P]: (final hidden state of the last column [B, 1, D], a Cache a layer).
 
-    The caches have room for ``cache_size`` columns; ``params`` are in decode_layout."""
+    The caches have room for ``cache_size`` columns; ``params`` are in decode_layout. Raises ValueError as forward."""
+    check_length(cfg, cache_size)
     segment_ids = valid.astype(jnp.int32)
     positions = positions_of(segment_ids)
-    mask, turn = causal_mask(segment_ids), turner(cfg, positions)
+    seen = sights(cfg, causal_mask(segment_ids), jnp.arange(valid.shape[1]))
     caches = []
 
-    def attend(query, key, value):
+    def attend(sight: Sight, query, key, value):
         grow = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, cache_size - x.shape[1]), (0, 0)))
         key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
         caches.append(Cache(grow(key), grow(value)))
-        return attention(query, key, value, mask)
+        return attention(query, key, value, sight.mask, **product(cfg))
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    for layer_params in params["layers"]:
-        x = block(layer_params, cfg, x, turn, attend)
+    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
+        sight = seen[local]
+        x = block(layer_params, cfg, x, turner(cfg, positions, sight), functools.partial(attend, sight))
     return normalize(params["final_norm"], x[:, -1:], cfg), caches
 
 
@@ -343,28 +360,20 @@ def decode_step(
 
     valid bool[B, T]: the columns that hold tokens, the new one included. Returns as prefill does."""
     position = valid.sum(axis=1, dtype=jnp.int32)[:, None] - 1
-    turn, mask = turner(cfg, position), valid[:, None, None, :]
+    seen = sights(cfg, valid[:, None, None, :], column[None])
     layers, updated = iter(caches), []
 
-    def attend(query, key, value):
+    def attend(sight: Sight, query, key, value):
         cache = next(layers)
         write = lambda old, new: jax.lax.dynamic_update_slice(
             old, jnp.swapaxes(match_heads(new, cfg.num_heads), 1, 2).astype(old.dtype), (0, 0, column, 0)
         )
         cache = Cache(write(cache.key, key), write(cache.value, value))
         updated.append(cache)
-        return cached_attention(query, cache, mask)
+        return cached_attention(query, cache.key, cache.value, sight.mask, **product(cfg))
 
     x = embed(params, cfg, token, position, runtime.compute)
-    for layer_params in params["layers"]:
-        x = block(layer_params, cfg, x, turn, attend)
+    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
+        sight = seen[local]
+        x = block(layer_params, cfg, x, turner(cfg, position, sight), functools.partial(attend, sight))
     return normalize(params["final_norm"], x, cfg), updated
-
-
-def cached_attention(query: Array, cache: Cache, mask: Array) -> Array:
-    """One query a row, [B, 1, H, K], over the cache [B, N, T, K]; mask bool[B, 1, 1, T] -> [B, 1, H, K]."""
-    grouped = group_heads(query, cache.key.shape[1])[:, 0]
-    scale = 1.0 / math.sqrt(query.shape[-1])
-    logits = jnp.einsum("bngk,bntk->bngt", grouped, cache.key, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1).astype(cache.value.dtype)
-    return ungroup_heads(jnp.einsum("bngt,bntk->bngk", weights, cache.value)[:, None])

@@ -11,9 +11,10 @@ import pytest
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import sft
 from jaxrlhf.algorithms.sft import SFTConfig
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.nets import segments
-from jaxrlhf.models.transformer import ModelConfig, Runtime, forward, resolve
+from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.types import Batch, Experience, Nets, Sequences, TokenStats
 from tests import tiny

@@ -11,9 +11,10 @@ from scipy import stats
 
 from jaxrlhf import sharding
 from jaxrlhf.generate import Sampler, sample, stop_automaton
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.nets import make_nets
-from jaxrlhf.models.transformer import Leaf, ModelConfig, Runtime, forward, parameter_table, resolve, weight_spec
+from jaxrlhf.models.transformer import Leaf, Runtime, forward, parameter_table, weight_spec
 from jaxrlhf.ops.sampling import IMPOSSIBLE, Sampling, choose, support, uniform_noise
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Prompts

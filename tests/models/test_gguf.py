@@ -15,8 +15,9 @@ from jaxrlhf import sharding
 from jaxrlhf.data.tokenizer import load_tokenizer, train_bpe
 from jaxrlhf.models import gguf as ours
 from jaxrlhf.models import hf, hf_config, hf_folder
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.gguf_tokenizer import merges_of
-from jaxrlhf.models.transformer import ModelConfig, RopeScaling, resolve
+from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, MLP, LAYERS = 64, 4, 2, 32, 96, 2
@@ -186,7 +187,7 @@ def test_config(tmp_path):
 
 def test_llama3_rope_factors(tmp_path):
     """The factors in the file are those that our frequencies are divided by under rope_scaling llama3."""
-    from jaxrlhf.models.attention import rope_frequencies
+    from jaxrlhf.models.rope import rope_frequencies
 
     scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
     factors = np.asarray(rope_frequencies(WIDTH, 5e5, None) / rope_frequencies(WIDTH, 5e5, scaling))

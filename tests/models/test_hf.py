@@ -16,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import sharding
 from jaxrlhf.models import hf, hf_config, hf_folder, hf_layout
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.families import FAMILIES, Module
-from jaxrlhf.models.transformer import Leaf, ModelConfig, RopeScaling, init, parameter_table, resolve, weight_spec
+from jaxrlhf.models.rope import RopeScaling
+from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_spec
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Head
 
@@ -315,7 +317,7 @@ GPT2_FIELDS = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_em
 @pytest.mark.parametrize(
     "changes, pattern",
     [
-        ({"model_type": "mamba"}, "model_type: 'mamba' is not supported; expected llama or gpt2"),
+        ({"model_type": "mamba"}, "model_type: 'mamba' is not supported; expected one of llama, mistral, .*gpt2"),
         ({"model_type": None}, "model_type: None"),
         ({"architectures": ["LlamaForQuestionAnswering"]}, "architectures: .*expected LlamaForCausalLM or LlamaForSeq"),
         ({"architectures": None}, "architectures: None"),
@@ -325,7 +327,10 @@ GPT2_FIELDS = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_em
         ({"pretraining_tp": 2}, "pretraining_tp: 2"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"auto_map": {"AutoModel": "x.py"}}, "auto_map: remote code is never run"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type: 'yarn'.*default, linear"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_scaling.rope_type: 'dynamic'.*default or linear",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor: None; expected a positive number"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "expected one flat object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.models.attention import attention, causal_mask, rope_frequencies, rotate
+from jaxrlhf.models.attention import attention, cached_attention, causal_mask, near
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
+from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.models.transformer import (
     Leaf,
-    ModelConfig,
-    RopeScaling,
     Runtime,
     forward,
     init,
     padded_vocab,
     parameter_table,
     positions_of,
-    resolve,
     weight_spec,
 )
 from jaxrlhf.sharding import MeshConfig
@@ -31,6 +30,9 @@ from jaxrlhf.types import Head
 BASE = resolve(ModelConfig(vocab_size=101, hidden_size=32, mlp_size=48, max_positions=32))
 LLAMA = dataclasses.replace(BASE, num_kv_heads=2, head_dim=16, rope_theta=100.0)
 GPT2 = dataclasses.replace(BASE, family="gpt2", attention_bias=True, mlp_bias=True)
+OLMO2 = resolve(dataclasses.replace(BASE, family="olmo2", num_kv_heads=2))
+WINDOWS = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
+GEMMA3 = resolve(dataclasses.replace(BASE, family="gemma3_text", num_kv_heads=1, local_rope_theta=50.0, **WINDOWS))
 SIZE = 12  # columns
 FLOAT32 = Runtime()
 
@@ -85,6 +87,17 @@ def test_causal_mask():
     ]
 
 
+def test_a_window_is_of_so_many_tokens():
+    """Itself and the two before it, in each segment; columns of queries may begin anywhere."""
+    mask = causal_mask(jnp.array([[0, 1, 1, 1, 1, 2, 2]]))
+    seen = np.asarray(near(mask, jnp.arange(7), 3))[0, 0]
+    for s in range(7):
+        for t in range(7):
+            assert seen[s, t] == (mask[0, 0, s, t] and s - t < 3)
+    assert seen.sum() == 1 + 2 + 3 + 3 + 1 + 2
+    np.testing.assert_array_equal(near(mask[:, :, 5:6], jnp.array([5]), 3)[0, 0, 0], seen[5])
+
+
 def frequency(i, dim, theta, scaling):
     """The law of one frequency, written as the definition has it."""
     plain = theta ** (-2 * i / dim)
@@ -92,7 +105,16 @@ def frequency(i, dim, theta, scaling):
         return plain
     if scaling.kind == "linear":
         return plain / scaling.factor
+    if scaling.kind == "longrope":
+        return plain / scaling.short_factor[i]
     turns = scaling.original_max_positions * plain / (2 * math.pi)  # over the original context
+    if scaling.kind == "yarn":
+        place = lambda turns: dim * math.log(scaling.original_max_positions / (2 * math.pi * turns), theta) / 2
+        first, last = place(scaling.beta_fast), place(scaling.beta_slow)
+        if scaling.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        slow = min(max((i - max(first, 0)) / (min(last, dim - 1) - max(first, 0)), 0), 1)
+        return (1 - slow) * plain + slow * plain / scaling.factor
     if turns < scaling.low_freq_factor:
         return plain / scaling.factor
     if turns > scaling.high_freq_factor:
@@ -101,10 +123,39 @@ def frequency(i, dim, theta, scaling):
     return (1 - share) * plain / scaling.factor + share * plain
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 64)])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        RopeScaling("linear", 4.0),
+        RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+        RopeScaling("yarn", 4.0, original_max_positions=512, beta_fast=8.0),
+        RopeScaling("yarn", 4.0, original_max_positions=512, beta_fast=8.0, truncate=False),
+        RopeScaling("longrope", short_factor=tuple(np.linspace(1, 2, 8)), long_factor=(1.0,) * 8),
+    ],
+)
 def test_rope_frequencies(scaling):
     expected = [frequency(i, 16, 10000.0, scaling) for i in range(8)]
     np.testing.assert_allclose(rope_frequencies(16, 10000.0, scaling), expected, rtol=1e-5)
+
+
+def test_yarn_spares_fast_frequencies_and_divides_slow_ones():
+    scaling = RopeScaling("yarn", 4.0, original_max_positions=512, beta_fast=8.0)
+    ratio = np.asarray(rope_frequencies(16, 10000.0, None) / rope_frequencies(16, 10000.0, scaling))
+    turns = 512 * np.asarray(rope_frequencies(16, 10000.0, None)) / (2 * math.pi)
+    np.testing.assert_allclose(ratio[turns > 8], 1, rtol=1e-5)
+    np.testing.assert_allclose(ratio[-4:], 4, rtol=1e-5)
+    assert (np.diff(ratio) >= -1e-5).all() and ((ratio > 1.1) & (ratio < 3.9)).any()
+
+
+def test_rope_magnitude():
+    """Worked by hand from the papers' formulas."""
+    yarn, longrope = RopeScaling("yarn", math.e**2), RopeScaling("longrope", 16.0, original_max_positions=256)
+    assert rope_magnitude(None) == rope_magnitude(RopeScaling("linear", 4.0)) == 1
+    assert math.isclose(rope_magnitude(yarn), 1.2)
+    assert math.isclose(rope_magnitude(longrope), math.sqrt(1.5))  # log 16 / log 256 is a half
+    assert rope_magnitude(dataclasses.replace(yarn, attention_factor=0.7)) == 0.7
+    assert rope_magnitude(RopeScaling("longrope", 0.5)) == 1
 
 
 def test_rotation_is_by_the_position_and_relative():
@@ -113,6 +164,9 @@ def test_rotation_is_by_the_position_and_relative():
     turned = rotate(jnp.array([1.0, 0, 0, 2.0]).reshape(1, 1, 1, 4), jnp.array([[3]]), freqs)[0, 0, 0]
     expected = [math.cos(1.5), -2 * math.sin(0.3), math.sin(1.5), 2 * math.cos(0.3)]
     np.testing.assert_allclose(turned, expected, atol=1e-6)
+    wide = jnp.array([1.0, 0, 0, 2.0, 5.0, 6.0]).reshape(1, 1, 1, 6)  # two features behind those that are rotated
+    turned = rotate(wide, jnp.array([[3]]), freqs, magnitude=2.0)[0, 0, 0]
+    np.testing.assert_allclose(turned, [*(2 * np.array(expected)), 5, 6], atol=1e-5)
     query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 4))
     product = lambda m, n: (rotate(query, jnp.array([[m]]), freqs) * rotate(key, jnp.array([[n]]), freqs)).sum()
     np.testing.assert_allclose(product(9, 4), product(5, 0), atol=1e-5)
@@ -134,10 +188,32 @@ def test_grouped_attention_against_a_loop():
         np.testing.assert_allclose(jax.jit(attention)(*arguments), expected, atol=1e-5)
 
 
+def test_scale_and_softcap_of_attention_against_a_loop():
+    """Grouped, ungrouped, and one query over a cache."""
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(1, 5, heads, 3)).astype(np.float32) for heads in (4, 2, 2))
+    mask = np.tril(np.ones((5, 5), bool))[None, None]
+    expected = np.zeros_like(query)
+    for head in range(4):
+        for s in range(5):
+            scores = np.array(
+                [0.8 * math.tanh(1.5 * query[0, s, head] @ key[0, t, head // 2] / 0.8) for t in range(s + 1)]
+            )
+            share = np.exp(scores) / np.exp(scores).sum()
+            expected[0, s, head] = sum(share[t] * value[0, t, head // 2] for t in range(s + 1))
+    for repeats in (1, 2):
+        more = key.repeat(repeats, axis=2), value.repeat(repeats, axis=2)
+        found = attention(jnp.array(query), *map(jnp.array, more), mask, scale=1.5, softcap=0.8)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    cache = (jnp.array(x.swapaxes(1, 2)) for x in (key, value))
+    last = cached_attention(jnp.array(query[:, 4:]), *cache, mask[:, :, 4:], scale=1.5, softcap=0.8)
+    np.testing.assert_allclose(last, expected[:, 4:], atol=1e-5)
+
+
 # ---- whole rows -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
 def test_padding_never_changes_logits(cfg):
     """Left, right, more or less of it, and whatever tokens stand there."""
     text = rows(1)[0, :7]
@@ -153,7 +229,7 @@ def test_padding_never_changes_logits(cfg):
     np.testing.assert_allclose(alone, alone[:1].repeat(8, 0), atol=1e-5)
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
 def test_packed_documents_do_not_see_each_other(cfg):
     """Three documents in one row give the logits of three rows."""
     text, params = rows(1, seed=2)[0], weights(cfg)
@@ -169,7 +245,7 @@ def test_packed_documents_do_not_see_each_other(cfg):
     assert np.abs(together[4:] - separate[4:])[:, :101].max() > 1e-2  # packing without segments would be seen
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
 def test_the_future_is_not_seen(cfg):
     params, tokens = weights(cfg), np.tile(rows(1), (8, 1))
     for row in range(8):
@@ -195,7 +271,11 @@ def test_padding_of_the_vocabulary_cannot_be_sampled():
     [
         (LLAMA, (2, 2, 2)),
         (dataclasses.replace(LLAMA, num_kv_heads=1, tie_embeddings=False), (1, 4, 2)),  # one kv head on two devices
+        (dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3), (2, 2, 2)),  # SmolLM2: heads stay whole
+        (dataclasses.replace(LLAMA, vocab_size=50257), (1, 4, 2)),
         (GPT2, (2, 2, 2)),
+        (OLMO2, (2, 2, 2)),  # a norm over all heads, on two devices
+        (GEMMA3, (2, 2, 2)),
     ],
 )
 def test_mesh_equals_one_device(cfg, shape):
@@ -263,18 +343,3 @@ def test_parameters_match_their_table():
             table = parameter_table(cfg, head)
             jax.tree.map(lambda leaf, x: np.testing.assert_equal(x.shape, leaf.shape), table, params, is_leaf=is_leaf)
             assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
-
-
-def test_resolve():
-    cfg = resolve(ModelConfig(hidden_size=128, num_heads=4), vocab_size=300)
-    assert (cfg.vocab_size, cfg.num_kv_heads, cfg.head_dim, cfg.mlp_size, cfg.attention_bias) == (
-        300,
-        4,
-        32,
-        384,
-        False,
-    )
-    cfg = resolve(ModelConfig(family="gpt2", hidden_size=128, num_heads=4), vocab_size=300)
-    assert (cfg.mlp_size, cfg.attention_bias, cfg.mlp_bias) == (512, True, True)
-    with pytest.raises(ValueError, match="num_heads: 4 is not a multiple of num_kv_heads: 3"):
-        resolve(ModelConfig(num_heads=4, num_kv_heads=3))

@@ -1,0 +1,123 @@
+"""What a model is, apart from its weights: its family and its sizes."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.rope import RopeScaling, rope_magnitude
+
+LayerTypes = tuple[Literal["local", "global"], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: what a HF config.json says, in the words of the house."""
+
+    family: Literal[
+        "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "gpt2", "gpt_neox"
+    ] = "llama"
+    vocab_size: int = 0  # 0: the tokenizer's
+    hidden_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 0  # 0: num_heads
+    head_dim: int = 0  # 0: hidden_size / num_heads
+    mlp_size: int = 0  # 0: 8/3 x hidden_size rounded up to 64 (4 x hidden_size where the mlp has no gate)
+    max_positions: int = 1024
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rotary_fraction: float = 1.0  # of a head's features that is rotated
+    attention_bias: bool | None = None  # null: the family's
+    mlp_bias: bool | None = None  # null: the family's
+    tie_embeddings: bool = True
+    parallel_residual: bool | None = None  # attention and mlp side by side; null: the family's
+    sliding_window: int = 0  # tokens that local layers see, the token itself included; 0: there are no such layers
+    layer_types: LayerTypes = ()  # a layer; []: the family's, where there is a window
+    local_rope_theta: float | None = None  # of local layers, which rope_scaling leaves alone; null: rope_theta
+    query_pre_attn_scalar: int = 0  # attention's products are divided by its root; 0: head_dim
+    attention_softcap: float | None = None  # products x become softcap x tanh(x / softcap)
+    logit_softcap: float | None = None  # the same of the next-token logits
+
+
+def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
+    """``cfg`` with everything that was left open filled in, and one way of saying each thing.
+
+    Raises ValueError, in one line, where its fields do not fit each other."""
+    family = FAMILIES[cfg.family]
+    mlp = math.ceil(cfg.hidden_size * 8 / 3 / 64) * 64 if family.gated else 4 * cfg.hidden_size
+    head_dim = cfg.head_dim or cfg.hidden_size // cfg.num_heads
+    layer_types, window = resolve_layers(cfg)
+    same = cfg.local_rope_theta == cfg.rope_theta and cfg.rope_scaling is None
+    cfg = dataclasses.replace(
+        cfg,
+        vocab_size=cfg.vocab_size or vocab_size,
+        num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
+        head_dim=head_dim,
+        mlp_size=cfg.mlp_size or mlp,
+        attention_bias=family.attention_bias if cfg.attention_bias is None else cfg.attention_bias,
+        mlp_bias=family.mlp_bias if cfg.mlp_bias is None else cfg.mlp_bias,
+        parallel_residual=family.parallel_residual if cfg.parallel_residual is None else cfg.parallel_residual,
+        layer_types=layer_types,
+        sliding_window=window,
+        local_rope_theta=None if same or not window else cfg.local_rope_theta,
+        query_pre_attn_scalar=0 if cfg.query_pre_attn_scalar == head_dim else cfg.query_pre_attn_scalar,
+    )
+    if cfg.num_heads % cfg.num_kv_heads:
+        raise ValueError(f"num_heads: {cfg.num_heads} is not a multiple of num_kv_heads: {cfg.num_kv_heads}")
+    if family.positions == "rope":
+        check_rope(cfg)
+    return cfg
+
+
+def resolve_layers(cfg: ModelConfig) -> tuple[LayerTypes, int]:
+    """(layer_types, sliding_window): both empty where no layer is local."""
+    every = FAMILIES[cfg.family].global_every
+    types = cfg.layer_types
+    if not types and cfg.sliding_window:
+        types = tuple("global" if every and (i + 1) % every == 0 else "local" for i in range(cfg.num_layers))
+    if types and len(types) != cfg.num_layers:
+        raise ValueError(f"layer_types: {len(types)} of them; expected one for each of num_layers: {cfg.num_layers}")
+    if "local" not in types:
+        return (), 0
+    if not cfg.sliding_window:
+        raise ValueError("layer_types: local layers need a window; expected sliding_window of 1 or more")
+    return types, cfg.sliding_window
+
+
+def rotary_size(cfg: ModelConfig) -> int:
+    """Features of a head that are rotated."""
+    return int(cfg.head_dim * cfg.rotary_fraction)
+
+
+def check_rope(cfg: ModelConfig) -> None:
+    """Raises ValueError where the rotated features are no pairs, or a scaling does not fit them."""
+    size, scaling = rotary_size(cfg), cfg.rope_scaling
+    if size % 2 or not size:
+        share = f"{cfg.rotary_fraction:g} of head_dim: {cfg.head_dim} is {size} features"
+        raise ValueError(f"rotary_fraction: {share}; expected an even number, at least 2")
+    if scaling is None:
+        return
+    for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():
+        if len(getattr(scaling, name)) != size // 2:
+            count = len(getattr(scaling, name))
+            raise ValueError(f"rope_scaling.{name}: {count} numbers; expected one for each of {size // 2} frequencies")
+    if cfg.local_rope_theta and rope_magnitude(scaling) != 1:
+        kind = scaling.kind
+        raise ValueError(f"rope_scaling.kind: {kind}: would scale local layers too; expected linear or llama3")
+
+
+def row_limit(cfg: ModelConfig) -> int | None:
+    """How many columns a row may have; None where any number will do.
+
+    Beyond them learned positions end, and longrope would need its long factors, whose choice depends on the row."""
+    if FAMILIES[cfg.family].positions == "learned":
+        return cfg.max_positions
+    longrope = cfg.rope_scaling is not None and cfg.rope_scaling.kind == "longrope"
+    return cfg.rope_scaling.original_max_positions if longrope else None
+
+
+def local_layers(cfg: ModelConfig) -> list[bool]:
+    """Which layers are local."""
+    return [kind == "local" for kind in cfg.layer_types] or [False] * cfg.num_layers

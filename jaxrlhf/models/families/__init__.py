@@ -1,0 +1,10 @@
+"""The model families. To add one whose block has these traits: a row in one of the tables, and its name in ModelConfig.
+
+models/hf*.py read and write by these tables alone."""
+
+from jaxrlhf.models.families import gemma, gpt, llama
+from jaxrlhf.models.families.traits import Family, HuggingFace, Module, Rope, Windows
+
+__all__ = ["FAMILIES", "Family", "HuggingFace", "Module", "Rope", "Windows"]
+
+FAMILIES: dict[str, Family] = llama.FAMILIES | gpt.FAMILIES | gemma.FAMILIES

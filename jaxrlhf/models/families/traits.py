@@ -1,0 +1,80 @@
+"""What distinguishes the blocks of model families, and what Hugging Face calls their config fields and weights."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from jaxrlhf.types import Head
+
+
+class Module(NamedTuple):
+    """What one of our modules (linear map, norm, embedding) is in a safetensors file: <name>.weight and <name>.bias.
+
+    ``layout`` says how the weight's dimensions are made of our axes (``layers`` apart: files have a tensor a layer).
+    Dimensions are separated by blanks, and axes that share one dimension are joined by dots, the slowest first:
+    "heads.head_dim embed" is a torch Linear [H * K, D], "embed heads.head_dim" its transpose. A bias has those of
+    these dimensions that our bias has.
+
+    Modules with the same name are parts of one fused tensor, in the order of the table, laid one after the other where
+    the layout says ``part``: "part.heads.head_dim embed" is all queries, all keys, all values (they may differ in
+    size), "heads.part.head_dim embed" is query, key, value of head 0, then of head 1, ...
+    """
+
+    name: str  # {layer} stands for the layer's number
+    layout: str
+
+
+class Rope(NamedTuple):
+    """What config.json says of rotary positions, and under which names; (field, value where absent)."""
+
+    kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "longrope")  # that the family's class computes
+    renamed: Mapping[str, str] = {}  # kinds that old files call otherwise
+    theta: tuple[str, float] = ("rope_theta", 10000.0)
+    fraction: tuple[str, float] | None = None  # None: heads are rotated whole
+    local_theta: tuple[str, float] | None = None  # of local layers; rope_parameters then has an object a kind of layer
+    original: int | None = None  # original_max_position_embeddings where absent; None: max_positions
+
+
+class Windows(NamedTuple):
+    """How config.json says which layers see a sliding window (local ones) and which see everything (global ones)."""
+
+    size: int | None  # sliding_window where it is absent; None: no window
+    optional: bool = True  # whether sliding_window may be null
+    switch: str | None = None  # the field without whose consent (by default withheld) no layer has a window
+    types: bool = True  # whether layer_types says it a layer; else all are local where there is a window
+    first_global: tuple[str, int] | None = None  # without layer_types: so many global ones, then local ones
+    global_every: str | None = None  # without layer_types: the field that overrides Family.global_every
+
+
+class HuggingFace(NamedTuple):
+    """A family in the words of Hugging Face."""
+
+    model_type: str
+    classes: dict[Head, str]  # the name in "architectures"
+    # of ModelConfig -> (in config.json, value where absent; ...: required). Null is the value where absent, but for
+    # fields that ModelConfig may leave open: those stay open
+    fields: dict[str, tuple[str, Any]]
+    fixed: dict[str, tuple]  # config.json fields that change the maths -> the values supported (the first where absent)
+    modules: dict[str, Module]  # path in our parameters -> the same in the file
+    prefix: str  # that base-model files leave out of the names
+    ignored: str = "(?!)"  # regular expression: tensors that are no weights (buffers of old versions)
+    rope: Rope = Rope()
+    windows: Windows | None = None  # None: no layer has one
+
+
+class Family(NamedTuple):
+    """The traits of a family's decoder block, and its names."""
+
+    norm: Literal["rms", "layer"]
+    activation: Literal["silu", "gelu_tanh", "gelu"]
+    gated: bool  # mlp: down(act(gate(x)) * up(x)), else down(act(up(x)))
+    positions: Literal["rope", "learned"]
+    hf: HuggingFace
+    attention_bias: bool = False  # whether attention's linear maps have biases unless the config says
+    out_bias: bool = True  # whether its map out has one where those in have
+    mlp_bias: bool = False  # whether the mlp's have biases unless the config says
+    norms: Literal["pre", "post", "sandwich"] = "pre"  # of each branch: its input, its output, both
+    norm_offset: bool = False  # norms multiply by 1 + scale
+    query_key_norm: Literal["none", "head", "all"] = "none"  # over the features of each head, or of all of them
+    scaled_embeddings: bool = False  # multiplied by sqrt(hidden_size)
+    parallel_residual: bool = False  # x + attention(x) + mlp(x), unless the config says
+    global_every: int = 0  # where there is a window, each so manieth layer is global; 0: none is

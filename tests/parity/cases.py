@@ -1,0 +1,162 @@
+"""The models that are compared with transformers: small, of every family, and different in every trait."""
+
+import zlib
+
+import numpy as np
+
+from jaxrlhf.models.families import FAMILIES
+
+VOCAB, COLUMNS, NEW_TOKENS = 101, 9, 32
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+MISTRAL = {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2}
+QWEN3 = {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16}
+PHI3 = {**LLAMA, "model_type": "phi3", "num_key_value_heads": 2}
+GEMMA = {**LLAMA, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
+GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+NEOX = {**LLAMA, "model_type": "gpt_neox", "rotary_pct": 0.5}
+
+# family, or family and what is special; windows are shorter than the rows
+CASES: dict[str, dict] = {
+    # grouped queries, wide heads
+    "llama": {**LLAMA, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "llama: linear": {
+        **LLAMA,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_theta": 500.0,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    # wavelengths of 6, 20, 63, 200, ...: below 64 / 4, between, and above 64 / 1
+    "llama: llama3": {
+        **LLAMA,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64},
+    },
+    "llama: yarn": {**LLAMA, "head_dim": 16, "rope_theta": 100.0, "rope_scaling": {**YARN, "beta_fast": 4.0}},
+    "llama: longrope": {
+        **LLAMA,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.7],
+            "long_factor": [1.5, 2.0, 3.0, 4.0],
+            "factor": 4.0,
+        },
+    },
+    "llama: SmolLM2": {  # 9 heads, 3 kv heads
+        **LLAMA,
+        "hidden_size": 72,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rope_theta": 100000,
+        "rope_interleaved": False,
+        "is_llama_config": True,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {**MISTRAL, "sliding_window": 4, "head_dim": 16},
+    "mistral: no window": {**MISTRAL, "sliding_window": None, "rope_theta": 1e6},
+    "qwen2": {**QWEN2, "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen2: windows": {
+        **QWEN2,
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "qwen2: yarn": {
+        **QWEN2,
+        "rope_parameters": {**YARN, "rope_theta": 1e3, "truncate": False, "mscale": 1.5, "mscale_all_dim": 0.5},
+    },
+    "qwen3": {**QWEN3, "attention_bias": True},
+    "qwen3: windows": {
+        **QWEN3,
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "phi3": {**PHI3, "sliding_window": 5},
+    "phi3: longrope": {  # half of each head is rotated
+        **PHI3,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.2], "long_factor": [2.0, 3.0]},
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {**LLAMA, "model_type": "olmo2", "num_key_value_heads": 2, "rope_theta": 5e5},
+    "gemma2": {
+        **GEMMA,
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma2: no caps": {
+        **GEMMA,
+        "model_type": "gemma2",
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "tie_word_embeddings": False,
+    },
+    "gemma3_text": {**GEMMA, "model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window_pattern": 3},
+    "gemma3_text: linear": {
+        **GEMMA,
+        "model_type": "gemma3_text",
+        "final_logit_softcapping": 5.0,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e3},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "gpt2": GPT2,
+    "gpt2: untied": {**GPT2, "n_inner": 40, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+    "gpt_neox": {**NEOX, "rotary_emb_base": 1000},
+    "gpt_neox: sequential": {
+        **NEOX,
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0},
+    },
+}
+TOKENS = np.random.default_rng(7).integers(0, VOCAB, (3, COLUMNS))
+VALID = np.arange(COLUMNS) >= np.array([[0], [4], [7]])  # left-padded
+POSITIONS = np.maximum(np.cumsum(VALID, 1) - 1, 0)
+
+
+def law(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The weights of every test here: normal numbers seeded by the tensor's name, about 1 for norms and 0 elsewhere."""
+    name = name.replace("embed_out.", "lm_head.")  # files of GPT-NeoX have the first, transformers 5 the second
+    noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
+    center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+    return (center + 0.2 * noise).astype(np.float32)
+
+
+def family_of(case: str) -> str:
+    return CASES[case]["model_type"]
+
+
+def config_of(case: str, head: str) -> dict:
+    """config.json of a case, with the class for the head."""
+    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if head == "scalar" else {}
+    architecture = FAMILIES[family_of(case)].hf.classes[head]  # pyright: ignore[reportArgumentType]
+    return {**CASES[case], **tokens, **labels, "architectures": [architecture]}
