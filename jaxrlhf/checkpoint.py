@@ -132,11 +132,15 @@ def models_record(configs: dict[Role, ModelConfig], heads: dict[Role, Head]) -> 
 
 def model_of(record: dict) -> tuple[ModelConfig, Head]:
     """One role's (config, head) from models_record, of this version or an older one that lacked some fields."""
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in record["config"].items()}
-    if scaling := fields.get("rope_scaling"):
-        lists = {name: tuple(value) for name, value in scaling.items() if isinstance(value, list)}
-        fields["rope_scaling"] = RopeScaling(**scaling | lists)
+    fields = with_tuples(record["config"])
+    if fields.get("rope_scaling"):
+        fields["rope_scaling"] = RopeScaling(**with_tuples(fields["rope_scaling"]))
     return resolve(ModelConfig(**fields)), record["head"]
+
+
+def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def latest_step(run_dir) -> int | None:

@@ -74,7 +74,7 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
 def resolve_layers(cfg: ModelConfig) -> tuple[LayerTypes, int]:
     """(layer_types, sliding_window): both empty where no layer is local."""
     every = FAMILIES[cfg.family].global_every
-    types = cfg.layer_types
+    types: LayerTypes = cfg.layer_types
     if not types and cfg.sliding_window:
         types = tuple("global" if every and (i + 1) % every == 0 else "local" for i in range(cfg.num_layers))
     if types and len(types) != cfg.num_layers:
@@ -114,8 +114,8 @@ def row_limit(cfg: ModelConfig) -> int | None:
     Beyond them learned positions end, and longrope would need its long factors, whose choice depends on the row."""
     if FAMILIES[cfg.family].positions == "learned":
         return cfg.max_positions
-    longrope = cfg.rope_scaling is not None and cfg.rope_scaling.kind == "longrope"
-    return cfg.rope_scaling.original_max_positions if longrope else None
+    scaling = cfg.rope_scaling
+    return scaling.original_max_positions if scaling is not None and scaling.kind == "longrope" else None
 
 
 def local_layers(cfg: ModelConfig) -> list[bool]:

@@ -4,7 +4,7 @@ What a family's fields are called is in models/families; nothing here knows a fa
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from etils import epath
@@ -95,16 +95,13 @@ def parse_windows(raw: Mapping[str, Any], names: Windows, every: int, num_layers
         if type(first) is not int or first < 0:
             raise ValueError(f"{where}: {field}: {first!r}; expected a whole number")
     is_global = lambda i: i < first or (every and (i + 1) % every == 0)
-    return {"sliding_window": window, "layer_types": layer_types(is_global, num_layers)}
-
-
-def layer_types(is_global: Callable[[int], Any], num_layers: int) -> LayerTypes:
-    return tuple("global" if is_global(i) else "local" for i in range(num_layers))
+    types: LayerTypes = tuple("global" if is_global(i) else "local" for i in range(num_layers))
+    return {"sliding_window": window, "layer_types": types}
 
 
 def parse_types(given: Any, where: str) -> LayerTypes:
     """layer_types in our words."""
-    names = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
+    names: dict[Any, Literal["local", "global"]] = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
     if not isinstance(given, list):
         raise ValueError(f"{where}: layer_types: {given!r}; expected a list")
     for kind in given:

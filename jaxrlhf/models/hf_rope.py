@@ -27,7 +27,7 @@ def parse_rope(raw: Mapping[str, Any], names: Rope, max_positions: int, where: s
         spelling = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
         rope, local = flat(raw.get(spelling), f"{where}: {spelling}"), {}
     what = f"{where}: {spelling}"
-    found = {"rope_theta": number(rope, raw, names.theta, "rope_theta", what)}
+    found: dict[str, Any] = {"rope_theta": number(rope, raw, names.theta, "rope_theta", what)}
     if names.local_theta:
         found["local_rope_theta"] = number(local, raw, names.local_theta, "rope_theta", f"{what}.{LOCAL}")
     if names.fraction:
@@ -88,9 +88,13 @@ def parse_scaling(
         short, long = (numbers(rope.get(name), f"{where}.{name}") for name in ("short_factor", "long_factor"))
         factor = get("factor", max_positions / original)
         return RopeScaling(
-            "longrope", factor, original_max_positions=original, attention_factor=given, short_factor=short,
+            "longrope",
+            factor,
+            original_max_positions=original,
+            attention_factor=given,
+            short_factor=short,
             long_factor=long,
-        )  # fmt: skip
+        )
     if given is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         size = lambda name: 1 + 0.1 * get(name) * math.log(max(get("factor"), 1))
         given = size("mscale") / size("mscale_all_dim")

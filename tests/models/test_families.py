@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,8 @@ from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.models.transformer import Runtime, forward, parameter_table, prefill
 from tests import tiny
 
-SMALL = {"vocab_size": 101, "hidden_size": 32, "mlp_size": 48}
-COMMON = {
+SMALL: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32, "mlp_size": 48}
+COMMON: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -111,7 +112,7 @@ def test_records_of_older_checkpoints():
     old |= {"max_positions": 16, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_scaling": None, "attention_bias": True}
     cfg, head = checkpoint.model_of({"head": "lm", "config": {**old, "mlp_bias": True, "tie_embeddings": True}})
     assert (cfg, head) == (resolve(ModelConfig(**SMALL, family="gpt2", max_positions=16)), "lm")
-    window = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
+    window: dict[str, Any] = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
     new = resolve(ModelConfig(**SMALL, family="gemma2", num_heads=2, rope_scaling=LONGROPE, **window))
     record = json.loads(json.dumps(checkpoint.models_record({"policy": new}, {"policy": "lm"})))
     assert checkpoint.model_of(record["policy"]) == (new, "lm")
@@ -179,7 +180,11 @@ def test_rope_spellings():
     expected = RopeScaling("yarn", 4.0, original_max_positions=32768)
     assert parse("qwen2", rope_parameters=yarn).rope_scaling == expected
     mscale = parse("qwen2", rope_parameters=yarn | {"mscale": 2.0, "mscale_all_dim": 1.0}).rope_scaling
-    assert mscale and np.isclose(mscale.attention_factor, (0.2 * np.log(4) + 1) / (0.1 * np.log(4) + 1))
+    assert (
+        mscale
+        and mscale.attention_factor
+        and np.isclose(mscale.attention_factor, (0.2 * np.log(4) + 1) / (0.1 * np.log(4) + 1))
+    )
 
 
 @pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])  # names that it had
@@ -249,8 +254,8 @@ def test_what_is_not_supported_is_named(family, changes, line):
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_a_model_from_scratch_comes_back_from_its_folder(family, head, tmp_path):
     """Whatever the family's defaults are; norms and all other weights to the bit."""
-    window = {"sliding_window": 4} if FAMILIES[family].hf.windows else {}
-    local = {"local_rope_theta": 50.0} if family == "gemma3_text" else {}
+    window: dict[str, Any] = {"sliding_window": 4} if FAMILIES[family].hf.windows else {}
+    local: dict[str, Any] = {"local_rope_theta": 50.0} if family == "gemma3_text" else {}
     cfg = resolve(ModelConfig(family=family, num_layers=3, tie_embeddings=False, **SMALL, **window, **local))
     rng = np.random.default_rng(0)
     params = tiny.parameters(cfg, head, 0)

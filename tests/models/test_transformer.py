@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ BASE = resolve(ModelConfig(vocab_size=101, hidden_size=32, mlp_size=48, max_posi
 LLAMA = dataclasses.replace(BASE, num_kv_heads=2, head_dim=16, rope_theta=100.0)
 GPT2 = dataclasses.replace(BASE, family="gpt2", attention_bias=True, mlp_bias=True)
 OLMO2 = resolve(dataclasses.replace(BASE, family="olmo2", num_kv_heads=2))
-WINDOWS = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
+WINDOWS: dict[str, Any] = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
 GEMMA3 = resolve(dataclasses.replace(BASE, family="gemma3_text", num_kv_heads=1, local_rope_theta=50.0, **WINDOWS))
 SIZE = 12  # columns
 FLOAT32 = Runtime()
@@ -202,11 +203,11 @@ def test_scale_and_softcap_of_attention_against_a_loop():
             share = np.exp(scores) / np.exp(scores).sum()
             expected[0, s, head] = sum(share[t] * value[0, t, head // 2] for t in range(s + 1))
     for repeats in (1, 2):
-        more = key.repeat(repeats, axis=2), value.repeat(repeats, axis=2)
-        found = attention(jnp.array(query), *map(jnp.array, more), mask, scale=1.5, softcap=0.8)
+        keys, values = (jnp.array(x.repeat(repeats, axis=2)) for x in (key, value))
+        found = attention(jnp.array(query), keys, values, jnp.array(mask), scale=1.5, softcap=0.8)
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    cache = (jnp.array(x.swapaxes(1, 2)) for x in (key, value))
-    last = cached_attention(jnp.array(query[:, 4:]), *cache, mask[:, :, 4:], scale=1.5, softcap=0.8)
+    keys, values = (jnp.array(x.swapaxes(1, 2)) for x in (key, value))
+    last = cached_attention(jnp.array(query[:, 4:]), keys, values, jnp.array(mask[:, :, 4:]), scale=1.5, softcap=0.8)
     np.testing.assert_allclose(last, expected[:, 4:], atol=1e-5)
 
 
