@@ -41,7 +41,7 @@ class PolicyEvaluation:
         cfg = ready.cfg
         heads: dict[Role, Head] = {"reference": "lm", "reward": "scalar"}
         more = [role for role in heads if role in cfg.models and role not in ready.heads]
-        self.more = {role: heads[role] for role in more}
+        self.more: dict[Role, Head] = {role: heads[role] for role in more}
         self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=1))
         rows = min(cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt, cfg.eval.size)
         self.batches = held_out(ready, "prompts", cfg.eval.size, rows)

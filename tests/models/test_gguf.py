@@ -58,7 +58,7 @@ def arrays(tied=True):
     return {f"{name}.weight": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def write(path, tensors, kind: Any = F32, arch="llama", leave_out=(), pre="gpt-2", **more) -> str:
+def write(path, tensors, kind: Any = F32, arch: Any = "llama", leave_out: Any = (), pre: Any = "gpt-2", **more) -> str:
     """A GGUF file, its matrices as ``kind``. Returns its name for init_from."""
     writer = gguf.GGUFWriter(str(path), arch)
     numbers = {
