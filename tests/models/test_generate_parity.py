@@ -23,6 +23,21 @@ CONFIGS = {
     "llama": resolve(
         ModelConfig(vocab_size=101, hidden_size=32, num_kv_heads=2, head_dim=16, mlp_size=48, max_positions=64)
     ),
+    # local and global layers, soft-caps, norms on all sides; most responses are longer than the window
+    "gemma3_text": resolve(
+        ModelConfig(
+            family="gemma3_text",
+            vocab_size=101,
+            hidden_size=32,
+            num_kv_heads=2,
+            mlp_size=48,
+            sliding_window=4,
+            layer_types=("local", "global"),
+            local_rope_theta=50.0,
+            attention_softcap=2.0,
+            logit_softcap=5.0,
+        )
+    ),
     "gpt2": resolve(ModelConfig(family="gpt2", vocab_size=101, hidden_size=32, mlp_size=48, max_positions=64)),
 }
 PROMPT, NEW = 6, 16  # columns
@@ -102,10 +117,12 @@ def same_samples(one, other):
     np.testing.assert_allclose(one.logprobs[:, -NEW:], other.logprobs[:, -NEW:], atol=1e-5)
 
 
+MODELS = [("llama", "plain"), ("llama", "shaped"), ("gpt2", "shaped"), ("gemma3_text", "shaped")]
+
 # ---- the sampler and the trainer agree ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model, name", [("llama", "plain"), ("llama", "shaped"), ("gpt2", "shaped")])
+@pytest.mark.parametrize("model, name", MODELS)
 def test_decode_logprobs_equal_full_forward_logprobs(model, name):
     """Left padding, temperature, top-k, top-p, min_new_tokens, stop texts, four EOS ids, two samples a prompt."""
     sequences = draw(model, name)

@@ -34,6 +34,7 @@ GPT2 = dataclasses.replace(BASE, family="gpt2", attention_bias=True, mlp_bias=Tr
 OLMO2 = resolve(dataclasses.replace(BASE, family="olmo2", num_kv_heads=2))
 WINDOWS: dict[str, Any] = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
 GEMMA3 = resolve(dataclasses.replace(BASE, family="gemma3_text", num_kv_heads=1, local_rope_theta=50.0, **WINDOWS))
+CAPPED = dataclasses.replace(GEMMA3, attention_softcap=2.0)
 SIZE = 12  # columns
 FLOAT32 = Runtime()
 
@@ -306,18 +307,19 @@ def test_init_does_not_depend_on_the_mesh():
     assert not np.array_equal(kernel[0], kernel[1])
 
 
-def test_remat_gives_the_same_gradients():
+@pytest.mark.parametrize("cfg", [LLAMA, CAPPED])
+def test_remat_gives_the_same_gradients(cfg):
     """Compiled without optimisation, which takes half the time."""
     tokens, segments = jnp.array(rows(2)), jnp.ones((2, SIZE), int)
 
     @functools.partial(jax.jit, static_argnums=1, compiler_options={"xla_backend_optimization_level": 0})
     def gradients(params, runtime):
-        return jax.grad(lambda params: (forward(params, LLAMA, tokens, segments, runtime) ** 3).sum())(params)
+        return jax.grad(lambda params: (forward(params, cfg, tokens, segments, runtime) ** 3).sum())(params)
 
-    plain = gradients(weights(LLAMA), Runtime())
+    plain = gradients(weights(cfg), Runtime())
     assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain)) > 1e-3
     for remat in ("full", "dots"):
-        other = gradients(weights(LLAMA), Runtime(remat=remat))
+        other = gradients(weights(cfg), Runtime(remat=remat))
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max()), other, plain
         )
