@@ -18,7 +18,7 @@ LAYERS = {
     "config": 5,
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference"), 5),
-    **dict.fromkeys(("build", "feed", "score", "normalize", "complete", "train"), 6),
+    **dict.fromkeys(("build", "feed", "programs", "score", "normalize", "complete", "train"), 6),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
     **dict.fromkeys(("plan", "serve", "report", "benchmarks"), 6),
     **dict.fromkeys(("cli", "__main__"), 7),
