@@ -75,12 +75,10 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say whether a config fits a TPU slice that is not here, and how fast it can be, by compiling it for that slice."""
+    """Compile a config for a TPU slice that is not here: does it fit, and how fast can it be?"""
     paths = [argument for argument in arguments or [] if "=" not in argument]
     if not calibration and (len(paths) != 1 or not topology):
-        raise typer.BadParameter(
-            "expected one config file and --topology, as in configs/tiny/ppo.yaml --topology v5e:2x2"
-        )
+        raise typer.BadParameter("expected one config and a slice: configs/tiny/ppo.yaml --topology v5e:2x2")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU or GPU that is here is left alone
     from jaxrlhf.plan import report
 

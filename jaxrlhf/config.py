@@ -154,7 +154,7 @@ def load_all(paths: Sequence[os.PathLike | str], overrides: Sequence[str] = ()) 
 
 
 def load_beside(path: os.PathLike | str) -> list[Config]:
-    """The other configs in the folder of ``path``, without those that are wrong: they may say what its run starts from."""
+    """The other configs in the folder of ``path`` (those that are right): they may make what its run starts from."""
     here, found = epath.Path(path), []
     for other in sorted(here.parent.glob("*.yaml")):
         if other.name != here.name:

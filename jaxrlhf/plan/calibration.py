@@ -1,7 +1,8 @@
 """The same count for training steps whose speed is published: how much of such a bound real programs reach.
 
-Published by MaxText (https://github.com/AI-Hypercomputer/maxtext, README and the scripts in MaxText/configs/{v5e,v5p},
-whose batch, mesh and remat these rows repeat) and by https://github.com/AI-Hypercomputer/tpu-recipes (training/trillium).
+Published by MaxText (https://github.com/AI-Hypercomputer/maxtext: its README, and in MaxText/configs/{v5e,v5p} the
+scripts whose batch, mesh and remat these rows repeat) and in https://github.com/AI-Hypercomputer/tpu-recipes
+(training/trillium).
 Both attend with a kernel that keeps products of queries and keys out of HBM; shares of the peak are of attention in
 full, as plan/cost.py counts it. Their remat is the nearest that there is here: "minimal" keeps matrix products (dots),
 and what the steps on v6e offload to the host, and read back while they compute again, is computed again (full).

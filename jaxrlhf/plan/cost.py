@@ -15,6 +15,7 @@ slowest of the three would take alone at its peak, and phases follow each other:
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from jaxrlhf.chips import Chip
@@ -34,7 +35,7 @@ class Setup(NamedTuple):
     mesh: Mapping[str, int]  # devices along data, fsdp, tensor
     compute: int = 2  # bytes of an activation
     params: int = 4  # bytes of a stored weight
-    moments: Mapping[Role, int] = {}  # bytes of a weight's two Adam moments, of the roles that learn
+    moments: Mapping[Role, int] = MappingProxyType({})  # bytes of a weight's two Adam moments, of the roles that learn
     remat: Literal["none", "full", "dots"] = "none"
     stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
 
@@ -206,7 +207,7 @@ def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int,
 
 
 def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
-    """One step of Adam on the weights that a device stores: all of them, their gradient and moments, read and written."""
+    """One step of Adam: the weights that a device stores, their gradient and moments, read and written."""
     stored = held(cfg, head, setup.mesh["tensor"]) / setup.mesh["fsdp"]
     return Work(hbm=stored * 2 * (2 * setup.params + moments))
 
