@@ -5,6 +5,7 @@ error while tracing instead of a silent copy. Code names logical axes only; this
 """
 
 import dataclasses
+import math
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -79,6 +80,15 @@ def partition(names: tuple[str | None, ...]) -> PartitionSpec:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """``x`` laid out as ``names`` say (a collective where the layout changes); just ``x`` without an explicit mesh."""
     return jax.sharding.reshard(x, partition(names)) if explicit() else x
+
+
+def split_over(*names: str) -> int:
+    """Over how many devices the current mesh splits the logical axes ``names`` together; 1 without an explicit mesh."""
+    if not explicit():
+        return 1
+    rules = [RULES[name] for name in names]
+    axes = [axis for rule in rules for axis in ((rule,) if isinstance(rule, str) else rule or ())]
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
 def concrete(tree, mesh: Mesh):

@@ -21,6 +21,7 @@ from typing import Literal, NamedTuple
 from jaxrlhf.chips import Chip
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
+from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Pass, Passes
 from jaxrlhf.sharding import RULES
 from jaxrlhf.types import Head, Role
@@ -188,7 +189,16 @@ def backward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, s
     fsdp, data = setup.mesh["fsdp"], setup.mesh["data"]
     size = held(cfg, head, setup.mesh["tensor"]) * setup.compute
     scattered = size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
+    if head == "lm":  # its gradient is summed once a chunk
+        last = matrices(cfg, head, setup.mesh["tensor"])[-1].size * setup.compute
+        scattered += (chunks(cfg, rows, read, setup) - 1) * 2 * last * (setup.shards - 1) / setup.shards
     return Work(2 * once.flops, 2 * once.hbm + 2 * size, once.ici + scattered)
+
+
+def chunks(cfg: ModelConfig, rows: int, read: int, setup: Setup) -> int:
+    """Parts that the logits of a pass are computed in; see ops/logprobs.chunked_token_stats."""
+    logits = rows * read * padded_vocab(cfg) / setup.shards / setup.mesh["tensor"]
+    return max(1, min(read, math.ceil(logits / STORED_LOGITS)))
 
 
 def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:

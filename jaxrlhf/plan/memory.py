@@ -73,7 +73,7 @@ def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
         for leaf in leaves(parameter_table(cfg, head)).values()
         if "layers" not in leaf.axes
     )
-    chunk = min(STORED_LOGITS, one.rows * one.read * padded_vocab(cfg)) / setup.shards / tensor * 4 * 2
+    chunk = min(STORED_LOGITS, one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor) * 4 * 2
     return layer_activations(one, cfg, setup) + 2 * layer + ends * setup.compute + (chunk if head == "lm" else 0)
 
 
