@@ -13,6 +13,7 @@ from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.plan import shapes
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.sharding import AXES, MeshConfig, make_mesh
 from tests import runs
@@ -54,12 +55,8 @@ def test_what_it_starts_from_is_made_by_another_config_or_comes_from_elsewhere(p
 @pytest.fixture
 def offline(monkeypatch):
     """No hub: shapes of its models come from the table."""
-    import huggingface_hub
 
-    def refuse(*args, **kwargs):
-        raise OSError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(shapes, "on_the_hub", lambda name: None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

@@ -1,6 +1,7 @@
 """Shapes of models that are not here: from folders, runs, configs of runs to come, the table; what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -16,18 +17,15 @@ from jaxrlhf.plan import shapes
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests import runs
 
+ON_THE_HUB = shapes.on_the_hub
 SHAPE = resolve(ModelConfig(vocab_size=100, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32))
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """No hub: what asks for it is told so at once."""
-    import huggingface_hub
+    """No hub."""
 
-    def refuse(*args, **kwargs):
-        raise OSError("offline")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(shapes, "on_the_hub", lambda name: None)
 
 
 def config(models: str, run_dir: str = "runs/here", tokenizer: str = "{init_from: somewhere}") -> Config:
@@ -60,13 +58,46 @@ def test_a_name_of_the_hub_is_in_the_table():
     assert shape.config == resolve(LLAMA_3_1_8B) and "published shape" in shape.source
 
 
-def test_the_hub_goes_before_the_table(monkeypatch, tmp_path):
-    import huggingface_hub
+class Hub:
+    """Answers one name with a config.json, others with 404, or not at all."""
 
-    (tmp_path / "config.json").write_text(json.dumps(describe(SHAPE, "lm")))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(tmp_path / "config.json"))
+    def __init__(self, config: dict | None):
+        self.config, self.asked = config, []
+
+    def get(self, url: str, **_):
+        self.asked.append(url)
+        if self.config is None:
+            raise OSError("Name or service not known")
+        found = "Llama-3.1-8B-Instruct" in url
+        return SimpleNamespace(status_code=200 if found else 404, json=lambda: self.config if found else {"error": ""})
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Puts a Hub in the place of the real one, and asks it."""
+
+    def put(config: dict | None) -> Hub:
+        made = Hub(config)
+        monkeypatch.setattr(shapes, "on_the_hub", ON_THE_HUB)
+        monkeypatch.setattr("huggingface_hub.get_session", lambda: made)
+        return made
+
+    return put
+
+
+def test_the_hub_goes_before_the_table(hub):
+    asked = hub(describe(SHAPE, "lm")).asked
     cfg = config("{policy: {init_from: meta-llama/Llama-3.1-8B-Instruct}, reward: {init_from: policy}}")
     assert found(cfg, "policy").config == SHAPE
+    assert len(asked) == 1 and asked[0].endswith("meta-llama/Llama-3.1-8B-Instruct/resolve/main/config.json")
+
+
+@pytest.mark.parametrize("config", [None, {}])
+def test_a_hub_that_has_it_not_or_does_not_answer_is_asked_once(hub, config):
+    asked = hub(config).asked
+    shape = shapes.shape_of("Qwen/Qwen2.5-0.5B")
+    assert shape is not None and "published shape" in shape.source and len(asked) == 1
+    assert shapes.shape_of("gs/is/no/name/of/a/model") is None and len(asked) == 1
 
 
 def test_a_run_to_come_is_shaped_by_the_config_that_makes_it():
@@ -123,8 +154,12 @@ def test_batches_are_shaped_as_the_data_makes_them(root, tmp_path, name, one_dev
     """What a plan compiles for is what training is given."""
     from jaxrlhf.build import build
 
-    runs.whole(root)
-    ready = build(runs.config(name, root, tmp_path))
+    text = f"data.demonstrations={{path: {runs.text(root)}/demonstrations.jsonl}}"
+    random = [
+        f"models.{role}={{architecture: {{hidden_size: 16, max_positions: 64}}}}" for role in ("policy", "reward")
+    ]
+    more = [] if name == "sft" else [text, "tokenizer.train_vocab_size=300", *random]
+    ready = build(runs.config(name, root, tmp_path, *more))
     host, _ = Feed(ready).next()
     (described,) = batch_shapes(ready.cfg, ready.mesh)
     assert jax.tree.structure(host) == jax.tree.structure(described)
