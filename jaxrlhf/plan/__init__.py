@@ -19,8 +19,7 @@ from jaxrlhf.plan.cost import Timed, phases, timed
 from jaxrlhf.plan.memory import Memory, estimate
 from jaxrlhf.plan.search import Candidate, candidates, setup_of
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
-from jaxrlhf.plan.topology import Slice, find_slice
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.plan.topology import Slice, find_slice, mesh_over
 from jaxrlhf.types import Batch
 
 TRIES = 3  # settings that are compiled in search of one that fits
@@ -83,7 +82,7 @@ def plan(
     Raises ConfigError, in one line, for a wrong topology, mesh or batch, and where a model's shape is not known."""
     where = find_slice(topology, slices)
     check(cfg, len(where.devices), source)
-    drawn, sources = blueprint(cfg, make_mesh(cfg.mesh, where.devices), configs_by_run(others))
+    drawn, sources = blueprint(cfg, mesh_over(where, cfg.mesh), configs_by_run(others))
     batch = largest_batch(drawn)
     passes = passes_of(drawn, batch)
     models = {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
@@ -103,11 +102,11 @@ def plan(
     )
     if made.fits:
         return made
-    found = candidates(drawn, passes, where.chip, len(where.devices), made.available)
-    return made._replace(advice=confirm(found, drawn, compiling))
+    found = candidates(drawn, passes, where, made.available)
+    return made._replace(advice=confirm(found, drawn, where, compiling))
 
 
-def confirm(found: list[Candidate], drawn: Blueprint, compiling: bool) -> Advice | None:
+def confirm(found: list[Candidate], drawn: Blueprint, where: Slice, compiling: bool) -> Advice | None:
     """The first of the settings that XLA agrees fits; the first of all where nothing is compiled, None where none does.
 
     After one that XLA refuses come those that are estimated to need a quarter less."""
@@ -116,8 +115,8 @@ def confirm(found: list[Candidate], drawn: Blueprint, compiling: bool) -> Advice
         best = found[0]
         if not compiling:
             return Advice(best, None)
-        mesh = make_mesh(best.cfg.mesh, list(drawn.mesh.devices.flat))
-        programs = compile_largest(draw(best.cfg, mesh, drawn.weights, drawn.sampler))
+        again = draw(best.cfg, mesh_over(where, best.cfg.mesh), drawn.weights, drawn.sampler)
+        programs = compile_largest(again)
         if not isinstance(programs, TooBig):
             return Advice(best, programs)
         tried += 1

@@ -14,9 +14,11 @@ from jaxrlhf.plan.calls import passes_of
 from jaxrlhf.plan.memory import estimate
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.plan.topology import Slice
 from jaxrlhf.programs import compile_programs
 from jaxrlhf.sharding import MeshConfig, make_mesh
 
+EIGHT = Slice("v5e:2x4", CHIPS["v5e"], 8, 1, [None] * 8)
 FACTOR = 2.0  # how far the estimate of the peak may be from XLA's, either way
 MODEL = "{vocab_size: 4096, hidden_size: 128, num_layers: 4, num_heads: 4, mlp_size: 384, max_positions: 512}"
 PPO = f"""
@@ -107,13 +109,13 @@ def test_the_best_candidate_fits_and_changes_no_number_format_where_it_need_not(
     cfg = config(PPO, MeshConfig(8, 1, 1))
     drawn, passes, models, setup = drawn_for(cfg)
     there = estimate(passes, models, setup).peak / 2
-    found = candidates(drawn, passes, CHIPS["v5e"], 8, there)
+    found = candidates(drawn, passes, EIGHT, there)
     best = found[0]
     assert best.memory.peak < there and best.overrides
     assert not [text for text in best.overrides if text.startswith(("precision", "optimizer"))]
     same = [one.seconds for one in found if one.cfg.precision == cfg.precision and one.cfg.optimizer == cfg.optimizer]
     assert best.seconds == min(same)
     least = min(one.memory.peak for one in found)
-    smaller = candidates(drawn, passes, CHIPS["v5e"], 8, 0.9 * least)
+    smaller = candidates(drawn, passes, EIGHT, 0.9 * least)
     assert all(one.memory.peak < 0.9 * least for one in smaller)
-    assert candidates(drawn, passes, CHIPS["v5e"], 8, 1000.0) == []
+    assert candidates(drawn, passes, EIGHT, 1000.0) == []
