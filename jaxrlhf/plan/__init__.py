@@ -13,7 +13,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
 from jaxrlhf.feed import batch_shapes
-from jaxrlhf.plan.calls import passes_of
+from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.compiled import Compiled, TooBig, compile_for
 from jaxrlhf.plan.cost import Timed, phases, timed
 from jaxrlhf.plan.memory import Memory, estimate
@@ -85,7 +85,7 @@ def plan(
     drawn, sources = blueprint(cfg, mesh_over(where, cfg.mesh), configs_by_run(others))
     batch = largest_batch(drawn)
     passes = passes_of(drawn, batch)
-    models = {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
+    models = models_of(drawn)
     setup = setup_of(cfg, len(where.devices), drawn.recipe.optimizers)
     counted = [timed(phase, where.chip, where.devices_per_chip) for phase in phases(passes, models, setup)]
     made = Plan(

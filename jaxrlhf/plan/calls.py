@@ -3,6 +3,7 @@
 So a plan knows no algorithm, and one from outside the package is planned like those of the table.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 
 from jaxrlhf.build import Blueprint
 from jaxrlhf.config_batch import num_micro, updates_of
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.step import make_rollout
-from jaxrlhf.types import Batch, Nets, Prompts, Role, Sequences, TokenStats, TrainState
+from jaxrlhf.types import Batch, Head, Nets, Prompts, Role, Sequences, TokenStats, TrainState
 
 
 class Pass(NamedTuple):
@@ -23,6 +25,14 @@ class Pass(NamedTuple):
     columns: int  # of a row; sample: of a prompt
     read: int  # columns that logits (values, scores: a number) are computed of; sample: tokens that are sampled
     copies: int = 1  # sample: responses a prompt
+
+
+Models = Mapping[Role, tuple[ModelConfig, Head]]
+
+
+def models_of(drawn: Blueprint) -> Models:
+    """The shape and the head of every role."""
+    return {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
 
 
 class Passes(NamedTuple):

@@ -23,7 +23,7 @@ from jaxrlhf.chips import Chip
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
-from jaxrlhf.plan.calls import Pass, Passes
+from jaxrlhf.plan.calls import Models, Pass, Passes
 from jaxrlhf.sharding import RULES
 from jaxrlhf.types import Head, Role
 
@@ -254,7 +254,7 @@ def decode_step(cfg: ModelConfig, rows: int, columns: int, setup: Setup) -> Work
 # ---- an iteration ---------------------------------------------------------------------------------------------------
 
 
-def phases(passes: Passes, models: Mapping[Role, tuple[ModelConfig, Head]], setup: Setup) -> list[Phase]:
+def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
     """The phases of an iteration, in order; the roles of ``setup.moments`` learn."""
     found: list[Phase] = []
     add = lambda name, work, useful=None: found.append(Phase(name, work, work.flops if useful is None else useful))
@@ -280,5 +280,5 @@ def phases(passes: Passes, models: Mapping[Role, tuple[ModelConfig, Head]], setu
 NAMES = {"token_stats": "log-probs of", "values": "values of", "scores": "scores of"}
 
 
-def pass_of(function, one: Pass, models: Mapping[Role, tuple[ModelConfig, Head]], setup: Setup) -> Work:
+def pass_of(function, one: Pass, models: Models, setup: Setup) -> Work:
     return function(*models[one.role], one.rows, one.columns, one.read, setup)

@@ -35,8 +35,8 @@ class Collective(NamedTuple):
     lower_bound: bool  # some of them are in loops of unknown length
 
     def __add__(self, other: "Collective") -> "Collective":
-        sums = (ours + theirs for ours, theirs in zip(self[1:4], other[1:4]))
-        return Collective(self.kind, *sums, self.lower_bound or other.lower_bound)
+        count, size, wire = (ours + theirs for ours, theirs in zip(self[1:4], other[1:4]))
+        return Collective(self.kind, count, size, wire, self.lower_bound or other.lower_bound)
 
 
 class Instruction(NamedTuple):

@@ -7,17 +7,14 @@ keeps for the backward pass). The compiler knows better: a plan is what it says,
 
 import functools
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.transformer import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
-from jaxrlhf.plan.calls import Pass, Passes
+from jaxrlhf.plan.calls import Models, Pass, Passes
 from jaxrlhf.plan.cost import Setup, heads_here, held, leaves, local, matrices
-from jaxrlhf.types import Head, Role
-
-Models = Mapping[Role, tuple[ModelConfig, Head]]
+from jaxrlhf.types import Head
 
 
 class Memory(NamedTuple):

@@ -14,7 +14,7 @@ from jaxrlhf.config_check import SPLIT, check, divisors
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.plan.calls import Passes
+from jaxrlhf.plan.calls import Passes, models_of
 from jaxrlhf.plan.cost import BYTES, Setup, phases, timed
 from jaxrlhf.plan.memory import Memory, estimate
 from jaxrlhf.plan.topology import Slice
@@ -34,7 +34,7 @@ class Candidate(NamedTuple):
 
 def setup_of(cfg: Config, num_devices: int, roles) -> Setup:
     """What the counts read of a config; ``roles``: those that learn."""
-    sizes = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices)))
+    sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices), strict=True))
     params = BYTES[cfg.precision.params]
     moments = {role: BYTES[cfg.optimizer_of(role).dtype] + params for role in roles}  # the second is as the weights are
     return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat)
@@ -44,7 +44,7 @@ def candidates(drawn: Blueprint, passes: Passes, where: Slice, available: float)
     """Settings that should fit into ``available`` bytes a device: first those that leave number formats as they are,
     and of equals the fastest."""
     found = []
-    num_devices, models = len(where.devices), {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
+    num_devices, models = len(where.devices), models_of(drawn)
     for price, cfg in settings(drawn, num_devices, where.slices):
         setup = setup_of(cfg, num_devices, drawn.recipe.optimizers)
         mine = with_micro(passes, num_micro(cfg))

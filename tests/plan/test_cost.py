@@ -15,6 +15,7 @@ from jaxrlhf.plan.calls import Pass, Passes, passes_of
 from jaxrlhf.plan.cost import Phase, Setup, Work, phases, timed
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.types import Head
 
 ALONE = {"data": 1, "fsdp": 1, "tensor": 1}
 # a layer: query 8x8, key and value 8x4, out 8x8, up, gate and down 8x16; so 64 + 64 + 64 + 384 = 576 elements
@@ -172,10 +173,8 @@ def test_pairs_are_two_rows_each():
 def test_phases_add_up():
     """Epochs x minibatches x micro-batches times each pass of the update; what is recomputed is not useful."""
     found, setup = passes(config()), Setup(ALONE, moments={"policy": 8, "value": 8}, remat="full")
-    models = {
-        role: (MODEL, "scalar" if role in ("reward", "value") else "lm") for role in ("policy", "value", "reward")
-    }
-    models["reference"] = (MODEL, "lm")
+    heads: dict[str, Head] = {"policy": "lm", "reference": "lm", "value": "scalar", "reward": "scalar"}
+    models = {role: (MODEL, head) for role, head in heads.items()}
     rows = {phase.name: phase for phase in phases(found, models, setup)}
     assert rows["update policy: forward"].work.flops == 8 * cost.forward(MODEL, "lm", 4, 9, 3, setup).flops
     assert rows["update value: backward"].work.flops == 16 * cost.forward(MODEL, "scalar", 4, 9, 9, setup).flops

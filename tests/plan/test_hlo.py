@@ -102,5 +102,5 @@ def test_what_xla_makes_of_a_scan_over_sharded_weights():
         shape = lambda dims, spec: jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(mesh, spec))
         x, weights = shape((8, 16), P(("data", "fsdp"), None)), shape((6, 16, 16), P(None, "fsdp", None))
         program = jax.jit(lambda x, w: jax.lax.scan(layer, x, w)[0]).lower(x, weights).compile()
-    found = {one.kind: one for one in collectives(program.as_text())}
+    found = {one.kind: one for one in collectives(program.as_text() or "")}
     assert found["all-gather"] == Collective("all-gather", 6, 6 * 16 * 16 * 4, 6 * 16 * 16 * 3, False)

@@ -10,7 +10,7 @@ from jaxrlhf.chips import CHIPS
 from jaxrlhf.config import Config, parse
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.feed import batch_shapes
-from jaxrlhf.plan.calls import passes_of
+from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.memory import estimate
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
@@ -50,8 +50,7 @@ def drawn_for(cfg: Config):
     """(blueprint, its passes, models, setup) on eight devices."""
     drawn, _ = blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:8]), {})
     passes = passes_of(drawn, list(batch_shapes(cfg, drawn.mesh))[-1])
-    models = {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
-    return drawn, passes, models, setup_of(cfg, 8, drawn.recipe.optimizers)
+    return drawn, passes, models_of(drawn), setup_of(cfg, 8, drawn.recipe.optimizers)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +72,7 @@ def test_the_estimate_is_near_what_xla_allocates(text, mesh, changes):
         batch = list(batch_shapes(cfg, drawn.mesh))[-1]
         (program,) = compile_programs(drawn, abstract_state(drawn), batch).values()
     memory = program.memory_analysis()
+    assert memory is not None
     data = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) / 8
     assert found.arguments + data == pytest.approx(memory.argument_size_in_bytes, rel=0.01)
     peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
