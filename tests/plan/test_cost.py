@@ -11,7 +11,7 @@ from jaxrlhf.feed import batch_shapes
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.plan import cost
 from jaxrlhf.plan.calibration import STEPS, calibrate, reached
-from jaxrlhf.plan.calls import Pass, Passes, passes_of
+from jaxrlhf.plan.calls import Models, Pass, Passes, passes_of
 from jaxrlhf.plan.cost import Phase, Setup, Work, phases, timed
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.sharding import make_mesh
@@ -174,7 +174,7 @@ def test_phases_add_up():
     """Epochs x minibatches x micro-batches times each pass of the update; what is recomputed is not useful."""
     found, setup = passes(config()), Setup(ALONE, moments={"policy": 8, "value": 8}, remat="full")
     heads: dict[str, Head] = {"policy": "lm", "reference": "lm", "value": "scalar", "reward": "scalar"}
-    models = {role: (MODEL, head) for role, head in heads.items()}
+    models: Models = {role: (MODEL, head) for role, head in heads.items()}
     rows = {phase.name: phase for phase in phases(found, models, setup)}
     assert rows["update policy: forward"].work.flops == 8 * cost.forward(MODEL, "lm", 4, 9, 3, setup).flops
     assert rows["update value: backward"].work.flops == 16 * cost.forward(MODEL, "scalar", 4, 9, 9, setup).flops
