@@ -23,7 +23,7 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
 from jaxrlhf.rewards import functions
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.sharding import make_mesh, whole
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
 
@@ -41,7 +41,7 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A config made ready. Use it under ``jax.set_mesh(run.mesh)``."""
+    """A config made ready. Use it under ``sharding.current(run.mesh)``."""
 
     cfg: Config
     algorithm: Algorithm
@@ -229,10 +229,11 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
         padded = transformer.padded_vocab(found.config)
         values = [(name, getattr(found.config, name), axis) for name, axis in SPLIT]
         for name, value, axis in [*values, ("padded vocabulary", padded, "tensor")]:
-            if value % mesh.shape[axis]:
-                nearest = min(divisors(value), key=lambda size: abs(size - mesh.shape[axis]))
+            devices = mesh.shape.get(axis, 1)  # pmap splits no model
+            if value % devices:
+                nearest = min(divisors(value), key=lambda size: abs(size - devices))
                 raise ConfigError(
-                    f"{where}: its {name} {value} is not divided by mesh.{axis}: {mesh.shape[axis]}; nearest: {nearest}"
+                    f"{where}: its {name} {value} is not divided by mesh.{axis}: {devices}; nearest: {nearest}"
                 )
         limit = row_limit(found.config)
         if limit is not None and longest > limit:
@@ -303,7 +304,7 @@ def read_weights(run: Run, role: Role) -> Params:
         params = checkpoint.restore_role(found.path, found.step, found.role, there)
     else:
         params = hf.load(found.path or "", found.config, found.head, run.dtype)
-    return state.change_head(params, found.config, found.head, head, key, zero=role == "value")
+    return whole(state.change_head(params, found.config, found.head, head, key, zero=role == "value"), run.mesh)
 
 
 def abstract_state(run: Run) -> TrainState:

@@ -5,13 +5,13 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxrlhf.build import Run
 from jaxrlhf.config_batch import ROWS_KEY
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import SourceConfig, open_source
-from jaxrlhf.sharding import batch_shards, partition
+from jaxrlhf.sharding import batch_shards, row_layout
 from jaxrlhf.types import Batch
 
 Rows = TypeVar("Rows")
@@ -115,14 +115,11 @@ def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> li
     )
 
 
-def layout(mesh: Mesh, x) -> NamedSharding:
-    """How a batch array lies on the mesh: its rows split."""
-    return NamedSharding(mesh, partition(("batch", *(None,) * (x.ndim - 1))))
-
-
 def put(mesh: Mesh, batch: Rows) -> Rows:
     """Host rows (a record of arrays) onto the mesh; every process brings its own."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout(mesh, x), np.asarray(x)), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(row_layout(mesh, np.ndim(x)), np.asarray(x)), batch
+    )
 
 
 def fetch(rows: Rows) -> Rows:

@@ -16,9 +16,11 @@ from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
-from jaxrlhf.feed import Feed, layout, put
+from jaxrlhf.feed import Feed, put
 from jaxrlhf.metrics import MetricsLog, lock_run_dir
+from jaxrlhf.programs import compile_program
 from jaxrlhf.score import compile_halves
+from jaxrlhf.sharding import current, row_layout, whole
 from jaxrlhf.step import make_iteration
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
@@ -46,7 +48,7 @@ def run(cfg: Config, raw: str = "") -> str:
         (run_dir / "source.yaml").write_text(raw)
     keeping = cfg.checkpoint
     saved = checkpoint.Checkpoints(run_dir, keeping.keep, keeping.best, keeping.mode, background=keeping.background)
-    with jax.set_mesh(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
+    with current(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
         if changes:
             log.say(f"changed since step {start}: {', '.join(changes)}")
         return Trainer(ready, saved, log).run(start)
@@ -83,7 +85,7 @@ class Trainer:
         """From iteration ``start`` to the end, or to SIGTERM."""
         cfg = self.cfg
         self.log.say(describe_batch(cfg))
-        state = self.restore(start) if start else initial_state(self.ready)
+        state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
         previous = signal.signal(signal.SIGTERM, self.ask_to_stop)
         try:
@@ -131,7 +133,7 @@ class Trainer:
         compile_for = compile_halves if halves else compile_whole
         for batch in self.feed.shapes():
             batch = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(self.ready.mesh, x)), batch
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_layout(self.ready.mesh, x.ndim)), batch
             )
             programs[shapes(batch)] = compile_for(self.ready, state, batch)
         count = len(programs) * (2 if halves else 1)
@@ -208,8 +210,9 @@ class Trainer:
 
 def compile_whole(ready: Run, state: TrainState, batch: Batch) -> Callable:
     """The iteration as one program that the state is donated to; the records are for reward functions."""
-    program = jax.jit(make_iteration(ready.recipe), donate_argnums=0).lower(state, batch).compile()
-    return lambda state, batch, records: program(state, batch)
+    iteration = make_iteration(ready.recipe)
+    program = compile_program(iteration, ready.mesh, state, batch, rows=(False, False, True), donate=True)
+    return lambda state, batch, records: program.run(state, batch)
 
 
 def shapes(batch: Batch) -> tuple:

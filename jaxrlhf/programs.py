@@ -1,0 +1,63 @@
+"""From a function of (state, batch) to a compiled program: jit on a mesh, or a literal pmap over the local devices."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrlhf.sharding import DEVICES, is_pmap
+from jaxrlhf.types import Batch, TrainState
+
+
+class Program(NamedTuple):
+    """A compiled function of (state, batch)."""
+
+    run: Callable[[TrainState, Batch], Any]
+    out: Any  # what it returns, as ShapeDtypeStructs laid out as there
+    compiled: jax.stages.Compiled  # what XLA made of it
+
+
+def compile_program(
+    function: Callable[[TrainState, Batch], Any], mesh: Mesh, state: TrainState, batch: Batch, rows: Any, donate: bool
+) -> Program:
+    """``function`` compiled for these (perhaps abstract) arguments, the state donated if so asked.
+
+    ``rows``: a prefix of what it returns, True where that has a row for each row of the batch; the rest is the same on
+    every device. The mesh of ``make_mesh`` says which way to go."""
+    donated = (0,) if donate else ()
+    if is_pmap(mesh):
+        return map_program(function, mesh, state, batch, rows, donated)
+    lowered = jax.jit(function, donate_argnums=donated).lower(state, batch)
+    compiled = lowered.compile()
+    described = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return Program(compiled, jax.tree.map(described, lowered.out_info, compiled.output_shardings), compiled)
+
+
+def map_program(function, mesh: Mesh, state: TrainState, batch: Batch, rows: Any, donated: tuple[int, ...]) -> Program:
+    """compile_program by jax.pmap: the state is whole on every device, which sees its own part of the rows."""
+    out_axes = jax.tree.map(lambda is_rows: 0 if is_rows else None, rows)
+    options: dict[str, Any] = {"devices": mesh.devices.flatten().tolist(), "donate_argnums": donated}
+    program = jax.pmap(function, DEVICES, in_axes=(None, 0), out_axes=out_axes, **options)
+    lowered = program.lower(state, split(batch, mesh.size))
+    compiled = lowered.compile()
+
+    def run(state: TrainState, batch: Batch):
+        return join(compiled(state, split(batch, mesh.size)), rows)
+
+    return Program(run, join(lowered.out_info, rows), compiled)
+
+
+def split(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B / parts, ...], of arrays or of ShapeDtypeStructs."""
+    return jax.tree.map(lambda x: reshaped(x, (parts, x.shape[0] // parts, *x.shape[1:])), batch)
+
+
+def join(out: Any, rows: Any) -> Any:
+    """The inverse, where ``rows`` says so."""
+    one = lambda x: reshaped(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+    return jax.tree.map(lambda is_rows, part: jax.tree.map(one, part) if is_rows else part, rows, out)
+
+
+def reshaped(x: Any, shape: tuple[int, ...]) -> Any:
+    return x.reshape(shape) if isinstance(x, jax.Array) else jax.ShapeDtypeStruct(shape, x.dtype)
