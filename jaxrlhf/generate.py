@@ -39,6 +39,16 @@ class Sampler(NamedTuple):
     samples_per_prompt: int = 1
 
 
+def make_sampler(
+    ask: GenerateConfig, eos_ids: tuple[int, ...], pad_id: int, pieces: list[bytes], vocab: int, samples_per_prompt: int
+) -> Sampler:
+    """The sampler that ``ask`` describes. ``pieces``: what each token writes, read where there are stop texts;
+    ``vocab``: rows of the model's (padded) vocabulary."""
+    sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
+    stops = tuple(stop_automaton(text, pieces, vocab) for text in ask.stop)
+    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt)
+
+
 class Decoding(NamedTuple):
     """What the decode loop carries."""
 

@@ -1,12 +1,18 @@
-"""From a function of (state, batch) to a compiled program: jit on a mesh, or a literal pmap over the local devices."""
+"""From functions of (state, batch) to the compiled programs of an iteration: jit on a mesh, or a literal pmap.
+
+Arguments may be arrays or shapes with layouts (jax.ShapeDtypeStruct), so that what trains and what plans compile alike.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrlhf.sharding import DEVICES, is_pmap
+from jaxrlhf.build import Blueprint
+from jaxrlhf.sharding import DEVICES, is_pmap, row_layout
+from jaxrlhf.step import make_iteration, make_learn, make_rollout
 from jaxrlhf.types import Batch, TrainState
 
 
@@ -18,10 +24,35 @@ class Program(NamedTuple):
     compiled: jax.stages.Compiled  # what XLA made of it
 
 
+def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
+    """What an iteration runs, by name, in order: "iteration", or "rollout" and "learn"."""
+    if drawn.cfg.rewards.function is None or drawn.algorithm.rollout is None:
+        return {"iteration": compile_whole(drawn, state, batch)}
+    rollout, learn = compile_halves(drawn, state, batch)
+    return {"rollout": rollout, "learn": learn}
+
+
+def compile_whole(drawn: Blueprint, state: TrainState, batch: Batch) -> Program:
+    """The iteration as one program that the state is donated to: (state, metrics, responses or None)."""
+    iteration = make_iteration(drawn.recipe)
+    return compile_program(iteration, drawn.mesh, state, batch, rows=(False, False, True), donate=True)
+
+
+def compile_halves(drawn: Blueprint, state: TrainState, batch: Batch) -> tuple[Program, Program]:
+    """(rollout, learn): the second is given the first's responses, and scores f32[B] laid out as their rows.
+
+    The state is donated to the second only: the first leaves it whole, should a reward function raise."""
+    rollout = compile_program(make_rollout(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
+    scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(drawn.mesh, 1))
+    scored = batch.replace(sequences=rollout.out.replace(scores=scores))
+    learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, scored, rows=(False, False), donate=True)
+    return rollout, learn
+
+
 def compile_program(
     function: Callable[[TrainState, Batch], Any], mesh: Mesh, state: TrainState, batch: Batch, rows: Any, donate: bool
 ) -> Program:
-    """``function`` compiled for these (perhaps abstract) arguments, the state donated if so asked.
+    """``function`` compiled for these arguments, the state donated if so asked.
 
     ``rows``: a prefix of what it returns, True where that has a row for each row of the batch; the rest is the same on
     every device. The mesh of ``make_mesh`` says which way to go."""

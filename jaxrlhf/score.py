@@ -4,15 +4,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.build import Run
 from jaxrlhf.feed import fetch, put
-from jaxrlhf.programs import compile_program
-from jaxrlhf.sharding import row_layout
-from jaxrlhf.step import make_learn, make_rollout
+from jaxrlhf.programs import compile_halves
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 Records = list[dict[str, Any]]
@@ -44,14 +40,9 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
     return Scored(sequences.replace(scores=put(ready.mesh, scores)), seconds)
 
 
-def compile_halves(ready: Run, state: TrainState, batch: Batch) -> Callable:
-    """(state, batch, records) -> (state, metrics, responses with their scores), compiled for the shapes given.
-
-    The state is donated to the second program only: the first leaves it whole, should the function raise."""
-    rollout = compile_program(make_rollout(ready.recipe), ready.mesh, state, batch, rows=True, donate=False)
-    scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(ready.mesh, 1))
-    scored = batch.replace(sequences=rollout.out.replace(scores=scores))
-    learn = compile_program(make_learn(ready.recipe), ready.mesh, state, scored, rows=(False, False), donate=True)
+def compile_scored(ready: Run, state: TrainState, batch: Batch) -> Callable:
+    """(state, batch, records) -> (state, metrics, responses with their scores), compiled for the shapes given."""
+    rollout, learn = compile_halves(ready, state, batch)
 
     def iteration(state: TrainState, batch: Batch, records: Records) -> tuple[TrainState, Metrics, Sequences]:
         sequences, seconds = score(ready, rollout.run(state, batch), records)

@@ -18,10 +18,9 @@ from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, put
 from jaxrlhf.metrics import MetricsLog, lock_run_dir
-from jaxrlhf.programs import compile_program
-from jaxrlhf.score import compile_halves
-from jaxrlhf.sharding import current, row_layout, whole
-from jaxrlhf.step import make_iteration
+from jaxrlhf.programs import compile_whole
+from jaxrlhf.score import compile_scored
+from jaxrlhf.sharding import current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 DONE, PREEMPTED = "done", "preempted"
@@ -130,11 +129,8 @@ class Trainer:
         (state, metrics, responses) in one program, or in two where the host scores the responses between them."""
         started, programs = time.perf_counter(), {}
         halves = self.ready.reward_function is not None
-        compile_for = compile_halves if halves else compile_whole
+        compile_for = compile_scored if halves else compile_alone
         for batch in self.feed.shapes():
-            batch = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_layout(self.ready.mesh, x.ndim)), batch
-            )
             programs[shapes(batch)] = compile_for(self.ready, state, batch)
         count = len(programs) * (2 if halves else 1)
         self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")
@@ -208,10 +204,9 @@ class Trainer:
         return state
 
 
-def compile_whole(ready: Run, state: TrainState, batch: Batch) -> Callable:
-    """The iteration as one program that the state is donated to; the records are for reward functions."""
-    iteration = make_iteration(ready.recipe)
-    program = compile_program(iteration, ready.mesh, state, batch, rows=(False, False, True), donate=True)
+def compile_alone(ready: Run, state: TrainState, batch: Batch) -> Callable:
+    """The iteration as one program; the records are for reward functions."""
+    program = compile_whole(ready, state, batch)
     return lambda state, batch, records: program.run(state, batch)
 
 

@@ -24,7 +24,7 @@ from jaxrlhf.config import Config, dump, parse
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.feed import fetch, put
 from jaxrlhf.rewards.functions import RewardFunction
-from jaxrlhf.score import compile_halves, score
+from jaxrlhf.score import compile_scored, score
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
 from jaxrlhf.types import Batch, Sequences
 from tests import runs, tiny
@@ -69,7 +69,7 @@ def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol)
             return scores(reward_model, written_again(responses, records)).tolist()
 
         without = run.state.replace(slow={"reference": run.state.slow["reference"]})
-        halves = compile_halves(ready_for(mesh, function, run.recipe), without, run.batch)
+        halves = compile_scored(ready_for(mesh, function, run.recipe), without, run.batch)
         found, numbers, scored = halves(without, run.batch, records)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(without.params)), "nothing was donated"
     np.testing.assert_array_equal(scored.tokens, sequences.tokens)
