@@ -12,7 +12,7 @@ from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
 from jaxrlhf.config import Config, dump, roles_of
 from jaxrlhf.config_batch import num_micro, updates_of
-from jaxrlhf.config_check import SPLIT, divisors, longest_row
+from jaxrlhf.config_check import SPLIT, divisors, longest_row, split_by
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
@@ -239,13 +239,13 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
     for role, found in weights.items():
         where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
         padded = transformer.padded_vocab(found.config)
-        values = [(name, getattr(found.config, name), axis) for name, axis in SPLIT]
-        for name, value, axis in [*values, ("padded vocabulary", padded, "tensor")]:
-            devices = mesh.shape.get(axis, 1)  # pmap splits no model
+        values = {name: getattr(found.config, name) for name in SPLIT} | {"padded vocabulary": padded}
+        for name, value in values.items():
+            axes, devices = split_by(SPLIT.get(name, SPLIT["mlp_size"]), mesh.shape)
             if value % devices:
                 nearest = min(divisors(value), key=lambda size: abs(size - devices))
                 raise ConfigError(
-                    f"{where}: its {name} {value} is not divided by mesh.{axis}: {devices}; nearest: {nearest}"
+                    f"{where}: its {name} {value} is not divided by {axes}: {devices}; nearest: {nearest}"
                 )
         limit = row_limit(found.config)
         if limit is not None and longest > limit:

@@ -25,7 +25,7 @@ from jaxrlhf.types import Batch, TrainState
 from tests import tiny
 
 ALONE = (1, 1, 1)
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 2, 2)]  # data, fsdp, tensor, slices
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 2, 2), (1, 8, 1, 1, 4)]  # data, fsdp, tensor, slices, decode
 Shape = tuple[int, ...] | int  # of a mesh, or the devices of a pmap
 ITERATIONS = 5
 
@@ -58,7 +58,7 @@ CASES = {"plain": PLAIN, "odd": ODD, "groups": GROUPS, "nine": NINE, "wide": WID
 def mesh_of(shape: Shape):
     if isinstance(shape, int):
         return make_mesh(MeshConfig(style="pmap"), jax.devices()[:shape])
-    return make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    return make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape[:4]))])
 
 
 def program_of(recipe: steps.Recipe, mesh, state: TrainState, batch: Batch):
@@ -128,6 +128,7 @@ def test_noise_has_the_same_bits(shape):
 
 RUNS = [(shape, "plain") for shape in MESHES]
 RUNS += [((2, 2, 2), name) for name in ("odd", "groups", "nine", "wide")]
+RUNS += [((1, 4, 2, 1, 2), name) for name in ("groups", "odd")]
 MAPPED = [(8, "plain"), (8, "groups"), (4, "odd")]
 
 
@@ -162,24 +163,27 @@ def test_nothing_is_compiled_twice(shape, which):
         assert not before.shape or before.sharding == after.sharding
 
 
+FSDP = ("fsdp", "decode")
+
+
 def table(kv_axis: str | None, axis: str | None = "tensor") -> dict:
     """Where the weights of a model with a scalar head live, by hand."""
-    norm = {"scale": P(None, "fsdp")}
-    up = {"kernel": P(None, "fsdp", "tensor")}
+    norm = {"scale": P(None, FSDP)}
+    up = {"kernel": P(None, FSDP, "tensor")}
     return {
-        "embed": {"tokens": {"embedding": P("tensor", "fsdp")}},
+        "embed": {"tokens": {"embedding": P("tensor", FSDP)}},
         "layers": {
             "attention": {
                 "norm": norm,
-                "query": {"kernel": P(None, "fsdp", axis, None)},
-                "key": {"kernel": P(None, "fsdp", kv_axis, None)},
-                "value": {"kernel": P(None, "fsdp", kv_axis, None)},
-                "out": {"kernel": P(None, axis, None, "fsdp")},
+                "query": {"kernel": P(None, FSDP, axis, None)},
+                "key": {"kernel": P(None, FSDP, kv_axis, None)},
+                "value": {"kernel": P(None, FSDP, kv_axis, None)},
+                "out": {"kernel": P(None, axis, None, FSDP)},
             },
-            "mlp": {"norm": norm, "up": up, "gate": up, "down": {"kernel": P(None, "tensor", "fsdp")}},
+            "mlp": {"norm": norm, "up": up, "gate": up, "down": {"kernel": P(None, "tensor", FSDP)}},
         },
-        "final_norm": {"scale": P("fsdp")},
-        "head": {"kernel": P("fsdp", None), "bias": P(None)},
+        "final_norm": {"scale": P(FSDP)},
+        "head": {"kernel": P(FSDP, None), "bias": P(None)},
     }
 
 
@@ -208,12 +212,12 @@ def test_weights_and_moments_are_where_the_table_says(shape, which, kv_axis, axi
 
 def check_layout(tree, expected, shape: tuple[int, ...]):
     """Specs, and what a device really holds."""
-    sizes = dict(zip(("data", "fsdp", "tensor", "slice"), shape))
+    sizes = {None: 1, FSDP: shape[1], "tensor": shape[2]}
 
     def one(leaf, spec):
         padded = (*leaf.sharding.spec, *(None,) * (len(leaf.shape) - len(leaf.sharding.spec)))
         assert P(*padded) == spec
-        held = tuple(size // sizes.get(axis, 1) for size, axis in zip(leaf.shape, spec))
+        held = tuple(size // sizes[axis] for size, axis in zip(leaf.shape, spec))
         assert leaf.sharding.shard_shape(leaf.shape) == held
 
     jax.tree.map(one, tree, expected)
@@ -222,6 +226,6 @@ def check_layout(tree, expected, shape: tuple[int, ...]):
 @pytest.mark.parametrize("shape", MESHES)
 def test_rows_of_a_batch_are_split(shape):
     found = ran(shape, "plain")
-    shards = int(np.prod(shape)) // shape[2]
-    assert found.sequences.spec[0] == ("slice", "data", "fsdp") and not any(found.sequences.spec[1:])
+    shards = int(np.prod(shape[:4])) // shape[2]
+    assert found.sequences.spec[0] == ("slice", "data", "fsdp", "decode") and not any(found.sequences.spec[1:])
     assert found.sequences.shard_shape(found.tokens[0].shape)[0] == 16 // shards

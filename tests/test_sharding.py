@@ -16,13 +16,14 @@ from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape
 @pytest.mark.parametrize(
     ("cfg", "devices", "shape"),
     [
-        (MeshConfig(), 1, (1, 1, 1, 1)),
-        (MeshConfig(), 8, (1, 8, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 2)),
-        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 1, 4, 2)),
-        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (1, 2, 3, 1)),
-        (MeshConfig(slices=2, fsdp=2), 8, (2, 2, 2, 1)),
-        (MeshConfig(style="pmap"), 8, (1, 8, 1, 1)),
+        (MeshConfig(), 1, (1, 1, 1, 1, 1)),
+        (MeshConfig(), 8, (1, 8, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 1, 2)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 1, 4, 1, 2)),
+        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (1, 2, 3, 1, 1)),
+        (MeshConfig(slices=2, fsdp=2), 8, (2, 2, 2, 1, 1)),
+        (MeshConfig(data=1, fsdp=4, tensor=2, decode=2), 8, (1, 1, 2, 2, 2)),
+        (MeshConfig(style="pmap"), 8, (1, 8, 1, 1, 1)),
     ],
 )
 def test_mesh_shape(cfg, devices, shape):
@@ -40,6 +41,7 @@ def test_mesh_shape(cfg, devices, shape):
         (MeshConfig(fsdp=-2), 8, ["fsdp=-2", "positive"]),
         (MeshConfig(slices=-1, data=8), 8, ["slices=-1", "positive"]),
         (MeshConfig(slices=3), 8, ["slices=3, data=-1", "needs 3 devices", "divides into the 8"]),
+        (MeshConfig(fsdp=4, decode=3, data=2), 8, ["mesh.decode: 3: expected a divisor of fsdp=4", "nearest: 1"]),
         (MeshConfig(fsdp=2, style="pmap"), 8, ["data=-1, fsdp=2", "style pmap splits rows only", "style: mesh"]),
         (MeshConfig(slices=2, style="pmap"), 8, ["slices=2", "style pmap splits rows only"]),
     ],
@@ -48,7 +50,7 @@ def test_a_mesh_that_does_not_fit_is_one_line(cfg, devices, words):
     with pytest.raises(ValueError) as caught:
         mesh_shape(cfg, devices)
     message = str(caught.value)
-    assert message.startswith("mesh: ") and "\n" not in message
+    assert message.startswith(("mesh: ", "mesh.decode: ")) and "\n" not in message
     for word in words:
         assert word in message
 
@@ -57,7 +59,7 @@ def test_a_mesh_is_explicit_and_in_the_order_of_the_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Explicit}
     assert [device.id for device in mesh.devices.flat] == list(range(8))
-    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (1, 3, 1, 1)
+    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (1, 3, 1, 1, 1)
     assert sharding.batch_shards(mesh) == 4  # rows go over data and fsdp
     assert sharding.batch_shards(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))) == 4
     assert sharding.batch_shards(make_mesh(MeshConfig(tensor=8))) == 1
@@ -108,9 +110,9 @@ def test_across_sums_over_devices_under_pmap_only():
 
 
 def test_partition_is_the_table():
-    assert sharding.partition(("batch", "seq", None)) == PartitionSpec(("slice", "data", "fsdp"), None, None)
+    assert sharding.partition(("batch", "seq", None)) == PartitionSpec(("slice", "data", "fsdp", "decode"), None, None)
     assert sharding.partition(("layers", "embed", "kv_heads", "head_dim")) == PartitionSpec(
-        None, "fsdp", "tensor", None
+        None, ("fsdp", "decode"), "tensor", None
     )
     with pytest.raises(KeyError, match="colour"):
         sharding.partition(("colour",))
@@ -128,7 +130,9 @@ def test_under_a_mesh_rows_are_split():
     x = np.arange(16.0).reshape(8, 2)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         split = sharding.constrain(jnp.asarray(x), "batch", None)
-        assert sharding.explicit() and jax.typeof(split).sharding.spec == PartitionSpec(("slice", "data", "fsdp"), None)
+        assert sharding.explicit() and jax.typeof(split).sharding.spec == PartitionSpec(
+            ("slice", "data", "fsdp", "decode"), None
+        )
         assert {shard.data.shape for shard in split.addressable_shards} == {(2, 2)}
         np.testing.assert_array_equal(split, x)
         with pytest.raises(Exception, match="5"):  # 5 rows on 4 shards: refused, not padded
@@ -142,5 +146,5 @@ def test_concrete_puts_abstract_layouts_on_the_mesh():
             lambda: {"w": sharding.constrain(jnp.ones((4, 8)), "embed", "mlp"), "n": jnp.int32(0)}
         )
     found = sharding.concrete(abstract, mesh)
-    assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec(("fsdp", "decode"), "tensor")
     assert found["n"].sharding.spec == PartitionSpec() and found["n"].dtype == jnp.int32

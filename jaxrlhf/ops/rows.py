@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import DEVICES, mapped, spec
+from jaxrlhf.sharding import DEVICES, constrain, mapped, spec
 from jaxrlhf.types import Array
 
 
@@ -15,6 +15,11 @@ def shuffle(tree, key: Array):
         return x.at[order].get(out_sharding=spec("batch", *(None,) * (x.ndim - 1)))
 
     return jax.tree.map(one, tree)
+
+
+def lay_rows(tree):
+    """The rows over devices as the rules in use split a batch."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
 
 
 def gather_rows(tree):

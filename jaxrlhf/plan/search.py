@@ -82,7 +82,7 @@ def meshes(drawn: Blueprint, num_devices: int) -> Iterator[MeshConfig]:
     """Every way to lay the devices that divides all models; copies of all weights (data) last."""
     shapes = drawn.configs.values()
     fits = lambda axis, size: all(
-        getattr(shape, name) % size == 0 for shape in shapes for name, on in SPLIT if on == axis
+        getattr(shape, name) % size == 0 for shape in shapes for name, on in SPLIT.items() if axis in on
     )
     for tensor, data in itertools.product(divisors(num_devices), repeat=2):
         if num_devices % (tensor * data) or tensor > 64:
