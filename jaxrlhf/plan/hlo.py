@@ -139,6 +139,8 @@ def merge_channels(
             group = group_size(line.rest)
             if kind == "reduce-scatter":
                 size *= group
+            if name.startswith("all-reduce-scatter"):  # a fusion of XLA:TPU, which keeps a part of the sum only
+                kind = "reduce-scatter"
             steps = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0}.get(kind, (group - 1) / group)
             times = runs[name]
             one = Collective(kind, times, size * times, int(size * steps) * times, name in unknown)
@@ -172,7 +174,7 @@ def group_size(attributes: str) -> int:
         return len(listed.group(1).split(","))
     if iota := re.search(r"replica_groups=\[[\d,]*?(\d+)\]<=", attributes):
         return int(iota.group(1))
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}", attributes):
         axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
         return math.prod(int(axes[name]) for name in re.findall(r"'(\w+)'", mesh.group(2)))
     return 2  # of a permutation: each device receives from one other

@@ -34,9 +34,9 @@ class Memory(NamedTuple):
 
 def stored(cfg: ModelConfig, head: Head, setup: Setup) -> int:
     """Elements of a model's weights that one device stores."""
-    fsdp, total = setup.mesh["fsdp"], 0
+    fsdp, total = setup.fsdp, 0
     for leaf in leaves(parameter_table(cfg, head)).values():
-        size = math.prod(local(leaf, setup.mesh["tensor"]).values())
+        size = math.prod(local(leaf, setup.tensor).values())
         total += size // fsdp if "embed" in leaf.axes else size
     return total
 
@@ -57,29 +57,30 @@ def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
 
 def rollout_of(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """Weights in decoding's layout, the cache of all rows, the logits of one token; or the prompts being read."""
+    setup = setup.decoding()
     rows = one.rows * one.copies / setup.shards
-    _, kv = heads_here(cfg, setup.mesh["tensor"])
-    weights = held(cfg, "lm", setup.mesh["tensor"]) * setup.compute
+    _, kv = heads_here(cfg, setup.tensor)
+    weights = held(cfg, "lm", setup.tensor) * setup.compute
     cache = rows * (one.columns + one.read) * 2 * kv * cfg.head_dim * cfg.num_layers * setup.compute
     return weights + cache + max(2 * rows * padded_vocab(cfg) * 4, layer_activations(one, cfg, setup))
 
 
 def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
     """One pass without a gradient: a layer's activations and weights, the embedding, the head's weights and logits."""
-    tensor = setup.mesh["tensor"]
+    tensor = setup.tensor
     layer = sum(weight.size / weight.layers for weight in matrices(cfg, head, tensor)[:-1]) * setup.compute
     ends = sum(
         math.prod(local(leaf, tensor).values())
         for leaf in leaves(parameter_table(cfg, head)).values()
         if "layers" not in leaf.axes
     )
-    chunk = min(STORED_LOGITS, one.rows * one.read * padded_vocab(cfg)) / setup.shards / tensor * 4 * 2
+    chunk = min(STORED_LOGITS, one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor) * 4 * 2
     return layer_activations(one, cfg, setup) + 2 * layer + ends * setup.compute + (chunk if head == "lm" else 0)
 
 
 def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys."""
-    tensor, tokens = setup.mesh["tensor"], one.rows / setup.shards * one.columns
+    tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
     heads, _ = heads_here(cfg, tensor)
     wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", tensor)[:-1])
     pairs = tokens * one.columns * heads * (4 + setup.compute) if setup.stored_attention else 0
@@ -88,7 +89,7 @@ def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
 
 def kept(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """What a forward pass keeps for its backward pass, of all layers."""
-    tensor, tokens = setup.mesh["tensor"], one.rows / setup.shards * one.columns
+    tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
     heads, _ = heads_here(cfg, tensor)
     inside = matrices(cfg, "lm", tensor)[:-1]
     wide = sum(weight.outputs for weight in inside)
