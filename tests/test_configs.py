@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 import pytest
 
 from jaxrlhf import build
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config import Config, RoleConfig, dump, load
+from jaxrlhf.config import Config, dump, load, roles_of
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
-from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.plan import shapes
+from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests import runs
 
 FILES = sorted((runs.ROOT / "configs").rglob("*.yaml"))
@@ -51,44 +53,30 @@ def test_what_it_starts_from_is_made_by_another_config_or_comes_from_elsewhere(p
             assert ORIGINS[model.init_from].run_dir != CONFIGS[path].run_dir
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    """A small tokenizer in the place of each config's own, which would need its data."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizers.save_tokenizer(tokenizers.train_bpe(["the film is warm"] * 5, 300), str(folder))
-    return folder
+@pytest.fixture
+def offline(monkeypatch):
+    """No hub: shapes of its models come from the table."""
 
-
-def from_scratch(cfg: Config, run_dir: Path, tokenizer: Path) -> Config:
-    """The config with the shapes that its models will have, in the place of runs that are not there yet."""
-    models = {role: RoleConfig(architecture=shape_of(cfg, role)) for role in cfg.models}
-    named = dataclasses.replace(cfg.tokenizer, init_from=str(tokenizer), train_vocab_size=None)
-    return dataclasses.replace(cfg, run_dir=str(run_dir), models=models, tokenizer=named)
-
-
-def shape_of(cfg: Config, role: str):
-    """The architecture at the end of the chain of configs."""
-    start = build.origin(cfg, role)
-    if start.architecture:
-        return start.architecture
-    if start.init_from not in ORIGINS:
-        pytest.skip(f"models.{role}.init_from: {start.init_from} is made by no config here")
-    made = ORIGINS[start.init_from]
-    base = build.base_role(cfg, role)
-    return shape_of(made, base if base in made.models else "policy")
+    monkeypatch.setattr(shapes, "on_the_hub", lambda name: None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
-def test_its_abstract_state_builds(path, tmp_path, tokenizer):
-    cfg = from_scratch(CONFIGS[path], tmp_path / "run", tokenizer)
-    ready = build.build(cfg, jax.devices()[:1])
-    with jax.set_mesh(ready.mesh):
-        state = build.abstract_state(ready)
-    trained, slow = ready.algorithm.roles(cfg.algorithm)
+def test_its_abstract_state_builds(path, offline):
+    """From the shapes that its models will have, which other configs make or the table knows; gguf: is a file's."""
+    cfg = dataclasses.replace(CONFIGS[path], mesh=MeshConfig())
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+    if path.parent.name == "smollm2":
+        with pytest.raises(ConfigError, match=r"SmolLM2-135M.*no folder, no run"):
+            blueprint(cfg, mesh, ORIGINS)
+        return
+    drawn, _ = blueprint(cfg, mesh, ORIGINS)
+    with jax.set_mesh(mesh):
+        state = build.abstract_state(drawn)
+    trained, slow = roles_of(cfg)
     assert (state.params.keys(), state.slow.keys()) == (trained.keys(), slow.keys())
     assert state.opt_state.keys() == trained.keys()
     for role, tree in {**state.params, **state.slow}.items():
-        shape = ready.configs[role]
+        shape = drawn.configs[role]
         rows = (padded_vocab(shape), shape.hidden_size)
         assert tree["embed"]["tokens"]["embedding"].shape == rows, role
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))

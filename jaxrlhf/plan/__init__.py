@@ -103,11 +103,11 @@ def plan(
     )
     if made.fits:
         return made
-    found = candidates(drawn, passes, where.chip, len(where.devices), made.available)
-    return made._replace(advice=confirm(found, drawn, compiling))
+    found = candidates(drawn, passes, where, made.available)
+    return made._replace(advice=confirm(found, drawn, where, compiling))
 
 
-def confirm(found: list[Candidate], drawn: Blueprint, compiling: bool) -> Advice | None:
+def confirm(found: list[Candidate], drawn: Blueprint, where: Slice, compiling: bool) -> Advice | None:
     """The first of the settings that XLA agrees fits; the first of all where nothing is compiled, None where none does.
 
     After one that XLA refuses come those that are estimated to need a quarter less."""
@@ -116,8 +116,8 @@ def confirm(found: list[Candidate], drawn: Blueprint, compiling: bool) -> Advice
         best = found[0]
         if not compiling:
             return Advice(best, None)
-        mesh = make_mesh(best.cfg.mesh, list(drawn.mesh.devices.flat))
-        programs = compile_largest(draw(best.cfg, mesh, drawn.weights, drawn.sampler))
+        again = draw(best.cfg, make_mesh(best.cfg.mesh, where.devices), drawn.weights, drawn.sampler)
+        programs = compile_largest(again)
         if not isinstance(programs, TooBig):
             return Advice(best, programs)
         tried += 1

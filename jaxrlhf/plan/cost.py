@@ -14,6 +14,7 @@ Every response is taken to be generate.max_new_tokens long: what stops early is 
 slowest of the three would take alone at its peak, and phases follow each other: a bound, which nothing reaches.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -130,7 +131,8 @@ def local(leaf: Leaf, tensor: int) -> dict[str, int]:
     return {name: size // tensor if split(name, size) else size for name, size in zip(leaf.axes, leaf.shape)}
 
 
-def matrices(cfg: ModelConfig, head: Head, tensor: int) -> list[Weight]:
+@functools.cache
+def matrices(cfg: ModelConfig, head: Head, tensor: int) -> tuple[Weight, ...]:
     """All that tokens are multiplied with, the head last."""
     found, table = [], leaves(parameter_table(cfg, head))
     for name, leaf in table.items():
@@ -146,9 +148,10 @@ def matrices(cfg: ModelConfig, head: Head, tensor: int) -> list[Weight]:
     if head == "lm" and cfg.tie_embeddings:
         rows = local(table["embed.tokens.embedding"], tensor)["vocab"]
         found.append(Weight(rows * cfg.hidden_size, cfg.hidden_size, rows, 1))
-    return found
+    return tuple(found)
 
 
+@functools.cache
 def held(cfg: ModelConfig, head: Head, tensor: int) -> int:
     """Elements of all weights on one device, gathered over fsdp."""
     return sum(math.prod(local(leaf, tensor).values()) for leaf in leaves(parameter_table(cfg, head)).values())

@@ -5,6 +5,7 @@ laid out for decoding, the cache), those of scoring all rows at once, and an upd
 keeps for the backward pass). The compiler knows better: a plan is what it says, and the search ends with it.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -32,24 +33,33 @@ class Memory(NamedTuple):
         return self.arguments + max(self.rollout, self.scoring, self.update)
 
 
-def stored(cfg: ModelConfig, head: Head, setup: Setup) -> int:
+@functools.cache
+def stored(cfg: ModelConfig, head: Head, fsdp: int, tensor: int) -> int:
     """Elements of a model's weights that one device stores."""
-    fsdp, total = setup.fsdp, 0
+    total = 0
     for leaf in leaves(parameter_table(cfg, head)).values():
-        size = math.prod(local(leaf, setup.tensor).values())
+        size = math.prod(local(leaf, tensor).values())
         total += size // fsdp if "embed" in leaf.axes else size
     return total
 
 
+@functools.cache
+def outside(cfg: ModelConfig, head: Head, tensor: int) -> int:
+    """Elements of the weights that stand in no layer, on one device, gathered over fsdp."""
+    table = leaves(parameter_table(cfg, head)).values()
+    return sum(math.prod(local(leaf, tensor).values()) for leaf in table if "layers" not in leaf.axes)
+
+
 def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
     """The memory that the iteration of ``passes`` needs on one device."""
+    shards = setup.fsdp, setup.tensor
     arguments = sum(
-        stored(*model, setup) * (setup.params + setup.moments.get(role, 0)) for role, model in models.items()
+        stored(*model, *shards) * (setup.params + setup.moments.get(role, 0)) for role, model in models.items()
     )
     rollout = max((rollout_of(one, models[one.role][0], setup) for one in passes.rollout), default=0.0)
     scoring = max((working(one, *models[one.role], setup) for one in passes.prepare), default=0.0)
     copies = 2 if passes.micros > 1 else 1
-    gradients = copies * sum(stored(*models[role], setup) for role in setup.moments) * setup.params
+    gradients = copies * sum(stored(*models[role], *shards) for role in setup.moments) * setup.params
     saved = sum(kept(one, models[one.role][0], setup) for one in passes.micro if one.role in setup.moments)
     busy = max((working(one, *models[one.role], setup) for one in passes.micro), default=0.0)
     return Memory(arguments, rollout, scoring, gradients + saved + 2 * busy)
@@ -69,13 +79,13 @@ def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
     """One pass without a gradient: a layer's activations and weights, the embedding, the head's weights and logits."""
     tensor = setup.tensor
     layer = sum(weight.size / weight.layers for weight in matrices(cfg, head, tensor)[:-1]) * setup.compute
-    ends = sum(
-        math.prod(local(leaf, tensor).values())
-        for leaf in leaves(parameter_table(cfg, head)).values()
-        if "layers" not in leaf.axes
-    )
     chunk = min(STORED_LOGITS, one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor) * 4 * 2
-    return layer_activations(one, cfg, setup) + 2 * layer + ends * setup.compute + (chunk if head == "lm" else 0)
+    return (
+        layer_activations(one, cfg, setup)
+        + 2 * layer
+        + outside(cfg, head, tensor) * setup.compute
+        + (chunk if head == "lm" else 0)
+    )
 
 
 def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:

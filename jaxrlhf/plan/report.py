@@ -93,7 +93,7 @@ def phase_table(plan: Plan) -> Table:
     table = Table("at best", "TFLOP", "HBM GB", "network GB", "seconds", "bound by", title="one iteration, a device")
     for one in plan.phases:
         flops, hbm, ici = one.phase.work
-        numbers = (f"{flops / 1e12:,.3f}", f"{hbm / 1e9:,.3f}", f"{ici / 1e9:,.3f}", f"{one.seconds:.4f}")
+        numbers = (f"{flops / 1e12:,.3f}", f"{hbm / 1e9:,.3f}", f"{ici / 1e9:,.3f}", f"{one.seconds:.3g}")
         table.add_row(one.phase.name, *numbers, one.bound)
     return table
 
@@ -111,10 +111,11 @@ def verdict(plan: Plan) -> str:
 
 def speed(plan: Plan) -> str:
     low, high = reached()
+    between = "; traffic between slices is counted as if within one" if plan.slice.slices > 1 else ""
     return (
-        f"an iteration takes {plan.seconds:.2f} s at best, {plan.mfu:.1%} of the peak; published training steps reach "
+        f"an iteration takes {plan.seconds:.3g} s at best, {plan.mfu:.1%} of the peak; published training steps reach "
         f"{low:.2f} to {high:.2f} of such a bound (jaxrlhf plan --calibration): "
-        f"expect {plan.seconds / high:.1f} to {plan.seconds / low:.1f} s"
+        f"expect {plan.seconds / high:.3g} to {plan.seconds / low:.3g} s{between}"
     )
 
 
@@ -129,7 +130,7 @@ def advice_lines(plan: Plan) -> list[str]:
         found = f"estimated at {gib(best.memory.peak * each)} GiB a chip, not compiled"
     else:
         found = f"compiled: {gib(max(one.peak for one in plan.advice.programs) * each)} GiB a chip"
-    return [f"this fits ({found}), an iteration then takes {best.seconds:.2f} s at best:", " ".join(best.overrides)]
+    return [f"this fits ({found}), an iteration then takes {best.seconds:.3g} s at best:", " ".join(best.overrides)]
 
 
 def print_calibration() -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxrlhf.build import Blueprint
-from jaxrlhf.chips import Chip
 from jaxrlhf.config import Config
 from jaxrlhf.config_batch import num_micro, rows_of, updates_of
 from jaxrlhf.config_check import SPLIT, check, divisors
@@ -18,6 +17,7 @@ from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.calls import Passes
 from jaxrlhf.plan.cost import BYTES, Setup, phases, timed
 from jaxrlhf.plan.memory import Memory, estimate
+from jaxrlhf.plan.topology import Slice
 from jaxrlhf.sharding import AXES, MeshConfig, mesh_shape
 
 ROOM = 0.9  # of the memory that there is: estimates are no better
@@ -40,18 +40,18 @@ def setup_of(cfg: Config, num_devices: int, roles) -> Setup:
     return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat)
 
 
-def candidates(drawn: Blueprint, passes: Passes, chip: Chip, num_devices: int, available: float) -> list[Candidate]:
+def candidates(drawn: Blueprint, passes: Passes, where: Slice, available: float) -> list[Candidate]:
     """Settings that should fit into ``available`` bytes a device: first those that leave number formats as they are,
     and of equals the fastest."""
     found = []
-    models = {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
-    for price, cfg in settings(drawn, num_devices):
+    num_devices, models = len(where.devices), {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
+    for price, cfg in settings(drawn, num_devices, where.slices):
         setup = setup_of(cfg, num_devices, drawn.recipe.optimizers)
         mine = with_micro(passes, num_micro(cfg))
         memory = estimate(mine, models, setup)
         if memory.peak > ROOM * available:
             continue
-        seconds = sum(timed(phase, chip).seconds for phase in phases(mine, models, setup))
+        seconds = sum(timed(phase, where.chip, where.devices_per_chip).seconds for phase in phases(mine, models, setup))
         overrides = differences(drawn.cfg, cfg)
         found.append((price, seconds, len(overrides), Candidate(cfg, overrides, memory, seconds)))
     return [candidate for *_, candidate in sorted(found, key=lambda row: row[:3])]
@@ -63,11 +63,11 @@ def with_micro(passes: Passes, micros: int) -> Passes:
     return passes._replace(micro=micro, micros=micros)
 
 
-def settings(drawn: Blueprint, num_devices: int) -> Iterator[tuple[int, Config]]:
+def settings(drawn: Blueprint, num_devices: int, slices: int = 1) -> Iterator[tuple[int, Config]]:
     """(how much numbers change: 0 not at all, the settings) of everything that passes the checks of a config."""
     cfg = drawn.cfg
     minibatch = next(iter(rows_of(cfg).values())) // updates_of(cfg)[1]
-    for mesh, remat in itertools.product(meshes(drawn, num_devices), ("none", "dots", "full")):
+    for mesh, remat in itertools.product(meshes(drawn, num_devices, slices), ("none", "dots", "full")):
         for micro in [minibatch, *(size for size in divisors(minibatch) if size < minibatch)]:
             batch = dataclasses.replace(cfg.batch, micro_batch_size=None if micro == minibatch else micro)
             one = dataclasses.replace(cfg, mesh=mesh, remat=remat, batch=batch)
@@ -78,13 +78,12 @@ def settings(drawn: Blueprint, num_devices: int) -> Iterator[tuple[int, Config]]
             yield from enumerate(cheaper(one))
 
 
-def meshes(drawn: Blueprint, num_devices: int) -> Iterator[MeshConfig]:
-    """Every way to lay the devices that divides all models; copies of all weights (data) last."""
+def meshes(drawn: Blueprint, num_devices: int, slices: int) -> Iterator[MeshConfig]:
+    """Every way to lay the devices that divides all models and keeps slices along data."""
     shapes = drawn.configs.values()
     fits = lambda axis, size: all(
         getattr(shape, name) % size == 0 for shape in shapes for name, on in SPLIT.items() if axis in on
     )
-    slices = drawn.cfg.mesh.slices
     each = num_devices // slices
     for tensor, data, decode in itertools.product(divisors(each), divisors(each), (1, 2, 4, 8, 16)):
         if each % (tensor * data * decode) or tensor * decode > 64:

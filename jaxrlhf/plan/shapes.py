@@ -1,7 +1,8 @@
 """The shapes of a run's models without their weights: from what is here, or from what is known of what is not."""
 
+import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -17,6 +18,7 @@ from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.types import Role
 
 HUB_SECONDS = 5  # for the hub to answer
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Found(NamedTuple):
@@ -77,9 +79,8 @@ def shape_of(name: str) -> Found | None:
         return shape_of_gguf(name)
     if epath.Path(name).expanduser().is_dir():
         return Found(hf_config.read_config(epath.Path(name).expanduser())[0], name)
-    if (file := on_the_hub(name)) is not None:
-        raw = hf_folder.read_json(file.parent, file.name) or {}
-        return Found(hf_config.parse_config(raw, str(file))[0], f"{name}, config.json of the hub")
+    if (raw := on_the_hub(name)) is not None:
+        return Found(hf_config.parse_config(raw, f"{name}/config.json")[0], f"{name}, config.json of the hub")
     known = published(name)
     return known and Found(known, f"{name}, published shape (no cache, no hub)")
 
@@ -93,14 +94,25 @@ def shape_of_gguf(name: str) -> Found | None:
         raise
 
 
-def on_the_hub(name: str) -> epath.Path | None:
-    """config.json of a model of the hub, from the cache or downloaded; None where it can't be had."""
+def on_the_hub(name: str) -> dict[str, Any] | None:
+    """config.json of a model of the hub, from the cache or fetched (once, without retries); None where it can't be had.
+
+    What comes next is the table, so every failure is one: offline, gated, no such model, no name of a model."""
+    if not HUB_NAME.fullmatch(name):
+        return None
     import huggingface_hub
 
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(cached, str):
+        return hf_folder.read_json(epath.Path(cached).parent, "config.json")
     try:
-        return epath.Path(huggingface_hub.hf_hub_download(name, "config.json", etag_timeout=HUB_SECONDS))
-    except Exception:  # of many kinds: offline, gated, no such model, no name of a model; the table is asked next
+        session, url = huggingface_hub.get_session(), huggingface_hub.hf_hub_url(name, "config.json")
+        headers = huggingface_hub.utils.build_hf_headers()
+        answer = session.get(url, headers=headers, timeout=HUB_SECONDS, follow_redirects=True)
+        found = answer.json() if answer.status_code == 200 else None
+    except Exception:
         return None
+    return found if isinstance(found, dict) else None
 
 
 def vocabulary(cfg: Config, beside: Mapping[str, Config]) -> int:

@@ -1,0 +1,203 @@
+"""The counts against numbers worked out by hand for a tiny model, and what an algorithm asks of its networks."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxrlhf.chips import CHIPS
+from jaxrlhf.config import Config, parse
+from jaxrlhf.feed import batch_shapes
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.plan import cost
+from jaxrlhf.plan.calibration import STEPS, calibrate, reached
+from jaxrlhf.plan.calls import Pass, Passes, passes_of
+from jaxrlhf.plan.cost import Phase, Setup, Work, phases, timed
+from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.sharding import make_mesh
+
+ALONE = {"data": 1, "fsdp": 1, "tensor": 1}
+# a layer: query 8x8, key and value 8x4, out 8x8, up, gate and down 8x16; so 64 + 64 + 64 + 384 = 576 elements
+MODEL = resolve(
+    ModelConfig(vocab_size=64, hidden_size=8, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=16, max_positions=64)
+)
+LAYER, NORMS, EMBED = 64 + 2 * 32 + 64 + 3 * 128, 2 * 8, 64 * 8
+ALL = 2 * (LAYER + NORMS) + 8 + EMBED  # of the language model, whose embedding is its head
+
+
+# ---- by hand --------------------------------------------------------------------------------------------------------
+
+
+def test_flops_of_a_forward_pass():
+    """3 rows of 5 tokens, logits of the last 2 of each: 2 FLOPs a token and element; attention 4 S^2 H K a layer."""
+    work = cost.forward(MODEL, "lm", 3, 5, 2, Setup(ALONE))
+    assert work.flops == 2 * 15 * 2 * LAYER + 2 * 3 * 4 * 25 * 4 * 2 + 2 * 6 * EMBED
+    scores = cost.forward(MODEL, "scalar", 3, 5, 5, Setup(ALONE))
+    assert scores.flops == 2 * 15 * 2 * LAYER + 2 * 3 * 4 * 25 * 4 * 2 + 2 * 15 * 8
+    assert cost.backward(MODEL, "lm", 3, 5, 2, Setup(ALONE)).flops == 2 * work.flops
+
+
+def test_traffic_of_a_forward_pass():
+    """Features that go in and out of each product, 6 a layer for norms and residuals; the weights; softmax; logits."""
+    moved = 2 * ((8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16)) + 6 * 2 * 8
+    pairs = 3 * 25 * 4 * 2
+    head = 6 * (8 * 2 + 2 * 4 * 64)
+    work = cost.forward(MODEL, "lm", 3, 5, 2, Setup(ALONE))
+    assert work.hbm == 15 * moved * 2 + pairs * 12 + ALL * 4 + head
+    assert work.ici == 0
+    kernel = cost.forward(MODEL, "lm", 3, 5, 2, Setup(ALONE, stored_attention=False))
+    assert work.hbm - kernel.hbm == pairs * 12
+
+
+def test_a_decode_step_reads_all_weights_and_the_whole_cache():
+    work = cost.decode_step(MODEL, rows=3, columns=10, setup=Setup(ALONE))
+    weights = 2 * LAYER + EMBED
+    assert work.flops == 2 * 3 * weights + 4 * 3 * 10 * 4 * 2 * 2
+    assert work.hbm == weights * 2 + 3 * 10 * 2 * 2 * 2 * 2 * 2 + 3 * 3 * 64 * 4
+
+
+def test_fsdp_gathers_weights_and_scatters_gradients():
+    """4 devices: each receives three quarters of every weight in bfloat16, once forward and once backward, and as much
+    of the gradients."""
+    setup = Setup({**ALONE, "fsdp": 4})
+    forward, backward = (f(MODEL, "lm", 4, 5, 2, setup) for f in (cost.forward, cost.backward))
+    assert forward.ici == ALL * 2 * 3 / 4
+    assert backward.ici == 2 * ALL * 2 * 3 / 4
+    assert forward.flops == cost.forward(MODEL, "lm", 1, 5, 2, Setup(ALONE)).flops
+
+
+def test_tensor_splits_products_and_sums_activations():
+    """Heads, mlp and vocabulary in halves; two sums a layer of 15 tokens x 8 features, each sent twice by halves."""
+    setup = Setup({**ALONE, "tensor": 2})
+    work = cost.forward(MODEL, "lm", 3, 5, 2, setup)
+    assert work.flops == cost.forward(MODEL, "lm", 3, 5, 2, Setup(ALONE)).flops / 2
+    assert work.ici == 2 * 2 * 15 * 8 * 2 * 2 * 1 / 2
+
+
+def test_heads_that_tensor_does_not_divide():
+    one = resolve(dataclasses.replace(MODEL, num_heads=4, num_kv_heads=1))
+    assert cost.heads_here(one, 2) == (2, 2)  # the one key-value head is repeated for each of 4, of which 2 are here
+    assert cost.heads_here(resolve(dataclasses.replace(MODEL, num_heads=3, num_kv_heads=3, head_dim=4)), 2) == (3, 3)
+
+
+def test_adam_reads_and_writes_weights_gradient_and_moments():
+    assert cost.optimizer(MODEL, "lm", 8, Setup(ALONE)).hbm == ALL * 2 * (4 + 4 + 8)
+    assert cost.optimizer(MODEL, "lm", 4, Setup(ALONE, params=2)).hbm == ALL * 2 * (2 + 2 + 4)
+
+
+@pytest.mark.parametrize("remat, layers", [("none", 0), ("full", 1), ("dots", None)])
+def test_recomputation(remat, layers):
+    setup = Setup(ALONE, remat=remat)
+    head, attention = 2 * 6 * EMBED, 2 * 3 * 4 * 25 * 4 * 2
+    expected = head + (attention if layers is None else layers * (2 * 15 * 2 * LAYER + attention))
+    assert cost.recomputed(MODEL, "lm", 3, 5, 2, setup).flops == expected
+
+
+def test_many_chunks_sum_the_head_s_gradient_many_times(monkeypatch):
+    setup = Setup({**ALONE, "fsdp": 4})
+    once = cost.backward(MODEL, "lm", 4, 5, 4, setup).ici
+    monkeypatch.setattr(cost, "STORED_LOGITS", 64)  # one row's logits of one token
+    assert cost.chunks(MODEL, 4, 4, setup) == 4
+    assert cost.backward(MODEL, "lm", 4, 5, 4, setup).ici - once == 3 * 2 * EMBED * 2 * 3 / 4
+
+
+def test_the_roofline_is_the_slowest_of_three():
+    chip = CHIPS["v5e"]
+    work = Work(flops=chip.flops, hbm=3 * chip.bandwidth, ici=2 * chip.ici)
+    assert timed(Phase("x", work, 0), chip)[1:] == (3.0, "HBM")
+    assert timed(Phase("x", work._replace(ici=4 * chip.ici), 0), chip)[1:] == (4.0, "network")
+    assert timed(Phase("x", Work(chip.flops), 0), chip, devices_per_chip=2)[1:] == (2.0, "compute")
+
+
+# ---- an iteration ---------------------------------------------------------------------------------------------------
+
+PPO = """
+run_dir: nowhere
+iterations: 1
+algorithm: {name: ppo, num_epochs: 2, num_minibatches: 2}
+models:
+  policy: {architecture: {vocab_size: 64, hidden_size: 8, num_layers: 2, num_heads: 4, num_kv_heads: 2, mlp_size: 16}}
+  reward: {init_from: policy}
+tokenizer: {init_from: somewhere}
+data: {prompts: {path: p.jsonl}, prompt_buckets: [4, 6]}
+batch: {prompts_per_step: 16, micro_batch_size: 4}
+generate: {max_new_tokens: 3}
+"""
+
+
+def config(text: str = PPO, **changes) -> Config:
+    import yaml
+
+    return dataclasses.replace(parse(yaml.safe_load(text), "test"), **changes)
+
+
+def passes(cfg: Config) -> Passes:
+    drawn, _ = blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:1]), {})
+    return passes_of(drawn, list(batch_shapes(cfg, drawn.mesh))[-1])
+
+
+def test_what_ppo_asks_of_its_networks():
+    found = passes(config())
+    assert found.rollout == [Pass("policy", "sample", 16, 6, 3)]
+    assert set(found.prepare) == {
+        Pass("reward", "scores", 16, 9, 9),
+        Pass("reference", "token_stats", 16, 9, 3),
+        Pass("value", "values", 16, 9, 9),
+    }
+    assert sorted(found.micro) == [Pass("policy", "token_stats", 4, 9, 3), Pass("value", "values", 4, 9, 9)]
+    assert (found.updates, found.micros) == (4, 2)
+
+
+def test_what_recomputing_old_log_probs_adds():
+    cfg = config()
+    again = passes(dataclasses.replace(cfg, algorithm=dataclasses.replace(cfg.algorithm, old_logprobs="recompute")))
+    assert set(again.prepare) - set(passes(cfg).prepare) == {Pass("policy", "token_stats", 16, 9, 3)}
+
+
+def test_a_reward_function_takes_the_reward_model_s_place():
+    text = PPO.replace("  reward: {init_from: policy}\n", "")
+    cfg = config(text + 'rewards: {function: "jaxrlhf.rewards.math_answer:strict"}\n')
+    found = passes(cfg)
+    assert {one.role for one in found.prepare} == {"reference", "value"}
+
+
+def test_pairs_are_two_rows_each():
+    text = PPO.replace("ppo, num_epochs: 2, num_minibatches: 2", "dpo").replace("prompts: {path", "preferences: {path")
+    found = passes(config(text.replace("prompts_per_step: 16, micro_batch_size: 4", "preferences_per_step: 8")))
+    assert found.rollout == [] and found.updates == found.micros == 1
+    assert found.prepare == [Pass("reference", "token_stats", 16, 512, 511)]
+    assert found.micro == [Pass("policy", "token_stats", 16, 512, 511)]
+
+
+def test_phases_add_up():
+    """Epochs x minibatches x micro-batches times each pass of the update; what is recomputed is not useful."""
+    found, setup = passes(config()), Setup(ALONE, moments={"policy": 8, "value": 8}, remat="full")
+    models = {
+        role: (MODEL, "scalar" if role in ("reward", "value") else "lm") for role in ("policy", "value", "reward")
+    }
+    models["reference"] = (MODEL, "lm")
+    rows = {phase.name: phase for phase in phases(found, models, setup)}
+    assert rows["update policy: forward"].work.flops == 8 * cost.forward(MODEL, "lm", 4, 9, 3, setup).flops
+    assert rows["update value: backward"].work.flops == 16 * cost.forward(MODEL, "scalar", 4, 9, 9, setup).flops
+    assert rows["decode 3 tokens"].work == cost.decode_step(MODEL, 16, 9, setup).times(3)
+    assert rows["update policy: recomputed"].useful == 0 < rows["update policy: recomputed"].work.flops
+    assert rows["update policy: Adam"].work.hbm == 4 * ALL * 2 * 16
+    assert "update reward: forward" not in rows and rows["scores of reward"].useful > 0
+
+
+# ---- against what is published --------------------------------------------------------------------------------------
+
+
+def test_published_steps_are_slower_than_the_bound_and_not_by_much():
+    assert {step.topology.split("-")[0] for step in STEPS} == {"v5e", "v5p", "v6e"}
+    for row in calibrate():
+        assert 0.55 < row.ratio < 0.95, row
+    low, high = reached()
+    assert low == min(row.ratio for row in calibrate()) < high
+
+
+def test_a_published_step_by_hand():
+    """MaxText 32B on v5e-256: full remat does 4/3 of the useful work, so a compute-bound step reaches 75% at most."""
+    row = next(row for row in calibrate() if row.step.name == "MaxText 32B" and row.step.topology == "v5e-256")
+    assert row.predicted == pytest.approx(0.75, abs=0.005)
+    assert row.ratio == pytest.approx(0.669 / 0.75, abs=0.01)

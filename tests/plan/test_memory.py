@@ -1,0 +1,121 @@
+"""The estimate of memory against what XLA allocates for tiny models on eight fake devices."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from jaxrlhf.build import abstract_state
+from jaxrlhf.chips import CHIPS
+from jaxrlhf.config import Config, parse
+from jaxrlhf.config_yaml import read_yaml
+from jaxrlhf.feed import batch_shapes
+from jaxrlhf.plan.calls import passes_of
+from jaxrlhf.plan.memory import estimate
+from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
+from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.plan.topology import Slice
+from jaxrlhf.programs import compile_programs
+from jaxrlhf.sharding import MeshConfig, make_mesh
+
+EIGHT = Slice("v5e:2x4", CHIPS["v5e"], 8, 1, [None] * 8)
+FACTOR = 2.0  # how far the estimate of the peak may be from XLA's, either way
+MODEL = "{vocab_size: 4096, hidden_size: 128, num_layers: 4, num_heads: 4, mlp_size: 384, max_positions: 512}"
+PPO = f"""
+run_dir: nowhere
+iterations: 1
+algorithm: {{name: ppo, num_epochs: 1}}
+models: {{policy: {{architecture: {MODEL}}}, reward: {{init_from: policy}}}}
+tokenizer: {{init_from: somewhere}}
+data: {{prompts: {{path: p.jsonl}}, prompt_buckets: [64]}}
+batch: {{prompts_per_step: 64}}
+generate: {{max_new_tokens: 64}}
+"""
+SFT = f"""
+run_dir: nowhere
+iterations: 1
+algorithm: {{name: sft}}
+models: {{policy: {{architecture: {MODEL}}}}}
+tokenizer: {{init_from: somewhere}}
+data: {{demonstrations: {{path: d.jsonl}}, max_length: 128, pack: false}}
+batch: {{sequences_per_step: 64}}
+"""
+
+
+def config(text: str, mesh: MeshConfig, **changes) -> Config:
+    return dataclasses.replace(parse(read_yaml(text, "test"), "test"), mesh=mesh, **changes)
+
+
+def drawn_for(cfg: Config):
+    """(blueprint, its passes, models, setup) on eight devices."""
+    drawn, _ = blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:8]), {})
+    passes = passes_of(drawn, list(batch_shapes(cfg, drawn.mesh))[-1])
+    models = {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
+    return drawn, passes, models, setup_of(cfg, 8, drawn.recipe.optimizers)
+
+
+@pytest.mark.parametrize(
+    "text, mesh, changes",
+    [
+        (SFT, MeshConfig(1, 8, 1), {}),
+        (SFT, MeshConfig(8, 1, 1), {"remat": "full"}),
+        (PPO, MeshConfig(1, 4, 2), {}),
+        (PPO, MeshConfig(8, 1, 1), {}),
+    ],
+    ids=["sft, fsdp", "sft, copies, remat", "ppo, fsdp and tensor", "ppo, copies"],
+)
+def test_the_estimate_is_near_what_xla_allocates(text, mesh, changes):
+    """Arguments to 1% (tiny scalars apart), the peak within FACTOR."""
+    cfg = config(text, mesh, **changes)
+    drawn, passes, models, setup = drawn_for(cfg)
+    found = estimate(passes, models, setup)
+    with jax.set_mesh(drawn.mesh):
+        batch = list(batch_shapes(cfg, drawn.mesh))[-1]
+        (program,) = compile_programs(drawn, abstract_state(drawn), batch).values()
+    memory = program.memory_analysis()
+    data = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) / 8
+    assert found.arguments + data == pytest.approx(memory.argument_size_in_bytes, rel=0.01)
+    peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert peak / FACTOR < found.peak < peak * FACTOR, (found, memory)
+
+
+def test_what_makes_it_smaller():
+    """Each of the levers that the advice has."""
+    peak = lambda cfg: estimate(*drawn_for(cfg)[1:]).peak
+    whole = peak(config(SFT, MeshConfig(8, 1, 1)))
+    assert peak(config(SFT, MeshConfig(1, 8, 1))) < whole
+    assert peak(config(SFT, MeshConfig(8, 1, 1), remat="dots")) < whole
+    assert peak(config(SFT, MeshConfig(8, 1, 1), remat="full")) < peak(config(SFT, MeshConfig(8, 1, 1), remat="dots"))
+    cfg = config(SFT, MeshConfig(8, 1, 1))
+    assert peak(dataclasses.replace(cfg, batch=dataclasses.replace(cfg.batch, micro_batch_size=16))) < whole
+
+
+# ---- the search -----------------------------------------------------------------------------------------------------
+
+
+def test_settings_pass_the_checks_and_are_said_as_overrides():
+    cfg = config(PPO, MeshConfig(8, 1, 1))
+    drawn, passes, *_ = drawn_for(cfg)
+    every = [one for _, one in settings(drawn, 8)]
+    assert cfg in every and len(every) > 50
+    assert differences(cfg, cfg) == []
+    other = dataclasses.replace(cfg, mesh=MeshConfig(1, 4, 2), remat="full")
+    assert differences(cfg, other) == ["remat=full", "mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2"]
+    half = with_micro(passes, 2)
+    assert [one.rows for one in half.micro] == [one.rows // 2 for one in passes.micro] and half.micros == 2
+
+
+def test_the_best_candidate_fits_and_changes_no_number_format_where_it_need_not():
+    cfg = config(PPO, MeshConfig(8, 1, 1))
+    drawn, passes, models, setup = drawn_for(cfg)
+    there = estimate(passes, models, setup).peak / 2
+    found = candidates(drawn, passes, EIGHT, there)
+    best = found[0]
+    assert best.memory.peak < there and best.overrides
+    assert not [text for text in best.overrides if text.startswith(("precision", "optimizer"))]
+    same = [one.seconds for one in found if one.cfg.precision == cfg.precision and one.cfg.optimizer == cfg.optimizer]
+    assert best.seconds == min(same)
+    least = min(one.memory.peak for one in found)
+    smaller = candidates(drawn, passes, EIGHT, 0.9 * least)
+    assert all(one.memory.peak < 0.9 * least for one in smaller)
+    assert candidates(drawn, passes, EIGHT, 1000.0) == []

@@ -1,0 +1,153 @@
+"""Plans of whole configs for slices that are not here, with libtpu; and what is refused in one line without it too."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxrlhf.chips import CHIPS, GIB
+from jaxrlhf.config import load, load_beside
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.plan import Plan, report
+from jaxrlhf.plan.compiled import TooBig
+from jaxrlhf.plan.memory import Memory
+from jaxrlhf.plan.topology import Slice, find_slice
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from tests import runs
+
+TINY = runs.ROOT / "configs" / "tiny" / "ppo.yaml"
+
+
+@pytest.fixture
+def libtpu():
+    pytest.importorskip("libtpu")
+
+
+def command(*arguments: str, code: int = 0) -> tuple[str, str]:
+    """(stdout, stderr) of ``jaxrlhf plan`` in a process of its own: libtpu stays out of this one."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    call = [sys.executable, "-m", "jaxrlhf", "plan", *arguments]
+    done = subprocess.run(call, cwd=runs.ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == code, done.stderr
+    return done.stdout, done.stderr
+
+
+# ---- with libtpu ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.plan
+def test_a_tiny_run_fits_four_chips(libtpu):
+    out, err = command(str(TINY), "--topology", "v5e:2x2", "mesh.fsdp=2", "data.prompt_buckets=[8]", "--json")
+    assert err == "", "libtpu's own log reaches nobody"
+    plan = json.loads(out)
+    assert plan["compiled"] and plan["fits"] and (plan["chips"], plan["devices_per_chip"]) == (4, 1)
+    assert plan["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    (program,) = plan["programs"]
+    assert program["name"] == "iteration" and 0 < program["arguments"] < program["peak"] < 16 * GIB
+    counts = {one["kind"]: one for one in program["collectives"]}
+    assert counts["all-gather"]["count"] > 8, "weights are gathered in every layer of every pass"
+    assert counts["all-reduce"]["bytes"] > 0 and not counts["all-reduce"]["lower_bound"]
+    assert any("which starts from runs/tiny/sft" in line for line in plan["shapes"])
+    assert 0 < plan["mfu"] < 1 and plan["seconds"] == pytest.approx(sum(one["seconds"] for one in plan["phases"]))
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize(
+    "name, devices, each", [("v5e:4x4", 16, 1), ("v5p:2x2x1", 4, 1), ("v4:2x2x1", 4, 1), ("tpu7x:2x2x1", 8, 2)]
+)
+def test_devices_are_counted_against_chips(libtpu, name, devices, each):
+    found = find_slice(name)
+    assert (len(found.devices), found.devices_per_chip, found.chips * each) == (devices, each, devices)
+
+
+@pytest.mark.plan
+def test_several_slices(libtpu):
+    found = find_slice("v5e:2x2", 2)
+    assert (found.chips, len(found.devices), str(found)) == (8, 8, "2 x v5e:2x2: 8 chips")
+    mesh = make_mesh(MeshConfig(1, 2, 2, slices=2), found.devices)
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}], "a row is a slice"
+    with pytest.raises(ValueError, match=r"^mesh\.slices: 1: these devices are in 2 slices; nearest: 2$"):
+        make_mesh(MeshConfig(1, 8, 1), found.devices)
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize("name", ["v5e:3x3", "v5p:3x5x7"])
+def test_a_layout_that_there_is_not_is_one_line(libtpu, name):
+    with pytest.raises(ConfigError) as error:
+        find_slice(name)
+    chip = CHIPS[name.partition(":")[0]]
+    assert str(error.value).startswith(f"--topology: {name}: ") and "\n" not in str(error.value)
+    assert str(error.value).endswith(", ".join(chip.layouts))
+
+
+@pytest.mark.plan
+def test_a_mesh_that_does_not_fit_the_slice_is_one_line(libtpu):
+    _, err = command(str(TINY), "--topology", "v5e:2x2", "mesh.data=3", code=2)
+    assert err == f"{TINY}: mesh: (data=3, fsdp=1, tensor=1) needs 3 devices, which never equals the 4 present here\n"
+
+
+@pytest.mark.plan
+def test_what_is_too_big_is_told_what_to_change(libtpu):
+    """8B in float32 with copies of everything on 64 chips of 16 GiB: counted, not compiled."""
+    path = str(runs.ROOT / "configs" / "llama3" / "ppo_8b_v5e.yaml")
+    more = ["mesh.data=64", "mesh.fsdp=1", "mesh.tensor=1", "remat=none"]
+    out, _ = command(path, "--topology", "v5e:8x8", "--estimate", "--json", *more)
+    plan = json.loads(out)
+    assert not plan["fits"] and plan["hbm"]["needed"] > 100 * GIB and not plan["compiled"]
+    again, _ = command(path, "--topology", "v5e:8x8", "--estimate", "--json", *more, *(plan["advice"] or []))
+    assert plan["advice"] and json.loads(again)["fits"]
+
+
+# ---- without --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, near", [("v5ee:2x2", "nearest: v5e"), ("v5e", "nearest: v5e"), ("v5e:8", "nearest: v5e"), ("v5e-256", "v5e")]
+)
+def test_a_name_that_is_no_topology_is_one_line(name, near):
+    with pytest.raises(ConfigError) as error:
+        find_slice(name)
+    text = str(error.value)
+    assert text.startswith(f"--topology: {name}: expected a chip and its layout") and near in text
+
+
+def test_no_libtpu_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'^jaxrlhf plan: libtpu.*pip install "jaxrlhf\[plan\]"$'):
+        find_slice("v5e:2x2")
+    with pytest.raises(ConfigError, match=r"^--slices: 0: expected 1 or more"):
+        find_slice("v5e:2x2", 0)
+
+
+def test_configs_beside_are_those_that_load(tmp_path):
+    (tmp_path / "a.yaml").write_text(TINY.read_text())
+    (tmp_path / "b.yaml").write_text(TINY.read_text().replace("runs/tiny/ppo", "runs/b"))
+    (tmp_path / "c.yaml").write_text("nonsense: [")
+    assert [cfg.run_dir for cfg in load_beside(tmp_path / "a.yaml")] == ["runs/b"]
+
+
+def test_the_report_of_what_does_not_fit(capsys):
+    """The numbers of XLA's refusal, a chip with two devices, and no setting that helps."""
+    where = Slice("tpu7x:2x2x1", CHIPS["tpu7x"], 4, 1, [None] * 8)
+    plan = Plan(load(TINY), where, {"data": 8}, ["policy: random"], "batch", 8, Memory(1, 2, 3, 4), None, [], None)
+    big = plan._replace(programs=TooBig(100 * GIB, 94 * GIB))
+    assert not big.fits and (big.needed, big.available) == (100 * GIB, 94 * GIB)
+    assert report.verdict(big) == "DOES NOT FIT: temporaries alone need 200.00 GiB a chip, 188.00 are there"
+    assert report.advice_lines(big) == [
+        "no setting of mesh, micro-batch, remat and number formats was found that fits: more chips are needed"
+    ]
+    assert plan.fits and plan.needed == 5 and report.verdict(plan).startswith("estimated, not compiled: fits: ")
+
+
+def test_the_command_shows_its_calibration():
+    out, _ = command("--calibration", "--json")
+    rows = json.loads(out)
+    assert len(rows) >= 8 and all(row["ratio"] == pytest.approx(row["published"] / row["predicted"]) for row in rows)
+    assert "MaxText 16B" in command("--calibration")[0]
+
+
+def test_the_command_needs_a_config_and_a_slice():
+    assert "expected one config and a slice" in command(str(TINY), code=2)[1]
