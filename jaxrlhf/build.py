@@ -12,7 +12,7 @@ from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
 from jaxrlhf.config import Config, dump, roles_of
 from jaxrlhf.config_batch import num_micro, updates_of
-from jaxrlhf.config_check import SPLIT, divisors, longest_row
+from jaxrlhf.config_check import SPLIT, divisors, longest_row, split_by
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
@@ -23,7 +23,7 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
 from jaxrlhf.rewards import functions
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.sharding import make_mesh, whole
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
 
@@ -62,7 +62,7 @@ class Blueprint:
 
 @dataclasses.dataclass(frozen=True)
 class Run(Blueprint):
-    """A config made ready to train. Use it under ``jax.set_mesh(run.mesh)``."""
+    """A config made ready to train. Use it under ``sharding.current(run.mesh)``."""
 
     tokenizer: Any  # a transformers fast tokenizer
     reward_function: functions.RewardFunction | None  # None: the reward model scores, or nothing is sampled
@@ -239,12 +239,13 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
     for role, found in weights.items():
         where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
         padded = transformer.padded_vocab(found.config)
-        values = [(name, getattr(found.config, name), axis) for name, axis in SPLIT]
-        for name, value, axis in [*values, ("padded vocabulary", padded, "tensor")]:
-            if value % mesh.shape[axis]:
-                nearest = min(divisors(value), key=lambda size: abs(size - mesh.shape[axis]))
+        values = {name: getattr(found.config, name) for name in SPLIT} | {"padded vocabulary": padded}
+        for name, value in values.items():
+            axes, devices = split_by(SPLIT.get(name, SPLIT["mlp_size"]), mesh.shape)
+            if value % devices:
+                nearest = min(divisors(value), key=lambda size: abs(size - devices))
                 raise ConfigError(
-                    f"{where}: its {name} {value} is not divided by mesh.{axis}: {mesh.shape[axis]}; nearest: {nearest}"
+                    f"{where}: its {name} {value} is not divided by {axes}: {devices}; nearest: {nearest}"
                 )
         limit = row_limit(found.config)
         if limit is not None and longest > limit:
@@ -315,7 +316,7 @@ def read_weights(run: Run, role: Role) -> Params:
         params = checkpoint.restore_role(found.path, found.step, found.role, there)
     else:
         params = hf.load(found.path or "", found.config, found.head, run.dtype)
-    return state.change_head(params, found.config, found.head, head, key, zero=role == "value")
+    return whole(state.change_head(params, found.config, found.head, head, key, zero=role == "value"), run.mesh)
 
 
 def abstract_state(drawn: Blueprint) -> TrainState:

@@ -68,7 +68,7 @@ def plan(
         list[str] | None, typer.Argument(metavar="CONFIG [KEY=VALUE]...", help="A YAML file, and overrides.")
     ] = None,
     topology: Annotated[str, typer.Option(help="A slice by its chip and layout, in chips: v5e:8x8, v5p:4x4x4.")] = "",
-    slices: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    slices: Annotated[int | None, typer.Option(help="How many of them; by default mesh.slices.")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Compile nothing: what is counted alone.")] = False,
     calibration: Annotated[
         bool, typer.Option("--calibration", help="Show predictions beside published training speeds.")
@@ -89,7 +89,8 @@ def plan(
     from jaxrlhf.plan import plan as make
 
     overrides = [argument for argument in arguments or [] if "=" in argument]
-    made = make(load(paths[0], overrides), topology, slices, load_beside(paths[0]), not estimate, paths[0])
+    cfg = load(paths[0], overrides if slices is None else [*overrides, f"mesh.slices={slices}"])
+    made = make(cfg, topology, cfg.mesh.slices, load_beside(paths[0]), not estimate, paths[0])
     typer.echo(json.dumps(report.as_json(made))) if as_json else report.print_plan(made)
 
 

@@ -5,14 +5,14 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxrlhf.build import Run
 from jaxrlhf.config import Config
 from jaxrlhf.config_batch import ROWS_KEY, fields_read
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import SourceConfig, open_source
-from jaxrlhf.sharding import batch_shards, partition
+from jaxrlhf.sharding import batch_shards, row_layout
 from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
 
 Rows = TypeVar("Rows")
@@ -80,8 +80,7 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
     ``margins``: whether the preferences say by how much."""
 
     def rows(dtype, *shape: int):
-        x = jax.ShapeDtypeStruct(shape, dtype)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout(mesh, x))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_layout(mesh, len(shape)))
 
     def whole(count: int, packed: bool = False) -> Sequences:
         shape = (count, cfg.data.max_length)
@@ -139,14 +138,11 @@ def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> li
     )
 
 
-def layout(mesh: Mesh, x) -> NamedSharding:
-    """How a batch array lies on the mesh: its rows split."""
-    return NamedSharding(mesh, partition(("batch", *(None,) * (x.ndim - 1))))
-
-
 def put(mesh: Mesh, batch: Rows) -> Rows:
     """Host rows (a record of arrays) onto the mesh; every process brings its own."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout(mesh, x), np.asarray(x)), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(row_layout(mesh, np.ndim(x)), np.asarray(x)), batch
+    )
 
 
 def fetch(rows: Rows) -> Rows:

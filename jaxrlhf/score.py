@@ -42,11 +42,11 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
 
 def compile_scored(ready: Run, state: TrainState, batch: Batch) -> Callable:
     """(state, batch, records) -> (state, metrics, responses with their scores), compiled for the shapes given."""
-    rollout, learn = compile_halves(ready.recipe, ready.mesh, state, batch)
+    rollout, learn = compile_halves(ready, state, batch)
 
     def iteration(state: TrainState, batch: Batch, records: Records) -> tuple[TrainState, Metrics, Sequences]:
-        sequences, seconds = score(ready, rollout(state, batch), records)
-        state, metrics = learn(state, batch.replace(sequences=sequences))
+        sequences, seconds = score(ready, rollout.run(state, batch), records)
+        state, metrics = learn.run(state, batch.replace(sequences=sequences))
         return state, metrics | {"time/rewards": seconds}, sequences
 
     return iteration

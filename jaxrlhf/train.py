@@ -20,6 +20,7 @@ from jaxrlhf.feed import Feed, put
 from jaxrlhf.metrics import MetricsLog, lock_run_dir
 from jaxrlhf.programs import compile_whole
 from jaxrlhf.score import compile_scored
+from jaxrlhf.sharding import current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 DONE, PREEMPTED = "done", "preempted"
@@ -46,7 +47,7 @@ def run(cfg: Config, raw: str = "") -> str:
         (run_dir / "source.yaml").write_text(raw)
     keeping = cfg.checkpoint
     saved = checkpoint.Checkpoints(run_dir, keeping.keep, keeping.best, keeping.mode, background=keeping.background)
-    with jax.set_mesh(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
+    with current(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
         if changes:
             log.say(f"changed since step {start}: {', '.join(changes)}")
         return Trainer(ready, saved, log).run(start)
@@ -83,7 +84,7 @@ class Trainer:
         """From iteration ``start`` to the end, or to SIGTERM."""
         cfg = self.cfg
         self.log.say(describe_batch(cfg))
-        state = self.restore(start) if start else initial_state(self.ready)
+        state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
         previous = signal.signal(signal.SIGTERM, self.ask_to_stop)
         try:
@@ -205,8 +206,8 @@ class Trainer:
 
 def compile_alone(ready: Run, state: TrainState, batch: Batch) -> Callable:
     """The iteration as one program; the records are for reward functions."""
-    program = compile_whole(ready.recipe, state, batch)
-    return lambda state, batch, records: program(state, batch)
+    program = compile_whole(ready, state, batch)
+    return lambda state, batch, records: program.run(state, batch)
 
 
 def shapes(batch: Batch) -> tuple:

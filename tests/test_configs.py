@@ -15,7 +15,7 @@ from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.plan import shapes
 from jaxrlhf.plan.shapes import blueprint
-from jaxrlhf.sharding import AXES, MeshConfig, make_mesh
+from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests import runs
 
 FILES = sorted((runs.ROOT / "configs").rglob("*.yaml"))
@@ -31,7 +31,8 @@ def test_there_are_configs():
 
 def devices_of(cfg: Config) -> int:
     """The fewest that the mesh fits."""
-    return math.prod(max(getattr(cfg.mesh, axis), 1) for axis in AXES)
+    mesh = cfg.mesh
+    return math.prod(max(size, 1) for size in (mesh.slices, mesh.data, mesh.fsdp, mesh.tensor))
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

@@ -19,7 +19,8 @@ from jaxrlhf.plan.cost import Timed, phases, timed
 from jaxrlhf.plan.memory import Memory, estimate
 from jaxrlhf.plan.search import Candidate, candidates, setup_of
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
-from jaxrlhf.plan.topology import Slice, find_slice, mesh_over
+from jaxrlhf.plan.topology import Slice, find_slice
+from jaxrlhf.sharding import make_mesh
 from jaxrlhf.types import Batch
 
 TRIES = 3  # settings that are compiled in search of one that fits
@@ -82,7 +83,7 @@ def plan(
     Raises ConfigError, in one line, for a wrong topology, mesh or batch, and where a model's shape is not known."""
     where = find_slice(topology, slices)
     check(cfg, len(where.devices), source)
-    drawn, sources = blueprint(cfg, mesh_over(where, cfg.mesh), configs_by_run(others))
+    drawn, sources = blueprint(cfg, make_mesh(cfg.mesh, where.devices), configs_by_run(others))
     batch = largest_batch(drawn)
     passes = passes_of(drawn, batch)
     models = models_of(drawn)
@@ -115,7 +116,7 @@ def confirm(found: list[Candidate], drawn: Blueprint, where: Slice, compiling: b
         best = found[0]
         if not compiling:
             return Advice(best, None)
-        again = draw(best.cfg, mesh_over(where, best.cfg.mesh), drawn.weights, drawn.sampler)
+        again = draw(best.cfg, make_mesh(best.cfg.mesh, where.devices), drawn.weights, drawn.sampler)
         programs = compile_largest(again)
         if not isinstance(programs, TooBig):
             return Advice(best, programs)

@@ -9,6 +9,7 @@ from jaxrlhf.build import Blueprint, abstract_state
 from jaxrlhf.chips import GIB
 from jaxrlhf.plan.hlo import Collective, collectives
 from jaxrlhf.programs import compile_programs
+from jaxrlhf.sharding import current
 from jaxrlhf.types import Batch
 
 TOO_BIG = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
@@ -35,7 +36,7 @@ class TooBig(NamedTuple):
 
 def compile_for(drawn: Blueprint, batch: Batch) -> list[Compiled] | TooBig:
     """The programs that an iteration which is given ``batch`` runs, in order. Nothing is executed."""
-    with jax.set_mesh(drawn.mesh):
+    with current(drawn.mesh):
         try:
             made = compile_programs(drawn, abstract_state(drawn), batch)
         except jax.errors.JaxRuntimeError as error:
@@ -43,7 +44,7 @@ def compile_for(drawn: Blueprint, batch: Batch) -> list[Compiled] | TooBig:
                 raise
             needed, unit, available, other = found.groups()
             return TooBig(float(needed) * UNITS[unit], float(available) * UNITS[other])
-    return [describe(name, program) for name, program in made.items()]
+    return [describe(name, program.compiled) for name, program in made.items()]
 
 
 def describe(name: str, program: jax.stages.Compiled) -> Compiled:

@@ -4,7 +4,8 @@ Counted by ourselves, since XLA's cost analysis counts the body of a loop once. 
 
 - a matrix product of T tokens with a weight of n elements is 2 T n FLOPs; backward is twice forward. Attention is
   counted in full, all S x S products of a row, as it is computed, causal or not
-- rows are split over data x fsdp; heads, mlp and vocabulary over tensor, where it divides them
+- rows are split over all but tensor; heads, mlp and vocabulary over tensor, where it divides them; while responses are
+  sampled decode goes with tensor
 - a pass reads the stored weights, writes and reads them gathered over fsdp, and writes and reads what goes in and out
   of every product once; what one fusion could keep is not counted, but for softmax
 - a gather over n devices brings (n - 1) / n of the result, a sum twice that
@@ -34,7 +35,7 @@ STORED = 12  # bytes moved for each product of a query and a key: f32 written an
 class Setup(NamedTuple):
     """What the counts hang on, besides the models."""
 
-    mesh: Mapping[str, int]  # devices along data, fsdp, tensor
+    mesh: Mapping[str, int]  # devices along the axes of sharding.AXES
     compute: int = 2  # bytes of an activation
     params: int = 4  # bytes of a stored weight
     moments: Mapping[Role, int] = MappingProxyType({})  # bytes of a weight's two Adam moments, of the roles that learn
@@ -42,8 +43,27 @@ class Setup(NamedTuple):
     stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
 
     @property
+    def tensor(self) -> int:
+        return self.mesh["tensor"]
+
+    @property
+    def fsdp(self) -> int:
+        """Devices that share a copy of the weights as it is stored."""
+        return self.mesh["fsdp"] * self.mesh.get("decode", 1)
+
+    @property
+    def copies(self) -> int:
+        return self.mesh["data"] * self.mesh.get("slice", 1)
+
+    @property
     def shards(self) -> int:
-        return self.mesh["data"] * self.mesh["fsdp"]
+        return self.copies * self.fsdp
+
+    def decoding(self) -> "Setup":
+        """While responses are sampled: decode groups act as tensor does, and no weight is split over fsdp."""
+        group = self.mesh.get("decode", 1)
+        mesh = {"data": self.shards // group, "fsdp": 1, "tensor": self.tensor * group}
+        return self._replace(mesh=mesh, params=self.compute)
 
 
 class Work(NamedTuple):
@@ -152,14 +172,14 @@ def forward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, se
     """One forward pass of ``rows`` rows over all devices, whose head reads ``read`` columns of each row."""
     body = layers_forward(cfg, head, rows, columns, setup)
     tokens = rows / setup.shards * read
-    last = matrices(cfg, head, setup.mesh["tensor"])[-1]
+    last = matrices(cfg, head, setup.tensor)[-1]
     flops = 2 * tokens * last.size
     return body.plus(Work(flops, tokens * (last.inputs * setup.compute + 2 * 4 * last.outputs), 0))
 
 
 def layers_forward(cfg: ModelConfig, head: Head, rows: int, columns: int, setup: Setup) -> Work:
     """``forward`` without the head's product; its weights are gathered here with the others."""
-    tensor, fsdp = setup.mesh["tensor"], setup.mesh["fsdp"]
+    tensor, fsdp = setup.tensor, setup.fsdp
     tokens = rows / setup.shards * columns
     inside = matrices(cfg, head, tensor)[:-1]
     heads, _ = heads_here(cfg, tensor)
@@ -182,25 +202,25 @@ def layers_forward(cfg: ModelConfig, head: Head, rows: int, columns: int, setup:
 
 def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
     """Bytes for the sums behind attention and mlp of each layer, where tensor splits them."""
-    tensor = setup.mesh["tensor"]
+    tensor = setup.tensor
     return 2 * cfg.num_layers * tokens * cfg.hidden_size * setup.compute * 2 * (tensor - 1) / tensor
 
 
 def backward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
     """The backward pass of ``forward``: twice its products; weights are gathered again, and gradients scattered."""
     once = forward(cfg, head, rows, columns, read, setup)
-    fsdp, data = setup.mesh["fsdp"], setup.mesh["data"]
-    size = held(cfg, head, setup.mesh["tensor"]) * setup.compute
+    fsdp, data = setup.fsdp, setup.copies
+    size = held(cfg, head, setup.tensor) * setup.compute
     scattered = size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
     if head == "lm":  # its gradient is summed once a chunk
-        last = matrices(cfg, head, setup.mesh["tensor"])[-1].size * setup.compute
+        last = matrices(cfg, head, setup.tensor)[-1].size * setup.compute
         scattered += (chunks(cfg, rows, read, setup) - 1) * 2 * last * (setup.shards - 1) / setup.shards
     return Work(2 * once.flops, 2 * once.hbm + 2 * size, once.ici + scattered)
 
 
 def chunks(cfg: ModelConfig, rows: int, read: int, setup: Setup) -> int:
     """Parts that the logits of a pass are computed in; see ops/logprobs.chunked_token_stats."""
-    logits = rows * read * padded_vocab(cfg) / setup.shards / setup.mesh["tensor"]
+    logits = rows * read * padded_vocab(cfg) / setup.shards / setup.tensor
     return max(1, min(read, math.ceil(logits / STORED_LOGITS)))
 
 
@@ -214,32 +234,34 @@ def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int,
         return again.plus(layers)
     if setup.remat == "dots":
         tokens = rows / setup.shards * columns
-        pairs = tokens * columns * heads_here(cfg, setup.mesh["tensor"])[0] * cfg.num_layers
+        pairs = tokens * columns * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
         return again.plus(Work(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention))
     return again
 
 
 def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
     """One step of Adam: the weights that a device stores, their gradient and moments, read and written."""
-    stored = held(cfg, head, setup.mesh["tensor"]) / setup.mesh["fsdp"]
+    stored = held(cfg, head, setup.tensor) / setup.fsdp
     return Work(hbm=stored * 2 * (2 * setup.params + moments))
 
 
 def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
-    """transformer.decode_layout: every weight of the policy, cast and gathered over fsdp, once a rollout."""
-    fsdp, size = setup.mesh["fsdp"], held(cfg, "lm", setup.mesh["tensor"])
-    return Work(0, size / fsdp * setup.params + 2 * size * setup.compute, size * setup.compute * (fsdp - 1) / fsdp)
+    """transformer.decode_layout: every weight of the policy, cast and gathered over what is left of fsdp, once a
+    rollout, after decode groups traded parts of it."""
+    size, fsdp, group = held(cfg, "lm", setup.decoding().tensor), setup.mesh["fsdp"], setup.mesh.get("decode", 1)
+    received = size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group
+    return Work(0, size / fsdp * setup.params + 2 * size * setup.compute, received * setup.compute)
 
 
 def prefill(cfg: ModelConfig, rows: int, columns: int, setup: Setup) -> Work:
     """Prompts read with weights that are gathered already."""
-    here = setup._replace(mesh={**setup.mesh, "data": setup.shards, "fsdp": 1}, params=setup.compute)
-    return layers_forward(cfg, "lm", rows, columns, here)
+    return layers_forward(cfg, "lm", rows, columns, setup.decoding())
 
 
 def decode_step(cfg: ModelConfig, rows: int, columns: int, setup: Setup) -> Work:
     """One token of each of ``rows`` rows: all weights and the whole cache of ``columns`` columns are read."""
-    tensor, tokens = setup.mesh["tensor"], rows / setup.shards
+    setup = setup.decoding()
+    tensor, tokens = setup.tensor, rows / setup.shards
     heads, kv = heads_here(cfg, tensor)
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
     cache = tokens * columns * 2 * kv * cfg.head_dim * cfg.num_layers * setup.compute

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+BETWEEN = "between slices"  # what XLA sends through the hosts and the data-center network
+KINDS += (BETWEEN,)
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 SIZES |= {"s64": 8, "u64": 8, "f64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 
@@ -132,8 +134,8 @@ def merge_channels(
     found: dict[tuple[str, str], Collective] = {}
     for name, lines in program.items():
         for line in lines:
-            kind = line.opcode.removesuffix("-start")
-            if kind not in KINDS:
+            kind = kind_of(line)
+            if kind is None:
                 continue
             size = transferred(line)
             group = group_size(line.rest)
@@ -141,7 +143,9 @@ def merge_channels(
                 size *= group
             if name.startswith("all-reduce-scatter"):  # a fusion of XLA:TPU, which keeps a part of the sum only
                 kind = "reduce-scatter"
-            steps = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0}.get(kind, (group - 1) / group)
+            steps = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0, BETWEEN: 1.0}.get(
+                kind, (group - 1) / group
+            )
             times = runs[name]
             one = Collective(kind, times, size * times, int(size * steps) * times, name in unknown)
             channel = CHANNEL.search(line.rest)
@@ -151,12 +155,20 @@ def merge_channels(
     return found.values()
 
 
+def kind_of(line: Instruction) -> str | None:
+    """Which of KINDS an instruction starts or is; None where it sends nothing."""
+    if line.opcode == "send":
+        return BETWEEN if "megascale" in line.rest else None
+    kind = line.opcode.removesuffix("-start")
+    return kind if kind in KINDS else None
+
+
 def transferred(line: Instruction) -> int:
     """Bytes of what a collective gives; of the start of one, whose shape names what it is given too."""
     parts = list(sizes(line.shape))
     if line.opcode == "all-gather-start":
         parts = parts[len(parts) // 2 :]
-    elif line.opcode == "collective-permute-start":
+    elif line.opcode in ("collective-permute-start", "send"):
         parts = parts[:1]
     return sum(parts)
 

@@ -49,7 +49,7 @@ def outside(cfg: ModelConfig, head: Head, tensor: int) -> int:
 
 def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
     """The memory that the iteration of ``passes`` needs on one device."""
-    shards = setup.mesh["fsdp"], setup.mesh["tensor"]
+    shards = setup.fsdp, setup.tensor
     arguments = sum(
         stored(*model, *shards) * (setup.params + setup.moments.get(role, 0)) for role, model in models.items()
     )
@@ -64,16 +64,17 @@ def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
 
 def rollout_of(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """Weights in decoding's layout, the cache of all rows, the logits of one token; or the prompts being read."""
+    setup = setup.decoding()
     rows = one.rows * one.copies / setup.shards
-    _, kv = heads_here(cfg, setup.mesh["tensor"])
-    weights = held(cfg, "lm", setup.mesh["tensor"]) * setup.compute
+    _, kv = heads_here(cfg, setup.tensor)
+    weights = held(cfg, "lm", setup.tensor) * setup.compute
     cache = rows * (one.columns + one.read) * 2 * kv * cfg.head_dim * cfg.num_layers * setup.compute
     return weights + cache + max(2 * rows * padded_vocab(cfg) * 4, layer_activations(one, cfg, setup))
 
 
 def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
     """One pass without a gradient: a layer's activations and weights, the embedding, the head's weights and logits."""
-    tensor = setup.mesh["tensor"]
+    tensor = setup.tensor
     layer = sum(weight.size / weight.layers for weight in matrices(cfg, head, tensor)[:-1]) * setup.compute
     chunk = min(STORED_LOGITS, one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor) * 4 * 2
     return (
@@ -86,7 +87,7 @@ def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
 
 def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys."""
-    tensor, tokens = setup.mesh["tensor"], one.rows / setup.shards * one.columns
+    tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
     heads, _ = heads_here(cfg, tensor)
     wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", tensor)[:-1])
     pairs = tokens * one.columns * heads * (4 + setup.compute) if setup.stored_attention else 0
@@ -95,7 +96,7 @@ def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
 
 def kept(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """What a forward pass keeps for its backward pass, of all layers."""
-    tensor, tokens = setup.mesh["tensor"], one.rows / setup.shards * one.columns
+    tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
     heads, _ = heads_here(cfg, tensor)
     inside = matrices(cfg, "lm", tensor)[:-1]
     wide = sum(weight.outputs for weight in inside)

@@ -82,15 +82,16 @@ def meshes(drawn: Blueprint, num_devices: int, slices: int) -> Iterator[MeshConf
     """Every way to lay the devices that divides all models and keeps slices along data."""
     shapes = drawn.configs.values()
     fits = lambda axis, size: all(
-        getattr(shape, name) % size == 0 for shape in shapes for name, on in SPLIT if on == axis
+        getattr(shape, name) % size == 0 for shape in shapes for name, on in SPLIT.items() if axis in on
     )
-    for tensor, data in itertools.product(divisors(num_devices), repeat=2):
-        if num_devices % (tensor * data) or data % slices or tensor > 64:
+    each = num_devices // slices
+    for tensor, data, decode in itertools.product(divisors(each), divisors(each), (1, 2, 4, 8, 16)):
+        if each % (tensor * data * decode) or tensor * decode > 64:
             continue
-        fsdp = num_devices // tensor // data
-        vocab = all(padded_vocab(shape) % tensor == 0 for shape in shapes)
-        if fits("tensor", tensor) and fits("fsdp", fsdp) and vocab:
-            yield MeshConfig(data, fsdp, tensor)
+        fsdp, group = each // tensor // data, tensor * decode
+        vocab = all(padded_vocab(shape) % group == 0 for shape in shapes)
+        if fits("tensor", group) and fits("fsdp", fsdp) and vocab:
+            yield MeshConfig(data, fsdp, tensor, slices, decode)
 
 
 def cheaper(cfg: Config) -> Iterator[Config]:

@@ -6,12 +6,9 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
 
 from jaxrlhf.chips import CHIPS, Chip
 from jaxrlhf.config_errors import ConfigError, suggest
-from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape
 
 # libtpu looks for the TPU it is on, and says at length that there is none; what it is told here changes no topology
 QUIET = {
@@ -42,20 +39,6 @@ class Slice(NamedTuple):
         each = self.devices_per_chip
         slices = f"{self.slices} x " if self.slices > 1 else ""
         return f"{slices}{self.name}: {self.chips} chips" + (f", {each} devices each" if each > 1 else "")
-
-
-def mesh_over(where: Slice, cfg: MeshConfig) -> Mesh:
-    """The explicit mesh of ``cfg`` over the slices; where there are several they lie along ``data``, the axis that
-    sends least. Raises ConfigError where they can't."""
-    if where.slices == 1:
-        return make_mesh(cfg, where.devices)
-    shape = mesh_shape(cfg, len(where.devices))
-    if shape[0] % where.slices:
-        nearest = -(-shape[0] // where.slices) * where.slices
-        raise ConfigError(f"mesh.data: {shape[0]}: expected a multiple of {where.slices} slices; nearest: {nearest}")
-    inside, across = (shape[0] // where.slices, *shape[1:]), (where.slices, *(1,) * (len(shape) - 1))
-    devices = mesh_utils.create_hybrid_device_mesh(inside, across, where.devices)
-    return Mesh(devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def find_slice(name: str, slices: int = 1) -> Slice:

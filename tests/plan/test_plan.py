@@ -13,8 +13,8 @@ from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.plan import Plan, report
 from jaxrlhf.plan.compiled import TooBig
 from jaxrlhf.plan.memory import Memory
-from jaxrlhf.plan.topology import Slice, find_slice, mesh_over
-from jaxrlhf.sharding import MeshConfig
+from jaxrlhf.plan.topology import Slice, find_slice
+from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests import runs
 
 TINY = runs.ROOT / "configs" / "tiny" / "ppo.yaml"
@@ -66,10 +66,10 @@ def test_devices_are_counted_against_chips(libtpu, name, devices, each):
 def test_several_slices(libtpu):
     found = find_slice("v5e:2x2", 2)
     assert (found.chips, len(found.devices), str(found)) == (8, 8, "2 x v5e:2x2: 8 chips")
-    mesh = mesh_over(found, MeshConfig(2, 2, 2))
-    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}], "slices lie along data"
-    with pytest.raises(ConfigError, match=r"^mesh\.data: 1: expected a multiple of 2 slices; nearest: 2$"):
-        mesh_over(found, MeshConfig(1, 8, 1))
+    mesh = make_mesh(MeshConfig(1, 2, 2, slices=2), found.devices)
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}], "a row is a slice"
+    with pytest.raises(ValueError, match=r"^mesh\.slices: 1: these devices are in 2 slices; nearest: 2$"):
+        make_mesh(MeshConfig(1, 8, 1), found.devices)
 
 
 @pytest.mark.plan
