@@ -12,8 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from jaxrlhf.models.attention import attention, causal_mask, head_axis, near
 from jaxrlhf.models.config import ModelConfig
@@ -153,6 +151,9 @@ def splash_rows(
     """``within_rows`` of the splash kernel: blocks that no query of theirs may read are never visited.
 
     The kernel does not scale products, so that queries are scaled instead, in their own dtype."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     size = query.shape[1]
     block, padded = blocks(size)
     widen = lambda x: jnp.pad(x, ((0, 0), (0, padded - size)) + ((0, 0),) * (x.ndim - 2))
