@@ -14,7 +14,7 @@ import pytest
 
 from jaxrlhf import build, checkpoint, cli, complete
 from jaxrlhf import train as trainer
-from jaxrlhf.config import Config, RoleConfig
+from jaxrlhf.config import Config, RoleConfig, parse
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import transformer
@@ -77,9 +77,13 @@ def test_models_from_files_must_fit_the_mesh_and_the_rows(ppo, changes, pattern)
         ("cudnn", Hardware("gpu", 9.0), "attention: cudnn: computes in bfloat16, and precision.compute is float32", []),
     ],
 )
-def test_a_kernel_is_refused_or_passed_over_in_one_line(ppo, monkeypatch, asked, hardware, line, said):
+def test_a_kernel_is_refused_or_passed_over_in_one_line(monkeypatch, asked, hardware, line, said):
     monkeypatch.setattr(build, "hardware_of", lambda device: hardware)
-    cfg, mesh = ppo(f"attention={asked}"), make_mesh(MeshConfig(), jax.devices()[:1])
+    tree = {"run_dir": "r", "iterations": 1, "attention": asked, "algorithm": {"name": "sft"}}
+    cfg, mesh = (
+        parse(tree | {"models": {"policy": {"init_from": "x"}}}, "test"),
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+    )
     weights = {"policy": build.Weights("hf", "some/folder", resolve(ModelConfig(vocab_size=300)), "lm")}
     if line:
         with pytest.raises(ConfigError, match=f"^{line}.* \\(models.policy: some/folder\\)$"):

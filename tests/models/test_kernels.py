@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -11,10 +12,11 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.models import kernels
-from jaxrlhf.models.attention import match_heads
+from jaxrlhf.models.attention import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.kernels import Hardware, blocks, choose, hardware_of, passed_over, within_rows
-from jaxrlhf.models.transformer import Runtime, decode_layout, decode_step, forward, prefill
+from jaxrlhf.models.transformer import Cache, Runtime, decode_layout, decode_step, forward, prefill
 from jaxrlhf.sharding import MeshConfig
 from tests import tiny
 
@@ -57,6 +59,12 @@ def inputs(case: Case, dtype=jnp.float32):
         jnp.array(rng.normal(size=shape(heads)), dtype) for heads in (case.heads, case.kv_heads, case.kv_heads)
     )
     return query, key, value, jnp.array(segments(case.size))
+
+
+def placed(query, key, value, ids):
+    """The same on the current mesh."""
+    put = lambda x, name: sharding.constrain(x, "batch", "seq", head_axis(name, x.shape[2]), None)
+    return put(query, "heads"), put(key, "kv_heads"), put(value, "kv_heads"), sharding.constrain(ids, "batch", "seq")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=tiny.FAST)
@@ -115,6 +123,34 @@ def test_what_cudnn_is_told(name):
     compare(CASES[name], by_library, jnp.float32, 1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 2)])
+def test_cudnn_gets_the_call(monkeypatch, shape):
+    """Lowered for a GPU that is not here, forward and backward: even rows, the mask as a bias, causal. JAX asks for the
+    library's version and the GPU's generation while it traces."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91100)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+    case = Case(4, 2, 37)
+
+    def gradients(query, key, value, ids):
+        loss = lambda *qkv: by_kernel("cudnn", case, ids)(*qkv).astype(jnp.float32).sum()
+        return jax.grad(loss, (0, 1, 2))(query, key, value)
+
+    split = shape[2]
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])):
+        arguments = placed(*inputs(case, jnp.bfloat16))
+        text = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    forward, backward = (next(line for line in calls if f"Softmax{end}(" in line) for end in ("", "Backward"))
+    taken = [f"tensor<{4 // split}x38x{heads // split}x{WIDTH}xbf16>" for heads in (4, 2, 2)]
+    assert f"({', '.join([*taken, f'tensor<{4 // split}x1x38x38xbf16>'])}) ->" in forward
+    for call in (forward, backward):
+        config = call.replace("\\22", "")
+        assert "mask_type: CAUSAL" in config and "fmha_scale: 0.3" in config
+
+
 def test_padding_is_never_attended():
     """Whatever stands there, forward and backward."""
     case = CASES["all"]
@@ -170,23 +206,11 @@ def test_each_device_attends_to_its_own(heads, kv_heads, shape, kind):
         return lambda query, key, value: attend(query, match_heads(key, heads), match_heads(value, heads))
 
     with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape), jax.devices()[:4])):
-        put = lambda x, name: sharding.constrain(x, "batch", "seq", sharding_axis(name, x.shape[2]), None)
-        query, key, value, ids = inputs(case)
-        split = (
-            put(query, "heads"),
-            put(key, "kv_heads"),
-            put(value, "kv_heads"),
-            sharding.constrain(ids, "batch", "seq"),
-        )
-        out, gradients, _ = both_ways(case, repeated, *split)
+        out, gradients, _ = both_ways(case, repeated, *placed(*inputs(case)))
         assert out.sharding.spec[2] == (None if heads == 3 else "tensor")
     np.testing.assert_allclose(out, alone[0], atol=1e-4)
     for found, wanted in zip(gradients, alone[1]):
         np.testing.assert_allclose(found, wanted, atol=1e-4 * max(1, np.abs(wanted).max()))
-
-
-def sharding_axis(name: str, size: int) -> str | None:
-    return None if size % 2 else name
 
 
 # ---- whole models ---------------------------------------------------------------------------------------------------
@@ -204,6 +228,7 @@ GEMMA3 = resolve(
         attention_softcap=2.0,
     )
 )
+BF16, F32 = jnp.bfloat16, jnp.float32
 INTERPRETED = Runtime(attention="splash", hardware=TPU, interpret=True)
 
 
@@ -246,12 +271,52 @@ def test_prefill_by_splash_and_decoding():
     )
 
 
+def equations(jaxpr):
+    """All of them, those of inner functions too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+            elif hasattr(inner, "jaxpr"):
+                yield from equations(inner.jaxpr)
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, GEMMA3])
+def test_what_stays_float32_in_bfloat16(cfg):
+    """The softmax, its soft-caps and the logits; and a decoded token reads the cache without repeating its kv heads."""
+    runtime, room = Runtime(compute=BF16), 9
+    params = tiny.parameters(cfg, "lm", 0)
+    cache = Cache(*[jnp.zeros((3, cfg.num_kv_heads, room, cfg.head_dim), BF16)] * 2)
+
+    def token(params, ids, valid, caches):
+        params = decode_layout(params, cfg, "lm", runtime)
+        hidden, _ = decode_step(params, cfg, ids, jnp.int32(5), valid, caches, runtime)
+        return lm_logits(params, cfg, hidden)
+
+    def row(params, ids):
+        return lm_logits(params, cfg, forward(params, cfg, ids, jnp.ones_like(ids), runtime))
+
+    ids, valid = jnp.zeros((3, room), jnp.int32), jnp.ones((3, room), bool)
+    decoding = jax.make_jaxpr(token)(params, ids[:, :1], valid, [cache] * cfg.num_layers)
+    for jaxpr in (decoding, jax.make_jaxpr(row)(params, ids)):
+        exponents = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
+        assert exponents and {eqn.outvars[0].aval.dtype for eqn in exponents} == {jnp.dtype(F32)}
+        scores = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+        assert scores[-1].outvars[0].aval.dtype == F32  # of the language model's head
+        assert {v.aval.dtype for v in scores[-1].invars} == {jnp.dtype(BF16)}
+        caps = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "tanh" and eqn.invars[0].aval.ndim == 4]
+        assert {eqn.outvars[0].aval.dtype for eqn in caps} <= {jnp.dtype(F32)}
+        assert bool(caps) == (cfg.attention_softcap is not None) or jaxpr is not decoding
+    largest = max(out.aval.size for eqn in equations(decoding.jaxpr) for out in eqn.outvars if room in out.aval.shape)
+    assert largest == cache.key.size  # not times heads / kv heads
+
+
 # ---- which one ------------------------------------------------------------------------------------------------------
 
 CAPPED = dataclasses.replace(LLAMA, attention_softcap=50.0)
 WIDE = dataclasses.replace(LLAMA, head_dim=256)
 ODD = dataclasses.replace(LLAMA, head_dim=20)
-BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 @pytest.mark.parametrize(
