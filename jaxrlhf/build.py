@@ -12,7 +12,7 @@ from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
 from jaxrlhf.config import Config, dump, roles_of
 from jaxrlhf.config_batch import num_micro, updates_of
-from jaxrlhf.config_check import SPLIT, divisors, longest_row
+from jaxrlhf.config_check import SPLIT, divisors, longest_row, split_by
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
@@ -24,7 +24,7 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
 from jaxrlhf.rewards import functions
-from jaxrlhf.sharding import make_mesh
+from jaxrlhf.sharding import make_mesh, whole
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
 
@@ -41,18 +41,16 @@ class Weights(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A config made ready. Use it under ``jax.set_mesh(run.mesh)``."""
+class Blueprint:
+    """A config made ready as far as shapes go: all that its programs are compiled from."""
 
     cfg: Config
     algorithm: Algorithm
     mesh: jax.sharding.Mesh
-    tokenizer: Any  # a transformers fast tokenizer
     weights: dict[Role, Weights]
     heads: dict[Role, Head]  # trained roles first
     recipe: Recipe
     sampler: generate.Sampler
-    reward_function: functions.RewardFunction | None  # None: the reward model scores, or nothing is sampled
 
     @property
     def configs(self) -> dict[Role, ModelConfig]:
@@ -63,19 +61,30 @@ class Run:
         return jnp.dtype(self.cfg.precision.params)
 
 
+@dataclasses.dataclass(frozen=True)
+class Run(Blueprint):
+    """A config made ready to train. Use it under ``sharding.current(run.mesh)``."""
+
+    tokenizer: Any  # a transformers fast tokenizer
+    reward_function: functions.RewardFunction | None  # None: the reward model scores, or nothing is sampled
+
+
 def build(cfg: Config, devices: list | None = None) -> Run:
     """Find weights and tokenizer, and compose the step. Reads no weights; raises ConfigError for what does not fit."""
-    algorithm = find(cfg.algorithm_name)
     reward_function = find_reward_function(cfg)
-    trained, slow = roles_of(cfg)
-    heads: dict[Role, Head] = {**trained, **slow}
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(cfg)
-    weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads}
+    weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads_of(cfg)}
     check_tokenizers(cfg, weights, tokenizer)
-    check_shapes(cfg, weights, mesh)
+    drawn = draw(cfg, mesh, weights, make_sampler(cfg, tokenizer, weights))
     keep_tokenizer(cfg, tokenizer)
-    sampler = make_sampler(cfg, tokenizer, weights)
+    return Run(**vars(drawn), tokenizer=tokenizer, reward_function=reward_function)
+
+
+def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sampler: generate.Sampler) -> Blueprint:
+    """Compose the step for models of these shapes. Raises ConfigError where they do not fit the mesh or the rows."""
+    check_shapes(cfg, weights, mesh)
+    algorithm, (trained, _) = find(cfg.algorithm_name), roles_of(cfg)
     epochs, minibatches = updates_of(cfg)
     total = cfg.iterations * epochs * minibatches
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
@@ -83,7 +92,13 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     # log-probs are of the distribution sampled from, where responses are sampled
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
     recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg))
-    return Run(cfg, algorithm, mesh, tokenizer, weights, heads, recipe, sampler, reward_function)
+    return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
+
+
+def heads_of(cfg: Config) -> dict[Role, Head]:
+    """The roles that the run needs under their heads, trained roles first."""
+    trained, slow = roles_of(cfg)
+    return {**trained, **slow}
 
 
 def find_reward_function(cfg: Config) -> functions.RewardFunction | None:
@@ -138,10 +153,7 @@ def sampler_of(
 ) -> generate.Sampler:
     """The sampler for a model whose (padded) vocabulary has ``vocab`` rows, with its ending tokens and stop texts."""
     pieces = tokenizers.token_bytes(tokenizer) if ask.stop else []
-    stops = tuple(generate.stop_automaton(text, pieces, vocab) for text in ask.stop)
-    sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
-    pad = tokenizers.pad_id(tokenizer)
-    return generate.Sampler(sampling, ask.max_new_tokens, eos_ids, pad, stops, samples_per_prompt)
+    return generate.make_sampler(ask, eos_ids, tokenizers.pad_id(tokenizer), pieces, vocab, samples_per_prompt)
 
 
 def generation_config(start: Weights) -> dict | None:
@@ -240,12 +252,13 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
     for role, found in weights.items():
         where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
         padded = transformer.padded_vocab(found.config)
-        values = [(name, getattr(found.config, name), axis) for name, axis in SPLIT]
-        for name, value, axis in [*values, ("padded vocabulary", padded, "tensor")]:
-            if value % mesh.shape[axis]:
-                nearest = min(divisors(value), key=lambda size: abs(size - mesh.shape[axis]))
+        values = {name: getattr(found.config, name) for name in SPLIT} | {"padded vocabulary": padded}
+        for name, value in values.items():
+            axes, devices = split_by(SPLIT.get(name, SPLIT["mlp_size"]), mesh.shape)
+            if value % devices:
+                nearest = min(divisors(value), key=lambda size: abs(size - devices))
                 raise ConfigError(
-                    f"{where}: its {name} {value} is not divided by mesh.{axis}: {mesh.shape[axis]}; nearest: {nearest}"
+                    f"{where}: its {name} {value} is not divided by {axes}: {devices}; nearest: {nearest}"
                 )
         limit = row_limit(found.config)
         if limit is not None and longest > limit:
@@ -332,16 +345,16 @@ def read_weights(run: Run, role: Role) -> Params:
         params = checkpoint.restore_role(found.path, found.step, found.role, there)
     else:
         params = hf.load(found.path or "", found.config, found.head, run.dtype)
-    return state.change_head(params, found.config, found.head, head, key, zero=role == "value")
+    return whole(state.change_head(params, found.config, found.head, head, key, zero=role == "value"), run.mesh)
 
 
-def abstract_state(run: Run) -> TrainState:
+def abstract_state(drawn: Blueprint) -> TrainState:
     """The state's shapes and layouts, nothing allocated: what a checkpoint is restored into."""
-    trained, slow = roles_of(run.cfg)
-    describe = lambda role: state.abstract_params(run.weights[role].config, run.heads[role], run.dtype, run.mesh)
+    trained, slow = roles_of(drawn.cfg)
+    describe = lambda role: state.abstract_params(drawn.configs[role], drawn.heads[role], drawn.dtype, drawn.mesh)
     params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
-    controls = run.algorithm.controls(run.cfg.algorithm)
-    return state.abstract_state(params, still, run.recipe.optimizers, controls, run.mesh)
+    controls = lambda: drawn.algorithm.controls(drawn.cfg.algorithm)
+    return state.abstract_state(params, still, drawn.recipe.optimizers, controls, drawn.mesh)
 
 
 # ---- going on with a run --------------------------------------------------------------------------------------------

@@ -64,6 +64,38 @@ def train(
 
 
 @app.command()
+def plan(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="CONFIG [KEY=VALUE]...", help="A YAML file, and overrides.")
+    ] = None,
+    topology: Annotated[str, typer.Option(help="A slice by its chip and layout, in chips: v5e:8x8, v5p:4x4x4.")] = "",
+    slices: Annotated[int | None, typer.Option(help="How many of them; by default mesh.slices.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Compile nothing: what is counted alone.")] = False,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="Show predictions beside published training speeds.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compile a config for a TPU slice that is not here: does it fit, and how fast can it be?"""
+    paths = [argument for argument in arguments or [] if "=" not in argument]
+    if not calibration and (len(paths) != 1 or not topology):
+        raise typer.BadParameter("expected one config and a slice: configs/tiny/ppo.yaml --topology v5e:2x2")
+    os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU or GPU that is here is left alone
+    from jaxrlhf.plan import report
+
+    if calibration:
+        typer.echo(json.dumps(report.calibration_json())) if as_json else report.print_calibration()
+        return
+    from jaxrlhf.config import load, load_beside
+    from jaxrlhf.plan import plan as make
+
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    cfg = load(paths[0], overrides if slices is None else [*overrides, f"mesh.slices={slices}"])
+    made = make(cfg, topology, cfg.mesh.slices, load_beside(paths[0]), not estimate, paths[0])
+    typer.echo(json.dumps(report.as_json(made))) if as_json else report.print_plan(made)
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A run directory, a Hugging Face folder, gguf:FILE or a hub name.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],

@@ -5,6 +5,7 @@ line: where it was written, the key, the value, what was expected, the nearest v
 ``python -m jaxrlhf.config`` prints the reference of all keys.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from etils import epath
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from jaxrlhf.algorithms import ALGORITHMS, find
@@ -152,6 +154,16 @@ def load_all(paths: Sequence[os.PathLike | str], overrides: Sequence[str] = ()) 
                 f"{source}: run_dir: {cfg.run_dir}: already the run_dir of {other}; expected one for each"
             )
     return configs
+
+
+def load_beside(path: os.PathLike | str) -> list[Config]:
+    """The other configs in the folder of ``path`` (those that are right): they may make what its run starts from."""
+    here, found = epath.Path(path), []
+    for other in sorted(here.parent.glob("*.yaml")):
+        if other.name != here.name:
+            with contextlib.suppress(ConfigError):
+                found.append(load(other))
+    return found
 
 
 def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, ...]] = ()) -> Config:

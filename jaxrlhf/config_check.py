@@ -14,7 +14,8 @@ from jaxrlhf.sharding import AXES, RULES, mesh_shape
 from jaxrlhf.types import Role
 
 ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q")
-SPLIT = (("mlp_size", "tensor"), ("hidden_size", "fsdp"))  # of a model, which a mesh axis must divide; heads need not
+# what of a model some mesh axes must divide; heads need not be
+SPLIT = {"mlp_size": ("decode", "tensor"), "hidden_size": ("fsdp", "decode")}
 SECTION_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # Batch -> data
 
 
@@ -182,11 +183,17 @@ def device_problems(cfg: Config, num_devices: int) -> Iterator[str]:
         return
     yield from batch_problems(cfg, sizes)
     for role, shape in architectures(cfg):
-        for name, axis in SPLIT:
-            value = getattr(shape, name)
-            if value % sizes[axis]:
-                key, nearest = f"models.{role}.architecture.{name}", nearest_multiple(value, sizes[axis])
-                yield f"{key}: {value}: mesh axis {axis} of {sizes[axis]} does not divide it; nearest: {nearest}"
+        for name, keys in SPLIT.items():
+            value, (axes, devices) = getattr(shape, name), split_by(keys, sizes)
+            if value % devices:
+                key, nearest = f"models.{role}.architecture.{name}", nearest_multiple(value, devices)
+                yield f"{key}: {value}: {axes} of {devices} does not divide it; nearest: {nearest}"
+
+
+def split_by(keys: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, int]:
+    """Which of the mesh axes split something, and over how many devices; pmap's mesh has none of them."""
+    real = [key for key in keys if sizes.get(key, 1) > 1]
+    return f"mesh.{' x '.join(real)}", math.prod(sizes[key] for key in real)
 
 
 def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from jaxrlhf.build import Run, abstract_state, build
 from jaxrlhf.config import load
 from jaxrlhf.evaluate import HeldOut
 from jaxrlhf.feed import held_out, put
+from jaxrlhf.sharding import current
 from jaxrlhf.types import TrainState
 
 
@@ -29,7 +30,7 @@ def evaluate_run(run_dir: str, judge: bool = True, samples: int = 8) -> dict[str
     cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
     ready = build(cfg)
     report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}
-    with jax.set_mesh(ready.mesh):
+    with current(ready.mesh):
         saved = checkpoint.Checkpoints(run_dir, read_only=True)
         state = saved.restore(step, abstract_state(ready))
         saved.close()

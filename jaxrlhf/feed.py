@@ -5,14 +5,15 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxrlhf.build import Run
-from jaxrlhf.config_batch import ROWS_KEY
+from jaxrlhf.config import Config
+from jaxrlhf.config_batch import ROWS_KEY, fields_read
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import SourceConfig, open_source
-from jaxrlhf.sharding import batch_shards, partition
-from jaxrlhf.types import Batch
+from jaxrlhf.sharding import batch_shards, row_layout
+from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
 
 Rows = TypeVar("Rows")
 KIND_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # field of Batch -> kind
@@ -52,20 +53,13 @@ class Feed:
         return merged, records
 
     def shapes(self) -> Iterator[Batch]:
-        """A batch (of ShapeDtypeStructs, global rows) for every shape that can come: one a prompt bucket."""
-        state = self.get_state()
-        rows = jax.process_count()
-        whole = lambda x: jax.ShapeDtypeStruct((x.shape[0] * rows, *x.shape[1:]), x.dtype)
-        batch = jax.tree.map(whole, self.next()[0])
-        self.set_state(state)
-        if batch.prompts is None:
-            yield batch
-            return
-        for width in self.ready.cfg.data.prompt_buckets:
-            resize = lambda x: jax.ShapeDtypeStruct((x.shape[0], width), x.dtype)  # noqa: B023
-            prompts = batch.prompts
-            resized = prompts.replace(tokens=resize(prompts.tokens), valid=resize(prompts.valid))
-            yield batch.replace(prompts=resized)
+        """A batch (of shapes with layouts, global rows) for every shape that can come."""
+        margins = False
+        if "preferences" in self.streams:
+            state = self.get_state()
+            margins = self.next()[0].preferences.margin is not None
+            self.set_state(state)
+        return batch_shapes(self.ready.cfg, self.ready.mesh, margins)
 
     def counts(self) -> dict[str, float]:
         """What was left out of the data, as metrics: data/prompts_dropped, ..."""
@@ -78,6 +72,35 @@ class Feed:
     def set_state(self, state: dict) -> None:
         for kind, stream in self.streams.items():
             stream.set_state(state[kind])
+
+
+def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Batch]:
+    """What one iteration can be given, as shapes with layouts: one a prompt bucket, the smallest first.
+
+    ``margins``: whether the preferences say by how much."""
+
+    def rows(dtype, *shape: int):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_layout(mesh, len(shape)))
+
+    def whole(count: int, packed: bool = False) -> Sequences:
+        shape = (count, cfg.data.max_length)
+        segments = rows(np.int32, *shape) if packed else None
+        return Sequences(rows(np.int32, *shape), rows(bool, *shape), rows(bool, *shape), segments)  # type: ignore[arg-type]
+
+    fields, batch = fields_read(cfg), Batch()
+    if "sequences" in fields:
+        batch = batch.replace(sequences=whole(cfg.batch.sequences_per_step, cfg.data.pack))
+    if "preferences" in fields:
+        count = cfg.batch.preferences_per_step
+        margin = rows(np.float32, count) if margins else None
+        batch = batch.replace(preferences=Preferences(whole(count), whole(count), margin))
+    if "prompts" not in fields:
+        yield batch
+        return
+    count = cfg.batch.prompts_per_step
+    for width in cfg.data.prompt_buckets:
+        prompts = Prompts(rows(np.int32, count, width), rows(bool, count, width), rows(np.int32, count))  # type: ignore[arg-type]
+        yield batch.replace(prompts=prompts)
 
 
 def read_source(ready: Run, kind: str, source: SourceConfig, where: str):
@@ -115,14 +138,11 @@ def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> li
     )
 
 
-def layout(mesh: Mesh, x) -> NamedSharding:
-    """How a batch array lies on the mesh: its rows split."""
-    return NamedSharding(mesh, partition(("batch", *(None,) * (x.ndim - 1))))
-
-
 def put(mesh: Mesh, batch: Rows) -> Rows:
     """Host rows (a record of arrays) onto the mesh; every process brings its own."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout(mesh, x), np.asarray(x)), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(row_layout(mesh, np.ndim(x)), np.asarray(x)), batch
+    )
 
 
 def fetch(rows: Rows) -> Rows:

@@ -10,9 +10,9 @@ import numpy as np
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Cache, Runtime, decode_layout, decode_step, prefill
-from jaxrlhf.ops.rows import repeat_rows
+from jaxrlhf.ops.rows import lay_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
-from jaxrlhf.sharding import constrain, spec
+from jaxrlhf.sharding import constrain, decoding, spec
 from jaxrlhf.types import Array, Params, Prompts, Sequences
 
 
@@ -39,6 +39,16 @@ class Sampler(NamedTuple):
     samples_per_prompt: int = 1
 
 
+def make_sampler(
+    ask: GenerateConfig, eos_ids: tuple[int, ...], pad_id: int, pieces: list[bytes], vocab: int, samples_per_prompt: int
+) -> Sampler:
+    """The sampler that ``ask`` describes. ``pieces``: what each token writes, read where there are stop texts;
+    ``vocab``: rows of the model's (padded) vocabulary."""
+    sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
+    stops = tuple(stop_automaton(text, pieces, vocab) for text in ask.stop)
+    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt)
+
+
 class Decoding(NamedTuple):
     """What the decode loop carries."""
 
@@ -61,6 +71,15 @@ def sample(
     Logprobs are of the distribution sampled from (after temperature, top-k, top-p), and the noise of a token depends on
     (seed, step, sample id, position) only. One prefill a prompt is shared by its samples.
     """
+    with decoding():
+        sequences = respond(params, cfg, lay_rows(prompts), seed, step, sampler, runtime)
+    return lay_rows(sequences)
+
+
+def respond(
+    params: Params, cfg: ModelConfig, prompts: Prompts, seed: Array, step: Array, sampler: Sampler, runtime: Runtime
+) -> Sequences:
+    """``sample`` in the layout of decoding."""
     copies, room = sampler.samples_per_prompt, sampler.max_new_tokens
     prompt_size = prompts.tokens.shape[1]
     params = decode_layout(params, cfg, "lm", runtime)

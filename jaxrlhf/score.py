@@ -4,13 +4,11 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.build import Run
-from jaxrlhf.feed import fetch, layout, put
-from jaxrlhf.step import make_learn, make_rollout
+from jaxrlhf.feed import fetch, put
+from jaxrlhf.programs import compile_halves
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 Records = list[dict[str, Any]]
@@ -42,22 +40,13 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
     return Scored(sequences.replace(scores=put(ready.mesh, scores)), seconds)
 
 
-def compile_halves(ready: Run, state: TrainState, batch: Batch) -> Callable:
-    """(state, batch, records) -> (state, metrics, responses with their scores), compiled for the shapes given.
-
-    The state is donated to the second program only: the first leaves it whole, should the function raise."""
-    rollout = jax.jit(make_rollout(ready.recipe)).lower(state, batch)
-    sample = rollout.compile()
-    described = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    sequences = jax.tree.map(described, rollout.out_info, sample.output_shardings)
-    scores = jax.ShapeDtypeStruct(sequences.ended.shape, jnp.float32)
-    sequences = sequences.replace(scores=described(scores, layout(ready.mesh, scores)))
-    learn = jax.jit(make_learn(ready.recipe), donate_argnums=0)
-    learn = learn.lower(state, batch.replace(sequences=sequences)).compile()
+def compile_scored(ready: Run, state: TrainState, batch: Batch) -> Callable:
+    """(state, batch, records) -> (state, metrics, responses with their scores), compiled for the shapes given."""
+    rollout, learn = compile_halves(ready, state, batch)
 
     def iteration(state: TrainState, batch: Batch, records: Records) -> tuple[TrainState, Metrics, Sequences]:
-        sequences, seconds = score(ready, sample(state, batch), records)
-        state, metrics = learn(state, batch.replace(sequences=sequences))
+        sequences, seconds = score(ready, rollout.run(state, batch), records)
+        state, metrics = learn.run(state, batch.replace(sequences=sequences))
         return state, metrics | {"time/rewards": seconds}, sequences
 
     return iteration

@@ -2,22 +2,33 @@
 
 Sharding is explicit (jax.sharding.AxisType.Explicit): the layout of an array is part of its type, and a mistake is an
 error while tracing instead of a silent copy. Code names logical axes only; this file alone knows mesh axes.
+
+The step also runs under a literal jax.pmap (``mesh.style: pmap``): every device has all the weights and its own rows,
+no mesh is current, and the few sums that are of the whole batch go through ``across``.
 """
 
+import contextlib
+import contextvars
 import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Literal
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("slice", "data", "fsdp", "decode", "tensor")
+DEVICES = "devices"  # the axis of pmap
+Rules = dict[str, str | tuple[str, ...] | None]
 
-# logical axis -> mesh axes. Weights are stored split over fsdp and gathered where they are used (models/heads.linear);
-# activations split their rows over data and fsdp.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),
+# logical axis -> mesh axes. Weights are stored split over fsdp (and decode, which is a part of it) and gathered where
+# they are used (models/linear.py); activations split their rows over all that is not tensor.
+RULES: Rules = {
+    "batch": ("slice", "data", "fsdp", "decode"),
     "seq": None,
     "hidden": None,  # features of an activation
-    "embed": "fsdp",  # the same features in a weight
+    "embed": ("fsdp", "decode"),  # the same features in a weight
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -27,43 +38,94 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "positions": None,  # rows of a learned position table
     "score": None,  # the one column of a scalar head
 }
+# While responses are sampled no weight is gathered for a token: those of a decode group share one copy among them, as
+# tensor does, and their rows.
+DECODE_RULES: Rules = RULES | {
+    "batch": ("slice", "data", "fsdp"),
+    "embed": "fsdp",
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("decode", "tensor")),
+}
+RULES_IN_USE = contextvars.ContextVar("rules", default=RULES)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; -1 (once) takes what the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the weights, each with its own rows
+    fsdp: int = 1  # devices that share a copy of the weights, each with its own rows
+    tensor: int = 1  # devices that share heads, mlp and vocabulary, and their rows
+    slices: int = 1  # of a TPU, joined by the data-center network: copies of all the above
+    decode: int = 1  # of the fsdp devices: how many share a copy of the weights, and rows, while responses are sampled
+    style: Literal["mesh", "pmap"] = "mesh"  # pmap: jax.pmap over the devices of this process, data only
 
 
 def mesh_shape(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
     """Sizes along AXES. Raises ValueError, in one line, when they do not multiply to ``num_devices``."""
-    sizes = [getattr(cfg, axis) for axis in AXES]
-    shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    sizes = {"slices": cfg.slices, "data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if name != "slices" or size != 1)
+    given = [*sizes.values()]
+    if cfg.style == "pmap" and (given != [1, cfg.data, 1, 1] or cfg.decode != 1):
+        raise ValueError(f"mesh: ({shown}): style pmap splits rows only; expected data alone, or style: mesh")
+    if given.count(-1) > 1 or any(size < 1 and size != -1 for size in given) or cfg.slices < 1:
         raise ValueError(f"mesh: ({shown}): sizes are positive, and at most one is -1 (the rest of the devices)")
-    known = 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    if num_devices % known or (-1 not in sizes and known != num_devices):
-        word = "divides into" if -1 in sizes else "equals"
+    known = math.prod(size for size in given if size != -1)
+    if num_devices % known or (-1 not in given and known != num_devices):
+        word = "divides into" if -1 in given else "equals"
         raise ValueError(f"mesh: ({shown}) needs {known} devices, which never {word} the {num_devices} present here")
-    return tuple(num_devices // known if size == -1 else size for size in sizes)
+    slices, data, fsdp, tensor = (num_devices // known if size == -1 else size for size in given)
+    if cfg.decode < 1 or fsdp % cfg.decode:
+        nearest = math.gcd(fsdp, max(cfg.decode, 1))
+        raise ValueError(f"mesh.decode: {cfg.decode}: expected a divisor of fsdp={fsdp}; nearest: {nearest}")
+    return slices, data, fsdp // cfg.decode, cfg.decode, tensor
 
 
 def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
-    """An explicit mesh over ``devices`` (all of them by default)."""
+    """An explicit mesh over ``devices`` (all of them by default); for pmap its own, of one axis that is never current.
+
+    Raises ValueError, in one line, where the sizes do not fit the devices or their slices."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(cfg, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    kinds = (AxisType.Explicit,) * len(AXES)
+    if cfg.style == "pmap":
+        return Mesh(np.array(devices), (DEVICES,))
+    found = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if len(found) > 1 and cfg.slices != len(found):
+        raise ValueError(f"mesh.slices: {cfg.slices}: these devices are in {len(found)} slices; nearest: {len(found)}")
+    if len(found) > 1:
+        from jax.experimental import mesh_utils
+
+        inside, between = (1, *shape[1:]), (cfg.slices, *(1,) * (len(shape) - 1))
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), AXES, kinds)
+    return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+
+
+def is_pmap(mesh: Mesh) -> bool:
+    """Whether make_mesh made it for pmap."""
+    return mesh.axis_names == (DEVICES,)
+
+
+def current(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """``with current(mesh)``: the mesh of what is traced there; none for that of pmap, which brings its own."""
+    return contextlib.nullcontext() if is_pmap(mesh) else jax.set_mesh(mesh)
 
 
 def explicit() -> bool:
     """Whether the current mesh has explicit axes; without one (pmap, plain jit), specs are None."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and any(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def mapped() -> bool:
+    """Whether this is traced under pmap, for one of its devices."""
+    return DEVICES in jax.sharding.get_abstract_mesh().axis_names
+
+
+def across(tree):
+    """``tree`` summed over the devices of pmap; just ``tree`` on a mesh, where a sum is that of the whole batch.
+
+    Never inside what is differentiated: gradients are summed afterwards, as the losses are."""
+    return jax.lax.psum(tree, DEVICES) if mapped() else tree
 
 
 def spec(*names: str | None) -> PartitionSpec | None:
@@ -73,7 +135,27 @@ def spec(*names: str | None) -> PartitionSpec | None:
 
 def partition(names: tuple[str | None, ...]) -> PartitionSpec:
     """The rules table applied to ``names``, mesh or not. Raises KeyError for a name that is not in the table."""
-    return PartitionSpec(*(None if name is None else RULES[name] for name in names))
+    rules = RULES_IN_USE.get()
+    return PartitionSpec(*(None if name is None else rules[name] for name in names))
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """``with decoding()``: what is traced there lies as DECODE_RULES say; arrays enter and leave by ``constrain``."""
+    token = RULES_IN_USE.set(DECODE_RULES)
+    try:
+        yield
+    finally:
+        RULES_IN_USE.reset(token)
+
+
+def split_over(*names: str) -> int:
+    """Over how many devices the current mesh splits the logical axes ``names`` together; 1 without an explicit mesh."""
+    if not explicit():
+        return 1
+    shape, rules = jax.sharding.get_abstract_mesh().shape, RULES_IN_USE.get()
+    axes = [axis for rule in map(rules.get, names) for axis in ((rule,) if isinstance(rule, str) else rule or ())]
+    return math.prod(shape[axis] for axis in axes)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -91,10 +173,17 @@ def concrete(tree, mesh: Mesh):
     return jax.tree.map(one, tree)
 
 
+def whole(tree, mesh: Mesh):
+    """``tree`` as the programs of ``mesh`` take it: for pmap a copy on every device, else as it is laid out."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec())) if is_pmap(mesh) else tree
+
+
+def row_layout(mesh: Mesh, ndim: int) -> NamedSharding:
+    """How an array of the batch lies on the mesh: its rows split."""
+    rows = PartitionSpec(DEVICES) if is_pmap(mesh) else partition(("batch",))
+    return NamedSharding(mesh, PartitionSpec(*rows, *(None,) * (ndim - 1)))
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are split."""
-    rows = RULES["batch"]
-    size = 1
-    for axis in (rows,) if isinstance(rows, str) else rows or ():
-        size *= mesh.shape[axis]
-    return size
+    return mesh.size // row_layout(mesh, 1).shard_shape((mesh.size,))[0]

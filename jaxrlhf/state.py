@@ -33,11 +33,11 @@ def abstract_state(
     params: dict[Role, Params],
     slow: dict[Role, Params],
     optimizers: dict[Role, optax.GradientTransformation],
-    controls: dict[str, Array],
+    controls: Callable[[], dict[str, Array]],
     mesh,
 ) -> TrainState:
     """``new_state`` of abstract parameters: what a checkpoint is restored into."""
-    make: Callable = lambda params, slow: new_state(0, params, slow, optimizers, controls)
+    make: Callable = lambda params, slow: new_state(0, params, slow, optimizers, controls())
     return concrete(jax.eval_shape(make, params, slow), mesh)
 
 

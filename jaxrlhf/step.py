@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.ops.rows import shuffle, split_rows
+from jaxrlhf.ops.rows import gather_rows, own_rows, shuffle, split_rows
+from jaxrlhf.sharding import across
 from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Role, Sequences, TrainState
 
 
@@ -65,7 +66,7 @@ def make_update(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainStat
         experience, means = algorithm.prepare(nets, state, batch, cfg)
         experience = jax.lax.stop_gradient(experience)
         state, update_means = update_epochs(recipe, state, experience)
-        metrics = {name: mean.value() for name, mean in (means | update_means).items()}
+        metrics = {name: mean.value() for name, mean in (across(means) | update_means).items()}
         state = algorithm.after(state, metrics, cfg)
         return state.replace(step=state.step + 1), metrics, experience
 
@@ -94,10 +95,13 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
         state, means, _ = update_minibatch(recipe, state, experience)
         return state, means
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.step), 1)
+    everything = gather_rows(experience) if num_minibatches > 1 else experience  # so that a shuffle is of all rows
 
     def epoch(carry, number):
-        rows = shuffle(experience, jax.random.fold_in(key, number)) if num_minibatches > 1 else experience
-        return jax.lax.scan(guarded, carry, split_rows(rows, num_minibatches))
+        if num_minibatches == 1:
+            return jax.lax.scan(guarded, carry, split_rows(everything, 1))
+        rows = split_rows(shuffle(everything, jax.random.fold_in(key, number)), num_minibatches)
+        return jax.lax.scan(guarded, carry, own_rows(rows, axis=1))
 
     def guarded(carry, minibatch):
         state, stopped = carry
@@ -137,7 +141,7 @@ def update_minibatch(
 def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple[dict[Role, Any], dict[str, Mean]]:
     """Each role's gradient of its loss's total over the minibatch, divided by the minibatch's count.
 
-    Micro-batches add totals and counts, so their number changes rounding only."""
+    Micro-batches and devices add totals and counts, so their number changes rounding only."""
 
     def total(params, part):
         losses, means = recipe.algorithm.loss(recipe.nets, params, state.slow, part, recipe.cfg)
@@ -152,5 +156,6 @@ def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple
         nothing = jax.tree.map(jnp.zeros_like, (state.params, means_shape))
         add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, part)), None)
         (grads, (losses, means)), _ = jax.lax.scan(add, nothing, parts)
+    grads, losses, means = across((grads, losses, means))
     divide = lambda role: jax.tree.map(lambda g: g / jnp.maximum(losses[role].count, 1e-8), grads[role])
     return {role: divide(role) for role in recipe.optimizers}, means

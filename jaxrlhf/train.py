@@ -16,10 +16,11 @@ from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
-from jaxrlhf.feed import Feed, layout, put
+from jaxrlhf.feed import Feed, put
 from jaxrlhf.metrics import MetricsLog, lock_run_dir
-from jaxrlhf.score import compile_halves
-from jaxrlhf.step import make_iteration
+from jaxrlhf.programs import compile_whole
+from jaxrlhf.score import compile_scored
+from jaxrlhf.sharding import current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 DONE, PREEMPTED = "done", "preempted"
@@ -46,7 +47,7 @@ def run(cfg: Config, raw: str = "") -> str:
         (run_dir / "source.yaml").write_text(raw)
     keeping = cfg.checkpoint
     saved = checkpoint.Checkpoints(run_dir, keeping.keep, keeping.best, keeping.mode, background=keeping.background)
-    with jax.set_mesh(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
+    with current(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
         if changes:
             log.say(f"changed since step {start}: {', '.join(changes)}")
         return Trainer(ready, saved, log).run(start)
@@ -84,7 +85,7 @@ class Trainer:
         cfg = self.cfg
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
         self.log.say("\n".join([describe_batch(cfg), *passed_over]))
-        state = self.restore(start) if start else initial_state(self.ready)
+        state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
         previous = signal.signal(signal.SIGTERM, self.ask_to_stop)
         try:
@@ -129,11 +130,8 @@ class Trainer:
         (state, metrics, responses) in one program, or in two where the host scores the responses between them."""
         started, programs = time.perf_counter(), {}
         halves = self.ready.reward_function is not None
-        compile_for = compile_halves if halves else compile_whole
+        compile_for = compile_scored if halves else compile_alone
         for batch in self.feed.shapes():
-            batch = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(self.ready.mesh, x)), batch
-            )
             programs[shapes(batch)] = compile_for(self.ready, state, batch)
         count = len(programs) * (2 if halves else 1)
         self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")
@@ -207,10 +205,10 @@ class Trainer:
         return state
 
 
-def compile_whole(ready: Run, state: TrainState, batch: Batch) -> Callable:
-    """The iteration as one program that the state is donated to; the records are for reward functions."""
-    program = jax.jit(make_iteration(ready.recipe), donate_argnums=0).lower(state, batch).compile()
-    return lambda state, batch, records: program(state, batch)
+def compile_alone(ready: Run, state: TrainState, batch: Batch) -> Callable:
+    """The iteration as one program; the records are for reward functions."""
+    program = compile_whole(ready, state, batch)
+    return lambda state, batch, records: program.run(state, batch)
 
 
 def shapes(batch: Batch) -> tuple:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf import build, checkpoint, cli, complete
+from jaxrlhf import build, checkpoint, cli, complete, programs
 from jaxrlhf import train as trainer
 from jaxrlhf.config import Config, RoleConfig, parse
 from jaxrlhf.config_errors import ConfigError
@@ -280,7 +280,7 @@ def test_a_folder_starts_a_run_as_its_run_would(ppo, whole, folder):
 def test_every_eos_token_stays_one_when_a_run_goes_on(root, folder, tmp_path, ppo, monkeypatch, one_device):
     """Also in the runs that start from the run, in text that it writes, and in its export."""
     make = lambda recipe: lambda state, batch: (state.replace(step=state.step + 1), {}, None)
-    monkeypatch.setattr(trainer, "make_iteration", make)
+    monkeypatch.setattr(programs, "make_iteration", make)
     off = ["eval.every=0", "data.eval_demonstrations=null", "log.tensorboard=false", "tokenizer.train_vocab_size=null"]
     cfg = runs.config("sft", root, tmp_path, *off, f"models.policy={{init_from: {folder}}}")
     assert build.build(cfg).sampler.eos_ids == (1, 7)

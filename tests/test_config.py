@@ -460,7 +460,7 @@ def test_a_mesh_divides_all_but_the_heads(tmp_path):
     path.write_text(SFT)
     check(config.load(path, ["mesh={tensor: 8}"]), 8)  # 4 heads
     line = mistake(path, "mesh={tensor: 8}", "models.policy.architecture.mlp_size=100", devices=8)
-    assert line.endswith("architecture.mlp_size: 100: mesh axis tensor of 8 does not divide it; nearest: 96")
+    assert line.endswith("architecture.mlp_size: 100: mesh.tensor of 8 does not divide it; nearest: 96")
 
 
 def test_a_policy_from_scratch_needs_room_for_prompt_and_response(ppo):

@@ -14,7 +14,6 @@ from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models.transformer import padded_vocab
-from jaxrlhf.sharding import AXES
 from tests import runs
 
 FILES = sorted((runs.ROOT / "configs").rglob("*.yaml"))
@@ -30,7 +29,8 @@ def test_there_are_configs():
 
 def devices_of(cfg: Config) -> int:
     """The fewest that the mesh fits."""
-    return math.prod(max(getattr(cfg.mesh, axis), 1) for axis in AXES)
+    mesh = cfg.mesh
+    return math.prod(max(size, 1) for size in (mesh.slices, mesh.data, mesh.fsdp, mesh.tensor))
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

@@ -143,6 +143,7 @@ def test_a_finished_run_is_left_alone(root):
 # ---- another mesh ---------------------------------------------------------------------------------------------------
 
 MESH = ["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+PMAP = ["mesh.style=pmap"]
 
 
 def go_on(root: Path, name: str, source: Path, last: int, to: str, devices: int, mesh: list[str]) -> Path:
@@ -166,14 +167,29 @@ def losses(run: Path, step: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "name", ["sft", pytest.param("rm", marks=pytest.mark.nightly), pytest.param("ppo", marks=pytest.mark.nightly)]
+    ("name", "mesh"),
+    [
+        ("sft", MESH),
+        ("ppo", PMAP),
+        pytest.param("rm", MESH, marks=pytest.mark.nightly),
+        pytest.param("rm", PMAP, marks=pytest.mark.nightly),
+        pytest.param("ppo", MESH, marks=pytest.mark.nightly),
+    ],
 )
-def test_a_checkpoint_is_restored_on_another_mesh_and_back(root, whole, name):
-    many = go_on(root, name, whole / name, 2, f"many-{name}", 8, MESH)
+def test_a_checkpoint_is_restored_on_another_mesh_and_back(root, whole, name, mesh):
+    many = go_on(root, name, whole / name, 2, f"many-{name}-{len(mesh)}", 8, mesh)
     assert losses(many, 3).keys() == losses(whole / name, 3).keys() != set()
     for key, value in losses(whole / name, 3).items():
         np.testing.assert_allclose(losses(many, 3)[key], value, rtol=0, atol=1e-5, err_msg=key)
-    one = go_on(root, name, many, 3, f"one-{name}", 1, ["mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"])
+    one = go_on(
+        root,
+        name,
+        many,
+        3,
+        f"one-{name}-{len(mesh)}",
+        1,
+        ["mesh.style=mesh", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1"],
+    )
     for key, value in losses(many, 4).items():
         np.testing.assert_allclose(losses(one, 4)[key], value, rtol=0, atol=1e-5, err_msg=key)
     assert losses(one, 4) != losses(one, 3)

@@ -1,5 +1,7 @@
 """The mesh, its one-line errors, and the table from logical axes to mesh axes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +9,21 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxrlhf import sharding
+from jaxrlhf.ops import masked
 from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape
 
 
 @pytest.mark.parametrize(
     ("cfg", "devices", "shape"),
     [
-        (MeshConfig(), 1, (1, 1, 1)),
-        (MeshConfig(), 8, (8, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (2, 2, 2)),
-        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 4, 2)),
-        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (2, 3, 1)),
+        (MeshConfig(), 1, (1, 1, 1, 1, 1)),
+        (MeshConfig(), 8, (1, 8, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 1, 2)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 1, 4, 1, 2)),
+        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (1, 2, 3, 1, 1)),
+        (MeshConfig(slices=2, fsdp=2), 8, (2, 2, 2, 1, 1)),
+        (MeshConfig(data=1, fsdp=4, tensor=2, decode=2), 8, (1, 1, 2, 2, 2)),
+        (MeshConfig(style="pmap"), 8, (1, 8, 1, 1, 1)),
     ],
 )
 def test_mesh_shape(cfg, devices, shape):
@@ -33,13 +39,18 @@ def test_mesh_shape(cfg, devices, shape):
         (MeshConfig(data=-1, fsdp=-1), 8, ["data=-1, fsdp=-1", "at most one is -1"]),
         (MeshConfig(data=0), 8, ["data=0", "positive"]),
         (MeshConfig(fsdp=-2), 8, ["fsdp=-2", "positive"]),
+        (MeshConfig(slices=-1, data=8), 8, ["slices=-1", "positive"]),
+        (MeshConfig(slices=3), 8, ["slices=3, data=-1", "needs 3 devices", "divides into the 8"]),
+        (MeshConfig(fsdp=4, decode=3, data=2), 8, ["mesh.decode: 3: expected a divisor of fsdp=4", "nearest: 1"]),
+        (MeshConfig(fsdp=2, style="pmap"), 8, ["data=-1, fsdp=2", "style pmap splits rows only", "style: mesh"]),
+        (MeshConfig(slices=2, style="pmap"), 8, ["slices=2", "style pmap splits rows only"]),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_one_line(cfg, devices, words):
     with pytest.raises(ValueError) as caught:
         mesh_shape(cfg, devices)
     message = str(caught.value)
-    assert message.startswith("mesh: ") and "\n" not in message
+    assert message.startswith(("mesh: ", "mesh.decode: ")) and "\n" not in message
     for word in words:
         assert word in message
 
@@ -48,16 +59,60 @@ def test_a_mesh_is_explicit_and_in_the_order_of_the_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Explicit}
     assert [device.id for device in mesh.devices.flat] == list(range(8))
-    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (3, 1, 1)
+    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (1, 3, 1, 1, 1)
     assert sharding.batch_shards(mesh) == 4  # rows go over data and fsdp
     assert sharding.batch_shards(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))) == 4
     assert sharding.batch_shards(make_mesh(MeshConfig(tensor=8))) == 1
 
 
+def test_slices_are_the_outermost_axis_and_count_as_rows():
+    mesh = make_mesh(MeshConfig(slices=2, data=1, fsdp=2, tensor=2))
+    assert [device.id for device in mesh.devices[1].flat] == [4, 5, 6, 7]
+    assert sharding.batch_shards(mesh) == 4
+
+
+class Device:
+    """As much of a TPU as the mesh asks for."""
+
+    platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+    def __init__(self, ident: int):
+        self.id, self.slice_index = ident, ident // 4 % 2
+        self.coords, self.core_on_chip = (ident % 2, ident // 2 % 2, 0), 0
+
+
+def test_slices_must_be_those_of_the_devices():
+    with pytest.raises(ValueError, match=r"^mesh.slices: 1: these devices are in 2 slices; nearest: 2$"):
+        make_mesh(MeshConfig(), [Device(i) for i in range(8)])
+
+
+def test_pmap_has_no_current_mesh():
+    mesh = make_mesh(MeshConfig(style="pmap"))
+    with sharding.current(mesh):
+        assert not sharding.explicit() and sharding.spec("batch") is None
+    x = sharding.whole(jnp.arange(3), mesh)
+    assert len(x.addressable_shards) == 8 and x.sharding.is_fully_replicated
+    with sharding.current(make_mesh(MeshConfig())):
+        assert sharding.explicit()
+
+
+def test_across_sums_over_devices_under_pmap_only():
+    """Masked statistics with it: the numbers of the whole batch on every device."""
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(size=(16, 5)).astype(np.float32), rng.random((16, 5)) < 0.5
+    white = functools.partial(masked.whiten, variance="unbiased")
+    function = lambda x, mask: (white(x, mask), masked.mean(x, mask), masked.count(mask), sharding.mapped())
+    split = jax.pmap(function, sharding.DEVICES)(x.reshape(8, 2, 5), mask.reshape(8, 2, 5))
+    assert not sharding.mapped() and sharding.across(x) is x and all(split[3])
+    np.testing.assert_allclose(split[0].reshape(16, 5), white(x, mask), atol=1e-6)
+    np.testing.assert_allclose(split[1], np.full(8, x[mask].mean()), atol=1e-6)
+    np.testing.assert_array_equal(split[2], np.full(8, mask.sum()))
+
+
 def test_partition_is_the_table():
-    assert sharding.partition(("batch", "seq", None)) == PartitionSpec(("data", "fsdp"), None, None)
+    assert sharding.partition(("batch", "seq", None)) == PartitionSpec(("slice", "data", "fsdp", "decode"), None, None)
     assert sharding.partition(("layers", "embed", "kv_heads", "head_dim")) == PartitionSpec(
-        None, "fsdp", "tensor", None
+        None, ("fsdp", "decode"), "tensor", None
     )
     with pytest.raises(KeyError, match="colour"):
         sharding.partition(("colour",))
@@ -75,7 +130,9 @@ def test_under_a_mesh_rows_are_split():
     x = np.arange(16.0).reshape(8, 2)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         split = sharding.constrain(jnp.asarray(x), "batch", None)
-        assert sharding.explicit() and jax.typeof(split).sharding.spec == PartitionSpec(("data", "fsdp"), None)
+        assert sharding.explicit() and jax.typeof(split).sharding.spec == PartitionSpec(
+            ("slice", "data", "fsdp", "decode"), None
+        )
         assert {shard.data.shape for shard in split.addressable_shards} == {(2, 2)}
         np.testing.assert_array_equal(split, x)
         with pytest.raises(Exception, match="5"):  # 5 rows on 4 shards: refused, not padded
@@ -89,5 +146,5 @@ def test_concrete_puts_abstract_layouts_on_the_mesh():
             lambda: {"w": sharding.constrain(jnp.ones((4, 8)), "embed", "mlp"), "n": jnp.int32(0)}
         )
     found = sharding.concrete(abstract, mesh)
-    assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec(("fsdp", "decode"), "tensor")
     assert found["n"].sharding.spec == PartitionSpec() and found["n"].dtype == jnp.int32

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import checkpoint, cli
+from jaxrlhf import checkpoint, cli, programs
 from jaxrlhf import train as trainer
 from jaxrlhf.config import dump, load
 from jaxrlhf.config_errors import ConfigError
@@ -266,7 +266,7 @@ def count_steps(monkeypatch, numbers=lambda step: {}, seen=None) -> None:
 
         return iteration
 
-    monkeypatch.setattr(trainer, "make_iteration", make_iteration)
+    monkeypatch.setattr(programs, "make_iteration", make_iteration)
 
 
 def bare(root: Path, folder: Path, *more: str):

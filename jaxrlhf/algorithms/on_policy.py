@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.ops.advantages import missing_eos
 from jaxrlhf.ops.kl import kl_estimate
-from jaxrlhf.ops.masked import keep, sums, variance
+from jaxrlhf.ops.masked import count, keep, sums, variance
 from jaxrlhf.types import Array, Mean, Metrics, Nets, Params, Role, Sequences, TrainState
 
 
@@ -46,8 +46,8 @@ def rollout_metrics(
         "kl/sampler_mismatch": sums(jnp.abs(mismatch), mask),
         "response/length_mean": sums(mask.sum(-1, dtype=jnp.float32), rows),
         "response/ended": sums(sequences.ended, rows),
-        "response/tokens": Mean(mask.sum(dtype=jnp.float32), one),
-        "response/count": Mean(rows.sum(dtype=jnp.float32), one),
+        "response/tokens": Mean(count(mask), one),
+        "response/count": Mean(count(rows), one),
     }
     if ref_logprobs is not None:
         metrics["kl/reference"] = sums((old - keep(ref_logprobs, mask)).sum(-1), rows)

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import constrain, spec
+from jaxrlhf.sharding import constrain, spec, split_over
 from jaxrlhf.types import Array
 
 MASKED = -1e30  # finite: a row with nothing to attend to stays finite, and is masked downstream
@@ -65,9 +65,8 @@ def share(logits: Array, mask: Array, softcap: float | None) -> Array:
 
 
 def head_axis(name: str, size: int) -> str | None:
-    """The logical axis of ``size`` heads; None (whole on every device) where ``tensor`` does not divide them."""
-    tensor = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
-    return None if size % tensor else name
+    """The logical axis of ``size`` heads; None (whole on every device) where the mesh does not divide them."""
+    return None if size % split_over(name) else name
 
 
 def group_heads(x: Array, kv_heads: int) -> Array:

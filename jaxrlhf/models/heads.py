@@ -10,6 +10,14 @@ from jaxrlhf.types import Array, Params
 IMPOSSIBLE = -1e30  # the logit of a padded vocabulary row: finite, so that 0 x it is 0
 
 
+def gathered_head(params: Params, dtype) -> Params:
+    """The parameters that lm_logits reads, cast and whole along ``embed``: for use many times after one gather."""
+    if "head" in params:
+        return {"head": {"kernel": constrain(params["head"]["kernel"].astype(dtype), None, "vocab")}}
+    table = params["embed"]["tokens"]["embedding"]
+    return {"embed": {"tokens": {"embedding": constrain(table.astype(dtype), "vocab", None)}}}
+
+
 def lm_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
     """f32[B, S, padded vocabulary] from hidden [B, S, D]; rows that pad the vocabulary can't be sampled."""
     out = ("batch", "seq", "vocab")

@@ -69,7 +69,11 @@ def load(
         return place(leaf, lambda index: read_shard(sources[path], tensors, leaf.shape, index, dtype, str(folder)))
 
     table = parameter_table(cfg, head)
-    return jax.tree_util.tree_map_with_path(one, table, is_leaf=lambda x: isinstance(x, Leaf))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(table, is_leaf=lambda x: isinstance(x, Leaf))
+    # the largest first: a leaf is held twice while it moves to its devices, and then the fewest others are there
+    order = sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape))
+    arrays = {i: one(*leaves[i]) for i in order}
+    return jax.tree.unflatten(tree, [arrays[i] for i in range(len(leaves))])
 
 
 def read_score_bias(folder: epath.Path) -> float:

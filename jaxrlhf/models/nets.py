@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.heads import lm_logits, scalar
+from jaxrlhf.models.heads import gathered_head, lm_logits, scalar
 from jaxrlhf.models.transformer import Runtime, forward, padded_vocab
 from jaxrlhf.ops.logprobs import chunked_token_stats, states_before
 from jaxrlhf.ops.masked import at_last
@@ -30,9 +30,10 @@ def make_nets(configs: dict[Role, ModelConfig], runtime: Runtime, sampling: Samp
     def token_stats(role, trees, sequences: Sequences) -> TokenStats:
         cfg, start = configs[role], sequences.response_start
         tokens = sequences.tokens[:, start:]
+        head = gathered_head(trees[role], runtime.compute)
 
         def logits_of(hidden, columns):
-            logits = lm_logits(trees[role], cfg, hidden)
+            logits = lm_logits(head, cfg, hidden)
             keep = tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
             return shape_logits(logits, sampling, columns, keep)
 

@@ -343,16 +343,23 @@ class Cache(NamedTuple):
 
 
 def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime) -> Params:
-    """The parameters as decoding reads them: cast, gathered over fsdp and unstacked, once a rollout."""
+    """The parameters as decoding reads them, once a rollout: cast, unstacked, laid out as sharding.DECODE_RULES say.
+
+    In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
+    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice."""
     table = parameter_table(cfg, head)
 
     def one(path, leaf: Leaf, x):
         x = x if path[-1].key == "scale" else x.astype(runtime.compute)  # norms compute in float32
-        return constrain(x, *gathered(weight_axes(leaf)))
+        axes = weight_axes(leaf)[len(leaf.axes) - x.ndim :]  # without "layers" where it is one layer's
+        return constrain(constrain(x, *axes), *gathered(axes))
 
-    whole = jax.tree_util.tree_map_with_path(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
-    layers = [jax.tree.map(operator.itemgetter(i), whole["layers"]) for i in range(cfg.num_layers)]
-    return whole | {"layers": layers}
+    def lay_out(table, params):
+        return jax.tree_util.tree_map_with_path(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
+
+    layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(cfg.num_layers)]
+    rest = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
+    return rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
 
 
 def prefill(params: Params, cfg: ModelConfig, tokens: Array, valid: Array, cache_size: int, runtime: Runtime):

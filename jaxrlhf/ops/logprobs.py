@@ -6,9 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.sharding import split_over
 from jaxrlhf.types import Array, TokenStats
 
-STORED_LOGITS = 2**24  # floats: below it a chunk's logits are kept for the backward pass, above it recomputed
+STORED_LOGITS = 2**24  # floats of a device: below it all logits are kept for the backward pass, above it recomputed
 
 
 def states_before(hidden: Array) -> Array:
@@ -36,13 +37,14 @@ def chunked_token_stats(
     """token_logprobs of ``logits_of(hidden, columns)`` over chunks of columns.
 
     hidden [B, S, D] is aligned: column t is the state before token t. Small problems are done at once; else each
-    chunk is recomputed in the backward pass, so that [B, S, V] is never stored.
+    chunk is recomputed in the backward pass, so that [B, S, V] is never stored. What counts is what one device would
+    store: every chunk sums the gradient of the head over the mesh, so there should be few.
     """
     batch, size, _ = hidden.shape
     columns = jnp.arange(size)
-    if batch * size * vocab <= STORED_LOGITS:
+    num_chunks = min(size, math.ceil(batch * size * vocab / split_over("batch", "vocab") / STORED_LOGITS))
+    if num_chunks <= 1:
         return token_logprobs(logits_of(hidden, columns), tokens)
-    num_chunks = min(size, math.ceil(batch * size * vocab / STORED_LOGITS))
     width = math.ceil(size / num_chunks)
     extra = num_chunks * width - size
 

@@ -1,14 +1,16 @@
 """Sums, means and whitening over the positions that a mask keeps.
 
 What lies outside the mask never counts, not even when it is NaN or infinite: every function puts 0 there *before* it
-computes, since NaN * 0 is NaN, in values and in gradients alike. Statistics are over the whole array that is passed:
-under a mesh that is the global batch.
+computes, since NaN * 0 is NaN, in values and in gradients alike. Statistics (count, mean, variance, whiten) are over
+the whole batch, and so have no place in a loss: under pmap they are sums over devices. A Mean (``sums``) is of the rows
+at hand, and whoever divides it adds those of micro-batches and devices first.
 """
 
 from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxrlhf.sharding import across
 from jaxrlhf.types import Array, Mean
 
 
@@ -30,9 +32,14 @@ def sums(x: Array, mask: Array) -> Mean:
     return Mean(total=jnp.sum(keep(x, mask)), count=jnp.sum(mask, dtype=jnp.float32))
 
 
+def count(mask: Array) -> Array:
+    """f32[]: how many positions are kept."""
+    return across(jnp.sum(mask, dtype=jnp.float32))
+
+
 def mean(x: Array, mask: Array) -> Array:
     """f32[]: the mean of ``x`` under ``mask``; 0 where the mask is empty."""
-    return sums(x, mask).value()
+    return across(sums(x, mask)).value()
 
 
 def variance(x: Array, mask: Array, unbiased: bool) -> Array:
@@ -93,5 +100,5 @@ def _centered(x: Array, mask: Array) -> Array:
 
 
 def _mean_square(centered: Array, mask: Array, unbiased: bool) -> Array:
-    squares = sums(jnp.square(centered), mask)
+    squares = across(sums(jnp.square(centered), mask))
     return squares.total / jnp.maximum(squares.count - (1.0 if unbiased else 0.0), 1.0)

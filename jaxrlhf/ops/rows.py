@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import spec
+from jaxrlhf.sharding import DEVICES, constrain, mapped, spec
 from jaxrlhf.types import Array
 
 
@@ -13,6 +13,28 @@ def shuffle(tree, key: Array):
     def one(x):
         order = jax.random.permutation(key, x.shape[0])
         return x.at[order].get(out_sharding=spec("batch", *(None,) * (x.ndim - 1)))
+
+    return jax.tree.map(one, tree)
+
+
+def lay_rows(tree):
+    """The rows over devices as the rules in use split a batch."""
+    return jax.tree.map(lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), tree)
+
+
+def gather_rows(tree):
+    """The rows of all devices of pmap, in order, on each; just ``tree`` on a mesh, where all rows are one array."""
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, DEVICES, tiled=True), tree) if mapped() else tree
+
+
+def own_rows(tree, axis: int = 0):
+    """What this device of pmap takes of the rows along ``axis``; just ``tree`` on a mesh."""
+    if not mapped():
+        return tree
+
+    def one(x):
+        size = x.shape[axis] // jax.lax.axis_size(DEVICES)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DEVICES) * size, size, axis)
 
     return jax.tree.map(one, tree)
 

@@ -10,7 +10,7 @@ from jaxrlhf.ops.rows import deinterleave, group_rows, interleave, repeat_rows, 
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.tiny import program, put
 
-ROWS = PartitionSpec(("data", "fsdp"), None)
+ROWS = PartitionSpec(("slice", "data", "fsdp", "decode"), None)
 
 
 def tree(rows: int = 16):
@@ -57,7 +57,7 @@ def test_split_rows_takes_every_parts_th_row(parts):
 def test_split_rows_stays_on_its_devices():
     out = on_mesh(lambda rows: split_rows(rows, 2), tree())
     np.testing.assert_array_equal(out["x"], split_rows(tree_of_jax(), 2)["x"])
-    assert out["x"].sharding.spec == PartitionSpec(None, ("data", "fsdp"), None)
+    assert out["x"].sharding.spec == PartitionSpec(None, ("slice", "data", "fsdp", "decode"), None)
     for shard in out["id"].addressable_shards:  # a device holds 4 neighbouring rows before, and the same ones after
         assert len({int(row) // 4 for row in np.asarray(shard.data).ravel()}) == 1
     collectives = ("all_gather", "all-gather", "all-to-all", "collective-permute")
@@ -89,7 +89,10 @@ def test_groups_are_neighbours_and_come_apart_again():
     meshed = on_mesh(lambda rows: (group_rows(rows["x"], 4), ungroup_rows(group_rows(rows["x"], 4))), tree())
     np.testing.assert_array_equal(meshed[0], out)
     np.testing.assert_array_equal(meshed[1], tree()["x"])
-    assert meshed[0].sharding.spec == PartitionSpec(("data", "fsdp"), None, None) and meshed[1].sharding.spec == ROWS
+    assert (
+        meshed[0].sharding.spec == PartitionSpec(("slice", "data", "fsdp", "decode"), None, None)
+        and meshed[1].sharding.spec == ROWS
+    )
 
 
 def test_interleave_and_back():

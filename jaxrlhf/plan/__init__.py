@@ -1,0 +1,134 @@
+"""Does a config fit a TPU slice, and how fast can it be? Answered on a machine that has none.
+
+The real programs of the config are compiled ahead of time for the slice (plan/compiled.py), and the work of an
+iteration is counted (plan/cost.py) and held against the chip's peaks (chips.py). Nothing is executed, and no
+weights are read.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from jaxrlhf.build import Blueprint, draw
+from jaxrlhf.config import Config
+from jaxrlhf.config_batch import describe_batch
+from jaxrlhf.config_check import check
+from jaxrlhf.feed import batch_shapes
+from jaxrlhf.plan.calls import passes_of
+from jaxrlhf.plan.compiled import Compiled, TooBig, compile_for
+from jaxrlhf.plan.cost import Timed, phases, timed
+from jaxrlhf.plan.memory import Memory, estimate
+from jaxrlhf.plan.search import Candidate, candidates, setup_of
+from jaxrlhf.plan.shapes import blueprint, configs_by_run
+from jaxrlhf.plan.topology import Slice, find_slice
+from jaxrlhf.sharding import make_mesh
+from jaxrlhf.types import Batch
+
+TRIES = 3  # settings that are compiled in search of one that fits
+
+
+class Advice(NamedTuple):
+    """Settings that fit: by what XLA says, or, where none was compiled, by estimate."""
+
+    candidate: Candidate
+    programs: list[Compiled] | None
+
+
+class Plan(NamedTuple):
+    """All that is known of a config on a slice. Bytes and times are of one device, of one iteration."""
+
+    cfg: Config
+    slice: Slice
+    mesh: Mapping[str, int]
+    sources: list[str]  # where the shape of each role was found
+    batch: str
+    columns: int  # of the prompts that were planned with, the longest bucket; 0: there are none
+    estimate: Memory
+    programs: list[Compiled] | TooBig | None  # None: not compiled
+    phases: list[Timed]
+    advice: Advice | None  # where it does not fit
+
+    @property
+    def available(self) -> float:
+        """HBM of a device."""
+        if isinstance(self.programs, TooBig):
+            return self.programs.available
+        return self.slice.chip.hbm / self.slice.devices_per_chip
+
+    @property
+    def needed(self) -> float:
+        if isinstance(self.programs, TooBig):
+            return self.programs.needed
+        return max(one.peak for one in self.programs) if self.programs else self.estimate.peak
+
+    @property
+    def fits(self) -> bool:
+        return not isinstance(self.programs, TooBig) and self.needed <= self.available
+
+    @property
+    def seconds(self) -> float:
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def mfu(self) -> float:
+        """The share of the peak that an iteration reaches at best, recomputation left out."""
+        useful = sum(one.phase.useful for one in self.phases)
+        return useful / self.seconds / (self.slice.chip.flops / self.slice.devices_per_chip)
+
+
+def plan(
+    cfg: Config, topology: str, slices: int = 1, others: Iterable[Config] = (), compiling: bool = True, source="config"
+) -> Plan:
+    """Plan ``cfg`` for ``slices`` slices of ``topology``. ``others``: configs of runs that it may start from.
+
+    Raises ConfigError, in one line, for a wrong topology, mesh or batch, and where a model's shape is not known."""
+    where = find_slice(topology, slices)
+    check(cfg, len(where.devices), source)
+    drawn, sources = blueprint(cfg, make_mesh(cfg.mesh, where.devices), configs_by_run(others))
+    batch = largest_batch(drawn)
+    passes = passes_of(drawn, batch)
+    models = {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
+    setup = setup_of(cfg, len(where.devices), drawn.recipe.optimizers)
+    counted = [timed(phase, where.chip, where.devices_per_chip) for phase in phases(passes, models, setup)]
+    made = Plan(
+        cfg=cfg,
+        slice=where,
+        mesh=dict(drawn.mesh.shape),
+        sources=sources,
+        batch=describe_batch(cfg),
+        columns=0 if batch.prompts is None else batch.prompts.tokens.shape[1],
+        estimate=estimate(passes, models, setup),
+        programs=compile_largest(drawn) if compiling else None,
+        phases=counted,
+        advice=None,
+    )
+    if made.fits:
+        return made
+    found = candidates(drawn, passes, where.chip, len(where.devices), made.available)
+    return made._replace(advice=confirm(found, drawn, compiling))
+
+
+def confirm(found: list[Candidate], drawn: Blueprint, compiling: bool) -> Advice | None:
+    """The first of the settings that XLA agrees fits; the first of all where nothing is compiled, None where none does.
+
+    After one that XLA refuses come those that are estimated to need a quarter less."""
+    tried = 0
+    while found and tried < TRIES:
+        best = found[0]
+        if not compiling:
+            return Advice(best, None)
+        mesh = make_mesh(best.cfg.mesh, list(drawn.mesh.devices.flat))
+        programs = compile_largest(draw(best.cfg, mesh, drawn.weights, drawn.sampler))
+        if not isinstance(programs, TooBig):
+            return Advice(best, programs)
+        tried += 1
+        found = [one for one in found if one.memory.peak < 0.75 * best.memory.peak]
+    return None
+
+
+def compile_largest(drawn: Blueprint) -> list[Compiled] | TooBig:
+    """The programs for the longest prompts that can come."""
+    return compile_for(drawn, largest_batch(drawn))
+
+
+def largest_batch(drawn: Blueprint) -> Batch:
+    return list(batch_shapes(drawn.cfg, drawn.mesh))[-1]

@@ -1,0 +1,90 @@
+"""The same count for training steps whose speed is published: how much of such a bound real programs reach.
+
+Published by MaxText (https://github.com/AI-Hypercomputer/maxtext: its README, and in MaxText/configs/{v5e,v5p} the
+scripts whose batch, mesh and remat these rows repeat) and in https://github.com/AI-Hypercomputer/tpu-recipes
+(training/trillium).
+Both attend with a kernel that keeps products of queries and keys out of HBM; shares of the peak are of attention in
+full, as plan/cost.py counts it. Their remat is the nearest that there is here: "minimal" keeps matrix products (dots),
+and what the steps on v6e offload to the host, and read back while they compute again, is computed again (full).
+"""
+
+from typing import Literal, NamedTuple
+
+from jaxrlhf.chips import CHIPS
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.published import LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_1_70B, llama
+from jaxrlhf.plan.calls import Pass, Passes
+from jaxrlhf.plan.cost import Setup, phases, timed
+
+
+class Step(NamedTuple):
+    """One training step, and how fast it is said to be: a share of the chip's peak, or tokens a second a chip."""
+
+    name: str
+    topology: str
+    chips: int
+    model: ModelConfig
+    rows: int  # a chip
+    columns: int
+    remat: Literal["none", "full", "dots"]
+    tensor: int
+    mfu: float = 0.0
+    tokens: float = 0.0
+
+
+def maxtext(hidden: int, layers: int, heads: int, mlp: int) -> ModelConfig:
+    """Its default model at a global_parameter_scale: heads of 128 features, a gated mlp, 32,000 tokens."""
+    return llama(32000, hidden, layers, heads, heads, mlp, 2048, head_dim=128)
+
+
+STEPS = (
+    Step("MaxText 16B", "v5e-256", 256, maxtext(4096, 32, 64, 28672), 6, 2048, "full", 1, mfu=0.611),
+    Step("MaxText 32B", "v5e-256", 256, maxtext(8192, 32, 64, 28672), 4, 2048, "full", 1, mfu=0.669),
+    Step("MaxText 64B", "v5e-256", 256, maxtext(8192, 64, 64, 28672), 2, 2048, "full", 1, mfu=0.599),
+    Step("MaxText 32B", "v5p-128", 64, maxtext(8192, 32, 64, 28672), 7, 2048, "dots", 4, mfu=0.715),
+    Step("MaxText 128B", "v5p-256", 128, maxtext(8192, 64, 128, 57344), 1, 2048, "dots", 8, mfu=0.687),
+    Step("Llama 2 70B", "v5p-512", 256, LLAMA_2_70B, 4, 4096, "dots", 1, tokens=692),
+    Step("Llama 3.1 8B", "v6e-256", 256, LLAMA_3_1_8B, 3, 8192, "full", 1, tokens=7207),
+    Step("Llama 3.1 70B", "v6e-256", 256, LLAMA_3_1_70B, 5, 8192, "full", 1, tokens=960),
+)
+
+
+class Compared(NamedTuple):
+    """Shares of the chip's peak, counted as plan/cost.py counts FLOPs, and of the prediction."""
+
+    step: Step
+    predicted: float
+    published: float
+
+    @property
+    def ratio(self) -> float:
+        return self.published / self.predicted
+
+
+def compare(step: Step) -> Compared:
+    """A step of sft as we would compute it, beside what is published."""
+    chip, model = CHIPS[step.topology.split("-")[0]], resolve(step.model)
+    setup = Setup(
+        {"data": 1, "fsdp": step.chips // step.tensor, "tensor": step.tensor},
+        moments={"policy": 8},
+        remat=step.remat,
+        stored_attention=False,
+    )
+    rows = step.rows * step.chips
+    one = Pass("policy", "token_stats", rows, step.columns, step.columns)
+    counted = phases(Passes([], [], [one], 1, 1), {"policy": (model, "lm")}, setup)
+    seconds = sum(timed(phase, chip).seconds for phase in counted)
+    useful = sum(phase.useful for phase in counted)
+    tokens = step.rows * step.columns
+    published = step.mfu or useful / tokens * step.tokens / chip.flops
+    return Compared(step, useful / seconds / chip.flops, published)
+
+
+def calibrate() -> list[Compared]:
+    return [compare(step) for step in STEPS]
+
+
+def reached() -> tuple[float, float]:
+    """The least and the most of a predicted speed that published steps reach."""
+    ratios = [row.ratio for row in calibrate()]
+    return min(ratios), max(ratios)

@@ -1,0 +1,100 @@
+"""Which passes of which networks an iteration makes: asked of the algorithm itself, with networks that only take notes.
+
+So a plan knows no algorithm, and one from outside the package is planned like those of the table.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.build import Blueprint
+from jaxrlhf.config_batch import num_micro, updates_of
+from jaxrlhf.step import make_rollout
+from jaxrlhf.types import Batch, Nets, Prompts, Role, Sequences, TokenStats, TrainState
+
+
+class Pass(NamedTuple):
+    """One pass of a network over rows, all devices together."""
+
+    role: Role
+    kind: Literal["token_stats", "values", "scores", "sample"]
+    rows: int  # sample: prompts
+    columns: int  # of a row; sample: of a prompt
+    read: int  # columns that logits (values, scores: a number) are computed of; sample: tokens that are sampled
+    copies: int = 1  # sample: responses a prompt
+
+
+class Passes(NamedTuple):
+    """The passes of one iteration."""
+
+    rollout: list[Pass]
+    prepare: list[Pass]
+    micro: list[Pass]  # forward in the loss of one micro-batch; each trained role's is differentiated
+    updates: int  # optimizer steps
+    micros: int  # micro-batches of an update
+
+
+def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
+    """The passes of an iteration that is given ``batch`` (shapes). No mesh may be set: nothing is laid out here."""
+    notes: list[Pass] = []
+    nets = note_taker(drawn, notes)
+    recipe = drawn.recipe._replace(nets=nets)
+    bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    state, batch = jax.eval_shape(lambda: blank_state(drawn)), bare(batch)
+    if drawn.algorithm.rollout is not None:
+        sequences = jax.eval_shape(make_rollout(recipe), state, batch)
+        if drawn.cfg.rewards.function is not None:
+            sequences = sequences.replace(scores=jax.ShapeDtypeStruct(sequences.ended.shape, jnp.float32))
+        batch = batch.replace(sequences=sequences)
+    rollout, notes[:] = list(notes), []
+    prepare = lambda state, batch: drawn.algorithm.prepare(nets, state, batch, drawn.cfg.algorithm)[0]
+    experience = jax.eval_shape(prepare, state, batch)
+    prepared, notes[:] = list(notes), []
+    (epochs, minibatches), parts = updates_of(drawn.cfg), num_micro(drawn.cfg)
+    split = lambda x: jax.ShapeDtypeStruct((x.shape[0] // minibatches // parts, *x.shape[1:]), x.dtype)
+    loss = lambda params, part: drawn.algorithm.loss(nets, params, state.slow, part, drawn.cfg.algorithm)
+    jax.eval_shape(loss, state.params, jax.tree.map(split, experience))
+    return Passes(rollout, prepared, list(notes), epochs * minibatches, parts)
+
+
+def blank_state(drawn: Blueprint) -> TrainState:
+    """A state whose parameters are left out: the note takers don't read them."""
+    zero = jnp.int32(0)
+    roles: dict[Role, Any] = {role: {} for role in drawn.heads}
+    return TrainState(zero, zero, roles, roles, {}, drawn.algorithm.controls(drawn.cfg.algorithm))
+
+
+def note_taker(drawn: Blueprint, notes: list[Pass]) -> Nets:
+    """Nets that answer zeros of the right shapes, and write down what they were asked."""
+
+    def token_stats(role, trees, sequences: Sequences) -> TokenStats:
+        rows, columns = sequences.tokens.shape
+        notes.append(Pass(role, "token_stats", rows, columns, columns - sequences.response_start))
+        return TokenStats(jnp.zeros((rows, columns)), jnp.zeros((rows, columns)))
+
+    def values(role, trees, sequences: Sequences):
+        rows, columns = sequences.tokens.shape
+        notes.append(Pass(role, "values", rows, columns, columns))
+        return jnp.zeros((rows, columns))
+
+    def scores(role, trees, sequences: Sequences):
+        rows, columns = sequences.tokens.shape
+        notes.append(Pass(role, "scores", rows, columns, columns))
+        return jnp.zeros((rows,))
+
+    def sample(role, trees, prompts: Prompts, seed, step) -> Sequences:
+        rows, columns = prompts.tokens.shape
+        room, copies = drawn.sampler.max_new_tokens, drawn.sampler.samples_per_prompt
+        notes.append(Pass(role, "sample", rows, columns, room, copies))
+        shape = (rows * copies, columns + room)
+        return Sequences(
+            tokens=jnp.zeros(shape, jnp.int32),
+            valid=jnp.ones(shape, bool),
+            response_mask=jnp.ones(shape, bool),
+            logprobs=jnp.zeros(shape),
+            ended=jnp.ones(shape[:1], bool),
+            response_start=columns,
+        )
+
+    return Nets(token_stats, values, scores, sample)

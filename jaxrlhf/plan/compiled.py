@@ -1,0 +1,61 @@
+"""The real programs of a config, compiled for a slice that is not here: what memory they take, and what they send."""
+
+import re
+from typing import NamedTuple
+
+import jax
+
+from jaxrlhf.build import Blueprint, abstract_state
+from jaxrlhf.chips import GIB
+from jaxrlhf.plan.hlo import Collective, collectives
+from jaxrlhf.programs import compile_programs
+from jaxrlhf.sharding import current
+from jaxrlhf.types import Batch
+
+TOO_BIG = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
+UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+class Compiled(NamedTuple):
+    """One program as XLA made it; bytes of one device."""
+
+    name: str
+    arguments: int
+    outputs: int  # those that do not take the place of arguments
+    temporaries: int
+    peak: int
+    collectives: list[Collective]
+
+
+class TooBig(NamedTuple):
+    """A program that XLA refused to make, as it does not fit."""
+
+    needed: float  # bytes of one device
+    available: float
+
+
+def compile_for(drawn: Blueprint, batch: Batch) -> list[Compiled] | TooBig:
+    """The programs that an iteration which is given ``batch`` runs, in order. Nothing is executed."""
+    with current(drawn.mesh):
+        try:
+            made = compile_programs(drawn, abstract_state(drawn), batch)
+        except jax.errors.JaxRuntimeError as error:
+            if (found := TOO_BIG.search(str(error))) is None:
+                raise
+            needed, unit, available, other = found.groups()
+            return TooBig(float(needed) * UNITS[unit], float(available) * UNITS[other])
+    return [describe(name, program.compiled) for name, program in made.items()]
+
+
+def describe(name: str, program: jax.stages.Compiled) -> Compiled:
+    """What XLA says of a program."""
+    memory = program.memory_analysis()
+    assert memory is not None, "this backend does not say what memory a program takes"
+    return Compiled(
+        name,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes),
+        collectives(program.as_text() or ""),
+    )

@@ -1,0 +1,303 @@
+"""How long an iteration must take at least: matrix products, HBM traffic and network traffic of one device, counted.
+
+Counted by ourselves, since XLA's cost analysis counts the body of a loop once. The rules, for one device:
+
+- a matrix product of T tokens with a weight of n elements is 2 T n FLOPs; backward is twice forward. Attention is
+  counted in full, all S x S products of a row, as it is computed, causal or not
+- rows are split over all but tensor; heads, mlp and vocabulary over tensor, where it divides them; while responses are
+  sampled decode goes with tensor
+- a pass reads the stored weights, writes and reads them gathered over fsdp, and writes and reads what goes in and out
+  of every product once; what one fusion could keep is not counted, but for softmax
+- a gather over n devices brings (n - 1) / n of the result, a sum twice that
+
+Every response is taken to be generate.max_new_tokens long: what stops early is faster. A phase takes as long as the
+slowest of the three would take alone at its peak, and phases follow each other: a bound, which nothing reaches.
+"""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from jaxrlhf.chips import Chip
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
+from jaxrlhf.ops.logprobs import STORED_LOGITS
+from jaxrlhf.plan.calls import Pass, Passes
+from jaxrlhf.sharding import RULES
+from jaxrlhf.types import Head, Role
+
+BYTES = {"float32": 4, "bfloat16": 2}
+STORED = 12  # bytes moved for each product of a query and a key: f32 written and read, its share bf16 written and read
+
+
+class Setup(NamedTuple):
+    """What the counts hang on, besides the models."""
+
+    mesh: Mapping[str, int]  # devices along the axes of sharding.AXES
+    compute: int = 2  # bytes of an activation
+    params: int = 4  # bytes of a stored weight
+    moments: Mapping[Role, int] = MappingProxyType({})  # bytes of a weight's two Adam moments, of the roles that learn
+    remat: Literal["none", "full", "dots"] = "none"
+    stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
+
+    @property
+    def tensor(self) -> int:
+        return self.mesh["tensor"]
+
+    @property
+    def fsdp(self) -> int:
+        """Devices that share a copy of the weights as it is stored."""
+        return self.mesh["fsdp"] * self.mesh.get("decode", 1)
+
+    @property
+    def copies(self) -> int:
+        return self.mesh["data"] * self.mesh.get("slice", 1)
+
+    @property
+    def shards(self) -> int:
+        return self.copies * self.fsdp
+
+    def decoding(self) -> "Setup":
+        """While responses are sampled: decode groups act as tensor does, and no weight is split over fsdp."""
+        group = self.mesh.get("decode", 1)
+        mesh = {"data": self.shards // group, "fsdp": 1, "tensor": self.tensor * group}
+        return self._replace(mesh=mesh, params=self.compute)
+
+
+class Work(NamedTuple):
+    """What one device does."""
+
+    flops: float = 0.0
+    hbm: float = 0.0  # bytes
+    ici: float = 0.0  # bytes received
+
+    def plus(self, other: "Work") -> "Work":
+        return Work(*(ours + theirs for ours, theirs in zip(self, other)))
+
+    def times(self, count: float) -> "Work":
+        return Work(*(part * count for part in self))
+
+
+class Phase(NamedTuple):
+    """A part of the iteration. ``useful``: FLOPs of a device that are no recomputation."""
+
+    name: str
+    work: Work
+    useful: float
+
+
+class Timed(NamedTuple):
+    """A phase on a chip: seconds at least, and what takes them."""
+
+    phase: Phase
+    seconds: float
+    bound: Literal["compute", "HBM", "network"]
+
+
+def timed(phase: Phase, chip: Chip, devices_per_chip: int = 1) -> Timed:
+    """The roofline: a phase lasts as long as the slowest of compute, memory and network."""
+    peaks = {"compute": chip.flops, "HBM": chip.bandwidth, "network": chip.ici}
+    seconds = {name: part * devices_per_chip / peaks[name] for name, part in zip(peaks, phase.work)}
+    slowest = max(seconds, key=lambda name: seconds[name])
+    return Timed(phase, seconds[slowest], slowest)  # type: ignore[arg-type]
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """A matrix of a model as one device multiplies with it: gathered over fsdp, split over tensor."""
+
+    size: int  # elements, of all layers
+    inputs: int  # features that go in, of a device
+    outputs: int
+    layers: int  # that it stands in; 1: the head
+
+
+def leaves(table: dict) -> dict[str, Leaf]:
+    """The parameter table, flat: "layers.mlp.up.kernel" -> Leaf."""
+    found: dict[str, Leaf] = {}
+    for name, part in table.items():
+        inside = {"": part} if isinstance(part, Leaf) else leaves(part)
+        found |= {f"{name}.{rest}".rstrip("."): leaf for rest, leaf in inside.items()}
+    return found
+
+
+def local(leaf: Leaf, tensor: int) -> dict[str, int]:
+    """Logical axis -> its size on one device."""
+    split = lambda name, size: RULES[name] == "tensor" and size % tensor == 0
+    return {name: size // tensor if split(name, size) else size for name, size in zip(leaf.axes, leaf.shape)}
+
+
+def matrices(cfg: ModelConfig, head: Head, tensor: int) -> list[Weight]:
+    """All that tokens are multiplied with, the head last."""
+    found, table = [], leaves(parameter_table(cfg, head))
+    for name, leaf in table.items():
+        if not name.endswith("kernel"):
+            continue
+        sizes = local(leaf, tensor)
+        layers = sizes.pop("layers", 1)
+        inner = math.prod(sizes.values())
+        embed = sizes.pop("embed")
+        other = inner // embed
+        first = leaf.axes[0 if layers == 1 and "layers" not in leaf.axes else 1] == "embed"
+        found.append(Weight(inner * layers, *((embed, other) if first else (other, embed)), layers))
+    if head == "lm" and cfg.tie_embeddings:
+        rows = local(table["embed.tokens.embedding"], tensor)["vocab"]
+        found.append(Weight(rows * cfg.hidden_size, cfg.hidden_size, rows, 1))
+    return found
+
+
+def held(cfg: ModelConfig, head: Head, tensor: int) -> int:
+    """Elements of all weights on one device, gathered over fsdp."""
+    return sum(math.prod(local(leaf, tensor).values()) for leaf in leaves(parameter_table(cfg, head)).values())
+
+
+def heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
+    """(query heads, cached key-value heads) on one device; see attention.match_heads."""
+    if cfg.num_heads % tensor:
+        return cfg.num_heads, cfg.num_kv_heads
+    kv = cfg.num_kv_heads // tensor if cfg.num_kv_heads % tensor == 0 else cfg.num_heads // tensor
+    return cfg.num_heads // tensor, kv
+
+
+# ---- passes ---------------------------------------------------------------------------------------------------------
+
+
+def forward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
+    """One forward pass of ``rows`` rows over all devices, whose head reads ``read`` columns of each row."""
+    body = layers_forward(cfg, head, rows, columns, setup)
+    tokens = rows / setup.shards * read
+    last = matrices(cfg, head, setup.tensor)[-1]
+    flops = 2 * tokens * last.size
+    return body.plus(Work(flops, tokens * (last.inputs * setup.compute + 2 * 4 * last.outputs), 0))
+
+
+def layers_forward(cfg: ModelConfig, head: Head, rows: int, columns: int, setup: Setup) -> Work:
+    """``forward`` without the head's product; its weights are gathered here with the others."""
+    tensor, fsdp = setup.tensor, setup.fsdp
+    tokens = rows / setup.shards * columns
+    inside = matrices(cfg, head, tensor)[:-1]
+    heads, _ = heads_here(cfg, tensor)
+    pairs = tokens * columns * heads * cfg.num_layers
+    moved = (
+        sum(weight.layers * (weight.inputs + weight.outputs) for weight in inside)
+        + 6 * cfg.num_layers * cfg.hidden_size
+    )
+    size = held(cfg, head, tensor)
+    gathered = 2 * size * setup.compute if fsdp > 1 else 0
+    return Work(
+        flops=2 * tokens * sum(weight.size for weight in inside) + 4 * pairs * cfg.head_dim,
+        hbm=tokens * moved * setup.compute
+        + pairs * STORED * setup.stored_attention
+        + size / fsdp * setup.params
+        + gathered,
+        ici=size * setup.compute * (fsdp - 1) / fsdp + tensor_sums(cfg, tokens, setup),
+    )
+
+
+def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
+    """Bytes for the sums behind attention and mlp of each layer, where tensor splits them."""
+    tensor = setup.tensor
+    return 2 * cfg.num_layers * tokens * cfg.hidden_size * setup.compute * 2 * (tensor - 1) / tensor
+
+
+def backward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
+    """The backward pass of ``forward``: twice its products; weights are gathered again, and gradients scattered."""
+    once = forward(cfg, head, rows, columns, read, setup)
+    fsdp, data = setup.fsdp, setup.copies
+    size = held(cfg, head, setup.tensor) * setup.compute
+    scattered = size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
+    if head == "lm":  # its gradient is summed once a chunk
+        last = matrices(cfg, head, setup.tensor)[-1].size * setup.compute
+        scattered += (chunks(cfg, rows, read, setup) - 1) * 2 * last * (setup.shards - 1) / setup.shards
+    return Work(2 * once.flops, 2 * once.hbm + 2 * size, once.ici + scattered)
+
+
+def chunks(cfg: ModelConfig, rows: int, read: int, setup: Setup) -> int:
+    """Parts that the logits of a pass are computed in; see ops/logprobs.chunked_token_stats."""
+    logits = rows * read * padded_vocab(cfg) / setup.shards / setup.tensor
+    return max(1, min(read, math.ceil(logits / STORED_LOGITS)))
+
+
+def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
+    """What the backward pass computes again: the head's logits where they are chunked; under remat full all layers,
+    under dots attention's products."""
+    whole = forward(cfg, head, rows, columns, read, setup)
+    layers = layers_forward(cfg, head, rows, columns, setup)
+    again = Work(whole.flops - layers.flops, whole.hbm - layers.hbm) if head == "lm" else Work()
+    if setup.remat == "full":
+        return again.plus(layers)
+    if setup.remat == "dots":
+        tokens = rows / setup.shards * columns
+        pairs = tokens * columns * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
+        return again.plus(Work(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention))
+    return again
+
+
+def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
+    """One step of Adam: the weights that a device stores, their gradient and moments, read and written."""
+    stored = held(cfg, head, setup.tensor) / setup.fsdp
+    return Work(hbm=stored * 2 * (2 * setup.params + moments))
+
+
+def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
+    """transformer.decode_layout: every weight of the policy, cast and gathered over what is left of fsdp, once a
+    rollout, after decode groups traded parts of it."""
+    size, fsdp, group = held(cfg, "lm", setup.decoding().tensor), setup.mesh["fsdp"], setup.mesh.get("decode", 1)
+    received = size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group
+    return Work(0, size / fsdp * setup.params + 2 * size * setup.compute, received * setup.compute)
+
+
+def prefill(cfg: ModelConfig, rows: int, columns: int, setup: Setup) -> Work:
+    """Prompts read with weights that are gathered already."""
+    return layers_forward(cfg, "lm", rows, columns, setup.decoding())
+
+
+def decode_step(cfg: ModelConfig, rows: int, columns: int, setup: Setup) -> Work:
+    """One token of each of ``rows`` rows: all weights and the whole cache of ``columns`` columns are read."""
+    setup = setup.decoding()
+    tensor, tokens = setup.tensor, rows / setup.shards
+    heads, kv = heads_here(cfg, tensor)
+    weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
+    cache = tokens * columns * 2 * kv * cfg.head_dim * cfg.num_layers * setup.compute
+    logits = tokens * padded_vocab(cfg) * 4
+    return Work(
+        flops=2 * tokens * weights + 4 * tokens * columns * heads * cfg.head_dim * cfg.num_layers,
+        hbm=weights * setup.compute + cache + 3 * logits,
+        ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
+    )
+
+
+# ---- an iteration ---------------------------------------------------------------------------------------------------
+
+
+def phases(passes: Passes, models: Mapping[Role, tuple[ModelConfig, Head]], setup: Setup) -> list[Phase]:
+    """The phases of an iteration, in order; the roles of ``setup.moments`` learn."""
+    found: list[Phase] = []
+    add = lambda name, work, useful=None: found.append(Phase(name, work, work.flops if useful is None else useful))
+    for one in passes.rollout:
+        cfg, rows = models[one.role][0], one.rows * one.copies
+        add("gather weights for decoding", gather_for_decoding(cfg, setup))
+        add("read prompts", prefill(cfg, one.rows, one.columns, setup))
+        add(f"decode {one.read} tokens", decode_step(cfg, rows, one.columns + one.read, setup).times(one.read))
+    for one in passes.prepare:
+        add(f"{NAMES[one.kind]} {one.role}", pass_of(forward, one, models, setup))
+    count = passes.updates * passes.micros
+    for one in passes.micro:
+        add(f"update {one.role}: forward", pass_of(forward, one, models, setup).times(count))
+        if one.role in setup.moments:
+            again = pass_of(recomputed, one, models, setup).times(count)
+            add(f"update {one.role}: recomputed", again, 0.0)
+            add(f"update {one.role}: backward", pass_of(backward, one, models, setup).times(count))
+    for role, moments in setup.moments.items():
+        add(f"update {role}: Adam", optimizer(*models[role], moments, setup).times(passes.updates))
+    return [phase for phase in found if any(phase.work)]
+
+
+NAMES = {"token_stats": "log-probs of", "values": "values of", "scores": "scores of"}
+
+
+def pass_of(function, one: Pass, models: Mapping[Role, tuple[ModelConfig, Head]], setup: Setup) -> Work:
+    return function(*models[one.role], one.rows, one.columns, one.read, setup)

@@ -1,0 +1,103 @@
+"""How much HBM a device needs, estimated without compiling: what a search tries hundreds of settings with.
+
+The arguments (weights, moments) are exact. Of the temporaries it takes the largest of three: the rollout's (weights
+laid out for decoding, the cache), those of scoring all rows at once, and an update's (gradients, what a micro-batch
+keeps for the backward pass). The compiler knows better: a plan is what it says, and the search ends with it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.transformer import padded_vocab, parameter_table
+from jaxrlhf.ops.logprobs import STORED_LOGITS
+from jaxrlhf.plan.calls import Pass, Passes
+from jaxrlhf.plan.cost import Setup, heads_here, held, leaves, local, matrices
+from jaxrlhf.types import Head, Role
+
+Models = Mapping[Role, tuple[ModelConfig, Head]]
+
+
+class Memory(NamedTuple):
+    """Bytes of one device."""
+
+    arguments: float
+    rollout: float  # temporaries, like the next two
+    scoring: float
+    update: float
+
+    @property
+    def peak(self) -> float:
+        return self.arguments + max(self.rollout, self.scoring, self.update)
+
+
+def stored(cfg: ModelConfig, head: Head, setup: Setup) -> int:
+    """Elements of a model's weights that one device stores."""
+    fsdp, total = setup.fsdp, 0
+    for leaf in leaves(parameter_table(cfg, head)).values():
+        size = math.prod(local(leaf, setup.tensor).values())
+        total += size // fsdp if "embed" in leaf.axes else size
+    return total
+
+
+def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
+    """The memory that the iteration of ``passes`` needs on one device."""
+    arguments = sum(
+        stored(*model, setup) * (setup.params + setup.moments.get(role, 0)) for role, model in models.items()
+    )
+    rollout = max((rollout_of(one, models[one.role][0], setup) for one in passes.rollout), default=0.0)
+    scoring = max((working(one, *models[one.role], setup) for one in passes.prepare), default=0.0)
+    copies = 2 if passes.micros > 1 else 1
+    gradients = copies * sum(stored(*models[role], setup) for role in setup.moments) * setup.params
+    saved = sum(kept(one, models[one.role][0], setup) for one in passes.micro if one.role in setup.moments)
+    busy = max((working(one, *models[one.role], setup) for one in passes.micro), default=0.0)
+    return Memory(arguments, rollout, scoring, gradients + saved + 2 * busy)
+
+
+def rollout_of(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
+    """Weights in decoding's layout, the cache of all rows, the logits of one token; or the prompts being read."""
+    setup = setup.decoding()
+    rows = one.rows * one.copies / setup.shards
+    _, kv = heads_here(cfg, setup.tensor)
+    weights = held(cfg, "lm", setup.tensor) * setup.compute
+    cache = rows * (one.columns + one.read) * 2 * kv * cfg.head_dim * cfg.num_layers * setup.compute
+    return weights + cache + max(2 * rows * padded_vocab(cfg) * 4, layer_activations(one, cfg, setup))
+
+
+def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
+    """One pass without a gradient: a layer's activations and weights, the embedding, the head's weights and logits."""
+    tensor = setup.tensor
+    layer = sum(weight.size / weight.layers for weight in matrices(cfg, head, tensor)[:-1]) * setup.compute
+    ends = sum(
+        math.prod(local(leaf, tensor).values())
+        for leaf in leaves(parameter_table(cfg, head)).values()
+        if "layers" not in leaf.axes
+    )
+    chunk = min(STORED_LOGITS, one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor) * 4 * 2
+    return layer_activations(one, cfg, setup) + 2 * layer + ends * setup.compute + (chunk if head == "lm" else 0)
+
+
+def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
+    """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys."""
+    tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
+    heads, _ = heads_here(cfg, tensor)
+    wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", tensor)[:-1])
+    pairs = tokens * one.columns * heads * (4 + setup.compute) if setup.stored_attention else 0
+    return tokens * setup.compute * (2 * cfg.hidden_size + 2 * wide) + pairs
+
+
+def kept(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
+    """What a forward pass keeps for its backward pass, of all layers."""
+    tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
+    heads, _ = heads_here(cfg, tensor)
+    inside = matrices(cfg, "lm", tensor)[:-1]
+    wide = sum(weight.outputs for weight in inside)
+    if setup.remat == "full":
+        return tokens * cfg.hidden_size * cfg.num_layers * setup.compute
+    if setup.remat == "dots":
+        gathered = 0 if setup.stored_attention else heads * cfg.head_dim  # kept by name: see kernels.SAVED
+        return tokens * (cfg.hidden_size + wide + gathered) * cfg.num_layers * setup.compute
+    pairs = tokens * one.columns * heads * (4 + setup.compute) if setup.stored_attention else 0
+    every = tokens * (2 * 4 * cfg.hidden_size + (4 * cfg.hidden_size + 2 * wide) * setup.compute)
+    return (every + pairs) * cfg.num_layers

@@ -1,0 +1,154 @@
+"""A plan as text for people, and as JSON."""
+
+import dataclasses
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxrlhf.chips import GIB
+from jaxrlhf.plan import Plan
+from jaxrlhf.plan.calibration import Compared, calibrate, reached
+from jaxrlhf.plan.compiled import Compiled, TooBig
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All numbers of a plan: bytes and seconds, of one device where not said otherwise."""
+    programs = plan.programs
+    low, high = reached()
+    return {
+        "topology": plan.slice.name,
+        "slices": plan.slice.slices,
+        "chips": plan.slice.chips,
+        "devices_per_chip": plan.slice.devices_per_chip,
+        "mesh": dict(plan.mesh),
+        "shapes": plan.sources,
+        "batch": plan.batch,
+        "prompt_columns": plan.columns,
+        "compiled": programs is not None,
+        "fits": plan.fits,
+        "hbm": {"available": plan.available, "needed": plan.needed, "estimate": plan.estimate._asdict()},
+        "programs": [program_json(one) for one in programs] if isinstance(programs, list) else [],
+        "phases": [
+            {"name": one.phase.name, **one.phase.work._asdict(), "seconds": one.seconds, "bound": one.bound}
+            for one in plan.phases
+        ],
+        "seconds": plan.seconds,
+        "mfu": plan.mfu,
+        "published_steps_reach": [low, high],
+        "advice": plan.advice and plan.advice.candidate.overrides,
+        "advice_compiled": bool(plan.advice and plan.advice.programs),
+    }
+
+
+def program_json(program: Compiled) -> dict[str, Any]:
+    return program._asdict() | {"collectives": [one._asdict() for one in program.collectives]}
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan on the terminal."""
+    console = Console()
+    say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+    say(f"{plan.cfg.run_dir} on {plan.slice}")
+    say("mesh: " + ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items()))
+    say(plan.batch + (f"; prompts of {plan.columns} tokens" if plan.columns else ""))
+    for source in plan.sources:
+        say(f"shape of {source}")
+    if isinstance(plan.programs, list):
+        console.print(memory_table(plan, plan.programs))
+        console.print(collective_table(plan.programs))
+    say(verdict(plan))
+    console.print(phase_table(plan))
+    say(speed(plan))
+    for line in advice_lines(plan):
+        say(line)
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def memory_table(plan: Plan, programs: list[Compiled]) -> Table:
+    """GiB of HBM a chip, program by program."""
+    each = plan.slice.devices_per_chip
+    table = Table("HBM, GiB a chip", "arguments", "temporaries", "new outputs", "peak", "of")
+    for one in programs:
+        sizes = (one.arguments, one.temporaries, one.outputs, one.peak, plan.available)
+        table.add_row(one.name, *(gib(size * each) for size in sizes))
+    return table
+
+
+def collective_table(programs: list[Compiled]) -> Table:
+    """What a device sends, program by program."""
+    table = Table("collectives of a device", "kind", "executions", "GB")
+    for one in programs:
+        for kind in one.collectives:
+            more = "at least " if kind.lower_bound else ""
+            table.add_row(one.name, kind.kind, f"{more}{kind.count:,}", f"{more}{kind.bytes / 1e9:,.3f}")
+    return table
+
+
+def phase_table(plan: Plan) -> Table:
+    """The roofline, phase by phase."""
+    table = Table("at best", "TFLOP", "HBM GB", "network GB", "seconds", "bound by", title="one iteration, a device")
+    for one in plan.phases:
+        flops, hbm, ici = one.phase.work
+        numbers = (f"{flops / 1e12:,.3f}", f"{hbm / 1e9:,.3f}", f"{ici / 1e9:,.3f}", f"{one.seconds:.4f}")
+        table.add_row(one.phase.name, *numbers, one.bound)
+    return table
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and by how much."""
+    each = plan.slice.devices_per_chip
+    needed, there = gib(plan.needed * each), gib(plan.available * each)
+    how = "estimated, not compiled: " if plan.programs is None else ""
+    if plan.fits:
+        return f"{how}fits: {needed} of {there} GiB a chip, {gib((plan.available - plan.needed) * each)} to spare"
+    which = "temporaries alone need" if isinstance(plan.programs, TooBig) else "needs"
+    return f"{how}DOES NOT FIT: {which} {needed} GiB a chip, {there} are there"
+
+
+def speed(plan: Plan) -> str:
+    low, high = reached()
+    return (
+        f"an iteration takes {plan.seconds:.2f} s at best, {plan.mfu:.1%} of the peak; published training steps reach "
+        f"{low:.2f} to {high:.2f} of such a bound (jaxrlhf plan --calibration): "
+        f"expect {plan.seconds / high:.1f} to {plan.seconds / low:.1f} s"
+    )
+
+
+def advice_lines(plan: Plan) -> list[str]:
+    """What to change, as overrides to paste."""
+    if plan.fits:
+        return []
+    if plan.advice is None:
+        return ["no setting of mesh, micro-batch, remat and number formats was found that fits: more chips are needed"]
+    best, each = plan.advice.candidate, plan.slice.devices_per_chip
+    if plan.advice.programs is None:
+        found = f"estimated at {gib(best.memory.peak * each)} GiB a chip, not compiled"
+    else:
+        found = f"compiled: {gib(max(one.peak for one in plan.advice.programs) * each)} GiB a chip"
+    return [f"this fits ({found}), an iteration then takes {best.seconds:.2f} s at best:", " ".join(best.overrides)]
+
+
+def print_calibration() -> None:
+    """Published training steps beside what is predicted of them."""
+    table = Table("training step", "slice", "rows a chip", "published", "predicted", "ratio", title="share of the peak")
+    for row in calibrate():
+        table.add_row(*calibration_row(row))
+    Console().print(table)
+
+
+def calibration_row(row: Compared) -> list[str]:
+    step = row.step
+    rows = f"{step.rows} x {step.columns}"
+    return [step.name, step.topology, rows, f"{row.published:.1%}", f"{row.predicted:.1%}", f"{row.ratio:.2f}"]
+
+
+def calibration_json() -> list[dict[str, Any]]:
+    return [
+        {"name": row.step.name, "slice": row.step.topology, "model": dataclasses.asdict(row.step.model)}
+        | {"published": row.published, "predicted": row.predicted, "ratio": row.ratio}
+        for row in calibrate()
+    ]

@@ -1,0 +1,121 @@
+"""What to change where a config does not fit: settings of mesh, micro-batch, remat and number formats, tried by count.
+
+Hundreds are estimated (plan/memory.py, plan/cost.py); the caller compiles the best of them."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxrlhf.build import Blueprint
+from jaxrlhf.chips import Chip
+from jaxrlhf.config import Config
+from jaxrlhf.config_batch import num_micro, rows_of, updates_of
+from jaxrlhf.config_check import SPLIT, check, divisors
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.plan.calls import Passes
+from jaxrlhf.plan.cost import BYTES, Setup, phases, timed
+from jaxrlhf.plan.memory import Memory, estimate
+from jaxrlhf.sharding import AXES, MeshConfig, mesh_shape
+
+ROOM = 0.9  # of the memory that there is: estimates are no better
+
+
+class Candidate(NamedTuple):
+    """A setting that should fit, by estimate."""
+
+    cfg: Config
+    overrides: list[str]
+    memory: Memory
+    seconds: float
+
+
+def setup_of(cfg: Config, num_devices: int, roles) -> Setup:
+    """What the counts read of a config; ``roles``: those that learn."""
+    sizes = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices)))
+    params = BYTES[cfg.precision.params]
+    moments = {role: BYTES[cfg.optimizer_of(role).dtype] + params for role in roles}  # the second is as the weights are
+    stored = cfg.attention == "xla"  # on TPUs auto is splash
+    return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored)
+
+
+def candidates(drawn: Blueprint, passes: Passes, chip: Chip, num_devices: int, available: float) -> list[Candidate]:
+    """Settings that should fit into ``available`` bytes a device: first those that leave number formats as they are,
+    and of equals the fastest."""
+    found = []
+    models = {role: (drawn.configs[role], head) for role, head in drawn.heads.items()}
+    for price, cfg in settings(drawn, num_devices):
+        setup = setup_of(cfg, num_devices, drawn.recipe.optimizers)
+        mine = with_micro(passes, num_micro(cfg))
+        memory = estimate(mine, models, setup)
+        if memory.peak > ROOM * available:
+            continue
+        seconds = sum(timed(phase, chip).seconds for phase in phases(mine, models, setup))
+        overrides = differences(drawn.cfg, cfg)
+        found.append((price, seconds, len(overrides), Candidate(cfg, overrides, memory, seconds)))
+    return [candidate for *_, candidate in sorted(found, key=lambda row: row[:3])]
+
+
+def with_micro(passes: Passes, micros: int) -> Passes:
+    """The passes where a minibatch is computed in ``micros`` parts."""
+    micro = [one._replace(rows=one.rows * passes.micros // micros) for one in passes.micro]
+    return passes._replace(micro=micro, micros=micros)
+
+
+def settings(drawn: Blueprint, num_devices: int) -> Iterator[tuple[int, Config]]:
+    """(how much numbers change: 0 not at all, the settings) of everything that passes the checks of a config."""
+    cfg = drawn.cfg
+    minibatch = next(iter(rows_of(cfg).values())) // updates_of(cfg)[1]
+    for mesh, remat in itertools.product(meshes(drawn, num_devices), ("none", "dots", "full")):
+        for micro in [minibatch, *(size for size in divisors(minibatch) if size < minibatch)]:
+            batch = dataclasses.replace(cfg.batch, micro_batch_size=None if micro == minibatch else micro)
+            one = dataclasses.replace(cfg, mesh=mesh, remat=remat, batch=batch)
+            try:
+                check(one, num_devices)
+            except ConfigError:
+                continue
+            yield from enumerate(cheaper(one))
+
+
+def meshes(drawn: Blueprint, num_devices: int) -> Iterator[MeshConfig]:
+    """Every way to lay the devices that divides all models; copies of all weights (data) last."""
+    shapes = drawn.configs.values()
+    fits = lambda axis, size: all(
+        getattr(shape, name) % size == 0 for shape in shapes for name, on in SPLIT.items() if axis in on
+    )
+    slices = drawn.cfg.mesh.slices
+    each = num_devices // slices
+    for tensor, data, decode in itertools.product(divisors(each), divisors(each), (1, 2, 4, 8, 16)):
+        if each % (tensor * data * decode) or tensor * decode > 64:
+            continue
+        fsdp, group = each // tensor // data, tensor * decode
+        vocab = all(padded_vocab(shape) % group == 0 for shape in shapes)
+        if fits("tensor", group) and fits("fsdp", fsdp) and vocab:
+            yield MeshConfig(data, fsdp, tensor, slices, decode)
+
+
+def cheaper(cfg: Config) -> Iterator[Config]:
+    """The config, then with fewer bytes a number: Adam's first moment in bfloat16, then also the stored weights."""
+    yield cfg
+    rows = {role: dataclasses.replace(row, dtype="bfloat16") for role, row in cfg.optimizer.items()}
+    rows.setdefault("default", dataclasses.replace(OptimizerConfig(), dtype="bfloat16"))
+    yield dataclasses.replace(cfg, optimizer=rows)
+    yield dataclasses.replace(
+        cfg, optimizer=rows, precision=dataclasses.replace(cfg.precision, params="bfloat16", compute="bfloat16")
+    )
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What the command line has to say to make ``new`` of ``old``."""
+    pairs = [("mesh", old.mesh, new.mesh), ("batch", old.batch, new.batch), ("precision", old.precision, new.precision)]
+    pairs += [
+        (f"optimizer.{role}", old.optimizer.get(role, OptimizerConfig()), row) for role, row in new.optimizer.items()
+    ]
+    texts = [] if old.remat == new.remat else [f"remat={new.remat}"]
+    for where, ours, theirs in pairs:
+        for field in dataclasses.fields(ours):
+            before, after = getattr(ours, field.name), getattr(theirs, field.name)
+            texts += [] if before == after else [f"{where}.{field.name}={'null' if after is None else after}"]
+    return texts

@@ -1,0 +1,120 @@
+"""The shapes of a run's models without their weights: from what is here, or from what is known of what is not."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from etils import epath
+
+from jaxrlhf import checkpoint, generate
+from jaxrlhf.build import Blueprint, Weights, base_role, draw, heads_of, origin
+from jaxrlhf.config import Config, parse
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config_yaml import read_yaml
+from jaxrlhf.models import gguf, hf_config, hf_folder
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.published import SHAPES, published
+from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.types import Role
+
+HUB_SECONDS = 5  # for the hub to answer
+
+
+class Found(NamedTuple):
+    """A model's shape, and where it was found."""
+
+    config: ModelConfig
+    source: str
+
+
+def blueprint(cfg: Config, mesh, beside: Mapping[str, Config]) -> tuple[Blueprint, list[str]]:
+    """The config ready to compile, and what to tell of where shapes come from.
+
+    ``beside``: run directory -> the config that makes it, of runs that may not be there yet. Token ids are made up:
+    a program hangs on their number only. Raises ConfigError where a shape is known nowhere, or does not fit."""
+    found = {role: find_shape(cfg, base_role(cfg, role), beside) for role in heads_of(cfg)}
+    weights = {role: Weights("new", None, shape.config, "lm") for role, shape in found.items()}
+    first = found.get("policy") or next(iter(found.values()))
+    rows, copies = padded_vocab(first.config), cfg.batch.samples_per_prompt
+    sampler = generate.make_sampler(cfg.generate, (1,), 0, [], rows, copies)
+    return draw(cfg, mesh, weights, sampler), [f"{role}: {shape.source}" for role, shape in found.items()]
+
+
+def find_shape(cfg: Config, role: Role, beside: Mapping[str, Config], seen: tuple[str, ...] = ()) -> Found:
+    """The shape at the end of the role's chain of origins, through runs that start from other runs."""
+    model, path = origin(cfg, role), origin(cfg, role).init_from or ""
+    if model.architecture is not None:
+        return Found(resolve(model.architecture, model.architecture.vocab_size or vocabulary(cfg, beside)), "random")
+    if checkpoint.is_run(path) and checkpoint.latest_step(path) is not None:
+        step, extra = checkpoint.read_extra(path)
+        there = checkpoint.find_role(extra["models"], role)
+        return Found(checkpoint.model_of(extra["models"][there])[0], f"{path}, step {step}")
+    if (maker := maker_of(path, beside)) is not None and path not in seen:
+        there = checkpoint.find_role(dict.fromkeys(maker.models), role)
+        made = find_shape(maker, base_role(maker, there), beside, (*seen, path))
+        return Found(made.config, f"{path}, not there yet, which starts from {made.source}")
+    if (shape := shape_of(path)) is not None:
+        return shape
+    if role != "policy" and "policy" in cfg.models and base_role(cfg, "policy") == "policy":
+        other = find_shape(cfg, "policy", beside, (*seen, path))
+        return Found(other.config, f"{path} is not there: ASSUMED to be shaped like the policy ({other.source})")
+    raise ConfigError(
+        f"models.{role}.init_from: {path}: no folder, no run, no config that makes it, and not among the published "
+        f"shapes ({', '.join(sorted(SHAPES))}); expected one, or models.{role}.architecture"
+    )
+
+
+def maker_of(run_dir: str, beside: Mapping[str, Config]) -> Config | None:
+    """The config of a run that has saved nothing yet: the one in its directory, else the one that will make it."""
+    written = epath.Path(run_dir) / "config.yaml" if run_dir else None
+    if written is not None and written.exists():
+        return parse(read_yaml(written.read_text(), str(written)), str(written))
+    return beside.get(run_dir)
+
+
+def shape_of(name: str) -> Found | None:
+    """The shape of a folder, a GGUF file or a model of the hub: what lies here, else the hub, else the table."""
+    if name.startswith(gguf.PREFIX):
+        return shape_of_gguf(name)
+    if epath.Path(name).expanduser().is_dir():
+        return Found(hf_config.read_config(epath.Path(name).expanduser())[0], name)
+    if (file := on_the_hub(name)) is not None:
+        raw = hf_folder.read_json(file.parent, file.name) or {}
+        return Found(hf_config.parse_config(raw, str(file))[0], f"{name}, config.json of the hub")
+    known = published(name)
+    return known and Found(known, f"{name}, published shape (no cache, no hub)")
+
+
+def shape_of_gguf(name: str) -> Found | None:
+    try:
+        return Found(hf_config.read_config(gguf.unpack(name.removeprefix(gguf.PREFIX)))[0], name)
+    except ValueError as error:
+        if "there is no such file" in str(error):
+            return None
+        raise
+
+
+def on_the_hub(name: str) -> epath.Path | None:
+    """config.json of a model of the hub, from the cache or downloaded; None where it can't be had."""
+    import huggingface_hub
+
+    try:
+        return epath.Path(huggingface_hub.hf_hub_download(name, "config.json", etag_timeout=HUB_SECONDS))
+    except Exception:  # of many kinds: offline, gated, no such model, no name of a model; the table is asked next
+        return None
+
+
+def vocabulary(cfg: Config, beside: Mapping[str, Config]) -> int:
+    """Tokens of the run's tokenizer: those that are asked for, else as many as its model has rows for."""
+    if cfg.tokenizer.train_vocab_size:
+        return cfg.tokenizer.train_vocab_size
+    named = cfg.tokenizer.init_from or ""
+    if (maker := maker_of(named, beside)) is not None:
+        return vocabulary(maker, beside)
+    if (shape := shape_of(named)) is not None:
+        return shape.config.vocab_size
+    raise ConfigError(f"tokenizer.init_from: {named}: can't be read here; expected architecture.vocab_size")
+
+
+def configs_by_run(configs: Iterable[Config]) -> dict[str, Config]:
+    """Run directory -> the config that makes it."""
+    return {cfg.run_dir: cfg for cfg in configs}

@@ -1,0 +1,54 @@
+"""The table of published shapes: the parameters that come of them are as many as their makers say."""
+
+import math
+
+import pytest
+
+from jaxrlhf.models.config import resolve
+from jaxrlhf.models.published import SHAPES, published
+from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
+
+# parameters of the files on the hub (safetensors metadata), embeddings counted once where they are tied
+COUNTS = {
+    "EleutherAI/pythia-1b": 1_011_781_632,
+    "EleutherAI/pythia-6.9b": 6_857_302_016,
+    "google/gemma-2-2b-it": 2_614_341_888,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+}
+
+
+def count(name: str) -> int:
+    """Parameters of the model, without the rows that pad its vocabulary."""
+    cfg = published(name)
+    assert cfg is not None and padded_vocab(cfg) == cfg.vocab_size, "none of these is padded"
+    leaves: list[Leaf] = []
+
+    def walk(part):
+        if isinstance(part, Leaf):
+            leaves.append(part)
+        else:
+            for inside in part.values():
+                walk(inside)
+
+    walk(parameter_table(cfg, "lm"))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", sorted(COUNTS))
+def test_as_many_parameters_as_published(name):
+    assert count(name) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_every_shape_resolves(name):
+    assert published(name) == resolve(SHAPES[name])
+
+
+def test_other_names_are_not_known():
+    assert published("somebody/unknown") is None

@@ -1,0 +1,95 @@
+"""What the compiled programs of a TPU slice send, and when: read from their HLO, with nothing but libtpu."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrlhf import generate
+from jaxrlhf import state as states
+from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.algorithms.sft import SFTConfig
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.nets import make_nets
+from jaxrlhf.models.transformer import Runtime
+from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.optim import OptimizerConfig, make_optimizer
+from jaxrlhf.plan import hlo
+from jaxrlhf.plan.topology import find_slice
+from jaxrlhf.sharding import MeshConfig, make_mesh, row_layout
+from jaxrlhf.step import Recipe, make_learn
+from jaxrlhf.types import Batch, Prompts, Sequences
+
+pytest.importorskip("libtpu", reason="compiles for TPUs")
+pytestmark = pytest.mark.plan
+
+ROWS, ROOM = 128, 64
+MODEL = resolve(
+    ModelConfig(vocab_size=2048, hidden_size=512, num_layers=2, num_heads=8, num_kv_heads=8, mlp_size=2048, head_dim=64)
+)
+BF16 = Runtime(jnp.bfloat16)
+
+
+def rows_of(mesh, *shape: int, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=row_layout(mesh, len(shape)))
+
+
+def sent(program) -> list[tuple[int, str, int, str]]:
+    """(executions, kind, bytes, attributes) of every collective."""
+    entry, computations = hlo.parse(program.as_text())
+    runs, _ = hlo.executions(entry, computations)
+    found = []
+    for name, lines in computations.items():
+        for line in lines:
+            if kind := hlo.kind_of(line):
+                found.append((runs[name], kind, hlo.transferred(line), line.rest))
+    return found
+
+
+@pytest.mark.parametrize("decode", [1, 4])
+def test_the_decode_loop_of_a_slice_sends_activations_alone(decode):
+    """On v5e:8x8 the weights are laid out once, before the loop: in it are sums of one token's activations and the
+    gathered logits of its rows."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=32, tensor=2, decode=decode), find_slice("v5e:8x8").devices)
+    sampler = generate.Sampler(Sampling(eos_ids=(2,)), ROOM, (2,), 0)
+    prompts = Prompts(rows_of(mesh, ROWS, 32), rows_of(mesh, ROWS, 32, dtype=bool), rows_of(mesh, ROWS))  # type: ignore[arg-type]
+
+    def rollout(params, prompts):
+        return generate.sample(params, MODEL, prompts, jnp.int32(0), jnp.int32(0), sampler, BF16)
+
+    with jax.set_mesh(mesh):
+        params = states.abstract_params(MODEL, "lm", jnp.float32, mesh)
+        program = jax.jit(rollout).lower(params, prompts).compile()
+    here = ROWS // 32 * decode  # rows of a device
+    group, every = 2 * decode, sent(program)
+    inside = [(kind, size) for runs, kind, size, _ in every if runs >= ROOM]
+    gathered = [size for kind, size in inside if kind == "all-gather"]
+    assert gathered and set(gathered) <= {here * 2048 * 4}  # logits of all the vocabulary
+    weights = MODEL.hidden_size * MODEL.mlp_size // group * 2  # bytes of the mlp's largest, as decoding holds it
+    assert {kind for kind, _ in inside} <= {"all-gather", "all-reduce"}
+    assert all(size <= here * MODEL.hidden_size * 4 < weights for kind, size in inside if kind == "all-reduce")
+    before = [kind for runs, kind, size, _ in every if runs < ROOM and size >= weights // 2]
+    assert before, "the weights must have been laid out somewhere"
+    assert ("all-to-all" in {kind for runs, kind, *_ in every if runs < ROOM}) == (decode > 1)
+
+
+def test_between_slices_only_what_is_scattered_is_summed():
+    """Two v5e:2x2 as (slices 2, fsdp 4): gradients are scattered within a slice first, so that the data-center network
+    carries a quarter of them; weights are gathered within a slice."""
+    where = find_slice("v5e:2x2", 2)
+    mesh = make_mesh(MeshConfig(slices=2, data=1, fsdp=4), where.devices)
+    nets = make_nets({"policy": MODEL}, BF16, Sampling(), lambda *_: None)  # type: ignore[arg-type]
+    optimizers = {"policy": make_optimizer(OptimizerConfig(), 10)}
+    recipe = Recipe(ALGORITHMS["sft"], SFTConfig(), nets, optimizers, {})
+    tokens, flags = rows_of(mesh, 32, 64), rows_of(mesh, 32, 64, dtype=bool)
+    batch = Batch(sequences=Sequences(tokens, flags, flags))  # type: ignore[arg-type]
+    with jax.set_mesh(mesh):
+        params = {"policy": states.abstract_params(MODEL, "lm", jnp.float32, mesh)}
+        state = states.abstract_state(params, {}, optimizers, dict, mesh)
+        program = jax.jit(make_learn(recipe), donate_argnums=0).lower(state, batch).compile()
+    every = sent(program)
+    across = sum(runs * size for runs, kind, size, _ in every if kind == hlo.BETWEEN)
+    whole = sum(leaf.size for leaf in jax.tree.leaves(params))
+    layers = sum(leaf.size for leaf in jax.tree.leaves(params["policy"]["layers"]))
+    # gradients of the layers' products are bfloat16, that of the embedding is float32
+    assert (2 * layers + 4 * (whole - layers)) / 4 <= across < 1.15 * (2 * layers + 4 * (whole - layers)) / 4
+    assert {"all-gather", "reduce-scatter"} <= {kind for _, kind, *_ in every}
