@@ -51,6 +51,7 @@ def train(
     from jaxrlhf.config_yaml import read_file
 
     configs = load_all(paths, overrides)
+    set_flags(any(cfg.deterministic for cfg in configs))
     import jax
 
     for path, cfg in zip(paths, configs):
@@ -111,6 +112,7 @@ def generate(
 
     cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     check_ranges(cfg, "command line")
+    set_flags()
     from jaxrlhf.complete import generate_text
 
     for text, response in zip(prompt, generate_text(model, prompt, cfg, seed, chat)):
@@ -126,6 +128,7 @@ def evaluate(
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
+    set_flags()
     from jaxrlhf.evaluate_report import evaluate_run, print_report
 
     report = evaluate_run(run, judge, samples)
@@ -153,6 +156,13 @@ def export(
 
     export_role(run, role, to)
     typer.echo(f"{role} of {run} written to {to}")
+
+
+def set_flags(deterministic: bool = False) -> None:
+    """The compiler flags of this machine, before anything touches a device."""
+    from jaxrlhf import platform
+
+    platform.prepare(deterministic)
 
 
 def need_run(run: str) -> None:

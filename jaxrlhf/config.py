@@ -25,6 +25,7 @@ from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.generate import GenerateConfig
 from jaxrlhf.metrics import LogConfig
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.kernels import Asked
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.sharding import MeshConfig
@@ -104,6 +105,8 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
     remat: Literal["none", "full", "dots"] = "none"  # what is recomputed backward: nothing, layers, all but matmuls
+    attention: Asked = "auto"  # the kernel: splash on TPUs and cudnn on GPUs where they can compute the model, else xla
+    deterministic: bool = False  # GPUs: the same bits in every run, as TPUs and CPUs give anyway; slower
     optimizer: dict[Role, OptimizerConfig] = dataclasses.field(default_factory=dict)  # "default" serves the other roles
     mesh: MeshConfig = MeshConfig()
     data: DataConfig = DataConfig()

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf import checkpoint, evaluate, normalize
-from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state
+from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state, kernels_passed_over
 from jaxrlhf.config import Config, dump
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
@@ -83,7 +83,8 @@ class Trainer:
     def run(self, start: int) -> str:
         """From iteration ``start`` to the end, or to SIGTERM."""
         cfg = self.cfg
-        self.log.say(describe_batch(cfg))
+        passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
+        self.log.say("\n".join([describe_batch(cfg), *passed_over]))
         state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
         previous = signal.signal(signal.SIGTERM, self.ask_to_stop)
