@@ -15,7 +15,7 @@ from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.build import Run, abstract_state, build
 from jaxrlhf.config import load
 from jaxrlhf.evaluate import HeldOut
-from jaxrlhf.feed import held_out, put
+from jaxrlhf.feed import fetch_all, held_out, put
 from jaxrlhf.types import TrainState
 
 
@@ -59,8 +59,8 @@ def pair_report(ready: Run, state: TrainState) -> dict[str, Any]:
     score = jax.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
     differences = []
     for host in batches:
-        chosen, rejected = jax.device_get(score(trees, put(ready.mesh, host.batch).preferences))
-        differences.append((chosen - rejected)[: host.counts["rows"]])
+        chosen, rejected = fetch_all(score(trees, put(ready.mesh, host.batch).preferences))
+        differences.append((chosen - rejected)[: host.real])
     difference = np.concatenate(differences)
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     right = (difference > 0) + 0.5 * (difference == 0)
