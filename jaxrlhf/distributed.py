@@ -249,6 +249,30 @@ def everywhere(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
+def wait() -> None:
+    """Returns when all processes are here."""
+    if several():
+        everywhere("")
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """jax.jit, but in a run of several processes each program is compiled on all of them before one runs it: where a
+    process starts late, the collectives of the others give up on it (Gloo after 30 s)."""
+    import jax
+
+    jitted, programs = jax.jit(function), {}
+
+    def call(*arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        key = structure, tuple((x.shape, x.dtype) for x in leaves)
+        if key not in programs:
+            programs[key] = jitted.lower(*arguments).compile()
+            wait()
+        return programs[key](*arguments)
+
+    return call if several() else jitted
+
+
 def stop_agreed() -> bool:
     """Whether all processes stop here, because one of them got SIGTERM. Call it once a step, on all of them.
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import build
+from jaxrlhf import build, distributed
 from jaxrlhf.build import Run
 from jaxrlhf.feed import fetch_all, held_out, put, read_source
 from jaxrlhf.ops.masked import keep
@@ -49,7 +49,7 @@ class PolicyEvaluation:
         self.judge: Judge | None = None
         self.extra: dict[Role, Params] | None = None
         self.before: Responses | None = None
-        self.program = jax.jit(self.answer)
+        self.program = distributed.jit(self.answer)
 
     def run(self, state: TrainState) -> Responses:
         """What the policy writes; at first, and each time where the reward learns, what the reference writes too."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxrlhf import checkpoint
+from jaxrlhf import checkpoint, distributed
 from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.build import Run, abstract_state, build
 from jaxrlhf.config import load
@@ -56,7 +56,7 @@ def pair_report(ready: Run, state: TrainState) -> dict[str, Any]:
     batches = held_out(ready, "preferences", ready.cfg.eval.size, ready.cfg.batch.preferences_per_step)
     if "reward" not in trees or not batches:
         return {}
-    score = jax.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
+    score = distributed.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
     differences = []
     for host in batches:
         chosen, rejected = fetch_all(score(trees, put(ready.mesh, host.batch).preferences))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import build, feed
+from jaxrlhf import build, distributed, feed
 from jaxrlhf.build import Run
 from jaxrlhf.types import Head, Params, Role, TrainState
 
@@ -41,7 +41,7 @@ def score_policy_samples(ready: Run, state: TrainState, size: int) -> np.ndarray
     whole = build.with_roles(ready, policy, sampler)
     nets, params = whole.recipe.nets, {"policy": build.read_weights(whole, "policy")}
 
-    @jax.jit
+    @distributed.jit
     def score(policy, reward, prompts, seed, step):
         sequences = nets.sample("policy", policy, prompts, seed, step)
         return nets.scores("reward", reward, sequences), sequences.response_mask.any(-1)

@@ -146,6 +146,7 @@ class Trainer:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout(self.ready.mesh, x)), batch
             )
             programs[shapes(batch)] = compile_for(self.ready, state, batch)
+        distributed.wait()
         count = len(programs) * (2 if halves else 1)
         self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")
         return programs

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,13 @@ def write_text(folder: Path) -> None:
         for prefix, count in (("", 200), ("eval_", 40)):
             lines = [json.dumps(make()) + "\n" for _ in range(count)]
             (folder / f"{prefix}{name}.jsonl").write_text("".join(lines))
+
+
+def praise(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    """A reward function: vowels in the response, and the length of its prompt. It takes JAXRLHF_TEST_PACE seconds."""
+    time.sleep(float(os.environ.get("JAXRLHF_TEST_PACE", "0")))
+    vowels = [sum(letter in "aeiou" for letter in response) for response in responses]
+    return [count + 0.01 * len(record["prompt"]) for count, record in zip(vowels, records)]
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------
