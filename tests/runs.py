@@ -166,6 +166,7 @@ def process(
     kill: tuple[str, str, str, int] | None = None,
     profile: str | None = None,
     timeout: float = 500,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Done:
     """Run the commands in a new process.
 
@@ -176,7 +177,7 @@ def process(
             this step of this run.
         profile: a run between whose steps 2 and 4 dispatches are counted.
     """
-    return finish(start(folder, commands, devices, kill, profile), timeout)
+    return finish(start(folder, commands, devices, kill, profile, environment), timeout)
 
 
 def together(
@@ -259,7 +260,10 @@ def main() -> None:
     """The process."""
     plan = json.loads(Path(sys.argv[1]).read_text())
     from jaxrlhf import cli
+    from tests import fake_gcs
 
+    if fake_gcs.ROOT in os.environ:
+        fake_gcs.install()
     events = watch(plan)
     atexit.register(lambda: Path(plan["events"]).write_text(json.dumps(events)))
     code: Any = 0
