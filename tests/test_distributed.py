@@ -170,6 +170,7 @@ def test_a_killed_process_is_named_and_ends_the_other(root, victim, named):
     other = done[1 - victim]
     assert other.code not in (0, 75)
     assert re.search(named, other.errors), other.errors
+    assert other.ended - done[victim].ended < 60
 
 
 def test_each_process_reads_its_share_of_the_weights(tmp_path):
