@@ -35,7 +35,7 @@ class Buckets(AbstractFileSystem):
         self.root = Path(os.environ[ROOT])
 
     def local(self, path: str) -> Path:
-        return self.root / self._strip_protocol(path)
+        return self.root / str(self._strip_protocol(path))
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if mode == "rb":
@@ -44,7 +44,7 @@ class Buckets(AbstractFileSystem):
             return open(self.local(path), "rb")
         if mode != "wb":
             raise NotImplementedError(f"{path}: mode {mode}: an object can only be written whole")
-        return Upload(self, path, mode, block_size=2**30)
+        return Upload(self, path, mode, block_size=2**30)  # type: ignore[arg-type]
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         local, name = self.local(path), self._strip_protocol(path)
@@ -71,7 +71,7 @@ class Buckets(AbstractFileSystem):
         """Object stores have no folders to make."""
 
     def cp_file(self, path1: str, path2: str, **_: Any) -> None:
-        put(self.local(path2), self.cat_file(path1))
+        put(self.local(path2), self.local(path1).read_bytes())
 
     def rm_file(self, path: str) -> None:
         if self.local(path).is_dir():

@@ -76,6 +76,18 @@ def praise(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
     return [count + 0.01 * len(record["prompt"]) for count, record in zip(vowels, records)]
 
 
+def refuse(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    """A reward function that raises in the second process, once training is under way."""
+    global asked
+    asked += 1
+    if jax.process_index() == 1 and asked > 2:
+        raise RuntimeError("the judge is gone")
+    return praise(responses, records)
+
+
+asked = 0
+
+
 # ---- configs --------------------------------------------------------------------------------------------------------
 
 SMALL = (
@@ -242,7 +254,7 @@ def start(
     }
     command = [sys.executable, "-m", "tests.runs", str(folder / "plan.json")]
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as errors:
-        running = subprocess.Popen(command, cwd=folder, env=environment | more, stdout=out, stderr=errors)
+        running = subprocess.Popen(command, cwd=folder, env={**environment, **more}, stdout=out, stderr=errors)
     return Started(running, folder)
 
 

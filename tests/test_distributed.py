@@ -173,6 +173,19 @@ def test_a_killed_process_is_named_and_ends_the_other(root, victim, named):
     assert other.ended - done[victim].ended < 60
 
 
+@pytest.mark.nightly
+def test_a_process_that_breaks_down_ends_the_others(root):
+    """It does not wait for them, who wait for it; and what it raised is seen."""
+    pair(root)
+    command = ppo(root, "refused", "iterations=8")
+    command = [text.replace("tests.runs:praise", "tests.runs:refuse") for text in command]
+    command += ["distributed.heartbeat_timeout=10"]
+    first, second = runs.together(root / "distributed/refused", [command], timeout=300)
+    assert second.code == 1 and "RuntimeError: the judge is gone" in second.errors
+    assert first.code not in (0, 75) and first.ended - second.ended < 60
+    assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n", first.errors), first.errors
+
+
 def test_each_process_reads_its_share_of_the_weights(tmp_path):
     """Two processes of four devices, a model split over the eight: each takes half of the file, and no byte is lost."""
     import jax

@@ -113,7 +113,7 @@ def test_the_fake_refuses_what_stores_refuse(tmp_path, monkeypatch):
     monkeypatch.setenv(fake_gcs.ROOT, str(tmp_path))
     store = fake_gcs.Buckets()
     with store.open("gs://bucket/a", "wb") as file:
-        file.write(b"one")
+        file.write(b"one")  # type: ignore[arg-type]
         assert not store.exists("gs://bucket/a")  # an object is there when it is whole
     assert store.cat_file("gs://bucket/a") == b"one"
     with pytest.raises(NotImplementedError, match="can only be written whole"):
