@@ -88,6 +88,8 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
     shape = mesh_shape(cfg, len(devices))
     kinds = (AxisType.Explicit,) * len(AXES)
     if cfg.style == "pmap":
+        if (count := jax.process_count()) > 1:
+            raise ValueError(f"mesh.style: pmap: for one process, and there are {count}; expected mesh")
         return Mesh(np.array(devices), (DEVICES,))
     found = sorted({getattr(device, "slice_index", 0) for device in devices})
     if len(found) > 1 and cfg.slices != len(found):
