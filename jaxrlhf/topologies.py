@@ -139,7 +139,10 @@ def nearest(word: str, choices: list[str]) -> str:
 
 def table() -> str:
     """All usual slices as a markdown table."""
-    rows = ["| accelerator | topology | chips | devices | hosts | HBM, GB | GKE labels |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| accelerator | topology | chips | devices | hosts | HBM, GB | GKE labels |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in GENERATIONS.values():
         for each in slices(row):
             sizes = f"{each.chips} | {each.devices} | {each.hosts} | {each.chips * row.hbm_gb}"
