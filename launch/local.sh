@@ -23,7 +23,11 @@ free_port() {
 coordinator=127.0.0.1:${PORT:-$(free_port)}
 children=()
 stop() {
-    kill -TERM "${children[@]}" 2>/dev/null || true
+    [ "${#children[@]}" = 0 ] || kill -TERM "${children[@]}" 2>/dev/null || true
+}
+force() { # those that hang in a collective whose other half is gone
+    sleep "${GRACE_SECONDS:-60}"
+    kill -KILL "${children[@]}" 2>/dev/null || true
 }
 trap stop TERM INT # children of a script don't hear Ctrl-C
 for ((id = 0; id < processes; id++)); do
@@ -32,16 +36,23 @@ for ((id = 0; id < processes; id++)); do
     children+=("$!")
 done
 
-result=0
-for ((left = processes; left > 0; )); do
+result=0 forcing=
+while [ "${#children[@]}" != 0 ]; do
     code=0
     wait -n -p ended "${children[@]}" || code=$?
     [ -n "${ended:-}" ] || continue # a signal, which was passed on
-    left=$((left - 1))
+    for each in "${!children[@]}"; do
+        [ "${children[$each]}" != "$ended" ] || unset "children[$each]"
+    done
     # 75: saved on SIGTERM; the others save the same step and end by themselves
     if [ "$code" != 0 ] && [ "$result" = 0 ]; then
         result=$code
-        [ "$code" = 75 ] || stop
+        if [ "$code" != 75 ]; then
+            stop
+            force >/dev/null 2>&1 &
+            forcing=$!
+        fi
     fi
 done
+[ -z "$forcing" ] || kill "$forcing" 2>/dev/null || true
 exit "$result"

@@ -41,17 +41,8 @@ def create(launch: Launch) -> list[str]:
     cfg, tpu = launch.cfg, launch.cfg.tpu_vm
     slice_ = launch.machines.slice
     assert tpu and slice_  # load_launch saw to it
-    argv = [
-        *QUEUED,
-        "create",
-        cfg.name,
-        *place(launch),
-        f"--runtime-version={tpu.runtime or slice_.generation.runtime}",
-    ]
-    if slice_.layout in slice_.generation.layouts:
-        argv += [f"--accelerator-type={slice_.accelerator_type}"]
-    else:
-        argv += [f"--type={slice_.generation.accelerator}", f"--topology={slice_.layout}"]
+    argv = [*QUEUED, "create", cfg.name, *place(launch), f"--accelerator-type={slice_.accelerator_type}"]
+    argv += [f"--runtime-version={tpu.runtime or slice_.generation.runtime}"]
     several = [f"--node-count={cfg.slices}", f"--node-prefix={cfg.name}"]
     argv += several if cfg.slices > 1 else [f"--node-id={cfg.name}"]
     argv += {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[cfg.capacity]

@@ -151,7 +151,7 @@ class Launcher:
             try:
                 return gcloud.read_status(capture(gcloud.describe(self.launch)))
             except LaunchError as error:
-                if tries == DESCRIBE_TRIES or gcloud.FINAL.search(str(error)):
+                if tries == DESCRIBE_TRIES or error.code == EXIT_MISTAKE or gcloud.FINAL.search(str(error)):
                     raise
                 self.back_off(tries)
         raise AssertionError("the loop above returns or raises")

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SCRIPT = """#!{python}
+SCRIPT = """#!{python} -IS
 import json, pathlib, sys
 folder = pathlib.Path({folder!r})
 argv = ["{name}", *sys.argv[1:]]
 with open(folder / "calls.jsonl", "a") as file:
     file.write(json.dumps(argv) + "\\n")
 answers = json.loads((folder / "answers.json").read_text())
-key = next((key for key in answers if all(word in " ".join(argv) for word in key.split())), None)
+key = next((key for key in answers if key in " ".join(argv)), None)
 answer = {{}}
 if key is not None and answers[key]:
-    answer = answers[key].pop(0) if len(answers[key]) > 1 or key.endswith(" ") else answers[key][0]
+    answer = answers[key].pop(0) if len(answers[key]) > 1 else answers[key][0]
     (folder / "answers.json").write_text(json.dumps(answers))
 sys.stdout.write(answer.get("out", ""))
 sys.stderr.write(answer.get("err", ""))
@@ -29,8 +29,8 @@ sys.exit(answer.get("code", 0))
 class Fake:
     """Executables of these names, first on PATH.
 
-    ``answers``: words that a call must hold -> its answers in order, {"code", "out", "err"}; the last one is repeated.
-    The first key that fits is taken; a call that fits none succeeds in silence."""
+    ``answers``: text that a call holds -> its answers in order, {"code", "out", "err"}; the last one is repeated. The
+    first key that fits is taken; a call that fits none succeeds in silence."""
 
     def __init__(self, folder: Path, names: Sequence[str], monkeypatch):
         self.folder = folder
