@@ -17,6 +17,7 @@ from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
+from jaxrlhf.distributed import agree, is_main
 from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
 from jaxrlhf.models.config import ModelConfig, resolve, row_limit
 from jaxrlhf.models.transformer import Runtime
@@ -154,7 +155,8 @@ def find_tokenizer(cfg: Config):
 def keep_tokenizer(cfg: Config, tokenizer) -> None:
     """Save it in the run, where it isn't the run's own already; what a start that came to nothing left is replaced."""
     own = epath.Path(cfg.run_dir) / "tokenizer"
-    if checkpoint.latest_step(cfg.run_dir) is not None or jax.process_index() != 0:
+    agree("tokenizer: its hash", tokenizers.fingerprint(tokenizer)[:12], "the same on all hosts")
+    if checkpoint.latest_step(cfg.run_dir) is not None or not is_main():
         return
     if own.exists():
         own.rmtree()

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +51,7 @@ def train(
     from jaxrlhf.config_yaml import read_file
 
     configs = load_all(paths, overrides)
+    join(configs[0].distributed)
     import jax
 
     for path, cfg in zip(paths, configs):
@@ -94,9 +95,12 @@ def evaluate(
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
+    main = join()
     from jaxrlhf.evaluate_report import evaluate_run, print_report
 
     report = evaluate_run(run, judge, samples)
+    if not main:
+        return
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
@@ -117,10 +121,12 @@ def export(
         typer.echo(f"{run} written to {to}")
         return
     need_run(run)
+    main = join()
     from jaxrlhf.checkpoint import export as export_role
 
     export_role(run, role, to)
-    typer.echo(f"{role} of {run} written to {to}")
+    if main:
+        typer.echo(f"{role} of {run} written to {to}")
 
 
 def need_run(run: str) -> None:
@@ -137,16 +143,49 @@ def need_run(run: str) -> None:
         )
 
 
+def join(cfg: Any = None) -> bool:
+    """Joins the run's other processes, where there are any, before anything touches a device: whether this process is
+    the one that speaks. ``cfg``: a DistributedConfig; without it, as the environment says."""
+    from jaxrlhf import distributed
+
+    distributed.start(cfg or distributed.DistributedConfig())
+    return distributed.is_main()
+
+
 def main() -> None:
+    """The command. A process that breaks down doesn't wait for the others of its run, which may be waiting for it."""
+    try:
+        command()
+    except SystemExit as stop:
+        if stop.code not in (None, 0, EXIT_PREEMPTED):
+            abandon(stop.code if isinstance(stop.code, int) else EXIT_BROKEN)
+        raise
+    except BaseException:
+        abandon(EXIT_BROKEN)
+        raise
+
+
+def abandon(code: int) -> None:
+    """Ends the process if it is one of several."""
+    distributed = sys.modules.get("jaxrlhf.distributed")
+    if distributed is None or not distributed.several():
+        return
+    if not isinstance(sys.exc_info()[1], SystemExit):
+        traceback.print_exc()
+    distributed.abandon(code)
+
+
+def command() -> None:
     """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS warn of what is meant
     try:
         app()
-    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:  # the last: a loss is not finite
+    # FloatingPointError: a loss is not finite; ConnectionError: processes that did not come
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError, ConnectionError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK") or not raised_here(error):
             raise
         print(error, file=sys.stderr)
-        sys.exit(EXIT_BROKEN if isinstance(error, FloatingPointError) else EXIT_MISTAKE)
+        sys.exit(EXIT_BROKEN if isinstance(error, (FloatingPointError, ConnectionError)) else EXIT_MISTAKE)
 
 
 def raised_here(error: BaseException) -> bool:

@@ -227,11 +227,11 @@ class MetricsLog:
         main: bool = True,
         console: Console | None = None,
     ):
-        self.main = main
+        self.main, self.run_dir = main, epath.Path(run_dir)
         self.nonfinite: dict[str, int] = {}  # metric -> how often it was NaN or infinite
         if not main:
             return
-        path = epath.Path(run_dir)
+        path = self.run_dir
         self.lock = lock or lock_run_dir(path)
         last_step = start if start else -1  # at step 0 nothing is done yet: not even the evaluation before training
         self.metrics = JsonLines(path, "metrics", last_step, parts=not is_local(path))
