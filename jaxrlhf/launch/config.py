@@ -95,7 +95,7 @@ class LaunchConfig:
     zone: str | None = None
     preflight: bool = True  # run jaxrlhf preflight on every host first
     env: dict[str, str] = dataclasses.field(default_factory=dict)  # environment of training
-    secrets: tuple[str, ...] = ()  # variables whose values are taken from the environment here, and written nowhere
+    secrets: tuple[str, ...] = ()  # variables whose values are taken from the environment here, and never shown
     retry: RetryConfig = RetryConfig()
     tpu_vm: TpuVmConfig | None = None
     gke: GkeConfig | None = None
@@ -272,3 +272,10 @@ def is_here_only(path: str) -> bool:
 def dns_label(text: str) -> str:
     """``text`` made into one."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-0123456789")[:MAX_NAME].rstrip("-") or "jaxrlhf"
+
+
+if __name__ == "__main__":
+    from jaxrlhf.config_reference import reference_of
+    from jaxrlhf.config_types import records
+
+    print("\n".join(reference_of([path], record) for path, record in records(LaunchConfig)))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxrlhf.launch import gcloud
-from jaxrlhf.launch.bundle import WORKER, bundle_paths, describe_code, write_bundle
+from jaxrlhf.launch.bundle import ENVIRONMENT, WORKER, bundle_paths, describe_code, folder, write_bundle
 from jaxrlhf.launch.commands import LaunchError, capture, last_line, say, shown, stream
 from jaxrlhf.launch.config import Launch
 
@@ -81,10 +81,12 @@ class Launcher:
     def install_and_train(self, attempt: str) -> int:
         """The exit code of training; that of ssh (255) for an installation that failed."""
         say(f"{self.name}: sending {describe_code(self.launch.root)}, {write_bundle(self.launch)} files")
-        for argv in install(self.launch):
-            if code := stream(argv):
-                say(f"installation failed with exit code {code}")
-                return EXIT_SSH
+        send, set_up = install(self.launch)
+        code = stream(send)
+        (folder(self.launch) / ENVIRONMENT).unlink(missing_ok=True)  # it may hold secrets
+        if code or (code := stream(set_up)):
+            say(f"installation failed with exit code {code}")
+            return EXIT_SSH
         say(f"{self.name}: training; Ctrl-C leaves it running")
         return stream(train(self.launch, attempt))
 

@@ -93,6 +93,8 @@ def test_success_runs_what_the_dry_run_prints(run, launch, monkeypatch):
     looks = [call for call in done.calls if verb_of(call) == "describe"]
     assert looks[2:] == [planned[2]] * (len(looks) - 2)
     assert [call for call in done.calls if verb_of(call) != "describe"] == [planned[1], *planned[3:]]
+    left = {path.name for path in bundle.folder(launch).iterdir()}
+    assert left == {bundle.CODE, bundle.WORKER}  # the environment may hold secrets
 
 
 def test_a_resource_that_is_there_is_used(run):
