@@ -52,7 +52,7 @@ def task(launch: Launch) -> dict[str, Any]:
         "resources": resources,
         "envs": launch.environment,
         **({"secrets": dict.fromkeys(cfg.secrets)} if cfg.secrets else {}),  # their values: --secret NAME
-        "setup": SETUP.format(extra="tpu" if tpu else "cuda"),
+        "setup": SETUP.format(extra="tpu" if tpu else "cuda,gcs"),
         "run": f"export JAXRLHF=~/jaxrlhf-venv/bin/jaxrlhf\nexec bash launch/train.sh {words}\n",
     }
 
