@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from jaxrlhf.config_errors import ConfigError
+
 
 class LaunchError(ValueError):
     """What stopped a launch, in the words of the program that said so; ``code`` is the exit code."""
@@ -86,6 +88,6 @@ def interruptible(work: Callable[[], int], advice: str) -> int:
     except LaunchError as error:
         print(error if error.code == 2 else f"{error}\n{advice}", file=sys.stderr)
         return error.code
-    except ValueError as error:  # a config that was refused
+    except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

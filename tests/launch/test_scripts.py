@@ -1,6 +1,7 @@
 """The shell that runs on the machines: signals, exit codes, several processes, and shellcheck over all of it."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -301,3 +302,20 @@ def test_shellcheck_would_find_something(tmp_path):
 def test_scripts_and_examples_are_pairs():
     assert {path.stem for path in ROOT.glob("launch/*.py")} == set(PROVIDERS)
     assert {path.stem for path in ROOT.glob("launch/*.yaml")} == set(PROVIDERS)
+
+
+def test_the_image_is_pinned_and_its_process_is_no_root_and_hears_signals():
+    lines = (ROOT / "launch" / "Dockerfile").read_text().splitlines()
+    (base,) = [line.split()[1] for line in lines if line.startswith("FROM ")]
+    assert re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", base)
+    assert lines[-2:] == ["USER 1000", 'ENTRYPOINT ["bash", "launch/train.sh"]']
+    for line in lines:
+        if line.startswith("COPY "):
+            assert all((ROOT / name).exists() for name in line.split()[1:-1])
+
+
+@pytest.mark.parametrize("readme", ["README.md", "launch/README.md"])
+def test_what_the_readme_names_is_there(readme):
+    names = set(re.findall(r"\blaunch/[a-z_]+\.(?:py|yaml|sh)\b", (ROOT / readme).read_text()))
+    assert len(names) > 3
+    assert {name for name in names if not (ROOT / name).exists()} == set()
