@@ -30,7 +30,7 @@ class RetryConfig:
     longest_wait: float = 1800.0
     stockouts: int = 50  # in a row, before giving up: no such machines are free
     restarts: int = 100  # of training after a preemption
-    failures: int = 3  # in a row: a broken connection, installation, or process; never a mistake in the config
+    failures: int = 3  # within longest_wait of each other, of whatever kind but a mistake in the config
 
 
 @dataclasses.dataclass(frozen=True)

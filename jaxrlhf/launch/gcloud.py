@@ -13,9 +13,8 @@ from jaxrlhf.launch.commands import LaunchError, Result, last_line
 from jaxrlhf.launch.config import Launch
 
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
-WAITING = {"CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "STATE_UNSPECIFIED"}
 ACTIVE, FAILED, MISSING, DELETING = "ACTIVE", "FAILED", "MISSING", "DELETING"
-LOST = {"SUSPENDING", "SUSPENDED", FAILED, DELETING, MISSING}
+LOST = {"SUSPENDING", "SUSPENDED", FAILED, DELETING, MISSING}  # the others are on their way to ACTIVE
 # a node in one of these serves no more, whatever its queued resource still says
 LOST_NODES = {"PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDDEN", "HIDING"}
 # Both are RESOURCE_EXHAUSTED: a quota stays where it is however long one waits, machines become free

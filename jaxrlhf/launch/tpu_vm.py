@@ -14,7 +14,7 @@ from jaxrlhf.launch.bundle import ENVIRONMENT, WORKER, bundle_paths, describe_co
 from jaxrlhf.launch.commands import LaunchError, capture, last_line, say, shown, stream
 from jaxrlhf.launch.config import Launch
 
-EXIT_BROKEN, EXIT_MISTAKE, EXIT_PREEMPTED, EXIT_SSH = 1, 2, 75, 255  # as in cli.py; the last is ssh's own
+EXIT_MISTAKE, EXIT_PREEMPTED, EXIT_SSH = 2, 75, 255  # as in cli.py; the last is ssh's own
 DESCRIBE_TRIES = 5  # looks at a resource that may fail in a row
 
 
@@ -61,13 +61,15 @@ class Launcher:
         restarts, failures, attempt = 0, 0, new_attempt()
         while True:
             self.wait_until_active()
+            begin = time.monotonic()
             code = self.install_and_train(attempt)
             if code == 0:
                 return self.finish("training is done", 0)
             reason = self.reason(code)
             if reason == "failed":
-                failures += 1
-                if code in (EXIT_BROKEN, EXIT_MISTAKE) or failures > self.retry.failures:
+                in_a_row = time.monotonic() - begin < self.retry.longest_wait
+                failures = failures + 1 if in_a_row else 1
+                if code == EXIT_MISTAKE or failures > self.retry.failures:
                     return self.finish(f"training failed with exit code {code}", code)
                 say(f"exit code {code}: once more ({failures} of {self.retry.failures})")
                 attempt = attempt if code == EXIT_SSH else new_attempt()
@@ -117,7 +119,7 @@ class Launcher:
             if status.state != said:
                 say(f"{self.name}: {status.state}")
             said = status.state
-            if status.state in gcloud.WAITING or status.state == gcloud.DELETING:
+            if status.state not in gcloud.LOST or status.state == gcloud.DELETING:
                 self.sleep(self.retry.poll)
                 continue
             refused = status.error or "it failed, and did not say why (RESOURCE_EXHAUSTED?)"

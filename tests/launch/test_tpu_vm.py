@@ -1,5 +1,6 @@
 """TPU VMs against a gcloud that answers as told: what is run, in which order, and how each trouble ends."""
 
+import itertools
 import json
 import os
 import shutil
@@ -200,17 +201,29 @@ def test_restarts_have_a_limit(run):
 # ---- failures -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [1, 2])
-def test_training_that_breaks_down_or_was_mistaken_is_not_repeated(run, code):
+def test_a_mistake_is_not_repeated(run):
+    done = run({"describe": [ACTIVE], "worker.sh run": [{"code": 2}]})
+    assert (done.code, done.changes) == (2, [*AGAIN, "delete"])
+    assert "training failed with exit code 2; deleting the machines" in done.out
+
+
+@pytest.mark.parametrize("code", [1, 134, 137])
+def test_a_failure_is_repeated_as_often_as_asked(run, code):
     done = run({"describe": [ACTIVE], "worker.sh run": [{"code": code}]})
-    assert (done.code, done.changes) == (code, [*AGAIN, "delete"])
-    assert f"training failed with exit code {code}; deleting the machines" in done.out
-
-
-def test_a_process_that_was_killed_is_repeated_as_often_as_asked(run):
-    done = run({"describe": [ACTIVE], "worker.sh run": [{"code": 137}]})
-    assert (done.code, done.changes) == (137, [*AGAIN * 2, "delete"])
+    assert (done.code, done.changes) == (code, [*AGAIN * 2, "delete"])
     assert len(set(done.attempts)) == 2
+
+
+def test_failures_far_from_each_other_are_not_counted_together(run, monkeypatch):
+    clock = itertools.count(0, 100)
+    monkeypatch.setattr(tpu_vm.time, "monotonic", lambda: next(clock))  # longest_wait is 40
+    done = run({"describe": [ACTIVE], "worker.sh run": [*[{"code": 1}] * 4, {}]})
+    assert (done.code, done.changes) == (0, [*AGAIN * 5, "delete"])
+
+
+def test_a_state_that_is_not_known_is_waited_for(run):
+    done = run({"describe": [state("STATE_OF_TOMORROW"), ACTIVE]})
+    assert (done.code, done.changes) == (0, ONCE[1:])
 
 
 def test_a_broken_connection_comes_back_to_the_same_attempt(run):
