@@ -18,7 +18,7 @@ from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, layout, put
-from jaxrlhf.metrics import MetricsLog, lock_run_dir
+from jaxrlhf.metrics import MetricsLog, is_local, lock_run_dir
 from jaxrlhf.score import compile_halves
 from jaxrlhf.step import make_iteration
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
@@ -56,6 +56,8 @@ def run(cfg: Config, raw: str = "") -> str:
         MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock, main=main) as log,
         distributed.naming_the_dead(patience),
     ):
+        if not is_local(run_dir):
+            log.say(f"{cfg.run_dir}: an object store can't be locked: see that nothing else writes to it")
         if changes:
             log.say(f"changed since step {start}: {', '.join(changes)}")
         return Trainer(ready, saved, log).run(start)
@@ -239,6 +241,7 @@ class Trainer:
             "eos_ids": list(self.ready.sampler.eos_ids),
             "data": self.feed.get_state(),
         }
+        self.log.flush()
         evaluated, scores = self.scores
         self.saved.save(step, state, extra, scores if evaluated == step else None)
         self.last_time = time.perf_counter()

@@ -20,6 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -156,6 +157,7 @@ class Done:
     code: int  # of the last command; negative: the signal that killed it
     outputs: list[str]  # what each command printed
     errors: str
+    ended: float  # seconds of time.time()
     events: list[dict[str, Any]]  # in order: {"what": "compiled" | "row" | "programs" | "dispatched", ...}
 
 
@@ -166,6 +168,7 @@ def process(
     kill: tuple[str, str, str, int] | None = None,
     profile: str | None = None,
     timeout: float = 500,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Done:
     """Run the commands in a new process.
 
@@ -176,7 +179,7 @@ def process(
             this step of this run.
         profile: a run between whose steps 2 and 4 dispatches are counted.
     """
-    return finish(start(folder, commands, devices, kill, profile), timeout)
+    return finish(start(folder, commands, devices, kill, profile, environment), timeout)
 
 
 def together(
@@ -195,7 +198,8 @@ def together(
         for number in range(count)
     ]
     try:
-        return [finish(process, timeout) for process in started]
+        with ThreadPoolExecutor(count) as waiting:  # each notes when its process ended
+            return list(waiting.map(lambda process: finish(process, timeout), started))
     finally:
         for process in started:
             process.running.kill()
@@ -249,17 +253,21 @@ def finish(started: Started, timeout: float) -> Done:
     except subprocess.TimeoutExpired:
         started.running.kill()
         raise
+    ended = time.time()
     noted = started.folder / "events.json"
     events = json.loads(noted.read_text()) if noted.exists() else []
     output, errors = ((started.folder / name).read_text() for name in ("stdout", "stderr"))
-    return Done(code, output.split(SEPARATOR), errors, events)
+    return Done(code, output.split(SEPARATOR), errors, ended, events)
 
 
 def main() -> None:
     """The process."""
     plan = json.loads(Path(sys.argv[1]).read_text())
     from jaxrlhf import cli
+    from tests import fake_gcs
 
+    if fake_gcs.ROOT in os.environ:
+        fake_gcs.install()
     events = watch(plan)
     atexit.register(lambda: Path(plan["events"]).write_text(json.dumps(events)))
     code: Any = 0
@@ -435,7 +443,9 @@ def read_state(run: Path, step: int) -> dict[str, np.ndarray]:
             continue
         with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nobody said where the arrays are to lie
-            tree = reader.restore(item)
+            there = reader.metadata(item).item_metadata
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)  # not as it lay on devices
+            tree = reader.restore(item, restore_args=kinds)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[f"{item.name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = np.asarray(leaf)
     return found
