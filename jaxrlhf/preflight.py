@@ -21,6 +21,7 @@ from jaxrlhf import distributed
 from jaxrlhf.config import Config
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import one_line
+from jaxrlhf.metrics import is_local
 from jaxrlhf.sharding import AXES, make_mesh
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint")
@@ -105,7 +106,7 @@ def run_dir(path: str) -> str:
             raise OSError(f"{path}: wrote {text!r} and read {found!r}")
     finally:
         file.unlink()
-    if new:
+    if new and is_local(path):
         with contextlib.suppress(OSError):  # another process has its file there
             folder.rmdir()
     return f"{path}: wrote, read and deleted a file in {time.perf_counter() - begin:.2f} s"

@@ -11,6 +11,7 @@ import pytest
 
 from jaxrlhf import cli, preflight
 from jaxrlhf.config import load
+from tests import fake_gcs
 
 ROOT = Path(__file__).parent.parent
 SFT = str(ROOT / "configs" / "tiny" / "sft.yaml")
@@ -61,6 +62,18 @@ def test_storage_that_gives_back_something_else_fails(look, monkeypatch):
     monkeypatch.setattr(type(preflight.epath.Path(".")), "read_text", lambda self, *_: "old")
     well, rows = look()
     assert not well and "wrote 'process 0' and read 'old'" in rows["run_dir"][1]
+
+
+def test_a_bucket_is_written_to_as_a_folder_is(tmp_path):
+    """In a process of its own, as the stand-in for gs:// stays where it is installed."""
+    code = "from tests import fake_gcs; fake_gcs.install(); from jaxrlhf.cli import main; main()"
+    environment = {**os.environ, fake_gcs.ROOT: str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    (tmp_path / "bucket").mkdir()
+    command = [sys.executable, "-c", code, "preflight", SFT, "run_dir=gs://bucket/runs/new"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "gs://bucket/runs/new: wrote, read and deleted a file" in done.stdout
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(
