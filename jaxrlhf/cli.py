@@ -30,38 +30,42 @@ app = typer.Typer(
 Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config).")]
 
 
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG... [KEY=VALUE]...",
+        help="YAML files, run in order, and overrides. KEY=VALUE (algorithm.kl_coef=0.1) is for every config; "
+        "NAME:KEY=VALUE only for the one whose file or algorithm is called NAME.",
+    ),
+]
+
+
 @app.command()
-def train(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG... [KEY=VALUE]...",
-            help="YAML files, run in order, and overrides. KEY=VALUE (algorithm.kl_coef=0.1) is for every config; "
-            "NAME:KEY=VALUE only for the one whose file or algorithm is called NAME.",
-        ),
-    ],
-) -> None:
+def train(arguments: Arguments) -> None:
     """Train. The same command again resumes a run that was interrupted."""
-    paths = [argument for argument in arguments if "=" not in argument]
-    overrides = [argument for argument in arguments if "=" in argument]
-    if not paths:
-        raise typer.BadParameter("no config file: expected at least one, as in configs/tiny/ppo.yaml")
-    from jaxrlhf.config import load_all
+    configs = load_joined(arguments)
+    import jax
+
     from jaxrlhf.config_check import check
     from jaxrlhf.config_yaml import read_file
 
-    configs = load_all(paths, overrides)
-    set_flags(any(cfg.deterministic for cfg in configs))
-    join(configs[0].distributed)
-    import jax
-
-    for path, cfg in zip(paths, configs):
+    for path, cfg in configs:
         check(cfg, jax.device_count(), path)
     from jaxrlhf.train import run
 
-    for path, cfg in zip(paths, configs):
+    for path, cfg in configs:
         if run(cfg, read_file(path).decode()) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
+
+
+@app.command()
+def preflight(arguments: Arguments) -> None:
+    """Check the machines for a run: devices, mesh, run directory, network, memory. Exit code 2 where one is wrong."""
+    configs = load_joined(arguments)
+    from jaxrlhf.preflight import preflight as look
+
+    if not look(configs):
+        raise typer.Exit(EXIT_MISTAKE)
 
 
 @app.command()
@@ -94,6 +98,19 @@ def plan(
     cfg = load(paths[0], overrides if slices is None else [*overrides, f"mesh.slices={slices}"])
     made = make(cfg, topology, cfg.mesh.slices, load_beside(paths[0]), not estimate, paths[0])
     typer.echo(json.dumps(report.as_json(made))) if as_json else report.print_plan(made)
+
+
+def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
+    """(path, Config) of the arguments; the other processes of the run have been joined when it returns."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    if not paths:
+        raise typer.BadParameter("no config file: expected at least one, as in configs/tiny/ppo.yaml")
+    from jaxrlhf.config import load_all
+
+    configs = load_all(paths, [argument for argument in arguments if "=" in argument])
+    set_flags(any(cfg.deterministic for cfg in configs))
+    join(configs[0].distributed)
+    return list(zip(paths, configs))
 
 
 @app.command()

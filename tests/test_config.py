@@ -19,6 +19,7 @@ from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_ranges import RANGE_OF, interval_of
 from jaxrlhf.config_reference import reference
 from jaxrlhf.config_types import hints, records
+from jaxrlhf.launch.config import LaunchConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig
 
@@ -254,7 +255,8 @@ def test_zero_is_allowed_where_it_means_something(ppo):
 
 def test_every_number_in_a_config_has_a_range():
     """Whoever adds a numeric field says in which interval it lies (mesh sizes have their own check)."""
-    classes = {cls for _, cls in records(Config)} | {row.config for row in ALGORITHMS.values()}
+    classes = {cls for top in (Config, LaunchConfig) for _, cls in records(top)}
+    classes |= {row.config for row in ALGORITHMS.values()}
     classes.discard(MeshConfig)
     numeric = lambda hint: re.search(r"\b(int|float)\b", str(hint)) is not None
     missing = [

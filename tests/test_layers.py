@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 # the first part of a module's name below jaxrlhf -> its layer
 LAYERS = {
     "": 0,
-    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform"), 0),
+    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies"), 0),
     "ops": 1,
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),
@@ -20,7 +20,8 @@ LAYERS = {
     **dict.fromkeys(("config_batch", "config_check", "config_reference"), 5),
     **dict.fromkeys(("build", "feed", "programs", "score", "normalize", "complete", "train"), 6),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
-    **dict.fromkeys(("plan", "serve", "report", "benchmarks"), 6),
+    **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight"), 6),
+    "launch": 6,
     **dict.fromkeys(("cli", "__main__"), 7),
 }
 
