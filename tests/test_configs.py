@@ -32,7 +32,7 @@ def test_there_are_configs():
 def devices_of(cfg: Config) -> int:
     """The fewest that the mesh fits."""
     mesh = cfg.mesh
-    return math.prod(max(size, 1) for size in (mesh.slices, mesh.data, mesh.fsdp, mesh.tensor))
+    return math.prod((mesh.slices, max(mesh.data, 1), max(mesh.fsdp, mesh.decode), max(mesh.tensor, 1)))
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
