@@ -2,7 +2,6 @@
 the mesh against the slice included, before anything that costs money is made."""
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,10 @@ from jaxrlhf import config, config_check, topologies
 from jaxrlhf.config_errors import ConfigError, dotted
 from jaxrlhf.config_ranges import range_problems
 from jaxrlhf.config_yaml import read_file, read_yaml
-from jaxrlhf.sharding import AXES, mesh_shape
 
 PROVIDERS = ("tpu_vm", "gke", "slurm", "skypilot")
 MAX_NAME = 63  # characters of a DNS label
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY", re.IGNORECASE)
-SLOW_AXES = ("slice", "data")  # mesh axes that may cross the slow network between slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,15 +237,9 @@ def check_training(launch: Launch, provider: str, source: str) -> Launch:
 
 
 def mesh_problems(cfg: LaunchConfig, machines: Machines, training: config.Config) -> Iterator[str]:
-    """Axes that talk in every layer stay inside a slice."""
-    sizes: dict[str, int] = dict(zip(AXES, mesh_shape(training.mesh, machines.devices)))
-    inside = {axis: size for axis, size in sizes.items() if axis not in SLOW_AXES}
-    if machines.slice and machines.devices_per_slice % math.prod(inside.values()):
-        shown = " x ".join(f"{axis} {size}" for axis, size in inside.items())
-        yield (
-            f"mesh: {shown}: does not divide the {machines.devices_per_slice} devices of a slice, so that these axes "
-            f"would cross the slow network between {cfg.slices} slices; expected data to take all of the slices"
-        )
+    """The mesh has the slices of the launch: what talks in every layer stays inside one."""
+    if machines.slice and training.mesh.slices != cfg.slices:
+        yield f"mesh.slices: {training.mesh.slices}: these machines are {cfg.slices} slices; nearest: {cfg.slices}"
 
 
 def lost_problems(training: config.Config) -> Iterator[str]:
