@@ -27,6 +27,10 @@ LANES = 128  # columns of a TPU register: splash's blocks are multiples of it
 LARGEST_BLOCK = 512  # columns; seen to compile for v5e with 256 features a head in float32
 
 
+# of queries and keys: forward, for the gradients of keys and values, for that of queries
+BLOCKS = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+
+
 class Hardware(NamedTuple):
     """What a kernel depends on."""
 
@@ -160,9 +164,9 @@ def splash_rows(
     by_head = lambda x: jnp.swapaxes(widen(x), 1, 2)
     square = (padded, padded)
     mask = masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
-    kernel = splash.make_splash_mha(
+    kernel: Any = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * query.shape[2]),
-        block_sizes=splash.BlockSizes(*[block] * 8),
+        block_sizes=splash.BlockSizes(**dict.fromkeys(BLOCKS, block)),  # type: ignore[arg-type]
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +87,8 @@ def by_kernel(kernel, case: Case, ids):
 
 def by_library(case: Case, ids):
     """The call that cuDNN gets, of another implementation."""
-    mask = kernels.row_mask(ids, case.window)
-    return lambda *qkv: kernels.library_rows(*qkv, mask, scale=0.3, implementation="xla")
+    local = functools.partial(kernels.library_rows, scale=0.3, implementation="xla")
+    return lambda query, key, value: kernels.per_device(local, query, key, value, kernels.row_mask(ids, case.window))
 
 
 XLA, SPLASH = functools.partial(by_kernel, "xla"), functools.partial(by_kernel, "splash")
@@ -135,7 +135,7 @@ def test_cudnn_gets_the_call(monkeypatch, shape):
     case = Case(4, 2, 37)
 
     def gradients(query, key, value, ids):
-        loss = lambda *qkv: by_kernel("cudnn", case, ids)(*qkv).astype(jnp.float32).sum()
+        loss = lambda q, k, v: by_kernel("cudnn", case, ids)(q, k, v).astype(jnp.float32).sum()
         return jax.grad(loss, (0, 1, 2))(query, key, value)
 
     split = shape[2]
@@ -189,16 +189,9 @@ def test_blocks(size, block, padded):
     "heads, kv_heads, shape",
     [(4, 2, (2, 1, 2)), (4, 1, (1, 2, 2)), (3, 3, (1, 2, 2))],  # split; kv heads repeated to be split; whole
 )
-@pytest.mark.parametrize("kind", ["splash", "library"])
-def test_each_device_attends_to_its_own(heads, kv_heads, shape, kind):
+@pytest.mark.parametrize("attend_by", [SPLASH, by_library], ids=["splash", "library"])
+def test_each_device_attends_to_its_own(heads, kv_heads, shape, attend_by):
     case = Case(heads, kv_heads, 130, window=60)
-    attend_by = SPLASH
-    if kind == "library":
-
-        def attend_by(case, ids):
-            local = functools.partial(kernels.library_rows, scale=0.3, implementation="xla")
-            return lambda *qkv: kernels.per_device(local, *qkv, kernels.row_mask(ids, case.window))
-
     alone = both_ways(case, XLA, *inputs(case))
 
     def repeated(case, ids):
@@ -215,7 +208,7 @@ def test_each_device_attends_to_its_own(heads, kv_heads, shape, kind):
 
 # ---- whole models ---------------------------------------------------------------------------------------------------
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_kv_heads": 2, "mlp_size": 32}
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_kv_heads": 2, "mlp_size": 32}
 LLAMA = resolve(ModelConfig(**SMALL, num_layers=1))
 GEMMA3 = resolve(
     ModelConfig(
