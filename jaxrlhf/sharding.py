@@ -57,6 +57,7 @@ class MeshConfig:
     tensor: int = 1  # devices that share heads, mlp and vocabulary, and their rows
     slices: int = 1  # of a TPU, joined by the data-center network: copies of all the above
     decode: int = 1  # of the fsdp devices: how many share a copy of the weights, and rows, while responses are sampled
+    _: dataclasses.KW_ONLY
     style: Literal["mesh", "pmap"] = "mesh"  # pmap: jax.pmap over the devices of this process, data only
 
 

@@ -241,15 +241,15 @@ def test_rows_go_where_the_mesh_has_them(processes, fsdp, tensor, held, share, m
     import jax
 
     from jaxrlhf import feed
-    from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
+    from jaxrlhf.sharding import MeshConfig, make_mesh
 
     mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor))
-    real = feed.layout(mesh, np.empty(batch_shards(mesh)))
+    real = feed.row_layout(mesh, 1)
     places = lambda shape: {
         Device(one.id, processes[one.id]): index for one, index in real.devices_indices_map(shape).items()
     }
     with monkeypatch.context() as patch:
-        patch.setattr(feed, "layout", lambda mesh, x: SimpleNamespace(devices_indices_map=places))
+        patch.setattr(feed, "row_layout", lambda mesh, ndim: SimpleNamespace(devices_indices_map=places))
         assert feed.holders(mesh) == held and feed.share_of(mesh) == share
     rows = np.arange(16, dtype=np.int32).reshape(16, 1)
     whole = feed.put(mesh, rows)  # by the one process that there is
