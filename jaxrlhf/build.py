@@ -17,8 +17,10 @@ from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
+from jaxrlhf.distributed import agree, is_main
 from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
 from jaxrlhf.models.config import ModelConfig, resolve, row_limit
+from jaxrlhf.models.kernels import choose, hardware_of, passed_over
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
@@ -89,7 +91,7 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
-    bound = bind_nets(cfg, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
+    bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
     recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg))
     return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
 
@@ -111,15 +113,26 @@ def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> R
     check_tokenizers(run.cfg, weights, run.tokenizer)
     check_shapes(run.cfg, weights, run.mesh)
     weights = run.weights | weights
-    nets = bind_nets(run.cfg, weights, sampler, sampler.sampling)
+    nets = bind_nets(run.cfg, run.mesh, weights, sampler, sampler.sampling)
     recipe = run.recipe._replace(nets=nets)
     return dataclasses.replace(run, weights=weights, heads=run.heads | more, recipe=recipe, sampler=sampler)
 
 
-def bind_nets(cfg: Config, weights: dict[Role, Weights], sampler: generate.Sampler, sampling: Sampling) -> Nets:
+def runtime_of(cfg: Config, mesh: jax.sharding.Mesh) -> Runtime:
+    """How the run's models are computed on the devices of ``mesh``."""
+    return Runtime(jnp.dtype(cfg.precision.compute), cfg.remat, cfg.attention, hardware_of(mesh.devices.flat[0]))
+
+
+def bind_nets(
+    cfg: Config,
+    mesh: jax.sharding.Mesh,
+    weights: dict[Role, Weights],
+    sampler: generate.Sampler,
+    sampling: Sampling,
+) -> Nets:
     """What algorithms may ask of the run's models; log-probs are of the distribution that ``sampling`` shapes."""
     configs = {role: found.config for role, found in weights.items()}
-    runtime = Runtime(jnp.dtype(cfg.precision.compute), cfg.remat)
+    runtime = runtime_of(cfg, mesh)
 
     def sample(role: Role, trees: dict[Role, Params], prompts: Prompts, seed, step) -> Sequences:
         return generate.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
@@ -166,7 +179,8 @@ def find_tokenizer(cfg: Config):
 def keep_tokenizer(cfg: Config, tokenizer) -> None:
     """Save it in the run, where it isn't the run's own already; what a start that came to nothing left is replaced."""
     own = epath.Path(cfg.run_dir) / "tokenizer"
-    if checkpoint.latest_step(cfg.run_dir) is not None or jax.process_index() != 0:
+    agree("tokenizer: its hash", tokenizers.fingerprint(tokenizer)[:12], "the same on all hosts")
+    if checkpoint.latest_step(cfg.run_dir) is not None or not is_main():
         return
     if own.exists():
         own.rmtree()
@@ -232,7 +246,8 @@ def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> No
 
 
 def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.Mesh) -> None:
-    """The mesh divides every model, wherever it comes from, and no row is longer than it computes.
+    """The mesh divides every model, wherever it comes from, no row is longer than it computes, and the attention kernel
+    that is asked for can compute it.
 
     Raises ConfigError for the first that is not so."""
     longest, what = longest_row(cfg)
@@ -250,6 +265,22 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
         limit = row_limit(found.config)
         if limit is not None and longest > limit:
             raise ConfigError(f"{where}: computes rows of {limit} columns at most; expected that of {longest} = {what}")
+        runtime = runtime_of(cfg, mesh)
+        try:
+            choose(runtime.attention, runtime.hardware, found.config, runtime.compute)
+        except ValueError as error:
+            raise ConfigError(f"{error} ({where})") from None
+
+
+def kernels_passed_over(cfg: Config, mesh: jax.sharding.Mesh, shapes: dict[Role, ModelConfig]) -> list[str]:
+    """What to say of the models whose attention XLA computes although the devices have a kernel for it."""
+    runtime = runtime_of(cfg, mesh)
+    reasons: dict[str, list[Role]] = {}
+    for role, shape in shapes.items():
+        why = passed_over(runtime.hardware, shape, runtime.compute)
+        if runtime.attention == "auto" and why:
+            reasons.setdefault(why, []).append(role)
+    return [f"attention: xla for {', '.join(roles)}: {why}" for why, roles in reasons.items()]
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------

@@ -91,8 +91,9 @@ class Checkpoints:
 
 
 def directory(run_dir) -> epath.Path:
-    """Where a run keeps its checkpoints (orbax wants absolute paths)."""
-    return epath.Path(run_dir).resolve() / "checkpoints"
+    """Where a run keeps its checkpoints (orbax wants absolute paths; to resolve gs://... would make it a local one)."""
+    path = epath.Path(run_dir)
+    return (path if "://" in os.fspath(path) else path.resolve()) / "checkpoints"
 
 
 def parts(state: TrainState) -> dict[str, Any]:

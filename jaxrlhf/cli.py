@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,36 +30,42 @@ app = typer.Typer(
 Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config).")]
 
 
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG... [KEY=VALUE]...",
+        help="YAML files, run in order, and overrides. KEY=VALUE (algorithm.kl_coef=0.1) is for every config; "
+        "NAME:KEY=VALUE only for the one whose file or algorithm is called NAME.",
+    ),
+]
+
+
 @app.command()
-def train(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG... [KEY=VALUE]...",
-            help="YAML files, run in order, and overrides. KEY=VALUE (algorithm.kl_coef=0.1) is for every config; "
-            "NAME:KEY=VALUE only for the one whose file or algorithm is called NAME.",
-        ),
-    ],
-) -> None:
+def train(arguments: Arguments) -> None:
     """Train. The same command again resumes a run that was interrupted."""
-    paths = [argument for argument in arguments if "=" not in argument]
-    overrides = [argument for argument in arguments if "=" in argument]
-    if not paths:
-        raise typer.BadParameter("no config file: expected at least one, as in configs/tiny/ppo.yaml")
-    from jaxrlhf.config import load_all
+    configs = load_joined(arguments)
+    import jax
+
     from jaxrlhf.config_check import check
     from jaxrlhf.config_yaml import read_file
 
-    configs = load_all(paths, overrides)
-    import jax
-
-    for path, cfg in zip(paths, configs):
+    for path, cfg in configs:
         check(cfg, jax.device_count(), path)
     from jaxrlhf.train import run
 
-    for path, cfg in zip(paths, configs):
+    for path, cfg in configs:
         if run(cfg, read_file(path).decode()) == "preempted":
             raise typer.Exit(EXIT_PREEMPTED)
+
+
+@app.command()
+def preflight(arguments: Arguments) -> None:
+    """Check the machines for a run: devices, mesh, run directory, network, memory. Exit code 2 where one is wrong."""
+    configs = load_joined(arguments)
+    from jaxrlhf.preflight import preflight as look
+
+    if not look(configs):
+        raise typer.Exit(EXIT_MISTAKE)
 
 
 @app.command()
@@ -94,6 +100,19 @@ def plan(
     typer.echo(json.dumps(report.as_json(made))) if as_json else report.print_plan(made)
 
 
+def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
+    """(path, Config) of the arguments; the other processes of the run have been joined when it returns."""
+    paths = [argument for argument in arguments if "=" not in argument]
+    if not paths:
+        raise typer.BadParameter("no config file: expected at least one, as in configs/tiny/ppo.yaml")
+    from jaxrlhf.config import load_all
+
+    configs = load_all(paths, [argument for argument in arguments if "=" in argument])
+    set_flags(any(cfg.deterministic for cfg in configs))
+    join(configs[0].distributed)
+    return list(zip(paths, configs))
+
+
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A run directory, a Hugging Face folder, gguf:FILE or a hub name.")],
@@ -111,6 +130,7 @@ def generate(
 
     cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     check_ranges(cfg, "command line")
+    set_flags()
     from jaxrlhf.complete import generate_text
 
     for text, response in zip(prompt, generate_text(model, prompt, cfg, seed, chat)):
@@ -126,9 +146,13 @@ def evaluate(
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
+    set_flags()
+    main = join()
     from jaxrlhf.evaluate_report import evaluate_run, print_report
 
     report = evaluate_run(run, judge, samples)
+    if not main:
+        return
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
@@ -149,10 +173,19 @@ def export(
         typer.echo(f"{run} written to {to}")
         return
     need_run(run)
+    main = join()
     from jaxrlhf.checkpoint import export as export_role
 
     export_role(run, role, to)
-    typer.echo(f"{role} of {run} written to {to}")
+    if main:
+        typer.echo(f"{role} of {run} written to {to}")
+
+
+def set_flags(deterministic: bool = False) -> None:
+    """The compiler flags of this machine, before anything touches a device."""
+    from jaxrlhf import platform
+
+    platform.prepare(deterministic)
 
 
 def need_run(run: str) -> None:
@@ -169,16 +202,49 @@ def need_run(run: str) -> None:
         )
 
 
+def join(cfg: Any = None) -> bool:
+    """Joins the run's other processes, where there are any, before anything touches a device: whether this process is
+    the one that speaks. ``cfg``: a DistributedConfig; without it, as the environment says."""
+    from jaxrlhf import distributed
+
+    distributed.start(cfg or distributed.DistributedConfig())
+    return distributed.is_main()
+
+
 def main() -> None:
+    """The command. A process that breaks down doesn't wait for the others of its run, which may be waiting for it."""
+    try:
+        command()
+    except SystemExit as stop:
+        if stop.code not in (None, 0, EXIT_PREEMPTED):
+            abandon(stop.code if isinstance(stop.code, int) else EXIT_BROKEN)
+        raise
+    except BaseException:
+        abandon(EXIT_BROKEN)
+        raise
+
+
+def abandon(code: int) -> None:
+    """Ends the process if it is one of several."""
+    distributed = sys.modules.get("jaxrlhf.distributed")
+    if distributed is None or not distributed.several():
+        return
+    if not isinstance(sys.exc_info()[1], SystemExit):
+        traceback.print_exc()
+    distributed.abandon(code)
+
+
+def command() -> None:
     """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS warn of what is meant
     try:
         app()
-    except (ValueError, FileNotFoundError, ImportError, FloatingPointError) as error:  # the last: a loss is not finite
+    # FloatingPointError: a loss is not finite; ConnectionError: processes that did not come
+    except (ValueError, FileNotFoundError, ImportError, FloatingPointError, ConnectionError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK") or not raised_here(error):
             raise
         print(error, file=sys.stderr)
-        sys.exit(EXIT_BROKEN if isinstance(error, FloatingPointError) else EXIT_MISTAKE)
+        sys.exit(EXIT_BROKEN if isinstance(error, (FloatingPointError, ConnectionError)) else EXIT_MISTAKE)
 
 
 def raised_here(error: BaseException) -> bool:

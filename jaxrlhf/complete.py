@@ -14,6 +14,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feed import put
 from jaxrlhf.models import hf, hf_config, hf_folder
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.kernels import hardware_of
 from jaxrlhf.models.transformer import Runtime, padded_vocab
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
 from jaxrlhf.state import abstract_params
@@ -68,8 +69,9 @@ def generate_text(
         model = read_model(name, mesh)
         batch = encode_prompts(model, prompts, chat, batch_shards(mesh))
         sampler = sampler_of(cfg, model.tokenizer, model.eos_ids, padded_vocab(model.config))
+        runtime = Runtime(hardware=hardware_of(mesh.devices.flat[0]))
         run = lambda params, prompts: generate.sample(
-            params, model.config, prompts, jnp.int32(seed), jnp.int32(0), sampler, Runtime()
+            params, model.config, prompts, jnp.int32(seed), jnp.int32(0), sampler, runtime
         )
         found = jax.device_get(jax.jit(run)(model.params, put(mesh, batch)))
     rows = zip(np.asarray(found.tokens), np.asarray(found.response_mask))

@@ -22,9 +22,11 @@ from jaxrlhf.config_errors import ConfigError, dotted, explain, show, suggest
 from jaxrlhf.config_ranges import range_problems
 from jaxrlhf.config_yaml import Dumper, read_file, read_yaml
 from jaxrlhf.data.sources import DataConfig, SourceConfig
+from jaxrlhf.distributed import DistributedConfig
 from jaxrlhf.generate import GenerateConfig
 from jaxrlhf.metrics import LogConfig
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.kernels import Asked
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.sharding import MeshConfig
@@ -104,8 +106,11 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
     remat: Literal["none", "full", "dots"] = "none"  # what is recomputed backward: nothing, layers, all but matmuls
+    attention: Asked = "auto"  # the kernel: splash on TPUs and cudnn on GPUs where they can compute the model, else xla
+    deterministic: bool = False  # GPUs: the same bits in every run, as TPUs and CPUs give anyway; slower
     optimizer: dict[Role, OptimizerConfig] = dataclasses.field(default_factory=dict)  # "default" serves the other roles
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
     data: DataConfig = DataConfig()
     batch: BatchConfig = BatchConfig()
     generate: GenerateConfig = GenerateConfig()
@@ -144,6 +149,9 @@ def load_all(paths: Sequence[os.PathLike | str], overrides: Sequence[str] = ()) 
         for edit in mine:
             apply_override(tree, edit)
         configs.append(parse(tree, source, [edit.path for edit in mine]))
+    for source, cfg in zip(sources, configs):
+        if cfg.distributed != configs[0].distributed:
+            raise ConfigError(f"{source}: distributed: not that of {sources[0]}; expected one for the whole command")
     used: dict[str, str] = {}
     for source, cfg in zip(sources, configs):
         if (other := used.setdefault(cfg.run_dir, source)) != source:
@@ -208,6 +216,11 @@ def dump(cfg: Config) -> str:
     tree = dataclasses.asdict(cfg)
     tree["algorithm"] = {"name": tree.pop("algorithm_name"), **tree["algorithm"]}
     return yaml.dump(json.loads(json.dumps(tree)), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def without_place(cfg: Config) -> Config:
+    """``cfg`` as a run is saved: where its processes met is no part of it, and differs from process to process."""
+    return dataclasses.replace(cfg, distributed=DistributedConfig())
 
 
 def algorithm_name(tree: Mapping[str, Any]) -> Any:

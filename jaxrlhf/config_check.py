@@ -200,7 +200,8 @@ def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
     """Rows divide into minibatches, micro-batches and shards; ``sizes``: devices along each mesh axis."""
     axes = [axis for axis in AXES if axis in (RULES["batch"] or ())]
     shards, (_, minibatches) = math.prod(sizes[axis] for axis in axes), updates_of(cfg)
-    over = f"{minibatches} minibatches x {shards} batch shards ({' x '.join(f'{axis} {sizes[axis]}' for axis in axes)})"
+    named = [f"{axis} {sizes[axis]}" for axis in axes if sizes[axis] > 1 or axis in ("data", "fsdp")]
+    over = f"{minibatches} minibatches x {shards} batch shards ({' x '.join(named)})"
     undivided = [*divided(cfg, fields_read(cfg), minibatches, shards, over)]
     yield from undivided
     micro = cfg.batch.micro_batch_size

@@ -10,16 +10,20 @@ from jaxrlhf.config_errors import ConfigError, dotted, show
 # instead write Annotated[float, Gt(0)] beside its field.
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens temperature top_k size samples kl_coef
-        entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every
-        vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar""",
+        entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every process_id
+        vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
+        poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """clip_norm eps clip_range clip_range_low clip_range_high value_clip_range kl_target stop_kl beta
         norm_eps rope_theta low_freq_factor high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast
         beta_slow attention_factor short_factor long_factor""",
     "(1, inf)": "dual_clip",
     "[1, inf)": """iterations every samples_every keep prompts_per_step samples_per_prompt sequences_per_step
         preferences_per_step micro_batch_size max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon
-        hidden_size num_layers num_heads max_positions original_max_positions factor""",
+        hidden_size num_layers num_heads max_positions original_max_positions factor num_processes init_timeout
+        slices""",
     "[2, inf)": "max_length",
+    "[5, inf)": "heartbeat_timeout",
+    "[120, inf)": "grace_seconds",
     "[259, inf)": "train_vocab_size",
     "[0, 1]": "final_fraction gamma gae_lambda",
     "(0, 1]": "top_p rotary_fraction",

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxrlhf import distributed
 from jaxrlhf.build import Run
 from jaxrlhf.config_batch import ROWS_KEY
 from jaxrlhf.evaluate_policy import PolicyEvaluation
@@ -45,7 +46,7 @@ class Measure:
         rows = min(getattr(cfg.batch, ROWS_KEY[field]), cfg.eval.size)
         self.mesh = ready.mesh
         self.batches = held_out(ready, KIND_OF[field], cfg.eval.size, rows)
-        self.program = jax.jit(make_measure(ready.recipe))
+        self.program = distributed.jit(make_measure(ready.recipe))
 
     def run(self, state: TrainState) -> dict[str, float]:
         """Means over all held-out batches; nothing where the config names no such data."""

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import build
+from jaxrlhf import build, distributed
 from jaxrlhf.build import Run
-from jaxrlhf.feed import held_out, put, read_source
+from jaxrlhf.feed import fetch_all, held_out, put, read_source
 from jaxrlhf.ops.masked import keep
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.score import score
@@ -49,7 +49,7 @@ class PolicyEvaluation:
         self.judge: Judge | None = None
         self.extra: dict[Role, Params] | None = None
         self.before: Responses | None = None
-        self.program = jax.jit(self.answer)
+        self.program = distributed.jit(self.answer)
 
     def run(self, state: TrainState) -> Responses:
         """What the policy writes; at first, and each time where the reward learns, what the reference writes too."""
@@ -80,12 +80,13 @@ class PolicyEvaluation:
             sequences, kl = self.program(state, self.extra, put(self.ready.mesh, host.batch).prompts)
             if self.ready.reward_function is not None:
                 sequences = score(self.ready, sequences, host.columns or []).sequences
-            real, mask = host.counts["rows"], np.asarray(sequences.response_mask)
+            sequences, kl, real = *fetch_all((sequences, kl)), host.real
+            mask = sequences.response_mask
             columns["rows"] += sample_rows(self.ready, sequences, real, "eval")
             values = {"lengths": mask.sum(1, dtype=np.float32), "ended": sequences.ended}
             values |= {"kl": kl, "scores": sequences.scores}
             for name, value in values.items():
-                columns[name] += [] if value is None else [np.asarray(value)[:real]]
+                columns[name] += [] if value is None else [value[:real]]
         rows = columns.pop("rows")
         arrays: dict[str, Any] = {name: np.concatenate(parts) if parts else None for name, parts in columns.items()}
         return Responses(rows=rows, marks=self.marks(rows), **arrays)
@@ -124,8 +125,8 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def sample_rows(ready: Run, sequences: Sequences, count: int, split: str) -> list[dict[str, Any]]:
-    """The first ``count`` rows as text: prompt, response, score, split."""
-    rows = jax.tree.map(lambda x: np.asarray(jax.device_get(x))[:count], sequences)
+    """The first ``count`` rows as text: prompt, response, score, split. All processes have to call it."""
+    rows = jax.tree.map(lambda x: x[:count], fetch_all(sequences))
     decode = lambda ids: ready.tokenizer.decode(ids, skip_special_tokens=True)
     texts = []
     for i in range(len(rows.tokens)):

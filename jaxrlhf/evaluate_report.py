@@ -3,19 +3,18 @@
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxrlhf import checkpoint
+from jaxrlhf import checkpoint, distributed
 from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.build import Run, abstract_state, build
 from jaxrlhf.config import load
 from jaxrlhf.evaluate import HeldOut
-from jaxrlhf.feed import held_out, put
+from jaxrlhf.feed import fetch_all, held_out, put
 from jaxrlhf.sharding import current
 from jaxrlhf.types import TrainState
 
@@ -57,11 +56,11 @@ def pair_report(ready: Run, state: TrainState) -> dict[str, Any]:
     batches = held_out(ready, "preferences", ready.cfg.eval.size, ready.cfg.batch.preferences_per_step)
     if "reward" not in trees or not batches:
         return {}
-    score = jax.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
+    score = distributed.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
     differences = []
     for host in batches:
-        chosen, rejected = jax.device_get(score(trees, put(ready.mesh, host.batch).preferences))
-        differences.append((chosen - rejected)[: host.counts["rows"]])
+        chosen, rejected = fetch_all(score(trees, put(ready.mesh, host.batch).preferences))
+        differences.append((chosen - rejected)[: host.real])
     difference = np.concatenate(differences)
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     right = (difference > 0) + 0.5 * (difference == 0)

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxrlhf import distributed
 from jaxrlhf.build import Run
 from jaxrlhf.config import Config
 from jaxrlhf.config_batch import ROWS_KEY, fields_read
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import SourceConfig, open_source
+from jaxrlhf.models import hf
 from jaxrlhf.sharding import batch_shards, row_layout
 from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
 
@@ -38,8 +40,7 @@ class Feed:
                 cfg.data,
                 rows=getattr(cfg.batch, ROWS_KEY[field]),
                 seed=cfg.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                share=share_of(ready.mesh),
                 **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids}),
             )
 
@@ -104,9 +105,11 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
 
 
 def read_source(ready: Run, kind: str, source: SourceConfig, where: str):
-    """The records of one data section."""
+    """The records of one data section, the same on all processes, or a ValueError says where they are not."""
     data = ready.cfg.data
-    return open_source(source, kind, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
+    found = open_source(source, kind, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
+    distributed.agree(f"{where}: the hash of its records", found.fingerprint[:12], "the same data on all hosts")
+    return found
 
 
 def training_prompts(ready: Run, size: int) -> list[batches.HostBatch]:
@@ -131,18 +134,40 @@ def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> li
         ready.cfg.data,
         size=size,
         rows=-(-rows // shards) * shards,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        share=share_of(ready.mesh),
         where=where,
         **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids}),
     )
 
 
+def holders(mesh: Mesh) -> list[list[int]]:
+    """The processes, ascending, whose devices hold each block of a batch's rows: one a block, but several where other
+    axes of the mesh go over processes too."""
+    total = batch_shards(mesh)
+    found: list[set[int]] = [set() for _ in range(total)]
+    for device, index in row_layout(mesh, 1).devices_indices_map((total,)).items():
+        found[index[0].start or 0].add(device.process_index)
+    return [sorted(processes) for processes in found]
+
+
+def share_of(mesh: Mesh) -> batches.Share:
+    """The rows of a batch that lie on this process's devices."""
+    held, me = holders(mesh), jax.process_index()
+    return batches.Share(tuple(block for block, processes in enumerate(held) if me in processes), len(held))
+
+
 def put(mesh: Mesh, batch: Rows) -> Rows:
-    """Host rows (a record of arrays) onto the mesh; every process brings its own."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(row_layout(mesh, np.ndim(x)), np.asarray(x)), batch
-    )
+    """Host rows (a record of arrays) onto the mesh; every process brings its share."""
+    share = share_of(mesh)
+
+    def one(x):
+        x = np.asarray(x)
+        size = len(x) // len(share.blocks)
+        block = lambda index: share.blocks.index((index[0].start or 0) // size)
+        part = lambda index: x[block(index) * size : (block(index) + 1) * size]
+        return jax.make_array_from_callback((size * share.total, *x.shape[1:]), row_layout(mesh, x.ndim), part)
+
+    return jax.tree.map(one, batch)
 
 
 def fetch(rows: Rows) -> Rows:
@@ -153,3 +178,8 @@ def fetch(rows: Rows) -> Rows:
         return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
 
     return jax.tree.map(one, rows)
+
+
+def fetch_all(rows: Rows) -> Rows:
+    """All processes' rows as NumPy arrays, on each of them; all have to call it."""
+    return jax.tree.map(hf.fetch, rows)

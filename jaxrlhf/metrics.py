@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PART_ROWS = 100  # rows of a part, where a path can't be appended to
+PART_SECONDS = 10  # at least, between two writes of a part: an object may change about once a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ def lock_run_dir(run_dir: os.PathLike | str) -> IO | None:
     """Makes this process the only writer of ``run_dir`` (created if missing) until the returned file is closed.
 
     The lock belongs to the open file, so it ends with the process however that ends: there are no stale locks to clear.
-    None for an object store, which has no locks. Raises RunDirBusy, in one line, when another writer holds it.
+    None for an object store, which has no locks: there a second writer is not noticed. Raises RunDirBusy, in one line,
+    when another writer holds it.
     """
     path = epath.Path(run_dir)
     path.mkdir(parents=True, exist_ok=True)
@@ -99,7 +101,8 @@ def row_files(run_dir: os.PathLike | str, name: str) -> list[epath.Path]:
 
 class JsonLines:
     """Rows of JSON under a run directory: appended to NAME.jsonl, or, where nothing can be appended, written in parts
-    NAME-000000.jsonl, NAME-000001.jsonl. Rows of steps after ``last_step`` are removed: those steps will be redone.
+    NAME-000000.jsonl, NAME-000001.jsonl; the last one is written again as it grows, when PART_SECONDS have passed or
+    ``flush`` is called. Rows of steps after ``last_step`` are removed: those steps will be redone.
     """
 
     def __init__(self, run_dir: epath.Path, name: str, last_step: int, parts: bool):
@@ -110,6 +113,7 @@ class JsonLines:
             if (kept := up_to(text, last_step)) != text:
                 replace_text(path, kept)
         self.part: list[str] = []
+        self.written = time.monotonic()
         self.index = len(files)
         self.file = None if parts else open(run_dir / f"{name}.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
 
@@ -120,11 +124,19 @@ class JsonLines:
             self.file.flush()
             return
         self.part.append(line)
-        (self.run_dir / f"{self.name}-{self.index:06d}.jsonl").write_bytes(encode("".join(self.part)))
+        if len(self.part) == PART_ROWS or time.monotonic() - self.written >= PART_SECONDS:
+            self.flush()
         if len(self.part) == PART_ROWS:
             self.part, self.index = [], self.index + 1
 
+    def flush(self) -> None:
+        """Write the rows of the last part that are held back."""
+        if self.part and not self.file:
+            (self.run_dir / f"{self.name}-{self.index:06d}.jsonl").write_bytes(encode("".join(self.part)))
+            self.written = time.monotonic()
+
     def close(self) -> None:
+        self.flush()
         if self.file:
             self.file.close()
 
@@ -227,11 +239,11 @@ class MetricsLog:
         main: bool = True,
         console: Console | None = None,
     ):
-        self.main = main
+        self.main, self.run_dir = main, epath.Path(run_dir)
         self.nonfinite: dict[str, int] = {}  # metric -> how often it was NaN or infinite
         if not main:
             return
-        path = epath.Path(run_dir)
+        path = self.run_dir
         self.lock = lock or lock_run_dir(path)
         last_step = start if start else -1  # at step 0 nothing is done yet: not even the evaluation before training
         self.metrics = JsonLines(path, "metrics", last_step, parts=not is_local(path))
@@ -261,6 +273,11 @@ class MetricsLog:
         """Rows of samples.jsonl: prompt, response, score, split; ``step`` is put first."""
         for row in rows if self.main else ():
             self.sampled.append({"step": step, **row})
+
+    def flush(self) -> None:
+        """Nothing is held back after this: call it where the steps so far will not be done again."""
+        for file in (self.metrics, self.sampled) if self.main else ():
+            file.flush()
 
     def warn(self, step: int, key: str, value: Any) -> None:
         """Says once a metric that it isn't finite, and counts."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import build, feed
+from jaxrlhf import build, distributed, feed
 from jaxrlhf.build import Run
 from jaxrlhf.types import Head, Params, Role, TrainState
 
@@ -41,14 +41,15 @@ def score_policy_samples(ready: Run, state: TrainState, size: int) -> np.ndarray
     whole = build.with_roles(ready, policy, sampler)
     nets, params = whole.recipe.nets, {"policy": build.read_weights(whole, "policy")}
 
-    @jax.jit
-    def score(policy, reward, prompts, step):
-        sequences = nets.sample("policy", policy, prompts, state.seed, step)
+    @distributed.jit
+    def score(policy, reward, prompts, seed, step):
+        sequences = nets.sample("policy", policy, prompts, seed, step)
         return nets.scores("reward", reward, sequences), sequences.response_mask.any(-1)
 
     scores = []
     for number, host in enumerate(feed.training_prompts(ready, size)):
         rows = feed.put(ready.mesh, host.batch).prompts
-        found_scores, real = score(params, {"reward": state.params["reward"]}, rows, jnp.int32(number))
-        scores.append(np.asarray(found_scores)[np.asarray(real)])
+        answers = score(params, {"reward": state.params["reward"]}, rows, state.seed, jnp.int32(number))
+        found_scores, real = feed.fetch_all(answers)
+        scores.append(found_scores[real])
     return np.concatenate(scores)

@@ -4,10 +4,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from jaxrlhf.build import Run
-from jaxrlhf.feed import fetch, put
+from jaxrlhf.feed import fetch, holders, put, share_of
 from jaxrlhf.programs import compile_halves
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
@@ -27,17 +30,36 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
     ``records``: those of this process's prompts, without the ones that fill up; the samples of a prompt are contiguous.
     Raises ValueError, in one line, where the function does not answer with numbers."""
     assert ready.reward_function is not None, "the reward model scores"
-    rows = fetch((sequences.tokens, sequences.response_mask))
+    tokens, masks = fetch((sequences.tokens, sequences.response_mask))
     each = ready.sampler.samples_per_prompt
     copies = [dict(record) for record in records for _ in range(each)]  # the function's own: it may change them
+    mine = [row for row, is_mine in zip(range(len(copies)), scored_here(ready.mesh, len(tokens))) if is_mine]
     decode = lambda ids: ready.tokenizer.decode(ids, skip_special_tokens=True)
-    responses = [decode(tokens[mask]) for tokens, mask, _ in zip(*rows, copies)]
-    scores = np.zeros(len(rows[0]), np.float32)
+    responses = [decode(tokens[row][masks[row]]) for row in mine]
+    scores = np.zeros(len(tokens), np.float32)
     started = time.perf_counter()
     if responses:  # a process may have none in the last batch of an evaluation
-        scores[: len(responses)] = ready.reward_function(responses, copies)
+        scores[mine] = ready.reward_function(responses, [copies[row] for row in mine])
     seconds = time.perf_counter() - started
-    return Scored(sequences.replace(scores=put(ready.mesh, scores)), seconds)
+    return Scored(sequences.replace(scores=put(ready.mesh, exchange(ready.mesh, scores))), seconds)
+
+
+def scored_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """bool[rows of this process]: those that no earlier process holds too. A function may answer otherwise when it is
+    asked again, and copies of a row that differ would be two models."""
+    share, held = share_of(mesh), holders(mesh)
+    return np.repeat([held[block][0] == jax.process_index() for block in share.blocks], rows // len(share.blocks))
+
+
+def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
+    """f32[rows of this process] with the scores of rows that another process scored, where there are such."""
+    if all(len(processes) == 1 for processes in holders(mesh)):
+        return scores
+    share = share_of(mesh)
+    rows = len(scores) // len(share.blocks) * share.total
+    here, everything = share.positions(rows), np.zeros(rows, np.float32)
+    everything[here] = scores
+    return np.asarray(multihost_utils.process_allgather(everything)).sum(0)[here]  # 0 but for one process a row
 
 
 def compile_scored(ready: Run, state: TrainState, batch: Batch) -> Callable:

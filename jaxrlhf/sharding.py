@@ -57,6 +57,7 @@ class MeshConfig:
     tensor: int = 1  # devices that share heads, mlp and vocabulary, and their rows
     slices: int = 1  # of a TPU, joined by the data-center network: copies of all the above
     decode: int = 1  # of the fsdp devices: how many share a copy of the weights, and rows, while responses are sampled
+    _: dataclasses.KW_ONLY
     style: Literal["mesh", "pmap"] = "mesh"  # pmap: jax.pmap over the devices of this process, data only
 
 
@@ -88,6 +89,8 @@ def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
     shape = mesh_shape(cfg, len(devices))
     kinds = (AxisType.Explicit,) * len(AXES)
     if cfg.style == "pmap":
+        if (count := jax.process_count()) > 1:
+            raise ValueError(f"mesh.style: pmap: for one process, and there are {count}; expected mesh")
         return Mesh(np.array(devices), (DEVICES,))
     found = sorted({getattr(device, "slice_index", 0) for device in devices})
     if len(found) > 1 and cfg.slices != len(found):

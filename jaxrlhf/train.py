@@ -1,29 +1,31 @@
 """The only loop: feed the step, write down what it says, save, and stop cleanly when asked to."""
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
-from jaxrlhf import checkpoint, evaluate, normalize
-from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state
-from jaxrlhf.config import Config, dump
+from jaxrlhf import checkpoint, distributed, evaluate, normalize
+from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state, kernels_passed_over
+from jaxrlhf.config import Config, dump, without_place
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, put
-from jaxrlhf.metrics import MetricsLog, lock_run_dir
+from jaxrlhf.metrics import MetricsLog, is_local, lock_run_dir
 from jaxrlhf.programs import compile_whole
 from jaxrlhf.score import compile_scored
 from jaxrlhf.sharding import current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 DONE, PREEMPTED = "done", "preempted"
+SHARED = "a directory that all processes share: NFS or gs://"
 
 
 def run(cfg: Config, raw: str = "") -> str:
@@ -33,24 +35,40 @@ def run(cfg: Config, raw: str = "") -> str:
     any model is built, RunDirBusy where another process writes to the run directory; both leave its config and
     tokenizer alone.
     """
+    patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
     check(cfg, jax.device_count())
-    lock, run_dir = lock_run_dir(cfg.run_dir), epath.Path(cfg.run_dir)
-    changes = changes_since_saved(cfg)
+    run_dir, main = epath.Path(cfg.run_dir), distributed.is_main()
+    lock = distributed.on_main(lambda: lock_run_dir(cfg.run_dir))
     start = checkpoint.latest_step(run_dir) or 0
+    changes = changes_since_saved(cfg)
+    distributed.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
     if start >= cfg.iterations:
-        print(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= to go on")
+        if main:
+            print(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= to go on")
         return DONE
     use_compilation_cache()
     ready = build(cfg)
-    (run_dir / "config.yaml").write_text(dump(cfg))
-    if raw:
-        (run_dir / "source.yaml").write_text(raw)
+    distributed.on_main(lambda: write_config(run_dir, cfg, raw))
+    distributed.agree(f"run_dir: {cfg.run_dir}: config.yaml", str((run_dir / "config.yaml").exists()), SHARED)
     keeping = cfg.checkpoint
     saved = checkpoint.Checkpoints(run_dir, keeping.keep, keeping.best, keeping.mode, background=keeping.background)
-    with current(ready.mesh), MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock) as log:
+    with (
+        current(ready.mesh),
+        MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock, main=main) as log,
+        distributed.naming_the_dead(patience),
+    ):
+        if not is_local(run_dir):
+            log.say(f"{cfg.run_dir}: an object store can't be locked: see that nothing else writes to it")
         if changes:
             log.say(f"changed since step {start}: {', '.join(changes)}")
         return Trainer(ready, saved, log).run(start)
+
+
+def write_config(run_dir: epath.Path, cfg: Config, raw: str) -> None:
+    """config.yaml, and source.yaml where the user's own text is known."""
+    (run_dir / "config.yaml").write_text(dump(cfg))
+    if raw:
+        (run_dir / "source.yaml").write_text(raw)
 
 
 def use_compilation_cache() -> None:
@@ -83,17 +101,14 @@ class Trainer:
     def run(self, start: int) -> str:
         """From iteration ``start`` to the end, or to SIGTERM."""
         cfg = self.cfg
-        self.log.say(describe_batch(cfg))
+        passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
+        self.log.say("\n".join([describe_batch(cfg), *passed_over]))
         state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
-        previous = signal.signal(signal.SIGTERM, self.ask_to_stop)
-        try:
+        with self.listening(), self.saving():
             if start == 0 and cfg.eval.every:
                 self.evaluate(0, state)
             state, step = self.loop(state, start, programs)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            self.saved.close()  # also where something was raised, a user's reward function say: what is saved is whole
         if self.preempted and step < cfg.iterations:
             self.log.say(f"SIGTERM: stopped at step {step}; the same command goes on from there")
             return PREEMPTED
@@ -102,7 +117,7 @@ class Trainer:
     def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> tuple[TrainState, int]:
         cfg, step = self.cfg, start
         self.last_time = time.perf_counter()
-        while step < cfg.iterations and not self.preempted:
+        while step < cfg.iterations and not self.asked_to_stop():
             host, records = self.feed.next()
             batch = put(self.ready.mesh, host)
             state, metrics, sequences = programs[shapes(batch)](state, batch, records)
@@ -132,12 +147,45 @@ class Trainer:
         compile_for = compile_scored if halves else compile_alone
         for batch in self.feed.shapes():
             programs[shapes(batch)] = compile_for(self.ready, state, batch)
+        distributed.wait()
         count = len(programs) * (2 if halves else 1)
         self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")
         return programs
 
-    def ask_to_stop(self, *_: object) -> None:
+    # ---- stopping -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """SIGTERM is remembered while this is open. With several processes JAX's handler does that already."""
+        if distributed.several():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self.hear)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def hear(self, *_: object) -> None:
         self.preempted = True
+
+    def asked_to_stop(self) -> bool:
+        """Whether to stop before the next iteration; all processes answer alike."""
+        if distributed.several():
+            self.preempted = self.preempted or distributed.stop_agreed()
+        return self.preempted
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Waits at the end until what is saved is whole; also where something was raised, by a user's reward function
+        say. Not where other processes have part in it: they may be gone, and without them it never is whole."""
+        try:
+            yield
+        except BaseException:
+            if not distributed.several():
+                self.saved.close()
+            raise
+        self.saved.close()
 
     # ---- what is written down -------------------------------------------------------------------------------------
 
@@ -192,6 +240,7 @@ class Trainer:
             "eos_ids": list(self.ready.sampler.eos_ids),
             "data": self.feed.get_state(),
         }
+        self.log.flush()
         evaluated, scores = self.scores
         self.saved.save(step, state, extra, scores if evaluated == step else None)
         self.last_time = time.perf_counter()

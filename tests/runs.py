@@ -14,12 +14,16 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,6 +67,25 @@ def write_text(folder: Path) -> None:
         for prefix, count in (("", 200), ("eval_", 40)):
             lines = [json.dumps(make()) + "\n" for _ in range(count)]
             (folder / f"{prefix}{name}.jsonl").write_text("".join(lines))
+
+
+def praise(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    """A reward function: vowels in the response, and the length of its prompt. It takes JAXRLHF_TEST_PACE seconds."""
+    time.sleep(float(os.environ.get("JAXRLHF_TEST_PACE", "0")))
+    vowels = [sum(letter in "aeiou" for letter in response) for response in responses]
+    return [count + 0.01 * len(record["prompt"]) for count, record in zip(vowels, records)]
+
+
+def refuse(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    """A reward function that raises in the second process, once training is under way."""
+    global asked
+    asked += 1
+    if jax.process_index() == 1 and asked > 2:
+        raise RuntimeError("the judge is gone")
+    return praise(responses, records)
+
+
+asked = 0
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------
@@ -146,6 +169,7 @@ class Done:
     code: int  # of the last command; negative: the signal that killed it
     outputs: list[str]  # what each command printed
     errors: str
+    ended: float  # seconds of time.time()
     events: list[dict[str, Any]]  # in order: {"what": "compiled" | "row" | "programs" | "dispatched", ...}
 
 
@@ -156,6 +180,7 @@ def process(
     kill: tuple[str, str, str, int] | None = None,
     profile: str | None = None,
     timeout: float = 500,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Done:
     """Run the commands in a new process.
 
@@ -166,6 +191,55 @@ def process(
             this step of this run.
         profile: a run between whose steps 2 and 4 dispatches are counted.
     """
+    return finish(start(folder, commands, devices, kill, profile, environment), timeout)
+
+
+def together(
+    folder: Path,
+    commands: Sequence[Sequence[str]],
+    devices: int = 4,
+    kills: Mapping[int, tuple[str, str, str, int]] = MappingProxyType({}),
+    count: int = 2,
+    timeout: float = 500,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> list[Done]:
+    """Run the commands in ``count`` processes of one run, with ``devices`` each; ``kills``: process -> kill."""
+    joint = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count), **environment}
+    started = [
+        start(folder / str(number), commands, devices, kills.get(number), None, joint | {"JAX_PROCESS_ID": str(number)})
+        for number in range(count)
+    ]
+    try:
+        with ThreadPoolExecutor(count) as waiting:  # each notes when its process ended
+            return list(waiting.map(lambda process: finish(process, timeout), started))
+    finally:
+        for process in started:
+            process.running.kill()
+
+
+def free_port() -> int:
+    """A port of this host that nothing listens on."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return found.getsockname()[1]
+
+
+class Started(NamedTuple):
+    """A process under way; its output goes to files, which never fill up as pipes do."""
+
+    running: subprocess.Popen
+    folder: Path
+
+
+def start(
+    folder: Path,
+    commands: Sequence[Sequence[str]],
+    devices: int = 1,
+    kill: tuple[str, str, str, int] | None = None,
+    profile: str | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> Started:
+    """``process``, without waiting for its end; ``more``: of its environment."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = {"commands": commands, "events": str(folder / "events.json"), "kill": kill, "profile": profile}
     (folder / "plan.json").write_text(json.dumps(plan))
@@ -179,17 +253,33 @@ def process(
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
     command = [sys.executable, "-m", "tests.runs", str(folder / "plan.json")]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
-    noted = folder / "events.json"
+    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as errors:
+        running = subprocess.Popen(command, cwd=folder, env={**environment, **more}, stdout=out, stderr=errors)
+    return Started(running, folder)
+
+
+def finish(started: Started, timeout: float) -> Done:
+    """Wait for its end; past ``timeout`` seconds it is killed, and subprocess.TimeoutExpired raised."""
+    try:
+        code = started.running.wait(timeout)
+    except subprocess.TimeoutExpired:
+        started.running.kill()
+        raise
+    ended = time.time()
+    noted = started.folder / "events.json"
     events = json.loads(noted.read_text()) if noted.exists() else []
-    return Done(done.returncode, done.stdout.split(SEPARATOR), done.stderr, events)
+    output, errors = ((started.folder / name).read_text() for name in ("stdout", "stderr"))
+    return Done(code, output.split(SEPARATOR), errors, ended, events)
 
 
 def main() -> None:
     """The process."""
     plan = json.loads(Path(sys.argv[1]).read_text())
     from jaxrlhf import cli
+    from tests import fake_gcs
 
+    if fake_gcs.ROOT in os.environ:
+        fake_gcs.install()
     events = watch(plan)
     atexit.register(lambda: Path(plan["events"]).write_text(json.dumps(events)))
     code: Any = 0
@@ -223,7 +313,7 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
     def noting_write(self: Any, step: int, numbers: dict[str, Any]) -> None:
         write(self, step, numbers)
-        run, evaluation = self.metrics.run_dir.name, any(key.startswith("eval/") for key in numbers)
+        run, evaluation = self.run_dir.name, any(key.startswith("eval/") for key in numbers)
         events.append({"what": "row", "run": run, "step": step, "evaluation": evaluation})
         if run == plan["profile"] and step == 4 and not evaluation:
             jax.profiler.stop_trace()
@@ -232,7 +322,7 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
 
     def noting_samples(self: Any, step: int, found: Any) -> None:
         samples(self, step, found)
-        kill_at(self.metrics.run_dir.name, "samples", step)
+        kill_at(self.run_dir.name, "samples", step)
 
     def kill_at(*place: Any) -> None:
         if plan["kill"] and plan["kill"][1:] == [*place]:
@@ -365,7 +455,9 @@ def read_state(run: Path, step: int) -> dict[str, np.ndarray]:
             continue
         with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that nobody said where the arrays are to lie
-            tree = reader.restore(item)
+            there = reader.metadata(item).item_metadata
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)  # not as it lay on devices
+            tree = reader.restore(item, restore_args=kinds)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[f"{item.name}/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = np.asarray(leaf)
     return found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import pytest
 
 from jaxrlhf import build, checkpoint, cli, complete, programs
 from jaxrlhf import train as trainer
-from jaxrlhf.config import Config, RoleConfig
+from jaxrlhf.config import Config, RoleConfig, parse
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.kernels import Hardware
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
 from tests import runs
@@ -62,6 +64,34 @@ def test_models_from_files_must_fit_the_mesh_and_the_rows(ppo, changes, pattern)
     with pytest.raises(ConfigError, match=r"^models\.policy: some/folder: " + pattern) as error:
         check()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "asked, hardware, line, said",
+    [
+        ("auto", Hardware("cpu"), None, []),
+        ("auto", Hardware("tpu"), None, []),
+        ("auto", Hardware("gpu", 9.0), None, ["attention: xla for policy: not cudnn, which .*float32"]),
+        ("xla", Hardware("gpu", 9.0), None, []),
+        ("splash", Hardware("cpu"), "attention: splash: runs on TPUs, .*; nearest: xla", []),
+        ("cudnn", Hardware("gpu", 9.0), "attention: cudnn: computes in bfloat16, and precision.compute is float32", []),
+    ],
+)
+def test_a_kernel_is_refused_or_passed_over_in_one_line(monkeypatch, asked, hardware, line, said):
+    monkeypatch.setattr(build, "hardware_of", lambda device: hardware)
+    tree = {"run_dir": "r", "iterations": 1, "attention": asked, "algorithm": {"name": "sft"}}
+    cfg, mesh = (
+        parse(tree | {"models": {"policy": {"init_from": "x"}}}, "test"),
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+    )
+    weights = {"policy": build.Weights("hf", "some/folder", resolve(ModelConfig(vocab_size=300)), "lm")}
+    if line:
+        with pytest.raises(ConfigError, match=f"^{line}.* \\(models.policy: some/folder\\)$"):
+            build.check_shapes(cfg, weights, mesh)
+        return
+    build.check_shapes(cfg, weights, mesh)
+    notes = build.kernels_passed_over(cfg, mesh, {"policy": weights["policy"].config})
+    assert len(notes) == len(said) and all(map(re.match, said, notes))
 
 
 def tokenizer_of(run: Path) -> str:

@@ -203,7 +203,7 @@ def test_help_is_quick_and_loads_nothing_heavy():
         begin = time.monotonic()
         done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True, check=True)
         seconds.append(time.monotonic() - begin)
-        for command in ("train", "generate", "evaluate", "export"):
+        for command in ("train", "preflight", "generate", "evaluate", "export"):
             assert command in done.stdout
         assert "HEAVY []" in done.stdout
     assert min(seconds) < 2

@@ -19,11 +19,11 @@ from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_ranges import RANGE_OF, interval_of
 from jaxrlhf.config_reference import reference
 from jaxrlhf.config_types import hints, records
+from jaxrlhf.launch.config import LaunchConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 PPO = """
 run_dir: runs/ppo
@@ -113,16 +113,6 @@ def test_a_reward_function_takes_the_place_of_the_reward_model(ppo):
         "value": "policy",
     }
     assert config.roles_of(config.load(ppo))[1] == {"reference": "lm", "reward": "scalar"}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_config_file_loads_checks_and_round_trips(path, tmp_path):
-    cfg = config.load(path)
-    check(cfg, 1, str(path))
-    again = tmp_path / "config.yaml"
-    again.write_text(config.dump(cfg))
-    assert config.load(again) == cfg
-    assert len(path.read_text().splitlines()) <= 40
 
 
 @pytest.mark.parametrize(
@@ -254,7 +244,8 @@ def test_zero_is_allowed_where_it_means_something(ppo):
 
 def test_every_number_in_a_config_has_a_range():
     """Whoever adds a numeric field says in which interval it lies (mesh sizes have their own check)."""
-    classes = {cls for _, cls in records(Config)} | {row.config for row in ALGORITHMS.values()}
+    classes = {cls for top in (Config, LaunchConfig) for _, cls in records(top)}
+    classes |= {row.config for row in ALGORITHMS.values()}
     classes.discard(MeshConfig)
     numeric = lambda hint: re.search(r"\b(int|float)\b", str(hint)) is not None
     missing = [

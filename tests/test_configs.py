@@ -54,9 +54,9 @@ def test_what_it_starts_from_is_made_by_another_config_or_comes_from_elsewhere(p
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    """No hub: shapes of its models come from the table."""
-
+def offline(monkeypatch, tmp_path):
+    """No hub and no run: shapes come from the table, and from the configs."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "on_the_hub", lambda name: None)
 
 

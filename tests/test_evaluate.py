@@ -217,7 +217,7 @@ def test_accuracy_and_calibration_are_a_loop(monkeypatch):
         rows = min(8, 99 - at)
         for filled, scores in zip(pair, (chosen, rejected)):
             filled[:rows] = scores[at : at + rows]
-        batches.append(SimpleNamespace(batch=SimpleNamespace(preferences=pair), counts={"rows": rows}))
+        batches.append(SimpleNamespace(batch=SimpleNamespace(preferences=pair), real=rows))
     monkeypatch.setattr(evaluate_report, "held_out", lambda *_: batches)
     monkeypatch.setattr(evaluate_report, "put", lambda mesh, batch: batch)
     monkeypatch.setattr(evaluate_report, "score_pairs", lambda nets, trees, pairs: tuple(pairs))

@@ -10,17 +10,18 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 # the first part of a module's name below jaxrlhf -> its layer
 LAYERS = {
     "": 0,
-    **dict.fromkeys(("types", "sharding", "optim", "chips"), 0),
+    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies"), 0),
     "ops": 1,
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),
-    **dict.fromkeys(("generate", "step", "state", "checkpoint", "metrics"), 4),
+    **dict.fromkeys(("generate", "step", "state", "checkpoint", "metrics", "distributed", "rendezvous"), 4),
     "config": 5,
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference"), 5),
     **dict.fromkeys(("build", "feed", "programs", "score", "normalize", "complete", "train"), 6),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
-    **dict.fromkeys(("plan", "serve", "report", "benchmarks"), 6),
+    **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight"), 6),
+    "launch": 6,
     **dict.fromkeys(("cli", "__main__"), 7),
 }
 

@@ -17,7 +17,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # modules whose import is the start of some command; those that exist are tried
 ENTRIES = [
     name
-    for name in ("config", "train", "evaluate", "complete", "serve", "plan")
+    for name in ("config", "train", "preflight", "evaluate", "complete", "serve", "plan")
     if (ROOT / f"jaxrlhf/{name}.py").exists()
 ]
 

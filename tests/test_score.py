@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 from jaxrlhf import build, checkpoint, cli, evaluate_report, sharding
+from jaxrlhf import score as scoring
 from jaxrlhf import step as steps
 from jaxrlhf import train as trainer
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.config import Config, dump, parse
 from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.data.batches import Share
 from jaxrlhf.feed import fetch, put
 from jaxrlhf.rewards.functions import RewardFunction
 from jaxrlhf.score import compile_scored, score
@@ -346,3 +348,28 @@ def test_a_function_that_breaks_leaves_the_last_checkpoint_whole(text, tmp_path,
     with rewarded_by(vowels):
         assert trainer.run(dataclasses.replace(cfg, iterations=3)) == "done"
     assert runs.steps_kept(tmp_path / "ppo") == [2, 3]
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_rows_that_two_processes_hold_are_scored_once(monkeypatch):
+    """Blocks 0 and 1 of 3 are on both processes, block 2 is on the second alone: its rows get the scores of the one
+    process that scores them, everywhere."""
+    held = [[0, 1], [0, 1], [1]]
+    monkeypatch.setattr(scoring, "holders", lambda mesh: held)
+    monkeypatch.setattr(scoring, "share_of", lambda mesh: Share(tuple(blocks), 3))
+    answers = {0: np.arange(1.0, 5.0), 1: np.arange(10.0, 16.0)}  # a function that answers each process otherwise
+    sent: dict[int, np.ndarray] = {}
+    found: dict[int, np.ndarray] = {}
+    for gathering in (False, True):
+        for process, scores in answers.items():
+            blocks = [block for block, processes in enumerate(held) if process in processes]
+            monkeypatch.setattr(scoring.jax, "process_index", lambda process=process: process)
+            note = lambda x, process=process: sent.setdefault(process, x)[None]
+            gather = (lambda x: np.stack([sent[0], sent[1]])) if gathering else note
+            monkeypatch.setattr(scoring.multihost_utils, "process_allgather", gather)
+            mine = scoring.scored_here(None, 2 * len(blocks))  # type: ignore[arg-type]
+            found[process] = scoring.exchange(None, np.where(mine, scores, 0).astype(np.float32))  # type: ignore[arg-type]
+    assert found[0].tolist() == [1, 2, 3, 4]
+    assert found[1].tolist() == [1, 2, 3, 4, 14, 15]

@@ -101,6 +101,7 @@ def test_across_sums_over_devices_under_pmap_only():
     rng = np.random.default_rng(0)
     x, mask = rng.normal(size=(16, 5)).astype(np.float32), rng.random((16, 5)) < 0.5
     white = functools.partial(masked.whiten, variance="unbiased")
+    x, mask = jnp.asarray(x), jnp.asarray(mask)
     function = lambda x, mask: (white(x, mask), masked.mean(x, mask), masked.count(mask), sharding.mapped())
     split = jax.pmap(function, sharding.DEVICES)(x.reshape(8, 2, 5), mask.reshape(8, 2, 5))
     assert not sharding.mapped() and sharding.across(x) is x and all(split[3])

@@ -1,7 +1,7 @@
 """Endless streams of token batches for training, and fixed lists of them for evaluation.
 
 The order is a function of (data, seed, batch size) alone: a stream shuffles all the data afresh every epoch and cuts
-the endless row of epochs into global batches, of which each process makes its own block of rows. So the state is the
+the endless row of epochs into global batches, of which each process makes its own blocks of rows. So the state is the
 number of batches taken, a run resumes on any number of processes, and no data is lost at the end of an epoch.
 """
 
@@ -24,12 +24,28 @@ from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
 READ_AHEAD = 2  # batches made, each in a thread, while the devices work
 
 
+class Share(NamedTuple):
+    """Which rows of the global batch a process makes: of ``total`` equal blocks of rows, these."""
+
+    blocks: tuple[int, ...] = (0,)  # ascending; on a mesh whose devices are not in the processes' order, not neighbours
+    total: int = 1
+
+    def positions(self, rows: int) -> np.ndarray:
+        """i[rows here]: the rows in the global batch of ``rows``."""
+        size = rows // self.total
+        return np.concatenate([np.arange(block * size, (block + 1) * size) for block in self.blocks])
+
+
 class HostBatch(NamedTuple):
     """This process's rows of one global batch, as NumPy arrays: i32 tokens, bool masks."""
 
     batch: Batch
     columns: list[dict[str, Any]] | None  # prompts only: the records of the rows, without those that fill up
     counts: dict[str, int]  # of these rows: rows (without those that fill up), examples, truncated (examples)
+    real: int  # rows of the global batch that do not fill it up; they come first
+
+
+WHOLE = Share()
 
 
 class Stream(Iterator[HostBatch]):
@@ -76,21 +92,21 @@ def demonstration_stream(
     *,
     rows: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
     eos: Sequence[int] | None = None,
     where: str = "data.demonstrations",
 ) -> Stream:
-    """Batches with ``sequences`` [rows / process_count, cfg.max_length]: packed, with segment_ids, or one a row.
+    """Batches with ``sequences`` [rows here, cfg.max_length]: packed, with segment_ids, or one a row.
 
     Packed documents keep their row for the whole run; it is the rows that are shuffled.
 
     Args:
         rows: of the global batch.
+        share: which of them are made here.
         eos: ids that end a turn; the tokenizer's own by default.
         where: the prefix of error messages.
     """
-    layout = _layout("demonstrations", source, tokenizer, cfg, rows, (process_index, process_count), eos, where)
+    layout = _layout("demonstrations", source, tokenizer, cfg, rows, share, eos, where)
     return Stream(layout.packed(seed) if cfg.pack else layout, seed, where)
 
 
@@ -101,14 +117,13 @@ def preference_stream(
     *,
     rows: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
     eos: Sequence[int] | None = None,
     where: str = "data.preferences",
 ) -> Stream:
-    """Batches with ``preferences``: both sides [rows / process_count, cfg.max_length]. Pairs with equal sides are left
+    """Batches with ``preferences``: both sides [rows here, cfg.max_length]. Pairs with equal sides are left
     out, and counted as identical. The margin is there if the first pair has one; a pair without is given 0."""
-    layout = _layout("preferences", source, tokenizer, cfg, rows, (process_index, process_count), eos, where)
+    layout = _layout("preferences", source, tokenizer, cfg, rows, share, eos, where)
     return Stream(layout, seed, where)
 
 
@@ -119,13 +134,12 @@ def prompt_stream(
     *,
     rows: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
     where: str = "data.prompts",
 ) -> Stream:
-    """Batches with left-padded ``prompts`` [rows / process_count, P], where P is the first of cfg.prompt_buckets that
+    """Batches with left-padded ``prompts`` [rows here, P], where P is the first of cfg.prompt_buckets that
     holds the longest prompt of the *global* batch, and sample_id is the row in it."""
-    layout = _layout("prompts", source, tokenizer, cfg, rows, (process_index, process_count), None, where)
+    layout = _layout("prompts", source, tokenizer, cfg, rows, share, None, where)
     return Stream(layout, seed, where)
 
 
@@ -137,8 +151,7 @@ def held_out_batches(
     *,
     size: int,
     rows: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: Share = WHOLE,
     eos: Sequence[int] | None = None,
     where: str | None = None,
 ) -> list[HostBatch]:
@@ -151,7 +164,7 @@ def held_out_batches(
     where = f"data.eval_{kind}" if where is None else where
     if size < 1:
         raise ValueError(f"eval.size: {size}, expected at least 1")
-    layout = _layout(kind, source, tokenizer, cfg, rows, (process_index, process_count), eos, where)
+    layout = _layout(kind, source, tokenizer, cfg, rows, share, eos, where)
     layout = dataclasses.replace(layout, units=layout.units[:size])
     if kind == "demonstrations" and cfg.pack:
         layout = layout.packed(None)
@@ -168,8 +181,7 @@ class _Layout:
     examples: Examples
     units: list[np.ndarray]  # what fills one row: the records (one, or several in a packed row)
     rows: int  # of the global batch
-    first: int  # global row that this process's block starts with
-    local: int  # rows of this process
+    here: np.ndarray  # the rows of it that this process makes
     pad: int
     make: "Maker"
 
@@ -187,11 +199,17 @@ class _Layout:
 
     def assemble(self, units: np.ndarray) -> HostBatch:
         """This process's rows of the global batch with ``units`` (fewer than ``rows`` at the end of an evaluation)."""
-        mine = units[self.first : self.first + self.local]
+        mine = units[self.here[self.here < len(units)]]
         batch, columns = self.make(self, units, mine)
         records = np.concatenate([self.units[unit] for unit in mine]) if len(mine) else np.zeros(0, np.int64)
         truncated = int(self.examples.truncated[records].sum())
-        return HostBatch(batch, columns, {"rows": len(mine), "examples": len(records), "truncated": truncated})
+        counts = {"rows": len(mine), "examples": len(records), "truncated": truncated}
+        return HostBatch(batch, columns, counts, len(units))
+
+    @property
+    def local(self) -> int:
+        """Rows that this process makes."""
+        return len(self.here)
 
     def order_hash(self) -> str:
         digest = hashlib.sha256()
@@ -210,18 +228,19 @@ def _layout(
     tokenizer: Any,
     cfg: DataConfig,
     rows: int,
-    process: tuple[int, int],
+    share: Share,
     eos: Sequence[int] | None,
     where: str,
 ) -> _Layout:
-    index, count = process
-    if rows < 1 or rows % count:
-        raise ValueError(f"{where}: {rows} rows a batch, expected a positive multiple of the {count} processes")
+    if rows < 1 or rows % share.total:
+        raise ValueError(
+            f"{where}: {rows} rows a batch, expected a positive multiple of the {share.total} batch shards"
+        )
     examples = make_examples(kind, source, tokenizer, cfg, where, eos)
     makers = {"demonstrations": _demonstration_maker, "preferences": _preference_maker, "prompts": _prompt_maker}
-    local = rows // count
     units = list(examples.kept[:, None])
-    return _Layout(kind, examples, units, rows, index * local, local, pad_id(tokenizer), makers[kind](examples, cfg))
+    here = share.positions(rows)
+    return _Layout(kind, examples, units, rows, here, pad_id(tokenizer), makers[kind](examples, cfg))
 
 
 def _demonstration_maker(examples: Examples, cfg: DataConfig) -> Maker:
@@ -268,8 +287,7 @@ def _prompt_maker(examples: Examples, cfg: DataConfig) -> Maker:
             ids = examples.sides(record)[0].tokens
             tokens[row, width - len(ids) :] = ids
             valid[row, width - len(ids) :] = True
-        sample_id = np.arange(layout.first, layout.first + layout.local, dtype=np.int32)
-        return Batch(prompts=Prompts(*_arrays(tokens, valid, sample_id))), records
+        return Batch(prompts=Prompts(*_arrays(tokens, valid, layout.here.astype(np.int32)))), records
 
     return make
 

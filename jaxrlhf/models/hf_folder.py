@@ -105,6 +105,6 @@ def tokenizer_files(folder: epath.PathLike | None) -> list[epath.Path]:
 def clear(folder: epath.Path) -> None:
     """Make the folder; remove an earlier export, whose weights could be read in place of the new ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in list(folder.iterdir()):
+    for path in list(folder.iterdir()) if folder.exists() else []:  # an object store makes no empty folder
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in OWN_FILES):
             path.unlink()

@@ -14,9 +14,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.attention import attention, cached_attention, causal_mask, head_axis, match_heads, near
+from jaxrlhf.models.attention import cached_attention, head_axis, match_heads, near
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.kernels import SAVED, Asked, Attend, Hardware, choose, within_rows
 from jaxrlhf.models.linear import gathered, linear
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.sharding import constrain, spec
@@ -32,6 +33,9 @@ class Runtime(NamedTuple):
     remat: Literal["none", "full", "dots"] = (
         "none"  # what the backward pass recomputes: nothing, layers, all but matmuls
     )
+    attention: Asked = "auto"  # the kernel of whole rows
+    hardware: Hardware = Hardware()  # that programs are compiled for
+    interpret: bool = False  # run Pallas kernels step by step, on any platform (slow: for tests)
 
 
 class Leaf(NamedTuple):
@@ -220,7 +224,7 @@ def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dty
 class Sight(NamedTuple):
     """What local and global layers differ in."""
 
-    mask: Array  # bool[B, 1, S, T]: what each token may read
+    attend: Attend  # (query, key, value) to what each token gathers from those that it may read
     freqs: Array | None  # f32[R / 2], radians a position; None where positions were embedded
 
 
@@ -231,20 +235,25 @@ def check_length(cfg: ModelConfig, columns: int) -> None:
         raise ValueError(f"rows of {columns} columns: more than this {cfg.family} model computes; nearest: {limit}")
 
 
-def sights(cfg: ModelConfig, mask: Array, columns: Array) -> dict[bool, Sight]:
-    """Local or not -> Sight, for the kinds of layers that the model has.
-
-    ``mask``: what global layers read; columns i32[S]: where the queries of its rows stand."""
+def sights(cfg: ModelConfig, attend_to: Callable[[int | None], Attend]) -> dict[bool, Sight]:
+    """Local or not -> Sight, for the kinds of layers that the model has. ``attend_to``: a window, or None, to attend"""
 
     def one(local: bool) -> Sight:
-        seen = near(mask, columns, cfg.sliding_window) if local else mask
+        attend = attend_to(cfg.sliding_window if local else None)
         if FAMILIES[cfg.family].positions == "learned":
-            return Sight(seen, None)
+            return Sight(attend, None)
         if local and cfg.local_rope_theta:
-            return Sight(seen, rope_frequencies(rotary_size(cfg), cfg.local_rope_theta, None))
-        return Sight(seen, rope_frequencies(rotary_size(cfg), cfg.rope_theta, cfg.rope_scaling))
+            return Sight(attend, rope_frequencies(rotary_size(cfg), cfg.local_rope_theta, None))
+        return Sight(attend, rope_frequencies(rotary_size(cfg), cfg.rope_theta, cfg.rope_scaling))
 
     return {local: one(local) for local in set(local_layers(cfg))}
+
+
+def row_sights(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> dict[bool, Sight]:
+    """``sights`` within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose."""
+    kernel = choose(runtime.attention, runtime.hardware, cfg, runtime.compute)
+    attend_to = lambda window: within_rows(kernel, segment_ids, window, **product(cfg), interpret=runtime.interpret)
+    return sights(cfg, attend_to)
 
 
 def turner(cfg: ModelConfig, positions: Array, sight: Sight) -> Callable:
@@ -255,7 +264,7 @@ def turner(cfg: ModelConfig, positions: Array, sight: Sight) -> Callable:
     return lambda x: rotate(x, positions, freqs, magnitude)
 
 
-def product(cfg: ModelConfig) -> dict[str, float | None]:
+def product(cfg: ModelConfig) -> dict[str, Any]:
     """How attention treats the products of queries and keys."""
     return {"scale": 1.0 / math.sqrt(cfg.query_pre_attn_scalar or cfg.head_dim), "softcap": cfg.attention_softcap}
 
@@ -274,37 +283,53 @@ def positions_of(segment_ids: Array) -> Array:
 def forward(params: Params, cfg: ModelConfig, tokens: Array, segment_ids: Array, runtime: Runtime) -> Array:
     """Final hidden states [B, S, D] of whole rows: tokens and segment_ids (0 = padding) i32[B, S].
 
-    Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit)."""
+    Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit), and for a
+    kernel that can't be had (see kernels.choose)."""
     check_length(cfg, segment_ids.shape[1])
-    positions, local = positions_of(segment_ids), local_layers(cfg)
-    seen = sights(cfg, causal_mask(segment_ids), jnp.arange(segment_ids.shape[1]))
-    mixed = len(seen) == 2  # then a layer's flag chooses while it runs, as all layers are one program
+    positions, seen = positions_of(segment_ids), row_sights(cfg, segment_ids, runtime)
 
-    def layer(x, xs):
-        layer_params, is_local = xs
-        choose = lambda near, far: jnp.where(is_local, near, far)
-        sight = jax.tree.map(choose, seen[True], seen[False]) if mixed else seen[local[0]]
-
+    def layer(sight: Sight, layer_params: Params, x: Array) -> Array:
         def attend(query, key, value):
-            key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
-            return attention(query, key, value, sight.mask, **product(cfg))
+            return sight.attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
 
-        return block(layer_params, cfg, x, turner(cfg, positions, sight), attend), None
+        return block(layer_params, cfg, x, turner(cfg, positions, sight), attend)
 
+    layer_of = lambda local, scanned: rematerialized(functools.partial(layer, seen[local]), runtime, scanned)
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    flags = jnp.array(local) if mixed else None
-    x, _ = jax.lax.scan(rematerialized(layer, runtime), x, (params["layers"], flags))
-    return normalize(params["final_norm"], x, cfg)
+    return normalize(params["final_norm"], through_layers(layer_of, params["layers"], local_layers(cfg), x), cfg)
 
 
-def rematerialized(layer: Callable, runtime: Runtime) -> Callable:
-    """``layer`` under the remat policy of the run."""
+def through_layers(layer_of: Callable, stacked: Params, local: list[bool], x: Array) -> Array:
+    """``x`` after all layers; ``layer_of``: (local, inside a scan) to a function of a layer's parameters and x.
+
+    Where local and global layers alternate, one step of the scan is one round of their pattern: each layer's kernel
+    is known while tracing, and the program grows with the pattern, not with the model. Layers behind the last whole
+    round follow the scan."""
+    period = next(size for size in range(1, len(local) + 1) if local == (local[:size] * len(local))[: len(local)])
+    rounds = len(local) // period
+
+    def one_round(x, params):
+        for i, is_local in enumerate(local[:period]):
+            x = layer_of(is_local, True)(jax.tree.map(operator.itemgetter(i), params), x)
+        return x, None
+
+    fold = lambda w: w[: rounds * period].reshape(rounds, period, *w.shape[1:])
+    x, _ = jax.lax.scan(one_round, x, jax.tree.map(fold, stacked))
+    for i in range(rounds * period, len(local)):
+        x = layer_of(local[i], False)(jax.tree.map(operator.itemgetter(i), stacked), x)
+    return x
+
+
+def rematerialized(layer: Callable, runtime: Runtime, scanned: bool) -> Callable:
+    """``layer`` under the remat policy of the run. Outside a scan XLA must be kept from computing it only once."""
     if runtime.remat == "none":
         return layer
-    keep = jax.checkpoint_policies.nothing_saveable
-    if runtime.remat == "dots":
-        keep = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
-    return jax.checkpoint(layer, policy=keep, prevent_cse=False)
+    policies = jax.checkpoint_policies
+    keep = policies.nothing_saveable
+    if runtime.remat == "dots":  # and what splash computed: to the policy a kernel is no matmul
+        dots = policies.checkpoint_dots_with_no_batch_dims
+        keep = policies.save_from_both_policies(dots, policies.save_only_these_names(SAVED))
+    return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
 
 
 # ---- one token at a time: generation --------------------------------------------------------------------------------
@@ -343,15 +368,14 @@ def prefill(params: Params, cfg: ModelConfig, tokens: Array, valid: Array, cache
     The caches have room for ``cache_size`` columns; ``params`` are in decode_layout. Raises ValueError as forward."""
     check_length(cfg, cache_size)
     segment_ids = valid.astype(jnp.int32)
-    positions = positions_of(segment_ids)
-    seen = sights(cfg, causal_mask(segment_ids), jnp.arange(valid.shape[1]))
+    positions, seen = positions_of(segment_ids), row_sights(cfg, segment_ids, runtime)
     caches = []
 
     def attend(sight: Sight, query, key, value):
         grow = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, cache_size - x.shape[1]), (0, 0)))
         key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
         caches.append(Cache(grow(key), grow(value)))
-        return attention(query, key, value, sight.mask, **product(cfg))
+        return sight.attend(query, key, value)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
@@ -367,7 +391,9 @@ def decode_step(
 
     valid bool[B, T]: the columns that hold tokens, the new one included. Returns as prefill does."""
     position = valid.sum(axis=1, dtype=jnp.int32)[:, None] - 1
-    seen = sights(cfg, valid[:, None, None, :], column[None])
+    readable = valid[:, None, None, :]
+    masked = lambda window: readable if window is None else near(readable, column[None], window)
+    seen = sights(cfg, lambda window: functools.partial(cached_attention, mask=masked(window), **product(cfg)))
     layers, updated = iter(caches), []
 
     def attend(sight: Sight, query, key, value):
@@ -377,7 +403,7 @@ def decode_step(
         )
         cache = Cache(write(cache.key, key), write(cache.value, value))
         updated.append(cache)
-        return cached_attention(query, cache.key, cache.value, sight.mask, **product(cfg))
+        return sight.attend(query, cache.key, cache.value)
 
     x = embed(params, cfg, token, position, runtime.compute)
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):

@@ -103,7 +103,8 @@ def kept(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     if setup.remat == "full":
         return tokens * cfg.hidden_size * cfg.num_layers * setup.compute
     if setup.remat == "dots":
-        return tokens * (cfg.hidden_size + wide) * cfg.num_layers * setup.compute
+        gathered = 0 if setup.stored_attention else heads * cfg.head_dim  # kept by name: see kernels.SAVED
+        return tokens * (cfg.hidden_size + wide + gathered) * cfg.num_layers * setup.compute
     pairs = tokens * one.columns * heads * (4 + setup.compute) if setup.stored_attention else 0
     every = tokens * (2 * 4 * cfg.hidden_size + (4 * cfg.hidden_size + 2 * wide) * setup.compute)
     return (every + pairs) * cfg.num_layers

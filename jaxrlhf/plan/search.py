@@ -37,7 +37,8 @@ def setup_of(cfg: Config, num_devices: int, roles) -> Setup:
     sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices), strict=True))
     params = BYTES[cfg.precision.params]
     moments = {role: BYTES[cfg.optimizer_of(role).dtype] + params for role in roles}  # the second is as the weights are
-    return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat)
+    stored = cfg.attention == "xla"  # on TPUs auto is splash
+    return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored)
 
 
 def candidates(drawn: Blueprint, passes: Passes, where: Slice, available: float) -> list[Candidate]:

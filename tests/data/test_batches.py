@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.data import batches
-from jaxrlhf.data.batches import demonstration_stream, held_out_batches, preference_stream, prompt_stream
+from jaxrlhf.data.batches import Share, demonstration_stream, held_out_batches, preference_stream, prompt_stream
 
 from .conftest import in_memory
 
@@ -67,7 +67,7 @@ def test_processes_share_the_batch_and_the_state(sort, letters, config):
 
     make = streams(letters, config)[sort]
     alone = make(rows=4, seed=3)
-    pair = [make(rows=4, seed=3, process_index=index, process_count=2) for index in range(2)]
+    pair = [make(rows=4, seed=3, share=Share((index,), 2)) for index in range(2)]
     for _ in range(6):
         whole, halves = one(alone), [one(stream) for stream in pair]
         joined = jax.tree.map(lambda *parts: np.concatenate(parts), *(half.batch for half in halves))
@@ -113,7 +113,7 @@ def test_bucket_is_of_the_global_batch(letters, config):
     records = [{"prompt": "x"}, {"prompt": "x" * 8}]
     for seed in range(4):
         for index in range(2):
-            options: dict[str, Any] = {"rows": 2, "seed": seed, "process_index": index, "process_count": 2}
+            options: dict[str, Any] = {"rows": 2, "seed": seed, "share": Share((index,), 2)}
             prompts = one(
                 prompt_stream(in_memory(records), letters, config(prompt_buckets=(4, 8)), **options)
             ).batch.prompts
@@ -210,9 +210,9 @@ def test_state_of_other_data_is_refused(letters, config):
 
 def test_rows_have_to_divide(letters, config):
     with pytest.raises(
-        ValueError, match=r"data\.prompts: 3 rows a batch, expected a positive multiple of the 2 processes"
+        ValueError, match=r"data\.prompts: 3 rows a batch, expected a positive multiple of the 2 batch shards"
     ):
-        streams(letters, config)["prompts"](rows=3, seed=0, process_count=2)
+        streams(letters, config)["prompts"](rows=3, seed=0, share=Share((0,), 2))
 
 
 def test_held_out_prompts(letters, config):
@@ -223,13 +223,13 @@ def test_held_out_prompts(letters, config):
     assert [host.counts["rows"] for host in found] == [4, 3]
     assert found[1].batch.prompts.valid[3].any() == np.False_ and found[1].batch.prompts.tokens.shape == (4, 8)
     assert len(held_out("prompts", in_memory(PROMPTS), letters, cfg, size=100, rows=5)) == 2
-    second = held_out("prompts", in_memory(PROMPTS), letters, cfg, process_index=1, process_count=2, **options)
+    second = held_out("prompts", in_memory(PROMPTS), letters, cfg, share=Share((1,), 2), **options)
     assert [[record["id"] for record in host.columns] for host in second] == [[2, 3], [6]]
     assert second[1].batch.prompts.valid.any(axis=1).tolist() == [True, False]
 
 
 def test_held_out_process_with_nothing_but_filling(letters, config):
-    options = {"size": 5, "rows": 4, "process_index": 1, "process_count": 2}
+    options = {"size": 5, "rows": 4, "share": Share((1,), 2)}
     for kind, records in (("prompts", PROMPTS), ("preferences", PAIRS), ("demonstrations", TEXTS)):
         last = held_out(kind, in_memory(records), letters, config(max_length=16, pack=False), **options)[-1]
         import jax

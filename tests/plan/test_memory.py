@@ -71,7 +71,7 @@ def test_the_estimate_is_near_what_xla_allocates(text, mesh, changes):
     with jax.set_mesh(drawn.mesh):
         batch = list(batch_shapes(cfg, drawn.mesh))[-1]
         (program,) = compile_programs(drawn, abstract_state(drawn), batch).values()
-    memory = program.memory_analysis()
+    memory = program.compiled.memory_analysis()
     assert memory is not None
     data = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)) / 8
     assert found.arguments + data == pytest.approx(memory.argument_size_in_bytes, rel=0.01)

@@ -1,0 +1,69 @@
+"""Compiler flags of each platform, in one place. They must be in the environment before JAX makes its backends.
+
+XLA reads XLA_FLAGS and libtpu LIBTPU_INIT_ARGS, and both end the process over a name that they don't know: every flag
+here is known to the oldest and newest jaxlib that pyproject.toml allows and was tried. A flag that the user has set
+stays as it is.
+"""
+
+import importlib.util
+import os
+from collections.abc import MutableMapping
+from typing import NamedTuple
+
+
+class Flag(NamedTuple):
+    """``--name=value``, where it is read, and why it is set."""
+
+    variable: str
+    name: str
+    value: str
+    why: str
+
+
+GPU = (
+    Flag(
+        "XLA_FLAGS",
+        "xla_gpu_enable_latency_hiding_scheduler",
+        "true",
+        "gathers and sums between GPUs start early and run beside the matmuls; by default they are waited for",
+    ),
+)
+GPU_DETERMINISTIC = (
+    Flag(
+        "XLA_FLAGS",
+        "xla_gpu_deterministic_ops",
+        "true",
+        "scatters and autotuned matmuls add in one order: a resumed run has the bits of one that never stopped",
+    ),
+)
+TPU = ()
+
+
+def present(environ: MutableMapping[str, str]) -> set[str]:
+    """The platforms, "gpu" and "tpu", that JAX has a plugin for here and is not told to leave alone.
+
+    Nothing is loaded: a backend that is made has read its flags."""
+    installed = lambda *names: any(importlib.util.find_spec(name) for name in names)
+    found = {"gpu"} if installed("jax_cuda12_plugin", "jax_cuda13_plugin") else set()
+    found |= {"tpu"} if installed("libtpu") else set()
+    asked = {"gpu" if name == "cuda" else name for name in environ.get("JAX_PLATFORMS", "").split(",") if name}
+    return found & asked if asked else found
+
+
+def set_flags(platforms: set[str], deterministic: bool, environ: MutableMapping[str, str]) -> list[Flag]:
+    """Adds to ``environ`` the flags of ``platforms`` that it does not hold: those that were added."""
+    wanted = [*(GPU if "gpu" in platforms else ()), *(TPU if "tpu" in platforms else ())]
+    wanted += GPU_DETERMINISTIC if deterministic and "gpu" in platforms else ()
+    added = []
+    for flag in wanted:
+        given = environ.get(flag.variable, "").split()
+        if flag.name in {text.lstrip("-").partition("=")[0] for text in given}:
+            continue
+        environ[flag.variable] = " ".join([*given, f"--{flag.name}={flag.value}"])
+        added.append(flag)
+    return added
+
+
+def prepare(deterministic: bool = False) -> None:
+    """``set_flags`` for the platforms of this machine. Call it before anything asks JAX for its devices."""
+    set_flags(present(os.environ), deterministic, os.environ)

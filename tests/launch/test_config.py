@@ -1,0 +1,179 @@
+"""Launch configs: examples load, mistakes are one line each, and a mesh that the slice does not fit is refused."""
+
+import dataclasses
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.launch.cli import PROVIDERS
+from jaxrlhf.launch.config import RetryConfig, load_launch
+from tests.launch.cases import CASES, GOLDEN, ROOT, rendered
+
+
+def load(provider: str, *overrides: str):
+    return load_launch(ROOT / "launch" / f"{provider}.yaml", provider, ROOT, overrides)
+
+
+def mistake(provider: str, *overrides: str) -> str:
+    """What is said of the example with these overrides: one line, without the path of the example."""
+    with pytest.raises(ConfigError) as error:
+        load(provider, *overrides)
+    (line,) = str(error.value).splitlines()
+    return line.removeprefix(f"{ROOT}/launch/{provider}.yaml: ")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_would_be_run_is_as_it_was_read_and_approved(name):
+    assert rendered(name) == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_every_golden_text_has_its_case():
+    assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
+
+
+def test_machines_are_counted():
+    two = load("tpu_vm", "accelerator=v5p-128", "slices=2", "overrides=[mesh.fsdp=4, batch.sequences_per_step=128]")
+    assert (two.machines.devices, two.machines.devices_per_slice, two.machines.hosts) == (128, 64, 32)
+    ironwood = load("gke", "accelerator=tpu7x:2x2x1", "overrides=[batch.sequences_per_step=8]")
+    assert (ironwood.machines.devices, ironwood.machines.hosts) == (8, 1)
+    nodes = load("slurm")
+    assert (nodes.machines.devices, nodes.machines.hosts, nodes.machines.kind) == (16, 2, "h100")
+
+
+def test_run_dir_is_the_launch_s_else_the_config_s():
+    assert load("tpu_vm").run_dir == "gs://my-bucket/runs/first"
+    assert load("slurm").run_dir == "runs/tiny/sft"
+    moved = load("tpu_vm", "run_dir=null", "overrides=[run_dir=gs://b/r, batch.sequences_per_step=16]")
+    assert moved.run_dir == "gs://b/r" and moved.arguments[1] == "run_dir=gs://b/r"
+
+
+@pytest.mark.parametrize(
+    ("provider", "override", "line"),
+    [
+        # the slice
+        ("tpu_vm", "accelerator=v5litpod-16", "accelerator: v5litpod-16: unknown accelerator; nearest: v5litepod-16"),
+        ("tpu_vm", "accelerator=h100:8", "accelerator: h100:8: tpu_vm has TPUs only; nearest: v5litepod-8"),
+        ("tpu_vm", "accelerator=tpu7x-8", "accelerator: tpu7x-8: the Cloud TPU API does not have it; expected launch/"),
+        ("tpu_vm", "accelerator=v5p:4x4x12", "accelerator: v5p:4x4x12: the Cloud TPU API knows slices by size alone;"),
+        ("slurm", "accelerator=v5e-16", "accelerator: v5e-16: slurm has nodes of GPUs; expected NAME:COUNT, as in"),
+        ("slurm", "accelerator=h100:0", "accelerator: h100:0: expected at least one device a node, as in h100:8"),
+        ("skypilot", "slices=2", "slices: 2: SkyPilot makes one TPU slice; nearest: 1"),
+        ("tpu_vm", "slices=0", "slices: 0: expected a number in [1, inf); nearest: 1"),
+        # what is needed
+        ("tpu_vm", "zone=null", "zone: missing; expected text"),
+        ("tpu_vm", "project=null", "project: missing; expected text"),
+        ("gke", "gke=null", "gke: missing; expected a section with image"),
+        ("gke", "gke={namespace: x}", "gke.image: missing; expected text"),
+        ("gke", "secrets=[HF_TOKEN]", "gke.secret: missing; secrets are named; expected the Secret that holds them"),
+        ("gke", "capacity=reserved", "gke.reservation: None: capacity is reserved; expected both or neither"),
+        ("gke", "gke.grace_seconds=30", "gke.grace_seconds: 30: expected a number in [120, inf); nearest: 120"),
+        # words
+        ("tpu_vm", "capasity=spot", 'unknown key (value "spot"); nearest: capacity'),
+        ("tpu_vm", "capacity=sopt", 'capacity: "sopt": expected one of spot, on-demand, reserved; nearest: spot'),
+        ("tpu_vm", "tpu_vm={netwrk: a}", 'tpu_vm.netwrk: unknown key (value "a"); nearest: network'),
+        ("tpu_vm", "retry.poll=-1", "retry.poll: -1.0: expected a number in [0, inf); nearest: 0"),
+        # names
+        ("tpu_vm", "name=My_Run", "name: My_Run: expected a DNS label (a-z, 0-9, -; a letter first); nearest: my-run"),
+        ("tpu_vm", f"name={'a' * 64}", f"name: {'a' * 64}: {'a' * 64} would have 64 characters; expected 1 fewer"),
+        ("gke", f"name={'a' * 50}", f"name: {'a' * 50}: {'a' * 50}-slice-0-3-xxxxx would have 66 characters; expected"),
+        # secrets
+        (
+            "tpu_vm",
+            "env={HF_TOKEN: abc}",
+            "env.HF_TOKEN: a secret would stand here in the open; expected secrets: [HF_",
+        ),
+        ("tpu_vm", "env={a b: c}", "env.a b: expected the name of a variable"),
+        (
+            "tpu_vm",
+            "secrets=[NOT_SET_HERE]",
+            "secrets: NOT_SET_HERE: not in the environment here; expected export NOT_",
+        ),
+        # paths that the machines do not have
+        (
+            "tpu_vm",
+            "run_dir=runs/first",
+            "run_dir: runs/first: would be lost with the machines; expected a shared one;",
+        ),
+        (
+            "tpu_vm",
+            "run_dir=null",
+            "run_dir: runs/tiny/sft: would be lost with the machines; expected a shared one; ne",
+        ),
+        ("tpu_vm", "train=../sft.yaml", "train: ../sft.yaml: not in "),
+    ],
+)
+def test_a_mistake_is_one_line(provider, override, line, monkeypatch):
+    monkeypatch.delenv("NOT_SET_HERE", raising=False)
+    said = mistake(provider, override)
+    assert said.removeprefix("capasity: ").startswith(line), said
+
+
+FITS = "batch.sequences_per_step=64"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["overrides=[mesh.fsdp=32]"],
+            "mesh: (data=-1, fsdp=32, tensor=1) needs 32 devices, which never divides into the 16 present here",
+        ),
+        (["overrides=[mesh.data=8, mesh.fsdp=4]"], "mesh: (data=8, fsdp=4, tensor=1) needs 32 devices, which never"),
+        (["overrides=[]"], "batch.sequences_per_step: 8: 8 rows do not divide over 1 minibatches x 16 batch shards"),
+        (["overrides=[batch.sequences_per_step=16, iterations=0]"], "iterations: 0: expected a number in [1, inf)"),
+    ],
+)
+def test_a_mesh_or_batch_that_the_slice_does_not_fit_is_refused(overrides, line):
+    assert line in mistake("tpu_vm", *overrides)
+
+
+def test_axes_that_talk_in_every_layer_stay_inside_a_slice():
+    fits = ["slices=4", "overrides=[mesh.fsdp=16, batch.sequences_per_step=64]"]
+    assert load("tpu_vm", *fits).machines.devices == 64
+    crosses = ["slices=4", "overrides=[mesh.fsdp=32, batch.sequences_per_step=64]"]
+    said = mistake("tpu_vm", *crosses)
+    assert said.startswith("mesh: fsdp 32 x tensor 1: does not divide the 16 devices of a slice") and "4 slices" in said
+
+
+def test_weights_and_data_that_are_only_here_are_refused():
+    role = "models.policy={init_from: runs/tiny/sft}"
+    more = f"overrides=['{role}', tokenizer.train_vocab_size=null, batch.sequences_per_step=16]"
+    assert mistake("tpu_vm", more).startswith("models.policy.init_from: runs/tiny/sft: is not sent to the machines;")
+    assert load("slurm", more).run_dir  # nodes share a file system with us
+    data = "overrides=['data.demonstrations={path: /data/a.jsonl}', batch.sequences_per_step=16]"
+    assert mistake("tpu_vm", data).startswith("data.demonstrations.path: /data/a.jsonl: is not sent to the machines;")
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load("tpu_vm", "zone=null", "name=A", "env={MY_SECRET: x}")
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_waits_that_tests_shorten_are_sane_by_default():
+    retry = RetryConfig()
+    assert 10 <= retry.poll <= 60 and retry.wait <= retry.longest_wait
+    assert all(value > 0 for value in dataclasses.astuple(retry))
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_script_prints_the_golden_text_and_runs_nothing(provider, tmp_path, monkeypatch, capsys):
+    """With a PATH that holds none of the programs."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [f"launch/{provider}.py", f"launch/{provider}.yaml", "--dry-run"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(f"launch/{provider}.py", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    assert out.replace(str(ROOT), "/ROOT") == (GOLDEN / f"{provider}.txt").read_text()
+
+
+def test_the_script_refuses_in_one_line(tmp_path):
+    command = [sys.executable, "launch/gke.py", "launch/gke.yaml", "name=A_B"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("launch/gke.yaml: name: A_B: expected a DNS label") and done.stderr.count("\n") == 1

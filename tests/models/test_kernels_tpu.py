@@ -1,0 +1,138 @@
+"""Programs with the splash kernel, compiled for TPU slices that are not here; nothing is run."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.kernels import Hardware, blocks, hardware_of
+from jaxrlhf.models.transformer import (
+    Leaf,
+    Runtime,
+    decode_layout,
+    decode_step,
+    forward,
+    parameter_table,
+    prefill,
+    weight_axes,
+)
+from jaxrlhf.plan.topology import find_slice
+from jaxrlhf.sharding import MeshConfig, make_mesh, partition
+
+pytest.importorskip("libtpu", reason="compiles for TPUs")
+pytestmark = pytest.mark.plan
+SIZE = 640  # columns: two blocks
+SMALL: dict[str, Any] = {"vocab_size": 512, "hidden_size": 256, "num_layers": 2, "num_kv_heads": 2, "mlp_size": 256}
+LLAMA = resolve(ModelConfig(**SMALL, head_dim=128))
+MIXED = resolve(ModelConfig(family="gemma2", **SMALL, head_dim=256, sliding_window=200, attention_softcap=50.0))
+WHOLE_HEADS = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, head_dim=64)
+ONE_KV_HEAD = dataclasses.replace(LLAMA, num_kv_heads=1, head_dim=64)
+
+
+@functools.cache
+def mesh_of(topology: str):
+    return make_mesh(MeshConfig(1, 2, 2), find_slice(topology).devices)
+
+
+def abstract(cfg: ModelConfig, mesh, dtype):
+    """The parameters' shapes and layouts."""
+
+    def one(leaf: Leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(mesh, partition(weight_axes(leaf))))
+
+    return jax.tree.map(one, parameter_table(cfg, "lm"), is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def rows(mesh, shape, dtype=jnp.int32):
+    layout = NamedSharding(mesh, partition(("batch", *(None,) * (len(shape) - 1))))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+
+def kernels_in(text: str) -> int:
+    return text.count('custom_call_target="tpu_custom_call"')
+
+
+def squares(text: str, size: int) -> set[str]:
+    """The types of arrays with two dimensions of ``size``, or of the padded rows: products of queries and keys."""
+    lengths, arrays = {size, blocks(size)[1]}, set(re.findall(r"(?:f32|bf16)\[[0-9,]+\]", text))
+    return {x for x in arrays if sum(int(n) in lengths for n in re.findall(r"[0-9]+", x.partition("[")[2])) >= 2}
+
+
+def compile_training(cfg: ModelConfig, topology: str, runtime: Runtime) -> str:
+    """The HLO of the loss and its gradients."""
+    mesh = mesh_of(topology)
+    with jax.set_mesh(mesh):
+
+        def loss(params, tokens, ids):
+            hidden = forward(params, cfg, tokens, ids, runtime).astype(jnp.float32)
+            return jnp.where((ids > 0)[..., None], hidden**2, 0).sum()
+
+        arguments = abstract(cfg, mesh, jnp.float32), rows(mesh, (4, SIZE)), rows(mesh, (4, SIZE))
+        return jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile().as_text() or ""
+
+
+def tpu(**more) -> Runtime:
+    return Runtime(**{"compute": jnp.bfloat16, "hardware": Hardware("tpu")} | more)
+
+
+def test_the_devices_of_a_topology_are_tpus():
+    assert hardware_of(mesh_of("v5e:2x2").devices.flat[0]) == Hardware("tpu")
+
+
+@pytest.mark.parametrize(
+    "cfg, topology, runtime, kernels",
+    [
+        (LLAMA, "v5e:2x2", tpu(), 3),  # forward, and dq and dkv backward, of one layer in a scan
+        (LLAMA, "v5p:2x2x1", tpu(remat="full"), 4),  # and the forward pass once more
+        (LLAMA, "v5e:2x2", tpu(remat="dots"), 3),  # whose results are kept
+        (MIXED, "v5p:2x2x1", tpu(remat="dots"), 6),  # a local and a global layer
+        (MIXED, "v5e:2x2", tpu(compute=jnp.float32), 6),  # the most memory that a kernel takes
+        (WHOLE_HEADS, "v5e:2x2", tpu(), 3),
+        (ONE_KV_HEAD, "v5e:2x2", tpu(), 3),
+    ],
+)
+def test_training_by_splash_compiles(cfg, topology, runtime, kernels):
+    text = compile_training(cfg, topology, runtime)
+    assert kernels_in(text) == kernels
+    assert squares(text, SIZE) == set()
+
+
+def test_squares_are_found():
+    """Without the kernel they are there."""
+    text = compile_training(LLAMA, "v5e:2x2", tpu(attention="xla"))
+    assert kernels_in(text) == 0 and squares(text, SIZE)
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, MIXED])
+def test_prefill_and_decoding_compile(cfg):
+    """Prefill by the kernel; a decoded token reads the cache as it lies, its kv heads not repeated."""
+    mesh, room = mesh_of("v5e:2x2"), 128
+    prompt = SIZE - room
+    with jax.set_mesh(mesh):
+
+        def read(params, tokens, valid):
+            params = decode_layout(params, cfg, "lm", tpu())
+            last, caches = prefill(params, cfg, tokens, valid, SIZE, tpu())
+            more = jnp.pad(valid, ((0, 0), (0, room)))
+
+            def step(carry, column):
+                _, caches = carry
+                return decode_step(params, cfg, tokens[:, :1], column, more, caches, tpu()), None
+
+            (hidden, _), _ = jax.lax.scan(step, (last, caches), prompt + jnp.arange(room))
+            return last, hidden
+
+        arguments = abstract(cfg, mesh, jnp.float32), rows(mesh, (4, prompt)), rows(mesh, (4, prompt), jnp.bool_)
+        text = jax.jit(read).lower(*arguments).compile().as_text() or ""
+    assert kernels_in(text) == cfg.num_layers
+    assert squares(text, prompt) == set()
+    kv_heads, group = cfg.num_kv_heads // 2, cfg.num_heads // cfg.num_kv_heads  # of a device, as are two rows
+    assert f"bf16[2,{kv_heads},{SIZE},{cfg.head_dim}]" in text
+    for repeated in (f"[2,{kv_heads * group},{SIZE},{cfg.head_dim}]", f"[2,{kv_heads},{group},{SIZE},{cfg.head_dim}]"):
+        assert repeated not in text

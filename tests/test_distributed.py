@@ -1,0 +1,435 @@
+"""Two processes of four devices each are one run: its numbers, its signals, its deaths, and who is missing."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxrlhf import distributed, rendezvous
+from jaxrlhf.distributed import DistributedConfig
+from tests import runs
+
+FUNCTION = [
+    "ppo:models={policy: {init_from: SFT}, value: {init_from: SFT}}",
+    "ppo:rewards.function=tests.runs:praise",
+    "ppo:algorithm.reward_update=false",
+]
+SHORT = ["mesh.fsdp=2", "ppo:batch.prompts_per_step=16", "checkpoint.every=4", "ppo:algorithm.num_epochs=1"]
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def base(root: Path) -> Path:
+    """Where the runs here start: sft and rm, trained for one iteration each by one process of one device."""
+    folder = root / "distributed"
+    arguments = runs.overrides(runs.text(root), folder)
+    short = ["iterations=1", "eval.every=0", "rm:algorithm.normalize_samples=0"]
+    runs.once(
+        root,
+        "distributed-base",
+        lambda: [runs.process(folder / "base", [runs.train(*arguments, *short, configs=runs.TINY[:2])])],
+    )
+    return folder
+
+
+def ppo(root: Path, name: str, *more: str) -> list[str]:
+    """The command that trains ``name``: PPO with a reward function, but for what ``more`` says."""
+    start = base(root)
+    function = [text.replace("SFT", str(start / "sft")) for text in FUNCTION]
+    arguments = runs.overrides(runs.text(root), start / name, start)
+    left_out = ("ppo:models.", "ppo:batch.preferences", "ppo:data.preferences", "ppo:data.eval_preferences")
+    arguments = [text for text in arguments if not text.startswith(left_out)]
+    return runs.train(*arguments, *function, *SHORT, *more, configs=[runs.tiny_config("ppo")])
+
+
+def with_model(root: Path, name: str) -> list[str]:
+    """The same with a reward model that learns, and an evaluation of pairs."""
+    start = base(root)
+    arguments = runs.overrides(runs.text(root), start / name, start)
+    return runs.train(*arguments, *SHORT, configs=[runs.tiny_config("ppo")])
+
+
+def pair(root: Path) -> list[runs.Done]:
+    """Two processes that trained without a break, for 8 iterations."""
+    return runs.once(
+        root, "distributed-pair", lambda: runs.together(root / "distributed/pair", [ppo(root, "whole", "iterations=8")])
+    )
+
+
+def numbers(run: Path) -> list[dict]:
+    return [
+        {key: value for key, value in row.items() if key.startswith(("loss/", "score/", "kl/", "eval/", "step"))}
+        for row in runs.rows(run)
+    ]
+
+
+def test_two_processes_compute_what_one_does(root):
+    done = pair(root)
+    assert [one.code for one in done] == [0, 0], done[0].errors + done[1].errors
+    (alone,) = runs.once(
+        root,
+        "distributed-alone",
+        lambda: [runs.process(root / "distributed/one", [ppo(root, "alone", "iterations=4")], devices=8)],
+    )
+    assert alone.code == 0, alone.errors
+    expected, found = (numbers(base(root) / name / "ppo") for name in ("alone", "whole"))
+    assert [row["step"] for row in expected] == [0, 1, 2, 2, 3, 4, 4]
+    for one, two in zip(expected, found):
+        assert one.keys() == two.keys() and len(one) > 3
+        for key, value in one.items():
+            np.testing.assert_allclose(two[key], value, rtol=0, atol=1e-5, err_msg=f"step {one['step']}: {key}")
+    assert len({row["score/mean"] for row in expected if "score/mean" in row}) > 1
+    samples = [runs.rows(base(root) / name / "ppo", "samples") for name in ("alone", "whole")]
+    assert samples[0] == samples[1][: len(samples[0])] and len(samples[0]) > 8
+
+
+@pytest.mark.nightly
+def test_two_processes_compute_what_one_does_with_a_reward_model(root):
+    """PPO whose reward model learns too, measured, evaluated and exported by two processes and by one."""
+    runs_of = lambda name: base(root) / name / "ppo"
+    after = lambda name: [["evaluate", f"{runs_of(name)}", "--json"]]
+    export = lambda name: [["export", f"{runs_of(name)}", "--to", f"{base(root) / name}/hf"]]
+    commands = lambda name: [with_model(root, name), *after(name), *export(name)]
+    two = runs.together(root / "distributed/two-model", commands("two-model"))
+    one = runs.process(root / "distributed/one-model", commands("one-model"), devices=8)
+    assert [done.code for done in (*two, one)] == [0, 0, 0], two[0].errors + two[1].errors + one.errors
+    expected, found = (numbers(runs_of(name)) for name in ("one-model", "two-model"))
+    for alone, pair in zip(expected, found, strict=True):
+        for key, value in alone.items():
+            np.testing.assert_allclose(pair[key], value, rtol=0, atol=1e-5, err_msg=f"step {alone['step']}: {key}")
+    reports = [json.loads(done.outputs[1][done.outputs[1].index("{") :])["after"] for done in (two[0], one)]
+    assert reports[0].keys() == reports[1].keys() and len(reports[0]) > 3
+    for key, value in reports[1].items():
+        np.testing.assert_allclose(reports[0][key], value, rtol=0, atol=1e-5, err_msg=key)
+    weights = [load_file(base(root) / name / "hf" / "model.safetensors") for name in ("one-model", "two-model")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_one_process_writes_and_speaks(root):
+    first, second = pair(root)
+    assert "compiled 2 programs" in first.outputs[0] and "step 8/8" in first.outputs[0]
+    assert [line for line in second.outputs[0].splitlines() if not line.startswith("[Gloo]")] == []
+    run = base(root) / "whole" / "ppo"
+    steps = [row["step"] for row in runs.rows(run)]
+    assert sorted(set(steps)) == list(range(9)) and len(steps) == 8 + 5  # an evaluation at 0, 2, 4, 6, 8
+    assert "localhost" not in (run / "config.yaml").read_text()  # where the processes met is no part of the run
+
+
+def test_sigterm_to_one_stops_all_at_one_step_and_the_run_goes_on_bitwise(root):
+    """The second process alone gets the signal."""
+    pair(root)
+    stopped = runs.together(
+        root / "distributed/stopped",
+        [ppo(root, "parts", "iterations=8")],
+        kills={1: ("SIGTERM", "ppo", "metrics", 1)},
+        environment={"JAXRLHF_TEST_PACE": "1"},
+    )
+    assert [one.code for one in stopped] == [75, 75], stopped[0].errors + stopped[1].errors
+    said = re.search(r"SIGTERM: stopped at step (\d+); the same command goes on from there", stopped[0].outputs[0])
+    assert said is not None
+    step, run = int(said[1]), base(root) / "parts" / "ppo"
+    assert 1 <= step < 8 and runs.steps_kept(run)[-1] == step
+    resumed = runs.together(root / "distributed/resumed", [ppo(root, "parts", "iterations=8")])
+    assert [one.code for one in resumed] == [0, 0], resumed[0].errors + resumed[1].errors
+    assert f"resumed from step {step}" in resumed[0].outputs[0]
+    whole = base(root) / "whole" / "ppo"
+    expected, found = (runs.read_state(side, 8) for side in (whole, run))
+    assert expected.keys() == found.keys()
+    assert [path for path in expected if expected[path].tobytes() != found[path].tobytes()] == []
+    assert runs.rows(run) == runs.rows(whole)
+
+
+@pytest.mark.parametrize(
+    "victim, named",
+    [
+        (1, r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n"),
+        pytest.param(
+            0,
+            r"leader task was preempted/died|unhealthy \(stopped sending heartbeats\):\n0\n",
+            marks=pytest.mark.nightly,
+        ),
+    ],
+)
+def test_a_killed_process_is_named_and_ends_the_other(root, victim, named):
+    pair(root)
+    folder, command = root / f"distributed/killed-{victim}", ppo(root, f"killed-{victim}", "iterations=8")
+    command.append("distributed.heartbeat_timeout=10")
+    killed = {victim: ("SIGKILL", "ppo", "metrics", 1)}
+    done = runs.together(folder, [command], kills=killed, environment={"JAXRLHF_TEST_PACE": "1"}, timeout=300)
+    assert done[victim].code == -9
+    other = done[1 - victim]
+    assert other.code not in (0, 75)
+    assert re.search(named, other.errors), other.errors
+    assert other.ended - done[victim].ended < 60
+
+
+@pytest.mark.nightly
+def test_a_process_that_breaks_down_ends_the_others(root):
+    """It does not wait for them, who wait for it; and what it raised is seen."""
+    pair(root)
+    command = ppo(root, "refused", "iterations=8")
+    command = [text.replace("tests.runs:praise", "tests.runs:refuse") for text in command]
+    command += ["distributed.heartbeat_timeout=10"]
+    first, second = runs.together(root / "distributed/refused", [command], timeout=300)
+    assert second.code == 1 and "RuntimeError: the judge is gone" in second.errors
+    assert first.code not in (0, 75) and first.ended - second.ended < 60
+    assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n", first.errors), first.errors
+
+
+def test_each_process_reads_its_share_of_the_weights(tmp_path):
+    """Two processes of four devices, a model split over the eight: each takes half of the file, and no byte is lost."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrlhf.models import hf
+    from jaxrlhf.models.config import ModelConfig, resolve
+    from jaxrlhf.models.transformer import init
+
+    cfg = resolve(ModelConfig(vocab_size=512, hidden_size=64, num_layers=2, mlp_size=128, tie_embeddings=False))
+    params = init(cfg, "lm", jax.random.key(0), jnp.float32)
+    hf.save(params, cfg, "lm", tmp_path / "model")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    joint = {"JAX_COORDINATOR_ADDRESS": f"localhost:{runs.free_port()}", "JAX_NUM_PROCESSES": "2"}
+    joint |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(runs.ROOT)}
+    command = [sys.executable, "-m", "tests.read_share", str(tmp_path / "model")]
+    started = [
+        subprocess.Popen([*command, str(tmp_path / name)], env=os.environ | joint | {"JAX_PROCESS_ID": name})
+        for name in "01"
+    ]
+    assert [process.wait(200) for process in started] == [0, 0]
+    found = [json.loads((tmp_path / name).read_text()) for name in "01"]
+    for one in found:
+        assert 0.45 * size < one["read"] < 0.55 * size, (one["read"], size)
+        np.testing.assert_allclose(one["sums"], [float(jnp.sum(x * x)) for x in jax.tree.leaves(params)], rtol=1e-5)
+    assert sum(one["held"] for one in found) == size
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+class Device(NamedTuple):
+    """Of a mesh that no array is put on."""
+
+    id: int
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    "processes, fsdp, tensor, held, share",
+    [
+        ([0, 0, 0, 0, 1, 1, 1, 1], 2, 1, [[0]] * 4 + [[1]] * 4, ((0, 1, 2, 3), 8)),
+        ([0, 0, 1, 1, 0, 0, 1, 1], 1, 1, [[0], [0], [1], [1]] * 2, ((0, 1, 4, 5), 8)),  # as a TPU torus may lie
+        ([0, 0, 0, 0, 1, 1, 1, 1], 1, 8, [[0, 1]], ((0,), 1)),  # every process holds every row
+        ([0, 0, 1, 1, 0, 0, 1, 1], 1, 4, [[0, 1], [0, 1]], ((0, 1), 2)),
+    ],
+)
+def test_rows_go_where_the_mesh_has_them(processes, fsdp, tensor, held, share, monkeypatch):
+    import jax
+
+    from jaxrlhf import feed
+    from jaxrlhf.sharding import MeshConfig, make_mesh
+
+    mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor))
+    real = feed.row_layout(mesh, 1)
+    places = lambda shape: {
+        Device(one.id, processes[one.id]): index for one, index in real.devices_indices_map(shape).items()
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(feed, "row_layout", lambda mesh, ndim: SimpleNamespace(devices_indices_map=places))
+        assert feed.holders(mesh) == held and feed.share_of(mesh) == share
+    rows = np.arange(16, dtype=np.int32).reshape(16, 1)
+    whole = feed.put(mesh, rows)  # by the one process that there is
+    assert (np.asarray(whole) == rows).all() and (feed.fetch(whole) == rows).all() and jax.process_count() == 1
+
+
+# ---- meeting --------------------------------------------------------------------------------------------------------
+
+
+def meet_all(count: int, present: list[int], timeout: float = 1.5, claims: int | None = None) -> dict[int, str]:
+    """What rendezvous.meet says to each of the processes that are ``present``; "" where it returned."""
+    address, said = f"localhost:{runs.free_port()}", {}
+
+    def one(place: int, process: int) -> None:
+        try:
+            rendezvous.meet(address, claims if process and claims else count, process, timeout)
+            said[place] = ""
+        except ConnectionError as error:
+            said[place] = str(error).replace(address, "ADDRESS")
+
+    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(present)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return said
+
+
+def test_all_meet_in_any_order():
+    assert meet_all(4, [3, 1, 0, 2], timeout=20) == dict.fromkeys(range(4), "")
+
+
+def test_who_is_missing_is_told_to_all():
+    text = "distributed.coordinator: ADDRESS: 3 of 5 processes came within 1.5 s (distributed.init_timeout); "
+    assert meet_all(5, [0, 1, 3]) == dict.fromkeys(range(3), text + "missing: process_id 2, 4")
+
+
+def test_a_missing_coordinator_is_told_with_its_address():
+    (text,) = meet_all(2, [1]).values()
+    expected = "distributed.coordinator: ADDRESS: process 1 of 2 could not reach process 0 there within 1.5 s "
+    assert text == expected + "(distributed.init_timeout): Connection refused"
+
+
+def test_processes_that_contradict_each_other_are_told():
+    text = meet_all(3, [0, 1], claims=2)[0]
+    assert re.fullmatch(r"distributed: process 1 on .* was told of 2 processes, process 0 of 3", text)
+    said = meet_all(3, [0, 1, 1], timeout=5)
+    assert re.fullmatch(r"distributed: two processes are process_id 1: on .* and on .*", said[0])
+
+
+def test_strangers_are_not_counted():
+    port = runs.free_port()
+    said = []
+    main = threading.Thread(target=lambda: said.append(rendezvous.meet(f"localhost:{port}", 2, 0, 20)))
+    main.start()
+    for text in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": 1}\n', b""):
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                with socket.create_connection(("localhost", port), timeout=5) as stranger:
+                    stranger.sendall(text)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+    assert main.is_alive() and said == []
+    rendezvous.meet(f"localhost:{port}", 2, 1, 20)
+    main.join(20)
+    assert said == [None]
+
+
+def test_a_run_whose_coordinator_is_missing_ends_in_one_line(tmp_path):
+    address = f"localhost:{runs.free_port()}"
+    given = {"coordinator": address, "num_processes": 2, "process_id": 1, "init_timeout": 2}
+    command = [sys.executable, "-m", "jaxrlhf", "train", str(runs.tiny_config("sft")), f"run_dir={tmp_path}/run"]
+    command += [f"distributed.{key}={value}" for key, value in given.items()]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"distributed.coordinator: {address}: process 1 of 2 could not reach process 0 there within 2 s "
+        "(distributed.init_timeout): Connection refused\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+# ---- who is started with whom ---------------------------------------------------------------------------------------
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "a[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://h:1"}
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, None),
+        (SLURM, ("SLURM", {"local_device_ids": []})),  # one process a host: it takes all of its devices
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2"}, ("SLURM", {})),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),  # sbatch without srun: one process
+        (OPEN_MPI, ("Open MPI", {})),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that is no part of an indexed job
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),  # without chips
+    ],
+)
+def test_clusters_are_found_by_what_they_leave_in_the_environment(environment, expected, monkeypatch):
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+    found = distributed.detect(environment)
+    assert (found and (found.name, dict(found.options))) == expected
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+        ({}, False),  # a TPU VM: JAX asks its metadata
+        ({"TPU_SKIP_MDS_QUERY": "1"}, None),
+    ],
+)
+def test_tpu_hosts_join_their_pod(environment, expected, monkeypatch):
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    found = distributed.detect(environment)
+    assert (found and found.certain) is expected
+
+
+def test_a_kubernetes_job_needs_its_package(monkeypatch):
+    environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+    with pytest.raises(
+        ValueError, match=r"distributed: Kubernetes \(JOB_COMPLETION_INDEX=0\).*pip install 'jax\[k8s\]'"
+    ):
+        distributed.detect(environment)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
+    assert distributed.detect(environment) == ("a Kubernetes job", "JOB_COMPLETION_INDEX=0", {}, True)
+
+
+JAX = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+
+
+@pytest.mark.parametrize(
+    "fields, environment, expected",
+    [
+        ({}, {}, None),
+        ({}, JAX, ("h:1", 3, 2)),
+        ({"coordinator": "k:2", "process_id": 0}, JAX, ("k:2", 3, 0)),
+        ({}, {"JAX_COORDINATOR_ADDRESS": "h:1"}, None),  # for JAX's own detection
+        ({"coordinator": "h"}, {}, "distributed.coordinator: h: expected HOST:PORT"),
+        ({"coordinator": "h:1", "process_id": 0}, {}, "distributed.num_processes: null: expected a number"),
+        ({"coordinator": "h:1", "num_processes": 2}, {}, "distributed.process_id: null: expected a number"),
+        (
+            {"coordinator": "h:1", "num_processes": 2, "process_id": 2},
+            {},
+            "distributed.process_id: 2: expected less than",
+        ),
+        ({"num_processes": 2}, {}, "distributed.num_processes: 2: there is no distributed.coordinator"),
+    ],
+)
+def test_what_the_config_says_goes_before_the_environment(fields, environment, expected):
+    cfg = DistributedConfig(**fields)
+    if not isinstance(expected, str):
+        assert distributed.explicit(cfg, environment) == expected
+        return
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        distributed.explicit(cfg, environment)
+
+
+def test_a_plain_run_is_left_alone(monkeypatch):
+    import jax
+
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("there is nothing to join"))
+    distributed.start(DistributedConfig(), {})
+    distributed.start(DistributedConfig(auto=False), SLURM)
+    assert not distributed.several() and distributed.on_main(lambda: 5) == 5

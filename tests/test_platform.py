@@ -1,0 +1,115 @@
+"""Compiler flags: what is set where, that the user's stay, and that XLA and libtpu know their names."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from jaxrlhf import platform
+from jaxrlhf.platform import GPU, GPU_DETERMINISTIC, TPU, present, set_flags
+
+ALL = [*GPU, *GPU_DETERMINISTIC, *TPU]
+
+
+def test_flags_of_absent_platforms_are_not_set():
+    environ: dict[str, str] = {}
+    assert set_flags(set(), True, environ) == [] and environ == {}
+
+
+def test_each_platform_has_its_own():
+    gpu, tpu = {}, {}
+    assert set_flags({"gpu"}, False, gpu) == list(GPU)
+    assert gpu == {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true"}
+    assert set_flags({"tpu"}, True, tpu) == list(TPU)
+    assert "XLA_FLAGS" not in tpu
+    both = {}
+    assert set_flags({"gpu", "tpu"}, True, both) == [*GPU, *TPU, *GPU_DETERMINISTIC]
+    assert both["XLA_FLAGS"].split() == [*gpu["XLA_FLAGS"].split(), "--xla_gpu_deterministic_ops=true"]
+
+
+def test_what_the_user_set_stays():
+    mine = "--xla_dump_to=/somewhere  --xla_gpu_enable_latency_hiding_scheduler=false"
+    environ = {"XLA_FLAGS": mine, "OTHER": "1"}
+    assert set_flags({"gpu"}, True, environ) == list(GPU_DETERMINISTIC)
+    assert environ["XLA_FLAGS"].split() == [*mine.split(), "--xla_gpu_deterministic_ops=true"]
+    assert environ["OTHER"] == "1"
+    before = dict(environ)
+    assert set_flags({"gpu"}, True, environ) == [] and environ == before  # twice is once
+
+
+def test_a_longer_name_is_another_flag():
+    environ = {"XLA_FLAGS": "--xla_gpu_deterministic_ops_of_mine=1"}
+    assert set_flags({"gpu"}, True, environ) == [*GPU, *GPU_DETERMINISTIC]
+
+
+@pytest.mark.parametrize(
+    "installed, asked, found",
+    [
+        (set(), "", set()),
+        ({"jax_cuda13_plugin"}, "", {"gpu"}),
+        ({"jax_cuda12_plugin", "libtpu"}, "", {"gpu", "tpu"}),
+        ({"jax_cuda12_plugin", "libtpu"}, "cpu", set()),
+        ({"jax_cuda12_plugin", "libtpu"}, "cuda,cpu", {"gpu"}),
+        ({"libtpu"}, "tpu", {"tpu"}),
+        (set(), "tpu", set()),
+    ],
+)
+def test_platforms_that_are_here(monkeypatch, installed, asked, found):
+    finder = types.SimpleNamespace(find_spec=lambda name: object() if name in installed else None)
+    monkeypatch.setattr(platform, "importlib", types.SimpleNamespace(util=finder))
+    assert present({"JAX_PLATFORMS": asked} if asked else {}) == found
+
+
+def started(**environ: str) -> subprocess.CompletedProcess:
+    """A process that makes JAX's backend of the CPU, which reads all XLA_FLAGS."""
+    ours = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+    code = "import jax; print(jax.device_count())"
+    return subprocess.run(
+        [sys.executable, "-c", code], env=ours | {"JAX_PLATFORMS": "cpu"} | environ, capture_output=True, text=True
+    )
+
+
+def test_xla_knows_them():
+    flags = " ".join(f"--{flag.name}={flag.value}" for flag in ALL if flag.variable == "XLA_FLAGS")
+    assert started(XLA_FLAGS=flags).stdout.strip() == "1"
+    assert started(XLA_FLAGS=flags + " --xla_gpu_no_such_flag=true").returncode != 0
+
+
+def test_training_sets_them_before_there_is_a_backend(tmp_path):
+    """The command line, with a plugin that is only pretended: deterministic comes from the config."""
+    config = """
+run_dir: r
+iterations: 1
+deterministic: true
+algorithm: {name: sft}
+models: {policy: {architecture: {}}}
+tokenizer: {train_vocab_size: 300}
+data: {demonstrations: {path: nowhere.jsonl}}
+batch: {sequences_per_step: 8}
+"""
+    (tmp_path / "a.yaml").write_text(config)
+    code = """
+import os, sys, jax
+from jaxrlhf import cli, platform, train
+platform.present = lambda environ: {"gpu"}
+seen = []
+def run(cfg, raw):
+    print(os.environ["XLA_FLAGS"])
+    return "done"
+train.run = run
+counted = jax.device_count
+def count():
+    print("devices after", os.environ.get("XLA_FLAGS"))
+    return counted()
+jax.device_count = count
+sys.argv = ["jaxrlhf", "train", sys.argv[1]]
+cli.main()
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.yaml")], env=environ, capture_output=True, text=True
+    )
+    flags = "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_deterministic_ops=true"
+    assert ran.stdout.splitlines() == [f"devices after {flags}", flags], ran.stderr
