@@ -23,7 +23,6 @@ from typing import Literal, NamedTuple
 from jaxrlhf.chips import Chip
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
-from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Models, Pass, Passes
 from jaxrlhf.sharding import RULES
 from jaxrlhf.types import Head, Role
@@ -207,26 +206,18 @@ def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
 
 
 def backward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
-    """The backward pass of ``forward``: twice its products; weights are gathered again, and gradients scattered."""
+    """The backward pass of ``forward``: twice its products, and gradients scattered. It reads weights as the forward
+    pass gathered them (remat none keeps them), or as the recomputation did."""
     once = forward(cfg, head, rows, columns, read, setup)
-    fsdp, data = setup.fsdp, setup.copies
-    size = held(cfg, head, setup.tensor) * setup.compute
+    fsdp, data, size = setup.fsdp, setup.copies, held(cfg, head, setup.tensor) * setup.compute
     scattered = size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
-    if head == "lm":  # its gradient is summed once a chunk
-        last = matrices(cfg, head, setup.tensor)[-1].size * setup.compute
-        scattered += (chunks(cfg, rows, read, setup) - 1) * 2 * last * (setup.shards - 1) / setup.shards
-    return Work(2 * once.flops, 2 * once.hbm + 2 * size, once.ici + scattered)
-
-
-def chunks(cfg: ModelConfig, rows: int, read: int, setup: Setup) -> int:
-    """Parts that the logits of a pass are computed in; see ops/logprobs.chunked_token_stats."""
-    logits = rows * read * padded_vocab(cfg) / setup.shards / setup.tensor
-    return max(1, min(read, math.ceil(logits / STORED_LOGITS)))
+    sums = tensor_sums(cfg, rows / setup.shards * columns, setup)
+    return Work(2 * once.flops, 2 * once.hbm + 2 * size, scattered + sums)
 
 
 def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
-    """What the backward pass computes again: the head's logits where they are chunked; under remat full all layers,
-    under dots attention's products."""
+    """What the backward pass does again: the head's logits where they are chunked; under remat full all layers, under
+    dots attention's products and the gathering of weights."""
     whole = forward(cfg, head, rows, columns, read, setup)
     layers = layers_forward(cfg, head, rows, columns, setup)
     again = Work(whole.flops - layers.flops, whole.hbm - layers.hbm) if head == "lm" else Work()
@@ -235,7 +226,9 @@ def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int,
     if setup.remat == "dots":
         tokens = rows / setup.shards * columns
         pairs = tokens * columns * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
-        return again.plus(Work(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention))
+        size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
+        moved = pairs * STORED * setup.stored_attention + (2 * size if fsdp > 1 else 0)
+        return again.plus(Work(4 * pairs * cfg.head_dim, moved, size * (fsdp - 1) / fsdp))
     return again
 
 

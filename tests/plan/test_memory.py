@@ -11,7 +11,7 @@ from jaxrlhf.config import Config, parse
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.feed import batch_shapes
 from jaxrlhf.plan.calls import models_of, passes_of
-from jaxrlhf.plan.memory import estimate
+from jaxrlhf.plan.memory import estimate, stored
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.plan.topology import Slice
@@ -88,6 +88,16 @@ def test_what_makes_it_smaller():
     assert peak(config(SFT, MeshConfig(8, 1, 1), remat="full")) < peak(config(SFT, MeshConfig(8, 1, 1), remat="dots"))
     cfg = config(SFT, MeshConfig(8, 1, 1))
     assert peak(dataclasses.replace(cfg, batch=dataclasses.replace(cfg.batch, micro_batch_size=16))) < whole
+
+
+def test_without_remat_a_chip_keeps_all_gathered_weights():
+    """8 devices share them; each keeps a whole bfloat16 copy of the layers until the backward pass has read it."""
+    cfg = config(SFT, MeshConfig(1, 8, 1))
+    _, passes, models, setup = drawn_for(cfg)
+    kept = lambda fsdp: estimate(passes, models, setup._replace(mesh={"data": 8 // fsdp, "fsdp": fsdp, "tensor": 1}))
+    layers = 4 * (4 * 128 * 128 + 3 * 128 * 384)
+    gradients = lambda fsdp: stored(*models["policy"], fsdp, 1) * setup.params
+    assert kept(8).update - gradients(8) - (kept(1).update - gradients(1)) == layers * setup.compute
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------

@@ -63,6 +63,13 @@ def test_devices_are_counted_against_chips(libtpu, name, devices, each):
 
 
 @pytest.mark.plan
+def test_a_mesh_may_split_an_axis_of_the_torus(libtpu):
+    """8 is no product of 4, 4 and 4: half of one axis and another."""
+    mesh = make_mesh(MeshConfig(1, 8, 8), find_slice("v5p:4x4x4").devices)
+    assert len({device.id for device in mesh.devices.flat}) == 64 and mesh.shape["fsdp"] == mesh.shape["tensor"] == 8
+
+
+@pytest.mark.plan
 def test_several_slices(libtpu):
     found = find_slice("v5e:2x2", 2)
     assert (found.chips, len(found.devices), str(found)) == (8, 8, "2 x v5e:2x2: 8 chips")
