@@ -10,7 +10,7 @@ from jaxrlhf.config_types import hints
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.rewards import functions
-from jaxrlhf.sharding import AXES, RULES, mesh_shape
+from jaxrlhf.sharding import AXES, mesh_shape
 from jaxrlhf.types import Role
 
 ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q")
@@ -198,10 +198,10 @@ def split_by(keys: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, int]:
 
 def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
     """Rows divide into minibatches, micro-batches and shards; ``sizes``: devices along each mesh axis."""
-    axes = [axis for axis in AXES if axis in (RULES["batch"] or ())]
-    shards, (_, minibatches) = math.prod(sizes[axis] for axis in axes), updates_of(cfg)
-    named = [f"{axis} {sizes[axis]}" for axis in axes if sizes[axis] > 1 or axis in ("data", "fsdp")]
-    over = f"{minibatches} minibatches x {shards} batch shards ({' x '.join(named)})"
+    axes = {"slices": sizes["slice"], "data": sizes["data"], "fsdp": sizes["fsdp"] * sizes["decode"]}
+    shards, (_, minibatches) = math.prod(axes.values()), updates_of(cfg)
+    shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis != "slices" or size > 1)
+    over = f"{minibatches} minibatches x {shards} batch shards ({shown})"
     undivided = [*divided(cfg, fields_read(cfg), minibatches, shards, over)]
     yield from undivided
     micro = cfg.batch.micro_batch_size

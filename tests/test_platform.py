@@ -23,7 +23,10 @@ def test_each_platform_has_its_own():
     assert set_flags({"gpu"}, False, gpu) == list(GPU)
     assert gpu == {"XLA_FLAGS": "--xla_gpu_enable_latency_hiding_scheduler=true"}
     assert set_flags({"tpu"}, True, tpu) == list(TPU)
-    assert "XLA_FLAGS" not in tpu
+    assert tpu == {
+        "LIBTPU_INIT_ARGS": "--xla_tpu_enable_latency_hiding_scheduler=true "
+        "--xla_tpu_enable_async_collective_fusion=true"
+    }
     both = {}
     assert set_flags({"gpu", "tpu"}, True, both) == [*GPU, *TPU, *GPU_DETERMINISTIC]
     assert both["XLA_FLAGS"].split() == [*gpu["XLA_FLAGS"].split(), "--xla_gpu_deterministic_ops=true"]
@@ -62,10 +65,12 @@ def test_platforms_that_are_here(monkeypatch, installed, asked, found):
     assert present({"JAX_PLATFORMS": asked} if asked else {}) == found
 
 
-def started(**environ: str) -> subprocess.CompletedProcess:
-    """A process that makes JAX's backend of the CPU, which reads all XLA_FLAGS."""
+BACKEND = "import jax; print(jax.device_count())"  # that of the CPU, which reads all XLA_FLAGS
+LIBTPU = "from jaxrlhf.plan.topology import find_slice; print(len(find_slice('v5e:2x2').devices))"
+
+
+def started(code: str, **environ: str) -> subprocess.CompletedProcess:
     ours = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    code = "import jax; print(jax.device_count())"
     return subprocess.run(
         [sys.executable, "-c", code], env=ours | {"JAX_PLATFORMS": "cpu"} | environ, capture_output=True, text=True
     )
@@ -73,8 +78,48 @@ def started(**environ: str) -> subprocess.CompletedProcess:
 
 def test_xla_knows_them():
     flags = " ".join(f"--{flag.name}={flag.value}" for flag in ALL if flag.variable == "XLA_FLAGS")
-    assert started(XLA_FLAGS=flags).stdout.strip() == "1"
-    assert started(XLA_FLAGS=flags + " --xla_gpu_no_such_flag=true").returncode != 0
+    assert started(BACKEND, XLA_FLAGS=flags).stdout.strip() == "1"
+    assert started(BACKEND, XLA_FLAGS=flags + " --xla_gpu_no_such_flag=true").returncode != 0
+
+
+@pytest.mark.plan
+def test_libtpu_knows_them():
+    pytest.importorskip("libtpu")
+    flags = " ".join(f"--{flag.name}={flag.value}" for flag in TPU)
+    assert started(LIBTPU, LIBTPU_INIT_ARGS=flags).stdout.strip() == "4"
+    assert started(LIBTPU, LIBTPU_INIT_ARGS=flags + " --xla_tpu_no_such_flag=true").returncode != 0
+
+
+@pytest.mark.plan
+def test_without_them_gathers_are_waited_for():
+    """What they do, as options of a program: with both, libtpu's own choice; without one, nothing runs beside."""
+    pytest.importorskip("libtpu")
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from jaxrlhf.plan.topology import find_slice
+    from jaxrlhf.sharding import MeshConfig, make_mesh
+
+    mesh = make_mesh(MeshConfig(1, 4, 1), find_slice("v5e:2x2").devices)
+    given = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+
+    def layers(weights, x):
+        whole = lambda weight: jax.sharding.reshard(weight, P(None, None))
+        step = lambda x, pair: (x + jax.nn.silu(x @ whole(pair[0])) @ whole(pair[1]), None)
+        return jax.lax.scan(step, x, weights)[0]
+
+    with jax.set_mesh(mesh):
+        pair = given((4, 1024, 4096), P(None, "fsdp", None)), given((4, 4096, 1024), P(None, "fsdp", None))
+        lowered = jax.jit(layers).lower(pair, given((4096, 1024), P("fsdp", None)))
+    text = lambda **options: str(lowered.compile(compiler_options=options).as_text())
+    woven = "async_collective_fusion"
+    default = text()
+    assert woven in default
+    assert text(**{flag.name: flag.value for flag in TPU}) == default
+    for flag in TPU:
+        assert woven not in text(**{flag.name: "false"})
 
 
 def test_training_sets_them_before_there_is_a_backend(tmp_path):

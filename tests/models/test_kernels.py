@@ -264,6 +264,24 @@ def test_prefill_by_splash_and_decoding():
     )
 
 
+@pytest.mark.parametrize("style", ["mesh", "pmap"])
+def test_a_model_by_splash_over_devices(style):
+    """A mesh whose fsdp has a decode group, in the layout of decoding; and pmap, which brings its own shard_map."""
+    params, ids = tiny.parameters(LLAMA, "lm", 0), segments(20)
+    tokens = np.random.default_rng(0).integers(0, 64, ids.shape).astype(np.int32)
+    read = lambda params, tokens, ids: forward(params, LLAMA, tokens, ids, INTERPRETED)
+    wanted = forward(params, LLAMA, jnp.array(tokens), jnp.array(ids), Runtime())
+    if style == "pmap":
+        found = jax.pmap(read, sharding.DEVICES, in_axes=(None, 0, 0))(params, tokens[:, None], ids[:, None])[:, 0]
+    else:
+        mesh = sharding.make_mesh(MeshConfig(1, 4, 1, decode=2), jax.devices()[:4])
+        with jax.set_mesh(mesh), sharding.decoding():
+            put = lambda x: sharding.constrain(jnp.array(x), "batch", "seq")
+            found = jax.jit(read)(tiny.parameters(LLAMA, "lm", 0), put(tokens), put(ids))
+    real = ids > 0
+    np.testing.assert_allclose(np.asarray(found)[real], np.asarray(wanted)[real], atol=1e-4)
+
+
 def equations(jaxpr):
     """All of them, those of inner functions too."""
     for eqn in jaxpr.eqns:
