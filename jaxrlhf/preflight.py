@@ -22,10 +22,12 @@ from jaxrlhf.config import Config
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import one_line
 from jaxrlhf.metrics import is_local
-from jaxrlhf.sharding import AXES, make_mesh
+from jaxrlhf.sharding import make_mesh
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint")
 GB = 1e9
+
+RARE = ("slice", "decode")  # mesh axes that are shown where they split something
 
 
 class Line(NamedTuple):
@@ -91,7 +93,7 @@ def mesh(cfg: Config, path: str) -> str:
     """Makes the mesh. Raises ConfigError where it, or the batch, does not fit the devices."""
     check(cfg, jax.device_count(), path)
     made = make_mesh(cfg.mesh)
-    return " x ".join(f"{axis} {made.shape[axis]}" for axis in AXES if axis in made.shape)
+    return " x ".join(f"{axis} {size}" for axis, size in made.shape.items() if size > 1 or axis not in RARE)
 
 
 def run_dir(path: str) -> str:

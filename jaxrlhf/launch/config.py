@@ -122,7 +122,9 @@ class Launch(NamedTuple):
     def arguments(self) -> list[str]:
         """Of ``jaxrlhf train`` and ``jaxrlhf preflight``."""
         moved = [f"run_dir={self.cfg.run_dir}"] if self.cfg.run_dir else []
-        return [self.cfg.train, *moved, *self.cfg.overrides]
+        given = any(override.startswith("mesh.slices=") for override in self.cfg.overrides)
+        several = self.machines.slice is not None and self.cfg.slices > 1 and not given
+        return [self.cfg.train, *moved, *([f"mesh.slices={self.cfg.slices}"] if several else []), *self.cfg.overrides]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -135,7 +135,9 @@ def test_axes_that_talk_in_every_layer_stay_inside_a_slice():
     assert load("tpu_vm", *fits).machines.devices == 64
     crosses = ["slices=4", "overrides=[mesh.fsdp=32, batch.sequences_per_step=64]"]
     said = mistake("tpu_vm", *crosses)
-    assert said.startswith("mesh: fsdp 32 x tensor 1: does not divide the 16 devices of a slice") and "4 slices" in said
+    assert "mesh: (slices=4, data=-1, fsdp=32, tensor=1) needs 128 devices" in said
+    other = mistake("tpu_vm", "slices=4", "overrides=[mesh.slices=2, batch.sequences_per_step=64]")
+    assert other == "mesh.slices: 2: these machines are 4 slices; nearest: 4"
 
 
 def test_weights_and_data_that_are_only_here_are_refused():
