@@ -229,3 +229,17 @@ def test_rows_of_a_batch_are_split(shape):
     shards = int(np.prod(shape[:4])) // shape[2]
     assert found.sequences.spec[0] == ("slice", "data", "fsdp", "decode") and not any(found.sequences.spec[1:])
     assert found.sequences.shard_shape(found.tokens[0].shape)[0] == 16 // shards
+
+
+@pytest.mark.parametrize(("name", "cfg"), [("ppo", PPOConfig(whiten_rewards=True)), ("grpo", GRPOConfig())])
+def test_whitening_and_groups_gather_no_tokens(name, cfg):
+    """Statistics over devices are sums of numbers: what was sampled stays where it is."""
+    with jax.set_mesh(mesh_of((8, 1, 1))):
+        run = tiny.build(name, cfg, batch=Batch(tiny.prompts(), tiny.sequences(rows=32)), samples_per_prompt=2)
+        rows = run.batch.sequences
+        logprobs = tiny.put(np.zeros(rows.tokens.shape, np.float32))
+        batch = run.batch.replace(sequences=rows.replace(logprobs=logprobs))
+        prepare = lambda state, batch: run.recipe.algorithm.prepare(run.recipe.nets, state, batch, cfg)
+        text = tiny.program(prepare).lower(run.state, batch).compile().as_text()
+    assert "all-reduce" in text
+    assert not any(kind in text for kind in ("all-gather", "all-to-all", "collective-permute"))
