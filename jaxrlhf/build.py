@@ -250,7 +250,7 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
     that is asked for can compute it.
 
     Raises ConfigError for the first that is not so."""
-    longest, what = longest_row(cfg)
+    (longest, what), runtime = longest_row(cfg), runtime_of(cfg, mesh)
     for role, found in weights.items():
         where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
         padded = transformer.padded_vocab(found.config)
@@ -265,7 +265,6 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
         limit = row_limit(found.config)
         if limit is not None and longest > limit:
             raise ConfigError(f"{where}: computes rows of {limit} columns at most; expected that of {longest} = {what}")
-        runtime = runtime_of(cfg, mesh)
         try:
             choose(runtime.attention, runtime.hardware, found.config, runtime.compute)
         except ValueError as error:

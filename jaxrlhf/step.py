@@ -97,11 +97,13 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.step), 1)
     everything = gather_rows(experience) if num_minibatches > 1 else experience  # so that a shuffle is of all rows
 
-    def epoch(carry, number):
+    def minibatches(number: Array) -> Experience:
         if num_minibatches == 1:
-            return jax.lax.scan(guarded, carry, split_rows(everything, 1))
-        rows = split_rows(shuffle(everything, jax.random.fold_in(key, number)), num_minibatches)
-        return jax.lax.scan(guarded, carry, own_rows(rows, axis=1))
+            return split_rows(everything, 1)
+        return own_rows(split_rows(shuffle(everything, jax.random.fold_in(key, number)), num_minibatches), axis=1)
+
+    def epoch(carry, number):
+        return jax.lax.scan(guarded, carry, minibatches(number))
 
     def guarded(carry, minibatch):
         state, stopped = carry

@@ -4,31 +4,11 @@ The sizes are those that their makers publish; the tests count the parameters th
 numbers of parameters.
 """
 
+from typing import Any
+
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
 
-PYTHIA_1B = ModelConfig(
-    family="gpt_neox",
-    vocab_size=50304,
-    hidden_size=2048,
-    num_layers=16,
-    num_heads=8,
-    mlp_size=8192,
-    max_positions=2048,
-    rotary_fraction=0.25,
-    tie_embeddings=False,
-)
-PYTHIA_6_9B = ModelConfig(
-    family="gpt_neox",
-    vocab_size=50432,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    mlp_size=16384,
-    max_positions=2048,
-    rotary_fraction=0.25,
-    tie_embeddings=False,
-)
 GEMMA_2_2B = ModelConfig(
     family="gemma2",
     vocab_size=256000,
@@ -47,25 +27,21 @@ GEMMA_2_2B = ModelConfig(
 )
 
 
-def qwen2_5(vocab: int, hidden: int, layers: int, heads: int, kv: int, mlp: int, tied: bool) -> ModelConfig:
+def shape(
+    family,
+    vocab: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    mlp: int,
+    positions: int,
+    tied: bool = False,
+    **more,
+) -> ModelConfig:
+    """A ModelConfig by its sizes; ``tied``: the head is the embeddings."""
     return ModelConfig(
-        family="qwen2",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv,
-        mlp_size=mlp,
-        max_positions=32768,
-        norm_eps=1e-6,
-        rope_theta=1e6,
-        tie_embeddings=tied,
-    )
-
-
-def llama(vocab: int, hidden: int, layers: int, heads: int, kv: int, mlp: int, positions: int, **more) -> ModelConfig:
-    return ModelConfig(
-        family="llama",
+        family=family,
         vocab_size=vocab,
         hidden_size=hidden,
         num_layers=layers,
@@ -73,31 +49,24 @@ def llama(vocab: int, hidden: int, layers: int, heads: int, kv: int, mlp: int, p
         num_kv_heads=kv,
         mlp_size=mlp,
         max_positions=positions,
-        tie_embeddings=False,
+        tie_embeddings=tied,
         **more,
     )
 
 
+PYTHIA_1B = shape("gpt_neox", 50304, 2048, 16, 8, 8, 8192, 2048, rotary_fraction=0.25)
+PYTHIA_6_9B = shape("gpt_neox", 50432, 4096, 32, 32, 32, 16384, 2048, rotary_fraction=0.25)
 LLAMA3_ROPE = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_positions=8192)
-LLAMA_3_1_8B = llama(128256, 4096, 32, 32, 8, 14336, 131072, norm_eps=1e-5, rope_theta=5e5, rope_scaling=LLAMA3_ROPE)
-LLAMA_3_1_70B = llama(128256, 8192, 80, 64, 8, 28672, 131072, norm_eps=1e-5, rope_theta=5e5, rope_scaling=LLAMA3_ROPE)
-LLAMA_2_7B = llama(32000, 4096, 32, 32, 32, 11008, 4096, norm_eps=1e-5)
-LLAMA_2_70B = llama(32000, 8192, 80, 64, 8, 28672, 4096, norm_eps=1e-5)
-MISTRAL_7B = ModelConfig(
-    family="mistral",
-    vocab_size=32000,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    mlp_size=14336,
-    max_positions=32768,
-    sliding_window=4096,
-    tie_embeddings=False,
-)
-QWEN_0_5B = qwen2_5(151936, 896, 24, 14, 2, 4864, tied=True)
-QWEN_1_5B = qwen2_5(151936, 1536, 28, 12, 2, 8960, tied=True)
-QWEN_7B = qwen2_5(152064, 3584, 28, 28, 4, 18944, tied=False)
+LLAMA3: dict[str, Any] = {"norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE}
+LLAMA_3_1_8B = shape("llama", 128256, 4096, 32, 32, 8, 14336, 131072, **LLAMA3)
+LLAMA_3_1_70B = shape("llama", 128256, 8192, 80, 64, 8, 28672, 131072, **LLAMA3)
+LLAMA_2_7B = shape("llama", 32000, 4096, 32, 32, 32, 11008, 4096, norm_eps=1e-5)
+LLAMA_2_70B = shape("llama", 32000, 8192, 80, 64, 8, 28672, 4096, norm_eps=1e-5)
+MISTRAL_7B = shape("mistral", 32000, 4096, 32, 32, 8, 14336, 32768, sliding_window=4096)
+QWEN2_5: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e6}
+QWEN_0_5B = shape("qwen2", 151936, 896, 24, 14, 2, 4864, 32768, tied=True, **QWEN2_5)
+QWEN_1_5B = shape("qwen2", 151936, 1536, 28, 12, 2, 8960, 32768, tied=True, **QWEN2_5)
+QWEN_7B = shape("qwen2", 152064, 3584, 28, 28, 4, 18944, 32768, **QWEN2_5)
 
 SHAPES: dict[str, ModelConfig] = {
     "EleutherAI/pythia-1b": PYTHIA_1B,
@@ -128,5 +97,5 @@ SHAPES: dict[str, ModelConfig] = {
 
 def published(name: str) -> ModelConfig | None:
     """The resolved shape of a model by its name on the hub; None where it is not in the table."""
-    shape = SHAPES.get(name)
-    return None if shape is None else resolve(shape)
+    found = SHAPES.get(name)
+    return None if found is None else resolve(found)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from jaxrlhf.chips import CHIPS
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.published import LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_1_70B, llama
+from jaxrlhf.models.published import LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_1_70B, shape
 from jaxrlhf.plan.calls import Pass, Passes
 from jaxrlhf.plan.cost import Setup, phases, timed
 
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 def maxtext(hidden: int, layers: int, heads: int, mlp: int) -> ModelConfig:
     """Its default model at a global_parameter_scale: heads of 128 features, a gated mlp, 32,000 tokens."""
-    return llama(32000, hidden, layers, heads, heads, mlp, 2048, head_dim=128)
+    return shape("llama", 32000, hidden, layers, heads, heads, mlp, 2048, head_dim=128)
 
 
 STEPS = (

@@ -1,5 +1,6 @@
 """The shapes of a run's models without their weights: from what is here, or from what is known of what is not."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -76,22 +77,16 @@ def maker_of(run_dir: str, beside: Mapping[str, Config]) -> Config | None:
 def shape_of(name: str) -> Found | None:
     """The shape of a folder, a GGUF file or a model of the hub: what lies here, else the hub, else the table."""
     if name.startswith(gguf.PREFIX):
-        return shape_of_gguf(name)
+        file = name.removeprefix(gguf.PREFIX)
+        if not os.path.isfile(os.path.expanduser(file)):
+            return None
+        return Found(hf_config.read_config(gguf.unpack(file))[0], name)
     if epath.Path(name).expanduser().is_dir():
         return Found(hf_config.read_config(epath.Path(name).expanduser())[0], name)
     if (raw := on_the_hub(name)) is not None:
         return Found(hf_config.parse_config(raw, f"{name}/config.json")[0], f"{name}, config.json of the hub")
     known = published(name)
     return known and Found(known, f"{name}, published shape (no cache, no hub)")
-
-
-def shape_of_gguf(name: str) -> Found | None:
-    try:
-        return Found(hf_config.read_config(gguf.unpack(name.removeprefix(gguf.PREFIX)))[0], name)
-    except ValueError as error:
-        if "there is no such file" in str(error):
-            return None
-        raise
 
 
 def on_the_hub(name: str) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """A TPU slice that is not here: devices that programs can be compiled for, and nothing can run on."""
 
 import importlib.util
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrlhf.chips import CHIPS, Chip
-from jaxrlhf.config_errors import ConfigError, suggest
+from jaxrlhf.config_errors import ConfigError, one_line, suggest
 
 # libtpu looks for the TPU it is on, and says at length that there is none; what it is told here changes no topology
 QUIET = {
@@ -62,9 +63,7 @@ def find_slice(name: str, slices: int = 1) -> Slice:
     try:
         found = topologies.get_topology_desc(topology_name=name, platform="tpu", **more)
     except jax.errors.JaxRuntimeError as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"--topology: {name}: {why}; some that there are: {', '.join(chip.layouts)}") from None
-    chips = slices
-    for size in layout:
-        chips *= size
-    return Slice(name, chip, chips, slices, list(found.devices))
+        raise ConfigError(
+            f"--topology: {name}: {one_line(error)}; some that there are: {', '.join(chip.layouts)}"
+        ) from None
+    return Slice(name, chip, slices * math.prod(layout), slices, list(found.devices))
