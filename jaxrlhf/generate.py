@@ -10,7 +10,7 @@ import numpy as np
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Cache, Runtime, decode_layout, decode_step, prefill
-from jaxrlhf.ops.rows import lay_rows, repeat_rows
+from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows, ungroup_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
 from jaxrlhf.sharding import constrain, decoding, spec
 from jaxrlhf.types import Array, Params, Prompts, Sequences
@@ -37,6 +37,7 @@ class Sampler(NamedTuple):
     pad_id: int
     stops: tuple[np.ndarray, ...] = ()  # one automaton a stop text: i32[states, V]; the last state has seen it all
     samples_per_prompt: int = 1
+    share_prompts: bool = True  # what learns from the samples reads a prompt once for all of them
 
 
 def make_sampler(
@@ -53,9 +54,8 @@ class Decoding(NamedTuple):
     """What the decode loop carries."""
 
     index: Array  # i32[]: response tokens sampled so far
-    hidden: Array  # [B, 1, D]: state before the next token
+    hidden: Array  # [G, n, D]: state before the next token of each response
     caches: list[Cache]
-    valid: Array  # bool[B, P + T]
     tokens: Array  # i32[B, T]
     logprobs: Array  # f32[B, T]
     mask: Array  # bool[B, T]: sampled before the row ended, the ending token included
@@ -83,13 +83,14 @@ def respond(
     copies, room = sampler.samples_per_prompt, sampler.max_new_tokens
     prompt_size = prompts.tokens.shape[1]
     params = decode_layout(params, cfg, "lm", runtime)
-    hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, prompt_size + room, runtime)
-    hidden, caches, prompts = repeat_rows((hidden, caches, prompts), copies)
-    tokens, valid = prompts.tokens, prompts.valid
-    sample_id = prompts.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
+    hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime)
+    state = start_decoding(hidden, caches, prompts, sampler)
+    each = jax.tree.map(lambda x: repeat_rows(x, copies), prompts)
+    tokens, valid = each.tokens, each.valid
+    sample_id = each.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
     positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
     noise = uniform_noise(seed, step, sample_id, positions)
-    state = decode_loop(params, cfg, start_decoding(hidden, caches, valid, room, sampler), noise, sampler, runtime)
+    state = decode_loop(params, cfg, state, prompts.valid, noise, sampler, runtime)
     everything = jnp.concatenate([tokens, state.tokens], 1)
     pad = lambda x: jnp.pad(x, ((0, 0), (prompt_size, 0)))
     return Sequences(
@@ -99,56 +100,56 @@ def respond(
         logprobs=pad(state.logprobs),
         ended=state.done,
         response_start=prompt_size,
+        copies=copies if sampler.share_prompts else 1,
     )
 
 
-def start_decoding(hidden: Array, caches: list[Cache], valid: Array, room: int, sampler: Sampler) -> Decoding:
-    rows = valid.shape[0]
+def start_decoding(hidden: Array, caches: list[Cache], prompts: Prompts, sampler: Sampler) -> Decoding:
+    """The state before the first tokens; hidden [G, 1, D] of the prompts."""
+    groups, copies, room = hidden.shape[0], sampler.samples_per_prompt, sampler.max_new_tokens
+    rows = groups * copies
     empty = lambda dtype: constrain(jnp.zeros((rows, room), dtype), "batch", None)
     row = lambda dtype: constrain(jnp.zeros((rows,), dtype), "batch")
     return Decoding(
         index=jnp.int32(0),
-        hidden=hidden,
+        hidden=jnp.broadcast_to(hidden, (groups, copies, hidden.shape[2])),
         caches=caches,
-        valid=jnp.pad(valid, ((0, 0), (0, room))),
         tokens=empty(jnp.int32) + sampler.pad_id,
         logprobs=empty(jnp.float32),
         mask=empty(bool),
-        done=~valid.any(axis=1),  # a row without a prompt fills up a batch: it gets no response
+        done=repeat_rows(~prompts.valid.any(axis=1), copies),  # a row without a prompt fills up a batch: no response
         stop_states=tuple(row(jnp.int32) for _ in sampler.stops),
     )
 
 
 def decode_loop(
-    params: Params, cfg: ModelConfig, state: Decoding, noise: Array, sampler: Sampler, runtime: Runtime
+    params: Params, cfg: ModelConfig, state: Decoding, prompt: Array, noise: Array, sampler: Sampler, runtime: Runtime
 ) -> Decoding:
-    """Sample, read, repeat, until every row has ended or the room is used up."""
-    prompt_size = state.valid.shape[1] - sampler.max_new_tokens
+    """Sample, read, repeat, until every row has ended or the room is used up.
+
+    prompt bool[G, P]: the columns that hold tokens; noise f32[G * n, T]."""
+    copies = sampler.samples_per_prompt
 
     def unfinished(state: Decoding):
         return (state.index < sampler.max_new_tokens) & ~state.done.all()
 
     def step(state: Decoding) -> Decoding:
-        logits = constrain(lm_logits(params, cfg, state.hidden)[:, 0], "batch", None)
+        logits = constrain(ungroup_rows(lm_logits(params, cfg, state.hidden)), "batch", None)
         logits = shape_logits(logits, sampler.sampling, jnp.broadcast_to(state.index, state.done.shape))
         uniform = jax.lax.dynamic_slice_in_dim(noise, state.index, 1, axis=1)[:, 0]
         token, logprob = choose(logits, uniform, greedy=sampler.sampling.temperature == 0.0)
         live = ~state.done
         token = jnp.where(live, token, sampler.pad_id)
         stop_states, stopped = follow_stops(sampler.stops, state.stop_states, token)
-        write = lambda old, new, at: jax.lax.dynamic_update_slice(old, new[:, None], (0, at))
-        valid = write(state.valid, live, prompt_size + state.index)
-        hidden, caches = decode_step(
-            params, cfg, token[:, None], prompt_size + state.index, valid, state.caches, runtime
-        )
+        write = lambda old, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, state.index))
+        hidden, caches = decode_step(params, cfg, group_rows(token, copies), state.index, prompt, state.caches, runtime)
         return Decoding(
             index=state.index + 1,
             hidden=hidden,
             caches=caches,
-            valid=valid,
-            tokens=write(state.tokens, token, state.index),
-            logprobs=write(state.logprobs, jnp.where(live, logprob, 0.0), state.index),
-            mask=write(state.mask, live, state.index),
+            tokens=write(state.tokens, token),
+            logprobs=write(state.logprobs, jnp.where(live, logprob, 0.0)),
+            mask=write(state.mask, live),
             done=state.done | is_any(token, sampler.eos_ids) | stopped,
             stop_states=stop_states,
         )

@@ -99,8 +99,9 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
 
     def minibatches(number: Array) -> Experience:
         if num_minibatches == 1:
-            return split_rows(everything, 1)
-        return own_rows(split_rows(shuffle(everything, jax.random.fold_in(key, number)), num_minibatches), axis=1)
+            return split(everything, 1)
+        mixed = by_kind(everything, lambda rows, together: shuffle(rows, jax.random.fold_in(key, number), together))
+        return own_rows(split(mixed, num_minibatches), axis=1)
 
     def epoch(carry, number):
         return jax.lax.scan(guarded, carry, minibatches(number))
@@ -119,6 +120,18 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
 
     (state, _), means = jax.lax.scan(epoch, (state, jnp.array(False)), jnp.arange(num_epochs))
     return state, jax.tree.map(jnp.sum, means)
+
+
+def split(experience: Experience, parts: int) -> Experience:
+    """Rows [B, ...] as ``parts`` parts [parts, B / parts, ...]."""
+    return by_kind(experience, lambda rows, together: split_rows(rows, parts, together))
+
+
+def by_kind(experience: Experience, rearrange: Callable[[Any, int], Any]) -> Experience:
+    """``rearrange(rows, how many stay together)`` of the responses, those of a prompt together, and of the pairs."""
+    together = 1 if experience.sequences is None else experience.sequences.copies
+    pairs = rearrange(experience.preferences, 1)
+    return rearrange(experience.replace(preferences=None), together).replace(preferences=pairs)
 
 
 def update_minibatch(
@@ -153,7 +166,7 @@ def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple
     if recipe.num_micro == 1:
         grads, (losses, means) = gradient(state.params, minibatch)
     else:
-        parts = split_rows(minibatch, recipe.num_micro)
+        parts = split(minibatch, recipe.num_micro)
         means_shape = jax.eval_shape(total, state.params, jax.tree.map(lambda x: x[0], parts))[1]
         nothing = jax.tree.map(jnp.zeros_like, (state.params, means_shape))
         add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, part)), None)

@@ -53,6 +53,7 @@ class Sequences(struct.PyTreeNode):
     scores: Maybe = None  # f32[B]: one number a sequence (reward model or verifier)
     ended: Maybe = None  # bool[B]: the response ended by itself (EOS or a stop sequence), not by its length
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
+    copies: int = struct.field(pytree_node=False, default=1)  # every so many rows have the same prompt: it is read once
 
 
 class Preferences(struct.PyTreeNode):

@@ -12,8 +12,20 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxrlhf.models.attention import attention, causal_mask, head_axis, near
+from jaxrlhf.models.attention import (
+    attention,
+    bias_of,
+    branches,
+    by_head,
+    causal_mask,
+    head_axis,
+    merge_copies,
+    near,
+    split_copies,
+    split_keys,
+)
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array
@@ -105,13 +117,58 @@ def within_rows(
     finite. ``scale``, ``softcap``: as in attention.attention. ``interpret``: run Pallas kernels step by step on any
     platform (slow: for tests)."""
     if kernel == "splash":
-        local = functools.partial(splash_rows, window=window, scale=scale, softcap=softcap, interpret=interpret)
+        square = functools.partial(causal_square, window=window)
+        local = functools.partial(splash_rows, mask_of=square, scale=scale, softcap=softcap, interpret=interpret)
         return lambda query, key, value: per_device(local, query, key, value, segment_ids)
     mask = row_mask(segment_ids, window)
     if kernel == "cudnn":
         local = functools.partial(library_rows, scale=scale, implementation="cudnn")
         return lambda query, key, value: per_device(local, query, key, value, mask)
-    return lambda query, key, value: attention(query, key, value, mask, scale, softcap)
+    bias = bias_of(mask)
+    return lambda query, key, value: attention(query, key, value, bias, scale, softcap)
+
+
+def within_groups(
+    kernel: Literal["xla", "splash"],
+    readable: Array,
+    copies: int,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Attend:
+    """``within_rows`` where a row is a group: a prompt, then ``copies`` responses of equal room that branch from it.
+
+    A response reads the prompt and itself, as if it stood right behind it. readable bool[G, P]: the columns of the
+    prompt that hold tokens, all behind the padding; what a response holds behind its end is read by no token of it,
+    since they lie ahead."""
+    if kernel == "splash":
+        ids = lambda columns: jnp.pad(readable, ((0, 0), (0, columns - readable.shape[1])), constant_values=True)
+        tree = functools.partial(tree_mask, prompt=readable.shape[1], copies=copies, window=window)
+        local = functools.partial(splash_rows, mask_of=tree, scale=scale, softcap=softcap, interpret=interpret)
+        split = lambda query, key, value: per_device(local, query, key, value, ids(query.shape[1]).astype(jnp.int32))
+        return split
+    start = readable.shape[1]
+    seen = readable[:, None, None, :]
+
+    def attend(query, key, value):
+        kv_heads, room = key.shape[2], (key.shape[1] - start) // copies
+        size = start + room
+        causal = jnp.tril(jnp.ones((size, size), bool))[None, None]  # of one prompt and response
+        mask = causal if window is None else near(causal, jnp.arange(size), window)
+        keys, values = by_head(key[:, :start]), by_head(value[:, :start])
+        within = [(keys[:, :, None], values[:, :, None], bias_of(mask[..., :start, :start] & seen))]
+        prompt = branches(split_copies(query[:, :start], kv_heads, 1), within, scale, softcap)
+        own = (
+            split_keys(key[:, start:], copies),
+            split_keys(value[:, start:], copies),
+            bias_of(mask[..., start:, start:]),
+        )
+        parts = [(keys, values, bias_of(mask[..., start:, :start] & seen)), own]
+        responses = branches(split_copies(query[:, start:], kv_heads, copies), parts, scale, softcap)
+        return jnp.concatenate([merge_copies(prompt), merge_copies(responses)], axis=1)
+
+    return attend
 
 
 def row_mask(segment_ids: Array, window: int | None) -> Array:
@@ -147,14 +204,15 @@ def splash_rows(
     value: Array,
     segment_ids: Array,
     *,
-    window: int | None,
+    mask_of: Callable[[int, int], Any],
     scale: float,
     softcap: float | None,
     interpret: bool,
 ) -> Array:
     """``within_rows`` of the splash kernel: blocks that no query of theirs may read are never visited.
 
-    The kernel does not scale products, so that queries are scaled instead, in their own dtype."""
+    ``mask_of``: (columns, columns with padding) to the kernel's mask, beside which segment_ids count. The kernel does
+    not scale products, so that queries are scaled instead, in their own dtype."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -162,8 +220,7 @@ def splash_rows(
     block, padded = blocks(size)
     widen = lambda x: jnp.pad(x, ((0, 0), (0, padded - size)) + ((0, 0),) * (x.ndim - 2))
     by_head = lambda x: jnp.swapaxes(widen(x), 1, 2)
-    square = (padded, padded)
-    mask = masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
+    mask = mask_of(size, padded)
     kernel: Any = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * query.shape[2]),
         block_sizes=splash.BlockSizes(**dict.fromkeys(BLOCKS, block)),  # type: ignore[arg-type]
@@ -177,6 +234,28 @@ def splash_rows(
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
     out = jax.vmap(kernel)(by_head(scaled), by_head(key), by_head(value), splash.SegmentIds(ids, ids))
     return jnp.swapaxes(out, 1, 2)[:, :size]
+
+
+def causal_square(size: int, padded: int, window: int | None) -> Any:
+    """What a token of a row may read, for splash."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    square = (padded, padded)
+    return masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
+
+
+def tree_mask(size: int, padded: int, prompt: int, copies: int, window: int | None) -> Any:
+    """What a token of a group may read, for splash: the prompt, and its own response up to itself."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    columns = np.arange(padded)
+    room = (size - prompt) // copies
+    branch = np.where(columns < prompt, -1, (columns - prompt) // room)  # what pads the row is in branches of its own
+    place = np.where(columns < prompt, columns, prompt + (columns - prompt) % room)
+    own = (branch[:, None] == branch) | (branch == -1)
+    causal = place[:, None] >= place
+    seen = own & causal if window is None else own & causal & (place[:, None] - place < window)
+    return masks.NumpyMask(seen)
 
 
 # ---- cuDNN ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import gathered_head, lm_logits, scalar
-from jaxrlhf.models.transformer import Runtime, forward, padded_vocab
-from jaxrlhf.ops.logprobs import chunked_token_stats, states_before
+from jaxrlhf.models.transformer import Runtime, forward, forward_responses, padded_vocab
+from jaxrlhf.ops.logprobs import chunked_token_stats
 from jaxrlhf.ops.masked import at_last
 from jaxrlhf.ops.sampling import Sampling, shape_logits
 from jaxrlhf.types import Array, Nets, Role, Sequences, TokenStats
@@ -25,7 +25,14 @@ def make_nets(configs: dict[Role, ModelConfig], runtime: Runtime, sampling: Samp
     ``sample``: Nets.sample."""
 
     def states(role, trees, sequences: Sequences) -> Array:
-        return forward(trees[role], configs[role], sequences.tokens, segments(sequences), runtime)
+        """[B, S - start + 1, D]: column j is the state before the response token of column start + j was read."""
+        params, cfg, start = trees[role], configs[role], sequences.response_start
+        if sequences.segment_ids is None and start > 1:
+            return forward_responses(params, cfg, sequences.tokens, sequences.valid, start, sequences.copies, runtime)
+        return forward(params, cfg, sequences.tokens, segments(sequences), runtime)[:, start - 1 :]
+
+    def widen(x: Array, sequences: Sequences) -> Array:
+        return jnp.pad(x, ((0, 0), (sequences.response_start, 0)))
 
     def token_stats(role, trees, sequences: Sequences) -> TokenStats:
         cfg, start = configs[role], sequences.response_start
@@ -37,16 +44,15 @@ def make_nets(configs: dict[Role, ModelConfig], runtime: Runtime, sampling: Samp
             keep = tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
             return shape_logits(logits, sampling, columns, keep)
 
-        before = states_before(states(role, trees, sequences))[:, start:]
+        before = states(role, trees, sequences)[:, :-1]
         stats = chunked_token_stats(before, tokens, logits_of, padded_vocab(cfg))
-        widen = lambda x: jnp.pad(x, ((0, 0), (start, 0)))
-        return TokenStats(widen(stats.logprobs), widen(stats.entropy))
+        return TokenStats(widen(stats.logprobs, sequences), widen(stats.entropy, sequences))
 
     def values(role, trees, sequences: Sequences) -> Array:
-        return scalar(trees[role], states_before(states(role, trees, sequences)))
+        return widen(scalar(trees[role], states(role, trees, sequences)[:, :-1]), sequences)
 
     def scores(role, trees, sequences: Sequences) -> Array:
         every = scalar(trees[role], states(role, trees, sequences))
-        return jnp.where(at_last(sequences.valid), every, 0.0).sum(-1)
+        return jnp.where(at_last(sequences.valid[:, sequences.response_start - 1 :]), every, 0.0).sum(-1)
 
     return Nets(token_stats, values, scores, sample)

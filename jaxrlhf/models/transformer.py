@@ -14,12 +14,21 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.attention import cached_attention, head_axis, match_heads, near
+from jaxrlhf.models.attention import (
+    bias_of,
+    branches,
+    by_head,
+    head_axis,
+    match_heads,
+    merge_copies,
+    split_copies,
+)
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
-from jaxrlhf.models.kernels import SAVED, Asked, Attend, Hardware, choose, within_rows
+from jaxrlhf.models.kernels import SAVED, Asked, Attend, Hardware, choose, within_groups, within_rows
 from jaxrlhf.models.linear import gathered, linear
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
+from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
@@ -286,7 +295,52 @@ def forward(params: Params, cfg: ModelConfig, tokens: Array, segment_ids: Array,
     Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit), and for a
     kernel that can't be had (see kernels.choose)."""
     check_length(cfg, segment_ids.shape[1])
-    positions, seen = positions_of(segment_ids), row_sights(cfg, segment_ids, runtime)
+    return hidden_states(params, cfg, tokens, positions_of(segment_ids), row_sights(cfg, segment_ids, runtime), runtime)
+
+
+def forward_responses(
+    params: Params, cfg: ModelConfig, tokens: Array, valid: Array, start: int, copies: int, runtime: Runtime
+) -> Array:
+    """[B, S - start + 1, D]: the final hidden states of the prompts' last column and of the responses, from ``start``.
+
+    tokens i32[B, S], valid bool[B, S]: prompts left-padded to ``start`` columns, and responses. Every ``copies`` rows
+    have one prompt, which is read once: it and its responses are computed as one row. Raises ValueError as forward."""
+    kernel = choose(runtime.attention, runtime.hardware, cfg, runtime.compute)
+    if kernel == "cudnn" or (kernel == "splash" and copies == 1):  # rows are what they know
+        return forward(params, cfg, tokens, valid.astype(jnp.int32), runtime)[:, start - 1 :]
+    check_length(cfg, tokens.shape[1])
+    positions = positions_of(valid.astype(jnp.int32))
+    tokens, positions = (fold_group(x, start, copies) for x in (tokens, positions))
+    readable = group_rows(valid[:, :start], copies)[:, 0]
+    how = product(cfg) | {"interpret": runtime.interpret}
+    seen = sights(cfg, lambda window: within_groups(kernel, readable, copies, window, **how))
+    return unfold_group(hidden_states(params, cfg, tokens, positions, seen, runtime), start, copies)
+
+
+def fold_group(x: Array, start: int, copies: int) -> Array:
+    """[G * n, S] -> [G, start + n * (S - start)]: the first row's prompt, then every row's response."""
+    rows = group_rows(x, copies)
+    return jnp.concatenate([rows[:, 0, :start], join_columns(rows[:, :, start:])], axis=1)
+
+
+def unfold_group(x: Array, start: int, copies: int) -> Array:
+    """[G, start + n * T, D] -> [G * n, 1 + T, D]: the prompt's last column, for each of its responses, and theirs."""
+    groups, columns, dim = x.shape
+    own = (groups, copies, (columns - start) // copies, dim)
+    responses = jax.lax.reshape(x[:, start:], own, out_sharding=spec("batch", None, "seq", "hidden"))
+    last = jnp.broadcast_to(x[:, None, start - 1 : start], (groups, copies, 1, dim))
+    return ungroup_rows(jnp.concatenate([last, responses], axis=2))
+
+
+def join_columns(x: Array) -> Array:
+    """[G, n, T] -> [G, n * T]."""
+    return jax.lax.reshape(x, (x.shape[0], x.shape[1] * x.shape[2]), out_sharding=spec("batch", "seq"))
+
+
+def hidden_states(
+    params: Params, cfg: ModelConfig, tokens: Array, positions: Array, seen: dict[bool, Sight], runtime: Runtime
+) -> Array:
+    """Final hidden states [B, S, D] of tokens at ``positions``, both i32[B, S], that see what ``seen`` says."""
 
     def layer(sight: Sight, layer_params: Params, x: Array) -> Array:
         def attend(query, key, value):
@@ -336,9 +390,11 @@ def rematerialized(layer: Callable, runtime: Runtime, scanned: bool) -> Callable
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, [B, N, T, K]: heads before time, so that a decoded token reads contiguous rows."""
+    """Keys and values of one layer; heads before time, so that a decoded token reads contiguous rows."""
 
-    key: Array
+    prompt_key: Array  # [G, N, P, K]: read by all samples of a prompt
+    prompt_value: Array
+    key: Array  # [G, N, n, T, K]: of each sample's response
     value: Array
 
 
@@ -362,19 +418,24 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     return rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
 
 
-def prefill(params: Params, cfg: ModelConfig, tokens: Array, valid: Array, cache_size: int, runtime: Runtime):
-    """Read left-padded prompts [B, P]: (final hidden state of the last column [B, 1, D], a Cache a layer).
+def prefill(
+    params: Params, cfg: ModelConfig, tokens: Array, valid: Array, copies: int, room: int, runtime: Runtime
+) -> tuple[Array, list[Cache]]:
+    """Read left-padded prompts [G, P]: (final hidden state of the last column [G, 1, D], a Cache a layer).
 
-    The caches have room for ``cache_size`` columns; ``params`` are in decode_layout. Raises ValueError as forward."""
-    check_length(cfg, cache_size)
+    The caches have room for ``copies`` responses of ``room`` columns to each prompt; ``params`` are in decode_layout.
+    Raises ValueError as forward."""
+    check_length(cfg, tokens.shape[1] + room)
     segment_ids = valid.astype(jnp.int32)
     positions, seen = positions_of(segment_ids), row_sights(cfg, segment_ids, runtime)
     caches = []
 
     def attend(sight: Sight, query, key, value):
-        grow = lambda x: jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, cache_size - x.shape[1]), (0, 0)))
         key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
-        caches.append(Cache(grow(key), grow(value)))
+        batch, _, heads, dim = key.shape
+        layout = spec("batch", head_axis("kv_heads", heads), None, "seq", "head_dim")
+        empty = lambda x: jnp.zeros((batch, heads, copies, room, dim), x.dtype, out_sharding=layout)
+        caches.append(Cache(by_head(key), by_head(value), empty(key), empty(value)))
         return sight.attend(query, key, value)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
@@ -385,25 +446,39 @@ def prefill(params: Params, cfg: ModelConfig, tokens: Array, valid: Array, cache
 
 
 def decode_step(
-    params: Params, cfg: ModelConfig, token: Array, column: Array, valid: Array, caches: list[Cache], runtime: Runtime
-):
-    """Read one token a row, i32[B, 1], which goes to ``column`` (i32[]) of the caches.
+    params: Params, cfg: ModelConfig, token: Array, index: Array, prompt: Array, caches: list[Cache], runtime: Runtime
+) -> tuple[Array, list[Cache]]:
+    """Read the token of each response, i32[G, n], that follows ``index`` (i32[]) others, where the caches are written.
 
-    valid bool[B, T]: the columns that hold tokens, the new one included. Returns as prefill does."""
-    position = valid.sum(axis=1, dtype=jnp.int32)[:, None] - 1
-    readable = valid[:, None, None, :]
-    masked = lambda window: readable if window is None else near(readable, column[None], window)
-    seen = sights(cfg, lambda window: functools.partial(cached_attention, mask=masked(window), **product(cfg)))
-    layers, updated = iter(caches), []
+    prompt bool[G, P]: the columns of the prompts that hold tokens. The n responses of a prompt stand as the columns of
+    a row, so that what they share is read once. Returns (final hidden states [G, n, D], a Cache a layer)."""
+    size, room = prompt.shape[1], caches[0].key.shape[3]
+    position = jnp.broadcast_to(prompt.sum(axis=1, dtype=jnp.int32)[:, None] + index, token.shape)
+    columns = jnp.arange(size + room)
+    written = columns <= size + index
+    near_by = lambda window: written if window is None else written & (size + index - columns < window)
+
+    def attend_to(window: int | None) -> Attend:
+        seen = near_by(window)
+        biases = bias_of(prompt & seen[:size])[:, None, None], bias_of(seen[size:])[None, None, None]
+
+        def attend(query, cache, _):
+            parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
+            return merge_copies(
+                branches(split_copies(query, cache.key.shape[1], query.shape[1]), parts, **product(cfg))
+            )
+
+        return attend
+
+    seen, layers, updated = sights(cfg, attend_to), iter(caches), []
 
     def attend(sight: Sight, query, key, value):
         cache = next(layers)
-        write = lambda old, new: jax.lax.dynamic_update_slice(
-            old, jnp.swapaxes(match_heads(new, cfg.num_heads), 1, 2).astype(old.dtype), (0, 0, column, 0)
-        )
-        cache = Cache(write(cache.key, key), write(cache.value, value))
+        grow = lambda new: by_head(match_heads(new, cfg.num_heads))[:, :, :, None]
+        write = lambda old, new: jax.lax.dynamic_update_slice(old, grow(new).astype(old.dtype), (0, 0, 0, index, 0))
+        cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
         updated.append(cache)
-        return sight.attend(query, cache.key, cache.value)
+        return sight.attend(query, cache, None)
 
     x = embed(params, cfg, token, position, runtime.compute)
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):

@@ -1,4 +1,4 @@
-"""The one shift by one, and log-probabilities of tokens without storing [B, S, V]."""
+"""Log-probabilities of tokens without storing [B, S, V]."""
 
 import math
 from collections.abc import Callable
@@ -10,11 +10,6 @@ from jaxrlhf.sharding import split_over
 from jaxrlhf.types import Array, TokenStats
 
 STORED_LOGITS = 2**24  # floats of a device: below it all logits are kept for the backward pass, above it recomputed
-
-
-def states_before(hidden: Array) -> Array:
-    """[B, S, D] -> [B, S, D]: column t is the state before token t was read; column 0 is zeros, and always masked."""
-    return jnp.pad(hidden, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
 def token_logprobs(logits: Array, tokens: Array) -> TokenStats:

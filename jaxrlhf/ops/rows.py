@@ -7,11 +7,13 @@ from jaxrlhf.sharding import DEVICES, constrain, mapped, spec
 from jaxrlhf.types import Array
 
 
-def shuffle(tree, key: Array):
-    """All rows in a new order, the same for every array of as many rows."""
+def shuffle(tree, key: Array, together: int = 1):
+    """All rows in a new order, the same for every array of as many rows; every ``together`` stay side by side."""
 
     def one(x):
-        order = jax.random.permutation(key, x.shape[0])
+        order = jax.random.permutation(key, x.shape[0] // together)
+        if together > 1:
+            order = (order[:, None] * together + jnp.arange(together)).reshape(-1)
         return x.at[order].get(out_sharding=spec("batch", *(None,) * (x.ndim - 1)))
 
     return jax.tree.map(one, tree)
@@ -53,9 +55,19 @@ def ungroup_rows(x: Array) -> Array:
     return jax.lax.reshape(x, (groups * size, *rest), out_sharding=spec("batch", *(None,) * len(rest)))
 
 
-def split_rows(tree, parts: int):
-    """[B, ...] -> [parts, B / parts, ...]. A part takes every parts-th row, so that each device splits its own rows."""
-    return jax.tree.map(lambda x: jnp.swapaxes(group_rows(x, parts), 0, 1), tree)
+def split_rows(tree, parts: int, together: int = 1):
+    """[B, ...] -> [parts, B / parts, ...]. A part takes every parts-th run of ``together`` rows, so that each device
+    splits its own."""
+
+    def one(x):
+        rows, *rest = x.shape
+        groups = rows // (parts * together)
+        runs = (groups, parts, together, *rest)
+        x = jax.lax.reshape(x, runs, out_sharding=spec("batch", *(None,) * (x.ndim + 1)))
+        shape, layout = (parts, groups * together, *rest), spec(None, "batch", *(None,) * len(rest))
+        return jax.lax.reshape(jnp.swapaxes(x, 0, 1), shape, out_sharding=layout)
+
+    return jax.tree.map(one, tree)
 
 
 def repeat_rows(tree, times: int):

@@ -101,7 +101,7 @@ def test_rows_that_a_model_does_not_compute_are_refused():
         forward(params, cfg, tokens(17), tokens(17), Runtime())
     unstacked = params | {"layers": []}
     with pytest.raises(ValueError, match="rows of 17 columns"):
-        prefill(unstacked, cfg, tokens(8), tokens(8) > 0, 17, Runtime())
+        prefill(unstacked, cfg, tokens(8), tokens(8) > 0, 1, 9, Runtime())
     assert row_limit(resolve(ModelConfig(family="gpt2", max_positions=9))) == 9
     assert row_limit(resolve(ModelConfig(max_positions=9))) is None
 

@@ -253,11 +253,10 @@ def test_prefill_by_splash_and_decoding():
     @functools.partial(jax.jit, static_argnums=1, compiler_options=tiny.FAST)
     def read(params, runtime):
         params = decode_layout(params, GEMMA3, "lm", runtime)
-        hidden, caches = prefill(params, GEMMA3, tokens, valid, 10, runtime)
-        more = jnp.pad(valid, ((0, 0), (0, 1)), constant_values=True)
-        after, _ = decode_step(params, GEMMA3, tokens[:, :1], jnp.int32(9), more, caches, runtime)
-        keep = more[:, None, :, None]
-        return hidden, after, jax.tree.map(lambda x: jnp.where(keep, x, 0), caches)
+        hidden, caches = prefill(params, GEMMA3, tokens, valid, 2, 1, runtime)
+        after, _ = decode_step(params, GEMMA3, tokens[:, :2], jnp.int32(0), valid, caches, runtime)
+        keep = lambda x: jnp.where(valid[:, None, :, None], x, 0)
+        return hidden, after, [(keep(cache.prompt_key), keep(cache.prompt_value)) for cache in caches]
 
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), read(params, INTERPRETED), read(params, Runtime())
@@ -298,7 +297,7 @@ def test_what_stays_float32_in_bfloat16(cfg):
     """The softmax, its soft-caps and the logits; and a decoded token reads the cache without repeating its kv heads."""
     runtime, room = Runtime(compute=BF16), 9
     params = tiny.parameters(cfg, "lm", 0)
-    cache = Cache(*[jnp.zeros((3, cfg.num_kv_heads, room, cfg.head_dim), BF16)] * 2)
+    prompt, own = (jnp.zeros((3, cfg.num_kv_heads, *size, cfg.head_dim), BF16) for size in ((4,), (1, room)))
 
     def token(params, ids, valid, caches):
         params = decode_layout(params, cfg, "lm", runtime)
@@ -309,18 +308,20 @@ def test_what_stays_float32_in_bfloat16(cfg):
         return lm_logits(params, cfg, forward(params, cfg, ids, jnp.ones_like(ids), runtime))
 
     ids, valid = jnp.zeros((3, room), jnp.int32), jnp.ones((3, room), bool)
-    decoding = jax.make_jaxpr(token)(params, ids[:, :1], valid, [cache] * cfg.num_layers)
+    decoding = jax.make_jaxpr(token)(
+        params, ids[:, :1], valid[:, :4], [Cache(prompt, prompt, own, own)] * cfg.num_layers
+    )
     for jaxpr in (decoding, jax.make_jaxpr(row)(params, ids)):
         exponents = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
         assert exponents and {eqn.outvars[0].aval.dtype for eqn in exponents} == {jnp.dtype(F32)}
         scores = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
         assert scores[-1].outvars[0].aval.dtype == F32  # of the language model's head
         assert {v.aval.dtype for v in scores[-1].invars} == {jnp.dtype(BF16)}
-        caps = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "tanh" and eqn.invars[0].aval.ndim == 4]
+        caps = [eqn for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "tanh" and eqn.invars[0].aval.ndim == 6]
         assert {eqn.outvars[0].aval.dtype for eqn in caps} <= {jnp.dtype(F32)}
         assert bool(caps) == (cfg.attention_softcap is not None) or jaxpr is not decoding
     largest = max(out.aval.size for eqn in equations(decoding.jaxpr) for out in eqn.outvars if room in out.aval.shape)
-    assert largest == cache.key.size  # not times heads / kv heads
+    assert largest == own.size  # not times heads / kv heads
 
 
 # ---- which one ------------------------------------------------------------------------------------------------------

@@ -118,14 +118,14 @@ def test_prefill_and_decoding_compile(cfg):
 
         def read(params, tokens, valid):
             params = decode_layout(params, cfg, "lm", tpu())
-            last, caches = prefill(params, cfg, tokens, valid, SIZE, tpu())
-            more = jnp.pad(valid, ((0, 0), (0, room)))
+            last, caches = prefill(params, cfg, tokens, valid, 2, room, tpu())
+            last = jnp.broadcast_to(last, (last.shape[0], 2, last.shape[2]))
 
-            def step(carry, column):
+            def step(carry, index):
                 _, caches = carry
-                return decode_step(params, cfg, tokens[:, :1], column, more, caches, tpu()), None
+                return decode_step(params, cfg, tokens[:, :2], index, valid, caches, tpu()), None
 
-            (hidden, _), _ = jax.lax.scan(step, (last, caches), prompt + jnp.arange(room))
+            (hidden, _), _ = jax.lax.scan(step, (last, caches), jnp.arange(room))
             return last, hidden
 
         arguments = abstract(cfg, mesh, jnp.float32), rows(mesh, (4, prompt)), rows(mesh, (4, prompt), jnp.bool_)
@@ -133,6 +133,11 @@ def test_prefill_and_decoding_compile(cfg):
     assert kernels_in(text) == cfg.num_layers
     assert squares(text, prompt) == set()
     kv_heads, group = cfg.num_kv_heads // 2, cfg.num_heads // cfg.num_kv_heads  # of a device, as are two rows
-    assert f"bf16[2,{kv_heads},{SIZE},{cfg.head_dim}]" in text
-    for repeated in (f"[2,{kv_heads * group},{SIZE},{cfg.head_dim}]", f"[2,{kv_heads},{group},{SIZE},{cfg.head_dim}]"):
+    assert (
+        f"bf16[2,{kv_heads},{prompt},{cfg.head_dim}]" in text and f"bf16[2,{kv_heads},2,{room},{cfg.head_dim}]" in text
+    )
+    for repeated in (
+        f"[2,{kv_heads * group},{prompt},{cfg.head_dim}]",
+        f"[2,{kv_heads},2,{group},{room},{cfg.head_dim}]",
+    ):
         assert repeated not in text

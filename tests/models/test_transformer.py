@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.models.attention import attention, cached_attention, causal_mask, near
+from jaxrlhf.models.attention import (
+    attention,
+    bias_of,
+    branches,
+    by_head,
+    causal_mask,
+    merge_copies,
+    near,
+    split_copies,
+)
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
 from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate
@@ -19,6 +28,7 @@ from jaxrlhf.models.transformer import (
     Leaf,
     Runtime,
     forward,
+    forward_responses,
     init,
     padded_vocab,
     parameter_table,
@@ -186,7 +196,12 @@ def test_grouped_attention_against_a_loop():
             share = np.exp(scores) / np.exp(scores).sum()
             expected[0, s, head] = sum(share[t] * value[0, t, head // 2] for t in range(s + 1))
     for repeats in (1, 2):  # 2: as where a mesh does not divide the kv heads
-        arguments = query, key.repeat(repeats, axis=2), value.repeat(repeats, axis=2), mask[None, None]
+        arguments = (
+            query,
+            key.repeat(repeats, axis=2),
+            value.repeat(repeats, axis=2),
+            bias_of(jnp.array(mask[None, None])),
+        )
         np.testing.assert_allclose(jax.jit(attention)(*arguments), expected, atol=1e-5)
 
 
@@ -205,11 +220,43 @@ def test_scale_and_softcap_of_attention_against_a_loop():
             expected[0, s, head] = sum(share[t] * value[0, t, head // 2] for t in range(s + 1))
     for repeats in (1, 2):
         keys, values = (jnp.array(x.repeat(repeats, axis=2)) for x in (key, value))
-        found = attention(jnp.array(query), keys, values, jnp.array(mask), scale=1.5, softcap=0.8)
+        found = attention(jnp.array(query), keys, values, bias_of(jnp.array(mask)), scale=1.5, softcap=0.8)
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    keys, values = (jnp.array(x.swapaxes(1, 2)) for x in (key, value))
-    last = cached_attention(jnp.array(query[:, 4:]), keys, values, jnp.array(mask[:, :, 4:]), scale=1.5, softcap=0.8)
+    keys, values = (by_head(jnp.array(x)) for x in (key, value))
+    parts = [(keys[:, :, :3], values[:, :, :3], jnp.zeros((1, 1, 1, 3)))]  # read by all, and by one
+    parts += [(keys[:, :, None, 3:], values[:, :, None, 3:], jnp.zeros((1, 1, 1, 2)))]
+    last = merge_copies(branches(split_copies(jnp.array(query[:, 4:]), 2, 1), parts, scale=1.5, softcap=0.8))
     np.testing.assert_allclose(last, expected[:, 4:], atol=1e-5)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
+def test_a_prompt_read_once_for_its_responses(cfg, copies):
+    """What rows of their own say, in states and in gradients; whatever stands in the padding."""
+    start, room, groups = 6, 5, 2
+    rng = np.random.default_rng(3)
+    valid = np.ones((groups * copies, start + room), bool)
+    tokens = rng.integers(3, 100, valid.shape)
+    for group, padding in enumerate((4, 0)):
+        mine = slice(group * copies, (group + 1) * copies)
+        valid[mine, :padding] = False
+        tokens[mine, :start] = tokens[group * copies, :start]
+    for row, length in enumerate(rng.integers(0, room + 1, len(valid))):
+        valid[row, start + length :] = False
+    wanted = valid[:, start - 1 :, None]
+    weight = rng.normal(size=(*wanted.shape[:2], cfg.hidden_size)) * wanted
+
+    def together(params):
+        return forward_responses(params, cfg, jnp.array(tokens), jnp.array(valid), start, copies, Runtime())
+
+    def alone(params):
+        return forward(params, cfg, jnp.array(tokens), jnp.array(valid, jnp.int32), Runtime())[:, start - 1 :]
+
+    both = []
+    for states in (together, alone):
+        loss = lambda params, states=states: (weight * states(params)).sum()
+        both.append((jnp.where(wanted, jax.jit(states)(weights(cfg)), 0), jax.jit(jax.grad(loss))(weights(cfg))))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *both)
 
 
 # ---- whole rows -----------------------------------------------------------------------------------------------------

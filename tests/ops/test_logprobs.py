@@ -69,13 +69,6 @@ def test_gradient_is_one_hot_less_softmax():
     np.testing.assert_allclose(gradient, np.eye(VOCAB)[tokens] - jax.nn.softmax(logits), atol=1e-6)
 
 
-def test_states_before_shifts_by_one():
-    hidden = jnp.arange(12.0).reshape(1, 4, 3) + 1
-    before = ops.states_before(hidden)
-    np.testing.assert_array_equal(before[:, 0], 0)
-    np.testing.assert_array_equal(before[:, 1:], hidden[:, :-1])
-
-
 def chunked(hidden, kernel, tokens):
     """Logits that also depend on the column, so that a chunk which is told the wrong columns shows."""
     logits_of = lambda states, columns: states @ kernel + 0.1 * columns[:, None] * jnp.arange(VOCAB)
