@@ -37,6 +37,7 @@ class Sampler(NamedTuple):
     pad_id: int
     stops: tuple[np.ndarray, ...] = ()  # one automaton a stop text: i32[states, V]; the last state has seen it all
     samples_per_prompt: int = 1
+    limits: np.ndarray | None = None  # i32[rows of the batch]: the longest response of each; None: max_new_tokens
 
 
 def make_sampler(
@@ -124,6 +125,7 @@ def decode_loop(
 ) -> Decoding:
     """Sample, read, repeat, until every row has ended or the room is used up."""
     prompt_size = state.valid.shape[1] - sampler.max_new_tokens
+    limits = sampler.max_new_tokens + 1 if sampler.limits is None else constrain(jnp.asarray(sampler.limits), "batch")
 
     def unfinished(state: Decoding):
         return (state.index < sampler.max_new_tokens) & ~state.done.all()
@@ -149,7 +151,7 @@ def decode_loop(
             tokens=write(state.tokens, token, state.index),
             logprobs=write(state.logprobs, jnp.where(live, logprob, 0.0), state.index),
             mask=write(state.mask, live, state.index),
-            done=state.done | is_any(token, sampler.eos_ids) | stopped,
+            done=state.done | is_any(token, sampler.eos_ids) | stopped | (state.index + 1 >= limits),
             stop_states=stop_states,
         )
 
