@@ -1,4 +1,4 @@
-"""A reward on the host for text that nobody wrote: what the random tokens of a benchmark are decoded to, and scored by."""
+"""A reward on the host for text that nobody wrote: how random tokens are decoded, and what scores them."""
 
 from collections.abc import Iterable
 from typing import Any
