@@ -92,9 +92,11 @@ def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Docu
 
 
 def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
-    """The passes over whole rows that an iteration makes of ``batch`` (NumPy; with the responses and, where the host
-    scores, the scores): (in prepare, in the loss of one epoch). Asked of the algorithm, as plan/calls.py does. No mesh
-    may be set."""
+    """The passes over whole rows that an iteration makes of ``batch`` (NumPy; as it leaves it, with the responses and
+    their scores): (in prepare, in the loss of one epoch). Asked of the algorithm, as plan/calls.py does. No mesh may be
+    set."""
+    if batch.sequences is not None and drawn.cfg.rewards.function is None:
+        batch = batch.replace(sequences=batch.sequences.replace(scores=None))  # the reward model's, which were not there
     asked: list[tuple[Role, Kind]] = []
     rows: list[Sequences] = []
     prepared: list[int] = []
