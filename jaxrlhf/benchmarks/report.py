@@ -5,14 +5,6 @@ from rich.table import Table
 
 from jaxrlhf.benchmarks.throughput import Report
 
-NAMES = {
-    "iteration": "whole iteration",
-    "rollout": "rollout",
-    "score": "score (host)",
-    "update": "update",
-    "idle": "idle",
-}
-
 
 def print_report(report: Report) -> None:
     """The report on the terminal."""
@@ -45,10 +37,10 @@ def seconds_table(report: Report) -> Table:
     run, shares = report["run"], report["limits"]["share_of_matmul_peak"]
     title = f"seconds of {run['steps']} iterations after {run['warm_up']} to warm up"
     table = Table("phase", "median", "min", "max", "of the matmul peak", title=title)
-    for name, label in NAMES.items():
-        if (found := report["seconds"].get(name)) is not None:
-            share = f"{shares[name]:.1%}" if name in shares else ""
-            table.add_row(label, *(f"{found[key]:.4f}" for key in ("median", "min", "max")), share)
+    labels = {"iteration": "whole iteration", "score": "score (host)"}
+    for name, found in report["seconds"].items():
+        share = f"{shares[name]:.1%}" if name in shares else ""
+        table.add_row(labels.get(name, name), *(f"{found[key]:.4f}" for key in ("median", "min", "max")), share)
     return table
 
 

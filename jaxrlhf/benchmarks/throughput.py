@@ -12,6 +12,9 @@ from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.plan.cost import held
 
 Report = dict[str, Any]
+# score: by a function on the host; update: with all that prepares it, reward model, reference and values; where one
+# program does everything it is that program less the rollout, which is timed in a program of its own
+PHASES = ("iteration", "rollout", "score", "update", "idle")
 
 
 def measure(cases: list[Case], steps: int, profile: str | None = None) -> Report:
@@ -24,7 +27,7 @@ def measure(cases: list[Case], steps: int, profile: str | None = None) -> Report
     report = {
         "machine": machine.describe(),
         "run": describe(case, steps),
-        "seconds": {name: spread(found) for name, found in timed.seconds.items()},
+        "seconds": {name: spread(timed.seconds[name]) for name in PHASES if name in timed.seconds},
         "tokens": tokens(work, timed),
         "flops": {"total": work.flops, "rollout": work.rollout, "prepare": work.prepare, "update": work.update},
         "compile": {"seconds": timed.compile_seconds, "recompilations": timed.recompilations},

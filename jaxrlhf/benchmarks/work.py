@@ -96,7 +96,7 @@ def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
     their scores): (in prepare, in the loss of one epoch). Asked of the algorithm, as plan/calls.py does. No mesh may be
     set."""
     if batch.sequences is not None and drawn.cfg.rewards.function is None:
-        batch = batch.replace(sequences=batch.sequences.replace(scores=None))  # the reward model's, which were not there
+        batch = batch.replace(sequences=batch.sequences.replace(scores=None))  # the reward model's
     asked: list[tuple[Role, Kind]] = []
     rows: list[Sequences] = []
     prepared: list[int] = []

@@ -1,16 +1,13 @@
 """The arithmetic of an iteration against numbers worked out by hand for a tiny model."""
 
-import jax
 import numpy as np
 import pytest
 
-from jaxrlhf.benchmarks import case as cases
 from jaxrlhf.benchmarks import work
 from jaxrlhf.benchmarks.case import Case, Shape, make_cases
 from jaxrlhf.benchmarks.rows import packed_rows, random_batch, response_lengths
 from jaxrlhf.benchmarks.work import Document, count_work, documents, forward_flops, pairs
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.sharding import make_mesh
 from jaxrlhf.types import Batch, Sequences
 
 # a layer: query, key, value and out 64x64, up, gate and down 64x128; one head; the embeddings are the head
@@ -40,13 +37,6 @@ def sampled(made: Case, lengths: list[int]) -> Batch:
         response_start=made.prompt,
     )
     return Batch(prompts=prompts, sequences=sequences)
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Cases lie on one."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    monkeypatch.setattr(cases, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
 
 
 def test_grpo_reads_a_group_s_prompt_once():
