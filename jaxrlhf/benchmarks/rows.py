@@ -28,10 +28,11 @@ def response_lengths(count: int, room: int, lengths: Lengths, seed: int) -> np.n
     return np.clip(np.rint(drawn), 1, room).astype(np.int32)
 
 
-def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, rng: np.random.Generator) -> Batch:
+def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, seed: int, step: int) -> Batch:
     """NumPy rows of the shapes in ``shapes``: prompts that fill their columns; sequences and pairs with prompts of
-    ``prompt`` tokens (the same for both of a pair), and responses that have the room behind them."""
-    batch = Batch()
+    ``prompt`` tokens (the same for both of a pair), and responses that have the room behind them. Tokens are new in
+    every step; lengths hang on the seed alone, so that all iterations are the same work."""
+    batch, rng = Batch(), np.random.default_rng((seed, step))
     if shapes.prompts is not None:
         rows, columns = shapes.prompts.tokens.shape
         tokens = rng.integers(FIRST, vocab, (rows, columns)).astype(np.int32)
@@ -41,35 +42,37 @@ def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, rng: 
         pair = shapes.preferences
         rows, columns = pair.chosen.tokens.shape
         prompts = rng.integers(FIRST, vocab, (rows, prompt))
-        chosen, rejected = (whole_rows(prompts, columns, vocab, lengths, rng) for _ in range(2))
+        sizes = np.split(response_lengths(2 * rows, columns - prompt, lengths, seed), 2)
+        chosen, rejected = (whole_rows(prompts, columns, vocab, mine, rng) for mine in sizes)
         batch = batch.replace(preferences=Preferences(chosen, rejected))
     if shapes.sequences is not None:
         rows, columns = shapes.sequences.tokens.shape
-        if shapes.sequences.segment_ids is not None:
-            return batch.replace(sequences=packed_rows(rows, columns, vocab, prompt, lengths, rng))
+        packed = shapes.sequences.segment_ids is not None
+        sizes = response_lengths(4 * rows if packed else rows, columns - prompt, lengths, seed)
+        if packed:
+            return batch.replace(sequences=packed_rows(rows, columns, vocab, prompt, sizes, rng))
         prompts = rng.integers(FIRST, vocab, (rows, prompt))
-        batch = batch.replace(sequences=whole_rows(prompts, columns, vocab, lengths, rng))
+        batch = batch.replace(sequences=whole_rows(prompts, columns, vocab, sizes, rng))
     return batch
 
 
-def whole_rows(prompts: np.ndarray, columns: int, vocab: int, lengths: Lengths, rng: np.random.Generator) -> Sequences:
-    """One document a row: the prompt [B, P], its response, padding."""
-    rows, size = prompts.shape
-    ends = size + response_lengths(rows, columns - size, lengths, int(rng.integers(2**31)))[:, None]
+def whole_rows(prompts: np.ndarray, columns: int, vocab: int, sizes: np.ndarray, rng: np.random.Generator) -> Sequences:
+    """One document a row: the prompt [B, P], a response of sizes[B] tokens, padding."""
+    rows, start = prompts.shape
     at = np.arange(columns)
     tokens = rng.integers(FIRST, vocab, (rows, columns))
-    tokens[:, :size] = prompts
-    valid = at < ends
+    tokens[:, :start] = prompts
+    valid = at < start + sizes[:, None]
     tokens = np.where(valid, tokens, 0).astype(np.int32)
-    return Sequences(tokens, valid, valid & (at >= size))  # type: ignore[arg-type]
+    return Sequences(tokens, valid, valid & (at >= start))  # type: ignore[arg-type]
 
 
 def packed_rows(
-    rows: int, columns: int, vocab: int, prompt: int, lengths: Lengths, rng: np.random.Generator
+    rows: int, columns: int, vocab: int, prompt: int, sizes: np.ndarray, rng: np.random.Generator
 ) -> Sequences:
-    """Rows that documents share, as data.pack fills them: the fullest rows of a stock of twice as many documents as
-    a row each would take."""
-    sizes = prompt + response_lengths(4 * rows, columns - prompt, lengths, int(rng.integers(2**31)))
+    """Rows that documents share, as data.pack fills them: the fullest of all rows that prompts with responses of
+    ``sizes`` tokens (at least one a row) make."""
+    sizes = prompt + sizes
     plan = sorted(pack(sizes, columns), key=lambda row: -int(sizes[row].sum()))[:rows]
     tokens, segments = (np.zeros((rows, columns), np.int32) for _ in range(2))
     mask = np.zeros((rows, columns), bool)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import monitoring
 
 from jaxrlhf.benchmarks.case import Case
@@ -40,7 +39,7 @@ class Iterations:
         self.case, drawn = case, case.drawn
         function = find_reward_function(drawn.cfg)
         self.run = Run(**vars(drawn), tokenizer=Words(), reward_function=function)
-        self.rng = np.random.default_rng(drawn.cfg.seed)
+        self.steps = 0
         self.vocab = min(found.vocab_size for found in drawn.configs.values())
         started = time.perf_counter()
         self.programs = compile_programs(drawn, self.shapes(), case.shapes)
@@ -57,7 +56,8 @@ class Iterations:
     def step(self) -> tuple[dict[str, float], Batch]:
         """(seconds of each phase, the rows with the responses, on the devices) of one iteration."""
         case = self.case
-        host = random_batch(case.shapes, self.vocab, case.prompt, case.lengths, self.rng)
+        host = random_batch(case.shapes, self.vocab, case.prompt, case.lengths, case.drawn.cfg.seed, self.steps)
+        self.steps += 1
         return self.two_programs(host) if "learn" in self.programs else self.one_program(host)
 
     def one_program(self, host: Batch) -> tuple[dict[str, float], Batch]:

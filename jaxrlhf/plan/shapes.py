@@ -80,7 +80,7 @@ def shape_of(name: str) -> Found | None:
         file = name.removeprefix(gguf.PREFIX)
         if not os.path.isfile(os.path.expanduser(file)):
             model = published_file(file)
-            return model and Found(published(model), f"{name} is not there: published shape of {model}")
+            return Found(resolve(SHAPES[model]), f"{name} is not there: published shape of {model}") if model else None
         return Found(hf_config.read_config(gguf.unpack(file))[0], name)
     if epath.Path(name).expanduser().is_dir():
         return Found(hf_config.read_config(epath.Path(name).expanduser())[0], name)

@@ -14,16 +14,16 @@ from jaxrlhf.types import Batch, Sequences
 LAYER, LOGITS, HEAD_DIM = 4 * 64 * 64 + 3 * 64 * 128, 8192 * 64, 64
 
 
-def case(overrides: tuple[str, ...] = (), **sizes) -> Case:
-    """One layer of 64 features; prompts of 3 tokens, responses of 2."""
-    shape = Shape(layers=1, hidden=64, prompt_tokens=3, new_tokens=2, **sizes)
+def case(overrides: tuple[str, ...] = (), new_tokens: int = 2, **sizes) -> Case:
+    """One layer of 64 features; prompts of 3 tokens."""
+    shape = Shape(layers=1, hidden=64, prompt_tokens=3, new_tokens=new_tokens, **sizes)
     (made,) = make_cases(shape, None, overrides, "dense", False)
     return made
 
 
 def sampled(made: Case, lengths: list[int]) -> Batch:
     """Prompts with responses of these lengths, as an iteration leaves them (NumPy)."""
-    prompts = random_batch(made.shapes, 8192, made.prompt, "dense", np.random.default_rng(0)).prompts
+    prompts = random_batch(made.shapes, 8192, made.prompt, "dense", 0, 0).prompts
     tokens = np.repeat(prompts.tokens, len(lengths) // len(prompts.tokens), 0)
     mask = np.arange(made.room) < np.array(lengths)[:, None]
     responses = np.where(mask, 7, 0)
@@ -67,7 +67,7 @@ def test_ppo_pays_four_epochs_of_two_roles():
 def test_a_pair_shares_its_prompt():
     """DPO: 2 pairs of a prompt of 3 and two responses of 2 tokens: 2 x (3 + 4) tokens. The reference does not learn."""
     made = case(algorithm="dpo", prompts=2)
-    found = count_work(made.drawn, random_batch(made.shapes, 8192, 3, "dense", np.random.default_rng(0)))
+    found = count_work(made.drawn, random_batch(made.shapes, 8192, 3, "dense", 0, 0))
     once = 2 * (14 * LAYER + 8 * LOGITS) + 4 * 2 * (1 + 2 + 3 + 2 * (4 + 5)) * HEAD_DIM
     assert (found.rollout, found.prepare, found.update) == (0, once, 3 * once)
     assert found.distinct_share == 14 / 20
@@ -85,7 +85,8 @@ def test_a_window_bounds_what_a_token_attends_to():
 
 
 def test_documents_of_packed_rows_are_counted_one_by_one():
-    rows = packed_rows(4, 16, 8192, 3, "ragged", np.random.default_rng(0))
+    sizes = response_lengths(16, 13, "ragged", seed=0)
+    rows = packed_rows(4, 16, 8192, 3, sizes, np.random.default_rng(0))
     found = documents(rows)
     assert len(found) == int(rows.segment_ids.max(1).sum()) > 4
     assert all(one.prompt_tokens == 3 and one.response_tokens == one.read >= 1 for one in found)
@@ -97,6 +98,16 @@ def test_a_decode_step_reads_the_weights_and_what_is_valid():
     made = case(prompts=1, samples=2)
     sequences = sampled(made, [2, 1]).sequences
     assert work.decode_bytes(made.drawn, sequences) == 4 * (LAYER + LOGITS + (4 + 5 + 4) * 2 * 64 / 2)
+
+
+def test_lengths_are_those_of_every_step_and_tokens_are_new():
+    made = case(algorithm="dpo", prompts=6, new_tokens=9)
+    first, second = (random_batch(made.shapes, 8192, 3, "ragged", 7, step).preferences for step in (0, 1))
+    np.testing.assert_array_equal(first.chosen.valid, second.chosen.valid)
+    assert (first.chosen.tokens != second.chosen.tokens).any()
+    assert (first.chosen.tokens[:, :3] == first.rejected.tokens[:, :3]).all()
+    assert (first.chosen.valid.sum(1) != first.rejected.valid.sum(1)).any()
+    np.testing.assert_array_equal(first.chosen.response_mask, first.chosen.valid & (np.arange(12) >= 3))
 
 
 def test_ragged_lengths_are_lognormal():
