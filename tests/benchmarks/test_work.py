@@ -76,8 +76,9 @@ def test_a_pair_shares_its_prompt():
 def test_a_window_bounds_what_a_token_attends_to():
     assert pairs(0, 4) == 1 + 2 + 3 + 4 and pairs(3, 2) == 4 + 5
     assert pairs(0, 4, window=2) == 1 + 2 + 2 + 2 and pairs(3, 2, window=2) == 4
-    sizes = {"vocab_size": 64, "hidden_size": 8, "num_heads": 2, "mlp_size": 16}
-    model = resolve(ModelConfig(**sizes, num_layers=2, sliding_window=2, layer_types=("local", "global")))
+    types = ("local", "global")
+    model = ModelConfig(vocab_size=64, hidden_size=8, num_heads=2, mlp_size=16, sliding_window=2, layer_types=types)
+    model = resolve(model)
     found = [Document(b"x", 3, 2, 2)]
     layer = 4 * 8 * 8 + 3 * 8 * 16
     attended = (1 + 2 + 2 + 2 + 2) + (1 + 2 + 3 + 4 + 5)
