@@ -1,7 +1,7 @@
 """What a benchmark measured, for people."""
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxrlhf.benchmarks.throughput import Report
 
@@ -51,13 +51,13 @@ def numbers_table(report: Report) -> Table:
     if "response" in tokens:
         rows += [
             ("response tokens", f"{tokens['response']:,}; {tokens['response_per_second']:,.0f} a second"),
-            ("rollout: row-steps that sample a token", f"{tokens['rollout_valid_share']:.1%}"),
+            ("rollout: row-steps with a token", f"{tokens['rollout_valid_share']:.1%}"),
         ]
     rows += [
         ("update tokens", f"{tokens['update']:,}; {tokens['update_per_second']:,.0f} a second"),
         ("update: columns with a token", f"{tokens['update_valid_share']:.1%}"),
-        ("update: columns with a token not seen before", f"{tokens['update_distinct_share']:.1%}"),
-        ("arithmetic of an iteration, each token once", f"{report['flops']['total'] / 1e9:,.2f} GFLOP"),
+        ("update: columns with a new token", f"{tokens['update_distinct_share']:.1%}"),
+        ("arithmetic, each token once", f"{report['flops']['total'] / 1e9:,.2f} GFLOP"),
         (f"matmul peak here, {limits['matmul_dtype']}", f"{limits['matmul_flops_per_second'] / 1e9:,.1f} GFLOP/s"),
         ("an iteration at that peak", f"{limits['seconds_at_matmul_peak']:.4f} s"),
         ("memory bandwidth here", f"{limits['memory_bytes_per_second'] / 1e9:,.1f} GB/s"),
@@ -65,8 +65,8 @@ def numbers_table(report: Report) -> Table:
     if (decode := limits.get("decode")) is not None:
         least, really = decode["seconds_a_step_at_bandwidth"], decode["seconds_a_step"]
         rows += [
-            ("decode: weights and keys read a step", f"{decode['bytes_a_step'] / 1e6:,.1f} MB"),
-            ("decode: ms a step at that bandwidth", f"{least * 1e3:.3f}; rollout takes {really * 1e3:.3f}"),
+            ("decode: weights and keys a step", f"{decode['bytes_a_step'] / 1e6:,.1f} MB"),
+            ("decode: ms a step at bandwidth", f"{least * 1e3:.3f}; rollout takes {really * 1e3:.3f}"),
         ]
     compiled = report["compile"]
     rows += [
@@ -75,7 +75,7 @@ def numbers_table(report: Report) -> Table:
     ]
     if memory["device_peak"] is not None:
         rows.append(("peak memory of a device", f"{memory['device_peak'] / 2**20:,.0f} MiB"))
-    table = Table("", "", show_header=False)
+    table = Table(Column(no_wrap=True), "", show_header=False)
     for row in rows:
         table.add_row(*row)
     return table
