@@ -100,6 +100,54 @@ def plan(
     typer.echo(json.dumps(report.as_json(made))) if as_json else report.print_plan(made)
 
 
+benchmarks = typer.Typer(help="How fast is it on this machine?", no_args_is_help=True)
+app.add_typer(benchmarks, name="benchmark")
+
+
+@benchmarks.command()
+def throughput(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="The shapes of a YAML file, and overrides."),
+    ] = None,
+    algorithm: Annotated[str | None, typer.Option(help="grpo, ppo, dpo, rm or sft; grpo by default.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Of each model; by default 4.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Features, a multiple of 64; by default 256.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="An iteration; offline: pairs or demonstrations.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Responses to a prompt.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="By default 32.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Of a response, at most; by default 32.")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="host: a function between two programs; model: in the one program.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Of responses: dense (the longest) or ragged (lognormal).")] = "dense",
+    steps: Annotated[int, typer.Option(help="Iterations that are timed.")] = 5,
+    cost_growth: Annotated[
+        bool, typer.Option("--cost-growth", help="Also with twice the samples, new tokens, layers.")
+    ] = False,
+    profile: Annotated[str | None, typer.Option(help="A folder for a perfetto trace of one more iteration.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time an iteration on random weights and random tokens, and say what limits it."""
+    from jaxrlhf.config_errors import ConfigError
+
+    paths = [argument for argument in arguments or [] if "=" not in argument]
+    if len(paths) > 1:
+        raise ConfigError(f"benchmark: {', '.join(paths)}: expected one config, or none and the shape options")
+    if steps < 1:
+        raise ConfigError(f"--steps: {steps}: expected 1 or more; nearest: 1")
+    set_flags()
+    from jaxrlhf.benchmarks.case import Shape, make_cases
+    from jaxrlhf.benchmarks.report import print_report
+    from jaxrlhf.benchmarks.throughput import measure
+
+    shape = Shape(algorithm, layers, hidden, prompts, samples, prompt_tokens, new_tokens, reward)
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    cases = make_cases(shape, paths[0] if paths else None, overrides, lengths, cost_growth)
+    report = measure(cases, steps, profile)
+    typer.echo(json.dumps(report)) if as_json else print_report(report)
+
+
 def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
     """(path, Config) of the arguments; the other processes of the run have been joined when it returns."""
     paths = [argument for argument in arguments if "=" not in argument]

@@ -118,6 +118,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    profile: str | None = None  # "10:13": steps 10, 11 and 12 are traced into RUN_DIR/profile, for perfetto
 
     def optimizer_of(self, role: Role) -> OptimizerConfig:
         """The role's own row of ``optimizer``, else the row "default", else the defaults."""

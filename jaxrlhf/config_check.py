@@ -8,6 +8,7 @@ from jaxrlhf.config_batch import ROWS_KEY, fields_read, rows_of, updates_of
 from jaxrlhf.config_errors import ConfigError, show, suggest
 from jaxrlhf.config_types import hints
 from jaxrlhf.data.sources import DataConfig, SourceConfig
+from jaxrlhf.metrics import is_local
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.rewards import functions
 from jaxrlhf.sharding import AXES, mesh_shape
@@ -26,7 +27,7 @@ def check(cfg: Config, num_devices: int, source: str = "config") -> None:
     start with (the config's path)."""
     problems = [*role_problems(cfg), *reward_problems(cfg), *data_problems(cfg), *generate_problems(cfg)]
     problems += [*tokenizer_problems(cfg), *evaluation_problems(cfg), *model_problems(cfg)]
-    problems += device_problems(cfg, num_devices)
+    problems += [*profile_problems(cfg), *device_problems(cfg, num_devices)]
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
@@ -164,6 +165,32 @@ def model_problems(cfg: Config) -> Iterator[str]:
                 yield f"{key}.{error}"
         if shape.max_positions < longest:
             yield f"{key}.max_positions: {shape.max_positions}: less than {longest} = {what}; nearest: {longest}"
+
+
+def profiled_steps(text: str | None) -> range:
+    """The steps that ``profile`` names, counted as the log counts them. Raises ValueError where it names none."""
+    if text is None:
+        return range(0)
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
+        raise ValueError('expected FIRST:END with 1 <= FIRST < END, as in "10:13" for steps 10, 11 and 12')
+    return range(int(first), int(end))
+
+
+def profile_problems(cfg: Config) -> Iterator[str]:
+    """The steps to trace are steps of the run, and a trace can be written."""
+    try:
+        steps = profiled_steps(cfg.profile)
+    except ValueError as error:
+        yield f"profile: {show(cfg.profile)}: {error}"
+        return
+    if steps and steps[-1] > cfg.iterations:
+        last = cfg.iterations
+        nearest = f"{min(steps[0], last)}:{last + 1}"
+        yield f"profile: {show(cfg.profile)}: the run has {last} iterations; nearest: {show(nearest)}"
+    if steps and not is_local(cfg.run_dir):
+        where = f"a trace can't be written to {cfg.run_dir}"
+        yield f"profile: {show(cfg.profile)}: {where}; expected null or a local run_dir"
 
 
 def longest_row(cfg: Config) -> tuple[int, str]:

@@ -38,6 +38,7 @@ class Sampler(NamedTuple):
     stops: tuple[np.ndarray, ...] = ()  # one automaton a stop text: i32[states, V]; the last state has seen it all
     samples_per_prompt: int = 1
     share_prompts: bool = True  # what learns from the samples reads a prompt once for all of them
+    limits: np.ndarray | None = None  # i32[rows of the batch]: the longest response of each; None: max_new_tokens
 
 
 def make_sampler(
@@ -129,6 +130,7 @@ def decode_loop(
 
     prompt bool[G, P]: the columns that hold tokens; noise f32[G * n, T]."""
     copies = sampler.samples_per_prompt
+    limits = sampler.max_new_tokens + 1 if sampler.limits is None else constrain(jnp.asarray(sampler.limits), "batch")
 
     def unfinished(state: Decoding):
         return (state.index < sampler.max_new_tokens) & ~state.done.all()
@@ -150,7 +152,7 @@ def decode_loop(
             tokens=write(state.tokens, token),
             logprobs=write(state.logprobs, jnp.where(live, logprob, 0.0)),
             mask=write(state.mask, live),
-            done=state.done | is_any(token, sampler.eos_ids) | stopped,
+            done=state.done | is_any(token, sampler.eos_ids) | stopped | (state.index + 1 >= limits),
             stop_states=stop_states,
         )
 

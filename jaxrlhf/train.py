@@ -14,11 +14,12 @@ from jaxrlhf import checkpoint, distributed, evaluate, normalize
 from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state, kernels_passed_over
 from jaxrlhf.config import Config, dump, without_place
 from jaxrlhf.config_batch import describe_batch
-from jaxrlhf.config_check import check
+from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, put
 from jaxrlhf.metrics import MetricsLog, is_local, lock_run_dir
+from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_whole
 from jaxrlhf.score import compile_scored
 from jaxrlhf.sharding import current, whole
@@ -92,6 +93,9 @@ class Trainer:
     def __init__(self, ready: Run, saved: checkpoint.Checkpoints, log: MetricsLog):
         self.ready, self.cfg, self.saved, self.log = ready, ready.cfg, saved, log
         self.feed = Feed(ready)
+        # of the first process: JAX writes a perfetto trace where only one process has been
+        steps = profiled_steps(self.cfg.profile) if distributed.is_main() else range(0)
+        self.profiler = Profiler(epath.Path(self.cfg.run_dir) / "profile", steps)
         self.evaluation = evaluate.HeldOut(ready)
         self.pending: Finished | None = None
         self.last_time = time.perf_counter()
@@ -105,7 +109,7 @@ class Trainer:
         self.log.say("\n".join([describe_batch(cfg), *passed_over]))
         state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
-        with self.listening(), self.saving():
+        with self.listening(), self.saving(), contextlib.closing(self.profiler):
             if start == 0 and cfg.eval.every:
                 self.evaluate(0, state)
             state, step = self.loop(state, start, programs)
@@ -120,10 +124,12 @@ class Trainer:
         while step < cfg.iterations and not self.asked_to_stop():
             host, records = self.feed.next()
             batch = put(self.ready.mesh, host)
+            self.profiler.before(step + 1, self.flush)
             state, metrics, sequences = programs[shapes(batch)](state, batch, records)
             step += 1
             self.flush()  # the iteration before, while this one runs
             self.pending = Finished(step, metrics, sequences if self.samples_due(step) else None)
+            self.profiler.after(step, self.flush)
             last = step == cfg.iterations
             if last:
                 self.flush()

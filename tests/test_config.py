@@ -14,7 +14,7 @@ from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.config import Config
 from jaxrlhf.config_batch import describe_batch, num_micro, updates_of
-from jaxrlhf.config_check import check
+from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_ranges import RANGE_OF, interval_of
 from jaxrlhf.config_reference import reference
@@ -326,6 +326,10 @@ def test_a_shared_anchor_is_not_shared_by_overrides(tmp_path):
 # ---- does it make sense on these devices? ---------------------------------------------------------------------------
 
 
+def test_steps_to_trace_are_counted_as_the_log_counts():
+    assert [*profiled_steps("10:13")] == [10, 11, 12] and not profiled_steps(None)
+
+
 def test_a_good_config_passes(ppo):
     cfg = config.load(ppo)
     for devices in (1, 2, 8):
@@ -394,6 +398,19 @@ def test_a_good_config_passes(ppo):
             "tokenizer.train_vocab_size: 300: init_from a is given too",
         ),
         (["tokenizer.train_vocab_size=300"], "tokenizer.train_vocab_size: 300: there is no text to train on"),
+        (
+            ['profile="10"'],
+            'profile: "10": expected FIRST:END with 1 <= FIRST < END, as in "10:13" for steps 10, 11 and 12',
+        ),
+        (['profile="0:3"'], 'profile: "0:3": expected FIRST:END with 1 <= FIRST < END'),
+        (['profile="3:3"'], 'profile: "3:3": expected FIRST:END with 1 <= FIRST < END'),
+        (['profile="a:b"'], 'profile: "a:b": expected FIRST:END with 1 <= FIRST < END'),
+        (['profile="9:12"', "iterations=10"], 'profile: "9:12": the run has 10 iterations; nearest: "9:11"'),
+        (['profile="12:14"', "iterations=10"], 'profile: "12:14": the run has 10 iterations; nearest: "10:11"'),
+        (
+            ['profile="1:2"', "run_dir=gs://bucket/run"],
+            'profile: "1:2": a trace can\'t be written to gs://bucket/run; expected null or a local run_dir',
+        ),
     ],
 )
 def test_what_cannot_work_is_one_line(ppo, overrides, line):

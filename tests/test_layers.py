@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 # the first part of a module's name below jaxrlhf -> its layer
 LAYERS = {
     "": 0,
-    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies"), 0),
+    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies", "profiler"), 0),
     "ops": 1,
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),

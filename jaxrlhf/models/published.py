@@ -67,6 +67,7 @@ QWEN2_5: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e6}
 QWEN_0_5B = shape("qwen2", 151936, 896, 24, 14, 2, 4864, 32768, tied=True, **QWEN2_5)
 QWEN_1_5B = shape("qwen2", 151936, 1536, 28, 12, 2, 8960, 32768, tied=True, **QWEN2_5)
 QWEN_7B = shape("qwen2", 152064, 3584, 28, 28, 4, 18944, 32768, **QWEN2_5)
+SMOLLM2_135M = shape("llama", 49152, 576, 30, 9, 3, 1536, 8192, tied=True, norm_eps=1e-5, rope_theta=1e5)
 
 SHAPES: dict[str, ModelConfig] = {
     "EleutherAI/pythia-1b": PYTHIA_1B,
@@ -92,6 +93,8 @@ SHAPES: dict[str, ModelConfig] = {
     "meta-llama/Llama-2-7b": LLAMA_2_7B,
     "meta-llama/Llama-2-7b-hf": LLAMA_2_7B,
     "mistralai/Mistral-7B-v0.1": MISTRAL_7B,
+    "HuggingFaceTB/SmolLM2-135M": SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
 }
 
 
@@ -99,3 +102,9 @@ def published(name: str) -> ModelConfig | None:
     """The resolved shape of a model by its name on the hub; None where it is not in the table."""
     found = SHAPES.get(name)
     return None if found is None else resolve(found)
+
+
+def published_file(name: str) -> str | None:
+    """The model of the table that a GGUF file is called after: SmolLM2-135M-Instruct.Q4_1.gguf; None: of none."""
+    stem = name.rpartition("/")[2].removesuffix(".gguf").rpartition(".")[0]
+    return next((model for model in SHAPES if model.rpartition("/")[2].lower() == stem.lower()), None)

@@ -3,7 +3,7 @@
 So a plan knows no algorithm, and one from outside the package is planned like those of the table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,12 +15,14 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.step import make_rollout
 from jaxrlhf.types import Batch, Head, Nets, Prompts, Role, Sequences, TokenStats, TrainState
 
+Kind = Literal["token_stats", "values", "scores", "sample"]
+
 
 class Pass(NamedTuple):
     """One pass of a network over rows, all devices together."""
 
     role: Role
-    kind: Literal["token_stats", "values", "scores", "sample"]
+    kind: Kind
     rows: int  # sample: prompts
     columns: int  # of a row; sample: of a prompt
     read: int  # columns that logits (values, scores: a number) are computed of; sample: tokens that are sampled
@@ -48,7 +50,7 @@ class Passes(NamedTuple):
 def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     """The passes of an iteration that is given ``batch`` (shapes). No mesh may be set: nothing is laid out here."""
     notes: list[Pass] = []
-    nets = note_taker(drawn, notes)
+    nets = note_taker(drawn, lambda role, kind, rows: notes.append(shape_of_pass(drawn, role, kind, rows)))
     recipe = drawn.recipe._replace(nets=nets)
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     state, batch = jax.eval_shape(lambda: blank_state(drawn)), bare(batch)
@@ -75,29 +77,34 @@ def blank_state(drawn: Blueprint) -> TrainState:
     return TrainState(zero, zero, roles, roles, {}, drawn.algorithm.controls(drawn.cfg.algorithm))
 
 
-def note_taker(drawn: Blueprint, notes: list[Pass]) -> Nets:
-    """Nets that answer zeros of the right shapes, and write down what they were asked."""
+def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Prompts) -> Pass:
+    """The Pass of a network that was asked for ``kind`` of ``rows``."""
+    count, columns = rows.tokens.shape
+    if isinstance(rows, Prompts):
+        return Pass(role, kind, count, columns, drawn.sampler.max_new_tokens, drawn.sampler.samples_per_prompt)
+    return Pass(role, kind, count, columns, columns - rows.response_start if kind == "token_stats" else columns)
+
+
+def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Nets:
+    """Nets that answer zeros of the right shapes, and tell ``note`` what they were asked: role, kind, rows (Sequences;
+    Prompts where they are to sample)."""
 
     def token_stats(role, trees, sequences: Sequences) -> TokenStats:
-        rows, columns = sequences.tokens.shape
-        notes.append(Pass(role, "token_stats", rows, columns, columns - sequences.response_start))
-        return TokenStats(jnp.zeros((rows, columns)), jnp.zeros((rows, columns)))
+        note(role, "token_stats", sequences)
+        return TokenStats(jnp.zeros(sequences.tokens.shape), jnp.zeros(sequences.tokens.shape))
 
     def values(role, trees, sequences: Sequences):
-        rows, columns = sequences.tokens.shape
-        notes.append(Pass(role, "values", rows, columns, columns))
-        return jnp.zeros((rows, columns))
+        note(role, "values", sequences)
+        return jnp.zeros(sequences.tokens.shape)
 
     def scores(role, trees, sequences: Sequences):
-        rows, columns = sequences.tokens.shape
-        notes.append(Pass(role, "scores", rows, columns, columns))
-        return jnp.zeros((rows,))
+        note(role, "scores", sequences)
+        return jnp.zeros(sequences.tokens.shape[:1])
 
     def sample(role, trees, prompts: Prompts, seed, step) -> Sequences:
+        note(role, "sample", prompts)
         rows, columns = prompts.tokens.shape
-        room, copies = drawn.sampler.max_new_tokens, drawn.sampler.samples_per_prompt
-        notes.append(Pass(role, "sample", rows, columns, room, copies))
-        shape = (rows * copies, columns + room)
+        shape = (rows * drawn.sampler.samples_per_prompt, columns + drawn.sampler.max_new_tokens)
         return Sequences(
             tokens=jnp.zeros(shape, jnp.int32),
             valid=jnp.ones(shape, bool),

@@ -14,7 +14,7 @@ from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.models import gguf, hf_config, hf_folder
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.published import SHAPES, published
+from jaxrlhf.models.published import SHAPES, published, published_file
 from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.types import Role
 
@@ -79,7 +79,8 @@ def shape_of(name: str) -> Found | None:
     if name.startswith(gguf.PREFIX):
         file = name.removeprefix(gguf.PREFIX)
         if not os.path.isfile(os.path.expanduser(file)):
-            return None
+            model = published_file(file)
+            return Found(resolve(SHAPES[model]), f"{name} is not there: published shape of {model}") if model else None
         return Found(hf_config.read_config(gguf.unpack(file))[0], name)
     if epath.Path(name).expanduser().is_dir():
         return Found(hf_config.read_config(epath.Path(name).expanduser())[0], name)

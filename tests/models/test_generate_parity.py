@@ -51,6 +51,8 @@ SAMPLERS = {
     "shaped": Sampler(SHAPED, NEW, EOS, 0, tuple(stop_automaton(text, PIECES, 128) for text in STOPS), 2),
 }
 SAMPLERS["pad is eos"] = SAMPLERS["shaped"]._replace(samples_per_prompt=1, pad_id=EOS[0])
+LIMITS = np.array([4, 16, 1, 7, 99, 2, 16, 3], np.int32)  # of the responses to the eight prompts
+SAMPLERS["limited"] = SAMPLERS["plain"]._replace(limits=LIMITS)
 FLOAT32, BFLOAT16 = Runtime(), Runtime(compute=jnp.bfloat16)
 
 
@@ -242,14 +244,29 @@ def test_samples_of_a_prompt_are_contiguous_and_have_their_own_ids():
     assert sum(pairs[2 * i] != pairs[2 * i + 1] for i in range(8)) >= 7
 
 
-def test_mesh_equals_one_device():
+def test_a_row_ends_at_its_limit():
+    """And is the beginning of what it is without one; on a mesh too."""
+    free, limited = draw("llama", "plain"), draw("llama", "limited")
+    assert responses(limited) == [row[:limit] for row, limit in zip(responses(free), LIMITS)]
+    lengths = np.array([len(row) for row in responses(free)])
+    assert (lengths < LIMITS).any() and (lengths > LIMITS).any(), "some end by themselves before it, some are cut"
+    np.testing.assert_array_equal(limited.ended, free.ended | (lengths >= LIMITS))
+    same_samples(limited, draw_on_mesh("limited", MeshConfig(data=2, fsdp=4, decode=2)))
+
+
+def draw_on_mesh(name: str, mesh: MeshConfig) -> Any:
+    """``draw`` of the llama, on eight devices."""
     table, spec = parameter_table(CONFIGS["llama"], "lm"), sharding.spec
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+    with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:8])):
         put = lambda leaf, x: jax.device_put(x, weight_spec(leaf))
         params = jax.tree.map(put, table, weights("llama"), is_leaf=lambda x: isinstance(x, Leaf))
         prompts = jax.tree.map(lambda x: jax.device_put(x, spec("batch", *[None] * (x.ndim - 1))), make_prompts())
-        many = sampling_program("llama", "shaped")(params, prompts, jnp.int32(5), jnp.int32(2))
-    same_samples(jax.tree.map(np.asarray, many), draw("llama", "shaped"))
+        many = sampling_program("llama", name)(params, prompts, jnp.int32(5), jnp.int32(2))
+    return jax.tree.map(np.asarray, many)
+
+
+def test_mesh_equals_one_device():
+    same_samples(draw_on_mesh("shaped", MeshConfig(2, 2, 2)), draw("llama", "shaped"))
 
 
 # ---- the law of choice ----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from jaxrlhf.models.config import resolve
-from jaxrlhf.models.published import SHAPES, published
+from jaxrlhf.models.published import SHAPES, published, published_file
 from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
 
 # parameters of the files on the hub (safetensors metadata), embeddings counted once where they are tied
@@ -20,6 +20,7 @@ COUNTS = {
     "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
 }
 
 
@@ -52,3 +53,16 @@ def test_every_shape_resolves(name):
 
 def test_other_names_are_not_known():
     assert published("somebody/unknown") is None
+
+
+@pytest.mark.parametrize(
+    "file, model",
+    [
+        ("runs/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("qwen2.5-0.5b.q8_0.gguf", "Qwen/Qwen2.5-0.5B"),
+        ("SmolLM2-135M-Instruct-mine.Q4_1.gguf", None),
+        ("model.gguf", None),
+    ],
+)
+def test_a_gguf_file_is_known_by_its_name(file, model):
+    assert published_file(file) == model

@@ -1,0 +1,129 @@
+"""The programs of a case, compiled, run and timed, phase by phase."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax import monitoring
+
+from jaxrlhf.benchmarks.case import Case
+from jaxrlhf.benchmarks.reward import Words
+from jaxrlhf.benchmarks.rows import random_batch
+from jaxrlhf.build import Run, abstract_state, find_reward_function, initial_state
+from jaxrlhf.feed import fetch_all, put
+from jaxrlhf.programs import Program, compile_program, compile_programs
+from jaxrlhf.score import score
+from jaxrlhf.sharding import current, whole
+from jaxrlhf.step import make_rollout
+from jaxrlhf.types import Batch, TrainState
+
+WARM_UP = 2  # iterations that are not timed
+COMPILED = "backend_compile_duration"  # how the name of a compilation's event ends
+
+
+class Timed(NamedTuple):
+    """Seconds of each timed iteration, phase by phase, and the last iteration's rows (NumPy)."""
+
+    seconds: dict[str, list[float]]  # iteration, rollout, score, update, idle; those that there are
+    compile_seconds: float  # of the iteration's programs
+    recompilations: int  # during the timed iterations
+    batch: Batch  # with the responses
+
+
+class Iterations:
+    """A case that runs: ``step`` is one iteration, its phases timed."""
+
+    def __init__(self, case: Case):
+        self.case, drawn = case, case.drawn
+        function = find_reward_function(drawn.cfg)
+        self.run = Run(**vars(drawn), tokenizer=Words(), reward_function=function)
+        self.steps = 0
+        self.vocab = min(found.vocab_size for found in drawn.configs.values())
+        started = time.perf_counter()
+        self.programs = compile_programs(drawn, self.shapes(), case.shapes)
+        self.compile_seconds = time.perf_counter() - started
+        self.alone: Program | None = None
+        if "iteration" in self.programs and drawn.algorithm.rollout is not None:
+            rollout = make_rollout(drawn.recipe)
+            self.alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
+        self.state = whole(initial_state(self.run), drawn.mesh)
+
+    def shapes(self) -> TrainState:
+        return abstract_state(self.case.drawn)
+
+    def step(self) -> tuple[dict[str, float], Batch]:
+        """(seconds of each phase, the rows with the responses, on the devices) of one iteration."""
+        case = self.case
+        host = random_batch(case.shapes, self.vocab, case.prompt, case.lengths, case.drawn.cfg.seed, self.steps)
+        self.steps += 1
+        return self.two_programs(host) if "learn" in self.programs else self.one_program(host)
+
+    def one_program(self, host: Batch) -> tuple[dict[str, float], Batch]:
+        """Rollout and update lie in one program: the rollout is timed alone before it, the update is what is left."""
+        seconds, alone = {}, self.alone
+        if alone is not None:
+            batch = put(self.run.mesh, host)
+            _, seconds["rollout"] = clocked(lambda: alone.run(self.state, batch))
+        started = time.perf_counter()
+        batch = put(self.run.mesh, host)
+        (self.state, metrics, sequences), program = clocked(lambda: self.programs["iteration"].run(self.state, batch))
+        jax.device_get(metrics)
+        seconds["iteration"] = time.perf_counter() - started
+        seconds["update"] = program - seconds.get("rollout", 0.0)
+        seconds["idle"] = seconds["iteration"] - program
+        return seconds, batch if sequences is None else batch.replace(sequences=sequences)
+
+    def two_programs(self, host: Batch) -> tuple[dict[str, float], Batch]:
+        """The host scores between them."""
+        seconds, records = {}, [{} for _ in range(len(host.prompts.tokens))]
+        started = time.perf_counter()
+        batch = put(self.run.mesh, host)
+        sequences, seconds["rollout"] = clocked(lambda: self.programs["rollout"].run(self.state, batch))
+        sequences, seconds["score"] = clocked(lambda: score(self.run, sequences, records).sequences)
+        batch = batch.replace(sequences=sequences)
+        (self.state, metrics), seconds["update"] = clocked(lambda: self.programs["learn"].run(self.state, batch))
+        jax.device_get(metrics)
+        seconds["iteration"] = time.perf_counter() - started
+        seconds["idle"] = seconds["iteration"] - seconds["rollout"] - seconds["score"] - seconds["update"]
+        return seconds, batch
+
+
+def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
+    """(what it returns, seconds until that is there)."""
+    started = time.perf_counter()
+    result = jax.block_until_ready(function())
+    return result, time.perf_counter() - started
+
+
+def run_case(case: Case, steps: int, profile: str | None = None) -> Timed:
+    """Compile, warm up, and time ``steps`` iterations; with ``profile`` one more is traced into that directory."""
+    with current(case.drawn.mesh):
+        iterations = Iterations(case)
+        for _ in range(WARM_UP):
+            iterations.step()
+        with compilations() as compiled:
+            rows = [iterations.step() for _ in range(steps)]
+        if profile is not None:
+            with jax.profiler.trace(profile, create_perfetto_trace=True):
+                iterations.step()
+        batch = fetch_all(rows[-1][1])
+    seconds = {name: [one[name] for one, _ in rows] for name in rows[0][0]}
+    return Timed(seconds, iterations.compile_seconds, len(compiled), batch)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The events of programs that are compiled while it is open."""
+    found: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith(COMPILED):
+            found.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        monitoring.unregister_event_duration_listener(listen)

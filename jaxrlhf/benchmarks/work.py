@@ -1,0 +1,166 @@
+"""The arithmetic that an iteration cannot do without, counted on the tokens that it really has.
+
+The rules: every valid token of a pass counts once, and a prompt that several rows of the pass begin with counts once
+for all of them, in sampling, in scoring and in training; a multiplication and its addition are 2 FLOPs; a token attends
+to itself and to what is before it (in a local layer, in its window); the head reads what is asked of it, logits and
+values at response tokens, a score once a response; a trained role pays three times its forward pass an epoch, and
+nothing is computed twice. Padding, recomputation, masked halves of attention and prompts read once a sample are what
+programs do besides.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrlhf.build import Blueprint
+from jaxrlhf.config_batch import updates_of
+from jaxrlhf.models.config import ModelConfig, local_layers
+from jaxrlhf.plan.calls import Kind, blank_state, models_of, note_taker
+from jaxrlhf.plan.cost import matrices
+from jaxrlhf.types import Batch, Head, Role, Sequences
+
+
+class Document(NamedTuple):
+    """One prompt with its response, wherever it stands."""
+
+    prompt: bytes  # its tokens
+    prompt_tokens: int
+    response_tokens: int  # all behind the prompt
+    read: int  # of them, those that count (response_mask)
+
+
+class Call(NamedTuple):
+    """One pass of a network over rows (NumPy) of the iteration."""
+
+    role: Role
+    kind: Kind
+    rows: Sequences
+
+
+class Work(NamedTuple):
+    """Of one iteration."""
+
+    rollout: float  # FLOPs
+    prepare: float
+    update: float
+    response_tokens: int
+    sampled_share: float  # of the rows x steps of the sampler, those that sample a token of a response
+    update_tokens: int  # valid tokens of the rows that the first trained role learns from, all epochs
+    update_share: float  # of these rows' columns, those that hold a valid token
+    distinct_share: float  # of these rows' columns, those that the rules above count
+
+    @property
+    def flops(self) -> float:
+        return self.rollout + self.prepare + self.update
+
+
+def documents(rows: Sequences) -> list[Document]:
+    """What stands in the rows (NumPy). A prompt ends where the first token of ``response_mask`` is."""
+    segments = rows.valid.astype(np.int32) if rows.segment_ids is None else rows.segment_ids
+    found = []
+    for tokens, mask, row in zip(rows.tokens, rows.response_mask, segments):
+        for number in range(1, int(row.max(initial=0)) + 1):
+            here = row == number
+            inside, ids = mask[here], tokens[here]
+            size = int(inside.argmax()) if inside.any() else len(ids)
+            if len(ids):
+                found.append(Document(ids[:size].tobytes(), size, len(ids) - size, int(inside.sum())))
+    return found
+
+
+def pairs(start: int, count: int, window: int = 0) -> int:
+    """Products of a query and a key of ``count`` tokens behind ``start`` others; ``window``: tokens that each sees at
+    most, itself included (0: all)."""
+    seen = np.arange(start, start + count) + 1
+    return int((np.minimum(seen, window) if window else seen).sum())
+
+
+def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Document]) -> float:
+    """FLOPs of one pass over the documents. ``kind`` "sample": what sampling them takes."""
+    found = list(found)
+    *inside, last = matrices(cfg, head, 1)
+    spans = [(0, size) for size in {one.prompt: one.prompt_tokens for one in found}.values()]
+    spans += [(one.prompt_tokens, one.response_tokens) for one in found]
+    tokens = sum(count for _, count in spans)
+    windows = [cfg.sliding_window if local else 0 for local in local_layers(cfg)]
+    attended = sum(windows.count(window) * pairs(*span, window) for window in set(windows) for span in spans)
+    read = len(found) if kind == "scores" else sum(one.read for one in found)
+    products = tokens * sum(weight.size for weight in inside) + read * last.size
+    return float(2 * products + 4 * attended * cfg.num_heads * cfg.head_dim)
+
+
+def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
+    """The passes over whole rows that an iteration makes of ``batch`` (NumPy; as it leaves it, with the responses and
+    their scores): (in prepare, in the loss of one epoch). Asked of the algorithm, as plan/calls.py does. No mesh may be
+    set."""
+    if batch.sequences is not None and drawn.cfg.rewards.function is None:
+        batch = batch.replace(sequences=batch.sequences.replace(scores=None))  # the reward model's
+    asked: list[tuple[Role, Kind]] = []
+    rows: list[Sequences] = []
+    prepared: list[int] = []
+
+    def note(role: Role, kind: Kind, sequences: Any) -> None:
+        asked.append((role, kind))
+        rows.append(sequences.replace(logprobs=None, scores=None, ended=None))
+
+    nets = note_taker(drawn, note)
+
+    def ask(batch: Batch) -> list[Sequences]:
+        state, cfg = blank_state(drawn), drawn.cfg.algorithm
+        experience, _ = drawn.algorithm.prepare(nets, state, batch, cfg)
+        prepared.append(len(rows))
+        drawn.algorithm.loss(nets, state.params, state.slow, experience, cfg)
+        return rows
+
+    seen = jax.device_get(jax.jit(ask)(batch))
+    calls = [Call(role, kind, one) for (role, kind), one in zip(asked, seen, strict=True)]
+    return calls[: prepared[0]], calls[prepared[0] :]
+
+
+def count_work(drawn: Blueprint, batch: Batch) -> Work:
+    """The work of the iteration that made ``batch`` (NumPy), its sequences the sampled ones where it samples."""
+    models, (epochs, _) = models_of(drawn), updates_of(drawn.cfg)
+    prepared, learned = calls_of(drawn, batch)
+    flops = lambda call: forward_flops(*models[call.role], call.kind, documents(call.rows))
+    share = lambda role: 3 if role in drawn.recipe.optimizers else 1
+    rollout, tokens, steps = 0.0, 0, 0
+    if drawn.algorithm.rollout is not None:
+        mask = batch.sequences.response_mask
+        rollout = forward_flops(*models["policy"], "sample", documents(batch.sequences))
+        tokens, steps = int(mask.sum()), int(mask.sum(1).max() * len(mask))
+    first = next(call.role for call in learned if call.role in drawn.recipe.optimizers)
+    main = [call.rows for call in learned if call.role == first]
+    columns, found = sum(rows.tokens.size for rows in main), [documents(rows) for rows in main]
+    valid = sum(int(rows.valid.sum()) for rows in main)
+    repeated = sum(repeats(each) for each in found)
+    return Work(
+        rollout=rollout,
+        prepare=sum(map(flops, prepared)),
+        update=epochs * sum(share(call.role) * flops(call) for call in learned),
+        response_tokens=tokens,
+        sampled_share=tokens / steps if steps else 1.0,
+        update_tokens=epochs * valid,
+        update_share=valid / columns,
+        distinct_share=(valid - repeated) / columns,
+    )
+
+
+def repeats(found: list[Document]) -> int:
+    """Prompt tokens that are there once more than the rules count."""
+    distinct = {one.prompt: one.prompt_tokens for one in found}
+    return sum(one.prompt_tokens for one in found) - sum(distinct.values())
+
+
+def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
+    """Bytes that a step of the sampler reads, the mean over its steps: the policy's weights once, and the keys and
+    values of the tokens before it, of the rows that have not ended; all in the compute format."""
+    cfg, size = drawn.configs["policy"], np.dtype(drawn.cfg.precision.compute).itemsize
+    found = [one for one in documents(sequences) if one.response_tokens]
+    windows = [cfg.sliding_window if local else 0 for local in local_layers(cfg)]
+    spans = [(one.prompt_tokens, one.response_tokens) for one in found]
+    seen = sum(windows.count(window) * pairs(*span, window) for window in set(windows) for span in spans)
+    steps = max(one.response_tokens for one in found)
+    weights = sum(weight.size for weight in matrices(cfg, "lm", 1))
+    return size * (weights + seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps)
