@@ -206,8 +206,8 @@ def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
 
 
 def backward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
-    """The backward pass of ``forward``: twice its products, and gradients scattered. It reads weights as the forward
-    pass gathered them (remat none keeps them), or as the recomputation did."""
+    """The backward pass of ``forward``: twice its products, and gradients scattered. It reads weights as
+    ``recomputed`` gathered them."""
     once = forward(cfg, head, rows, columns, read, setup)
     fsdp, data, size = setup.fsdp, setup.copies, held(cfg, head, setup.tensor) * setup.compute
     scattered = size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
@@ -216,20 +216,19 @@ def backward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, s
 
 
 def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
-    """What the backward pass does again: the head's logits where they are chunked; under remat full all layers, under
-    dots attention's products and the gathering of weights."""
+    """What the backward pass does again: the head's logits where they are chunked, and the gathering of weights; under
+    remat full all layers, under dots attention's products."""
     whole = forward(cfg, head, rows, columns, read, setup)
     layers = layers_forward(cfg, head, rows, columns, setup)
     again = Work(whole.flops - layers.flops, whole.hbm - layers.hbm) if head == "lm" else Work()
     if setup.remat == "full":
         return again.plus(layers)
-    if setup.remat == "dots":
-        tokens = rows / setup.shards * columns
-        pairs = tokens * columns * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
-        size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
-        moved = pairs * STORED * setup.stored_attention + (2 * size if fsdp > 1 else 0)
-        return again.plus(Work(4 * pairs * cfg.head_dim, moved, size * (fsdp - 1) / fsdp))
-    return again
+    size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
+    again = again.plus(Work(0, 2 * size if fsdp > 1 else 0, size * (fsdp - 1) / fsdp))
+    if setup.remat == "none":
+        return again
+    pairs = rows / setup.shards * columns * columns * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
+    return again.plus(Work(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention))
 
 
 def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
