@@ -19,7 +19,6 @@ class Chip(NamedTuple):
     flops: float  # bfloat16, a second
     bandwidth: float  # HBM bytes a second
     ici: float  # bytes a second over all links
-    layouts: tuple[str, ...]  # some of the slices that there are, in chips
     options: Mapping[str, str] = MappingProxyType({})  # of the compiler's topology, where its default is another
 
     @property
@@ -28,15 +27,15 @@ class Chip(NamedTuple):
         return GENERATIONS[self.name].hbm_gb * GIB
 
 
-GIB, FLAT, DEEP = 2**30, ("2x2", "4x4", "8x8", "16x16"), ("2x2x1", "4x4x4", "8x8x8", "8x8x16")
+GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
         # megacore: both cores of a chip are one device, as they are on a machine
-        Chip("v4", 275e12, 1200e9, 270e9, DEEP, {"chip_config_name": "megacore"}),
-        Chip("v5e", 197e12, 819e9, 200e9, FLAT),
-        Chip("v5p", 459e12, 2765e9, 600e9, DEEP),
-        Chip("v6e", 918e12, 1638e9, 400e9, FLAT),
-        Chip("tpu7x", 2307e12, 7380e9, 600e9, DEEP),  # two devices a chip
+        Chip("v4", 275e12, 1200e9, 270e9, {"chip_config_name": "megacore"}),
+        Chip("v5e", 197e12, 819e9, 200e9),
+        Chip("v5p", 459e12, 2765e9, 600e9),
+        Chip("v6e", 918e12, 1638e9, 400e9),
+        Chip("tpu7x", 2307e12, 7380e9, 600e9),  # two devices a chip
     )
 }
