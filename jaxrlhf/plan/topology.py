@@ -52,13 +52,15 @@ def find_slice(name: str, slices: int = 1) -> Slice:
         raise ConfigError(f"--topology: {error}") from None
     if slices < 1:
         raise ConfigError(f"--slices: {slices}: expected 1 or more; nearest: 1")
+    chip = CHIPS[each.generation.name]
+    if slices > 1 and chip.dcn is None:
+        raise ConfigError(f"--slices: {slices}: how fast {chip.name} slices are joined is not published; nearest: 1")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError('jaxrlhf plan: libtpu, which compiles for TPUs, is not here; pip install "jaxrlhf[plan]"')
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     from jax.experimental.topologies import get_topology_desc
 
-    chip = CHIPS[each.generation.name]
     more = {**chip.options} | ({"num_slices": slices} if slices > 1 else {})
     try:
         found = get_topology_desc(topology_name=each.topology, platform="tpu", **more)

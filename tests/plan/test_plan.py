@@ -71,6 +71,23 @@ def test_a_mesh_may_split_an_axis_of_the_torus(libtpu):
 
 
 @pytest.mark.plan
+def test_two_slices_are_timed_by_the_network_between_them(libtpu):
+    """v5e has 25 Gbit/s a chip there, a 64th of what it has within a slice."""
+    more = ["mesh.fsdp=4", "--estimate", "--json"]
+    plans = [
+        json.loads(command(str(TINY), "--topology", "v5e:2x2", "--slices", n, f"mesh.slices={n}", *more)[0])
+        for n in ("1", "2")
+    ]
+    rows = [[one for one in plan["phases"] if one["name"].endswith(": between slices")] for plan in plans]
+    assert rows[0] == [] and {one["name"] for one in rows[1]} >= {"update policy: between slices"}
+    for one in rows[1]:
+        assert one["bound"] == "between slices" and one["ici"] == 0
+        assert one["seconds"] == pytest.approx(one["dcn"] / 3.125e9) and one["dcn"] > 0
+    out, _ = command(str(TINY), "--topology", "v5e:2x2", "--slices", "2", "mesh.slices=2", *more[:2])
+    assert "update policy: between slices" in out
+
+
+@pytest.mark.plan
 def test_several_slices(libtpu):
     found = find_slice("v5e:2x2", 2)
     assert (found.chips, len(found.devices), str(found)) == (8, 8, "2 x v5e:2x2: 8 chips")
@@ -127,6 +144,8 @@ def test_no_libtpu_is_one_line(monkeypatch):
         find_slice("v5e:2x2")
     with pytest.raises(ConfigError, match=r"^--slices: 0: expected 1 or more"):
         find_slice("v5e:2x2", 0)
+    with pytest.raises(ConfigError, match=r"^--slices: 2: how fast v4 slices are joined is not published; nearest: 1$"):
+        find_slice("v4:2x2x1", 2)
 
 
 def test_configs_beside_are_those_that_load(tmp_path):
