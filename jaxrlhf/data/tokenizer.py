@@ -7,8 +7,6 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 BYTES = 256  # a byte-level vocabulary starts with all of them, so that any text round-trips
 
@@ -175,6 +173,6 @@ def text_of(record: Mapping[str, Any]) -> str:
     return record["text"] if "text" in record else record["prompt"] + record["response"]
 
 
-def decode_rows(tokenizer: Any, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """The text of each row's masked tokens, special ones left out: tokens i32[B, S], mask bool[B, S]."""
+def decode_rows(tokenizer: Any, tokens: Any, mask: Any) -> list[str]:
+    """The text of each row's masked tokens, special ones left out: arrays i32[B, S] and bool[B, S]."""
     return [tokenizer.decode(row[here], skip_special_tokens=True) for row, here in zip(tokens, mask, strict=True)]
