@@ -5,6 +5,7 @@ Each role is an item of its own, so that another run can take one role and read 
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -175,6 +176,12 @@ def restore_role(run_dir, step: int, role: Role, abstract: Params) -> Params:
         return checkpointer.restore(item, abstract)
 
 
+def token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None) -> hf_config.TokenIds:
+    """The special tokens of a tokenizer, and those that ``generation_config`` says end a response."""
+    eos = tokenizers.eos_ids(tokenizer, generation_config)
+    return hf_config.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
+
+
 def export(run_dir, role: Role, to) -> None:
     """Write one role of a run's latest checkpoint as a HF folder, tokenizer included.
 
@@ -185,8 +192,7 @@ def export(run_dir, role: Role, to) -> None:
     cfg, head = model_of(extra["models"][role])
     folder, dtype = epath.Path(run_dir) / "tokenizer", jnp.dtype(extra["dtype"])
     tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
-    eos = tokenizers.eos_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
-    ids = hf_config.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    ids = token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         params = restore_role(run_dir, step, role, abstract_params(cfg, head, dtype, mesh))

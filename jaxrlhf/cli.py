@@ -73,7 +73,12 @@ def plan(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="CONFIG [KEY=VALUE]...", help="A YAML file, and overrides.")
     ] = None,
-    topology: Annotated[str, typer.Option(help="A slice by its chip and layout, in chips: v5e:8x8, v5p:4x4x4.")] = "",
+    topology: Annotated[
+        str,
+        typer.Option(
+            help="A slice by its chip and layout, in chips (v5e:8x8, v5p:4x4x4), or by its name (v5litepod-64)."
+        ),
+    ] = "",
     slices: Annotated[int | None, typer.Option(help="How many of them; by default mesh.slices.")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Compile nothing: what is counted alone.")] = False,
     calibration: Annotated[

@@ -27,7 +27,7 @@ class Model(NamedTuple):
     params: Params
     config: ModelConfig
     tokenizer: Any
-    eos_ids: tuple[int, ...]
+    ids: hf_config.TokenIds
 
 
 def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
@@ -42,13 +42,13 @@ def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
         if head != "lm":
             raise ValueError(f"{name}: holds a {role} model with a {head} head, which can't write; expected a policy")
         params = checkpoint.restore_role(name, step, role, abstract_params(cfg, head, dtype, mesh))
-        return Model(params, cfg, tokenizer, tokenizers.eos_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}))
+        return Model(params, cfg, tokenizer, checkpoint.token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}))
     folder = hf_folder.locate(name)
     cfg, head = hf_config.read_config(folder)
     if head != "lm":
         raise ValueError(f"{name}: a model with a {head} head can't write; expected a causal language model")
-    eos = tokenizers.eos_ids(tokenizer, hf_folder.read_json(folder, "generation_config.json"))
-    return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, eos)
+    ids = checkpoint.token_ids(tokenizer, hf_folder.read_json(folder, "generation_config.json"))
+    return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, ids)
 
 
 def export_model(name: str, to: str) -> None:
@@ -56,8 +56,7 @@ def export_model(name: str, to: str) -> None:
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         model = read_model(name, mesh)
-        ids = hf_config.TokenIds(model.eos_ids, model.tokenizer.bos_token_id, model.tokenizer.pad_token_id)
-        hf.save(model.params, model.config, "lm", to, ids=ids, tokenizer_folder=tokenizer_of(name))
+        hf.save(model.params, model.config, "lm", to, ids=model.ids, tokenizer_folder=tokenizer_of(name))
 
 
 def generate_text(
@@ -68,14 +67,13 @@ def generate_text(
     with jax.set_mesh(mesh):
         model = read_model(name, mesh)
         batch = encode_prompts(model, prompts, chat, batch_shards(mesh))
-        sampler = sampler_of(cfg, model.tokenizer, model.eos_ids, padded_vocab(model.config))
+        sampler = sampler_of(cfg, model.tokenizer, model.ids.eos, padded_vocab(model.config))
         runtime = Runtime(hardware=hardware_of(mesh.devices.flat[0]))
         run = lambda params, prompts: generate.sample(
             params, model.config, prompts, jnp.int32(seed), jnp.int32(0), sampler, runtime
         )
         found = jax.device_get(jax.jit(run)(model.params, put(mesh, batch)))
-    rows = zip(np.asarray(found.tokens), np.asarray(found.response_mask))
-    return [model.tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in rows][: len(prompts)]
+    return tokenizers.decode_rows(model.tokenizer, found.tokens, found.response_mask)[: len(prompts)]
 
 
 def encode_prompts(model: Model, prompts: Sequence[str], chat: bool, shards: int) -> Prompts:

@@ -1,11 +1,11 @@
 """What is said about a mistake in a config: one line with the key, the value, what was expected, the nearest choice."""
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from jaxrlhf.config_types import bare, hints, names_under, records, type_name, type_under
+from jaxrlhf.wording import cut, nearest, one_line
 
 
 class ConfigError(ValueError):
@@ -35,29 +35,20 @@ def explain(row: Mapping[str, Any], cls: type) -> str:
         return f"missing; expected {type_name(type_under(cls, row['loc'][1:])).replace('`', '')}"
     if kind == "literal_error":
         choices = get_args(bare(type_under(cls, row["loc"][1:])))
-        close = difflib.get_close_matches(str(row["input"]), choices, 1)
-        return f"{value}: expected one of {', '.join(choices)}{f'; nearest: {close[0]}' if close else ''}"
+        near = nearest(row["input"], choices, "")
+        return f"{value}: expected one of {', '.join(choices)}{f'; {near}' if near else ''}"
     return f"{value}: expected {EXPECTED.get(kind) or one_line(row['msg'])}"
 
 
 def suggest(word: Any, choices: Sequence[Any], cls: type | None = None) -> str:
     """The choice nearest to ``word``; where none is near, a key of this name elsewhere in ``cls``, or all choices."""
-    choices = [str(choice) for choice in choices]
-    if close := difflib.get_close_matches(str(word), choices, 1):
-        return f"nearest: {close[0]}"
-    if cls and (elsewhere := [path for path, record in records(cls) if word in hints(record) and path]):
-        return f"nearest: {elsewhere[0]}.{word}"
-    return f"choices: {', '.join(choices)}"
+    elsewhere = [path for path, record in records(cls) if word in hints(record) and path] if cls else []
+    return nearest(word, [str(choice) for choice in choices], f"nearest: {elsewhere[0]}.{word}" if elsewhere else None)
 
 
 def show(value: Any) -> str:
     """``value`` as one would write it, cut short."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return cut(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def dotted(keys: Sequence[Any]) -> str:

@@ -9,8 +9,8 @@ import textwrap
 import tokenize
 
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config_errors import one_line
 from jaxrlhf.config_types import bare, hints, records, type_name
+from jaxrlhf.wording import one_line
 
 SECTIONS = ("algorithm", "algorithm_name", "models", "optimizer")  # explained by the tables of what is in them
 

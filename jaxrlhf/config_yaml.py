@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from etils import epath
 
-from jaxrlhf.config_errors import ConfigError, one_line, show, suggest
+from jaxrlhf.config_errors import ConfigError, show, suggest
+from jaxrlhf.wording import one_line
 
 MAX_YAML_BYTES = 64 * 1024
 MAX_ALIASES = 16  # with aliases of aliases a few lines can stand for gigabytes

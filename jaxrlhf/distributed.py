@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxrlhf.rendezvous import meet
+from jaxrlhf.wording import one_line
 
 EXIT_BROKEN = 1
 GRACE = 30  # seconds that JAX is given beyond init_timeout: its own timeout aborts without a word of use
@@ -85,7 +86,7 @@ def start(cfg: DistributedConfig, environment: Mapping[str, str] = os.environ) -
         except Exception as error:  # metadata servers, Kubernetes and gRPC raise many kinds
             if cluster and not cluster.certain and isinstance(error, (ValueError, OSError)):
                 return  # no metadata of a pod: a TPU host of its own
-            found = " ".join(str(error).split()) or type(error).__name__
+            found = one_line(error) or type(error).__name__
             raise ConnectionError(
                 f"{waiting} can't be joined: {found}; distributed.auto=false runs one alone"
             ) from error

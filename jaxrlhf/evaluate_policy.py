@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrlhf import build, distributed
 from jaxrlhf.build import Run
+from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.feed import fetch_all, held_out, put, read_source
 from jaxrlhf.ops.masked import keep
 from jaxrlhf.rewards.judge import Judge
@@ -127,12 +128,11 @@ def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
 def sample_rows(ready: Run, sequences: Sequences, count: int, split: str) -> list[dict[str, Any]]:
     """The first ``count`` rows as text: prompt, response, score, split. All processes have to call it."""
     rows = jax.tree.map(lambda x: x[:count], fetch_all(sequences))
-    decode = lambda ids: ready.tokenizer.decode(ids, skip_special_tokens=True)
-    texts = []
-    for i in range(len(rows.tokens)):
-        prompt = rows.tokens[i][rows.valid[i] & ~rows.response_mask[i]]
-        row = {"prompt": decode(prompt), "response": decode(rows.tokens[i][rows.response_mask[i]])}
-        if rows.scores is not None:
-            row["score"] = round(float(rows.scores[i]), 4)
-        texts.append(row | {"split": split})
-    return texts
+    prompts, responses = (
+        decode_rows(ready.tokenizer, rows.tokens, mask)
+        for mask in (rows.valid & ~rows.response_mask, rows.response_mask)
+    )
+    texts = [{"prompt": prompt, "response": response} for prompt, response in zip(prompts, responses, strict=True)]
+    if rows.scores is not None:
+        texts = [text | {"score": round(float(score), 4)} for text, score in zip(texts, rows.scores, strict=True)]
+    return [text | {"split": split} for text in texts]

@@ -20,9 +20,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxrlhf import distributed
 from jaxrlhf.config import Config
 from jaxrlhf.config_check import check
-from jaxrlhf.config_errors import one_line
 from jaxrlhf.metrics import is_local
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.wording import one_line
 
 PACKAGES = ("jaxrlhf", "jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint")
 GB = 1e9

@@ -26,7 +26,7 @@ class Program(NamedTuple):
 
 def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
     """What an iteration runs, by name, in order: "iteration", or "rollout" and "learn"."""
-    if drawn.cfg.rewards.function is None or drawn.algorithm.rollout is None:
+    if drawn.cfg.rewards.function is None or drawn.recipe.algorithm.rollout is None:
         return {"iteration": compile_whole(drawn, state, batch)}
     rollout, learn = compile_halves(drawn, state, batch)
     return {"rollout": rollout, "learn": learn}

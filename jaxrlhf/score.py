@@ -10,8 +10,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxrlhf.build import Run
+from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.feed import fetch, holders, put, share_of
-from jaxrlhf.programs import compile_halves
+from jaxrlhf.programs import Program
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 Records = list[dict[str, Any]]
@@ -34,8 +35,7 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
     each = ready.sampler.samples_per_prompt
     copies = [dict(record) for record in records for _ in range(each)]  # the function's own: it may change them
     mine = [row for row, is_mine in zip(range(len(copies)), scored_here(ready.mesh, len(tokens))) if is_mine]
-    decode = lambda ids: ready.tokenizer.decode(ids, skip_special_tokens=True)
-    responses = [decode(tokens[row][masks[row]]) for row in mine]
+    responses = decode_rows(ready.tokenizer, tokens[mine], masks[mine])
     scores = np.zeros(len(tokens), np.float32)
     started = time.perf_counter()
     if responses:  # a process may have none in the last batch of an evaluation
@@ -62,13 +62,16 @@ def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(everything)).sum(0)[here]  # 0 but for one process a row
 
 
-def compile_scored(ready: Run, state: TrainState, batch: Batch) -> Callable:
-    """(state, batch, records) -> (state, metrics, responses with their scores), compiled for the shapes given."""
-    rollout, learn = compile_halves(ready, state, batch)
+def joined(ready: Run, programs: dict[str, Program]) -> Callable:
+    """programs.compile_programs as one function: (state, batch, records) -> (state, metrics, responses or None).
+
+    Where there are two programs, the host scores the responses between them; ``records`` are for that alone."""
+    if "iteration" in programs:
+        return lambda state, batch, records: programs["iteration"].run(state, batch)
 
     def iteration(state: TrainState, batch: Batch, records: Records) -> tuple[TrainState, Metrics, Sequences]:
-        sequences, seconds = score(ready, rollout.run(state, batch), records)
-        state, metrics = learn.run(state, batch.replace(sequences=sequences))
+        sequences, seconds = score(ready, programs["rollout"].run(state, batch), records)
+        state, metrics = programs["learn"].run(state, batch.replace(sequences=sequences))
         return state, metrics | {"time/rewards": seconds}, sequences
 
     return iteration

@@ -1,4 +1,4 @@
-"""TPU slices: what an accelerator type is made of, by any of its names. Imports nothing, so that launchers can.
+"""TPU slices: what an accelerator type is made of, by any of its names. Imports no JAX, so that launchers can.
 
 A slice has three names: the cloud's accelerator type (v5litepod-256, where v4, v5p and tpu7x count TensorCores, two a
 chip), the topology as libtpu is told it (v5e:16x16, counted in chips), and, on GKE, a pair of node labels.
@@ -14,10 +14,11 @@ Sources, read in November 2026:
 ``python -m jaxrlhf.topologies`` prints the table.
 """
 
-import difflib
 import math
 import re
 from typing import NamedTuple
+
+from jaxrlhf.wording import nearest
 
 
 class Generation(NamedTuple):
@@ -46,6 +47,7 @@ GENERATIONS = {
         Generation("tpu7x", "tpu7x", 2, 2, 192, 4, None, "tpu7x", ("1x1x1", *CUBES)),
     )
 }
+ANY = 0.3  # names of slices are short: how alike one must be to be called the nearest
 ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v7x": "tpu7x"}
 
 
@@ -92,7 +94,7 @@ def find_slice(name: str) -> Slice:
     kind, colon, rest = name.partition(":" if ":" in name else "-")
     row = GENERATIONS.get(ALIASES.get(kind, kind))
     if row is None:
-        raise ValueError(f"{name}: unknown accelerator; {nearest(name, accelerator_types())}")
+        raise ValueError(f"{name}: unknown accelerator; {nearest(name, accelerator_types(), cutoff=ANY)}")
     if colon == ":" or "x" in rest:
         return Slice(row, layout_of(row, name, rest))
     sizes = {slice_.accelerator_type: slice_ for slice_ in slices(row)}
@@ -112,7 +114,7 @@ def layout_of(row: Generation, name: str, text: str) -> str:
     chips, largest = Slice(row, text).chips, Slice(row, row.layouts[-1]).chips
     if text not in row.layouts and (dimensions == 2 or chips % 4 or chips > largest):
         choices = [f"{row.name}:{layout}" for layout in row.layouts]
-        raise ValueError(f"{name}: no slice of this layout; {nearest(name, choices)}")
+        raise ValueError(f"{name}: no slice of this layout; {nearest(name, choices, cutoff=ANY)}")
     return text
 
 
@@ -130,11 +132,6 @@ def distance(accelerator_type: str, size: str) -> float:
     if not size.isdecimal() or not int(size):
         return math.inf
     return abs(math.log2(int(size) / int(accelerator_type.rpartition("-")[2])))
-
-
-def nearest(word: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(word, choices, 1, cutoff=0.3)
-    return f"nearest: {close[0]}" if close else f"choices: {', '.join(choices)}"
 
 
 def table() -> str:

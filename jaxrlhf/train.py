@@ -20,8 +20,8 @@ from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, put
 from jaxrlhf.metrics import MetricsLog, is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
-from jaxrlhf.programs import compile_whole
-from jaxrlhf.score import compile_scored
+from jaxrlhf.programs import compile_programs
+from jaxrlhf.score import joined
 from jaxrlhf.sharding import current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
@@ -148,15 +148,14 @@ class Trainer:
     def compile(self, state: TrainState) -> dict[Any, Callable]:
         """The iteration for every shape of batch that can come, before the first is run: (state, batch, records) ->
         (state, metrics, responses) in one program, or in two where the host scores the responses between them."""
-        started, programs = time.perf_counter(), {}
-        halves = self.ready.reward_function is not None
-        compile_for = compile_scored if halves else compile_alone
+        started, found, count = time.perf_counter(), {}, 0
         for batch in self.feed.shapes():
-            programs[shapes(batch)] = compile_for(self.ready, state, batch)
+            programs = compile_programs(self.ready, state, batch)
+            found[shapes(batch)] = joined(self.ready, programs)
+            count += len(programs)
         distributed.wait()
-        count = len(programs) * (2 if halves else 1)
         self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")
-        return programs
+        return found
 
     # ---- stopping -------------------------------------------------------------------------------------------------
 
@@ -257,12 +256,6 @@ class Trainer:
         self.feed.set_state(self.saved.extra(step)["data"])
         self.log.say(f"resumed from step {step}")
         return state
-
-
-def compile_alone(ready: Run, state: TrainState, batch: Batch) -> Callable:
-    """The iteration as one program; the records are for reward functions."""
-    program = compile_whole(ready, state, batch)
-    return lambda state, batch, records: program.run(state, batch)
 
 
 def shapes(batch: Batch) -> tuple:

@@ -1,17 +1,21 @@
-"""``python -m tests.read_share FOLDER OUT``: one of several processes reads a Hugging Face folder onto a mesh of them
-all, counts the bytes that it takes out of the file, and notes the sums of the weights."""
+"""``python -m tests.read_share FOLDER OUT``: reads a Hugging Face folder onto a mesh of all devices, which several
+processes may share, and notes what that took: bytes of the file, memory; and the sums of the weights."""
 
 import json
+import re
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf import distributed
 from jaxrlhf.distributed import DistributedConfig
-from jaxrlhf.models import hf, hf_config
+from jaxrlhf.models import hf, hf_config, hf_folder
 from jaxrlhf.sharding import MeshConfig, make_mesh
 
 
@@ -32,20 +36,52 @@ class Counting:
         return value
 
 
+class Watch:
+    """The most memory that this process had at once while the block ran, beyond what it had before."""
+
+    def __enter__(self) -> "Watch":
+        self.before = self.peak = self.anonymous()
+        self.done = False
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done = True
+        self.thread.join()
+        self.grown = self.peak - self.before
+
+    def look(self) -> None:
+        while not self.done:
+            self.peak = max(self.peak, self.anonymous())
+            time.sleep(0.001)
+
+    def anonymous(self) -> int:
+        """Resident bytes that belong to the process alone: the pages of a mapped file do not count, since the system
+        takes them back when it wants memory."""
+        found = re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())
+        assert found is not None, "only Linux says this"
+        return int(found[1]) * 1024
+
+
 def main() -> None:
-    folder, out = sys.argv[1:]
+    where, out = sys.argv[1:]
     distributed.start(DistributedConfig())
+    folder = hf_folder.locate(where)
     cfg, head = hf_config.read_config(folder)
     opened = hf.open_weights
     hf.open_weights = lambda where: {name: Counting(tensor) for name, tensor in opened(where).items()}
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    with jax.set_mesh(mesh):
-        params = hf.load(folder, cfg, head)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=-1))):
+        # what the first array takes is not the weights'
+        jax.device_put(np.zeros(8), jax.local_devices()[0]).block_until_ready()
+        with Watch() as memory:
+            params = hf.load(folder, cfg, head)
         leaves, structure = jax.tree.flatten(params)
         sums = [float(total) for total in jax.jit(lambda leaves: [jnp.sum(x * x) for x in leaves])(leaves)]
         count = lambda leaf: sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.replica_id == 0)
         held = sum(map(count, leaves))
-    Path(out).write_text(json.dumps({"read": Counting.read, "held": held, "sums": sums, "tree": str(structure)}))
+    told = {"read": Counting.read, "held": held, "grown": memory.grown, "sums": sums, "tree": str(structure)}
+    Path(out).write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

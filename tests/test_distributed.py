@@ -190,34 +190,6 @@ def test_a_process_that_breaks_down_ends_the_others(root):
     assert re.search(r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n", first.errors), first.errors
 
 
-def test_each_process_reads_its_share_of_the_weights(tmp_path):
-    """Two processes of four devices, a model split over the eight: each takes half of the file, and no byte is lost."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxrlhf.models import hf
-    from jaxrlhf.models.config import ModelConfig, resolve
-    from jaxrlhf.models.transformer import init
-
-    cfg = resolve(ModelConfig(vocab_size=512, hidden_size=64, num_layers=2, mlp_size=128, tie_embeddings=False))
-    params = init(cfg, "lm", jax.random.key(0), jnp.float32)
-    hf.save(params, cfg, "lm", tmp_path / "model")
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    joint = {"JAX_COORDINATOR_ADDRESS": f"localhost:{runs.free_port()}", "JAX_NUM_PROCESSES": "2"}
-    joint |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(runs.ROOT)}
-    command = [sys.executable, "-m", "tests.read_share", str(tmp_path / "model")]
-    started = [
-        subprocess.Popen([*command, str(tmp_path / name)], env=os.environ | joint | {"JAX_PROCESS_ID": name})
-        for name in "01"
-    ]
-    assert [process.wait(200) for process in started] == [0, 0]
-    found = [json.loads((tmp_path / name).read_text()) for name in "01"]
-    for one in found:
-        assert 0.45 * size < one["read"] < 0.55 * size, (one["read"], size)
-        np.testing.assert_allclose(one["sums"], [float(jnp.sum(x * x)) for x in jax.tree.leaves(params)], rtol=1e-5)
-    assert sum(one["held"] for one in found) == size
-
-
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 

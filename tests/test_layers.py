@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 # the first part of a module's name below jaxrlhf -> its layer
 LAYERS = {
     "": 0,
-    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies", "profiler"), 0),
+    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies", "profiler", "wording"), 0),
     "ops": 1,
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),
@@ -30,7 +30,7 @@ ONLY = {
     "ops": {"types", "sharding", "ops"},  # pure array maths
     "algorithms": {"types", "ops", "algorithms"},  # an algorithm reaches networks through Nets alone
     "data": {"types", "sharding", "data"},  # text to tokens on the host
-    "rewards": {"types", "rewards"},
+    "rewards": {"types", "wording", "rewards"},
 }
 
 LIGHT = {"typer"}  # what cli.py may import before a command runs, besides the standard library

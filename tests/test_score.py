@@ -25,8 +25,9 @@ from jaxrlhf.config import Config, dump, parse
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data.batches import Share
 from jaxrlhf.feed import fetch, put
-from jaxrlhf.rewards.functions import RewardFunction
-from jaxrlhf.score import compile_scored, score
+from jaxrlhf.programs import compile_programs
+from jaxrlhf.rewards.functions import RewardFunction, RewardsConfig
+from jaxrlhf.score import joined, score
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
 from jaxrlhf.types import Batch, Sequences
 from tests import runs, tiny
@@ -43,7 +44,10 @@ def ready_for(mesh, function: Callable, recipe=None, samples_per_prompt: int = 2
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
     sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt)
     named = RewardFunction("my:f", function)
-    return SimpleNamespace(recipe=recipe, mesh=mesh, tokenizer=tokenizer, sampler=sampler, reward_function=named)
+    cfg = SimpleNamespace(rewards=RewardsConfig("my:f"))
+    return SimpleNamespace(
+        cfg=cfg, recipe=recipe, mesh=mesh, tokenizer=tokenizer, sampler=sampler, reward_function=named
+    )
 
 
 # ---- two programs are the one ---------------------------------------------------------------------------------------
@@ -71,7 +75,8 @@ def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol)
             return scores(reward_model, written_again(responses, records)).tolist()
 
         without = run.state.replace(slow={"reference": run.state.slow["reference"]})
-        halves = compile_scored(ready_for(mesh, function, run.recipe), without, run.batch)
+        ready = ready_for(mesh, function, run.recipe)
+        halves = joined(ready, compile_programs(ready, without, run.batch))
         found, numbers, scored = halves(without, run.batch, records)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(without.params)), "nothing was donated"
     np.testing.assert_array_equal(scored.tokens, sequences.tokens)

@@ -171,3 +171,8 @@ def text_of(record: Mapping[str, Any]) -> str:
     if "messages" in record:
         return "\n".join(message["content"] for message in record["messages"])
     return record["text"] if "text" in record else record["prompt"] + record["response"]
+
+
+def decode_rows(tokenizer: Any, tokens: Any, mask: Any) -> list[str]:
+    """The text of each row's masked tokens, special ones left out: arrays i32[B, S] and bool[B, S]."""
+    return [tokenizer.decode(row[here], skip_special_tokens=True) for row, here in zip(tokens, mask, strict=True)]

@@ -9,6 +9,8 @@ Counted by ourselves, since XLA's cost analysis counts the body of a loop once. 
 - a pass reads the stored weights, writes and reads them gathered over fsdp, and writes and reads what goes in and out
   of every product once; what one fusion could keep is not counted, but for softmax
 - a gather over n devices brings (n - 1) / n of the result, a sum twice that
+- gradients are summed within a slice first; what then goes between slices is a phase of its own, after the backward
+  pass, though a part of it may run beside it
 
 Every response is taken to be generate.max_new_tokens long: what stops early is faster. A phase takes as long as the
 slowest of the three would take alone at its peak, and phases follow each other: a bound, which nothing reaches.
@@ -70,7 +72,8 @@ class Work(NamedTuple):
 
     flops: float = 0.0
     hbm: float = 0.0  # bytes
-    ici: float = 0.0  # bytes received
+    ici: float = 0.0  # bytes received within the slice
+    dcn: float = 0.0  # bytes received from other slices
 
     def plus(self, other: "Work") -> "Work":
         return Work(*(ours + theirs for ours, theirs in zip(self, other)))
@@ -92,13 +95,13 @@ class Timed(NamedTuple):
 
     phase: Phase
     seconds: float
-    bound: Literal["compute", "HBM", "network"]
+    bound: Literal["compute", "HBM", "network", "between slices"]
 
 
 def timed(phase: Phase, chip: Chip, devices_per_chip: int = 1) -> Timed:
-    """The roofline: a phase lasts as long as the slowest of compute, memory and network."""
-    peaks = {"compute": chip.flops, "HBM": chip.bandwidth, "network": chip.ici}
-    seconds = {name: part * devices_per_chip / peaks[name] for name, part in zip(peaks, phase.work)}
+    """The roofline: a phase lasts as long as the slowest of compute, memory and networks."""
+    peaks = {"compute": chip.flops, "HBM": chip.bandwidth, "network": chip.ici, "between slices": chip.dcn}
+    seconds = {name: part * devices_per_chip / peaks[name] if part else 0.0 for name, part in zip(peaks, phase.work)}
     slowest = max(seconds, key=lambda name: seconds[name])
     return Timed(phase, seconds[slowest], slowest)  # type: ignore[arg-type]
 
@@ -206,30 +209,36 @@ def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
 
 
 def backward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
-    """The backward pass of ``forward``: twice its products, and gradients scattered. It reads weights as the forward
-    pass gathered them (remat none keeps them), or as the recomputation did."""
+    """The backward pass of ``forward``: twice its products, and gradients scattered. It reads weights as
+    ``recomputed`` gathered them."""
     once = forward(cfg, head, rows, columns, read, setup)
-    fsdp, data, size = setup.fsdp, setup.copies, held(cfg, head, setup.tensor) * setup.compute
+    fsdp, data, size = setup.fsdp, setup.mesh["data"], held(cfg, head, setup.tensor) * setup.compute
     scattered = size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
     sums = tensor_sums(cfg, rows / setup.shards * columns, setup)
     return Work(2 * once.flops, 2 * once.hbm + 2 * size, scattered + sums)
 
 
+def between_slices(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
+    """The gradients of ``backward``, summed within each slice, summed over the slices: each device has its part."""
+    slices = setup.mesh.get("slice", 1)
+    part = held(cfg, head, setup.tensor) * setup.compute / setup.fsdp / setup.mesh["data"]
+    return Work(dcn=2 * part * (slices - 1) / slices)
+
+
 def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
-    """What the backward pass does again: the head's logits where they are chunked; under remat full all layers, under
-    dots attention's products and the gathering of weights."""
+    """What the backward pass does again: the head's logits where they are chunked, and the gathering of weights; under
+    remat full all layers, under dots attention's products."""
     whole = forward(cfg, head, rows, columns, read, setup)
     layers = layers_forward(cfg, head, rows, columns, setup)
     again = Work(whole.flops - layers.flops, whole.hbm - layers.hbm) if head == "lm" else Work()
     if setup.remat == "full":
         return again.plus(layers)
-    if setup.remat == "dots":
-        tokens = rows / setup.shards * columns
-        pairs = tokens * columns * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
-        size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
-        moved = pairs * STORED * setup.stored_attention + (2 * size if fsdp > 1 else 0)
-        return again.plus(Work(4 * pairs * cfg.head_dim, moved, size * (fsdp - 1) / fsdp))
-    return again
+    size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
+    again = again.plus(Work(0, 2 * size if fsdp > 1 else 0, size * (fsdp - 1) / fsdp))
+    if setup.remat == "none":
+        return again
+    pairs = rows / setup.shards * columns * columns * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
+    return again.plus(Work(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention))
 
 
 def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
@@ -287,6 +296,7 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
             again = pass_of(recomputed, one, models, setup).times(count)
             add(f"update {one.role}: recomputed", again, 0.0)
             add(f"update {one.role}: backward", pass_of(backward, one, models, setup).times(count))
+            add(f"update {one.role}: between slices", pass_of(between_slices, one, models, setup).times(count))
     for role, moments in setup.moments.items():
         add(f"update {role}: Adam", optimizer(*models[role], moments, setup).times(passes.updates))
     return [phase for phase in found if any(phase.work)]

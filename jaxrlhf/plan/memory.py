@@ -95,7 +95,7 @@ def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
 
 
 def kept(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
-    """What a forward pass keeps for its backward pass, of all layers; without remat their gathered weights too."""
+    """What a forward pass keeps for its backward pass, of all layers: activations, never a gathered weight."""
     tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
     heads, _ = heads_here(cfg, tensor)
     inside = matrices(cfg, "lm", tensor)[:-1]
@@ -107,5 +107,4 @@ def kept(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
         return tokens * (cfg.hidden_size + wide + gathered) * cfg.num_layers * setup.compute
     pairs = tokens * one.columns * heads * (4 + setup.compute) if setup.stored_attention else 0
     every = tokens * (2 * 4 * cfg.hidden_size + (4 * cfg.hidden_size + 2 * wide) * setup.compute)
-    gathered = sum(weight.size for weight in inside) * setup.compute if setup.fsdp > 1 else 0
-    return (every + pairs) * cfg.num_layers + gathered
+    return (every + pairs) * cfg.num_layers

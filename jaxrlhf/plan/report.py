@@ -92,8 +92,8 @@ def phase_table(plan: Plan) -> Table:
     """The roofline, phase by phase."""
     table = Table("at best", "TFLOP", "HBM GB", "network GB", "seconds", "bound by", title="one iteration, a device")
     for one in plan.phases:
-        flops, hbm, ici = one.phase.work
-        numbers = (f"{flops / 1e12:,.3f}", f"{hbm / 1e9:,.3f}", f"{ici / 1e9:,.3f}", f"{one.seconds:.3g}")
+        flops, hbm, ici, dcn = one.phase.work
+        numbers = (f"{flops / 1e12:,.3f}", f"{hbm / 1e9:,.3f}", f"{(ici + dcn) / 1e9:,.3f}", f"{one.seconds:.3g}")
         table.add_row(one.phase.name, *numbers, one.bound)
     return table
 

@@ -1,15 +1,15 @@
 """A TPU slice that is not here: devices that programs can be compiled for, and nothing can run on."""
 
 import importlib.util
-import math
 import os
-import re
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxrlhf import topologies
 from jaxrlhf.chips import CHIPS, Chip
-from jaxrlhf.config_errors import ConfigError, one_line, suggest
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.wording import one_line
 
 # libtpu looks for the TPU it is on, and says at length that there is none; what it is told here changes no topology
 QUIET = {
@@ -43,27 +43,27 @@ class Slice(NamedTuple):
 
 
 def find_slice(name: str, slices: int = 1) -> Slice:
-    """The slice called "v5e:8x8": a chip of chips.CHIPS and its layout, in chips.
+    """The slice called ``name``, by any of its names: see topologies.find_slice.
 
     Raises ConfigError, in one line, for one that there is not, and where libtpu is not installed."""
-    shape = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
-    if not shape or shape.group(1) not in CHIPS:
-        near = suggest(name.partition(":")[0], list(CHIPS))
-        raise ConfigError(f"--topology: {name}: expected a chip and its layout, as in v5e:8x8; {near}")
+    try:
+        each = topologies.find_slice(name)
+    except ValueError as error:
+        raise ConfigError(f"--topology: {error}") from None
     if slices < 1:
         raise ConfigError(f"--slices: {slices}: expected 1 or more; nearest: 1")
+    chip = CHIPS[each.generation.name]
+    if slices > 1 and chip.dcn is None:
+        raise ConfigError(f"--slices: {slices}: how fast {chip.name} slices are joined is not published; nearest: 1")
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError('jaxrlhf plan: libtpu, which compiles for TPUs, is not here; pip install "jaxrlhf[plan]"')
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
-    from jax.experimental import topologies
+    from jax.experimental.topologies import get_topology_desc
 
-    chip, layout = CHIPS[shape.group(1)], [int(size) for size in shape.group(2).split("x")]
     more = {**chip.options} | ({"num_slices": slices} if slices > 1 else {})
     try:
-        found = topologies.get_topology_desc(topology_name=name, platform="tpu", **more)
+        found = get_topology_desc(topology_name=each.topology, platform="tpu", **more)
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(
-            f"--topology: {name}: {one_line(error)}; some that there are: {', '.join(chip.layouts)}"
-        ) from None
-    return Slice(name, chip, slices * math.prod(layout), slices, list(found.devices))
+        raise ConfigError(f"--topology: {name}: {one_line(error)}") from None
+    return Slice(each.topology, chip, slices * each.chips, slices, list(found.devices))

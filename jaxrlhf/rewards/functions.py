@@ -1,15 +1,16 @@
 """Rewards from a Python function of the user's: text and data record in, one number a response out."""
 
 import dataclasses
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxrlhf.wording import cut, nearest, one_line
 
 LARGEST = float(np.finfo(np.float32).max)
 SHAPE = 'expected "package.module:name"'
@@ -56,8 +57,7 @@ def plain(score: Any) -> Any:
 
 def show(value: Any) -> str:
     """``value`` on one line, cut short."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut(one_line(repr(value)))
 
 
 # ---- finding it -----------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def resolve(name: str) -> RewardFunction:
     module = import_module(name, module_name)
     if not hasattr(module, attribute):
         named = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ValueError(f"function: {name}: {module_name} has no {attribute}; {nearest(attribute, named)}")
+        raise ValueError(f"function: {name}: {module_name} has no {attribute}; {nearest(attribute, sorted(named))}")
     function: Any = getattr(module, attribute)
     if not callable(function):
         raise ValueError(f"function: {name}: {show(function)} can't be called: expected a function")
@@ -97,14 +97,3 @@ def import_module(name: str, module_name: str):
         raise ValueError(f"function: {name}: no module {error.name}; {nearest(module_name, beside, hint)}") from None
     except ImportError as error:
         raise ValueError(f"function: {name}: importing {module_name}: {one_line(error)}") from error
-
-
-def nearest(word: str, choices: Sequence[str], otherwise: str = "") -> str:
-    """The choice nearest to ``word``; where none is near, ``otherwise``, or all choices."""
-    if close := difflib.get_close_matches(word, choices, 1):
-        return f"nearest: {close[0]}"
-    return otherwise or f"choices: {', '.join(sorted(choices)) or 'none'}"
-
-
-def one_line(error: object) -> str:
-    return " ".join(str(error).split())

@@ -1,10 +1,13 @@
-"""How much memory reading weights takes: a process of its own loads a model, and is watched while it does."""
+"""How much reading weights takes, of files and of memory: processes of their own load a model and are watched."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,41 +15,12 @@ from jaxrlhf import sharding
 from jaxrlhf.models import hf
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.sharding import MeshConfig
+from tests import runs
 from tests.models import test_gguf
 from tests.tiny import parameters
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SHAPE = resolve(ModelConfig(vocab_size=8192, hidden_size=512, num_layers=16, num_heads=8, mlp_size=1536))  # 59M
-WATCHED = """
-import json, os, re, sys, threading, time
-import jax
-from jaxrlhf.models import hf, hf_config, hf_folder
-from jaxrlhf import sharding
-
-def anonymous():  # bytes that belong to the process alone: the pages of a mapped file do not count
-    with open("/proc/self/status") as status:
-        return int(re.search(r"RssAnon:\\s*(\\d+)", status.read())[1]) * 1024
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
-
-jax.config.update("jax_platforms", "cpu")
-with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
-    folder = hf_folder.locate(sys.argv[1])
-    cfg, head = hf_config.read_config(folder)
-    warm = jax.device_put(jax.numpy.zeros(8)).block_until_ready()
-    before = peak = anonymous()
-    done = False
-    thread = threading.Thread(target=watch)
-    thread.start()
-    params = hf.load(folder, cfg, head)
-    done = True
-    thread.join()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-print(json.dumps({"grown": peak - before, "size": size}))
-"""
 
 
 @pytest.fixture
@@ -89,13 +63,36 @@ def quantised(folder):
     return test_gguf.write(folder / "model.gguf", tensors, test_gguf.Q8_0, **numbers)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def told(where: str, out: Path, processes: int, devices: int) -> list[dict]:
+    """What tests.read_share notes in each of ``processes``, which share the model."""
+    joint = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(runs.ROOT)}
+    if processes > 1:
+        joint |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{runs.free_port()}", "JAX_NUM_PROCESSES": str(processes)}
+    command = [sys.executable, "-m", "tests.read_share", where]
+    started = [
+        subprocess.Popen([*command, f"{out}{number}"], env=os.environ | joint | {"JAX_PROCESS_ID": str(number)})
+        for number in range(processes)
+    ]
+    assert [process.wait(200) for process in started] == [0] * processes
+    return [json.loads(Path(f"{out}{number}").read_text()) for number in range(processes)]
+
+
 @pytest.mark.parametrize("write", [safetensors, quantised])
 def test_loading_holds_no_second_copy(tmp_path, home, write):
     """At most 1.3 times the float32 weights: them, and the one leaf that is being put together."""
-    where = write(tmp_path / "model")
-    found = subprocess.run([sys.executable, "-c", WATCHED, where], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    told = json.loads(found.stdout.splitlines()[-1])
-    assert told["size"] > 150e6
-    assert 0.9 * told["size"] < told["grown"] <= 1.3 * told["size"]
+    (found,) = told(write(tmp_path / "model"), tmp_path / "told", processes=1, devices=1)
+    assert found["held"] > 150e6
+    assert 0.9 * found["held"] < found["grown"] <= 1.3 * found["held"]
+
+
+def test_each_process_reads_and_holds_its_share_of_the_weights(tmp_path):
+    """Two processes of four devices, a model split over the eight: each takes half of the file, no byte is lost, and
+    neither has memory for more than its half and the part of a leaf that is being put together."""
+    found = told(safetensors(tmp_path / "model"), tmp_path / "told", processes=2, devices=4)
+    params = parameters(SHAPE, "lm", 0)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    for one in found:
+        assert 0.45 * size < one["read"] < 0.55 * size, (one["read"], size)
+        np.testing.assert_allclose(one["sums"], [float(jnp.sum(x * x)) for x in jax.tree.leaves(params)], rtol=1e-5)
+        assert 0.9 * one["held"] < one["grown"] <= 1.3 * one["held"], (one, size)
+    assert sum(one["held"] for one in found) == size

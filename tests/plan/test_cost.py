@@ -61,14 +61,24 @@ def test_a_decode_step_reads_all_weights_and_the_whole_cache():
 
 def test_fsdp_gathers_weights_and_scatters_gradients():
     """4 devices: each receives three quarters of every weight in bfloat16 forward, as much of the gradients backward,
-    and the weights once more where layers are computed again."""
+    and the weights once more, since no pass keeps them for the next."""
     setup = Setup({**ALONE, "fsdp": 4})
     forward, backward = (f(MODEL, "lm", 4, 5, 2, setup) for f in (cost.forward, cost.backward))
     assert forward.ici == ALL * 2 * 3 / 4
     assert backward.ici == ALL * 2 * 3 / 4
     again = {remat: cost.recomputed(MODEL, "lm", 4, 5, 2, setup._replace(remat=remat)).ici for remat in REMATS}
-    assert again == {"none": 0, "full": forward.ici, "dots": forward.ici}
+    assert again == dict.fromkeys(REMATS, forward.ici)
     assert forward.flops == cost.forward(MODEL, "lm", 1, 5, 2, Setup(ALONE)).flops
+
+
+def test_gradients_are_summed_within_a_slice_before_they_go_between_slices():
+    """2 slices of data 2 x fsdp 4: within one, halves of a device's quarter twice, and scattered parts; of what is
+    left, an eighth of the gradients in bfloat16, half goes each way."""
+    setup = Setup({**ALONE, "fsdp": 4, "data": 2, "slice": 2})
+    backward, between = (f(MODEL, "lm", 16, 5, 2, setup) for f in (cost.backward, cost.between_slices))
+    assert backward.ici == ALL * 2 * 3 / 4 + 2 * ALL * 2 / 4 / 2 and backward.dcn == 0
+    assert between == Work(dcn=2 * ALL * 2 / 8 / 2)
+    assert not any(cost.between_slices(MODEL, "lm", 16, 5, 2, Setup({**ALONE, "fsdp": 4, "data": 2})))
 
 
 def test_tensor_splits_products_and_sums_activations():
@@ -103,6 +113,7 @@ def test_the_roofline_is_the_slowest_of_three():
     work = Work(flops=chip.flops, hbm=3 * chip.bandwidth, ici=2 * chip.ici)
     assert timed(Phase("x", work, 0), chip)[1:] == (3.0, "HBM")
     assert timed(Phase("x", work._replace(ici=4 * chip.ici), 0), chip)[1:] == (4.0, "network")
+    assert timed(Phase("x", Work(dcn=3.125e9), 0), chip)[1:] == (1.0, "between slices")  # of v5e: 25 Gbit/s
     assert timed(Phase("x", Work(chip.flops), 0), chip, devices_per_chip=2)[1:] == (2.0, "compute")
 
 

@@ -1,0 +1,20 @@
+"""What the one line of an error is made of. Imports nothing of ours, so that every layer can."""
+
+import difflib
+from collections.abc import Sequence
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def cut(text: str) -> str:
+    """``text`` at most 60 characters long."""
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nearest(word: object, choices: Sequence[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
+    """The choice nearest to ``word``; where none is near, ``otherwise``, or all choices."""
+    if close := difflib.get_close_matches(str(word), choices, 1, cutoff):
+        return f"nearest: {close[0]}"
+    return f"choices: {', '.join(choices) or 'none'}" if otherwise is None else otherwise

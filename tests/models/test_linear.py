@@ -1,0 +1,92 @@
+"""Kernels split over fsdp: gathered for a pass and again for the next, kept by none. test_transformer has the maths."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import state as states
+from jaxrlhf.models import linear
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.transformer import Runtime, forward
+from jaxrlhf.plan import hlo
+from jaxrlhf.sharding import MeshConfig, current, make_mesh, row_layout
+from tests import tiny
+
+ROWS, COLUMNS, WIDTH = 8, 8, 128
+LAYER = 4 * WIDTH**2 + 3 * WIDTH * 4 * WIDTH  # elements of the seven kernels
+SHARED = [MeshConfig(1, 8, 1), MeshConfig(2, 4, 1, decode=2)]
+
+
+def model(layers: int) -> ModelConfig:
+    return resolve(
+        ModelConfig(vocab_size=64, hidden_size=WIDTH, num_layers=layers, num_heads=4, mlp_size=4 * WIDTH, head_dim=32)
+    )
+
+
+def gradients(cfg: ModelConfig, runtime: Runtime):
+    """(params, tokens, segment_ids) -> gradients of a sum of all states."""
+    total = lambda params, *rows: (forward(params, cfg, *rows, runtime) ** 3).sum()
+    return jax.grad(total)
+
+
+@functools.cache
+def compiled(mesh_cfg: MeshConfig, remat, layers: int) -> jax.stages.Compiled:
+    mesh, cfg = make_mesh(mesh_cfg, jax.devices()[:8]), model(layers)
+    rows = jax.ShapeDtypeStruct((ROWS, COLUMNS), jnp.int32, sharding=row_layout(mesh, 2))
+    with current(mesh):
+        params = states.abstract_params(cfg, "lm", jnp.float32, mesh)
+        return jax.jit(gradients(cfg, Runtime(remat=remat))).lower(params, rows, rows).compile()
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("mesh", SHARED, ids=["fsdp", "data, fsdp, decode"])
+def test_a_layer_adds_its_part_of_the_weights_and_gathers_twice(mesh, remat):
+    """Bytes of a device that four more layers add, and gathers of kernels: one forward and one backward each."""
+    few, many = (compiled(mesh, remat, layers) for layers in (2, 6))
+    memory = [one.memory_analysis() for one in (few, many)]
+    assert memory[0] is not None and memory[1] is not None
+    added = (memory[1].temp_size_in_bytes - memory[0].temp_size_in_bytes) / 4
+    assert added < 4 * LAYER, "of float32: kept whole, it would add more"
+    for program, layers in ((few, 2), (many, 6)):
+        entry, computations = hlo.parse(program.as_text() or "")
+        runs, _ = hlo.executions(entry, computations)
+        every = [(runs[name], line) for name, lines in computations.items() for line in lines]
+        sizes = [(count, hlo.transferred(line)) for count, line in every if hlo.kind_of(line) == "all-gather"]
+        gathered = sum(count for count, size in sizes if size >= 4 * WIDTH**2)
+        assert gathered == 2 * 7 * layers
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_gradients_are_those_of_kernels_that_are_kept(remat, monkeypatch):
+    cfg, mesh = model(2), make_mesh(SHARED[0], jax.devices()[:8])
+    rng = np.random.default_rng(0)
+    tokens, segments = rng.integers(0, 64, (ROWS, COLUMNS), np.int32), np.ones((ROWS, COLUMNS), np.int32)
+    with current(mesh):
+        params, rows = tiny.parameters(cfg, "lm", 0), tiny.put((tokens, segments))
+        found = tiny.program(gradients(cfg, Runtime(remat=remat)))(params, *rows)
+        monkeypatch.setattr(linear, "split_over", lambda *_: 1)
+        kept = tiny.program(gradients(cfg, Runtime()))(params, *rows)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(kept), strict=True):
+        assert np.abs(theirs).max() > 1e-3
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
+
+
+def test_on_devices_that_share_no_weights_nothing_is_computed_twice():
+    """No checkpoint: the layers' seven products of the program forward, fourteen backward, and attention's."""
+    cfg, rows = model(2), jnp.ones((ROWS, COLUMNS), jnp.int32)
+
+    def text(mesh_cfg: MeshConfig) -> str:
+        mesh = make_mesh(mesh_cfg, jax.devices()[: mesh_cfg.data * mesh_cfg.fsdp])
+        with current(mesh):
+            params = states.abstract_params(cfg, "lm", jnp.float32, mesh)
+            return str(jax.make_jaxpr(gradients(cfg, Runtime()))(params, *tiny.put((np.asarray(rows),) * 2)))
+
+    products = {
+        name: text(cfg).count("dot_general") for name, cfg in (("one", MeshConfig(1)), ("copies", MeshConfig(8)))
+    }
+    assert products == {"one": 3 * (7 + 2), "copies": 3 * (7 + 2)}
+    assert "remat" not in text(MeshConfig(1)) + text(MeshConfig(8))
+    assert "remat" in text(SHARED[0])
