@@ -16,8 +16,8 @@ class TreeMask(masks.Mask):
     the response stood right behind the prompt.
 
     Blocks of it are computed where they are asked for, in NumPy while tracing and in the kernel while running: the
-    whole would be a byte for each pair of columns. The kernel hands ``mask_function`` one number a query, so that number
-    is its column and, in the bits below, its branch: no division is left for the kernel.
+    whole would be a byte for each pair of columns. Of a query the kernel hands ``mask_function`` one number, which so
+    holds its column and, in the bits below, its branch: no division is left for the kernel.
     """
 
     columns: int  # of the row, padded to whole blocks
@@ -42,7 +42,8 @@ class TreeMask(masks.Mask):
         return ((columns << self.bits) | branch).astype(np.int32)
 
     def mask_function(self, queries, keys):
-        """bool: whether a query, as in q_sequence, reads the key in a column; NumPy's or JAX's arrays, broadcastable."""
+        """bool: which keys, given by their columns, are read by queries, given as in q_sequence; i32 of one rank, of
+        NumPy or JAX."""
         column, ahead = queries >> self.bits, (queries & ((1 << self.bits) - 1)) * self.room  # other responses' columns
         shared = keys < self.prompt
         seen = (keys <= column) & (shared | (keys >= ahead + self.prompt))

@@ -229,10 +229,15 @@ def test_the_mask_of_a_group(prompt, copies, room, window):
     size, padded = prompt + copies * room, 128
     mask = tree(size, padded, prompt, copies, window)
     found = np.concatenate([mask[start : start + 32, :] for start in range(0, padded, 32)])
+
+    def branch(column: int) -> int:
+        return -1 if column < prompt else (column - prompt) // room
+
+    def place(column: int) -> int:
+        return column - max(branch(column), 0) * room
+
     for q in range(size):
         for k in range(size):
-            branch = lambda column: -1 if column < prompt else (column - prompt) // room  # noqa: E731
-            place = lambda column: column - max(branch(column), 0) * room  # noqa: E731
             reads = branch(k) in (-1, branch(q)) and 0 <= place(q) - place(k) < (window or padded)
             assert found[q, k] == reads, (q, k)
     assert found.diagonal().all() and not found[:size, size:].any()
