@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrlhf.models.attention import (
     attention,
@@ -144,10 +143,9 @@ def within_groups(
     since they lie ahead."""
     if kernel == "splash":
         ids = lambda columns: jnp.pad(readable, ((0, 0), (0, columns - readable.shape[1])), constant_values=True)
-        tree = functools.partial(tree_mask, prompt=readable.shape[1], copies=copies, window=window)
-        local = functools.partial(splash_rows, mask_of=tree, scale=scale, softcap=softcap, interpret=interpret)
-        split = lambda query, key, value: per_device(local, query, key, value, ids(query.shape[1]).astype(jnp.int32))
-        return split
+        mask_of = functools.partial(tree, prompt=readable.shape[1], copies=copies, window=window)
+        local = functools.partial(splash_rows, mask_of=mask_of, scale=scale, softcap=softcap, interpret=interpret)
+        return lambda query, key, value: per_device(local, query, key, value, ids(query.shape[1]).astype(jnp.int32))
     start = readable.shape[1]
     seen = readable[:, None, None, :]
 
@@ -244,18 +242,11 @@ def causal_square(size: int, padded: int, window: int | None) -> Any:
     return masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
 
 
-def tree_mask(size: int, padded: int, prompt: int, copies: int, window: int | None) -> Any:
-    """What a token of a group may read, for splash: the prompt, and its own response up to itself."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+def tree(size: int, padded: int, prompt: int, copies: int, window: int | None) -> Any:
+    """What a token of a group may read, for splash."""
+    from jaxrlhf.models.tree_mask import TreeMask
 
-    columns = np.arange(padded)
-    room = (size - prompt) // copies
-    branch = np.where(columns < prompt, -1, (columns - prompt) // room)  # what pads the row is in branches of its own
-    place = np.where(columns < prompt, columns, prompt + (columns - prompt) % room)
-    own = (branch[:, None] == branch) | (branch == -1)
-    causal = place[:, None] >= place
-    seen = own & causal if window is None else own & causal & (place[:, None] - place < window)
-    return masks.NumpyMask(seen)
+    return TreeMask(padded, prompt, copies, (size - prompt) // copies, window)
 
 
 # ---- cuDNN ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxrlhf.build import Blueprint
 from jaxrlhf.config_batch import num_micro, updates_of
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.step import make_rollout
+from jaxrlhf.step import make_rollout, split
 from jaxrlhf.types import Batch, Head, Nets, Prompts, Role, Sequences, TokenStats, TrainState
 
 Kind = Literal["token_stats", "values", "scores", "sample"]
@@ -26,7 +26,18 @@ class Pass(NamedTuple):
     rows: int  # sample: prompts
     columns: int  # of a row; sample: of a prompt
     read: int  # columns that logits (values, scores: a number) are computed of; sample: tokens that are sampled
-    copies: int = 1  # sample: responses a prompt
+    copies: int = 1  # rows that have the same prompt; sample: responses a prompt
+    prompt: int = 0  # columns of a row in front of its response, read once for all copies; 0: it is one text
+
+    @property
+    def tokens(self) -> float:
+        """Columns that layers compute, sample: of the prompts. See transformer.forward_responses."""
+        return self.rows / self.copies * self.prompt + self.rows * (self.columns - self.prompt)
+
+    @property
+    def pairs(self) -> float:
+        """Products of a query and a key: a prompt's with itself, a response's with its prompt and itself."""
+        return self.rows / self.copies * self.prompt**2 + self.rows * (self.columns - self.prompt) * self.columns
 
 
 Models = Mapping[Role, tuple[ModelConfig, Head]]
@@ -64,9 +75,10 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     experience = jax.eval_shape(prepare, state, batch)
     prepared, notes[:] = list(notes), []
     (epochs, minibatches), parts = updates_of(drawn.cfg), num_micro(drawn.cfg)
-    split = lambda x: jax.ShapeDtypeStruct((x.shape[0] // minibatches // parts, *x.shape[1:]), x.dtype)
+    first = lambda rows, parts: jax.tree.map(lambda x: x[0], split(rows, parts))
+    part = jax.eval_shape(lambda rows: first(first(rows, minibatches), parts), experience)
     loss = lambda params, part: drawn.algorithm.loss(nets, params, state.slow, part, drawn.cfg.algorithm)
-    jax.eval_shape(loss, state.params, jax.tree.map(split, experience))
+    jax.eval_shape(loss, state.params, part)
     return Passes(rollout, prepared, list(notes), epochs * minibatches, parts)
 
 
@@ -82,7 +94,11 @@ def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Pr
     count, columns = rows.tokens.shape
     if isinstance(rows, Prompts):
         return Pass(role, kind, count, columns, drawn.sampler.max_new_tokens, drawn.sampler.samples_per_prompt)
-    return Pass(role, kind, count, columns, columns - rows.response_start if kind == "token_stats" else columns)
+    start = rows.response_start
+    read = columns - start + (kind == "scores")  # a score is read at the last token, which may be the prompt's
+    if rows.segment_ids is not None or start == 1:
+        return Pass(role, kind, count, columns, read)
+    return Pass(role, kind, count, columns, read, rows.copies, start)
 
 
 def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Nets:
@@ -112,6 +128,7 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
             logprobs=jnp.zeros(shape),
             ended=jnp.ones(shape[:1], bool),
             response_start=columns,
+            copies=drawn.sampler.samples_per_prompt if drawn.sampler.share_prompts else 1,
         )
 
     return Nets(token_stats, values, scores, sample)

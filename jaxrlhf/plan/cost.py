@@ -2,8 +2,10 @@
 
 Counted by ourselves, since XLA's cost analysis counts the body of a loop once. The rules, for one device:
 
-- a matrix product of T tokens with a weight of n elements is 2 T n FLOPs; backward is twice forward. Attention is
-  counted in full, all S x S products of a row, as it is computed, causal or not
+- a matrix product of T tokens with a weight of n elements is 2 T n FLOPs; backward is twice forward
+- a prompt is computed once for all its samples. Attention is counted in full, causal or not: all S x S products of a
+  text, P x P of a prompt and T x (P + T) of each response behind it. Splash skips blocks in which nothing is read, up
+  to half of that, and XLA none; between two responses of a prompt neither computes anything
 - rows are split over all but tensor; heads, mlp and vocabulary over tensor, where it divides them; while responses are
   sampled decode goes with tensor
 - a pass reads the stored weights, writes and reads them gathered over fsdp, and writes and reads what goes in and out
@@ -170,22 +172,20 @@ def heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
 # ---- passes ---------------------------------------------------------------------------------------------------------
 
 
-def forward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
-    """One forward pass of ``rows`` rows over all devices, whose head reads ``read`` columns of each row."""
-    body = layers_forward(cfg, head, rows, columns, setup)
-    tokens = rows / setup.shards * read
+def forward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
+    """One forward pass, whose head reads ``one.read`` columns of each row."""
+    tokens = one.rows / setup.shards * one.read
     last = matrices(cfg, head, setup.tensor)[-1]
-    flops = 2 * tokens * last.size
-    return body.plus(Work(flops, tokens * (last.inputs * setup.compute + 2 * 4 * last.outputs), 0))
+    product = Work(2 * tokens * last.size, tokens * (last.inputs * setup.compute + 2 * 4 * last.outputs))
+    return layers_forward(cfg, head, one, setup).plus(product)
 
 
-def layers_forward(cfg: ModelConfig, head: Head, rows: int, columns: int, setup: Setup) -> Work:
+def layers_forward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
     """``forward`` without the head's product; its weights are gathered here with the others."""
     tensor, fsdp = setup.tensor, setup.fsdp
-    tokens = rows / setup.shards * columns
+    tokens = one.tokens / setup.shards
     inside = matrices(cfg, head, tensor)[:-1]
-    heads, _ = heads_here(cfg, tensor)
-    pairs = tokens * columns * heads * cfg.num_layers
+    products = attention(cfg, one, setup)
     moved = (
         sum(weight.layers * (weight.inputs + weight.outputs) for weight in inside)
         + 6 * cfg.num_layers * cfg.hidden_size
@@ -193,13 +193,16 @@ def layers_forward(cfg: ModelConfig, head: Head, rows: int, columns: int, setup:
     size = held(cfg, head, tensor)
     gathered = 2 * size * setup.compute if fsdp > 1 else 0
     return Work(
-        flops=2 * tokens * sum(weight.size for weight in inside) + 4 * pairs * cfg.head_dim,
-        hbm=tokens * moved * setup.compute
-        + pairs * STORED * setup.stored_attention
-        + size / fsdp * setup.params
-        + gathered,
+        flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
+        hbm=tokens * moved * setup.compute + products.hbm + size / fsdp * setup.params + gathered,
         ici=size * setup.compute * (fsdp - 1) / fsdp + tensor_sums(cfg, tokens, setup),
     )
+
+
+def attention(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
+    """The products of queries and keys of all layers, and of their softmax and values."""
+    pairs = one.pairs / setup.shards * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
+    return Work(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention)
 
 
 def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
@@ -208,37 +211,33 @@ def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
     return 2 * cfg.num_layers * tokens * cfg.hidden_size * setup.compute * 2 * (tensor - 1) / tensor
 
 
-def backward(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
+def backward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
     """The backward pass of ``forward``: twice its products, and gradients scattered. It reads weights as
     ``recomputed`` gathered them."""
-    once = forward(cfg, head, rows, columns, read, setup)
+    once = forward(cfg, head, one, setup)
     fsdp, data, size = setup.fsdp, setup.mesh["data"], held(cfg, head, setup.tensor) * setup.compute
     scattered = size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
-    sums = tensor_sums(cfg, rows / setup.shards * columns, setup)
+    sums = tensor_sums(cfg, one.tokens / setup.shards, setup)
     return Work(2 * once.flops, 2 * once.hbm + 2 * size, scattered + sums)
 
 
-def between_slices(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
+def between_slices(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
     """The gradients of ``backward``, summed within each slice, summed over the slices: each device has its part."""
     slices = setup.mesh.get("slice", 1)
     part = held(cfg, head, setup.tensor) * setup.compute / setup.fsdp / setup.mesh["data"]
     return Work(dcn=2 * part * (slices - 1) / slices)
 
 
-def recomputed(cfg: ModelConfig, head: Head, rows: int, columns: int, read: int, setup: Setup) -> Work:
+def recomputed(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
     """What the backward pass does again: the head's logits where they are chunked, and the gathering of weights; under
     remat full all layers, under dots attention's products."""
-    whole = forward(cfg, head, rows, columns, read, setup)
-    layers = layers_forward(cfg, head, rows, columns, setup)
+    whole, layers = forward(cfg, head, one, setup), layers_forward(cfg, head, one, setup)
     again = Work(whole.flops - layers.flops, whole.hbm - layers.hbm) if head == "lm" else Work()
     if setup.remat == "full":
         return again.plus(layers)
     size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
     again = again.plus(Work(0, 2 * size if fsdp > 1 else 0, size * (fsdp - 1) / fsdp))
-    if setup.remat == "none":
-        return again
-    pairs = rows / setup.shards * columns * columns * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
-    return again.plus(Work(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention))
+    return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
 def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
@@ -255,24 +254,31 @@ def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
     return Work(0, size / fsdp * setup.params + 2 * size * setup.compute, received * setup.compute)
 
 
-def prefill(cfg: ModelConfig, rows: int, columns: int, setup: Setup) -> Work:
-    """Prompts read with weights that are gathered already."""
-    return layers_forward(cfg, "lm", rows, columns, setup.decoding())
+def prefill(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
+    """The prompts to sample from, read with weights that are gathered already."""
+    return layers_forward(cfg, "lm", one, setup.decoding())
 
 
-def decode_step(cfg: ModelConfig, rows: int, columns: int, setup: Setup) -> Work:
-    """One token of each of ``rows`` rows: all weights and the whole cache of ``columns`` columns are read."""
+def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
+    """One token of each response: all weights and caches are read, a prompt's once for all its responses."""
     setup = setup.decoding()
-    tensor, tokens = setup.tensor, rows / setup.shards
-    heads, kv = heads_here(cfg, tensor)
+    tensor, prompts = setup.tensor, one.rows / setup.shards
+    tokens = prompts * one.copies
+    heads, _ = heads_here(cfg, tensor)
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
-    cache = tokens * columns * 2 * kv * cfg.head_dim * cfg.num_layers * setup.compute
+    pairs = tokens * (one.columns + one.read) * heads * cfg.num_layers
     logits = tokens * padded_vocab(cfg) * 4
     return Work(
-        flops=2 * tokens * weights + 4 * tokens * columns * heads * cfg.head_dim * cfg.num_layers,
-        hbm=weights * setup.compute + cache + 3 * logits,
+        flops=2 * tokens * weights + 4 * pairs * cfg.head_dim,
+        hbm=weights * setup.compute + cache_bytes(cfg, one, setup) + 3 * logits,
         ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
     )
+
+
+def cache_bytes(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
+    """The keys and values that a device holds while it samples; ``setup`` is decoding's."""
+    columns = one.rows / setup.shards * (one.columns + one.copies * one.read)
+    return columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * cfg.num_layers * setup.compute
 
 
 # ---- an iteration ---------------------------------------------------------------------------------------------------
@@ -283,27 +289,23 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
     found: list[Phase] = []
     add = lambda name, work, useful=None: found.append(Phase(name, work, work.flops if useful is None else useful))
     for one in passes.rollout:
-        cfg, rows = models[one.role][0], one.rows * one.copies
+        cfg, _ = models[one.role]
         add("gather weights for decoding", gather_for_decoding(cfg, setup))
-        add("read prompts", prefill(cfg, one.rows, one.columns, setup))
-        add(f"decode {one.read} tokens", decode_step(cfg, rows, one.columns + one.read, setup).times(one.read))
+        add("read prompts", prefill(cfg, one, setup))
+        add(f"decode {one.read} tokens", decode_step(cfg, one, setup).times(one.read))
     for one in passes.prepare:
-        add(f"{NAMES[one.kind]} {one.role}", pass_of(forward, one, models, setup))
+        add(f"{NAMES[one.kind]} {one.role}", forward(*models[one.role], one, setup))
     count = passes.updates * passes.micros
     for one in passes.micro:
-        add(f"update {one.role}: forward", pass_of(forward, one, models, setup).times(count))
+        part = *models[one.role], one, setup
+        add(f"update {one.role}: forward", forward(*part).times(count))
         if one.role in setup.moments:
-            again = pass_of(recomputed, one, models, setup).times(count)
-            add(f"update {one.role}: recomputed", again, 0.0)
-            add(f"update {one.role}: backward", pass_of(backward, one, models, setup).times(count))
-            add(f"update {one.role}: between slices", pass_of(between_slices, one, models, setup).times(count))
+            add(f"update {one.role}: recomputed", recomputed(*part).times(count), 0.0)
+            add(f"update {one.role}: backward", backward(*part).times(count))
+            add(f"update {one.role}: between slices", between_slices(*part).times(count))
     for role, moments in setup.moments.items():
         add(f"update {role}: Adam", optimizer(*models[role], moments, setup).times(passes.updates))
     return [phase for phase in found if any(phase.work)]
 
 
 NAMES = {"token_stats": "log-probs of", "values": "values of", "scores": "scores of"}
-
-
-def pass_of(function, one: Pass, models: Models, setup: Setup) -> Work:
-    return function(*models[one.role], one.rows, one.columns, one.read, setup)

@@ -13,7 +13,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.transformer import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Models, Pass, Passes
-from jaxrlhf.plan.cost import Setup, heads_here, held, leaves, local, matrices
+from jaxrlhf.plan.cost import Setup, cache_bytes, heads_here, held, leaves, local, matrices
 from jaxrlhf.types import Head
 
 
@@ -63,13 +63,12 @@ def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
 
 
 def rollout_of(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
-    """Weights in decoding's layout, the cache of all rows, the logits of one token; or the prompts being read."""
+    """Weights in decoding's layout, the caches of the prompts and of their responses, the logits of one token; or the
+    prompts being read."""
     setup = setup.decoding()
-    rows = one.rows * one.copies / setup.shards
-    _, kv = heads_here(cfg, setup.tensor)
     weights = held(cfg, "lm", setup.tensor) * setup.compute
-    cache = rows * (one.columns + one.read) * 2 * kv * cfg.head_dim * cfg.num_layers * setup.compute
-    return weights + cache + max(2 * rows * padded_vocab(cfg) * 4, layer_activations(one, cfg, setup))
+    logits = one.rows * one.copies / setup.shards * padded_vocab(cfg) * 4
+    return weights + cache_bytes(cfg, one, setup) + max(2 * logits, layer_activations(one, cfg, setup))
 
 
 def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
@@ -87,24 +86,26 @@ def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
 
 def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys."""
-    tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
-    heads, _ = heads_here(cfg, tensor)
-    wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", tensor)[:-1])
-    pairs = tokens * one.columns * heads * (4 + setup.compute) if setup.stored_attention else 0
-    return tokens * setup.compute * (2 * cfg.hidden_size + 2 * wide) + pairs
+    tokens = one.tokens / setup.shards
+    wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", setup.tensor)[:-1])
+    return tokens * setup.compute * (2 * cfg.hidden_size + 2 * wide) + stored_products(one, cfg, setup)
+
+
+def stored_products(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
+    """One layer's products of queries and keys and their shares; none where a kernel keeps them on the chip."""
+    heads, _ = heads_here(cfg, setup.tensor)
+    return one.pairs / setup.shards * heads * (4 + setup.compute) * setup.stored_attention
 
 
 def kept(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """What a forward pass keeps for its backward pass, of all layers: activations, never a gathered weight."""
-    tensor, tokens = setup.tensor, one.rows / setup.shards * one.columns
-    heads, _ = heads_here(cfg, tensor)
-    inside = matrices(cfg, "lm", tensor)[:-1]
+    tokens, (heads, _) = one.tokens / setup.shards, heads_here(cfg, setup.tensor)
+    inside = matrices(cfg, "lm", setup.tensor)[:-1]
     wide = sum(weight.outputs for weight in inside)
     if setup.remat == "full":
         return tokens * cfg.hidden_size * cfg.num_layers * setup.compute
     if setup.remat == "dots":
         gathered = 0 if setup.stored_attention else heads * cfg.head_dim  # kept by name: see kernels.SAVED
         return tokens * (cfg.hidden_size + wide + gathered) * cfg.num_layers * setup.compute
-    pairs = tokens * one.columns * heads * (4 + setup.compute) if setup.stored_attention else 0
     every = tokens * (2 * 4 * cfg.hidden_size + (4 * cfg.hidden_size + 2 * wide) * setup.compute)
-    return (every + pairs) * cfg.num_layers
+    return (every + stored_products(one, cfg, setup)) * cfg.num_layers

@@ -15,7 +15,7 @@ from jaxrlhf.models import kernels
 from jaxrlhf.models.attention import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import lm_logits
-from jaxrlhf.models.kernels import Hardware, blocks, choose, hardware_of, passed_over, within_rows
+from jaxrlhf.models.kernels import Hardware, blocks, choose, hardware_of, passed_over, tree, within_groups, within_rows
 from jaxrlhf.models.transformer import Cache, Runtime, decode_layout, decode_step, forward, prefill
 from jaxrlhf.sharding import MeshConfig
 from tests import tiny
@@ -180,6 +180,82 @@ def test_padding_is_never_attended():
 )
 def test_blocks(size, block, padded):
     assert blocks(size) == (block, padded)
+
+
+# ---- groups: a prompt and the responses that branch from it ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("copies", "prompt", "room", "window", "softcap"),
+    [
+        (1, 50, 30, None, None),
+        (4, 20, 23, None, None),  # one block
+        (4, 140, 150, None, 1.5),  # two blocks: responses begin inside them, and the last is padded
+        (3, 10, 15, 12, None),  # a window that a response outgrows: it loses sight of the prompt
+        (3, 300, 90, 100, None),
+    ],
+)
+def test_splash_computes_groups_as_we_do(copies, prompt, room, window, softcap):
+    """Left-padded prompts, one of a single token; whatever stands in the padding."""
+    groups, size = 3, prompt + copies * room
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.array(rng.normal(size=(groups, size, heads, WIDTH)), F32) for heads in (4, 2, 2))
+    readable = jnp.arange(prompt) >= jnp.array([[0], [prompt // 3], [prompt - 1]])
+    real = jnp.pad(readable, ((0, 0), (0, size - prompt)), constant_values=True)[:, :, None, None]
+    weights = jnp.array(rng.normal(size=query.shape), F32)
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=tiny.FAST)
+    def gradients(kernel, *arguments):
+        def loss(*arguments):
+            attend = within_groups(kernel, readable, copies, window, 0.3, softcap, interpret=True)
+            out = jnp.where(real, attend(*arguments), 0)
+            return (out * weights).sum() + (out**2).sum(), out
+
+        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arguments)
+        return out, *gradients
+
+    wanted = gradients("xla", query, key, value)
+    changed = (jnp.where(real, x, 9.0) for x in (query, key, value))
+    for found in (gradients("splash", query, key, value), gradients("splash", *changed)):
+        for mine, theirs in zip(found, wanted):
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * max(1, np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "copies", "room", "window"), [(5, 3, 4, None), (5, 3, 4, 3), (1, 2, 6, None), (7, 1, 3, 4)]
+)
+def test_the_mask_of_a_group(prompt, copies, room, window):
+    """Pair by pair; what pads the row to a block reads at least itself, so that its softmax is finite."""
+    size, padded = prompt + copies * room, 128
+    mask = tree(size, padded, prompt, copies, window)
+    found = np.concatenate([mask[start : start + 32, :] for start in range(0, padded, 32)])
+
+    def branch(column: int) -> int:
+        return -1 if column < prompt else (column - prompt) // room
+
+    def place(column: int) -> int:
+        return column - max(branch(column), 0) * room
+
+    for q in range(size):
+        for k in range(size):
+            reads = branch(k) in (-1, branch(q)) and 0 <= place(q) - place(k) < (window or padded)
+            assert found[q, k] == reads, (q, k)
+    assert found.diagonal().all() and not found[:size, size:].any()
+
+
+def test_the_mask_of_a_long_group_is_no_square():
+    """16 responses of 1024 columns to a prompt of as many: numbers a query in place of 3e8 pairs, and of 34 x 34 blocks
+    those alone are visited in which something is read."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as infos
+
+    size = 1024 + 16 * 1024
+    block, padded = blocks(size)
+    mask = masks.MultiHeadMask([tree(size, padded, 1024, 16, None)] * 2)
+    info, function = infos.process_mask(mask, (block, block), head_shards=1, q_seq_shards=1)
+    assert function is not None and info.partial_mask_blocks is None and info.q_sequence.nbytes == 4 * padded
+    assert block == 512 and (info.block_mask > 0).sum() == 3 + 16 * (2 * 2 + 3)
+    assert info.block_mask.shape == (1, 34, 4)  # steps of the grid: the prompt's two blocks and a response's two
 
 
 # ---- over devices ---------------------------------------------------------------------------------------------------

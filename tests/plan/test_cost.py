@@ -26,18 +26,22 @@ MODEL = resolve(
 )
 LAYER, NORMS, EMBED = 64 + 2 * 32 + 64 + 3 * 128, 2 * 8, 64 * 8
 ALL = 2 * (LAYER + NORMS) + 8 + EMBED  # of the language model, whose embedding is its head
+TEXTS = Pass("policy", "token_stats", 3, 5, 2)  # 3 rows of 5 tokens, logits of the last 2 of each
+# 2 prompts of 6 tokens with 4 responses of 3 each: 8 rows of 9, logits of all response tokens
+GROUPS = Pass("policy", "token_stats", 8, 9, 3, copies=4, prompt=6)
+ASKED = Pass("policy", "sample", 2, 6, 3, copies=4)  # the same, sampled
 
 
 # ---- by hand --------------------------------------------------------------------------------------------------------
 
 
 def test_flops_of_a_forward_pass():
-    """3 rows of 5 tokens, logits of the last 2 of each: 2 FLOPs a token and element; attention 4 S^2 H K a layer."""
-    work = cost.forward(MODEL, "lm", 3, 5, 2, Setup(ALONE))
+    """2 FLOPs a token and element; attention 4 S^2 H K a layer."""
+    work = cost.forward(MODEL, "lm", TEXTS, Setup(ALONE))
     assert work.flops == 2 * 15 * 2 * LAYER + 2 * 3 * 4 * 25 * 4 * 2 + 2 * 6 * EMBED
-    scores = cost.forward(MODEL, "scalar", 3, 5, 5, Setup(ALONE))
+    scores = cost.forward(MODEL, "scalar", TEXTS._replace(read=5), Setup(ALONE))
     assert scores.flops == 2 * 15 * 2 * LAYER + 2 * 3 * 4 * 25 * 4 * 2 + 2 * 15 * 8
-    assert cost.backward(MODEL, "lm", 3, 5, 2, Setup(ALONE)).flops == 2 * work.flops
+    assert cost.backward(MODEL, "lm", TEXTS, Setup(ALONE)).flops == 2 * work.flops
 
 
 def test_traffic_of_a_forward_pass():
@@ -45,47 +49,67 @@ def test_traffic_of_a_forward_pass():
     moved = 2 * ((8 + 8) + 2 * (8 + 4) + (8 + 8) + 3 * (8 + 16)) + 6 * 2 * 8
     pairs = 3 * 25 * 4 * 2
     head = 6 * (8 * 2 + 2 * 4 * 64)
-    work = cost.forward(MODEL, "lm", 3, 5, 2, Setup(ALONE))
+    work = cost.forward(MODEL, "lm", TEXTS, Setup(ALONE))
     assert work.hbm == 15 * moved * 2 + pairs * 12 + ALL * 4 + head
     assert work.ici == 0
-    kernel = cost.forward(MODEL, "lm", 3, 5, 2, Setup(ALONE, stored_attention=False))
+    kernel = cost.forward(MODEL, "lm", TEXTS, Setup(ALONE, stored_attention=False))
     assert work.hbm - kernel.hbm == pairs * 12
 
 
+def test_a_prompt_is_computed_once_for_its_responses():
+    """2 x (6 + 4 x 3) = 36 tokens in place of 8 x 9; of products 2 x 6 x 6 and, of each response, 3 x 9."""
+    work = cost.forward(MODEL, "lm", GROUPS, Setup(ALONE))
+    pairs = 2 * 6 * 6 + 8 * 3 * 9
+    assert work.flops == 2 * 36 * 2 * LAYER + 4 * pairs * 4 * 2 * 2 + 2 * 24 * EMBED
+    kernel = cost.forward(MODEL, "lm", GROUPS, Setup(ALONE, stored_attention=False))
+    assert (work.flops, work.hbm - kernel.hbm) == (kernel.flops, pairs * 4 * 2 * 12)
+    assert cost.forward(MODEL, "lm", GROUPS, Setup({**ALONE, "tensor": 2})).ici == 2 * 2 * 36 * 8 * 2 * 2 * 1 / 2
+    alone = GROUPS._replace(copies=1)  # each row's own prompt: it does not attend to the response behind it
+    assert (alone.tokens, alone.pairs) == (8 * 9, 8 * (6 * 6 + 3 * 9))
+
+
+def test_prompts_are_read_for_sampling_once():
+    work = cost.prefill(MODEL, ASKED, Setup(ALONE))
+    assert work.flops == 2 * 12 * 2 * LAYER + 4 * 2 * 6 * 6 * 4 * 2 * 2
+
+
 def test_a_decode_step_reads_all_weights_and_the_whole_cache():
-    work = cost.decode_step(MODEL, rows=3, columns=10, setup=Setup(ALONE))
-    weights = 2 * LAYER + EMBED
-    assert work.flops == 2 * 3 * weights + 4 * 3 * 10 * 4 * 2 * 2
-    assert work.hbm == weights * 2 + 3 * 10 * 2 * 2 * 2 * 2 * 2 + 3 * 3 * 64 * 4
+    """Of a prompt 6 columns once, of its 4 responses 3 each: keys and values of 2 heads, 2 features, 2 layers."""
+    work = cost.decode_step(MODEL, ASKED, Setup(ALONE))
+    weights, cache = 2 * LAYER + EMBED, 2 * (6 + 4 * 3) * 2 * 2 * 2 * 2 * 2
+    assert work.flops == 2 * 8 * weights + 4 * 8 * 9 * 4 * 2 * 2
+    assert work.hbm == weights * 2 + cache + 3 * 8 * 64 * 4
+    apart = cost.decode_step(MODEL, ASKED._replace(rows=8, copies=1), Setup(ALONE))
+    assert (apart.flops, apart.hbm - work.hbm) == (work.flops, 6 * 6 * 2 * 2 * 2 * 2 * 2)  # 6 prompts more
 
 
 def test_fsdp_gathers_weights_and_scatters_gradients():
     """4 devices: each receives three quarters of every weight in bfloat16 forward, as much of the gradients backward,
     and the weights once more, since no pass keeps them for the next."""
-    setup = Setup({**ALONE, "fsdp": 4})
-    forward, backward = (f(MODEL, "lm", 4, 5, 2, setup) for f in (cost.forward, cost.backward))
+    setup, four = Setup({**ALONE, "fsdp": 4}), TEXTS._replace(rows=4)
+    forward, backward = (f(MODEL, "lm", four, setup) for f in (cost.forward, cost.backward))
     assert forward.ici == ALL * 2 * 3 / 4
     assert backward.ici == ALL * 2 * 3 / 4
-    again = {remat: cost.recomputed(MODEL, "lm", 4, 5, 2, setup._replace(remat=remat)).ici for remat in REMATS}
+    again = {remat: cost.recomputed(MODEL, "lm", four, setup._replace(remat=remat)).ici for remat in REMATS}
     assert again == dict.fromkeys(REMATS, forward.ici)
-    assert forward.flops == cost.forward(MODEL, "lm", 1, 5, 2, Setup(ALONE)).flops
+    assert forward.flops == cost.forward(MODEL, "lm", TEXTS._replace(rows=1), Setup(ALONE)).flops
 
 
 def test_gradients_are_summed_within_a_slice_before_they_go_between_slices():
     """2 slices of data 2 x fsdp 4: within one, halves of a device's quarter twice, and scattered parts; of what is
     left, an eighth of the gradients in bfloat16, half goes each way."""
     setup = Setup({**ALONE, "fsdp": 4, "data": 2, "slice": 2})
-    backward, between = (f(MODEL, "lm", 16, 5, 2, setup) for f in (cost.backward, cost.between_slices))
+    backward, between = (f(MODEL, "lm", TEXTS._replace(rows=16), setup) for f in (cost.backward, cost.between_slices))
     assert backward.ici == ALL * 2 * 3 / 4 + 2 * ALL * 2 / 4 / 2 and backward.dcn == 0
     assert between == Work(dcn=2 * ALL * 2 / 8 / 2)
-    assert not any(cost.between_slices(MODEL, "lm", 16, 5, 2, Setup({**ALONE, "fsdp": 4, "data": 2})))
+    assert not any(cost.between_slices(MODEL, "lm", TEXTS, Setup({**ALONE, "fsdp": 4, "data": 2})))
 
 
 def test_tensor_splits_products_and_sums_activations():
     """Heads, mlp and vocabulary in halves; two sums a layer of 15 tokens x 8 features, each sent twice by halves."""
     setup = Setup({**ALONE, "tensor": 2})
-    work = cost.forward(MODEL, "lm", 3, 5, 2, setup)
-    assert work.flops == cost.forward(MODEL, "lm", 3, 5, 2, Setup(ALONE)).flops / 2
+    work = cost.forward(MODEL, "lm", TEXTS, setup)
+    assert work.flops == cost.forward(MODEL, "lm", TEXTS, Setup(ALONE)).flops / 2
     assert work.ici == 2 * 2 * 15 * 8 * 2 * 2 * 1 / 2
 
 
@@ -105,7 +129,7 @@ def test_recomputation(remat, layers):
     setup = Setup(ALONE, remat=remat)
     head, attention = 2 * 6 * EMBED, 2 * 3 * 4 * 25 * 4 * 2
     expected = head + (attention if layers is None else layers * (2 * 15 * 2 * LAYER + attention))
-    assert cost.recomputed(MODEL, "lm", 3, 5, 2, setup).flops == expected
+    assert cost.recomputed(MODEL, "lm", TEXTS, setup).flops == expected
 
 
 def test_the_roofline_is_the_slowest_of_three():
@@ -148,18 +172,31 @@ def test_what_ppo_asks_of_its_networks():
     found = passes(config())
     assert found.rollout == [Pass("policy", "sample", 16, 6, 3)]
     assert set(found.prepare) == {
-        Pass("reward", "scores", 16, 9, 9),
-        Pass("reference", "token_stats", 16, 9, 3),
-        Pass("value", "values", 16, 9, 9),
+        Pass("reward", "scores", 16, 9, 4, prompt=6),
+        Pass("reference", "token_stats", 16, 9, 3, prompt=6),
+        Pass("value", "values", 16, 9, 3, prompt=6),
     }
-    assert sorted(found.micro) == [Pass("policy", "token_stats", 4, 9, 3), Pass("value", "values", 4, 9, 9)]
+    assert sorted(found.micro) == [
+        Pass("policy", "token_stats", 4, 9, 3, prompt=6),
+        Pass("value", "values", 4, 9, 3, prompt=6),
+    ]
     assert (found.updates, found.micros) == (4, 2)
+
+
+def test_the_samples_of_a_prompt_stay_together():
+    """16 prompts x 4 samples: all passes are over whole groups, a micro-batch over one."""
+    cfg = config()
+    found = passes(dataclasses.replace(cfg, batch=dataclasses.replace(cfg.batch, samples_per_prompt=4)))
+    assert found.rollout == [Pass("policy", "sample", 16, 6, 3, copies=4)]
+    assert Pass("reference", "token_stats", 64, 9, 3, copies=4, prompt=6) in found.prepare
+    assert Pass("policy", "token_stats", 4, 9, 3, copies=4, prompt=6) in found.micro
+    assert (found.updates, found.micros) == (4, 8)
 
 
 def test_what_recomputing_old_log_probs_adds():
     cfg = config()
     again = passes(dataclasses.replace(cfg, algorithm=dataclasses.replace(cfg.algorithm, old_logprobs="recompute")))
-    assert set(again.prepare) - set(passes(cfg).prepare) == {Pass("policy", "token_stats", 16, 9, 3)}
+    assert set(again.prepare) - set(passes(cfg).prepare) == {Pass("policy", "token_stats", 16, 9, 3, prompt=6)}
 
 
 def test_a_reward_function_takes_the_reward_model_s_place():
@@ -183,9 +220,10 @@ def test_phases_add_up():
     heads: dict[str, Head] = {"policy": "lm", "reference": "lm", "value": "scalar", "reward": "scalar"}
     models: Models = {role: (MODEL, head) for role, head in heads.items()}
     rows = {phase.name: phase for phase in phases(found, models, setup)}
-    assert rows["update policy: forward"].work.flops == 8 * cost.forward(MODEL, "lm", 4, 9, 3, setup).flops
-    assert rows["update value: backward"].work.flops == 16 * cost.forward(MODEL, "scalar", 4, 9, 9, setup).flops
-    assert rows["decode 3 tokens"].work == cost.decode_step(MODEL, 16, 9, setup).times(3)
+    policy, value = sorted(found.micro)
+    assert rows["update policy: forward"].work.flops == 8 * cost.forward(MODEL, "lm", policy, setup).flops
+    assert rows["update value: backward"].work.flops == 16 * cost.forward(MODEL, "scalar", value, setup).flops
+    assert rows["decode 3 tokens"].work == cost.decode_step(MODEL, found.rollout[0], setup).times(3)
     assert rows["update policy: recomputed"].useful == 0 < rows["update policy: recomputed"].work.flops
     assert rows["update policy: Adam"].work.hbm == 4 * ALL * 2 * 16
     assert "update reward: forward" not in rows and rows["scores of reward"].useful > 0

@@ -10,8 +10,8 @@ from jaxrlhf.chips import CHIPS
 from jaxrlhf.config import Config, parse
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.feed import batch_shapes
-from jaxrlhf.plan.calls import models_of, passes_of
-from jaxrlhf.plan.memory import estimate, stored
+from jaxrlhf.plan.calls import Pass, models_of, passes_of
+from jaxrlhf.plan.memory import estimate, rollout_of, stored
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.plan.topology import Slice
@@ -60,8 +60,9 @@ def drawn_for(cfg: Config):
         (SFT, MeshConfig(8, 1, 1), {"remat": "full"}),
         (PPO, MeshConfig(1, 4, 2), {}),
         (PPO, MeshConfig(8, 1, 1), {}),
+        (PPO.replace("prompts_per_step: 64", "prompts_per_step: 16, samples_per_prompt: 8"), MeshConfig(1, 8, 1), {}),
     ],
-    ids=["sft, fsdp", "sft, copies, remat", "ppo, fsdp and tensor", "ppo, copies"],
+    ids=["sft, fsdp", "sft, copies, remat", "ppo, fsdp and tensor", "ppo, copies", "ppo, samples of a prompt"],
 )
 def test_the_estimate_is_near_what_xla_allocates(text, mesh, changes):
     """Arguments to 1% (tiny scalars apart), the peak within FACTOR."""
@@ -88,6 +89,17 @@ def test_what_makes_it_smaller():
     assert peak(config(SFT, MeshConfig(8, 1, 1), remat="full")) < peak(config(SFT, MeshConfig(8, 1, 1), remat="dots"))
     cfg = config(SFT, MeshConfig(8, 1, 1))
     assert peak(dataclasses.replace(cfg, batch=dataclasses.replace(cfg.batch, micro_batch_size=16))) < whole
+
+
+def test_the_cache_holds_a_prompt_once():
+    """16 prompts of 64 tokens on 8 chips: 16 samples more of each are no more prompts in the cache."""
+    mesh, one = MeshConfig(1, 8, 1), Pass("policy", "sample", 16, 64, 64)
+    _, _, models, setup = drawn_for(config(PPO, mesh))
+    cfg, columns = models["policy"][0], lambda copies: 16 / 8 * (64 + copies * 64)
+    logits = lambda copies: 16 * copies / 8 * 4096 * 4 * 2
+    found = [rollout_of(one._replace(copies=copies), cfg, setup) for copies in (16, 32)]
+    more = (columns(32) - columns(16)) * 2 * cfg.num_kv_heads * cfg.head_dim * cfg.num_layers * setup.compute
+    assert found[1] - found[0] == more + logits(32) - logits(16)
 
 
 def test_no_remat_keeps_a_gathered_weight():
