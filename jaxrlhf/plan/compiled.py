@@ -24,7 +24,8 @@ class Compiled(NamedTuple):
     outputs: int  # those that do not take the place of arguments
     temporaries: int
     peak: int
-    collectives: list[Collective]
+    collectives: list[Collective] | None  # None: could not be read
+    unread: str  # then why, in one line
 
 
 class TooBig(NamedTuple):
@@ -57,5 +58,15 @@ def describe(name: str, program: jax.stages.Compiled) -> Compiled:
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         max(memory.peak_memory_in_bytes, memory.argument_size_in_bytes + memory.temp_size_in_bytes),
-        collectives(program.as_text() or ""),
+        *read_collectives(program),
     )
+
+
+def read_collectives(program: jax.stages.Compiled) -> tuple[list[Collective] | None, str]:
+    """The program's collectives; None, and why, where its text can't be had: what took minutes to compile still tells
+    its memory. jaxlib 0.10.2 does not print some of what libtpu 0.0.52 makes for v5p."""
+    try:
+        text = program.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        return None, str(error).partition("\n")[0]
+    return (collectives(text), "") if text else (None, "it has no text")

@@ -42,7 +42,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def program_json(program: Compiled) -> dict[str, Any]:
-    return program._asdict() | {"collectives": [one._asdict() for one in program.collectives]}
+    found = program.collectives
+    return program._asdict() | {"collectives": None if found is None else [one._asdict() for one in found]}
 
 
 def print_plan(plan: Plan) -> None:
@@ -57,6 +58,8 @@ def print_plan(plan: Plan) -> None:
     if isinstance(plan.programs, list):
         console.print(memory_table(plan, plan.programs))
         console.print(collective_table(plan.programs))
+        for line in unread_lines(plan.programs):
+            say(line)
     say(verdict(plan))
     console.print(phase_table(plan))
     say(speed(plan))
@@ -82,10 +85,16 @@ def collective_table(programs: list[Compiled]) -> Table:
     """What a device sends, program by program."""
     table = Table("collectives of a device", "kind", "executions", "GB")
     for one in programs:
-        for kind in one.collectives:
+        for kind in one.collectives or []:
             more = "at least " if kind.lower_bound else ""
             table.add_row(one.name, kind.kind, f"{more}{kind.count:,}", f"{more}{kind.bytes / 1e9:,.3f}")
     return table
+
+
+def unread_lines(programs: list[Compiled]) -> list[str]:
+    """Why a program is not in the table of collectives."""
+    unread = [one for one in programs if one.collectives is None]
+    return [f"{one.name}: its collectives could not be read from what libtpu made: {one.unread}" for one in unread]
 
 
 def phase_table(plan: Plan) -> Table:

@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxrlhf.chips import CHIPS, GIB
 from jaxrlhf.config import load, load_beside
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.plan import Plan, report
-from jaxrlhf.plan.compiled import TooBig
+from jaxrlhf.plan.compiled import TooBig, describe
 from jaxrlhf.plan.memory import Memory
 from jaxrlhf.plan.topology import Slice, find_slice
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -166,6 +168,32 @@ def test_the_report_of_what_does_not_fit(capsys):
         "no setting of mesh, micro-batch, remat and number formats was found that fits: more chips are needed"
     ]
     assert plan.fits and plan.needed == 5 and report.verdict(plan).startswith("estimated, not compiled: fits: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("INTERNAL: RET_CHECK failure\nat some line", "INTERNAL: RET_CHECK failure"), (None, "it has no text")],
+)
+def test_a_program_that_cannot_be_printed_keeps_its_memory(monkeypatch, capsys, text, why):
+    """A real program, whose text XLA fails to make."""
+    program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((256,), jnp.float32)).compile()
+    readable = describe("iteration", program)
+    assert readable.collectives == [] and readable.unread == "" and readable.arguments == 1024
+
+    def as_text(self):
+        if text:
+            raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(type(program), "as_text", as_text)
+    found = describe("iteration", program)
+    assert found == readable._replace(collectives=None, unread=why)
+    where = Slice("v5e:1x1", CHIPS["v5e"], 1, 1, [None])
+    plan = Plan(load(TINY), where, {"data": 1}, [], "batch", 8, Memory(1, 2, 3, 4), [found], [], None)
+    monkeypatch.setattr(Plan, "mfu", 0.5)
+    report.print_plan(plan)
+    assert f"iteration: its collectives could not be read from what libtpu made: {why}\n" in capsys.readouterr().out
+    (program_json,) = report.as_json(plan)["programs"]
+    assert program_json["collectives"] is None and program_json["arguments"] == 1024
 
 
 def test_the_command_shows_its_calibration():
