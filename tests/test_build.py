@@ -290,7 +290,7 @@ def test_every_eos_token_stays_one_when_a_run_goes_on(root, folder, tmp_path, pp
     assert build.build(ppo(f"models.policy.init_from={cfg.run_dir}")).sampler.eos_ids == (1, 7)
     mesh = complete.make_mesh(complete.MeshConfig())
     with jax.set_mesh(mesh):
-        assert complete.read_model(cfg.run_dir, mesh).eos_ids == (1, 7)
+        assert complete.read_model(cfg.run_dir, mesh).ids.eos == (1, 7)
     checkpoint.export(cfg.run_dir, "policy", tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
 

@@ -25,7 +25,7 @@ from jaxrlhf.models.attention import (
 )
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
-from jaxrlhf.models.kernels import SAVED, Asked, Attend, Hardware, choose, within_groups, within_rows
+from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
 from jaxrlhf.models.linear import gathered, linear
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
@@ -233,7 +233,9 @@ def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dty
 class Sight(NamedTuple):
     """What local and global layers differ in."""
 
-    attend: Attend  # (query, key, value) to what each token gathers from those that it may read
+    attend: Callable[
+        ..., Array
+    ]  # (query, key, value), or (query, a Cache), to what each token gathers of what it reads
     freqs: Array | None  # f32[R / 2], radians a position; None where positions were embedded
 
 
@@ -244,7 +246,7 @@ def check_length(cfg: ModelConfig, columns: int) -> None:
         raise ValueError(f"rows of {columns} columns: more than this {cfg.family} model computes; nearest: {limit}")
 
 
-def sights(cfg: ModelConfig, attend_to: Callable[[int | None], Attend]) -> dict[bool, Sight]:
+def sights(cfg: ModelConfig, attend_to: Callable[[int | None], Callable[..., Array]]) -> dict[bool, Sight]:
     """Local or not -> Sight, for the kinds of layers that the model has. ``attend_to``: a window, or None, to attend"""
 
     def one(local: bool) -> Sight:
@@ -458,11 +460,11 @@ def decode_step(
     written = columns <= size + index
     near_by = lambda window: written if window is None else written & (size + index - columns < window)
 
-    def attend_to(window: int | None) -> Attend:
+    def attend_to(window: int | None) -> Callable[[Array, Cache], Array]:
         seen = near_by(window)
         biases = bias_of(prompt & seen[:size])[:, None, None], bias_of(seen[size:])[None, None, None]
 
-        def attend(query, cache, _):
+        def attend(query: Array, cache: Cache) -> Array:
             parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
             return merge_copies(
                 branches(split_copies(query, cache.key.shape[1], query.shape[1]), parts, **product(cfg))
@@ -478,7 +480,7 @@ def decode_step(
         write = lambda old, new: jax.lax.dynamic_update_slice(old, grow(new).astype(old.dtype), (0, 0, 0, index, 0))
         cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
         updated.append(cache)
-        return sight.attend(query, cache, None)
+        return sight.attend(query, cache)
 
     x = embed(params, cfg, token, position, runtime.compute)
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):

@@ -253,7 +253,9 @@ def test_the_mask_of_a_long_group_is_no_square():
     block, padded = blocks(size)
     mask = masks.MultiHeadMask([tree(size, padded, 1024, 16, None)] * 2)
     info, function = infos.process_mask(mask, (block, block), head_shards=1, q_seq_shards=1)
-    assert function is not None and info.partial_mask_blocks is None and info.q_sequence.nbytes == 4 * padded
+    assert function is not None and info.partial_mask_blocks is None
+    assert info.q_sequence is not None and info.block_mask is not None
+    assert info.q_sequence.nbytes == 4 * padded
     assert block == 512 and (info.block_mask > 0).sum() == 3 + 16 * (2 * 2 + 3)
     assert info.block_mask.shape == (1, 34, 4)  # steps of the grid: the prompt's two blocks and a response's two
 

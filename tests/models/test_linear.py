@@ -28,7 +28,7 @@ def model(layers: int) -> ModelConfig:
 
 def gradients(cfg: ModelConfig, runtime: Runtime):
     """(params, tokens, segment_ids) -> gradients of a sum of all states."""
-    total = lambda params, *rows: (forward(params, cfg, *rows, runtime) ** 3).sum()
+    total = lambda params, tokens, segment_ids: (forward(params, cfg, tokens, segment_ids, runtime) ** 3).sum()
     return jax.grad(total)
 
 
