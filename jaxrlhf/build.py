@@ -11,7 +11,7 @@ from etils import epath
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
 from jaxrlhf.config import Config, dump, roles_of
-from jaxrlhf.config_batch import num_micro, updates_of
+from jaxrlhf.config_batch import num_micro, shares_prompts, updates_of
 from jaxrlhf.config_check import SPLIT, divisors, longest_row, split_by
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
@@ -25,7 +25,7 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
 from jaxrlhf.rewards import functions
-from jaxrlhf.sharding import make_mesh, whole
+from jaxrlhf.sharding import batch_shards, make_mesh, whole
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
 
@@ -91,6 +91,7 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
+    sampler = sampler._replace(share_prompts=shares_prompts(cfg, batch_shards(mesh)))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
     recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg))
     return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)

@@ -29,6 +29,27 @@ def num_micro(cfg: Config) -> int:
     return minibatch // (cfg.batch.micro_batch_size or minibatch)
 
 
+def shares_prompts(cfg: Config, shards: int) -> bool:
+    """Whether a prompt is read once for all its responses, in what is learned from too: so that they stay together, and
+    on one of the ``shards`` devices that split a batch, in each part that an update is computed in."""
+    if "prompts" not in fields_read(cfg):
+        return False
+    rows = rows_of(cfg)["prompts"] // updates_of(cfg)[1] // num_micro(cfg)
+    return cfg.batch.share_prompts and rows % (cfg.batch.samples_per_prompt * shards) == 0
+
+
+def describe_sharing(cfg: Config, shards: int) -> list[str]:
+    """What to say where prompts could be read once, and are not."""
+    samples = cfg.batch.samples_per_prompt
+    if samples == 1 or not cfg.batch.share_prompts or shares_prompts(cfg, shards) or "prompts" not in fields_read(cfg):
+        return []
+    rows, over = rows_of(cfg)["prompts"] // updates_of(cfg)[1] // num_micro(cfg), f" over {shards} devices"
+    return [
+        f"batch: micro-batches of {rows} rows{over if shards > 1 else ''} cut the {samples} responses to a prompt "
+        f"apart: it is read for each of them; read once in micro-batches of a multiple of {samples * shards}"
+    ]
+
+
 def describe_batch(cfg: Config) -> str:
     """The batch arithmetic in one line, for the start of a run."""
     (epochs, minibatches), parts, rows = updates_of(cfg), num_micro(cfg), rows_of(cfg)

@@ -13,7 +13,7 @@ from etils import epath
 from jaxrlhf import checkpoint, distributed, evaluate, normalize
 from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state, kernels_passed_over
 from jaxrlhf.config import Config, dump, without_place
-from jaxrlhf.config_batch import describe_batch
+from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
@@ -22,7 +22,7 @@ from jaxrlhf.metrics import MetricsLog, is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_programs
 from jaxrlhf.score import joined
-from jaxrlhf.sharding import current, whole
+from jaxrlhf.sharding import batch_shards, current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 DONE, PREEMPTED = "done", "preempted"
@@ -106,7 +106,8 @@ class Trainer:
         """From iteration ``start`` to the end, or to SIGTERM."""
         cfg = self.cfg
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
-        self.log.say("\n".join([describe_batch(cfg), *passed_over]))
+        sharing = describe_sharing(cfg, batch_shards(self.ready.mesh))
+        self.log.say("\n".join([describe_batch(cfg), *sharing, *passed_over]))
         state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
         with self.listening(), self.saving(), contextlib.closing(self.profiler):

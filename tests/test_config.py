@@ -13,7 +13,7 @@ from jaxrlhf import config
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.config import Config
-from jaxrlhf.config_batch import describe_batch, num_micro, updates_of
+from jaxrlhf.config_batch import describe_batch, describe_sharing, num_micro, shares_prompts, updates_of
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_ranges import RANGE_OF, interval_of
@@ -512,6 +512,12 @@ def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     assert updates_of(cfg) == (2, 2)
     arithmetic = "16 prompts x 2 samples = 32 rows -> 2 epochs x 2 minibatches of 16 = 4 updates an iteration"
     assert describe_batch(cfg) == f"batch: {arithmetic}; {words}"
+    shares = micro is None  # 16 rows on 8 devices: two responses to one prompt on each
+    assert shares_prompts(cfg, devices) == shares
+    said = "".join(describe_sharing(cfg, devices))
+    assert shares == (said == "") and shares != (f"read once in micro-batches of a multiple of {2 * devices}" in said)
+    alone = config.load(ppo, ["batch.share_prompts=false"])
+    assert not shares_prompts(alone, 1) and describe_sharing(alone, 1) == []
 
 
 def test_the_nearest_batch_really_works(ppo):

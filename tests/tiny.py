@@ -111,6 +111,7 @@ def build(
     room: int = 6,
     samples_per_prompt: int = 1,
     eos_ids: tuple[int, ...] = EOS_IDS,
+    share_prompts: bool = True,
 ) -> Tiny:
     """The algorithm called ``name`` on models of this shape, on the current mesh. Policy and reference start equal."""
     algorithm = ALGORITHMS[name]
@@ -120,16 +121,21 @@ def build(
     optimizers = {role: make_optimizer(optimizer, 1000) for role in trained}
     sampling = Sampling(eos_ids=eos_ids)
     nets = make_nets(
-        dict.fromkeys(seeds, model), Runtime(), sampling, sampler_of(model, sampling, room, samples_per_prompt)
+        dict.fromkeys(seeds, model),
+        Runtime(),
+        sampling,
+        sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts),
     )
     recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro)
     state = states.new_state(0, make(trained), make(slow), optimizers, algorithm.controls(cfg))
     return Tiny(recipe, state, Batch(prompts=prompts(), preferences=preferences()) if batch is None else batch)
 
 
-def sampler_of(model: ModelConfig, sampling: Sampling, room: int, samples_per_prompt: int = 1, pad_id: int = 0):
+def sampler_of(
+    model: ModelConfig, sampling: Sampling, room: int, samples_per_prompt: int = 1, pad_id: int = 0, share: bool = True
+):
     """Nets.sample for a model of this shape."""
-    sampler = generate.Sampler(sampling, room, sampling.eos_ids, pad_id, (), samples_per_prompt)
+    sampler = generate.Sampler(sampling, room, sampling.eos_ids, pad_id, (), samples_per_prompt, share)
 
     def sample(role, trees, prompts, seed, step):
         return generate.sample(trees[role], model, prompts, seed, step, sampler, Runtime())

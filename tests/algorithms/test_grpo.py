@@ -315,3 +315,19 @@ def test_the_number_of_micro_batches_changes_nothing(cfg):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), split, whole)
     for name, mean in means.items():
         np.testing.assert_allclose(split_means[name].value(), mean.value(), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_prompt_read_once_or_for_each_response():
+    """One iteration: the same responses, and to rounding the same update."""
+    cfg, found = GRPOConfig(old_logprobs="recompute", kl_estimator="k2"), {}
+    for share in (True, False):
+        run = tiny.build("grpo", cfg, samples_per_prompt=4, share_prompts=share, batch=Batch(tiny.prompts(rows=4)))
+        found[share] = tiny.program(steps.make_iteration(run.recipe))(run.state, run.batch)
+    (once, metrics, rows), (each, other_metrics, other_rows) = found[True], found[False]
+    assert (rows.copies, other_rows.copies) == (4, 1)
+    np.testing.assert_array_equal(rows.tokens, other_rows.tokens)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, other_metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    moments = lambda state: jax.tree.leaves(state.opt_state)
+    for mine, other in zip(moments(once), moments(each), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-6)

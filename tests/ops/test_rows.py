@@ -54,6 +54,18 @@ def test_split_rows_takes_every_parts_th_row(parts):
         np.testing.assert_array_equal(out["x"][part], tree()["x"][part::parts])
 
 
+def test_rows_that_stay_together():
+    """Runs of two rows: whole in a part, and side by side wherever a shuffle puts them."""
+    rows = tree_of_jax()
+    size = len(rows["x"])
+    parts = split_rows(rows, 2, together=2)
+    order = np.arange(size).reshape(-1, 2, 2).swapaxes(0, 1).reshape(2, -1)
+    np.testing.assert_array_equal(parts["x"], np.asarray(rows["x"])[order])
+    mixed = np.asarray(shuffle({"place": jnp.arange(size)}, jax.random.key(0), together=2)["place"]).reshape(-1, 2)
+    np.testing.assert_array_equal(mixed[:, 1], mixed[:, 0] + 1)
+    assert sorted(mixed[:, 0]) == list(range(0, size, 2)) and list(mixed[:, 0]) != sorted(mixed[:, 0])
+
+
 def test_split_rows_stays_on_its_devices():
     out = on_mesh(lambda rows: split_rows(rows, 2), tree())
     np.testing.assert_array_equal(out["x"], split_rows(tree_of_jax(), 2)["x"])
