@@ -60,7 +60,7 @@ def kernels_in(text: str) -> int:
 
 
 def squares(text: str, size: int) -> set[str]:
-    """The types of arrays with two dimensions of ``size``, or of the padded rows: products of them, masks."""
+    """The types of arrays with two dimensions of ``size``, or of the padded rows: masks, products of queries, keys."""
     lengths, arrays = {size, blocks(size)[1]}, set(re.findall(r"(?:f32|bf16|pred|s8|u8)\[[0-9,]+\]", text))
     return {x for x in arrays if sum(int(n) in lengths for n in re.findall(r"[0-9]+", x.partition("[")[2])) >= 2}
 
