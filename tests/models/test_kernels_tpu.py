@@ -18,6 +18,7 @@ from jaxrlhf.models.transformer import (
     decode_layout,
     decode_step,
     forward,
+    forward_responses,
     parameter_table,
     prefill,
     weight_axes,
@@ -59,8 +60,8 @@ def kernels_in(text: str) -> int:
 
 
 def squares(text: str, size: int) -> set[str]:
-    """The types of arrays with two dimensions of ``size``, or of the padded rows: products of queries and keys."""
-    lengths, arrays = {size, blocks(size)[1]}, set(re.findall(r"(?:f32|bf16)\[[0-9,]+\]", text))
+    """The types of arrays with two dimensions of ``size``, or of the padded rows: masks, products of queries, keys."""
+    lengths, arrays = {size, blocks(size)[1]}, set(re.findall(r"(?:f32|bf16|pred|s8|u8)\[[0-9,]+\]", text))
     return {x for x in arrays if sum(int(n) in lengths for n in re.findall(r"[0-9]+", x.partition("[")[2])) >= 2}
 
 
@@ -107,6 +108,23 @@ def test_squares_are_found():
     """Without the kernel they are there."""
     text = compile_training(LLAMA, "v5e:2x2", tpu(attention="xla"))
     assert kernels_in(text) == 0 and squares(text, SIZE)
+
+
+@pytest.mark.parametrize(("differentiated", "kernels"), [(False, 1), (True, 3)])
+def test_groups_by_splash_compile(differentiated, kernels):
+    """Two prompts a device, 4 responses to each: one kernel a layer, two more backward; no mask of a row's columns."""
+    mesh, (start, room, copies) = mesh_of("v5e:2x2"), (300, 85, 4)
+
+    def loss(params, tokens, valid):
+        hidden = forward_responses(params, MIXED, tokens, valid, start, copies, tpu())
+        return (hidden.astype(jnp.float32) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        shape = 4 * copies, start + room
+        arguments = abstract(MIXED, mesh, jnp.float32), rows(mesh, shape), rows(mesh, shape, jnp.bool_)
+        text = jax.jit(jax.grad(loss) if differentiated else loss).lower(*arguments).compile().as_text() or ""
+    assert kernels_in(text) == kernels * MIXED.num_layers
+    assert squares(text, start + copies * room) == set()
 
 
 @pytest.mark.parametrize("cfg", [LLAMA, MIXED])
