@@ -91,6 +91,7 @@ def plan(
     if not calibration and (len(paths) != 1 or not topology):
         raise typer.BadParameter("expected one config and a slice: configs/tiny/ppo.yaml --topology v5e:2x2")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU or GPU that is here is left alone
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's stacks: a plan says what it raised
     from jaxrlhf.plan import report
 
     if calibration:

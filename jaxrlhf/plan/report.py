@@ -57,7 +57,8 @@ def print_plan(plan: Plan) -> None:
         say(f"shape of {source}")
     if isinstance(plan.programs, list):
         console.print(memory_table(plan, plan.programs))
-        console.print(collective_table(plan.programs))
+        if any(one.collectives for one in plan.programs):
+            console.print(collective_table(plan.programs))
         for line in unread_lines(plan.programs):
             say(line)
     say(verdict(plan))

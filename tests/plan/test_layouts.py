@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxrlhf import generate
 from jaxrlhf import state as states
@@ -14,8 +16,9 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.plan import hlo
+from jaxrlhf.plan.compiled import describe
 from jaxrlhf.plan.topology import find_slice
-from jaxrlhf.sharding import MeshConfig, make_mesh, row_layout
+from jaxrlhf.sharding import MeshConfig, constrain, make_mesh, row_layout, spec
 from jaxrlhf.step import Recipe, make_learn
 from jaxrlhf.types import Batch, Prompts, Sequences
 
@@ -93,3 +96,26 @@ def test_between_slices_only_what_is_scattered_is_summed():
     # gradients of the layers' products are bfloat16, that of the embedding is float32
     assert (2 * layers + 4 * (whole - layers)) / 4 <= across < 1.15 * (2 * layers + 4 * (whole - layers)) / 4
     assert {"all-gather", "reduce-scatter"} <= {kind for _, kind, *_ in every}
+
+
+def test_a_program_for_v5p_that_jaxlib_cannot_print_is_described():
+    """The gradient of an embedding that fsdp splits: jaxlib 0.10.2 refuses to read an async-update that libtpu 0.0.52
+    made, with async collective fusion or without. Where both agree again, the collectives are read."""
+    mesh = make_mesh(MeshConfig(1, 4, 1), find_slice("v5p:2x2x1").devices)
+    vocab, dim = 4096, 2048
+
+    def gradient(table, tokens, kernel):
+        def loss(table):
+            x = constrain(table.astype(jnp.bfloat16), None, None).at[tokens].get(out_sharding=spec("batch", None, None))
+            return (jnp.einsum("bsd,de->bse", x, kernel).astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss)(table)
+
+    laid = lambda shape, dtype, *axes: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+    table, kernel = laid((vocab, dim), jnp.float32, None, "fsdp"), laid((dim, dim), jnp.bfloat16, None, None)
+    with jax.set_mesh(mesh):
+        program = jax.jit(gradient).lower(table, rows_of(mesh, 16, 1024), kernel).compile()
+    found = describe("iteration", program)
+    assert found.arguments >= vocab * dim and found.peak > found.temporaries > 0
+    assert "async-update" in found.unread if found.collectives is None else found.collectives
+    assert "\n" not in found.unread
