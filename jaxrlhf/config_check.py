@@ -224,8 +224,7 @@ def split_by(keys: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, int]:
 
 
 def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
-    """Rows divide into minibatches, micro-batches and shards, the samples of a prompt together; ``sizes``: devices
-    along each mesh axis."""
+    """Rows divide into minibatches, micro-batches and shards; ``sizes``: devices along each mesh axis."""
     axes = {"slices": sizes["slice"], "data": sizes["data"], "fsdp": sizes["fsdp"] * sizes["decode"]}
     shards, (_, minibatches) = math.prod(axes.values()), updates_of(cfg)
     shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis != "slices" or size > 1)
@@ -237,14 +236,12 @@ def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
         return
     main, *others = fields_read(cfg)
     rows = rows_of(cfg)[main]
-    each = cfg.batch.samples_per_prompt if main == "prompts" else 1
-    fits = [size for size in divisors(rows // minibatches) if size % (shards * each) == 0]
+    fits = [size for size in divisors(rows // minibatches) if size % shards == 0]
     if micro not in fits:
         nearest = min(fits, key=lambda size: abs(size - micro))
         yield (
             f"batch.micro_batch_size: {micro}: a minibatch has {rows} / {minibatches} = {rows // minibatches} rows "
-            f"on {shards} batch shards; expected a divisor of it that the shards divide{together(each)}; "
-            f"nearest: {nearest}"
+            f"on {shards} batch shards; expected a divisor of it that the shards divide; nearest: {nearest}"
         )
         return
     parts = rows // minibatches // micro
@@ -255,15 +252,12 @@ def divided(cfg: Config, fields: Sequence[str], parts: int, shards: int, over: s
     """What to say of the fields' rows where ``parts`` parts on ``shards`` shards do not divide them."""
     for field in fields:
         key, each = ROWS_KEY[field], cfg.batch.samples_per_prompt if field == "prompts" else 1
-        count, unit = getattr(cfg.batch, key), parts * shards
+        count = getattr(cfg.batch, key)
+        # prompts lie on the shards themselves, before each of them becomes several rows
+        unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards)
         if count % unit:
             rows = f"{count} prompts x {each} samples = {count * each} rows" if each > 1 else f"{count} rows"
-            nearest = nearest_multiple(count, unit)
-            yield f"batch.{key}: {count}: {rows} do not divide over {over}{together(each)}; nearest: {nearest}"
-
-
-def together(each: int) -> str:
-    return f", the {each} samples of a prompt together" if each > 1 else ""
+            yield f"batch.{key}: {count}: {rows} do not divide over {over}; nearest: {nearest_multiple(count, unit)}"
 
 
 def sections_read(cfg: Config) -> list[str]:

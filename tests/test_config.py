@@ -342,14 +342,14 @@ def test_a_good_config_passes(ppo):
         (
             ["batch.prompts_per_step=6", "algorithm.num_minibatches=4"],
             "batch.prompts_per_step: 6: 6 prompts x 2 samples = 12 rows do not divide over 4 minibatches x 8 batch "
-            "shards (data 8 x fsdp 1), the 2 samples of a prompt together; nearest: 32",
+            "shards (data 8 x fsdp 1); nearest: 16",
         ),
-        # 8 prompts x 4 samples = 32 rows divide over 2 x 8, but 8 prompts do not
-        (["batch={prompts_per_step: 8, samples_per_prompt: 4}"], "batch.prompts_per_step: 8: 8 prompts x 4 samples"),
+        # 12 prompts x 4 samples = 48 rows divide over 2 x 8, but 12 prompts not over 8 shards
+        (["batch={prompts_per_step: 12, samples_per_prompt: 4}"], "batch.prompts_per_step: 12: 12 prompts x 4 samples"),
         (
             ["batch.micro_batch_size=5"],
             "batch.micro_batch_size: 5: a minibatch has 32 / 2 = 16 rows on 8 batch shards; expected a divisor of it "
-            "that the shards divide, the 2 samples of a prompt together; nearest: 16",
+            "that the shards divide; nearest: 8",
         ),
         (["batch.micro_batch_size=4"], "batch.micro_batch_size: 4: a minibatch has 32 / 2 = 16 rows on 8 batch shards"),
         (["mesh={data: 3}"], "mesh: (data=3, fsdp=1, tensor=1) needs 3 devices"),
@@ -501,8 +501,8 @@ def test_greedy_responses_are_fine_where_none_is_trained_on(tmp_path):
     "micro, devices, parts, words",
     [
         (None, 8, 1, "micro-batches of 16 (1 a minibatch)"),
-        (8, 4, 2, "micro-batches of 8 (2 a minibatch)"),
-        (2, 1, 8, "micro-batches of 2 (8 a minibatch)"),
+        (8, 8, 2, "micro-batches of 8 (2 a minibatch)"),
+        (1, 1, 16, "micro-batches of 1 (16 a minibatch)"),
     ],
 )
 def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
@@ -525,7 +525,7 @@ def test_the_nearest_batch_really_works(ppo):
     for prompts in range(1, 40):
         for samples in (1, 2, 3, 8):
             given = [f"batch={{prompts_per_step: {prompts}, samples_per_prompt: {samples}}}"]
-            works = lambda n: n % 16 == 0 and n > 0
+            works = lambda n, samples=samples: n % 8 == 0 and n * samples % 16 == 0 and n > 0
             cfg = config.load(ppo, given)
             if works(prompts):
                 check(cfg, 8)
@@ -539,10 +539,10 @@ def test_the_nearest_batch_really_works(ppo):
 
 
 def test_preferences_divide_like_the_rows_beside_them(ppo):
-    given = ["algorithm.reward_update=true", "data.preferences.path=x", "batch.micro_batch_size=4"]
-    check(config.load(ppo, given), 2)  # 32 pairs over 2 minibatches x 4 micro-batches x 2 shards
+    given = ["algorithm.reward_update=true", "data.preferences.path=x", "batch.micro_batch_size=2"]
+    check(config.load(ppo, given), 2)  # 32 pairs over 2 minibatches x 8 micro-batches x 2 shards
     line = mistake(ppo, *given, "batch.preferences_per_step=36", devices=2)
-    rest = "36 rows do not divide over 2 minibatches x 2 batch shards (data 2 x fsdp 1) x 4 micro-batches; nearest: 32"
+    rest = "36 rows do not divide over 2 minibatches x 2 batch shards (data 2 x fsdp 1) x 8 micro-batches; nearest: 32"
     assert line == f"{ppo}: batch.preferences_per_step: 36: {rest}"
     assert "with 32 preferences" in describe_batch(config.load(ppo, given))
 
