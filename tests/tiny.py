@@ -112,6 +112,7 @@ def build(
     samples_per_prompt: int = 1,
     eos_ids: tuple[int, ...] = EOS_IDS,
     share_prompts: bool = True,
+    temperature: float = 1.0,
 ) -> Tiny:
     """The algorithm called ``name`` on models of this shape, on the current mesh. Policy and reference start equal."""
     algorithm = ALGORITHMS[name]
@@ -119,7 +120,7 @@ def build(
     seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2}
     make = lambda heads: {role: parameters(model, head, seeds[role]) for role, head in heads.items()}
     optimizers = {role: make_optimizer(optimizer, 1000) for role in trained}
-    sampling = Sampling(eos_ids=eos_ids)
+    sampling = Sampling(temperature, eos_ids=eos_ids)
     nets = make_nets(
         dict.fromkeys(seeds, model),
         Runtime(),

@@ -364,7 +364,9 @@ def iteration():
 
 def test_the_first_ratio_is_exactly_1_with_recompute(iteration):
     metrics = iteration[2]
-    assert metrics["distance"] == 0 and metrics["policy/ratio"] == 1 and metrics["policy/kl_old"] == 0
+    assert metrics["distance"] == 0 and metrics["policy/ratio"] == 1
+    # XLA may round a log-prob's last bit (4.8e-7) otherwise where it is differentiated: its square, over 40 tokens
+    assert 0 <= metrics["policy/kl_old"] < 1e-14
     assert 0 < metrics["kl/sampler_mismatch"] < 1e-5  # the sampler's own are equal to rounding only
 
 
