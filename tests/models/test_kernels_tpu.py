@@ -154,8 +154,9 @@ def test_prefill_and_decoding_compile(cfg):
     assert (
         f"bf16[2,{kv_heads},{prompt},{cfg.head_dim}]" in text and f"bf16[2,{kv_heads},2,{room},{cfg.head_dim}]" in text
     )
-    for repeated in (
-        f"[2,{kv_heads * group},{prompt},{cfg.head_dim}]",
+    for repeated in (  # a prompt's queries, which are of all heads, have the shape of its keys repeated
+        f"[2,{kv_heads},{group},{prompt},{cfg.head_dim}]",
         f"[2,{kv_heads},2,{group},{room},{cfg.head_dim}]",
+        f"[2,{kv_heads * group},2,{room},{cfg.head_dim}]",
     ):
         assert repeated not in text
