@@ -23,19 +23,27 @@ def updates_of(cfg: Config) -> tuple[int, int]:
     return getattr(cfg.algorithm, "num_epochs", 1), getattr(cfg.algorithm, "num_minibatches", 1)
 
 
+def minibatch_rows(cfg: Config) -> int:
+    """Rows of a minibatch, of the first field that the algorithm reads."""
+    return next(iter(rows_of(cfg).values())) // updates_of(cfg)[1]
+
+
 def num_micro(cfg: Config) -> int:
     """Parts that a minibatch is computed in."""
-    minibatch = next(iter(rows_of(cfg).values())) // updates_of(cfg)[1]
+    minibatch = minibatch_rows(cfg)
     return minibatch // (cfg.batch.micro_batch_size or minibatch)
+
+
+def micro_rows(cfg: Config) -> int:
+    """Rows of such a part."""
+    return minibatch_rows(cfg) // num_micro(cfg)
 
 
 def shares_prompts(cfg: Config, shards: int) -> bool:
     """Whether a prompt is read once for all its responses, in what is learned from too: so that they stay together, and
     on one of the ``shards`` devices that split a batch, in each part that an update is computed in."""
-    if "prompts" not in fields_read(cfg):
-        return False
-    rows = rows_of(cfg)["prompts"] // updates_of(cfg)[1] // num_micro(cfg)
-    return cfg.batch.share_prompts and rows % (cfg.batch.samples_per_prompt * shards) == 0
+    rows = micro_rows(cfg) % (cfg.batch.samples_per_prompt * shards)
+    return "prompts" in fields_read(cfg) and cfg.batch.share_prompts and rows == 0
 
 
 def describe_sharing(cfg: Config, shards: int) -> list[str]:
@@ -43,9 +51,9 @@ def describe_sharing(cfg: Config, shards: int) -> list[str]:
     samples = cfg.batch.samples_per_prompt
     if samples == 1 or not cfg.batch.share_prompts or shares_prompts(cfg, shards) or "prompts" not in fields_read(cfg):
         return []
-    rows, over = rows_of(cfg)["prompts"] // updates_of(cfg)[1] // num_micro(cfg), f" over {shards} devices"
+    over = f" over {shards} devices" if shards > 1 else ""
     return [
-        f"batch: micro-batches of {rows} rows{over if shards > 1 else ''} cut the {samples} responses to a prompt "
+        f"batch: micro-batches of {micro_rows(cfg)} rows{over} cut the {samples} responses to a prompt "
         f"apart: it is read for each of them; read once in micro-batches of a multiple of {samples * shards}"
     ]
 

@@ -40,6 +40,11 @@ class Sampler(NamedTuple):
     share_prompts: bool = True  # what learns from the samples reads a prompt once for all of them
     limits: np.ndarray | None = None  # i32[rows of the batch]: the longest response of each; None: max_new_tokens
 
+    @property
+    def copies(self) -> int:
+        """Sequences.copies of what is sampled."""
+        return self.samples_per_prompt if self.share_prompts else 1
+
 
 def make_sampler(
     ask: GenerateConfig, eos_ids: tuple[int, ...], pad_id: int, pieces: list[bytes], vocab: int, samples_per_prompt: int
@@ -86,7 +91,7 @@ def respond(
     params = decode_layout(params, cfg, "lm", runtime)
     hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime)
     state = start_decoding(hidden, caches, prompts, sampler)
-    each = jax.tree.map(lambda x: repeat_rows(x, copies), prompts)
+    each = repeat_rows(prompts, copies)
     tokens, valid = each.tokens, each.valid
     sample_id = each.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
     positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
@@ -101,7 +106,7 @@ def respond(
         logprobs=pad(state.logprobs),
         ended=state.done,
         response_start=prompt_size,
-        copies=copies if sampler.share_prompts else 1,
+        copies=sampler.copies,
     )
 
 

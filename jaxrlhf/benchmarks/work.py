@@ -77,6 +77,12 @@ def pairs(start: int, count: int, window: int = 0) -> int:
     return int((np.minimum(seen, window) if window else seen).sum())
 
 
+def products(cfg: ModelConfig, spans: list[tuple[int, int]]) -> int:
+    """``pairs`` of all spans (start, count), in all layers."""
+    windows = [cfg.sliding_window if local else 0 for local in local_layers(cfg)]
+    return sum(windows.count(window) * pairs(*span, window) for window in set(windows) for span in spans)
+
+
 def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Document]) -> float:
     """FLOPs of one pass over the documents. ``kind`` "sample": what sampling them takes."""
     found = list(found)
@@ -84,11 +90,9 @@ def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Docu
     spans = [(0, size) for size in {one.prompt: one.prompt_tokens for one in found}.values()]
     spans += [(one.prompt_tokens, one.response_tokens) for one in found]
     tokens = sum(count for _, count in spans)
-    windows = [cfg.sliding_window if local else 0 for local in local_layers(cfg)]
-    attended = sum(windows.count(window) * pairs(*span, window) for window in set(windows) for span in spans)
     read = len(found) if kind == "scores" else sum(one.read for one in found)
-    products = tokens * sum(weight.size for weight in inside) + read * last.size
-    return float(2 * products + 4 * attended * cfg.num_heads * cfg.head_dim)
+    multiplied = tokens * sum(weight.size for weight in inside) + read * last.size
+    return float(2 * multiplied + 4 * products(cfg, spans) * cfg.num_heads * cfg.head_dim)
 
 
 def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
@@ -158,9 +162,7 @@ def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     values of the tokens before it, of the rows that have not ended; all in the compute format."""
     cfg, size = drawn.configs["policy"], np.dtype(drawn.cfg.precision.compute).itemsize
     found = [one for one in documents(sequences) if one.response_tokens]
-    windows = [cfg.sliding_window if local else 0 for local in local_layers(cfg)]
-    spans = [(one.prompt_tokens, one.response_tokens) for one in found]
-    seen = sum(windows.count(window) * pairs(*span, window) for window in set(windows) for span in spans)
+    seen = products(cfg, [(one.prompt_tokens, one.response_tokens) for one in found])
     steps = max(one.response_tokens for one in found)
     weights = sum(weight.size for weight in matrices(cfg, "lm", 1))
     return size * (weights + seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps)

@@ -233,9 +233,7 @@ def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dty
 class Sight(NamedTuple):
     """What local and global layers differ in."""
 
-    attend: Callable[
-        ..., Array
-    ]  # (query, key, value), or (query, a Cache), to what each token gathers of what it reads
+    attend: Callable[..., Array]  # (query, key, value), or (query, Cache), to what each token gathers of what it reads
     freqs: Array | None  # f32[R / 2], radians a position; None where positions were embedded
 
 

@@ -128,7 +128,7 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
             logprobs=jnp.zeros(shape),
             ended=jnp.ones(shape[:1], bool),
             response_start=columns,
-            copies=drawn.sampler.samples_per_prompt if drawn.sampler.share_prompts else 1,
+            copies=drawn.sampler.copies,
         )
 
     return Nets(token_stats, values, scores, sample)
