@@ -18,9 +18,9 @@ RANGES = {
         beta_slow attention_factor short_factor long_factor""",
     "(1, inf)": "dual_clip",
     "[1, inf)": """iterations every samples_every keep prompts_per_step samples_per_prompt sequences_per_step
-        preferences_per_step micro_batch_size max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon
-        hidden_size num_layers num_heads max_positions original_max_positions factor num_processes init_timeout
-        slices""",
+        preferences_per_step micro_batch_size pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches
+        kl_horizon hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
+        init_timeout slices""",
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",
     "[120, inf)": "grace_seconds",
