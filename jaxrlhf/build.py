@@ -93,7 +93,7 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     # log-probs are of the distribution sampled from, where responses are sampled
     sampler = sampler._replace(share_prompts=shares_prompts(cfg, batch_shards(mesh)))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
-    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg))
+    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg), cfg.batch.pack_widths)
     return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
 
 
@@ -267,9 +267,15 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
         if limit is not None and longest > limit:
             raise ConfigError(f"{where}: computes rows of {limit} columns at most; expected that of {longest} = {what}")
         try:
-            choose(runtime.attention, runtime.hardware, found.config, runtime.compute)
+            kernel = choose(runtime.attention, runtime.hardware, found.config, runtime.compute)
         except ValueError as error:
             raise ConfigError(f"{error} ({where})") from None
+        widths = cfg.batch.pack_widths
+        if widths > 1 and kernel != "xla":
+            raise ConfigError(
+                f"batch.pack_widths: {widths}: {kernel} attention ({where}) can't compute packed responses; "
+                "expected 1, or attention: xla"
+            )
 
 
 def kernels_passed_over(cfg: Config, mesh: jax.sharding.Mesh, shapes: dict[Role, ModelConfig]) -> list[str]:

@@ -67,4 +67,6 @@ def describe_batch(cfg: Config) -> str:
     more = "".join(f" with {number} {name}" for name, number in others)
     size = count // minibatches
     updates = f"{epochs} epochs x {minibatches} minibatches of {size} = {epochs * minibatches} updates an iteration"
-    return f"batch: {start}{more} -> {updates}; micro-batches of {size // parts} ({parts} a minibatch)"
+    widths = cfg.batch.pack_widths
+    packed = f", packed into the narrowest of {widths} widths" if widths > 1 else ""
+    return f"batch: {start}{more} -> {updates}; micro-batches of {size // parts} ({parts} a minibatch){packed}"

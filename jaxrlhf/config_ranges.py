@@ -9,8 +9,9 @@ from jaxrlhf.config_errors import ConfigError, dotted, show
 # Interval -> the fields that lie in it, wherever they stand (Class.field where a name means two things). A record may
 # instead write Annotated[float, Gt(0)] beside its field.
 RANGES = {
-    "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens temperature top_k size samples kl_coef
-        entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every process_id
+    "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings temperature top_k size
+        samples kl_coef entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every
+        process_id
         vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """clip_norm eps clip_range clip_range_low clip_range_high value_clip_range kl_target stop_kl beta
@@ -18,9 +19,9 @@ RANGES = {
         beta_slow attention_factor short_factor long_factor""",
     "(1, inf)": "dual_clip",
     "[1, inf)": """iterations every samples_every keep prompts_per_step samples_per_prompt sequences_per_step
-        preferences_per_step micro_batch_size max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon
-        hidden_size num_layers num_heads max_positions original_max_positions factor num_processes init_timeout
-        slices""",
+        preferences_per_step micro_batch_size pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches
+        kl_horizon hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
+        init_timeout slices""",
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",
     "[120, inf)": "grace_seconds",

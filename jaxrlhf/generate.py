@@ -1,6 +1,7 @@
 """The jitted sampler: Prompts -> Sequences."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,9 @@ class GenerateConfig:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # texts that end a response, besides the EOS tokens
+    halvings: int = (
+        0  # times, each compiled, that it goes on with half of a prompt's samples once the others have ended
+    )
 
 
 class Sampler(NamedTuple):
@@ -39,6 +43,7 @@ class Sampler(NamedTuple):
     samples_per_prompt: int = 1
     share_prompts: bool = True  # what learns from the samples reads a prompt once for all of them
     limits: np.ndarray | None = None  # i32[rows of the batch]: the longest response of each; None: max_new_tokens
+    halvings: int = 0  # see GenerateConfig
 
     @property
     def copies(self) -> int:
@@ -53,7 +58,19 @@ def make_sampler(
     ``vocab``: rows of the model's (padded) vocabulary."""
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
     stops = tuple(stop_automaton(text, pieces, vocab) for text in ask.stop)
-    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt)
+    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt, halvings=ask.halvings)
+
+
+class Rows(NamedTuple):
+    """What belongs to the rows of the decode loop: B = G prompts x n samples."""
+
+    tokens: Array  # i32[B, T]
+    logprobs: Array  # f32[B, T]
+    mask: Array  # bool[B, T]: sampled before the row ended, the ending token included
+    done: Array  # bool[B]
+    stop_states: tuple[Array, ...]  # i32[B] a stop text
+    noise: Array  # f32[B, T]: what tokens are chosen by
+    limits: Array  # i32[B]: tokens of the longest response
 
 
 class Decoding(NamedTuple):
@@ -62,11 +79,7 @@ class Decoding(NamedTuple):
     index: Array  # i32[]: response tokens sampled so far
     hidden: Array  # [G, n, D]: state before the next token of each response
     caches: list[Cache]
-    tokens: Array  # i32[B, T]
-    logprobs: Array  # f32[B, T]
-    mask: Array  # bool[B, T]: sampled before the row ended, the ending token included
-    done: Array  # bool[B]
-    stop_states: tuple[Array, ...]  # i32[B] a stop text
+    rows: Rows
 
 
 def sample(
@@ -90,78 +103,108 @@ def respond(
     prompt_size = prompts.tokens.shape[1]
     params = decode_layout(params, cfg, "lm", runtime)
     hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime)
-    state = start_decoding(hidden, caches, prompts, sampler)
     each = repeat_rows(prompts, copies)
     tokens, valid = each.tokens, each.valid
     sample_id = each.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
     positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
-    noise = uniform_noise(seed, step, sample_id, positions)
-    state = decode_loop(params, cfg, state, prompts.valid, noise, sampler, runtime)
-    everything = jnp.concatenate([tokens, state.tokens], 1)
+    rows = blank_rows(valid, uniform_noise(seed, step, sample_id, positions), sampler)
+    hidden = jnp.broadcast_to(hidden, (hidden.shape[0], copies, hidden.shape[2]))
+    state = Decoding(jnp.int32(0), hidden, caches, rows)
+    rows = decode(params, cfg, state, prompts.valid, sampler, runtime)
+    everything = jnp.concatenate([tokens, rows.tokens], 1)
     pad = lambda x: jnp.pad(x, ((0, 0), (prompt_size, 0)))
     return Sequences(
         tokens=everything,
-        valid=jnp.concatenate([valid, state.mask], 1),
-        response_mask=pad(state.mask),
-        logprobs=pad(state.logprobs),
-        ended=state.done,
+        valid=jnp.concatenate([valid, rows.mask], 1),
+        response_mask=pad(rows.mask),
+        logprobs=pad(rows.logprobs),
+        ended=rows.done,
         response_start=prompt_size,
         copies=sampler.copies,
     )
 
 
-def start_decoding(hidden: Array, caches: list[Cache], prompts: Prompts, sampler: Sampler) -> Decoding:
-    """The state before the first tokens; hidden [G, 1, D] of the prompts."""
-    groups, copies, room = hidden.shape[0], sampler.samples_per_prompt, sampler.max_new_tokens
-    rows = groups * copies
-    empty = lambda dtype: constrain(jnp.zeros((rows, room), dtype), "batch", None)
-    row = lambda dtype: constrain(jnp.zeros((rows,), dtype), "batch")
-    return Decoding(
-        index=jnp.int32(0),
-        hidden=jnp.broadcast_to(hidden, (groups, copies, hidden.shape[2])),
-        caches=caches,
+def blank_rows(prompt: Array, noise: Array, sampler: Sampler) -> Rows:
+    """The rows before their first tokens: prompt bool[B, P], the columns that hold tokens; noise f32[B, T]."""
+    size, room = noise.shape
+    empty = lambda dtype: constrain(jnp.zeros((size, room), dtype), "batch", None)
+    row = lambda value, dtype=jnp.int32: constrain(jnp.full((size,), value, dtype), "batch")
+    return Rows(
         tokens=empty(jnp.int32) + sampler.pad_id,
         logprobs=empty(jnp.float32),
         mask=empty(bool),
-        done=repeat_rows(~prompts.valid.any(axis=1), copies),  # a row without a prompt fills up a batch: no response
-        stop_states=tuple(row(jnp.int32) for _ in sampler.stops),
+        done=~prompt.any(axis=1),  # a row without a prompt fills up a batch: no response
+        stop_states=tuple(row(0) for _ in sampler.stops),
+        noise=noise,
+        limits=row(room + 1) if sampler.limits is None else constrain(jnp.asarray(sampler.limits), "batch"),
     )
 
 
-def decode_loop(
-    params: Params, cfg: ModelConfig, state: Decoding, prompt: Array, noise: Array, sampler: Sampler, runtime: Runtime
+def decode(
+    params: Params, cfg: ModelConfig, state: Decoding, prompt: Array, sampler: Sampler, runtime: Runtime
+) -> Rows:
+    """Sample, read, repeat, until every row has ended or the room is used up. prompt bool[G, P]: the columns that hold
+    tokens.
+
+    With halvings left, it goes on with half of each prompt's rows once no prompt needs more of them: they stand beside
+    their prompt as before, so that nothing moves between devices."""
+    copies = state.hidden.shape[1]
+    few = copies // 2 if sampler.halvings else 0
+
+    def unfinished(state: Decoding) -> Array:
+        busy = ~state.rows.done.all() if not few else group_rows(~state.rows.done, copies).sum(1).max() > few
+        return (state.index < sampler.max_new_tokens) & busy
+
+    one_token = functools.partial(decode_token, params, cfg, prompt, sampler, runtime)
+    state = jax.lax.while_loop(unfinished, one_token, state)
+    if not few:
+        return state.rows
+    live = jnp.argsort(group_rows(state.rows.done, copies), axis=1, stable=True)[:, :few]  # of each prompt, these first
+    rest = decode(params, cfg, keep_rows(state, live), prompt, sampler._replace(halvings=sampler.halvings - 1), runtime)
+    return put_back(state.rows, rest, live, copies)
+
+
+def keep_rows(state: Decoding, which: Array) -> Decoding:
+    """``state`` of some rows of each prompt, ``which`` i32[G, m] of its n."""
+    take = jax.vmap(lambda x, at: x.at[at].get())
+    copies = state.hidden.shape[1]
+    rows = jax.tree.map(lambda x: ungroup_rows(take(group_rows(x, copies), which)), state.rows)
+    own = jax.vmap(lambda x, at: x.at[:, at].get())
+    caches = [cache._replace(key=own(cache.key, which), value=own(cache.value, which)) for cache in state.caches]
+    return Decoding(state.index, take(state.hidden, which), caches, rows)
+
+
+def put_back(rows: Rows, some: Rows, which: Array, copies: int) -> Rows:
+    """``rows`` with ``some`` of them as they have become: rows ``which`` i32[G, m] of each prompt's ``copies``."""
+    few = which.shape[1]
+    put = jax.vmap(lambda x, at, new: x.at[at].set(new, unique_indices=True))
+    one = lambda x, new: ungroup_rows(put(group_rows(x, copies), which, group_rows(new, few)))
+    return jax.tree.map(one, rows, some)
+
+
+def decode_token(
+    params: Params, cfg: ModelConfig, prompt: Array, sampler: Sampler, runtime: Runtime, state: Decoding
 ) -> Decoding:
-    """Sample, read, repeat, until every row has ended or the room is used up.
-
-    prompt bool[G, P]: the columns that hold tokens; noise f32[G * n, T]."""
-    copies = sampler.samples_per_prompt
-    limits = sampler.max_new_tokens + 1 if sampler.limits is None else constrain(jnp.asarray(sampler.limits), "batch")
-
-    def unfinished(state: Decoding):
-        return (state.index < sampler.max_new_tokens) & ~state.done.all()
-
-    def step(state: Decoding) -> Decoding:
-        logits = constrain(ungroup_rows(lm_logits(params, cfg, state.hidden)), "batch", None)
-        logits = shape_logits(logits, sampler.sampling, jnp.broadcast_to(state.index, state.done.shape))
-        uniform = jax.lax.dynamic_slice_in_dim(noise, state.index, 1, axis=1)[:, 0]
-        token, logprob = choose(logits, uniform, greedy=sampler.sampling.temperature == 0.0)
-        live = ~state.done
-        token = jnp.where(live, token, sampler.pad_id)
-        stop_states, stopped = follow_stops(sampler.stops, state.stop_states, token)
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, state.index))
-        hidden, caches = decode_step(params, cfg, group_rows(token, copies), state.index, prompt, state.caches, runtime)
-        return Decoding(
-            index=state.index + 1,
-            hidden=hidden,
-            caches=caches,
-            tokens=write(state.tokens, token),
-            logprobs=write(state.logprobs, jnp.where(live, logprob, 0.0)),
-            mask=write(state.mask, live),
-            done=state.done | is_any(token, sampler.eos_ids) | stopped | (state.index + 1 >= limits),
-            stop_states=stop_states,
-        )
-
-    return jax.lax.while_loop(unfinished, step, state)
+    """Choose the next token of every row, and read it."""
+    rows, copies = state.rows, state.hidden.shape[1]
+    logits = constrain(ungroup_rows(lm_logits(params, cfg, state.hidden)), "batch", None)
+    logits = shape_logits(logits, sampler.sampling, jnp.broadcast_to(state.index, rows.done.shape))
+    uniform = jax.lax.dynamic_slice_in_dim(rows.noise, state.index, 1, axis=1)[:, 0]
+    token, logprob = choose(logits, uniform, greedy=sampler.sampling.temperature == 0.0)
+    live = ~rows.done
+    token = jnp.where(live, token, sampler.pad_id)
+    stop_states, stopped = follow_stops(sampler.stops, rows.stop_states, token)
+    ended = is_any(token, sampler.eos_ids) | stopped | (state.index + 1 >= rows.limits)
+    write = lambda old, new: jax.lax.dynamic_update_slice(old, new[:, None], (0, state.index))
+    rows = rows._replace(
+        tokens=write(rows.tokens, token),
+        logprobs=write(rows.logprobs, jnp.where(live, logprob, 0.0)),
+        mask=write(rows.mask, live),
+        done=rows.done | ended,
+        stop_states=stop_states,
+    )
+    hidden, caches = decode_step(params, cfg, group_rows(token, copies), state.index, prompt, state.caches, runtime)
+    return Decoding(state.index + 1, hidden, caches, rows)
 
 
 def is_any(token: Array, ids: tuple[int, ...]) -> Array:

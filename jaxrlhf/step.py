@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.ops.rows import gather_rows, own_rows, shuffle, split_rows
+from jaxrlhf.packing import at_least_width, can_pack, packed_nets
 from jaxrlhf.sharding import across
 from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Role, Sequences, TrainState
 
@@ -27,6 +28,7 @@ class Recipe(NamedTuple):
     optimizers: dict[Role, optax.GradientTransformation]
     delays: dict[Role, int]  # iterations before a role starts to learn
     num_micro: int = 1  # parts that a minibatch is computed in; the result does not depend on it
+    pack_widths: int = 1  # widths that the responses of such a part may be packed into; 1: they have all columns
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -61,6 +63,8 @@ def make_learn(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState
 def make_update(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Experience]]:
     """What make_learn makes, and what was learned from."""
     algorithm, cfg, nets = recipe.algorithm, recipe.cfg, recipe.nets
+    if recipe.pack_widths > 1:
+        nets = packed_nets(nets, getattr(cfg, "num_minibatches", 1) * recipe.num_micro, recipe.pack_widths)
 
     def update(state: TrainState, batch: Batch):
         experience, means = algorithm.prepare(nets, state, batch, cfg)
@@ -162,14 +166,19 @@ def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple
         losses, means = recipe.algorithm.loss(recipe.nets, params, state.slow, part, recipe.cfg)
         return sum(mean.total for mean in losses.values()), (losses, means)
 
-    gradient = jax.grad(total, has_aux=True)
+    def gradient(part):
+        one = lambda part: jax.grad(total, has_aux=True)(state.params, part)
+        if not can_pack(part.sequences):
+            return one(part)
+        return at_least_width(part.sequences, recipe.pack_widths, lambda packed: one(part.replace(sequences=packed)))
+
     if recipe.num_micro == 1:
-        grads, (losses, means) = gradient(state.params, minibatch)
+        grads, (losses, means) = gradient(minibatch)
     else:
         parts = split(minibatch, recipe.num_micro)
         means_shape = jax.eval_shape(total, state.params, jax.tree.map(lambda x: x[0], parts))[1]
         nothing = jax.tree.map(jnp.zeros_like, (state.params, means_shape))
-        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(state.params, part)), None)
+        add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(part)), None)
         (grads, (losses, means)), _ = jax.lax.scan(add, nothing, parts)
     grads, losses, means = across((grads, losses, means))
     divide = lambda role: jax.tree.map(lambda g: g / jnp.maximum(losses[role].count, 1e-8), grads[role])

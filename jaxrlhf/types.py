@@ -54,6 +54,9 @@ class Sequences(struct.PyTreeNode):
     ended: Maybe = None  # bool[B]: the response ended by itself (EOS or a stop sequence), not by its length
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
     copies: int = struct.field(pytree_node=False, default=1)  # every so many rows have the same prompt: it is read once
+    width: Maybe = struct.field(
+        pytree_node=False, default=None
+    )  # columns that their responses are packed into; or None
 
 
 class Preferences(struct.PyTreeNode):

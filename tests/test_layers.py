@@ -14,7 +14,7 @@ LAYERS = {
     "ops": 1,
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),
-    **dict.fromkeys(("generate", "step", "state", "checkpoint", "metrics", "distributed", "rendezvous"), 4),
+    **dict.fromkeys(("generate", "packing", "step", "state", "checkpoint", "metrics", "distributed", "rendezvous"), 4),
     "config": 5,
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference"), 5),

@@ -49,13 +49,23 @@ ODD = "ppo", ODD_MODEL, ODD_PPO, 2, 2  # micro-batches a minibatch, samples a pr
 GROUPS = "grpo", tiny.MODEL, GRPOConfig(num_minibatches=2, aggregation="seq-mean-token-mean"), 2, 4
 # the same where micro-batches cut them apart
 CUT = *GROUPS, {"share_prompts": False}
+# the same where responses end early, and are packed
+PACKED = *GROUPS, {"pack_widths": 3, "eos_ids": tuple(range(1, 16))}
 # SmolLM2's heads, which tensor = 2 does not divide: they stay whole on every device, the rest is split
 NINE_MODEL = resolve(dataclasses.replace(tiny.MODEL, hidden_size=18, num_heads=9, num_kv_heads=3, head_dim=4))
 NINE = "ppo", NINE_MODEL, PPOConfig(num_epochs=1), 1, 1
 # GPT-2's vocabulary, which nothing divides; cold, since rounding picks the neighbour of a token that is as unlikely
 COLD = {"temperature": 0.1}
 WIDE = "ppo", dataclasses.replace(tiny.MODEL, vocab_size=50257), PPOConfig(num_epochs=1), 1, 1, COLD
-CASES: dict[str, tuple] = {"plain": PLAIN, "odd": ODD, "groups": GROUPS, "cut": CUT, "nine": NINE, "wide": WIDE}
+CASES: dict[str, tuple] = {
+    "plain": PLAIN,
+    "odd": ODD,
+    "groups": GROUPS,
+    "cut": CUT,
+    "packed": PACKED,
+    "nine": NINE,
+    "wide": WIDE,
+}
 
 
 def mesh_of(shape: Shape):
@@ -90,7 +100,7 @@ def layouts(state: TrainState) -> TrainState:
 @functools.cache
 def ran(shape: Shape, which: str) -> Ran:
     name, model, cfg, num_micro, copies, *options = CASES[which]
-    iterations = 2 if which in ("nine", "wide") else ITERATIONS
+    iterations = 2 if which in ("packed", "nine", "wide") else ITERATIONS
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **_):
@@ -131,9 +141,9 @@ def test_noise_has_the_same_bits(shape):
 
 
 RUNS = [(shape, "plain") for shape in MESHES]
-RUNS += [((2, 2, 2), name) for name in ("odd", "groups", "nine", "wide")]
+RUNS += [((2, 2, 2), name) for name in ("odd", "groups", "packed", "nine", "wide")]
 RUNS += [((1, 4, 2, 1, 2), name) for name in ("groups", "odd")]
-MAPPED = [(8, "plain"), (8, "cut"), (4, "groups"), (4, "odd")]
+MAPPED = [(8, "plain"), (8, "cut"), (4, "groups"), (4, "packed"), (4, "odd")]
 
 
 @pytest.mark.parametrize(("shape", "which"), [*RUNS, *MAPPED])

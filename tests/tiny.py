@@ -113,6 +113,7 @@ def build(
     eos_ids: tuple[int, ...] = EOS_IDS,
     share_prompts: bool = True,
     temperature: float = 1.0,
+    pack_widths: int = 1,
 ) -> Tiny:
     """The algorithm called ``name`` on models of this shape, on the current mesh. Policy and reference start equal."""
     algorithm = ALGORITHMS[name]
@@ -127,7 +128,7 @@ def build(
         sampling,
         sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts),
     )
-    recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro)
+    recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro, pack_widths)
     state = states.new_state(0, make(trained), make(slow), optimizers, algorithm.controls(cfg))
     return Tiny(recipe, state, Batch(prompts=prompts(), preferences=preferences()) if batch is None else batch)
 

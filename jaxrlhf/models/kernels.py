@@ -26,6 +26,7 @@ from jaxrlhf.models.attention import (
     split_keys,
 )
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.packed import Places
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array
 
@@ -131,42 +132,64 @@ def within_groups(
     kernel: Literal["xla", "splash"],
     readable: Array,
     copies: int,
+    room: int,
     window: int | None,
+    where: Places | None,
     scale: float,
     softcap: float | None = None,
     interpret: bool = False,
 ) -> Attend:
-    """``within_rows`` where a row is a group: a prompt, then ``copies`` responses of equal room that branch from it.
+    """``within_rows`` where a row is a group: a prompt, then ``copies`` responses that branch from it.
 
     A response reads the prompt and itself, as if it stood right behind it. readable bool[G, P]: the columns of the
-    prompt that hold tokens, all behind the padding; what a response holds behind its end is read by no token of it,
-    since they lie ahead."""
+    prompt that hold tokens, all behind the padding. The responses have ``room`` columns each, and what stands behind
+    their end is read by no token of theirs, since it lies ahead; or they are packed, as ``where`` says, into ``room``
+    columns together (xla only)."""
     if kernel == "splash":
         ids = lambda columns: jnp.pad(readable, ((0, 0), (0, columns - readable.shape[1])), constant_values=True)
         mask_of = functools.partial(tree, prompt=readable.shape[1], copies=copies, window=window)
         local = functools.partial(splash_rows, mask_of=mask_of, scale=scale, softcap=softcap, interpret=interpret)
         return lambda query, key, value: per_device(local, query, key, value, ids(query.shape[1]).astype(jnp.int32))
-    start = readable.shape[1]
-    seen = readable[:, None, None, :]
+    start, branch = readable.shape[1], copies if where is None else 1
+    masks = branch_masks(readable, room, window) if where is None else packed_masks(readable, where, window)
+    biases = [bias_of(mask) for mask in masks]
 
     def attend(query, key, value):
-        kv_heads, room = key.shape[2], (key.shape[1] - start) // copies
-        size = start + room
-        causal = jnp.tril(jnp.ones((size, size), bool))[None, None]  # of one prompt and response
-        mask = causal if window is None else near(causal, jnp.arange(size), window)
+        kv_heads = key.shape[2]
         keys, values = by_head(key[:, :start]), by_head(value[:, :start])
-        within = [(keys[:, :, None], values[:, :, None], bias_of(mask[..., :start, :start] & seen))]
+        within = [(keys[:, :, None], values[:, :, None], biases[0])]
         prompt = branches(split_copies(query[:, :start], kv_heads, 1), within, scale, softcap)
-        own = (
-            split_keys(key[:, start:], copies),
-            split_keys(value[:, start:], copies),
-            bias_of(mask[..., start:, start:]),
-        )
-        parts = [(keys, values, bias_of(mask[..., start:, :start] & seen)), own]
-        responses = branches(split_copies(query[:, start:], kv_heads, copies), parts, scale, softcap)
+        own = split_keys(key[:, start:], branch), split_keys(value[:, start:], branch), biases[2]
+        parts = [(keys, values, biases[1]), own]
+        responses = branches(split_copies(query[:, start:], kv_heads, branch), parts, scale, softcap)
         return jnp.concatenate([merge_copies(prompt), merge_copies(responses)], axis=1)
 
     return attend
+
+
+def branch_masks(readable: Array, room: int, window: int | None) -> tuple[Array, Array, Array]:
+    """What may be read, bool, broadcastable to [G, n, queries, keys]: of a prompt by itself, of it by a response, of a
+    response by itself."""
+    start = readable.shape[1]
+    size = start + room
+    causal = jnp.tril(jnp.ones((size, size), bool))[None, None]  # of one prompt and response
+    mask = causal if window is None else near(causal, jnp.arange(size), window)
+    seen = readable[:, None, None, :]
+    return mask[..., :start, :start] & seen, mask[..., start:, :start] & seen, mask[..., start:, start:]
+
+
+def packed_masks(readable: Array, where: Places, window: int | None) -> tuple[Array, Array, Array]:
+    """``branch_masks`` of responses that are packed: all stand in one row of columns."""
+    start, width = readable.shape[1], where.owner.shape[1]
+    same = (where.owner[:, :, None] == where.owner[:, None, :])[:, None]
+    own = same & jnp.tril(jnp.ones((width, width), bool))
+    prompt, across = jnp.tril(jnp.ones((start, start), bool))[None, None], jnp.ones((1, 1, width, start), bool)
+    if window is not None:
+        own, prompt = (near(mask, jnp.arange(mask.shape[-2]), window) for mask in (own, prompt))
+        behind = start + where.index[:, None, :, None]  # the column that a token would stand in right behind its prompt
+        across = behind - jnp.arange(start) < window
+    seen = readable[:, None, None, :]
+    return prompt & seen, across & seen, own
 
 
 def row_mask(segment_ids: Array, window: int | None) -> Array:

@@ -1,14 +1,18 @@
 """What algorithms ask of networks, bound to the run's models: see types.Nets."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import gathered_head, lm_logits, scalar
+from jaxrlhf.models.packed import Places, apart, places, side_by_side
 from jaxrlhf.models.transformer import Runtime, forward, forward_responses, padded_vocab
 from jaxrlhf.ops.logprobs import chunked_token_stats
 from jaxrlhf.ops.masked import at_last
+from jaxrlhf.ops.rows import group_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, shape_logits
 from jaxrlhf.types import Array, Nets, Role, Sequences, TokenStats
 
@@ -20,39 +24,77 @@ def segments(sequences: Sequences) -> Array:
     return sequences.valid.astype(jnp.int32)
 
 
+class Reading(NamedTuple):
+    """What a pass leaves of responses: in R rows of C columns as it computed them, which are B rows of T, or packed."""
+
+    states: Array  # [R, 1 + C, D]: of the prompts' last column, and of the responses
+    tokens: Array  # i32[R, C]
+    where: Places | None  # their places if they are packed
+
+    def before(self) -> Array:
+        """[R, C, D]: the state before each response token was read."""
+        before = self.states[:, :-1]
+        return before if self.where is None else jnp.where(self.where.index[..., None] == 0, self.states[:, :1], before)
+
+    def index(self, columns: Array) -> Array:
+        """i32, broadcastable to [R, columns]: how many response tokens precede those in ``columns``."""
+        return columns if self.where is None else self.where.index.at[:, columns].get(mode="clip")
+
+    def rows(self, x: Array) -> Array:
+        """[R, C] -> [B, T]."""
+        return x if self.where is None else apart(x, self.where)
+
+    def at_last(self, x: Array, valid: Array) -> Array:
+        """[R, 1 + C] -> [B]: at each row's last token, of those that ``valid`` bool[B, 1 + T] marks; 0 if there is
+        none."""
+        every = x if self.where is None else jnp.concatenate([self.prompts(x), self.rows(x[:, 1:])], axis=1)
+        return jnp.where(at_last(valid), every, 0.0).sum(-1)
+
+    def prompts(self, x: Array) -> Array:
+        """[R, 1 + C] -> [B, 1]: what belongs to the prompts' last column."""
+        assert self.where is not None
+        return repeat_rows(x[:, :1], self.where.column.shape[1])
+
+
 def make_nets(configs: dict[Role, ModelConfig], runtime: Runtime, sampling: Sampling, sample: Callable) -> Nets:
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
     ``sample``: Nets.sample."""
 
-    def states(role, trees, sequences: Sequences) -> Array:
-        """[B, S - start + 1, D]: column j is the state before the response token of column start + j was read."""
+    def read(role, trees, sequences: Sequences) -> Reading:
         params, cfg, start = trees[role], configs[role], sequences.response_start
-        if sequences.segment_ids is None and start > 1:
-            return forward_responses(params, cfg, sequences.tokens, sequences.valid, start, sequences.copies, runtime)
-        return forward(params, cfg, sequences.tokens, segments(sequences), runtime)[:, start - 1 :]
+        tokens, valid, copies = sequences.tokens, sequences.valid, sequences.copies
+        if sequences.segment_ids is not None or start == 1:
+            states = forward(params, cfg, tokens, segments(sequences), runtime)[:, start - 1 :]
+            return Reading(states, tokens[:, start:], None)
+        if sequences.width is None:
+            states = forward_responses(params, cfg, tokens, valid, start, copies, runtime)
+            return Reading(states, tokens[:, start:], None)
+        where = places(group_rows(valid[:, start:], copies), sequences.width)
+        states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, where)
+        return Reading(states, side_by_side(tokens[:, start:], where), where)
 
     def widen(x: Array, sequences: Sequences) -> Array:
         return jnp.pad(x, ((0, 0), (sequences.response_start, 0)))
 
     def token_stats(role, trees, sequences: Sequences) -> TokenStats:
-        cfg, start = configs[role], sequences.response_start
-        tokens = sequences.tokens[:, start:]
+        cfg, reading = configs[role], read(role, trees, sequences)
         head = gathered_head(trees[role], runtime.compute)
 
         def logits_of(hidden, columns):
             logits = lm_logits(head, cfg, hidden)
-            keep = tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
-            return shape_logits(logits, sampling, columns, keep)
+            keep = reading.tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
+            return shape_logits(logits, sampling, reading.index(columns), keep)
 
-        before = states(role, trees, sequences)[:, :-1]
-        stats = chunked_token_stats(before, tokens, logits_of, padded_vocab(cfg))
-        return TokenStats(widen(stats.logprobs, sequences), widen(stats.entropy, sequences))
+        stats = chunked_token_stats(reading.before(), reading.tokens, logits_of, padded_vocab(cfg))
+        return jax.tree.map(lambda x: widen(reading.rows(x), sequences), stats)
 
     def values(role, trees, sequences: Sequences) -> Array:
-        return widen(scalar(trees[role], states(role, trees, sequences)[:, :-1]), sequences)
+        reading = read(role, trees, sequences)
+        return widen(reading.rows(scalar(trees[role], reading.before())), sequences)
 
     def scores(role, trees, sequences: Sequences) -> Array:
-        every = scalar(trees[role], states(role, trees, sequences))
-        return jnp.where(at_last(sequences.valid[:, sequences.response_start - 1 :]), every, 0.0).sum(-1)
+        reading = read(role, trees, sequences)
+        every = scalar(trees[role], reading.states)
+        return reading.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
     return Nets(token_stats, values, scores, sample)

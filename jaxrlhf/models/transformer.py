@@ -27,6 +27,7 @@ from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_li
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
 from jaxrlhf.models.linear import gathered, linear
+from jaxrlhf.models.packed import Places, side_by_side
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
@@ -299,22 +300,44 @@ def forward(params: Params, cfg: ModelConfig, tokens: Array, segment_ids: Array,
 
 
 def forward_responses(
-    params: Params, cfg: ModelConfig, tokens: Array, valid: Array, start: int, copies: int, runtime: Runtime
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Array,
+    valid: Array,
+    start: int,
+    copies: int,
+    runtime: Runtime,
+    where: Places | None = None,
 ) -> Array:
     """[B, S - start + 1, D]: the final hidden states of the prompts' last column and of the responses, from ``start``.
 
     tokens i32[B, S], valid bool[B, S]: prompts left-padded to ``start`` columns, and responses. Every ``copies`` rows
-    have one prompt, which is read once: it and its responses are computed as one row. Raises ValueError as forward."""
+    have one prompt, which is read once: it and its responses are computed as one row. With ``where`` the responses are
+    packed into W columns, and stay so: [B / copies, 1 + W, D]. Raises ValueError as forward, and for a kernel that
+    can't compute packed responses."""
     kernel = choose(runtime.attention, runtime.hardware, cfg, runtime.compute)
+    if where is not None and kernel != "xla":
+        raise ValueError(f"batch.pack_widths: {kernel} attention can't compute packed responses; nearest: 1")
     if kernel == "cudnn" or (kernel == "splash" and copies == 1):  # rows are what they know
         return forward(params, cfg, tokens, valid.astype(jnp.int32), runtime)[:, start - 1 :]
     check_length(cfg, tokens.shape[1])
-    positions = positions_of(valid.astype(jnp.int32))
-    tokens, positions = (fold_group(x, start, copies) for x in (tokens, positions))
     readable = group_rows(valid[:, :start], copies)[:, 0]
+    positions = positions_of(valid.astype(jnp.int32))
+    if where is None:
+        tokens, positions = (fold_group(x, start, copies) for x in (tokens, positions))
+    else:
+        tokens, positions = (pack_group(x, start, where) for x in (tokens, positions))
+    room = tokens.shape[1] - start if where is not None else (tokens.shape[1] - start) // copies
     how = product(cfg) | {"interpret": runtime.interpret}
-    seen = sights(cfg, lambda window: within_groups(kernel, readable, copies, window, **how))
-    return unfold_group(hidden_states(params, cfg, tokens, positions, seen, runtime), start, copies)
+    attend_to = lambda window: within_groups(kernel, readable, copies, room, window, where, **how)
+    states = hidden_states(params, cfg, tokens, positions, sights(cfg, attend_to), runtime)
+    return unfold_group(states, start, copies) if where is None else states[:, start - 1 :]
+
+
+def pack_group(x: Array, start: int, where: Places) -> Array:
+    """[G * n, S] -> [G, start + W]: the first row's prompt, then what the responses have, side by side."""
+    prompt = group_rows(x[:, :start], where.column.shape[1])[:, 0]
+    return jnp.concatenate([prompt, side_by_side(x[:, start:], where)], axis=1)
 
 
 def fold_group(x: Array, start: int, copies: int) -> Array:

@@ -70,6 +70,19 @@ def split_rows(tree, parts: int, together: int = 1):
     return jax.tree.map(one, tree)
 
 
+def join_rows(tree, together: int = 1):
+    """The inverse of split_rows: [parts, B / parts, ...] -> [B, ...]."""
+
+    def one(x):
+        parts, rows, *rest = x.shape
+        groups, end = rows // together, (None,) * len(rest)
+        runs = (parts, groups, together, *rest)
+        x = jnp.swapaxes(jax.lax.reshape(x, runs, out_sharding=spec(None, "batch", None, *end)), 0, 1)
+        return jax.lax.reshape(x, (parts * rows, *rest), out_sharding=spec("batch", *end))
+
+    return jax.tree.map(one, tree)
+
+
 def repeat_rows(tree, times: int):
     """Each row ``times`` times, its copies contiguous: [B, ...] -> [B * times, ...]."""
 

@@ -319,15 +319,32 @@ def test_the_number_of_micro_batches_changes_nothing(cfg):
 
 def test_a_prompt_read_once_or_for_each_response():
     """One iteration: the same responses, and to rounding the same update."""
-    cfg, found = GRPOConfig(old_logprobs="recompute", kl_estimator="k2"), {}
-    for share in (True, False):
-        run = tiny.build("grpo", cfg, samples_per_prompt=4, share_prompts=share, batch=Batch(tiny.prompts(rows=4)))
-        found[share] = tiny.program(steps.make_iteration(run.recipe))(run.state, run.batch)
-    (once, metrics, rows), (each, other_metrics, other_rows) = found[True], found[False]
-    assert (rows.copies, other_rows.copies) == (4, 1)
+    once, each = (iteration_of(share_prompts=share) for share in (True, False))
+    assert (once[2].copies, each[2].copies) == (4, 1)
+    compare_iterations(once, each)
+
+
+@pytest.mark.parametrize(("num_micro", "widths"), [(1, 3), (4, 5)])
+def test_responses_packed_or_in_columns_of_their_own(num_micro, widths):
+    kind = {"eos_ids": tuple(range(1, 16)), "num_micro": num_micro}  # many responses end early
+    apart, packed = (iteration_of(pack_widths=number, **kind) for number in (1, widths))
+    lengths = np.asarray(apart[2].response_mask).sum(1).reshape(4, 4).sum(1)
+    assert lengths.max() < 24 and len(set(lengths)) > 1, "nothing to pack"
+    compare_iterations(packed, apart)
+
+
+def iteration_of(**kind):
+    """(state, metrics, sequences) of one iteration with four samples of each of four prompts."""
+    cfg = GRPOConfig(old_logprobs="recompute", kl_estimator="k2")
+    run = tiny.build("grpo", cfg, samples_per_prompt=4, batch=Batch(tiny.prompts(rows=4)), **kind)
+    return tiny.program(steps.make_iteration(run.recipe))(run.state, run.batch)
+
+
+def compare_iterations(first, second):
+    """The same responses, and to rounding the same metrics and moments of the optimizer."""
+    (mine, metrics, rows), (other, other_metrics, other_rows) = first, second
     np.testing.assert_array_equal(rows.tokens, other_rows.tokens)
     for name, value in metrics.items():
         np.testing.assert_allclose(value, other_metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    moments = lambda state: jax.tree.leaves(state.opt_state)
-    for mine, other in zip(moments(once), moments(each), strict=True):
-        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-6)
+    for one, another in zip(*(jax.tree.leaves(state.opt_state) for state in (mine, other)), strict=True):
+        np.testing.assert_allclose(one, another, rtol=1e-3, atol=1e-6)

@@ -53,6 +53,9 @@ SAMPLERS = {
 SAMPLERS["pad is eos"] = SAMPLERS["shaped"]._replace(samples_per_prompt=1, pad_id=EOS[0])
 LIMITS = np.array([4, 16, 1, 7, 99, 2, 16, 3], np.int32)  # of the responses to the eight prompts
 SAMPLERS["limited"] = SAMPLERS["plain"]._replace(limits=LIMITS)
+FEW_LAST = np.stack([np.roll([16, 9, 4, 2, 1, 12], shift) for shift in range(8)]).reshape(-1).astype(np.int32)
+SAMPLERS["six"] = SAMPLERS["shaped"]._replace(samples_per_prompt=6, limits=FEW_LAST)
+SAMPLERS["halved"] = SAMPLERS["six"]._replace(halvings=3)  # 6, 3, 1 and, there being no half of it, 1
 FLOAT32, BFLOAT16 = Runtime(), Runtime(compute=jnp.bfloat16)
 
 
@@ -242,6 +245,15 @@ def test_samples_of_a_prompt_are_contiguous_and_have_their_own_ids():
     same_samples(twice, draw("llama", "pad is eos", one_a_prompt(make_prompts())))
     pairs = responses(twice)
     assert sum(pairs[2 * i] != pairs[2 * i + 1] for i in range(8)) >= 7
+
+
+def test_decoding_goes_on_with_the_samples_that_have_not_ended():
+    """Fewer and fewer rows are computed, and nothing else changes."""
+    whole, halved = draw("llama", "six"), draw("llama", "halved")
+    assert len(set(whole.response_mask.sum(1))) > 4
+    same_samples(halved, whole)
+    np.testing.assert_array_equal(halved.tokens, whole.tokens)
+    same_samples(halved, draw_on_mesh("halved", MeshConfig(data=2, fsdp=2, tensor=2)))
 
 
 def test_a_row_ends_at_its_limit():

@@ -207,7 +207,7 @@ def test_splash_computes_groups_as_we_do(copies, prompt, room, window, softcap):
     @functools.partial(jax.jit, static_argnums=0, compiler_options=tiny.FAST)
     def gradients(kernel, *arguments):
         def loss(*arguments):
-            attend = within_groups(kernel, readable, copies, window, 0.3, softcap, interpret=True)
+            attend = within_groups(kernel, readable, copies, room, window, None, 0.3, softcap, interpret=True)
             out = jnp.where(real, attend(*arguments), 0)
             return (out * weights).sum() + (out**2).sum(), out
 

@@ -1,0 +1,60 @@
+"""How wide packed responses are computed: as narrow as those at hand allow, of a few widths that are compiled.
+
+A program has shapes; how much was said it learns while it runs. So each part of the rows is computed by one of a few
+branches, each of which has columns for so many response tokens to a prompt.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+from jaxrlhf.ops.rows import group_rows, join_rows, split_rows
+from jaxrlhf.types import Nets, Sequences
+
+T = TypeVar("T")
+
+
+def can_pack(sequences: Sequences | None) -> bool:
+    """Whether the rows are prompts with responses, and not documents."""
+    return sequences is not None and sequences.segment_ids is None and sequences.response_start > 1
+
+
+def widths_of(most: int, number: int) -> list[int]:
+    """``number`` widths in equal steps up to ``most`` columns."""
+    return sorted({-(-most * step // number) for step in range(1, number + 1)})
+
+
+def at_least_width(sequences: Sequences, number: int, compute: Callable[[Sequences], T]) -> T:
+    """``compute(sequences)`` in the narrowest of ``number`` widths that holds the responses to every prompt.
+
+    ``compute`` must not be differentiated from outside: it would keep what the branches of all widths need."""
+    if number == 1:
+        return compute(sequences)
+    start, copies = sequences.response_start, sequences.copies
+    *narrow, _ = widths_of(copies * (sequences.tokens.shape[1] - start), number)
+    needed = group_rows(sequences.valid[:, start:], copies).sum((1, 2)).max()
+    packed = [lambda rows, width=width: compute(rows.replace(width=width)) for width in narrow]
+    which = sum((needed > width).astype("int32") for width in narrow)
+    return jax.lax.switch(which, [*packed, compute], sequences)  # in all columns there is nothing to pack
+
+
+def packed_nets(nets: Nets, parts: int, number: int) -> Nets:
+    """``nets`` for what is not differentiated: they read rows in ``parts`` parts, each packed by itself."""
+
+    def in_parts(ask: Callable) -> Callable:
+        def asked(role, trees, sequences: Sequences):
+            if not can_pack(sequences):
+                return ask(role, trees, sequences)
+            one = lambda rows: at_least_width(rows, number, lambda packed: ask(role, trees, packed))
+            if parts == 1:
+                return one(sequences)
+            step = lambda _, rows: (None, one(rows))
+            _, found = jax.lax.scan(step, None, split_rows(sequences, parts, sequences.copies))
+            return join_rows(found, sequences.copies)
+
+        return asked
+
+    return nets._replace(
+        token_stats=in_parts(nets.token_stats), values=in_parts(nets.values), scores=in_parts(nets.scores)
+    )
