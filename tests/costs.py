@@ -11,11 +11,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jaxlib
 import numpy as np
 
 from jaxrlhf.benchmarks.case import Case, Shape, ready, shaped, without_world
@@ -32,15 +33,15 @@ from tests import tiny
 from tests.flops import flops
 
 GOLDEN = Path(__file__).parent / "golden" / "costs.json"
-PROMPT, NEW, VOCAB = 12, 7, 512  # tokens
+NEW, VOCAB = 7, 512  # tokens
 # loops of different things are of different lengths: layers 3, new tokens 7, epochs 4, minibatches and micro-batches 2
-SIZES = {"layers": 3, "hidden": 64, "prompt_tokens": PROMPT, "new_tokens": NEW}
+SMALL = Shape(layers=3, hidden=64, prompts=8, prompt_tokens=12, new_tokens=NEW)
 CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
-    "grpo": (Shape("grpo", **SIZES, prompts=8, samples=8), ("algorithm.num_minibatches=2",)),
-    "ppo": (Shape("ppo", **SIZES, prompts=32), ("algorithm.num_minibatches=2", "batch.micro_batch_size=8")),
-    "dpo": (Shape("dpo", **SIZES, prompts=8), ()),
-    "rm": (Shape("rm", **SIZES, prompts=8), ()),
-    "sft": (Shape("sft", **SIZES, prompts=16), ("batch.micro_batch_size=8",)),
+    "grpo": (replace(SMALL, samples=8), ("algorithm.num_minibatches=2",)),
+    "ppo": (replace(SMALL, prompts=32), ("algorithm.num_minibatches=2", "batch.micro_batch_size=8")),
+    "dpo": (SMALL, ()),
+    "rm": (SMALL, ()),
+    "sft": (replace(SMALL, prompts=16), ("batch.micro_batch_size=8",)),
 }
 EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 # they are compiled, never run, so what matters is to compile them: a quarter of the time, and the same buffers
@@ -65,7 +66,7 @@ def case_of(name: str, devices: int, vocab: int = VOCAB) -> Case:
     shape, overrides = CASES[name]
     model = f"models.{'reward' if name == 'rm' else 'policy'}.architecture"
     heads = (f"{model}.num_heads=4", f"{model}.num_kv_heads=2", f"{model}.vocab_size={vocab}")
-    cfg = without_world(shaped(shape, [*overrides, *heads, *(EIGHT if devices == 8 else ())]))
+    cfg = without_world(shaped(replace(shape, algorithm=name), [*overrides, *heads, *(EIGHT if devices == 8 else ())]))
     return ready(*blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:devices]), {}), "dense")
 
 
@@ -190,7 +191,7 @@ def golden() -> dict[str, Any]:
     each = lambda count, programs: {name: count(program) for name, program in programs.items()}
     return {
         "about": "Counted and written by python -m tests.costs, which says of what.",
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
         "flops": {name: found | {"ratio": round(ratio(found), 3)} for name, found in counted.items()},
         "memory": {name: each(count_memory, one) for name, (one, _) in made.items()},
         "collectives": {name: each(count_collectives, eight) for name, (_, eight) in made.items()},
