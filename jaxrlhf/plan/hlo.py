@@ -112,7 +112,7 @@ def trip_count(loop: Instruction, program: dict[str, list[Instruction]]) -> int 
     if stated := STATED.search(loop.rest):
         return int(stated.group(1))
     condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
-    lines = program.get(condition.group(1), []) if condition else []
+    lines = list(with_fused(condition.group(1), program)) if condition else []
     constants = {line.name: int(line.rest.split(")")[0]) for line in lines if is_count(line)}
     bounds = []
     for line in lines:
@@ -120,6 +120,15 @@ def trip_count(loop: Instruction, program: dict[str, list[Instruction]]) -> int 
             right = re.findall(r"%?([\w.-]+)", line.rest.split(")")[0])[-1]
             bounds += [constants[right]] if right in constants else []
     return bounds[0] if len(bounds) == 1 else None
+
+
+def with_fused(name: str, program: dict[str, list[Instruction]]) -> Iterator[Instruction]:
+    """The instructions of a computation, and of those that its fusions compute."""
+    for line in program.get(name, []):
+        yield line
+        if line.opcode == "fusion":
+            for part in called(line):
+                yield from with_fused(part, program)
 
 
 def is_count(line: Instruction) -> bool:

@@ -72,6 +72,13 @@ def test_a_module_written_by_hand():
     assert found["collective-permute"] == Collective("collective-permute", 1, 40, 40, True)
 
 
+def test_a_condition_says_as_much_where_it_is_fused():
+    name, inside = "%cond (s: (s32[], f32[16])) -> pred[] {", "%both (i: s32[], go: pred[]) -> pred[] {"
+    call = "  ROOT %fusion = pred[] fusion(%i, %go), kind=kLoop, calls=%both\n}\n"
+    fused = MODULE.replace(name, inside).replace("%endless (s:", f"{name}\n{call}\n%endless (s:", 1)
+    assert fused.count("%both") == 2 and collectives(fused) == collectives(MODULE)
+
+
 @pytest.mark.parametrize(
     "attributes, size",
     [
