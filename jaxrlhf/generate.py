@@ -101,7 +101,7 @@ def respond(
     """``sample`` in the layout of decoding."""
     copies, room = sampler.samples_per_prompt, sampler.max_new_tokens
     prompt_size = prompts.tokens.shape[1]
-    params = decode_layout(params, cfg, "lm", runtime)
+    params = decode_layout(params, cfg, "lm", runtime, prompts.tokens.shape[0] * copies)
     hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime)
     each = repeat_rows(prompts, copies)
     tokens, valid = each.tokens, each.valid

@@ -7,6 +7,7 @@ from jaxrlhf.sharding import constrain, spec, split_over
 from jaxrlhf.types import Array, Params
 
 Axes = tuple[str | None, ...]  # a logical axis a dimension; None: whole on every device
+OUT_FIRST = "kernel_out_first"  # in place of "kernel" in a linear map that ``out_first`` made
 
 
 def gathered(axes: Axes) -> Axes:
@@ -22,6 +23,8 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
     is recomputed backward, a gathered kernel is never kept for it: what is kept is its part, which is gathered again.
     """
     where = spec(*out_axes)
+    if OUT_FIRST in params:
+        return plus_bias(params, by_output(params[OUT_FIRST], x, equation, out_axes, dtype), axes)
 
     def product(kernel: Array, x: Array) -> Array:
         kernel = constrain(kernel.astype(x.dtype), *gathered(axes))
@@ -30,8 +33,39 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
     if split_over("embed") > 1:
         # XLA may compute once what is the same: else a layer that is recomputed would gather a third time
         product = jax.checkpoint(product, prevent_cse=False)
-    y = product(params["kernel"], x)
-    if "bias" in params:
-        bias = params["bias"].astype(y.dtype)
-        y = y + constrain(bias, *(name for name in gathered(axes[-bias.ndim :])))
-    return y
+    return plus_bias(params, product(params["kernel"], x), axes)
+
+
+def plus_bias(params: Params, y: Array, axes: Axes) -> Array:
+    """``y`` and the bias, if there is one; ``axes`` of the kernel as in ``linear``."""
+    if "bias" not in params:
+        return y
+    bias = params["bias"].astype(y.dtype)
+    return y + constrain(bias, *(name for name in gathered(axes[-bias.ndim :])))
+
+
+# ---- few rows on a CPU ----------------------------------------------------------------------------------------------
+
+
+def out_first(params: Params, axes: Axes) -> Params:
+    """A linear map whose kernel begins with the axes of its result: on CPUs a product of few rows is up to twice as
+    fast with the weights on its left, each row of them read once and in order."""
+    kernel = params["kernel"]
+    ins = 1 if axes[0] == "embed" else kernel.ndim - 1
+    turned = jnp.transpose(kernel, (*range(ins, kernel.ndim), *range(ins)))
+    return {OUT_FIRST: turned, **{name: x for name, x in params.items() if name != "kernel"}}
+
+
+def by_output(kernel: Array, x: Array, equation: str, out_axes: Axes, dtype=None) -> Array:
+    """What ``linear`` computes before the bias, of such a kernel, which is laid out as it is read."""
+    ins, out = equation.split("->")
+    left, right = ins.split(",")
+    summed = [name for name in right if name not in out]
+    made = [name for name in right if name in out] + [name for name in left if name in out]
+    theirs = tuple(range(kernel.ndim - len(summed), kernel.ndim)), tuple(left.index(name) for name in summed)
+    where = spec(*(out_axes[out.index(name)] for name in made))
+    y = jax.lax.dot_general(
+        kernel.astype(x.dtype), x, (theirs, ((), ())), preferred_element_type=dtype, out_sharding=where
+    )
+    # without the barrier XLA would turn the product round, and save itself this small transposition
+    return jnp.transpose(jax.lax.optimization_barrier(y), [made.index(name) for name in out])

@@ -26,13 +26,14 @@ from jaxrlhf.models.attention import (
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
-from jaxrlhf.models.linear import gathered, linear
+from jaxrlhf.models.linear import OUT_FIRST, gathered, linear, out_first
 from jaxrlhf.models.packed import Places, side_by_side
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
-from jaxrlhf.sharding import constrain, spec
+from jaxrlhf.sharding import constrain, spec, split_over
 from jaxrlhf.types import Array, Head, Params
 
+FEW_ROWS = 32  # of a CPU: with more, kernels of either order were seen to be as fast
 VOCAB_MULTIPLE = 64  # embeddings are padded up to it, whatever the mesh, so that a checkpoint fits every mesh
 
 
@@ -421,8 +422,9 @@ class Cache(NamedTuple):
     value: Array
 
 
-def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime) -> Params:
-    """The parameters as decoding reads them, once a rollout: cast, unstacked, laid out as sharding.DECODE_RULES say.
+def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime, rows: int) -> Params:
+    """The parameters as decoding ``rows`` rows reads them, once a rollout: cast, unstacked, laid out as
+    sharding.DECODE_RULES say.
 
     In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
     vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice."""
@@ -438,7 +440,24 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
 
     layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(cfg.num_layers)]
     rest = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
-    return rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
+    laid = rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
+    few = rows <= FEW_ROWS * split_over("batch")
+    return by_outputs(laid, table) if few and runtime.hardware.platform == "cpu" else laid
+
+
+def by_outputs(params: Params, table: dict) -> Params:
+    """``params`` in decode_layout with all kernels as linear.out_first makes them; tied embeddings are a head too."""
+
+    def turn(table, params):
+        if "kernel" in table:
+            leaf = table["kernel"]
+            return out_first(params, leaf.axes[len(leaf.axes) - params["kernel"].ndim :])
+        return {name: turn(table[name], part) if isinstance(part, dict) else part for name, part in params.items()}
+
+    rest = {name: turn(table[name], part) for name, part in params.items() if name != "layers"}
+    if "head" not in rest:
+        rest["head"] = {OUT_FIRST: rest["embed"]["tokens"]["embedding"]}
+    return rest | {"layers": [turn(table["layers"], layer) for layer in params["layers"]]}
 
 
 def prefill(

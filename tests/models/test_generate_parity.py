@@ -11,6 +11,7 @@ from scipy import stats
 
 from jaxrlhf import sharding
 from jaxrlhf.generate import Sampler, sample, stop_automaton
+from jaxrlhf.models import transformer
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.nets import make_nets
@@ -254,6 +255,18 @@ def test_decoding_goes_on_with_the_samples_that_have_not_ended():
     same_samples(halved, whole)
     np.testing.assert_array_equal(halved.tokens, whole.tokens)
     same_samples(halved, draw_on_mesh("halved", MeshConfig(data=2, fsdp=2, tensor=2)))
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_kernels_of_either_order(model, monkeypatch):
+    """Few rows read kernels that begin with what they make, many those of training; tied heads and biases too."""
+    few = draw(model, "shaped")
+    monkeypatch.setattr(transformer, "FEW_ROWS", 0)
+    sampling_program.cache_clear()
+    same_samples(few, draw(model, "shaped"))
+    if model == "llama":
+        same_samples(few, draw_on_mesh("shaped", MeshConfig(2, 2, 2)))
+    sampling_program.cache_clear()
 
 
 def test_a_row_ends_at_its_limit():

@@ -330,7 +330,7 @@ def test_prefill_by_splash_and_decoding():
 
     @functools.partial(jax.jit, static_argnums=1, compiler_options=tiny.FAST)
     def read(params, runtime):
-        params = decode_layout(params, GEMMA3, "lm", runtime)
+        params = decode_layout(params, GEMMA3, "lm", runtime, 2)
         hidden, caches = prefill(params, GEMMA3, tokens, valid, 2, 1, runtime)
         after, _ = decode_step(params, GEMMA3, tokens[:, :2], jnp.int32(0), valid, caches, runtime)
         keep = lambda x: jnp.where(valid[:, None, :, None], x, 0)
@@ -378,7 +378,7 @@ def test_what_stays_float32_in_bfloat16(cfg):
     prompt, own = (jnp.zeros((3, cfg.num_kv_heads, *size, cfg.head_dim), BF16) for size in ((4,), (1, room)))
 
     def token(params, ids, valid, caches):
-        params = decode_layout(params, cfg, "lm", runtime)
+        params = decode_layout(params, cfg, "lm", runtime, 2)
         hidden, _ = decode_step(params, cfg, ids, jnp.int32(5), valid, caches, runtime)
         return lm_logits(params, cfg, hidden)
 

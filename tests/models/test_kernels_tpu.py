@@ -135,7 +135,7 @@ def test_prefill_and_decoding_compile(cfg):
     with jax.set_mesh(mesh):
 
         def read(params, tokens, valid):
-            params = decode_layout(params, cfg, "lm", tpu())
+            params = decode_layout(params, cfg, "lm", tpu(), 8)
             last, caches = prefill(params, cfg, tokens, valid, 2, room, tpu())
             last = jnp.broadcast_to(last, (last.shape[0], 2, last.shape[2]))
 
