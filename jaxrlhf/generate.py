@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.decoding import Cache, decode_layout, decode_step, prefill
 from jaxrlhf.models.heads import lm_logits
-from jaxrlhf.models.transformer import Cache, Runtime, decode_layout, decode_step, prefill
+from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows, ungroup_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
 from jaxrlhf.sharding import constrain, decoding, spec

@@ -1,7 +1,7 @@
 """A decoder-only transformer in plain functions over a pytree of parameters.
 
 One block serves training, prefill and decoding: it is given ``attend``, which either attends within the rows at hand
-or through a cache. Training scans over stacked layers; decoding uses its own layout, unstacked and gathered once.
+or through a cache (decoding.py). Training scans over stacked layers.
 """
 
 import functools
@@ -14,26 +14,17 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.attention import (
-    bias_of,
-    branches,
-    by_head,
-    head_axis,
-    match_heads,
-    merge_copies,
-    split_copies,
-)
+from jaxrlhf.models.attention import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
-from jaxrlhf.models.linear import OUT_FIRST, gathered, linear, out_first
+from jaxrlhf.models.linear import linear
 from jaxrlhf.models.packed import Places, side_by_side
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
-from jaxrlhf.sharding import constrain, spec, split_over
+from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
-FEW_ROWS = 32  # of a CPU: with more, kernels of either order were seen to be as fast
 VOCAB_MULTIPLE = 64  # embeddings are padded up to it, whatever the mesh, so that a checkpoint fits every mesh
 
 
@@ -408,122 +399,3 @@ def rematerialized(layer: Callable, runtime: Runtime, scanned: bool) -> Callable
         dots = policies.checkpoint_dots_with_no_batch_dims
         keep = policies.save_from_both_policies(dots, policies.save_only_these_names(SAVED))
     return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)
-
-
-# ---- one token at a time: generation --------------------------------------------------------------------------------
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer; heads before time, so that a decoded token reads contiguous rows."""
-
-    prompt_key: Array  # [G, N, P, K]: read by all samples of a prompt
-    prompt_value: Array
-    key: Array  # [G, N, n, T, K]: of each sample's response
-    value: Array
-
-
-def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime, rows: int) -> Params:
-    """The parameters as decoding ``rows`` rows reads them, once a rollout: cast, unstacked, laid out as
-    sharding.DECODE_RULES say.
-
-    In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
-    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice."""
-    table = parameter_table(cfg, head)
-
-    def one(path, leaf: Leaf, x):
-        x = x if path[-1].key == "scale" else x.astype(runtime.compute)  # norms compute in float32
-        axes = weight_axes(leaf)[len(leaf.axes) - x.ndim :]  # without "layers" where it is one layer's
-        return constrain(constrain(x, *axes), *gathered(axes))
-
-    def lay_out(table, params):
-        return jax.tree_util.tree_map_with_path(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
-
-    layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(cfg.num_layers)]
-    rest = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
-    laid = rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
-    few = rows <= FEW_ROWS * split_over("batch")
-    return by_outputs(laid, table) if few and runtime.hardware.platform == "cpu" else laid
-
-
-def by_outputs(params: Params, table: dict) -> Params:
-    """``params`` in decode_layout with all kernels as linear.out_first makes them; tied embeddings are a head too."""
-
-    def turn(table, params):
-        if "kernel" in table:
-            leaf = table["kernel"]
-            return out_first(params, leaf.axes[len(leaf.axes) - params["kernel"].ndim :])
-        return {name: turn(table[name], part) if isinstance(part, dict) else part for name, part in params.items()}
-
-    rest = {name: turn(table[name], part) for name, part in params.items() if name != "layers"}
-    if "head" not in rest:
-        rest["head"] = {OUT_FIRST: rest["embed"]["tokens"]["embedding"]}
-    return rest | {"layers": [turn(table["layers"], layer) for layer in params["layers"]]}
-
-
-def prefill(
-    params: Params, cfg: ModelConfig, tokens: Array, valid: Array, copies: int, room: int, runtime: Runtime
-) -> tuple[Array, list[Cache]]:
-    """Read left-padded prompts [G, P]: (final hidden state of the last column [G, 1, D], a Cache a layer).
-
-    The caches have room for ``copies`` responses of ``room`` columns to each prompt; ``params`` are in decode_layout.
-    Raises ValueError as forward."""
-    check_length(cfg, tokens.shape[1] + room)
-    segment_ids = valid.astype(jnp.int32)
-    positions, seen = positions_of(segment_ids), row_sights(cfg, segment_ids, runtime)
-    caches = []
-
-    def attend(sight: Sight, query, key, value):
-        key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
-        batch, _, heads, dim = key.shape
-        layout = spec("batch", head_axis("kv_heads", heads), None, "seq", "head_dim")
-        empty = lambda x: jnp.zeros((batch, heads, copies, room, dim), x.dtype, out_sharding=layout)
-        caches.append(Cache(by_head(key), by_head(value), empty(key), empty(value)))
-        return sight.attend(query, key, value)
-
-    x = embed(params, cfg, tokens, positions, runtime.compute)
-    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        sight = seen[local]
-        x = block(layer_params, cfg, x, turner(cfg, positions, sight), functools.partial(attend, sight))
-    return normalize(params["final_norm"], x[:, -1:], cfg), caches
-
-
-def decode_step(
-    params: Params, cfg: ModelConfig, token: Array, index: Array, prompt: Array, caches: list[Cache], runtime: Runtime
-) -> tuple[Array, list[Cache]]:
-    """Read the token of each response, i32[G, n], that follows ``index`` (i32[]) others, where the caches are written.
-
-    prompt bool[G, P]: the columns of the prompts that hold tokens. The n responses of a prompt stand as the columns of
-    a row, so that what they share is read once. Returns (final hidden states [G, n, D], a Cache a layer)."""
-    size, room = prompt.shape[1], caches[0].key.shape[3]
-    position = jnp.broadcast_to(prompt.sum(axis=1, dtype=jnp.int32)[:, None] + index, token.shape)
-    columns = jnp.arange(size + room)
-    written = columns <= size + index
-    near_by = lambda window: written if window is None else written & (size + index - columns < window)
-
-    def attend_to(window: int | None) -> Callable[[Array, Cache], Array]:
-        seen = near_by(window)
-        biases = bias_of(prompt & seen[:size])[:, None, None], bias_of(seen[size:])[None, None, None]
-
-        def attend(query: Array, cache: Cache) -> Array:
-            parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
-            return merge_copies(
-                branches(split_copies(query, cache.key.shape[1], query.shape[1]), parts, **product(cfg))
-            )
-
-        return attend
-
-    seen, layers, updated = sights(cfg, attend_to), iter(caches), []
-
-    def attend(sight: Sight, query, key, value):
-        cache = next(layers)
-        grow = lambda new: by_head(match_heads(new, cfg.num_heads))[:, :, :, None]
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, grow(new).astype(old.dtype), (0, 0, 0, index, 0))
-        cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
-        updated.append(cache)
-        return sight.attend(query, cache)
-
-    x = embed(params, cfg, token, position, runtime.compute)
-    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        sight = seen[local]
-        x = block(layer_params, cfg, x, turner(cfg, position, sight), functools.partial(attend, sight))
-    return normalize(params["final_norm"], x, cfg), updated

@@ -247,7 +247,7 @@ def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
 
 
 def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
-    """transformer.decode_layout: every weight of the policy, cast and gathered over what is left of fsdp, once a
+    """decoding.decode_layout: every weight of the policy, cast and gathered over what is left of fsdp, once a
     rollout, after decode groups traded parts of it."""
     size, fsdp, group = held(cfg, "lm", setup.decoding().tensor), setup.mesh["fsdp"], setup.mesh.get("decode", 1)
     received = size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group

@@ -11,7 +11,7 @@ from scipy import stats
 
 from jaxrlhf import sharding
 from jaxrlhf.generate import Sampler, sample, stop_automaton
-from jaxrlhf.models import transformer
+from jaxrlhf.models import decoding
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.nets import make_nets
@@ -261,7 +261,7 @@ def test_decoding_goes_on_with_the_samples_that_have_not_ended():
 def test_kernels_of_either_order(model, monkeypatch):
     """Few rows read kernels that begin with what they make, many those of training; tied heads and biases too."""
     few = draw(model, "shaped")
-    monkeypatch.setattr(transformer, "FEW_ROWS", 0)
+    monkeypatch.setattr(decoding, "FEW_ROWS", 0)
     sampling_program.cache_clear()
     same_samples(few, draw(model, "shaped"))
     if model == "llama":

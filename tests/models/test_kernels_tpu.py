@@ -11,18 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.decoding import decode_layout, decode_step, prefill
 from jaxrlhf.models.kernels import Hardware, blocks, hardware_of
-from jaxrlhf.models.transformer import (
-    Leaf,
-    Runtime,
-    decode_layout,
-    decode_step,
-    forward,
-    forward_responses,
-    parameter_table,
-    prefill,
-    weight_axes,
-)
+from jaxrlhf.models.transformer import Leaf, Runtime, forward, forward_responses, parameter_table, weight_axes
 from jaxrlhf.plan.topology import find_slice
 from jaxrlhf.sharding import MeshConfig, make_mesh, partition
 

@@ -1,0 +1,160 @@
+"""One token at a time: the transformer of transformer.py with caches of keys and values, in a layout of its own.
+
+Decoding reads all weights for every token, so that they are laid out for it once a rollout: unstacked and gathered.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.models.attention import (
+    bias_of,
+    branches,
+    by_head,
+    head_axis,
+    match_heads,
+    merge_copies,
+    split_copies,
+)
+from jaxrlhf.models.config import ModelConfig, local_layers
+from jaxrlhf.models.linear import OUT_FIRST, gathered, out_first
+from jaxrlhf.models.transformer import (
+    Leaf,
+    Runtime,
+    Sight,
+    block,
+    check_length,
+    embed,
+    normalize,
+    parameter_table,
+    positions_of,
+    product,
+    row_sights,
+    sights,
+    turner,
+    weight_axes,
+)
+from jaxrlhf.sharding import constrain, spec, split_over
+from jaxrlhf.types import Array, Head, Params
+
+FEW_ROWS = 32  # of a CPU: with more, kernels of either order were seen to be as fast
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer; heads before time, so that a decoded token reads contiguous rows."""
+
+    prompt_key: Array  # [G, N, P, K]: read by all samples of a prompt
+    prompt_value: Array
+    key: Array  # [G, N, n, T, K]: of each sample's response
+    value: Array
+
+
+def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime, rows: int) -> Params:
+    """The parameters as decoding ``rows`` rows reads them, once a rollout: cast, unstacked, laid out as
+    sharding.DECODE_RULES say.
+
+    In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
+    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice."""
+    table = parameter_table(cfg, head)
+
+    def one(path, leaf: Leaf, x):
+        x = x if path[-1].key == "scale" else x.astype(runtime.compute)  # norms compute in float32
+        axes = weight_axes(leaf)[len(leaf.axes) - x.ndim :]  # without "layers" where it is one layer's
+        return constrain(constrain(x, *axes), *gathered(axes))
+
+    def lay_out(table, params):
+        return jax.tree_util.tree_map_with_path(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
+
+    layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(cfg.num_layers)]
+    rest = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
+    laid = rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
+    few = rows <= FEW_ROWS * split_over("batch")
+    return by_outputs(laid, table) if few and runtime.hardware.platform == "cpu" else laid
+
+
+def by_outputs(params: Params, table: dict) -> Params:
+    """``params`` in decode_layout with all kernels as linear.out_first makes them; tied embeddings are a head too."""
+
+    def turn(table, params):
+        if "kernel" in table:
+            leaf = table["kernel"]
+            return out_first(params, leaf.axes[len(leaf.axes) - params["kernel"].ndim :])
+        return {name: turn(table[name], part) if isinstance(part, dict) else part for name, part in params.items()}
+
+    rest = {name: turn(table[name], part) for name, part in params.items() if name != "layers"}
+    if "head" not in rest:
+        rest["head"] = {OUT_FIRST: rest["embed"]["tokens"]["embedding"]}
+    return rest | {"layers": [turn(table["layers"], layer) for layer in params["layers"]]}
+
+
+def prefill(
+    params: Params, cfg: ModelConfig, tokens: Array, valid: Array, copies: int, room: int, runtime: Runtime
+) -> tuple[Array, list[Cache]]:
+    """Read left-padded prompts [G, P]: (final hidden state of the last column [G, 1, D], a Cache a layer).
+
+    The caches have room for ``copies`` responses of ``room`` columns to each prompt; ``params`` are in decode_layout.
+    Raises ValueError as forward."""
+    check_length(cfg, tokens.shape[1] + room)
+    segment_ids = valid.astype(jnp.int32)
+    positions, seen = positions_of(segment_ids), row_sights(cfg, segment_ids, runtime)
+    caches = []
+
+    def attend(sight: Sight, query, key, value):
+        key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
+        batch, _, heads, dim = key.shape
+        layout = spec("batch", head_axis("kv_heads", heads), None, "seq", "head_dim")
+        empty = lambda x: jnp.zeros((batch, heads, copies, room, dim), x.dtype, out_sharding=layout)
+        caches.append(Cache(by_head(key), by_head(value), empty(key), empty(value)))
+        return sight.attend(query, key, value)
+
+    x = embed(params, cfg, tokens, positions, runtime.compute)
+    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
+        sight = seen[local]
+        x = block(layer_params, cfg, x, turner(cfg, positions, sight), functools.partial(attend, sight))
+    return normalize(params["final_norm"], x[:, -1:], cfg), caches
+
+
+def decode_step(
+    params: Params, cfg: ModelConfig, token: Array, index: Array, prompt: Array, caches: list[Cache], runtime: Runtime
+) -> tuple[Array, list[Cache]]:
+    """Read the token of each response, i32[G, n], that follows ``index`` (i32[]) others, where the caches are written.
+
+    prompt bool[G, P]: the columns of the prompts that hold tokens. The n responses of a prompt stand as the columns of
+    a row, so that what they share is read once. Returns (final hidden states [G, n, D], a Cache a layer)."""
+    size, room = prompt.shape[1], caches[0].key.shape[3]
+    position = jnp.broadcast_to(prompt.sum(axis=1, dtype=jnp.int32)[:, None] + index, token.shape)
+    columns = jnp.arange(size + room)
+    written = columns <= size + index
+    near_by = lambda window: written if window is None else written & (size + index - columns < window)
+
+    def attend_to(window: int | None) -> Callable[[Array, Cache], Array]:
+        seen = near_by(window)
+        biases = bias_of(prompt & seen[:size])[:, None, None], bias_of(seen[size:])[None, None, None]
+
+        def attend(query: Array, cache: Cache) -> Array:
+            parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
+            return merge_copies(
+                branches(split_copies(query, cache.key.shape[1], query.shape[1]), parts, **product(cfg))
+            )
+
+        return attend
+
+    seen, layers, updated = sights(cfg, attend_to), iter(caches), []
+
+    def attend(sight: Sight, query, key, value):
+        cache = next(layers)
+        grow = lambda new: by_head(match_heads(new, cfg.num_heads))[:, :, :, None]
+        write = lambda old, new: jax.lax.dynamic_update_slice(old, grow(new).astype(old.dtype), (0, 0, 0, index, 0))
+        cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
+        updated.append(cache)
+        return sight.attend(query, cache)
+
+    x = embed(params, cfg, token, position, runtime.compute)
+    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
+        sight = seen[local]
+        x = block(layer_params, cfg, x, turner(cfg, position, sight), functools.partial(attend, sight))
+    return normalize(params["final_norm"], x, cfg), updated
