@@ -94,6 +94,21 @@ def test_a_kernel_is_refused_or_passed_over_in_one_line(monkeypatch, asked, hard
     assert len(notes) == len(said) and all(map(re.match, said, notes))
 
 
+@pytest.mark.parametrize("platform, refused", [("tpu", True), ("cpu", False)])
+def test_packed_responses_want_a_kernel_that_computes_them(monkeypatch, platform, refused):
+    monkeypatch.setattr(build, "hardware_of", lambda device: Hardware(platform))
+    tree = {"run_dir": "r", "iterations": 1, "algorithm": {"name": "sft"}, "batch": {"pack_widths": 4}}
+    cfg = parse(tree | {"models": {"policy": {"init_from": "x"}}}, "test")
+    weights = {"policy": build.Weights("hf", "some/folder", resolve(ModelConfig(vocab_size=300)), "lm")}
+    check = lambda: build.check_shapes(cfg, weights, make_mesh(MeshConfig(), jax.devices()[:1]))
+    if not refused:
+        return check()
+    with pytest.raises(ConfigError) as error:
+        check()
+    line = "batch.pack_widths: 4: splash attention (models.policy: some/folder) can't compute packed responses; "
+    assert str(error.value) == line + "expected 1, or attention: xla"
+
+
 def tokenizer_of(run: Path) -> str:
     return tokenizers.fingerprint(tokenizers.load_tokenizer(str(run / "tokenizer")))
 
