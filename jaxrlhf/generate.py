@@ -28,9 +28,7 @@ class GenerateConfig:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # texts that end a response, besides the EOS tokens
-    halvings: int = (
-        0  # times, each compiled, that it goes on with half of a prompt's samples once the others have ended
-    )
+    halvings: int = 0  # times, each compiled, that half of a prompt's samples go on alone once the others have ended
 
 
 class Sampler(NamedTuple):
@@ -129,7 +127,7 @@ def blank_rows(prompt: Array, noise: Array, sampler: Sampler) -> Rows:
     """The rows before their first tokens: prompt bool[B, P], the columns that hold tokens; noise f32[B, T]."""
     size, room = noise.shape
     empty = lambda dtype: constrain(jnp.zeros((size, room), dtype), "batch", None)
-    row = lambda value, dtype=jnp.int32: constrain(jnp.full((size,), value, dtype), "batch")
+    row = lambda value: constrain(jnp.full((size,), value, jnp.int32), "batch")
     return Rows(
         tokens=empty(jnp.int32) + sampler.pad_id,
         logprobs=empty(jnp.float32),

@@ -5,7 +5,7 @@ branches, each of which has columns for so many response tokens to a prompt.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -15,9 +15,9 @@ from jaxrlhf.types import Nets, Sequences
 T = TypeVar("T")
 
 
-def can_pack(sequences: Sequences | None) -> bool:
+def can_pack(sequences: Sequences) -> bool:
     """Whether the rows are prompts with responses, and not documents."""
-    return sequences is not None and sequences.segment_ids is None and sequences.response_start > 1
+    return sequences.segment_ids is None and sequences.response_start > 1
 
 
 def widths_of(most: int, number: int) -> list[int]:
@@ -25,11 +25,12 @@ def widths_of(most: int, number: int) -> list[int]:
     return sorted({-(-most * step // number) for step in range(1, number + 1)})
 
 
-def at_least_width(sequences: Sequences, number: int, compute: Callable[[Sequences], T]) -> T:
-    """``compute(sequences)`` in the narrowest of ``number`` widths that holds the responses to every prompt.
+def at_least_width(sequences: Sequences | None, number: int, compute: Callable[[Any], T]) -> T:
+    """``compute(sequences)`` in the narrowest of ``number`` widths that holds the responses to every prompt; as they
+    are where there is nothing to pack.
 
     ``compute`` must not be differentiated from outside: it would keep what the branches of all widths need."""
-    if number == 1:
+    if number == 1 or sequences is None or not can_pack(sequences):
         return compute(sequences)
     start, copies = sequences.response_start, sequences.copies
     *narrow, _ = widths_of(copies * (sequences.tokens.shape[1] - start), number)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.ops.rows import gather_rows, own_rows, shuffle, split_rows
-from jaxrlhf.packing import at_least_width, can_pack, packed_nets
+from jaxrlhf.packing import at_least_width, packed_nets
 from jaxrlhf.sharding import across
 from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Role, Sequences, TrainState
 
@@ -167,10 +167,8 @@ def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple
         return sum(mean.total for mean in losses.values()), (losses, means)
 
     def gradient(part):
-        one = lambda part: jax.grad(total, has_aux=True)(state.params, part)
-        if not can_pack(part.sequences):
-            return one(part)
-        return at_least_width(part.sequences, recipe.pack_widths, lambda packed: one(part.replace(sequences=packed)))
+        one = lambda rows: jax.grad(total, has_aux=True)(state.params, part.replace(sequences=rows))
+        return at_least_width(part.sequences, recipe.pack_widths, one)
 
     if recipe.num_micro == 1:
         grads, (losses, means) = gradient(minibatch)

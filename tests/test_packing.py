@@ -48,7 +48,7 @@ def test_the_narrowest_width_that_holds_all(lengths, copies, expected):
 
 def test_documents_are_not_packed():
     rows = sequences([1, 2], 1)
-    assert can_pack(rows) and not can_pack(None)
+    assert can_pack(rows) and at_least_width(None, 3, lambda rows: rows) is None
     assert not can_pack(rows.replace(response_start=1)) and not can_pack(rows.replace(segment_ids=rows.tokens))
 
 

@@ -143,8 +143,7 @@ def within_groups(
 
     A response reads the prompt and itself, as if it stood right behind it. readable bool[G, P]: the columns of the
     prompt that hold tokens, all behind the padding. The responses have ``room`` columns each, and what stands behind
-    their end is read by no token of theirs, since it lies ahead; or they are packed, as ``where`` says, into ``room``
-    columns together (xla only)."""
+    their end is read by no token of theirs, since it lies ahead; or they are packed, as ``where`` says (xla only)."""
     if kernel == "splash":
         ids = lambda columns: jnp.pad(readable, ((0, 0), (0, columns - readable.shape[1])), constant_values=True)
         mask_of = functools.partial(tree, prompt=readable.shape[1], copies=copies, window=window)

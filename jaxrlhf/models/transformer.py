@@ -319,7 +319,7 @@ def forward_responses(
         tokens, positions = (fold_group(x, start, copies) for x in (tokens, positions))
     else:
         tokens, positions = (pack_group(x, start, where) for x in (tokens, positions))
-    room = tokens.shape[1] - start if where is not None else (tokens.shape[1] - start) // copies
+    room = valid.shape[1] - start
     how = product(cfg) | {"interpret": runtime.interpret}
     attend_to = lambda window: within_groups(kernel, readable, copies, room, window, where, **how)
     states = hidden_states(params, cfg, tokens, positions, sights(cfg, attend_to), runtime)
