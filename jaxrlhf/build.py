@@ -121,7 +121,8 @@ def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> R
 
 def runtime_of(cfg: Config, mesh: jax.sharding.Mesh) -> Runtime:
     """How the run's models are computed on the devices of ``mesh``."""
-    return Runtime(jnp.dtype(cfg.precision.compute), cfg.remat, cfg.attention, hardware_of(mesh.devices.flat[0]))
+    compute, hardware = jnp.dtype(cfg.precision.compute), hardware_of(mesh.devices.flat[0])
+    return Runtime(compute, cfg.remat, cfg.attention, hardware, cfg.scan_layers)
 
 
 def bind_nets(

@@ -108,6 +108,7 @@ class Config:
     tokenizer: TokenizerConfig = TokenizerConfig()
     precision: PrecisionConfig = PrecisionConfig()
     remat: Literal["none", "full", "dots"] = "none"  # what is recomputed backward: nothing, layers, all but matmuls
+    scan_layers: bool | None = None  # one compiled body for all layers; null: unless they are few, on a CPU
     attention: Asked = "auto"  # the kernel: splash on TPUs and cudnn on GPUs where they can compute the model, else xla
     deterministic: bool = False  # GPUs: the same bits in every run, as TPUs and CPUs give anyway; slower
     optimizer: dict[Role, OptimizerConfig] = dataclasses.field(default_factory=dict)  # "default" serves the other roles

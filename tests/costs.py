@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "sft": (replace(SMALL, prompts=16), ("batch.micro_batch_size=8",)),
 }
 EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+LOOPS = "scan_layers=true"  # as where models are deep: what a trip of the loop over layers does is counted
 # they are compiled, never run, so what matters is to compile them: a quarter of the time, and the same buffers
 QUICK = tiny.FAST | {"xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
 
@@ -66,7 +67,9 @@ def case_of(name: str, devices: int, vocab: int = VOCAB) -> Case:
     shape, overrides = CASES[name]
     model = f"models.{'reward' if name == 'rm' else 'policy'}.architecture"
     heads = (f"{model}.num_heads=4", f"{model}.num_kv_heads=2", f"{model}.vocab_size={vocab}")
-    cfg = without_world(shaped(replace(shape, algorithm=name), [*overrides, *heads, *(EIGHT if devices == 8 else ())]))
+    cfg = without_world(
+        shaped(replace(shape, algorithm=name), [*overrides, *heads, LOOPS, *(EIGHT if devices == 8 else ())])
+    )
     return ready(*blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:devices]), {}), "dense")
 
 

@@ -112,10 +112,12 @@ def prefill(
         return sight.attend(query, key, value)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        sight = seen[local]
-        x = block(layer_params, cfg, x, turner(cfg, positions, sight), functools.partial(attend, sight))
-    return normalize(params["final_norm"], x[:, -1:], cfg), caches
+    last = tokens.shape[1] - 1
+    for i, local in enumerate(local_layers(cfg)):
+        sight, since = seen[local], last if i == cfg.num_layers - 1 else 0
+        turn = turner(cfg, positions, sight)
+        x = block(params["layers"][i], cfg, x, turn, functools.partial(attend, sight), since)
+    return normalize(params["final_norm"], x, cfg), caches
 
 
 def decode_step(

@@ -1,5 +1,8 @@
 """The one linear map. LoRA and quantised weights come in here and nowhere else."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -28,6 +31,8 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
 
     def product(kernel: Array, x: Array) -> Array:
         kernel = constrain(kernel.astype(x.dtype), *gathered(axes))
+        if dtype is None:
+            return times(x, kernel, equation, where)
         return jnp.einsum(equation, x, kernel, out_sharding=where, preferred_element_type=dtype)
 
     if split_over("embed") > 1:
@@ -42,6 +47,34 @@ def plus_bias(params: Params, y: Array, axes: Axes) -> Array:
         return y
     bias = params["bias"].astype(y.dtype)
     return y + constrain(bias, *(name for name in gathered(axes[-bias.ndim :])))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def times(x: Array, kernel: Array, equation: str, where: Any) -> Array:
+    """einsum(equation, x, kernel), laid out as ``where``, whose kernel's gradient is made as the kernel lies: x^T dy.
+
+    What JAX derives is (dy^T x)^T. On CPUs XLA then turns dy round element by element, inside whatever computed it
+    (without that, updates of layers 256 wide took 0.85 of the time). Elsewhere the two are the same product."""
+    return jnp.einsum(equation, x, kernel, out_sharding=where)
+
+
+def times_forward(x: Array, kernel: Array, equation: str, where: Any) -> tuple[Array, tuple[Array, Array]]:
+    return times(x, kernel, equation, where), (x, kernel)
+
+
+def times_backward(equation: str, where: Any, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    ins, out = equation.split("->")
+    left, right = ins.split(",")
+    layout = lambda like: jax.typeof(like).sharding if where is not None else None
+    dx = jnp.einsum(f"{out},{right}->{left}", dy, kernel, out_sharding=layout(x))
+    (one, its), (other, theirs) = ((x, left), (dy, out)) if right[0] in left else ((dy, out), (x, left))
+    rows = [name for name in left if name in out]
+    summed = tuple(map(its.index, rows)), tuple(map(theirs.index, rows))
+    return dx, jax.lax.dot_general(one, other, (summed, ((), ())), out_sharding=layout(kernel))
+
+
+times.defvjp(times_forward, times_backward)
 
 
 # ---- few rows on a CPU ----------------------------------------------------------------------------------------------

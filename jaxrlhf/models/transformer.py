@@ -25,6 +25,7 @@ from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
+SHALLOW = 6  # layers
 VOCAB_MULTIPLE = 64  # embeddings are padded up to it, whatever the mesh, so that a checkpoint fits every mesh
 
 
@@ -37,6 +38,7 @@ class Runtime(NamedTuple):
     )
     attention: Asked = "auto"  # the kernel of whole rows
     hardware: Hardware = Hardware()  # that programs are compiled for
+    scan_layers: bool | None = True  # one compiled body for all layers; False: each has its own; None: see ``scans``
     interpret: bool = False  # run Pallas kernels step by step, on any platform (slow: for tests)
 
 
@@ -169,8 +171,11 @@ def normalize(params: Params, x: Array, cfg: ModelConfig, axes: tuple[str | None
     return y.astype(x.dtype)
 
 
-def attention_block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable) -> Array:
-    """x [B, S, D]; ``turn`` gives positions to queries and keys; ``attend``: (query, key, value) to [B, S, H, K]."""
+def attention_block(
+    params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable, since: int = 0
+) -> Array:
+    """x [B, S, D] -> [B, S - since, D]: what the columns from ``since`` gather of all that they read. ``turn`` gives
+    positions to queries and keys; ``attend``: (query, key, value) to [B, S, H, K]."""
     heads, kv = head_axis("heads", cfg.num_heads), head_axis("kv_heads", cfg.num_kv_heads)
 
     def project(name: str, axis: str | None) -> Array:
@@ -182,7 +187,7 @@ def attention_block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, 
         whole = FAMILIES[cfg.family].query_key_norm == "all"
         query = normalize(params["query_norm"], query, cfg, (heads, None) if whole else (None,))
         key = normalize(params["key_norm"], key, cfg, (kv, None) if whole else (None,))
-    mixed = attend(turn(query), turn(key), value)
+    mixed = attend(turn(query), turn(key), value)[:, since:]
     return linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
 
 
@@ -199,12 +204,16 @@ def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
     return linear(params["down"], y, "bsm,md->bsd", ("mlp", "embed"), ("batch", "seq", "hidden"))
 
 
-def block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable) -> Array:
-    """Two residual branches, one after the other or side by side, with norms before or after what they compute."""
+def block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable, since: int = 0) -> Array:
+    """Two residual branches, one after the other or side by side, with norms before or after what they compute.
+
+    Of the columns before ``since`` only what others read is computed, and [B, S - since, D] returned: all that the
+    last layer needs where their states are not asked for."""
     attn, mlp = params["attention"], params["mlp"]
     before = lambda part: normalize(part["norm"], x, cfg) if "norm" in part else x
     after = lambda part, y: normalize(part["post_norm"], y, cfg) if "post_norm" in part else y
-    mixed = after(attn, attention_block(attn, cfg, before(attn), turn, attend))
+    mixed = after(attn, attention_block(attn, cfg, before(attn), turn, attend, since))
+    x = x[:, since:]
     if cfg.parallel_residual:
         return x + mixed + after(mlp, mlp_block(mlp, cfg, before(mlp)))
     x = x + mixed
@@ -322,8 +331,8 @@ def forward_responses(
     room = valid.shape[1] - start
     how = product(cfg) | {"interpret": runtime.interpret}
     attend_to = lambda window: within_groups(kernel, readable, copies, room, window, where, **how)
-    states = hidden_states(params, cfg, tokens, positions, sights(cfg, attend_to), runtime)
-    return unfold_group(states, start, copies) if where is None else states[:, start - 1 :]
+    states = hidden_states(params, cfg, tokens, positions, sights(cfg, attend_to), runtime, start - 1)
+    return unfold_group(states, copies) if where is None else states
 
 
 def pack_group(x: Array, start: int, where: Places) -> Array:
@@ -338,12 +347,12 @@ def fold_group(x: Array, start: int, copies: int) -> Array:
     return jnp.concatenate([rows[:, 0, :start], join_columns(rows[:, :, start:])], axis=1)
 
 
-def unfold_group(x: Array, start: int, copies: int) -> Array:
-    """[G, start + n * T, D] -> [G * n, 1 + T, D]: the prompt's last column, for each of its responses, and theirs."""
+def unfold_group(x: Array, copies: int) -> Array:
+    """[G, 1 + n * T, D] -> [G * n, 1 + T, D]: the prompt's last column, for each of its responses, and theirs."""
     groups, columns, dim = x.shape
-    own = (groups, copies, (columns - start) // copies, dim)
-    responses = jax.lax.reshape(x[:, start:], own, out_sharding=spec("batch", None, "seq", "hidden"))
-    last = jnp.broadcast_to(x[:, None, start - 1 : start], (groups, copies, 1, dim))
+    own = (groups, copies, (columns - 1) // copies, dim)
+    responses = jax.lax.reshape(x[:, 1:], own, out_sharding=spec("batch", None, "seq", "hidden"))
+    last = jnp.broadcast_to(x[:, None, :1], (groups, copies, 1, dim))
     return ungroup_rows(jnp.concatenate([last, responses], axis=2))
 
 
@@ -353,23 +362,42 @@ def join_columns(x: Array) -> Array:
 
 
 def hidden_states(
-    params: Params, cfg: ModelConfig, tokens: Array, positions: Array, seen: dict[bool, Sight], runtime: Runtime
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    seen: dict[bool, Sight],
+    runtime: Runtime,
+    since: int = 0,
 ) -> Array:
-    """Final hidden states [B, S, D] of tokens at ``positions``, both i32[B, S], that see what ``seen`` says."""
+    """Final hidden states [B, S - since, D] of the columns from ``since``, of tokens at ``positions``, both i32[B, S],
+    that see what ``seen`` says."""
 
-    def layer(sight: Sight, layer_params: Params, x: Array) -> Array:
+    def layer(sight: Sight, since: int, layer_params: Params, x: Array) -> Array:
         def attend(query, key, value):
             return sight.attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
 
-        return block(layer_params, cfg, x, turner(cfg, positions, sight), attend)
+        return block(layer_params, cfg, x, turner(cfg, positions, sight), attend, since)
 
-    layer_of = lambda local, scanned: rematerialized(functools.partial(layer, seen[local]), runtime, scanned)
+    def layer_of(local: bool, scanned: bool, since: int = 0) -> Callable:
+        return rematerialized(functools.partial(layer, seen[local], since), runtime, scanned)
+
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    return normalize(params["final_norm"], through_layers(layer_of, params["layers"], local_layers(cfg), x), cfg)
+    through = through_layers if scans(cfg, runtime) else layer_by_layer
+    return normalize(params["final_norm"], through(layer_of, params["layers"], local_layers(cfg), x, since), cfg)
 
 
-def through_layers(layer_of: Callable, stacked: Params, local: list[bool], x: Array) -> Array:
-    """``x`` after all layers; ``layer_of``: (local, inside a scan) to a function of a layer's parameters and x.
+def scans(cfg: ModelConfig, runtime: Runtime) -> bool:
+    """Whether one compiled body serves all layers. Where the run does not say: not those of a shallow model on a CPU,
+    where a layer's work is small beside copying what is kept of it."""
+    if runtime.scan_layers is not None:
+        return runtime.scan_layers
+    return runtime.hardware.platform != "cpu" or cfg.num_layers > SHALLOW
+
+
+def through_layers(layer_of: Callable, stacked: Params, local: list[bool], x: Array, since: int) -> Array:
+    """The columns of ``x`` from ``since`` after all layers; ``layer_of``: (local, inside a scan, since) to a function
+    of a layer's parameters and x.
 
     Where local and global layers alternate, one step of the scan is one round of their pattern: each layer's kernel
     is known while tracing, and the program grows with the pattern, not with the model. Layers behind the last whole
@@ -386,6 +414,15 @@ def through_layers(layer_of: Callable, stacked: Params, local: list[bool], x: Ar
     x, _ = jax.lax.scan(one_round, x, jax.tree.map(fold, stacked))
     for i in range(rounds * period, len(local)):
         x = layer_of(local[i], False)(jax.tree.map(operator.itemgetter(i), stacked), x)
+    return x[:, since:]
+
+
+def layer_by_layer(layer_of: Callable, stacked: Params, local: list[bool], x: Array, since: int) -> Array:
+    """``through_layers`` in a program that grows with the model: what is kept for the backward pass is not copied into
+    and out of stacks, and the last layer computes no more than is asked for."""
+    for i, is_local in enumerate(local):
+        last = i == len(local) - 1
+        x = layer_of(is_local, False, since if last else 0)(jax.tree.map(operator.itemgetter(i), stacked), x)
     return x
 
 

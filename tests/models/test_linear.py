@@ -90,3 +90,28 @@ def test_on_devices_that_share_no_weights_nothing_is_computed_twice():
     assert products == {"one": 3 * (7 + 2), "copies": 3 * (7 + 2)}
     assert "remat" not in text(MeshConfig(1)) + text(MeshConfig(8))
     assert "remat" in text(SHARED[0])
+
+
+EQUATIONS = {
+    "bsd,dhk->bshk": ((2, 3, 4), (4, 5, 2), ("embed", "heads", "head_dim")),
+    "bshk,hkd->bsd": ((2, 3, 5, 2), (5, 2, 4), ("heads", "head_dim", "embed")),
+    "bsd,dm->bsm": ((2, 3, 4), (4, 6), ("embed", "mlp")),
+    "bsd,vd->bsv": ((2, 3, 4), (6, 4), ("vocab", "embed")),
+}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_gradients_of_a_product_are_those_that_jax_derives(equation):
+    """And nothing is turned round on the way: the kernel's is made in the kernel's own layout."""
+    (x_shape, kernel_shape, axes), rng = EQUATIONS[equation], np.random.default_rng(0)
+    x, kernel = rng.normal(size=x_shape).astype(np.float32), rng.normal(size=kernel_shape).astype(np.float32)
+    weight = rng.normal(size=jnp.einsum(equation, x, kernel).shape).astype(np.float32)
+    out_axes = ("batch", "seq", "hidden", None)[: weight.ndim]
+    ours = lambda x, kernel: (weight * linear.linear({"kernel": kernel}, x, equation, axes, out_axes)).sum()
+    theirs = lambda x, kernel: (weight * jnp.einsum(equation, x, kernel)).sum()
+    found, expected = (jax.grad(total, argnums=(0, 1))(x, kernel) for total in (ours, theirs))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    turned = [str(jax.make_jaxpr(jax.grad(total, argnums=1))(x, kernel)) for total in (ours, theirs)]
+    assert "transpose" not in turned[0]
+    assert "transpose" in turned[1] or equation == "bsd,vd->bsv"

@@ -23,8 +23,10 @@ from jaxrlhf.models.attention import (
 )
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
+from jaxrlhf.models.kernels import Hardware
 from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.models.transformer import (
+    SHALLOW,
     Leaf,
     Runtime,
     forward,
@@ -33,6 +35,7 @@ from jaxrlhf.models.transformer import (
     padded_vocab,
     parameter_table,
     positions_of,
+    scans,
     weight_spec,
 )
 from jaxrlhf.sharding import MeshConfig
@@ -229,10 +232,12 @@ def test_scale_and_softcap_of_attention_against_a_loop():
     np.testing.assert_allclose(last, expected[:, 4:], atol=1e-5)
 
 
+@pytest.mark.parametrize("runtime", [Runtime(), Runtime(scan_layers=False)], ids=["scanned", "unrolled"])
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
-def test_a_prompt_read_once_for_its_responses(cfg, copies):
-    """What rows of their own say, in states and in gradients; whatever stands in the padding."""
+def test_a_prompt_read_once_for_its_responses(cfg, copies, runtime):
+    """What rows of their own say, in states and in gradients; whatever stands in the padding. Unrolled, the last layer
+    computes nothing of prompts but their keys, values and last column."""
     start, room, groups = 6, 5, 2
     rng = np.random.default_rng(3)
     valid = np.ones((groups * copies, start + room), bool)
@@ -244,10 +249,10 @@ def test_a_prompt_read_once_for_its_responses(cfg, copies):
     for row, length in enumerate(rng.integers(0, room + 1, len(valid))):
         valid[row, start + length :] = False
     wanted = valid[:, start - 1 :, None]
-    weight = rng.normal(size=(*wanted.shape[:2], cfg.hidden_size)) * wanted
+    weight = rng.normal(size=(*wanted.shape[:2], cfg.hidden_size)) * wanted / len(valid)  # gradients of size 1
 
     def together(params):
-        return forward_responses(params, cfg, jnp.array(tokens), jnp.array(valid), start, copies, Runtime())
+        return forward_responses(params, cfg, jnp.array(tokens), jnp.array(valid), start, copies, runtime)
 
     def alone(params):
         return forward(params, cfg, jnp.array(tokens), jnp.array(valid, jnp.int32), Runtime())[:, start - 1 :]
@@ -365,8 +370,8 @@ def test_remat_gives_the_same_gradients(cfg):
 
     plain = gradients(weights(cfg), Runtime())
     assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain)) > 1e-3
-    for remat in ("full", "dots"):
-        other = gradients(weights(cfg), Runtime(remat=remat))
+    for runtime in (Runtime(remat="full"), Runtime(remat="dots"), Runtime(remat="full", scan_layers=False)):
+        other = gradients(weights(cfg), runtime)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max()), other, plain
         )
@@ -382,6 +387,23 @@ def test_bfloat16_deviates_by_its_rounding(cfg):
     error = np.abs(np.asarray(rough)[..., :101] - exact)
     assert 1e-3 < error.mean() / exact.std() < 0.01
     assert error.max() / exact.std() < 0.1
+
+
+@pytest.mark.parametrize(
+    "asked, platform, layers, scanned",
+    [(None, "cpu", SHALLOW, False), (None, "cpu", SHALLOW + 1, True), (None, "tpu", 1, True), (None, "gpu", 1, True)]
+    + [(asked, platform, 9, asked) for asked in (True, False) for platform in ("cpu", "tpu")],
+)
+def test_which_layers_share_one_compiled_body(asked, platform, layers, scanned):
+    """Those of shallow models on CPUs do not, unless the run says so."""
+    cfg = dataclasses.replace(LLAMA, num_layers=layers)
+    runtime = Runtime(hardware=Hardware(platform), scan_layers=asked)
+    assert scans(cfg, runtime) == scanned
+    if platform == "cpu":
+        params = jax.eval_shape(functools.partial(init, cfg, "lm"), jax.random.key(0))
+        read = functools.partial(forward, cfg=cfg, runtime=runtime)
+        program = jax.make_jaxpr(lambda p, t: read(p, tokens=t, segment_ids=t))(params, jnp.ones((1, SIZE), int))
+        assert (program.jaxpr.pretty_print().count("scan") > 0) == scanned
 
 
 def test_parameters_match_their_table():
