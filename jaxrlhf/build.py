@@ -148,7 +148,8 @@ def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> genera
     policy = weights.get("policy")
     eos_ids = tokenizers.eos_ids(tokenizer, generation_config(policy) if policy else None)
     size = transformer.padded_vocab(policy.config) if policy else len(tokenizer)
-    return sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)
+    sampler = sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)
+    return sampler._replace(share_prompts=cfg.batch.share_prompts)
 
 
 def sampler_of(

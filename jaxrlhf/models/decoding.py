@@ -35,7 +35,7 @@ from jaxrlhf.models.transformer import (
     product,
     row_sights,
     sights,
-    turner,
+    turners,
     weight_axes,
 )
 from jaxrlhf.sharding import constrain, spec, split_over
@@ -112,11 +112,10 @@ def prefill(
         return sight.attend(query, key, value)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    last = tokens.shape[1] - 1
+    turn = turners(cfg, positions, seen, tokens.shape[1])
     for i, local in enumerate(local_layers(cfg)):
-        sight, since = seen[local], last if i == cfg.num_layers - 1 else 0
-        turn = turner(cfg, positions, sight)
-        x = block(params["layers"][i], cfg, x, turn, functools.partial(attend, sight), since)
+        since = tokens.shape[1] - 1 if i == cfg.num_layers - 1 else 0
+        x = block(params["layers"][i], cfg, x, turn[local], functools.partial(attend, seen[local]), since)
     return normalize(params["final_norm"], x, cfg), caches
 
 
@@ -156,7 +155,7 @@ def decode_step(
         return sight.attend(query, cache)
 
     x = embed(params, cfg, token, position, runtime.compute)
+    turn = turners(cfg, position, seen, size + room)
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        sight = seen[local]
-        x = block(layer_params, cfg, x, turner(cfg, position, sight), functools.partial(attend, sight))
+        x = block(layer_params, cfg, x, turn[local], functools.partial(attend, seen[local]))
     return normalize(params["final_norm"], x, cfg), updated

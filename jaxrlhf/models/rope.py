@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxrlhf.sharding import spec
 from jaxrlhf.types import Array
 
 
@@ -80,15 +81,24 @@ def rope_magnitude(scaling: RopeScaling | None) -> float:
     return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_positions))
 
 
-def rotate(x: Array, positions: Array, freqs: Array, magnitude: float = 1.0) -> Array:
-    """Rotary embedding in the half-split layout: x [B, S, H, K], positions i32[B, S], freqs f32[R / 2].
+def turns(positions: Array, freqs: Array, limit: int, magnitude: float = 1.0) -> tuple[Array, Array]:
+    """Cosines and sines, f32[B, S, 1, R / 2], of positions i32[B, S] below ``limit`` times freqs f32[R / 2].
+
+    They are looked up, once for all layers: XLA:CPU would compute them anew in every product, for every head."""
+    angles = jnp.arange(limit, dtype=jnp.float32)[:, None] * freqs
+
+    def look_up(table: Array) -> Array:
+        rows = (table * magnitude).at[positions]
+        return rows.get(mode="clip", out_sharding=spec("batch", "seq", None))[:, :, None]
+
+    return look_up(jnp.cos(angles)), look_up(jnp.sin(angles))
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding in the half-split layout, by ``turns``: x [B, S, H, K].
 
     The first R features of a head are turned; what lies behind them stays."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * freqs
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if magnitude != 1.0:
-        cos, sin = cos * magnitude, sin * magnitude
-    size = 2 * freqs.shape[0]
+    size = 2 * cos.shape[-1]
     first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return rotated if size == x.shape[-1] else jnp.concatenate([rotated, x[..., size:]], axis=-1)

@@ -20,7 +20,7 @@ from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
 from jaxrlhf.models.linear import linear
 from jaxrlhf.models.packed import Places, side_by_side
-from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate
+from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate, turns
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
@@ -267,12 +267,19 @@ def row_sights(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> dict[b
     return sights(cfg, attend_to)
 
 
-def turner(cfg: ModelConfig, positions: Array, sight: Sight) -> Callable:
-    """How queries and keys learn of their positions: rotation, or nothing where positions were embedded."""
-    if sight.freqs is None:
-        return lambda x: x
-    freqs, magnitude = sight.freqs, rope_magnitude(cfg.rope_scaling)
-    return lambda x: rotate(x, positions, freqs, magnitude)
+def turners(
+    cfg: ModelConfig, positions: Array, seen: dict[bool, Sight], limit: int
+) -> dict[bool, Callable[[Array], Array]]:
+    """Local or not -> how queries and keys learn of their positions, i32[B, S] below ``limit``: rotation, or nothing
+    where positions were embedded."""
+
+    def one(sight: Sight) -> Callable[[Array], Array]:
+        if sight.freqs is None:
+            return lambda x: x
+        cos, sin = turns(positions, sight.freqs, limit, rope_magnitude(cfg.rope_scaling))
+        return lambda x: rotate(x, cos, sin)
+
+    return {local: one(sight) for local, sight in seen.items()}
 
 
 def product(cfg: ModelConfig) -> dict[str, Any]:
@@ -373,14 +380,16 @@ def hidden_states(
     """Final hidden states [B, S - since, D] of the columns from ``since``, of tokens at ``positions``, both i32[B, S],
     that see what ``seen`` says."""
 
-    def layer(sight: Sight, since: int, layer_params: Params, x: Array) -> Array:
-        def attend(query, key, value):
-            return sight.attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
+    turn = turners(cfg, positions, seen, tokens.shape[1])
 
-        return block(layer_params, cfg, x, turner(cfg, positions, sight), attend, since)
+    def layer(local: bool, since: int, layer_params: Params, x: Array) -> Array:
+        def attend(query, key, value):
+            return seen[local].attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
+
+        return block(layer_params, cfg, x, turn[local], attend, since)
 
     def layer_of(local: bool, scanned: bool, since: int = 0) -> Callable:
-        return rematerialized(functools.partial(layer, seen[local], since), runtime, scanned)
+        return rematerialized(functools.partial(layer, local, since), runtime, scanned)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
     through = through_layers if scans(cfg, runtime) else layer_by_layer

@@ -24,7 +24,7 @@ from jaxrlhf.models.attention import (
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
 from jaxrlhf.models.kernels import Hardware
-from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate
+from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate, turns
 from jaxrlhf.models.transformer import (
     SHALLOW,
     Leaf,
@@ -175,15 +175,17 @@ def test_rope_magnitude():
 
 def test_rotation_is_by_the_position_and_relative():
     """One pair (x_i, x_{i + K/2}) turns by position x frequency; products depend on the distance alone."""
-    freqs = jnp.array([0.5, 0.1])
-    turned = rotate(jnp.array([1.0, 0, 0, 2.0]).reshape(1, 1, 1, 4), jnp.array([[3]]), freqs)[0, 0, 0]
+
+    def turned(x, position, magnitude=1.0):
+        by = turns(jnp.array([[position]]), jnp.array([0.5, 0.1]), 10, magnitude)
+        return rotate(jnp.reshape(jnp.asarray(x), (1, 1, 1, -1)), *by)[0, 0, 0]
+
     expected = [math.cos(1.5), -2 * math.sin(0.3), math.sin(1.5), 2 * math.cos(0.3)]
-    np.testing.assert_allclose(turned, expected, atol=1e-6)
-    wide = jnp.array([1.0, 0, 0, 2.0, 5.0, 6.0]).reshape(1, 1, 1, 6)  # two features behind those that are rotated
-    turned = rotate(wide, jnp.array([[3]]), freqs, magnitude=2.0)[0, 0, 0]
-    np.testing.assert_allclose(turned, [*(2 * np.array(expected)), 5, 6], atol=1e-5)
-    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 4))
-    product = lambda m, n: (rotate(query, jnp.array([[m]]), freqs) * rotate(key, jnp.array([[n]]), freqs)).sum()
+    np.testing.assert_allclose(turned([1.0, 0, 0, 2.0], 3), expected, atol=1e-6)
+    wide = [1.0, 0, 0, 2.0, 5.0, 6.0]  # two features behind those that are rotated
+    np.testing.assert_allclose(turned(wide, 3, 2.0), [*(2 * np.array(expected)), 5, 6], atol=1e-5)
+    query, key = jax.random.normal(jax.random.key(0), (2, 4))
+    product = lambda m, n: turned(query, m) @ turned(key, n)
     np.testing.assert_allclose(product(9, 4), product(5, 0), atol=1e-5)
     assert abs(product(9, 4) - product(9, 5)) > 1e-3
 
