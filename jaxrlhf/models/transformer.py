@@ -25,7 +25,7 @@ from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
-SHALLOW = 6  # layers
+SHALLOW = 6  # layers: models of no more are not scanned over on CPUs
 VOCAB_MULTIPLE = 64  # embeddings are padded up to it, whatever the mesh, so that a checkpoint fits every mesh
 
 
@@ -392,8 +392,8 @@ def hidden_states(
         return rematerialized(functools.partial(layer, local, since), runtime, scanned)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    through = through_layers if scans(cfg, runtime) else layer_by_layer
-    return normalize(params["final_norm"], through(layer_of, params["layers"], local_layers(cfg), x, since), cfg)
+    x = through_layers(layer_of, params["layers"], local_layers(cfg), x, since, scans(cfg, runtime))
+    return normalize(params["final_norm"], x, cfg)
 
 
 def scans(cfg: ModelConfig, runtime: Runtime) -> bool:
@@ -404,35 +404,32 @@ def scans(cfg: ModelConfig, runtime: Runtime) -> bool:
     return runtime.hardware.platform != "cpu" or cfg.num_layers > SHALLOW
 
 
-def through_layers(layer_of: Callable, stacked: Params, local: list[bool], x: Array, since: int) -> Array:
+def through_layers(
+    layer_of: Callable, stacked: Params, local: list[bool], x: Array, since: int, scanned: bool
+) -> Array:
     """The columns of ``x`` from ``since`` after all layers; ``layer_of``: (local, inside a scan, since) to a function
     of a layer's parameters and x.
 
     Where local and global layers alternate, one step of the scan is one round of their pattern: each layer's kernel
     is known while tracing, and the program grows with the pattern, not with the model. Layers behind the last whole
-    round follow the scan."""
+    round follow the scan, all of them where it is not wanted: what is kept of those for the backward pass is not
+    copied into and out of stacks, and the last of them computes no more than is asked for."""
     period = next(size for size in range(1, len(local) + 1) if local == (local[:size] * len(local))[: len(local)])
-    rounds = len(local) // period
+    rounds = len(local) // period if scanned else 0
+    behind = range(rounds * period, len(local))
 
     def one_round(x, params):
         for i, is_local in enumerate(local[:period]):
             x = layer_of(is_local, True)(jax.tree.map(operator.itemgetter(i), params), x)
         return x, None
 
-    fold = lambda w: w[: rounds * period].reshape(rounds, period, *w.shape[1:])
-    x, _ = jax.lax.scan(one_round, x, jax.tree.map(fold, stacked))
-    for i in range(rounds * period, len(local)):
-        x = layer_of(local[i], False)(jax.tree.map(operator.itemgetter(i), stacked), x)
-    return x[:, since:]
-
-
-def layer_by_layer(layer_of: Callable, stacked: Params, local: list[bool], x: Array, since: int) -> Array:
-    """``through_layers`` in a program that grows with the model: what is kept for the backward pass is not copied into
-    and out of stacks, and the last layer computes no more than is asked for."""
-    for i, is_local in enumerate(local):
-        last = i == len(local) - 1
-        x = layer_of(is_local, False, since if last else 0)(jax.tree.map(operator.itemgetter(i), stacked), x)
-    return x
+    if rounds:
+        fold = lambda w: w[: rounds * period].reshape(rounds, period, *w.shape[1:])
+        x, _ = jax.lax.scan(one_round, x, jax.tree.map(fold, stacked))
+    for i in behind:
+        asked = since if i == behind[-1] else 0
+        x = layer_of(local[i], False, asked)(jax.tree.map(operator.itemgetter(i), stacked), x)
+    return x if behind else x[:, since:]
 
 
 def rematerialized(layer: Callable, runtime: Runtime, scanned: bool) -> Callable:
