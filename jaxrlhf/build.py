@@ -11,8 +11,8 @@ from etils import epath
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
 from jaxrlhf.config import Config, dump, roles_of
-from jaxrlhf.config_batch import num_micro, shares_prompts, updates_of
-from jaxrlhf.config_check import SPLIT, divisors, longest_row, split_by
+from jaxrlhf.config_batch import choose_parts, divisors, longest_row, shares_prompts, updates_of
+from jaxrlhf.config_check import SPLIT, split_by
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
@@ -91,9 +91,11 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
-    sampler = sampler._replace(share_prompts=shares_prompts(cfg, batch_shards(mesh)))
+    shards = batch_shards(mesh)
+    parts = choose_parts(cfg, shards, mesh.devices.flat[0].platform)
+    sampler = sampler._replace(share_prompts=shares_prompts(cfg, shards, parts))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
-    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, num_micro(cfg), cfg.batch.pack_widths)
+    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, cfg.batch.pack_widths)
     return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
 
 

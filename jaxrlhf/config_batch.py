@@ -3,6 +3,7 @@
 from jaxrlhf.config import Config, find_algorithm
 
 ROWS_KEY = {"prompts": "prompts_per_step", "sequences": "sequences_per_step", "preferences": "preferences_per_step"}
+CPU_COLUMNS = 640  # of a micro-batch: activations of more leave a core's caches (fastest at hidden sizes 128 to 576)
 
 
 def fields_read(cfg: Config) -> tuple[str, ...]:
@@ -28,39 +29,66 @@ def minibatch_rows(cfg: Config) -> int:
     return next(iter(rows_of(cfg).values())) // updates_of(cfg)[1]
 
 
-def num_micro(cfg: Config) -> int:
-    """Parts that a minibatch is computed in."""
+def longest_row(cfg: Config) -> tuple[int, str]:
+    """(columns of the longest rows, the keys that they come from)."""
+    if "prompts" not in fields_read(cfg):
+        return cfg.data.max_length, "data.max_length"
+    longest, room = max(cfg.data.prompt_buckets, default=0), cfg.generate.max_new_tokens
+    return longest + room, f"the largest of data.prompt_buckets + generate.max_new_tokens {room}"
+
+
+def asked_parts(cfg: Config) -> int:
+    """Parts that batch.micro_batch_size cuts a minibatch into; null: one."""
     minibatch = minibatch_rows(cfg)
     return minibatch // (cfg.batch.micro_batch_size or minibatch)
 
 
-def micro_rows(cfg: Config) -> int:
-    """Rows of such a part."""
-    return minibatch_rows(cfg) // num_micro(cfg)
+def choose_parts(cfg: Config, shards: int, platform: str) -> int:
+    """Parts that a minibatch is computed in, its rows split over ``shards`` devices of ``platform``: as
+    batch.micro_batch_size asks; on CPUs, where it is null, as many as bring a part down to CPU_COLUMNS, if the
+    shards divide them and they leave the responses to a prompt together."""
+    minibatch, minibatches = minibatch_rows(cfg), updates_of(cfg)[1]
+    if cfg.batch.micro_batch_size or platform != "cpu":
+        return asked_parts(cfg)
+    rows = {field: count // minibatches for field, count in rows_of(cfg).items()}
+    shared = shares_prompts(cfg, shards, 1)
+    together = {"prompts": cfg.batch.samples_per_prompt if shared else 1}
+    divides = lambda parts: all(rows[field] % (parts * shards * together.get(field, 1)) == 0 for field in rows)
+    columns = sum(columns_of(cfg, field, count, shared) for field, count in rows.items())
+    fits = [parts for parts in divisors(minibatch) if divides(parts)]
+    return next((parts for parts in fits if columns <= parts * CPU_COLUMNS), fits[-1])
 
 
-def shares_prompts(cfg: Config, shards: int) -> bool:
+def columns_of(cfg: Config, field: str, rows: int, shared: bool) -> int:
+    """Columns that ``rows`` rows of a field of Batch have at most; ``shared``: a prompt's once for its responses."""
+    if field != "prompts":
+        return rows * cfg.data.max_length * (2 if field == "preferences" else 1)
+    prompts = rows // cfg.batch.samples_per_prompt if shared else rows
+    return prompts * max(cfg.data.prompt_buckets, default=0) + rows * cfg.generate.max_new_tokens
+
+
+def shares_prompts(cfg: Config, shards: int, parts: int) -> bool:
     """Whether a prompt is read once for all its responses, in what is learned from too: so that they stay together, and
-    on one of the ``shards`` devices that split a batch, in each part that an update is computed in."""
-    rows = micro_rows(cfg) % (cfg.batch.samples_per_prompt * shards)
+    on one of the ``shards`` devices that split a batch, in each of the ``parts`` that an update is computed in."""
+    rows = minibatch_rows(cfg) // parts % (cfg.batch.samples_per_prompt * shards)
     return "prompts" in fields_read(cfg) and cfg.batch.share_prompts and rows == 0
 
 
-def describe_sharing(cfg: Config, shards: int) -> list[str]:
+def describe_sharing(cfg: Config, shards: int, parts: int) -> list[str]:
     """What to say where prompts could be read once, and are not."""
-    samples = cfg.batch.samples_per_prompt
-    if samples == 1 or not cfg.batch.share_prompts or shares_prompts(cfg, shards) or "prompts" not in fields_read(cfg):
+    samples, could = cfg.batch.samples_per_prompt, cfg.batch.share_prompts and "prompts" in fields_read(cfg)
+    if samples == 1 or not could or shares_prompts(cfg, shards, parts):
         return []
     over = f" over {shards} devices" if shards > 1 else ""
     return [
-        f"batch: micro-batches of {micro_rows(cfg)} rows{over} cut the {samples} responses to a prompt "
+        f"batch: micro-batches of {minibatch_rows(cfg) // parts} rows{over} cut the {samples} responses to a prompt "
         f"apart: it is read for each of them; read once in micro-batches of a multiple of {samples * shards}"
     ]
 
 
-def describe_batch(cfg: Config) -> str:
+def describe_batch(cfg: Config, parts: int) -> str:
     """The batch arithmetic in one line, for the start of a run."""
-    (epochs, minibatches), parts, rows = updates_of(cfg), num_micro(cfg), rows_of(cfg)
+    (epochs, minibatches), rows = updates_of(cfg), rows_of(cfg)
     (field, count), *others = rows.items()
     each = cfg.batch.samples_per_prompt
     start = f"{count // each} prompts x {each} samples = {count} rows" if field == "prompts" else f"{count} {field}"
@@ -70,3 +98,7 @@ def describe_batch(cfg: Config) -> str:
     widths = cfg.batch.pack_widths
     packed = f", packed into the narrowest of {widths} widths" if widths > 1 else ""
     return f"batch: {start}{more} -> {updates}; micro-batches of {size // parts} ({parts} a minibatch){packed}"
+
+
+def divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxrlhf.config import Config, find_algorithm, roles_of
-from jaxrlhf.config_batch import ROWS_KEY, fields_read, rows_of, updates_of
+from jaxrlhf.config_batch import ROWS_KEY, divisors, fields_read, longest_row, rows_of, updates_of
 from jaxrlhf.config_errors import ConfigError, show, suggest
 from jaxrlhf.config_types import hints
 from jaxrlhf.data.sources import DataConfig, SourceConfig
@@ -193,14 +193,6 @@ def profile_problems(cfg: Config) -> Iterator[str]:
         yield f"profile: {show(cfg.profile)}: {where}; expected null or a local run_dir"
 
 
-def longest_row(cfg: Config) -> tuple[int, str]:
-    """(columns of the longest rows, the keys that they come from)."""
-    if "prompts" not in fields_read(cfg):
-        return cfg.data.max_length, "data.max_length"
-    longest, room = max(cfg.data.prompt_buckets, default=0), cfg.generate.max_new_tokens
-    return longest + room, f"the largest of data.prompt_buckets + generate.max_new_tokens {room}"
-
-
 def device_problems(cfg: Config, num_devices: int) -> Iterator[str]:
     """The mesh fits the devices, and rows and models divide over the mesh."""
     try:
@@ -268,10 +260,6 @@ def sections_read(cfg: Config) -> list[str]:
 def architectures(cfg: Config) -> list[tuple[Role, ModelConfig]]:
     """The roles that start from random weights, with their shapes."""
     return [(role, model.architecture) for role, model in cfg.models.items() if model.architecture]
-
-
-def divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def nearest_multiple(number: int, unit: int) -> int:

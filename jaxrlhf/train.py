@@ -106,8 +106,9 @@ class Trainer:
         """From iteration ``start`` to the end, or to SIGTERM."""
         cfg = self.cfg
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
-        sharing = describe_sharing(cfg, batch_shards(self.ready.mesh))
-        self.log.say("\n".join([describe_batch(cfg), *sharing, *passed_over]))
+        parts = self.ready.recipe.num_micro
+        sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts)
+        self.log.say("\n".join([describe_batch(cfg, parts), *sharing, *passed_over]))
         state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
         with self.listening(), self.saving(), contextlib.closing(self.profiler):

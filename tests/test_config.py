@@ -13,7 +13,7 @@ from jaxrlhf import config
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.config import Config
-from jaxrlhf.config_batch import describe_batch, describe_sharing, num_micro, shares_prompts, updates_of
+from jaxrlhf.config_batch import choose_parts, describe_batch, describe_sharing, shares_prompts, updates_of
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_ranges import RANGE_OF, interval_of
@@ -508,16 +508,57 @@ def test_greedy_responses_are_fine_where_none_is_trained_on(tmp_path):
 def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     cfg = config.load(ppo, [f"batch.micro_batch_size={'' if micro is None else micro}"])
     check(cfg, devices)
-    assert num_micro(cfg) == parts
+    assert choose_parts(cfg, devices, "tpu") == parts
     assert updates_of(cfg) == (2, 2)
     arithmetic = "16 prompts x 2 samples = 32 rows -> 2 epochs x 2 minibatches of 16 = 4 updates an iteration"
-    assert describe_batch(cfg) == f"batch: {arithmetic}; {words}"
+    assert describe_batch(cfg, parts) == f"batch: {arithmetic}; {words}"
     shares = micro is None  # 16 rows on 8 devices: two responses to one prompt on each
-    assert shares_prompts(cfg, devices) == shares
-    said = "".join(describe_sharing(cfg, devices))
+    assert shares_prompts(cfg, devices, parts) == shares
+    said = "".join(describe_sharing(cfg, devices, parts))
     assert shares == (said == "") and shares != (f"read once in micro-batches of a multiple of {2 * devices}" in said)
     alone = config.load(ppo, ["batch.share_prompts=false"])
-    assert not shares_prompts(alone, 1) and describe_sharing(alone, 1) == []
+    assert not shares_prompts(alone, 1, 1) and describe_sharing(alone, 1, 1) == []
+
+
+@pytest.mark.parametrize(
+    "given, shards, parts",
+    [
+        ([], 1, 2),  # a minibatch of 8 x (32 + 2 x 64) columns, in two of 640
+        ([], 2, 2),
+        ([], 8, 1),  # each device has one prompt
+        (["generate.max_new_tokens=65"], 1, 4),
+        (["generate.max_new_tokens=1000"], 1, 8),  # no less than the responses to a prompt
+        (["generate.max_new_tokens=1000", "batch.share_prompts=false"], 1, 16),
+        (["batch.samples_per_prompt=3", "algorithm.num_minibatches=16"], 1, 1),
+        (["batch.samples_per_prompt=4", "algorithm.num_minibatches=32"], 1, 1),  # cuts the responses apart
+        (["batch.samples_per_prompt=4", "algorithm.num_minibatches=1", "batch.micro_batch_size=32"], 1, 2),
+        (
+            [
+                "algorithm.reward_update=true",
+                "batch.preferences_per_step=4",
+                "data.max_length=512",
+                "data.preferences.path=x",
+            ],
+            1,
+            2,
+        ),  # pairs too
+    ],
+)
+def test_a_cpu_computes_a_minibatch_in_parts_that_its_caches_hold(ppo, given, shards, parts):
+    cfg = config.load(ppo, ["generate.max_new_tokens=64", *given])
+    check(cfg, shards)
+    assert choose_parts(cfg, shards, "cpu") == parts
+    asked = cfg.batch.micro_batch_size
+    assert choose_parts(cfg, shards, "gpu") == choose_parts(cfg, shards, "tpu") == (parts if asked else 1)
+
+
+@pytest.mark.parametrize("name, parts", [("sft", 4), ("dpo", 8)])
+def test_rows_of_data_have_columns_too(tmp_path, name, parts):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(SFT.replace("{name: sft}", f"{{name: {name}}}"))
+    cfg = config.load(path, ["batch.sequences_per_step=64", "batch.preferences_per_step=64"])
+    assert choose_parts(cfg, 1, "cpu") == parts  # of 16 rows, and of 8 pairs, of 32 columns
+    assert choose_parts(cfg, 32, "cpu") == 2
 
 
 def test_the_nearest_batch_really_works(ppo):
@@ -544,7 +585,7 @@ def test_preferences_divide_like_the_rows_beside_them(ppo):
     line = mistake(ppo, *given, "batch.preferences_per_step=36", devices=2)
     rest = "36 rows do not divide over 2 minibatches x 2 batch shards (data 2 x fsdp 1) x 8 micro-batches; nearest: 32"
     assert line == f"{ppo}: batch.preferences_per_step: 36: {rest}"
-    assert "with 32 preferences" in describe_batch(config.load(ppo, given))
+    assert "with 32 preferences" in describe_batch(config.load(ppo, given), 8)
 
 
 # ---- algorithms from outside, the reference -------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def devices_of(cfg: Config) -> int:
 def test_it_loads_checks_and_is_short(path, tmp_path):
     cfg = CONFIGS[path]
     check(cfg, devices_of(cfg))
-    assert describe_batch(cfg).startswith("batch: ")
+    assert describe_batch(cfg, 1).startswith("batch: ")
     (tmp_path / "again.yaml").write_text(dump(cfg))
     assert load(tmp_path / "again.yaml") == cfg
     assert len(path.read_text().splitlines()) <= 40

@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 import pytest
 
-from jaxrlhf.config_batch import micro_rows
+from jaxrlhf.config_batch import minibatch_rows
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan import hlo
 from tests import costs
@@ -104,7 +104,9 @@ def differences(found: dict, expected: dict) -> str:
 def test_logits_of_a_wide_vocabulary_are_never_stored_whole():
     made = costs.compiled("sft", 1, WIDE)
     columns = made.case.shapes.sequences.tokens.shape[1] - 1
-    assert micro_rows(made.case.drawn.cfg) * columns * WIDE > STORED_LOGITS, "too few to be computed in chunks"
+    drawn = made.case.drawn
+    rows = minibatch_rows(drawn.cfg) // drawn.recipe.num_micro
+    assert rows * columns * WIDE > STORED_LOGITS, "too few to be computed in chunks"
     _, program = hlo.parse(made.programs["iteration"].as_text() or "")
     shapes = {shape for lines in program.values() for line in lines for shape in costs.arrays(line) if WIDE in shape}
     largest = max(shapes, key=math.prod)

@@ -94,7 +94,7 @@ def plan(
         slice=where,
         mesh=dict(drawn.mesh.shape),
         sources=sources,
-        batch=describe_batch(cfg),
+        batch=describe_batch(cfg, drawn.recipe.num_micro),
         columns=0 if batch.prompts is None else batch.prompts.tokens.shape[1],
         estimate=estimate(passes, models, setup),
         programs=compile_largest(drawn) if compiling else None,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.build import Blueprint
-from jaxrlhf.config_batch import num_micro, updates_of
+from jaxrlhf.config_batch import updates_of
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.step import make_rollout, split
 from jaxrlhf.types import Batch, Head, Nets, Prompts, Role, Sequences, TokenStats, TrainState
@@ -74,7 +74,7 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     prepare = lambda state, batch: drawn.algorithm.prepare(nets, state, batch, drawn.cfg.algorithm)[0]
     experience = jax.eval_shape(prepare, state, batch)
     prepared, notes[:] = list(notes), []
-    (epochs, minibatches), parts = updates_of(drawn.cfg), num_micro(drawn.cfg)
+    (epochs, minibatches), parts = updates_of(drawn.cfg), recipe.num_micro
     first = lambda rows, parts: jax.tree.map(lambda x: x[0], split(rows, parts))
     part = jax.eval_shape(lambda rows: first(first(rows, minibatches), parts), experience)
     loss = lambda params, part: drawn.algorithm.loss(nets, params, state.slow, part, drawn.cfg.algorithm)

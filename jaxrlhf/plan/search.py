@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from jaxrlhf.build import Blueprint
 from jaxrlhf.config import Config
-from jaxrlhf.config_batch import num_micro, rows_of, updates_of
-from jaxrlhf.config_check import SPLIT, check, divisors
+from jaxrlhf.config_batch import asked_parts, divisors, minibatch_rows
+from jaxrlhf.config_check import SPLIT, check
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.optim import OptimizerConfig
@@ -48,7 +48,7 @@ def candidates(drawn: Blueprint, passes: Passes, where: Slice, available: float)
     num_devices, models = len(where.devices), models_of(drawn)
     for price, cfg in settings(drawn, num_devices, where.slices):
         setup = setup_of(cfg, num_devices, drawn.recipe.optimizers)
-        mine = with_micro(passes, num_micro(cfg))
+        mine = with_micro(passes, asked_parts(cfg))
         memory = estimate(mine, models, setup)
         if memory.peak > ROOM * available:
             continue
@@ -67,7 +67,7 @@ def with_micro(passes: Passes, micros: int) -> Passes:
 def settings(drawn: Blueprint, num_devices: int, slices: int = 1) -> Iterator[tuple[int, Config]]:
     """(how much numbers change: 0 not at all, the settings) of everything that passes the checks of a config."""
     cfg = drawn.cfg
-    minibatch = next(iter(rows_of(cfg).values())) // updates_of(cfg)[1]
+    minibatch = minibatch_rows(cfg)
     for mesh, remat in itertools.product(meshes(drawn, num_devices, slices), ("none", "dots", "full")):
         for micro in [minibatch, *(size for size in divisors(minibatch) if size < minibatch)]:
             batch = dataclasses.replace(cfg.batch, micro_batch_size=None if micro == minibatch else micro)

@@ -8,6 +8,7 @@ import pytest
 from jaxrlhf.build import abstract_state
 from jaxrlhf.chips import CHIPS
 from jaxrlhf.config import Config, parse
+from jaxrlhf.config_batch import asked_parts
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.feed import batch_shapes
 from jaxrlhf.plan.calls import Pass, models_of, passes_of
@@ -49,6 +50,8 @@ def config(text: str, mesh: MeshConfig, **changes) -> Config:
 def drawn_for(cfg: Config):
     """(blueprint, its passes, models, setup) on eight devices."""
     drawn, _ = blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:8]), {})
+    recipe = drawn.recipe._replace(num_micro=asked_parts(cfg))  # as on a TPU
+    drawn = dataclasses.replace(drawn, recipe=recipe)
     passes = passes_of(drawn, list(batch_shapes(cfg, drawn.mesh))[-1])
     return drawn, passes, models_of(drawn), setup_of(cfg, 8, drawn.recipe.optimizers)
 
