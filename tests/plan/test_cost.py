@@ -208,11 +208,8 @@ def test_a_reward_function_takes_the_reward_model_s_place():
 
 def test_pairs_are_two_rows_each():
     text = PPO.replace("ppo, num_epochs: 2, num_minibatches: 2", "dpo").replace("prompts: {path", "preferences: {path")
-    found = passes(
-        config(
-            text.replace("prompts_per_step: 16, micro_batch_size: 4", "preferences_per_step: 8, micro_batch_size: 8")
-        )
-    )
+    batch = "preferences_per_step: 8, micro_batch_size: 8"
+    found = passes(config(text.replace("prompts_per_step: 16, micro_batch_size: 4", batch)))
     assert found.rollout == [] and found.updates == found.micros == 1
     assert found.prepare == [Pass("reference", "token_stats", 16, 512, 511)]
     assert found.micro == [Pass("policy", "token_stats", 16, 512, 511)]
