@@ -520,8 +520,7 @@ def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     assert not shares_prompts(alone, 1, 1) and describe_sharing(alone, 1, 1) == []
 
 
-# beside responses
-PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_length=512", "batch.preferences_per_step=4"]
+PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_length=512"]
 
 
 @pytest.mark.parametrize(
@@ -536,7 +535,7 @@ PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_le
         (["batch.samples_per_prompt=3", "algorithm.num_minibatches=16"], 1, 1),
         (["batch.samples_per_prompt=4", "algorithm.num_minibatches=32"], 1, 1),  # cuts the responses apart
         (["batch.samples_per_prompt=4", "algorithm.num_minibatches=1", "batch.micro_batch_size=32"], 1, 2),
-        (PAIRS, 1, 2),  # as many as divide both
+        ([*PAIRS, "batch.preferences_per_step=4"], 1, 2),  # as many as divide both
     ],
 )
 def test_a_cpu_computes_a_minibatch_in_parts_that_its_caches_hold(ppo, given, shards, parts):
