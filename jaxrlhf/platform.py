@@ -82,8 +82,8 @@ def set_flags(platforms: set[str], deterministic: bool, environ: MutableMapping[
 
 
 # numbers of glibc's malloc.h, and what keeps freed memory in the process: nothing is mapped apart, the end of the heap
-# is never given back, and all threads share that heap
-KEPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
+# is never given back, and threads share heaps (of one for all, threads that compile were seen to wait for each other)
+KEPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, os.cpu_count() or 1)}
 CHOSEN = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_")  # how variables begin by which a user says it otherwise
 
 
