@@ -81,9 +81,11 @@ def set_flags(platforms: set[str], deterministic: bool, environ: MutableMapping[
     return added
 
 
-# numbers of glibc's malloc.h, and what keeps freed memory in the process: nothing is mapped apart, the end of the heap
-# is never given back, and threads share heaps (of one for all, threads that compile were seen to wait for each other)
-KEPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, os.cpu_count() or 1)}
+# numbers of glibc's malloc.h: nothing is mapped apart, and the end of the heap is never given back
+KEPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}
+# only the main thread's heap can hold what is large, so that all share it; but threads that compile then wait for each
+# other (2 of them took 1.3 times as long), so that many do not
+ONE_HEAP, FEW_CORES = {"M_ARENA_MAX": (-8, 1)}, 4
 CHOSEN = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_")  # how variables begin by which a user says it otherwise
 
 
@@ -96,7 +98,8 @@ def keep_memory(environ: Mapping[str, str]) -> bool:
     if sys.platform != "linux" or any(name.startswith(CHOSEN) for name in environ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(number, value) for number, value in KEPT.values())
+    asked = KEPT | (ONE_HEAP if (os.cpu_count() or 1) <= FEW_CORES else {})
+    return mallopt is not None and all(mallopt(number, value) for number, value in asked.values())
 
 
 def prepare(deterministic: bool = False) -> None:
