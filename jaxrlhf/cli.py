@@ -142,7 +142,7 @@ def throughput(
         raise ConfigError(f"benchmark: {', '.join(paths)}: expected one config, or none and the shape options")
     if steps < 1:
         raise ConfigError(f"--steps: {steps}: expected 1 or more; nearest: 1")
-    set_up()
+    set_flags()
     from jaxrlhf.benchmarks.case import Shape, make_cases
     from jaxrlhf.benchmarks.report import print_report
     from jaxrlhf.benchmarks.throughput import measure
@@ -162,7 +162,7 @@ def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
     from jaxrlhf.config import load_all
 
     configs = load_all(paths, [argument for argument in arguments if "=" in argument])
-    set_up(any(cfg.deterministic for cfg in configs))
+    set_flags(any(cfg.deterministic for cfg in configs))
     join(configs[0].distributed)
     return list(zip(paths, configs))
 
@@ -184,7 +184,7 @@ def generate(
 
     cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     check_ranges(cfg, "command line")
-    set_up()
+    set_flags()
     from jaxrlhf.complete import generate_text
 
     for text, response in zip(prompt, generate_text(model, prompt, cfg, seed, chat)):
@@ -200,7 +200,7 @@ def evaluate(
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
-    set_up()
+    set_flags()
     main = join()
     from jaxrlhf.evaluate_report import evaluate_run, print_report
 
@@ -235,8 +235,8 @@ def export(
         typer.echo(f"{role} of {run} written to {to}")
 
 
-def set_up(deterministic: bool = False) -> None:
-    """The settings of this machine, before anything touches a device."""
+def set_flags(deterministic: bool = False) -> None:
+    """The compiler flags of this machine, before anything touches a device."""
     from jaxrlhf import platform
 
     platform.prepare(deterministic)
@@ -290,6 +290,9 @@ def abandon(code: int) -> None:
 
 def command() -> None:
     """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
+    from jaxrlhf import platform
+
+    platform.keep_memory(os.environ)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS warn of what is meant
     try:
         app()

@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 
@@ -89,13 +89,14 @@ ONE_HEAP, FEW_CORES = {"M_ARENA_MAX": (-8, 1)}, 4
 CHOSEN = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_")  # how variables begin by which a user says it otherwise
 
 
-def keep_memory(environ: Mapping[str, str]) -> bool:
-    """Have malloc keep what is freed for whoever asks next; False where it isn't glibc's, or the user has chosen.
+def keep_memory(environ: MutableMapping[str, str]) -> bool:
+    """Have malloc keep what is freed for whoever asks next; False where it isn't glibc's, the user has chosen, or there
+    is an accelerator. Call it before NumPy is imported: its threads have heaps of their own.
 
     On CPUs a program's temporaries are allocated anew each time it runs. glibc would take them from the system and give
     them back, and each of their pages be zeroed again: 1.5 million faults, and 6 of 32 seconds of both cores, an
     iteration of GRPO with a model of 135M parameters."""
-    if sys.platform != "linux" or any(name.startswith(CHOSEN) for name in environ):
+    if sys.platform != "linux" or any(name.startswith(CHOSEN) for name in environ) or present(environ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     asked = KEPT | (ONE_HEAP if (os.cpu_count() or 1) <= FEW_CORES else {})
@@ -103,9 +104,5 @@ def keep_memory(environ: Mapping[str, str]) -> bool:
 
 
 def prepare(deterministic: bool = False) -> None:
-    """``set_flags`` for the platforms of this machine; where there are none but its CPUs, ``keep_memory``. Call it
-    before anything asks JAX for its devices."""
-    platforms = present(os.environ)
-    set_flags(platforms, deterministic, os.environ)
-    if not platforms:
-        keep_memory(os.environ)
+    """``set_flags`` for the platforms of this machine. Call it before anything asks JAX for its devices."""
+    set_flags(present(os.environ), deterministic, os.environ)

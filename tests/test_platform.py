@@ -78,9 +78,10 @@ def started(code: str, **environ: str) -> subprocess.CompletedProcess:
 
 
 FAULTS = """
-import os, resource, jax
+import os, resource
 from jaxrlhf import platform
 print(platform.keep_memory(os.environ))
+import jax
 stored = lambda x: jax.numpy.full((8192, 8), x) @ jax.numpy.full((8, 2048), x)
 program = jax.jit(lambda x: jax.numpy.sort(stored(x), axis=0)[0].sum())
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -107,6 +108,17 @@ def test_who_has_chosen_what_malloc_does_is_left_alone(name):
     if name == "MALLOC_ARENA_MAX" and libc_ver()[0] == "glibc":  # one that changes nothing of this
         kept, faults = started(FAULTS, MALLOC_ARENA_MAX="4").stdout.split()
         assert kept == "False" and int(faults) > 10_000
+
+
+def test_the_command_line_asks_for_it_before_numpy_starts_its_threads():
+    code = """
+import sys
+from jaxrlhf import cli, platform
+platform.keep_memory = lambda environ: print("numpy" in sys.modules, "HOME" in environ)
+sys.argv = ["jaxrlhf", "plan", "--help"]
+cli.main()
+"""
+    assert started(code).stdout.splitlines()[0] == "False True"
 
 
 def test_xla_knows_them():
