@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.decoding import Cache, decode_layout, decode_step, prefill
+from jaxrlhf.models.decoding import Cache, abreast, decode_layout, decode_step, prefill, prompts_abreast
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows, ungroup_rows
@@ -57,7 +57,8 @@ def make_sampler(
     ``vocab``: rows of the model's (padded) vocabulary."""
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
     stops = tuple(stop_automaton(text, pieces, vocab) for text in ask.stop)
-    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt, halvings=ask.halvings)
+    halvings = ask.halvings if samples_per_prompt > 1 else 0
+    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt, halvings=halvings)
 
 
 class Rows(NamedTuple):
@@ -107,9 +108,11 @@ def respond(
     sample_id = each.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
     positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
     rows = blank_rows(valid, uniform_noise(seed, step, sample_id, positions), sampler)
-    hidden = jnp.broadcast_to(hidden, (hidden.shape[0], copies, hidden.shape[2]))
+    hidden, read = jnp.broadcast_to(hidden, (hidden.shape[0], copies, hidden.shape[2])), prompts.valid[:, None]
+    if (width := prompts_abreast(hidden.shape[0], copies, runtime)) > 1:
+        hidden, read, caches = group_rows(hidden[:, 0], width), group_rows(read[:, 0], width), abreast(caches, width)
     state = Decoding(jnp.int32(0), hidden, caches, rows)
-    rows = decode(params, cfg, state, prompts.valid, sampler, runtime)
+    rows = decode(params, cfg, state, read, sampler, runtime)
     everything = jnp.concatenate([tokens, rows.tokens], 1)
     pad = lambda x: jnp.pad(x, ((0, 0), (prompt_size, 0)))
     return Sequences(
@@ -142,8 +145,7 @@ def blank_rows(prompt: Array, noise: Array, sampler: Sampler) -> Rows:
 def decode(
     params: Params, cfg: ModelConfig, state: Decoding, prompt: Array, sampler: Sampler, runtime: Runtime
 ) -> Rows:
-    """Sample, read, repeat, until every row has ended or the room is used up. prompt bool[G, P]: the columns that hold
-    tokens.
+    """Sample, read, repeat, until every row has ended or the room is used up. ``prompt``: see decode_step.
 
     With halvings left, it goes on with half of each prompt's rows once no prompt needs more of them: they stand beside
     their prompt as before, so that nothing moves between devices."""

@@ -13,7 +13,9 @@ from jaxrlhf import sharding
 from jaxrlhf.generate import Sampler, sample, stop_automaton
 from jaxrlhf.models import decoding
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.decoding import prompts_abreast
 from jaxrlhf.models.heads import lm_logits
+from jaxrlhf.models.kernels import Hardware
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Leaf, Runtime, forward, parameter_table, weight_spec
 from jaxrlhf.ops.sampling import IMPOSSIBLE, Sampling, choose, support, uniform_noise
@@ -255,6 +257,16 @@ def test_decoding_goes_on_with_the_samples_that_have_not_ended():
     same_samples(halved, whole)
     np.testing.assert_array_equal(halved.tokens, whole.tokens)
     same_samples(halved, draw_on_mesh("halved", MeshConfig(data=2, fsdp=2, tensor=2)))
+
+
+def test_prompts_with_one_response_stand_abreast_in_twos():
+    """Where they can, on CPUs: eight do and seven do not, and their responses are the same; on a mesh too."""
+    tpu = FLOAT32._replace(hardware=Hardware("tpu"))
+    asked = [(8, 1, FLOAT32), (7, 1, FLOAT32), (8, 2, FLOAT32), (8, 1, tpu)]
+    assert [prompts_abreast(*one) for one in asked] == [2, 1, 1, 1]
+    eight, seven = draw("llama", "plain"), draw("llama", "plain", jax.tree.map(lambda x: x[:7], make_prompts()))
+    assert responses(eight)[:7] == responses(seven)
+    same_samples(draw_on_mesh("plain", MeshConfig(2, 2, 2)), eight)
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])

@@ -333,7 +333,7 @@ def test_prefill_by_splash_and_decoding():
     def read(params, runtime):
         params = decode_layout(params, GEMMA3, "lm", runtime, 2)
         hidden, caches = prefill(params, GEMMA3, tokens, valid, 2, 1, runtime)
-        after, _ = decode_step(params, GEMMA3, tokens[:, :2], jnp.int32(0), valid, caches, runtime)
+        after, _ = decode_step(params, GEMMA3, tokens[:, :2], jnp.int32(0), valid[:, None], caches, runtime)
         keep = lambda x: jnp.where(valid[:, None, :, None], x, 0)
         return hidden, after, [(keep(cache.prompt_key), keep(cache.prompt_value)) for cache in caches]
 
@@ -380,7 +380,7 @@ def test_what_stays_float32_in_bfloat16(cfg):
 
     def token(params, ids, valid, caches):
         params = decode_layout(params, cfg, "lm", runtime, 2)
-        hidden, _ = decode_step(params, cfg, ids, jnp.int32(5), valid, caches, runtime)
+        hidden, _ = decode_step(params, cfg, ids, jnp.int32(5), valid[:, None], caches, runtime)
         return lm_logits(params, cfg, hidden)
 
     def row(params, ids):

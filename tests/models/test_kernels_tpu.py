@@ -132,7 +132,7 @@ def test_prefill_and_decoding_compile(cfg):
 
             def step(carry, index):
                 _, caches = carry
-                return decode_step(params, cfg, tokens[:, :2], index, valid, caches, tpu()), None
+                return decode_step(params, cfg, tokens[:, :2], index, valid[:, None], caches, tpu()), None
 
             (hidden, _), _ = jax.lax.scan(step, (last, caches), jnp.arange(room))
             return last, hidden
