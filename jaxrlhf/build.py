@@ -124,7 +124,7 @@ def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> R
 def runtime_of(cfg: Config, mesh: jax.sharding.Mesh) -> Runtime:
     """How the run's models are computed on the devices of ``mesh``."""
     compute, hardware = jnp.dtype(cfg.precision.compute), hardware_of(mesh.devices.flat[0])
-    return Runtime(compute, cfg.remat, cfg.attention, hardware, cfg.scan_layers)
+    return Runtime(compute, cfg.remat, cfg.attention, hardware, cfg.scan_layers, cfg.generate.int8)
 
 
 def bind_nets(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.decoding import Cache, abreast, decode_layout, decode_step, prefill, prompts_abreast
 from jaxrlhf.models.heads import lm_logits
+from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows, ungroup_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
@@ -28,6 +29,7 @@ class GenerateConfig:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # texts that end a response, besides the EOS tokens
+    int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits: weights, cache; the trainer's log-probs are not its
     halvings: int = 0  # times, each compiled, that half of a prompt's samples go on alone once the others have ended
 
 
@@ -171,7 +173,8 @@ def keep_rows(state: Decoding, which: Array) -> Decoding:
     copies = state.hidden.shape[1]
     rows = jax.tree.map(lambda x: ungroup_rows(take(group_rows(x, copies), which)), state.rows)
     own = jax.vmap(lambda x, at: x.at[:, at].get())
-    caches = [cache._replace(key=own(cache.key, which), value=own(cache.value, which)) for cache in state.caches]
+    owned = lambda x: jax.tree.map(lambda x: own(x, which), x)
+    caches = [cache._replace(key=owned(cache.key), value=owned(cache.value)) for cache in state.caches]
     return Decoding(state.index, take(state.hidden, which), caches, rows)
 
 

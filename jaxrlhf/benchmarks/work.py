@@ -18,7 +18,7 @@ from jaxrlhf.build import Blueprint
 from jaxrlhf.config_batch import updates_of
 from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.plan.calls import Kind, blank_state, models_of, note_taker
-from jaxrlhf.plan.cost import matrices
+from jaxrlhf.plan.cost import Setup, matrices
 from jaxrlhf.types import Batch, Head, Role, Sequences
 
 
@@ -159,10 +159,12 @@ def repeats(found: list[Document]) -> int:
 
 def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     """Bytes that a step of the sampler reads, the mean over its steps: the policy's weights once, and the keys and
-    values of the tokens before it, of the rows that have not ended; all in the compute format."""
-    cfg, size = drawn.configs["policy"], np.dtype(drawn.cfg.precision.compute).itemsize
+    values of the tokens before it, of the rows that have not ended; in the compute format or in int8."""
+    cfg, asked = drawn.configs["policy"], drawn.cfg
+    setup = Setup({}, np.dtype(asked.precision.compute).itemsize, int8=asked.generate.int8)
     found = [one for one in documents(sequences) if one.response_tokens]
     seen = products(cfg, [(one.prompt_tokens, one.response_tokens) for one in found])
     steps = max(one.response_tokens for one in found)
     weights = sum(weight.size for weight in matrices(cfg, "lm", 1))
-    return size * (weights + seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps)
+    numbers = seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps
+    return weights * setup.decoded + numbers * setup.cached(cfg.head_dim)

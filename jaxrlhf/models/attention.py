@@ -2,10 +2,12 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.models.int8 import Int8
 from jaxrlhf.sharding import constrain, spec, split_over
 from jaxrlhf.types import Array
 
@@ -43,7 +45,10 @@ def attention(
 
 
 def branches(
-    query: Array, parts: list[tuple[Array, Array, Array]], scale: float | None = None, softcap: float | None = None
+    query: Array,
+    parts: Sequence[tuple[Array | Int8, Array | Int8, Array]],
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Array:
     """Softmax attention of the n samples of a prompt, query [G, N, n, H / N, S, K], over keys that stand in parts.
 
@@ -54,18 +59,30 @@ def branches(
     query = query * jnp.asarray(scale, query.dtype)
     logits = []
     for key, _, bias in parts:
+        key, steps = widened(key, query.dtype)
         letters = "bktd" if key.ndim == 4 else "bkntd"
         products = jnp.einsum(f"bkngsd,{letters}->bkngst", query, key, preferred_element_type=jnp.float32)
+        products = products if steps is None else products * steps
         logits.append(bend(products, softcap) + bias[:, None, :, None])
     peak = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
     weights = [jnp.exp(x - jax.lax.stop_gradient(peak)) for x in logits]
     total = functools.reduce(jnp.add, [x.sum(-1, keepdims=True) for x in weights])
     mixed = []
     for weight, (_, value, _) in zip(weights, parts, strict=True):
+        value, steps = widened(value, query.dtype)
         letters = "bktd" if value.ndim == 4 else "bkntd"
-        weight = weight.astype(value.dtype)
+        weight = (weight if steps is None else weight * steps).astype(value.dtype)
         mixed.append(jnp.einsum(f"bkngst,{letters}->bkngsd", weight, value, preferred_element_type=jnp.float32))
     return (functools.reduce(jnp.add, mixed) / total).astype(query.dtype)
+
+
+def widened(x: Array | Int8, dtype) -> tuple[Array, Array | None]:
+    """Keys or values for a product, and what the product with each is to be multiplied by, f32[G, N, 1 or n, 1, 1, T]
+    (None: nothing). The scales stay outside of it, so that 8 bits are what it reads."""
+    if not isinstance(x, Int8):
+        return x, None
+    steps = x.scale[..., 0]
+    return x.values.astype(dtype), (steps if steps.ndim == 4 else steps[:, :, None])[:, :, :, None, None]
 
 
 def bend(logits: Array, softcap: float | None) -> Array:

@@ -21,7 +21,8 @@ from jaxrlhf.models.attention import (
     split_copies,
 )
 from jaxrlhf.models.config import ModelConfig, local_layers
-from jaxrlhf.models.linear import OUT_FIRST, gathered, out_first
+from jaxrlhf.models.int8 import Int8, quantized
+from jaxrlhf.models.linear import OUT_FIRST, gathered, in_int8, out_first
 from jaxrlhf.models.transformer import (
     Leaf,
     Runtime,
@@ -45,12 +46,24 @@ FEW_ROWS = 32  # of a CPU: with more, kernels of either order were seen to be as
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer; heads before time, so that a decoded token reads contiguous rows."""
+    """Keys and values of one layer; heads before time, so that a decoded token reads contiguous rows. In int8 each
+    token has a scale for each head."""
 
-    prompt_key: Array  # [G, N, P, K]: read by all samples of a prompt; [G, N, n, P, K]: of prompts that stand abreast
-    prompt_value: Array
-    key: Array  # [G, N, n, T, K]: of each sample's response
-    value: Array
+    # [G, N, P, K]: read by all samples of a prompt; [G, N, n, P, K]: of prompts that stand abreast
+    prompt_key: Array | Int8
+    prompt_value: Array | Int8
+    key: Array | Int8  # [G, N, n, T, K]: of each sample's response
+    value: Array | Int8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(G, N, n, T, K)."""
+        return (self.key.values if isinstance(self.key, Int8) else self.key).shape
+
+
+def stored(x: Array, runtime: Runtime) -> Array | Int8:
+    """Keys or values [..., K] as a cache holds them."""
+    return quantized(x, (-1,)) if "cache" in runtime.int8 else x
 
 
 def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime, rows: int) -> Params:
@@ -61,9 +74,13 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice."""
     table = parameter_table(cfg, head)
 
+    int8 = "weights" in runtime.int8
+
     def one(path, leaf: Leaf, x):
-        x = x if path[-1].key == "scale" else x.astype(runtime.compute)  # norms compute in float32
         axes = weight_axes(leaf)[len(leaf.axes) - x.ndim :]  # without "layers" where it is one layer's
+        if int8 and path[-1].key == "kernel":
+            return in_int8(constrain(x, *axes), axes)
+        x = x if path[-1].key == "scale" else x.astype(runtime.compute)  # norms compute in float32
         return constrain(constrain(x, *axes), *gathered(axes))
 
     def lay_out(table, params):
@@ -71,9 +88,16 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
 
     layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(cfg.num_layers)]
     rest = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
-    laid = rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
+    laid: Params = rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
+    if int8:
+        return laid if "head" in laid else laid | {"head": {"kernel": tied_in_int8(laid["embed"]["tokens"])}}
     few = rows <= FEW_ROWS * split_over("batch")
     return by_outputs(laid, table) if few and runtime.hardware.platform == "cpu" else laid
+
+
+def tied_in_int8(tokens: Params) -> Int8:
+    """Embeddings [V, D] as the kernel of a head, [D, V]."""
+    return Int8(*map(jnp.transpose, quantized(tokens["embedding"], (1,))))
 
 
 def by_outputs(params: Params, table: dict) -> Params:
@@ -105,10 +129,11 @@ def prefill(
 
     def attend(sight: Sight, query, key, value):
         key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
-        batch, _, heads, dim = key.shape
+        batch, _, heads, _ = key.shape
         layout = spec("batch", head_axis("kv_heads", heads), None, "seq", "head_dim")
-        empty = lambda x: jnp.zeros((batch, heads, copies, room, dim), x.dtype, out_sharding=layout)
-        caches.append(Cache(by_head(key), by_head(value), empty(key), empty(value)))
+        zeros = lambda x: jnp.zeros((batch, heads, copies, room, x.shape[-1]), x.dtype, out_sharding=layout)
+        prompt = [stored(by_head(x), runtime) for x in (key, value)]
+        caches.append(Cache(*prompt, *jax.tree.map(zeros, prompt)))
         return sight.attend(query, key, value)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
@@ -137,7 +162,7 @@ def abreast(caches: list[Cache], width: int) -> list[Cache]:
         x = jax.lax.reshape(x, (prompts // width, width, heads, columns, dim), out_sharding=layout)
         return jnp.swapaxes(x, 1, 2)
 
-    return [Cache(*map(one, cache)) for cache in caches]
+    return jax.tree.map(one, caches)
 
 
 def decode_step(
@@ -148,7 +173,7 @@ def decode_step(
     prompt bool[G, 1, P]: the columns of the prompts that hold tokens. The n responses of a prompt stand as the columns
     of a row, so that what they share is read once; or n prompts do, each with its response, and it is bool[G, n, P].
     Returns (final hidden states [G, n, D], a Cache a layer)."""
-    size, room = prompt.shape[-1], caches[0].key.shape[3]
+    size, room = prompt.shape[-1], caches[0].shape[3]
     position = jnp.broadcast_to(prompt.sum(axis=-1, dtype=jnp.int32) + index, token.shape)
     columns = jnp.arange(size + room)
     written = columns <= size + index
@@ -160,9 +185,7 @@ def decode_step(
 
         def attend(query: Array, cache: Cache) -> Array:
             parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
-            return merge_copies(
-                branches(split_copies(query, cache.key.shape[1], query.shape[1]), parts, **product(cfg))
-            )
+            return merge_copies(branches(split_copies(query, cache.shape[1], query.shape[1]), parts, **product(cfg)))
 
         return attend
 
@@ -170,8 +193,9 @@ def decode_step(
 
     def attend(sight: Sight, query, key, value):
         cache = next(layers)
-        grow = lambda new: by_head(match_heads(new, cfg.num_heads))[:, :, :, None]
-        write = lambda old, new: jax.lax.dynamic_update_slice(old, grow(new).astype(old.dtype), (0, 0, 0, index, 0))
+        grow = lambda new: stored(by_head(match_heads(new, cfg.num_heads))[:, :, :, None], runtime)
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, index, 0))
+        write = lambda old, new: jax.tree.map(put, old, grow(new))
         cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
         updated.append(cache)
         return sight.attend(query, cache)

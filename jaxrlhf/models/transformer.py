@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxrlhf.models.attention import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
 from jaxrlhf.models.linear import linear
 from jaxrlhf.models.packed import Places, side_by_side
@@ -39,6 +40,7 @@ class Runtime(NamedTuple):
     attention: Asked = "auto"  # the kernel of whole rows
     hardware: Hardware = Hardware()  # that programs are compiled for
     scan_layers: bool | None = True  # one compiled body for all layers; False: each has its own; None: see ``scans``
+    int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits
     interpret: bool = False  # run Pallas kernels step by step, on any platform (slow: for tests)
 
 

@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 
 from jaxrlhf.chips import Chip
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
 from jaxrlhf.plan.calls import Models, Pass, Passes
 from jaxrlhf.sharding import RULES
@@ -44,6 +45,16 @@ class Setup(NamedTuple):
     moments: Mapping[Role, int] = MappingProxyType({})  # bytes of a weight's two Adam moments, of the roles that learn
     remat: Literal["none", "full", "dots"] = "none"
     stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
+    int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits
+
+    @property
+    def decoded(self) -> int:
+        """Bytes of a weight as decoding reads it."""
+        return 1 if "weights" in self.int8 else self.compute
+
+    def cached(self, head_dim: int) -> float:
+        """Bytes of a number of the cache; in int8 with the scale that ``head_dim`` of them share."""
+        return 1 + 4 / head_dim if "cache" in self.int8 else self.compute
 
     @property
     def tensor(self) -> int:
@@ -66,7 +77,7 @@ class Setup(NamedTuple):
         """While responses are sampled: decode groups act as tensor does, and no weight is split over fsdp."""
         group = self.mesh.get("decode", 1)
         mesh = {"data": self.shards // group, "fsdp": 1, "tensor": self.tensor * group}
-        return self._replace(mesh=mesh, params=self.compute)
+        return self._replace(mesh=mesh, params=self.decoded)
 
 
 class Work(NamedTuple):
@@ -251,7 +262,7 @@ def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
     rollout, after decode groups traded parts of it."""
     size, fsdp, group = held(cfg, "lm", setup.decoding().tensor), setup.mesh["fsdp"], setup.mesh.get("decode", 1)
     received = size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group
-    return Work(0, size / fsdp * setup.params + 2 * size * setup.compute, received * setup.compute)
+    return Work(0, size / fsdp * setup.params + 2 * size * setup.decoded, received * setup.decoded)
 
 
 def prefill(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
@@ -270,7 +281,7 @@ def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
     logits = tokens * padded_vocab(cfg) * 4
     return Work(
         flops=2 * tokens * weights + 4 * pairs * cfg.head_dim,
-        hbm=weights * setup.compute + cache_bytes(cfg, one, setup) + 3 * logits,
+        hbm=weights * setup.decoded + cache_bytes(cfg, one, setup) + 3 * logits,
         ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
     )
 
@@ -278,7 +289,8 @@ def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
 def cache_bytes(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
     """The keys and values that a device holds while it samples; ``setup`` is decoding's."""
     columns = one.rows / setup.shards * (one.columns + one.copies * one.read)
-    return columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * cfg.num_layers * setup.compute
+    numbers = columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * cfg.num_layers
+    return numbers * setup.cached(cfg.head_dim)
 
 
 # ---- an iteration ---------------------------------------------------------------------------------------------------

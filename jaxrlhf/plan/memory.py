@@ -66,7 +66,9 @@ def rollout_of(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     """Weights in decoding's layout, the caches of the prompts and of their responses, the logits of one token; or the
     prompts being read."""
     setup = setup.decoding()
-    weights = held(cfg, "lm", setup.tensor) * setup.compute
+    weights = held(cfg, "lm", setup.tensor) * setup.decoded
+    if "weights" in setup.int8:  # tokens are looked up in wide embeddings
+        weights += padded_vocab(cfg) * cfg.hidden_size / setup.tensor * setup.compute
     logits = one.rows * one.copies / setup.shards * padded_vocab(cfg) * 4
     return weights + cache_bytes(cfg, one, setup) + max(2 * logits, layer_activations(one, cfg, setup))
 

@@ -38,7 +38,7 @@ def setup_of(cfg: Config, num_devices: int, roles) -> Setup:
     params = BYTES[cfg.precision.params]
     moments = {role: BYTES[cfg.optimizer_of(role).dtype] + params for role in roles}  # the second is as the weights are
     stored = cfg.attention == "xla"  # on TPUs auto is splash
-    return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored)
+    return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored, cfg.generate.int8)
 
 
 def candidates(drawn: Blueprint, passes: Passes, where: Slice, available: float) -> list[Candidate]:

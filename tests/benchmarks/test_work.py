@@ -99,6 +99,8 @@ def test_a_decode_step_reads_the_weights_and_what_is_valid():
     made = case(prompts=1, samples=2)
     sequences = sampled(made, [2, 1]).sequences
     assert work.decode_bytes(made.drawn, sequences) == 4 * (LAYER + LOGITS + (4 + 5 + 4) * 2 * 64 / 2)
+    narrow = case(("generate.int8=[weights,cache]",), prompts=1, samples=2)
+    assert work.decode_bytes(narrow.drawn, sequences) == LAYER + LOGITS + (4 + 5 + 4) * 2 * (64 + 4) / 2
 
 
 def test_lengths_are_those_of_every_step_and_tokens_are_new():

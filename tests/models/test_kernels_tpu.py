@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.decoding import decode_layout, decode_step, prefill
+from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.kernels import Hardware, blocks, hardware_of
 from jaxrlhf.models.transformer import Leaf, Runtime, forward, forward_responses, parameter_table, weight_axes
 from jaxrlhf.plan.topology import find_slice
@@ -118,27 +119,34 @@ def test_groups_by_splash_compile(differentiated, kernels):
     assert squares(text, start + copies * room) == set()
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, MIXED])
-def test_prefill_and_decoding_compile(cfg):
-    """Prefill by the kernel; a decoded token reads the cache as it lies, its kv heads not repeated."""
-    mesh, room = mesh_of("v5e:2x2"), 128
-    prompt = SIZE - room
+def compile_decoding(cfg: ModelConfig, prompt: int, room: int, runtime: Runtime) -> str:
+    """The HLO of reading 4 prompts, and of ``room`` tokens of 2 responses to each."""
+    mesh = mesh_of("v5e:2x2")
     with jax.set_mesh(mesh):
 
         def read(params, tokens, valid):
-            params = decode_layout(params, cfg, "lm", tpu(), 8)
-            last, caches = prefill(params, cfg, tokens, valid, 2, room, tpu())
+            params = decode_layout(params, cfg, "lm", runtime, 8)
+            last, caches = prefill(params, cfg, tokens, valid, 2, room, runtime)
             last = jnp.broadcast_to(last, (last.shape[0], 2, last.shape[2]))
 
             def step(carry, index):
-                _, caches = carry
-                return decode_step(params, cfg, tokens[:, :2], index, valid[:, None], caches, tpu()), None
+                hidden, caches = carry
+                token = lm_logits(params, cfg, hidden).argmax(-1).astype(jnp.int32)
+                return decode_step(params, cfg, token, index, valid[:, None], caches, runtime), None
 
             (hidden, _), _ = jax.lax.scan(step, (last, caches), jnp.arange(room))
             return last, hidden
 
         arguments = abstract(cfg, mesh, jnp.float32), rows(mesh, (4, prompt)), rows(mesh, (4, prompt), jnp.bool_)
-        text = jax.jit(read).lower(*arguments).compile().as_text() or ""
+        return jax.jit(read).lower(*arguments).compile().as_text() or ""
+
+
+@pytest.mark.parametrize("cfg", [LLAMA, MIXED])
+def test_prefill_and_decoding_compile(cfg):
+    """Prefill by the kernel; a decoded token reads the cache as it lies, its kv heads not repeated."""
+    room = 128
+    prompt = SIZE - room
+    text = compile_decoding(cfg, prompt, room, tpu())
     assert kernels_in(text) == cfg.num_layers
     assert squares(text, prompt) == set()
     kv_heads, group = cfg.num_kv_heads // 2, cfg.num_heads // cfg.num_kv_heads  # of a device, as are two rows
@@ -151,3 +159,23 @@ def test_prefill_and_decoding_compile(cfg):
         f"[2,{kv_heads * group},2,{room},{cfg.head_dim}]",
     ):
         assert repeated not in text
+
+
+def test_a_decoded_token_reads_int8_and_widens_none_of_it_in_memory():
+    """Kernels, head and caches come into the loop's fusions as 8 bits; none of them leaves a fusion wide."""
+    room = 128
+    prompt = SIZE - room
+    text = compile_decoding(LLAMA, prompt, room, tpu(int8=("weights", "cache")))
+    body = loop_with(text, f"s8[2,1,2,{room},128]")
+    read = {"s8[256,128]", "s8[128,256]", "s8[256,256]", f"s8[2,1,{prompt},128]", f"s8[2,1,2,{room},128]"}
+    shapes = {re.sub(r"\{.*", "", x) for x in re.findall(r"s8\[[0-9,]+\]", body)}
+    assert len(read & shapes) >= 4, shapes
+    made = re.findall(r"= ((?:bf16|f32)\[[0-9,]+\])\S* (?:fusion|copy|convert)\(", body)
+    assert made and not {x.partition("[")[2] for x in made} & {x.partition("[")[2] for x in read}
+
+
+def loop_with(text: str, array: str) -> str:
+    """The longest computation of the HLO that is the body of a loop and speaks of ``array``."""
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    found = [part for part in re.split(r"\n(?=%|ENTRY)", text) if part.lstrip("%").split(" ")[0] in bodies]
+    return max((part for part in found if array in part), key=len)

@@ -83,6 +83,16 @@ def test_a_decode_step_reads_all_weights_and_the_whole_cache():
     assert (apart.flops, apart.hbm - work.hbm) == (work.flops, 6 * 6 * 2 * 2 * 2 * 2 * 2)  # 6 prompts more
 
 
+def test_decoding_in_int8_reads_a_byte_a_number():
+    """And a scale of 4 bytes for the 2 features of each key and value; its weights are gathered so too."""
+    setup = Setup({**ALONE, "fsdp": 4})
+    for what, weight, number in [(("weights",), 1, 2), (("cache",), 2, 3), (("weights", "cache"), 1, 3)]:
+        work = cost.decode_step(MODEL, ASKED, Setup(ALONE, int8=what))
+        assert work.hbm == (2 * LAYER + EMBED) * weight + (6 + 4 * 3) * 2 * 2 * 2 * 2 * 2 * number + 3 * 8 * 64 * 4
+        wide, narrow = (cost.gather_for_decoding(MODEL, one).ici for one in (setup, setup._replace(int8=what)))
+        assert narrow == wide * weight / 2
+
+
 def test_fsdp_gathers_weights_and_scatters_gradients():
     """4 devices: each receives three quarters of every weight in bfloat16 forward, as much of the gradients backward,
     and the weights once more, since no pass keeps them for the next."""
