@@ -106,7 +106,8 @@ def data_problems(cfg: Config) -> Iterator[str]:
 
 
 def generate_problems(cfg: Config) -> Iterator[str]:
-    """Responses can be as long as asked for; training has a distribution to sample them from, and enough of them."""
+    """Responses can be as long as asked for; training has a distribution to sample them from, and enough of them; the
+    sampler's probabilities are corrected only where there are others."""
     generate, name = cfg.generate, cfg.algorithm_name
     algorithm, samples = find_algorithm(name), cfg.batch.samples_per_prompt
     if generate.min_new_tokens > generate.max_new_tokens:
@@ -117,6 +118,12 @@ def generate_problems(cfg: Config) -> Iterator[str]:
         yield (
             f"generate.temperature: {show(generate.temperature)}: greedy, and {name} learns from the probabilities of "
             f"what it samples; expected more than 0; nearest: {show(default)}"
+        )
+    cap = getattr(cfg.algorithm, "sampler_ratio_cap", None)
+    if cap is not None and getattr(cfg.algorithm, "old_logprobs", None) == "sampler":
+        yield (
+            f"algorithm.sampler_ratio_cap: {show(cap)}: old_logprobs is sampler, so there is no ratio to cap; expected "
+            "null or old_logprobs recompute"
         )
     if samples < (least := algorithm.min_samples_per_prompt):
         yield (

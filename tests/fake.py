@@ -51,6 +51,13 @@ class Case:
         controls = {"kl_coef": jnp.float32(kl_coef)}
         return TrainState(jnp.int32(0), jnp.int32(0), self.params(), self.slow(), {}, controls)
 
+    def sampler_ratio(self) -> np.ndarray:
+        """[B, S] in float64: the trainer's probability of each response token over the sampler's, 0 elsewhere."""
+        found = np.zeros(self.mask.shape)
+        for where in zip(*np.nonzero(self.mask)):
+            found[where] = np.exp(float(self.policy[where]) - float(self.sampled[where]))
+        return found
+
 
 def make_case(seed: int = 0, junk: float = 0.0) -> Case:
     """Random numbers on the response tokens, ``junk`` elsewhere. Row 0 has a tool's token amid its response."""

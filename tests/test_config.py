@@ -383,6 +383,11 @@ def test_a_good_config_passes(ppo):
             [*FUNCTION, "algorithm.reward_update=true", "data.preferences.path=x"],
             "algorithm.reward_update: true: rewards.function operator:add is no model that can learn; expected false",
         ),
+        (
+            ["algorithm.sampler_ratio_cap=2"],
+            "algorithm.sampler_ratio_cap: 2.0: old_logprobs is sampler, so there is no ratio to cap; expected null or "
+            "old_logprobs recompute",
+        ),
         ([*FUNCTION, "rewards.function=operator:ad"], "rewards.function: operator:ad: operator has no ad; nearest: a"),
         ([*FUNCTION, "rewards.function=add"], 'rewards.function: add: expected "package.module:name"'),
         ([*FUNCTION, "optimizer.reward={}"], "optimizer.reward: no role of ppo; choices: default, policy, value, ref"),
@@ -429,12 +434,15 @@ def test_what_cannot_work_is_one_line(ppo, overrides, line):
         (["algorithm.kl_estimator=k1"], 'algorithm.kl_estimator: "k1": expected one of k2, k3'),
         (["algorithm.aggregation=token-sum"], 'algorithm.aggregation: "token-sum": expected one of token-mean, '),
         (["algorithm.dual_clip=1"], "algorithm.dual_clip: 1.0: expected a number in (1, inf)"),
+        (["algorithm.sampler_ratio_cap=0"], "algorithm.sampler_ratio_cap: 0.0: expected a number in (0, inf)"),
+        (["algorithm.sampler_ratio_cap=2"], "algorithm.sampler_ratio_cap: 2.0: old_logprobs is sampler, so there is "),
     ],
 )
 def test_a_group_that_cannot_work_is_one_line(tmp_path, overrides, line):
     path = tmp_path / "grpo.yaml"
     path.write_text(PPO.replace("name: ppo", "name: grpo").replace("  value: {learning_rate: 3e-4}\n", ""))
     check(config.load(path), 8)
+    check(config.load(path, ["algorithm.old_logprobs=recompute", "algorithm.sampler_ratio_cap=0.5"]), 8)
     assert mistake(path, *overrides, devices=8).startswith((f"{path}: {line}", f"command line: {line}"))
 
 

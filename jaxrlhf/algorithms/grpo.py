@@ -43,6 +43,7 @@ class GRPOConfig:
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end
     stop_kl: float | None = None  # nats a token from the old policy: past it the iteration's other updates are skipped
     old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
+    sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
 
 
 def roles(cfg: GRPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
@@ -65,9 +66,10 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tup
     advantages, equal = group_advantages(marks, mask.any(-1), group_size, cfg.advantages)
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
     metrics["group/zero_variance"] = equal
+    advantages = jnp.where(mask, advantages[:, None], 0.0)
+    advantages, corrected = on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
     sequences = sequences.replace(scores=scores, logprobs=logprobs)
-    experience = Experience(sequences, jnp.where(mask, advantages[:, None], 0.0), ref_logprobs=ref_logprobs)
-    return experience, metrics
+    return Experience(sequences, advantages, ref_logprobs=ref_logprobs), metrics | corrected
 
 
 def loss(nets: Nets, params, slow, minibatch: Experience, cfg: GRPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:

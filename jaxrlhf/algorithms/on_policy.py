@@ -1,11 +1,12 @@
-"""What algorithms that learn from the policy's own responses share: the score, the old log-probs, what they report."""
+"""What algorithms that learn from the policy's own responses share: scores, old log-probs, the sampler's correction,
+what they report."""
 
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxrlhf.ops.advantages import missing_eos
-from jaxrlhf.ops.kl import kl_estimate
+from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
 from jaxrlhf.types import Array, Mean, Metrics, Nets, Params, Role, Sequences, TrainState
 
@@ -27,6 +28,40 @@ def old_logprobs(nets: Nets, state: TrainState, sequences: Sequences, how: Liter
     if how == "sampler":
         return sequences.logprobs
     return nets.token_stats("policy", state.params, sequences).logprobs
+
+
+def correct_for_sampler(
+    advantages: Array, old: Array, sequences: Sequences, cap: float | None
+) -> tuple[Array, dict[str, Mean]]:
+    """Truncated importance sampling, where the sampler's probabilities are not quite the trainer's.
+
+        ratio = exp(old - sampler)        how much likelier the trainer holds the token than the sampler did
+        A     = A * min(ratio, cap)
+
+    A policy loss is positively homogeneous in the advantage, so this weights a token's share of it; values, returns,
+    the KL from the reference and the entropy bonus stay as they are. ``cap`` None: nothing is changed or reported.
+
+    Args:
+        advantages: f32[B, S], normalised already, 0 outside the responses.
+        old: f32[B, S], log-probs that the trainer recomputed before any update.
+        sequences: as sampled: ``sequences.logprobs`` are the sampler's.
+        cap: the largest weight. Below 1 it scales also those tokens down on which both agree.
+
+    Returns:
+        (advantages f32[B, S]; policy/sampler_ratio, the mean of the ratio before the cap, and
+        policy/sampler_ratio_capped, the share of tokens whose ratio is above it). Log-ratios are held within 20 nats.
+
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; the truncation:
+    Espeholt et al. 2018 (arXiv:1802.01561), section 4.1.
+    """
+    if cap is None:
+        return advantages, {}
+    assert sequences.logprobs is not None, "the sampler's log-probs are missing"
+    mask = sequences.response_mask
+    log_ratio = keep(old, mask) - keep(sequences.logprobs, mask)
+    ratio = jnp.exp(jnp.clip(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
+    metrics = {"policy/sampler_ratio": sums(ratio, mask), "policy/sampler_ratio_capped": sums(ratio > cap, mask)}
+    return advantages * jnp.minimum(ratio, cap), metrics
 
 
 def rollout_metrics(

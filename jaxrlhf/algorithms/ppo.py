@@ -54,6 +54,7 @@ class PPOConfig:
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end, before KL shaping
     stop_kl: float | None = None  # nats a token from the old policy: past it the iteration's other updates are skipped
     old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
+    sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
     reward_update: bool = False  # also train the reward model on preference pairs, in the same program
     reward_label_smoothing: float = 0.0  # reward_update: as in rm
     reward_centering: float = 0.0  # reward_update: as in rm
@@ -82,9 +83,10 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     metrics["kl/coef"] = Mean(state.controls["kl_coef"], jnp.float32(1))
     if cfg.whiten_advantages != "no":
         advantages = whiten(advantages, mask, variance=cfg.whiten_advantages)
+    advantages, corrected = on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
     sequences = sequences.replace(scores=scores, logprobs=logprobs)
     experience = Experience(sequences, advantages, returns, values, ref_logprobs, batch.preferences)
-    return experience, metrics
+    return experience, metrics | corrected
 
 
 def shaped_rewards(

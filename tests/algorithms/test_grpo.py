@@ -40,7 +40,7 @@ def advantages_by_loop(case: Case, cfg: GRPOConfig) -> np.ndarray:
             if cfg.advantages == "mean_std":
                 value /= marks[rows].std(ddof=1) + 1e-6
             found[row, case.mask[row]] = value
-    return found
+    return found if cfg.sampler_ratio_cap is None else found * np.minimum(case.sampler_ratio(), cfg.sampler_ratio_cap)
 
 
 VARIANTS = {
@@ -49,6 +49,7 @@ VARIANTS = {
     "leave one out": GRPOConfig(advantages="leave_one_out"),
     "missing eos": GRPOConfig(advantages="mean", missing_eos_penalty=1.5),
     "recompute": GRPOConfig(old_logprobs="recompute"),
+    "capped": GRPOConfig(old_logprobs="recompute", sampler_ratio_cap=1.2),
     "no reference": GRPOConfig(kl_coef=0.0),
 }
 
@@ -74,6 +75,9 @@ def test_prepare_is_a_numpy_loop(name):
         "response/count": rows.sum(),
         "group/zero_variance": 0.0,
     }
+    if name == "capped":
+        ratio = case.sampler_ratio()[case.mask]
+        expected |= {"policy/sampler_ratio": ratio.mean(), "policy/sampler_ratio_capped": (ratio > 1.2).mean()}
     if name == "no reference":
         del expected["kl/reference"]
     assert (experience.ref_logprobs is None) == (name == "no reference")

@@ -52,6 +52,8 @@ def by_loop(case: Case, cfg: PPOConfig) -> dict[str, np.ndarray]:
         kept = advantages[case.mask]
         spread = kept.std(ddof=int(cfg.whiten_advantages == "unbiased"))
         advantages[case.mask] = (kept - kept.mean()) / spread
+    if cfg.sampler_ratio_cap is not None:
+        advantages *= np.minimum(case.sampler_ratio(), cfg.sampler_ratio_cap)
     return {"rewards": rewards, "advantages": advantages, "returns": returns, "logprobs": logprobs}
 
 
@@ -61,7 +63,9 @@ def metrics_by_loop(case: Case, cfg: PPOConfig, found: dict[str, np.ndarray]) ->
     drift = np.where(case.mask, found["logprobs"] - case.reference, 0).sum(1)[rows]
     lengths = case.mask.sum(1)[rows]
     unexplained = (found["returns"] - case.values)[case.mask].var() / found["returns"][case.mask].var()
-    return {
+    ratio = case.sampler_ratio()[case.mask]
+    capped = {"policy/sampler_ratio": ratio.mean(), "policy/sampler_ratio_capped": (ratio > 1.2).mean()}
+    return (capped if cfg.sampler_ratio_cap else {}) | {
         "score/mean": case.scores[rows].mean(),
         "score/std": case.scores[rows].std(ddof=1),
         "reward/mean": found["rewards"].sum(1)[rows].mean(),
@@ -90,6 +94,7 @@ VARIANTS = {
     "missing eos": PPOConfig(missing_eos_penalty=1.5, whiten_advantages="no"),
     "missing eos, whitened rewards": PPOConfig(missing_eos_penalty=1.5, whiten_rewards=True, whiten_advantages="no"),
     "recompute": PPOConfig(old_logprobs="recompute", kl_coef=0.3, whiten_advantages="no"),
+    "capped": PPOConfig(old_logprobs="recompute", sampler_ratio_cap=1.2),
 }
 
 
@@ -355,7 +360,12 @@ def watched(nets, params, slow, minibatch, cfg):
 def iteration():
     """One iteration with everything on: (state before, state after, metrics, sequences)."""
     cfg = PPOConfig(
-        num_epochs=1, old_logprobs="recompute", reward_update=True, kl_controller="adaptive", missing_eos_penalty=1.0
+        num_epochs=1,
+        old_logprobs="recompute",
+        sampler_ratio_cap=1.5,
+        reward_update=True,
+        kl_controller="adaptive",
+        missing_eos_penalty=1.0,
     )
     run = tiny.build("ppo", cfg)
     recipe = run.recipe._replace(algorithm=run.recipe.algorithm._replace(loss=watched))
@@ -368,6 +378,7 @@ def test_the_first_ratio_is_exactly_1_with_recompute(iteration):
     # XLA may round a log-prob's last bit (4.8e-7) otherwise where it is differentiated: its square, over 40 tokens
     assert 0 <= metrics["policy/kl_old"] < 1e-14
     assert 0 < metrics["kl/sampler_mismatch"] < 1e-5  # the sampler's own are equal to rounding only
+    assert abs(metrics["policy/sampler_ratio"] - 1) < 1e-5 and metrics["policy/sampler_ratio_capped"] == 0
 
 
 def test_one_iteration_moves_what_learns_and_nothing_else(iteration):
