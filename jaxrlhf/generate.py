@@ -15,7 +15,7 @@ from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows, ungroup_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
-from jaxrlhf.sharding import constrain, decoding, spec
+from jaxrlhf.sharding import constrain, decoding, spec, split_over
 from jaxrlhf.types import Array, Params, Prompts, Sequences
 
 
@@ -191,10 +191,7 @@ def decode_token(
 ) -> Decoding:
     """Choose the next token of every row, and read it."""
     rows, copies = state.rows, state.hidden.shape[1]
-    logits = constrain(ungroup_rows(lm_logits(params, cfg, state.hidden)), "batch", None)
-    logits = shape_logits(logits, sampler.sampling, jnp.broadcast_to(state.index, rows.done.shape))
-    uniform = jax.lax.dynamic_slice_in_dim(rows.noise, state.index, 1, axis=1)[:, 0]
-    token, logprob = choose(logits, uniform, greedy=sampler.sampling.temperature == 0.0)
+    token, logprob = choose_tokens(lm_logits(params, cfg, state.hidden), rows.noise, state.index, sampler.sampling)
     live = ~rows.done
     token = jnp.where(live, token, sampler.pad_id)
     stop_states, stopped = follow_stops(sampler.stops, rows.stop_states, token)
@@ -209,6 +206,20 @@ def decode_token(
     )
     hidden, caches = decode_step(params, cfg, group_rows(token, copies), state.index, prompt, state.caches, runtime)
     return Decoding(state.index + 1, hidden, caches, rows)
+
+
+def choose_tokens(logits: Array, noise: Array, index: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """Tokens i32[B] and their log-probs f32[B]: logits [G, n, V] of the responses' next tokens, noise f32[B, T].
+
+    Each device has a part of the vocabulary. They trade it for whole rows, and those that share rows take a part of
+    them each, where they divide: so a row is gathered, shaped and searched once, not by all of them."""
+    axis = "rows" if noise.shape[0] % split_over("rows") == 0 else "batch"
+    flat = (noise.shape[0], logits.shape[-1])
+    logits = constrain(jax.lax.reshape(logits, flat, out_sharding=spec("batch", "vocab")), axis, None)
+    logits = shape_logits(logits, sampling, jnp.broadcast_to(index, noise.shape[:1]))
+    uniform = constrain(jax.lax.dynamic_slice_in_dim(noise, index, 1, axis=1)[:, 0], axis)
+    token, logprob = choose(logits, uniform, greedy=sampling.temperature == 0.0)
+    return constrain(token, "batch"), constrain(logprob, "batch")
 
 
 def is_any(token: Array, ids: tuple[int, ...]) -> Array:

@@ -26,6 +26,7 @@ Rules = dict[str, str | tuple[str, ...] | None]
 # they are used (models/linear.py); activations split their rows over all that is not tensor.
 RULES: Rules = {
     "batch": ("slice", "data", "fsdp", "decode"),
+    "rows": AXES,  # as batch, and over the devices that share its rows too
     "seq": None,
     "hidden": None,  # features of an activation
     "embed": ("fsdp", "decode"),  # the same features in a weight

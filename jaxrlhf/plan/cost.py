@@ -278,12 +278,19 @@ def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
     heads, _ = heads_here(cfg, tensor)
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
     pairs = tokens * (one.columns + one.read) * heads * cfg.num_layers
-    logits = tokens * padded_vocab(cfg) * 4
+    logits = chosen_from(cfg, one, setup)
     return Work(
         flops=2 * tokens * weights + 4 * pairs * cfg.head_dim,
         hbm=weights * setup.decoded + cache_bytes(cfg, one, setup) + 3 * logits,
         ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
     )
+
+
+def chosen_from(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
+    """Bytes of the logits that a device chooses tokens from: whole rows, which it shares with those that have the rest
+    of the vocabulary where they divide (generate.choose_tokens); ``setup`` is decoding's."""
+    rows, spread = one.rows * one.copies, setup.shards * setup.tensor
+    return rows / (setup.shards if rows % spread else spread) * padded_vocab(cfg) * 4
 
 
 def cache_bytes(cfg: ModelConfig, one: Pass, setup: Setup) -> float:

@@ -13,7 +13,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.transformer import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Models, Pass, Passes
-from jaxrlhf.plan.cost import Setup, cache_bytes, heads_here, held, leaves, local, matrices
+from jaxrlhf.plan.cost import Setup, cache_bytes, chosen_from, heads_here, held, leaves, local, matrices
 from jaxrlhf.types import Head
 
 
@@ -69,7 +69,7 @@ def rollout_of(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     weights = held(cfg, "lm", setup.tensor) * setup.decoded
     if "weights" in setup.int8:  # tokens are looked up in wide embeddings
         weights += padded_vocab(cfg) * cfg.hidden_size / setup.tensor * setup.compute
-    logits = one.rows * one.copies / setup.shards * padded_vocab(cfg) * 4
+    logits = chosen_from(cfg, one, setup)
     return weights + cache_bytes(cfg, one, setup) + max(2 * logits, layer_activations(one, cfg, setup))
 
 

@@ -83,6 +83,15 @@ def test_a_decode_step_reads_all_weights_and_the_whole_cache():
     assert (apart.flops, apart.hbm - work.hbm) == (work.flops, 6 * 6 * 2 * 2 * 2 * 2 * 2)  # 6 prompts more
 
 
+def test_rows_are_chosen_from_once_by_the_devices_that_share_them():
+    """8 rows of 64 logits: 4 each on 2 devices, which trade a half of them; one row that they share is read by both."""
+    two, one_row = Setup({**ALONE, "tensor": 2}), ASKED._replace(rows=1, copies=1)
+    assert cost.chosen_from(MODEL, ASKED, two.decoding()) == 4 * 64 * 4
+    assert cost.chosen_from(MODEL, one_row, two.decoding()) == 64 * 4
+    sums = 2 * 2 * 8 * 8 * 2 * 2 * 1 / 2  # 2 a layer, of 8 tokens x 8 features in bfloat16, each sent twice by halves
+    assert cost.decode_step(MODEL, ASKED, two).ici == sums + 4 * 64 * 4 / 2
+
+
 def test_decoding_in_int8_reads_a_byte_a_number():
     """And a scale of 4 bytes for the 2 features of each key and value; its weights are gathered so too."""
     setup = Setup({**ALONE, "fsdp": 4})
