@@ -168,6 +168,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.sharding.reshard(x, partition(names)) if explicit() else x
 
 
+def whole_rows(x: jax.Array) -> jax.Array:
+    """``x`` with its last dimension whole on every device, and the others as they lie."""
+    if not explicit():
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec[:-1], None))
+
+
+def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x`` laid out as ``like``, which has its shape."""
+    return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if explicit() else x
+
+
 def concrete(tree, mesh: Mesh):
     """Shapes from jax.eval_shape with their AbstractMesh shardings put on ``mesh``, which orbax needs."""
 

@@ -6,24 +6,59 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import split_over
+from jaxrlhf.sharding import laid_as, split_over, whole_rows
 from jaxrlhf.types import Array, TokenStats
 
 STORED_LOGITS = 2**24  # floats of a device: below it all logits are kept for the backward pass, above it recomputed
 
 
 def token_logprobs(logits: Array, tokens: Array) -> TokenStats:
-    """log softmax(logits)[token] and the entropy, in float32: logits [..., V], tokens i32[...].
-
-    The token's logit is picked by comparison, not by a gather, so that the vocabulary may be split over devices."""
+    """log softmax(logits)[token] and the entropy, in float32: logits [..., V], tokens i32[...]."""
     logits = logits.astype(jnp.float32)
     peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     shifted = logits - peak
     weights = jnp.exp(shifted)
     total = weights.sum(-1)
     log_total = jnp.log(total)
-    picked = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], shifted, 0.0).sum(-1)
+    picked = pick(logits, tokens) - peak[..., 0]
     return TokenStats(picked - log_total, log_total - (weights * shifted).sum(-1) / total)
+
+
+@jax.custom_vjp
+def pick(x: Array, tokens: Array) -> Array:
+    """x[..., token]: x f32[..., V], tokens i32[...] -> f32[...].
+
+    By comparison, which fuses with what else reads ``x`` and bears a vocabulary that is split over devices; on CPUs,
+    where XLA would write the whole comparison to sum it up, by a gather. The gradient is a comparison everywhere,
+    which fuses with the softmax's."""
+    by_comparison = lambda x, tokens: jnp.where(is_token(x, tokens), x, 0.0).sum(-1)
+    if split_over("vocab") > 1:
+        return by_comparison(x, tokens)
+    return jax.lax.platform_dependent(x, tokens, cpu=by_gather, default=by_comparison)
+
+
+def by_gather(x: Array, tokens: Array) -> Array:
+    one = lambda row, token: jax.lax.dynamic_index_in_dim(row, token, keepdims=False)
+    for _ in tokens.shape:
+        one = jax.vmap(one)
+    return one(whole_rows(x), tokens)
+
+
+def is_token(x: Array, tokens: Array) -> Array:
+    """bool[..., V]."""
+    return jnp.arange(x.shape[-1]) == tokens[..., None]
+
+
+def pick_forward(x: Array, tokens: Array) -> tuple[Array, tuple[Array, Array]]:
+    return pick(x, tokens), (x, tokens)
+
+
+def pick_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, None]:
+    x, tokens = kept
+    return laid_as(jnp.where(is_token(x, tokens), dy[..., None], 0.0), x), None
+
+
+pick.defvjp(pick_forward, pick_backward)
 
 
 def chunked_token_stats(
