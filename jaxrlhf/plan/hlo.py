@@ -139,7 +139,8 @@ def merge_channels(
     program: dict[str, list[Instruction]], runs: dict[str, int], unknown: set[str]
 ) -> Iterable[Collective]:
     """Each collective once. XLA:TPU prints one that is fused with computation several times (its start, steps and end),
-    under one channel; clones of a loop's body have channels of their own."""
+    under one channel; clones of a loop's body have channels of their own. Steps may lie in a loop that its start and
+    its end stand around: it runs as often as the least of them."""
     found: dict[tuple[str, str], Collective] = {}
     for name, lines in program.items():
         for line in lines:
@@ -159,7 +160,7 @@ def merge_channels(
             one = Collective(kind, times, size * times, int(size * steps) * times, name in unknown)
             channel = CHANNEL.search(line.rest)
             key = (kind, channel.group(1) if channel else line.name)
-            if key not in found or one.count > found[key].count:
+            if key not in found or 0 < one.count < found[key].count or not found[key].count:
                 found[key] = one
     return found.values()
 

@@ -9,8 +9,9 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.plan.hlo import Collective, collectives, group_size
 from jaxrlhf.sharding import MeshConfig, make_mesh
 
-# a loop of 3 (its condition says so) around a loop of 5 (XLA says so), a fused gather printed twice under one channel,
-# an asynchronous gather whose shape names its operand too, and a sum of two arrays
+# a loop of 3 (its condition says so) around a loop of 5 (XLA says so), a fused gather printed three times under one
+# channel, one of its steps in the inner loop, an asynchronous gather whose shape names its operand too, and a sum of
+# two arrays
 MODULE = """HloModule jit_f, entry_computation_layout={()->f32[]}
 
 %fused_start (p: bf16[4,8]) -> bf16[8,8] {
@@ -23,7 +24,13 @@ MODULE = """HloModule jit_f, entry_computation_layout={()->f32[]}
   ROOT %ag.2 = bf16[8,8]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=[2,2]<=[4], dimensions={0}
 }
 
+%fused_step (p: bf16[4,8]) -> bf16[8,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %ag.3 = bf16[8,8]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=[2,2]<=[4], dimensions={0}
+}
+
 %inner (s: (s32[], f32[16])) -> (s32[], f32[16]) {
+  %f3 = bf16[8,8]{1,0} fusion(%a), kind=kCustom, calls=%fused_step
   %rs = f32[4]{0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add
 }
 
