@@ -71,9 +71,9 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     sharding.DECODE_RULES say.
 
     In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
-    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice."""
+    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice. Matrices in int8
+    where the run asks for it, quantised from what is stored before they are gathered."""
     table = parameter_table(cfg, head)
-
     int8 = "weights" in runtime.int8
 
     def one(path, leaf: Leaf, x):
