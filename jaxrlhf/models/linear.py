@@ -39,15 +39,43 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
         return plus_bias(params, by_int8(params["kernel"], x, equation, inputs(axes), where, dtype), axes)
 
     def product(kernel: Array, x: Array) -> Array:
-        kernel = constrain(kernel.astype(x.dtype), *gathered(axes))
+        kernel = kernel.astype(x.dtype)
+        last_first = axes[-1] == "embed" and is_split(kernel)
+        kernel = gather_last(kernel, axes) if last_first else constrain(kernel, *gathered(axes))
         if dtype in (None, x.dtype):
-            return times(x, kernel, equation, where)
+            return times(x, kernel, equation, where, last_first)
         return jnp.einsum(equation, x, kernel, out_sharding=where, preferred_element_type=dtype)
 
     if split_over("embed") > 1:
         # XLA may compute once what is the same: else a layer that is recomputed would gather a third time
         product = jax.checkpoint(product, prevent_cse=False)
     return plus_bias(params, product(params["kernel"], x), axes)
+
+
+def is_split(kernel: Array) -> bool:
+    """Whether fsdp splits its last axis here; the head's, which is used many times, was gathered before."""
+    return split_over("embed") > 1 and jax.typeof(kernel).sharding.spec[-1] is not None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_last(kernel: Array, axes: Axes) -> Array:
+    """``kernel``, stored as ``axes`` say, whole along ``embed``, its last axis.
+
+    XLA:TPU scatters a sum along the first axis, but along the last, where pieces are 128 wide, it sums the whole on
+    every device and splits that: twice the bytes. So the gradient lies turned round until it is split."""
+    return constrain(kernel, *gathered(axes))
+
+
+def gather_last_forward(kernel: Array, axes: Axes) -> tuple[Array, None]:
+    return gather_last(kernel, axes), None
+
+
+def gather_last_backward(axes: Axes, _: None, dkernel: Array) -> tuple[Array]:
+    part = constrain(jnp.moveaxis(dkernel, -1, 0), "embed", *axes[:-1])
+    return (jnp.moveaxis(jax.lax.optimization_barrier(part), 0, -1),)
+
+
+gather_last.defvjp(gather_last_forward, gather_last_backward)
 
 
 def plus_bias(params: Params, y: Array, axes: Axes) -> Array:
@@ -58,40 +86,49 @@ def plus_bias(params: Params, y: Array, axes: Axes) -> Array:
     return y + constrain(bias, *(name for name in gathered(axes[-bias.ndim :])))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def times(x: Array, kernel: Array, equation: str, where: Any) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def times(x: Array, kernel: Array, equation: str, where: Any, last_first: bool) -> Array:
     """einsum(equation, x, kernel), laid out as ``where``, whose kernel's gradient is made from x^T dy.
 
     What JAX derives is dy^T x, or its transpose. On CPUs XLA then turns dy round element by element, inside whatever
     computed it (without that, updates of layers 256 wide took 0.85 of the time, and 0.88 of that for the logits).
-    Elsewhere the two are the same product."""
+    Elsewhere the two are the same product. ``last_first``: the gradient is made with the kernel's last axis before the
+    others, as ``gather_last`` will have it."""
     return jnp.einsum(equation, x, kernel, out_sharding=where)
 
 
-def times_forward(x: Array, kernel: Array, equation: str, where: Any) -> tuple[Array, tuple[Array, Array]]:
-    return times(x, kernel, equation, where), (x, kernel)
+def times_forward(
+    x: Array, kernel: Array, equation: str, where: Any, last_first: bool
+) -> tuple[Array, tuple[Array, Array]]:
+    return times(x, kernel, equation, where, last_first), (x, kernel)
 
 
-def times_backward(equation: str, where: Any, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def times_backward(
+    equation: str, where: Any, last_first: bool, kept: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, kernel = kept
     ins, out = equation.split("->")
     left, right = ins.split(",")
     rows = [name for name in left if name in out]
-    made = [name for name in left + out if name in right]
-    as_it_lies = made == list(right)
-    if not as_it_lies:
+    if [name for name in left + out if name in right] != list(right):
         # logits of tied embeddings: what the softmax sends back is computed once for both products, not in each of
         # them, and of the three arrays it is the product that is turned round
         dy = jax.lax.optimization_barrier(dy)
+    factors = [(left, x), (out, dy)]
+    if last_first and right[-1] in out:
+        factors.reverse()
+    made = [name for letters, _ in factors for name in letters if name in right]
     layout = lambda like, names, order: (
         None if where is None else PartitionSpec(*(jax.typeof(like).sharding.spec[names.index(name)] for name in order))
     )
     dx = jnp.einsum(f"{out},{right}->{left}", dy, kernel, out_sharding=layout(x, left, left))
-    summed = tuple(map(left.index, rows)), tuple(map(out.index, rows))
-    dkernel = jax.lax.dot_general(x, dy, (summed, ((), ())), out_sharding=layout(kernel, right, made))
-    if as_it_lies:
+    (names, first), (others, second) = factors
+    summed = tuple(map(names.index, rows)), tuple(map(others.index, rows))
+    dkernel = jax.lax.dot_general(first, second, (summed, ((), ())), out_sharding=layout(kernel, right, made))
+    if made == list(right):
         return dx, dkernel
-    return dx, jnp.transpose(jax.lax.optimization_barrier(dkernel), [made.index(name) for name in right])
+    dkernel = dkernel if last_first else jax.lax.optimization_barrier(dkernel)
+    return dx, jnp.transpose(dkernel, [made.index(name) for name in right])
 
 
 times.defvjp(times_forward, times_backward)

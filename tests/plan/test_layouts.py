@@ -11,6 +11,7 @@ from jaxrlhf import state as states
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.sft import SFTConfig
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.linear import linear
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
@@ -50,8 +51,8 @@ def sent(program) -> list[tuple[int, str, int, str]]:
 
 @pytest.mark.parametrize("decode", [1, 4])
 def test_the_decode_loop_of_a_slice_sends_activations_alone(decode):
-    """On v5e:8x8 the weights are laid out once, before the loop: in it are sums of one token's activations and the
-    gathered logits of its rows."""
+    """On v5e:8x8 the weights are laid out once, before the loop: in it are sums of one token's activations, and the
+    logits of its rows, which devices that share them trade."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=32, tensor=2, decode=decode), find_slice("v5e:8x8").devices)
     sampler = generate.Sampler(Sampling(eos_ids=(2,)), ROOM, (2,), 0)
     prompts = Prompts(rows_of(mesh, ROWS, 32), rows_of(mesh, ROWS, 32, dtype=bool), rows_of(mesh, ROWS))  # type: ignore[arg-type]
@@ -65,10 +66,9 @@ def test_the_decode_loop_of_a_slice_sends_activations_alone(decode):
     here = ROWS // 32 * decode  # rows of a device
     group, every = 2 * decode, sent(program)
     inside = [(kind, size) for runs, kind, size, _ in every if runs >= ROOM]
-    gathered = [size for kind, size in inside if kind == "all-gather"]
-    assert gathered and set(gathered) <= {here * 2048 * 4}  # logits of all the vocabulary
+    assert [size for kind, size in inside if kind == "all-to-all"] == [here * 2048 // group * 4]
     weights = MODEL.hidden_size * MODEL.mlp_size // group * 2  # bytes of the mlp's largest, as decoding holds it
-    assert {kind for kind, _ in inside} <= {"all-gather", "all-reduce"}
+    assert {kind for kind, _ in inside} == {"all-to-all", "all-reduce"}
     assert all(size <= here * MODEL.hidden_size * 4 < weights for kind, size in inside if kind == "all-reduce")
     before = [kind for runs, kind, size, _ in every if runs < ROOM and size >= weights // 2]
     assert before, "the weights must have been laid out somewhere"
@@ -96,6 +96,27 @@ def test_between_slices_only_what_is_scattered_is_summed():
     # gradients of the layers' products are bfloat16, that of the embedding is float32
     assert (2 * layers + 4 * (whole - layers)) / 4 <= across < 1.15 * (2 * layers + 4 * (whole - layers)) / 4
     assert {"all-gather", "reduce-scatter"} <= {kind for _, kind, *_ in every}
+
+
+def test_gradients_are_scattered_whichever_axis_is_split():
+    """Those of the mlp's two kernels on v5e:4x4, of which fsdp splits the first axis of one and the last of the other,
+    into pieces of 128: neither is summed whole."""
+    mesh, dim, mlp = make_mesh(MeshConfig(1, 8, 2), find_slice("v5e:4x4").devices), 1024, 4096
+    up, down, wide = ("embed", "mlp"), ("mlp", "embed"), ("batch", "seq", "mlp")
+
+    def loss(params, x):
+        y = linear({"kernel": params["up"]}, x, "bsd,dm->bsm", up, wide)
+        y = linear({"kernel": params["down"]}, jax.nn.silu(y), "bsm,md->bsd", down, ("batch", "seq", "hidden"))
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        laid = lambda shape, axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec(*axes)))  # type: ignore[arg-type]
+        params = {"up": laid((dim, mlp), up), "down": laid((mlp, dim), down)}
+        x = jax.ShapeDtypeStruct((32, 512, dim), jnp.bfloat16, sharding=row_layout(mesh, 3))
+        program = jax.jit(jax.grad(loss)).lower(params, x).compile()
+    found = {one.kind: one.bytes for one in hlo.collectives(program.as_text() or "")}
+    both = 2 * dim * mlp // 2 * 2  # bytes of a device's halves in bfloat16
+    assert both <= found["reduce-scatter"] <= 1.3 * both  # XLA pads what it scatters
 
 
 def test_a_program_for_v5p_that_jaxlib_cannot_print_is_described():
