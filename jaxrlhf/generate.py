@@ -59,8 +59,7 @@ def make_sampler(
     ``vocab``: rows of the model's (padded) vocabulary."""
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
     stops = tuple(stop_automaton(text, pieces, vocab) for text in ask.stop)
-    halvings = ask.halvings if samples_per_prompt > 1 else 0
-    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt, halvings=halvings)
+    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt, halvings=ask.halvings)
 
 
 class Rows(NamedTuple):
@@ -152,7 +151,7 @@ def decode(
     With halvings left, it goes on with half of each prompt's rows once no prompt needs more of them: they stand beside
     their prompt as before, so that nothing moves between devices."""
     copies = state.hidden.shape[1]
-    few = copies // 2 if sampler.halvings else 0
+    few = copies // 2 if sampler.halvings and sampler.samples_per_prompt > 1 else 0
 
     def unfinished(state: Decoding) -> Array:
         busy = ~state.rows.done.all() if not few else group_rows(~state.rows.done, copies).sum(1).max() > few
