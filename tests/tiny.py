@@ -11,6 +11,7 @@ from jaxrlhf import generate
 from jaxrlhf import state as states
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.int8 import Int8
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime, parameter_table, weight_spec
 from jaxrlhf.ops.sampling import Sampling
@@ -57,6 +58,11 @@ def parameters(cfg: ModelConfig, head, seed: int) -> Params:
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
+
+
+def wide(x: Int8) -> np.ndarray:
+    """The numbers that 8 bits stand for."""
+    return np.asarray(x.values, np.float32) * np.asarray(x.scale)
 
 
 def prompts(rows: int = 16, columns: int = 4, seed: int = 0, vocab: int = 64) -> Prompts:

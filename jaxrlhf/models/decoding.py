@@ -71,8 +71,8 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     sharding.DECODE_RULES say.
 
     In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
-    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice. Matrices in int8
-    where the run asks for it, quantised from what is stored before they are gathered."""
+    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice. Where the run asks
+    for int8, kernels are quantised before they are gathered, and a head of tied embeddings after."""
     table = parameter_table(cfg, head)
     int8 = "weights" in runtime.int8
 

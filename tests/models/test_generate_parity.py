@@ -23,6 +23,7 @@ from jaxrlhf.models.transformer import Leaf, Runtime, forward, parameter_table, 
 from jaxrlhf.ops.sampling import IMPOSSIBLE, Sampling, choose, support, uniform_noise
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Prompts
+from tests.tiny import wide
 
 CONFIGS = {
     "llama": resolve(
@@ -165,10 +166,6 @@ def dequantized(params):
     table = parameter_table(CONFIGS["llama"], "lm")
     found = jax.tree_util.tree_map_with_path(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
     return found | {"head": {"kernel": wide(quantized(params["embed"]["tokens"]["embedding"], (1,))).T}}
-
-
-def wide(x):
-    return np.asarray(x.values * x.scale)
 
 
 def test_int8_weights_are_what_their_scales_make_of_them():

@@ -5,14 +5,11 @@ import numpy as np
 import pytest
 
 from jaxrlhf.models.attention import branches
-from jaxrlhf.models.int8 import Int8, quantized
+from jaxrlhf.models.int8 import quantized
 from jaxrlhf.models.linear import in_int8, linear
+from tests.tiny import wide
 
 RNG = np.random.default_rng(4)
-
-
-def wide(x: Int8) -> np.ndarray:
-    return np.asarray(x.values, np.float32) * np.asarray(x.scale)
 
 
 def normal(*shape: int) -> np.ndarray:
