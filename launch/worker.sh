@@ -52,7 +52,8 @@ supervise() {
 # begin ATTEMPT ARGS...: starts it apart from this connection
 begin() {
     local attempt=$1
-    setsid nohup bash "$0" supervise "$@" </dev/null >"$state/$attempt.log" 2>&1 9>&- &
+    : >"$state/$attempt.log" # what follows it may be here before what writes it
+    setsid nohup bash "$0" supervise "$@" </dev/null >>"$state/$attempt.log" 2>&1 9>&- &
     echo $! >"$state/$attempt.pid"
     echo "$attempt" >"$state/current"
 }

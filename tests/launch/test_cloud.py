@@ -58,17 +58,20 @@ elif argv[3] == "delete":
     state.unlink(missing_ok=True)
 """
 
-# worker 0 counts; at some steps something happens to all workers
+# workers begin together; worker 0 counts; at some steps something happens to all workers
 TRAINING = """#!/usr/bin/env bash
 echo "$WORKER $*" >>{bucket}/notes
 [ "$1" = train ] || exit 0
 trap 'exit 75' TERM
+touch "$HOME/began"
+until [ -e {cloud}/home-0/began ] && [ -e {cloud}/home-1/began ]; do sleep 0.1; done
 [ "$WORKER" != 0 ] || echo "from step $(cat {bucket}/step)"
 while [ "$(cat {bucket}/step)" -lt 6 ]; do
     sleep 0.2
     [ "$WORKER" = 0 ] || continue
     step=$(($(cat {bucket}/step) + 1))
-    echo "$step" >{bucket}/step
+    echo "$step" >{bucket}/step.part
+    mv {bucket}/step.part {bucket}/step
     case $step in
         2) # the VMs are taken away
             echo SUSPENDED >{cloud}/state
@@ -78,8 +81,8 @@ while [ "$(cat {bucket}/step)" -lt 6 ]; do
             done
             kill -KILL -- -"$(cat "$HOME/jaxrlhf-run/$(cat "$HOME/jaxrlhf-run/current").pid")"
             ;;
-        4) # they are asked to stop
-            for home in {cloud}/home-*; do
+        4) # they are asked to stop, this one last
+            for home in {cloud}/home-1 {cloud}/home-0; do
                 kill -TERM "$(cat "$home/jaxrlhf-run/$(cat "$home/jaxrlhf-run/current").pid")"
             done
             sleep 1
