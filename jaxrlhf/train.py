@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxrlhf import checkpoint, distributed, evaluate, normalize
+from jaxrlhf import checkpoint, distributed, evaluate, normalize, platform
 from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state, kernels_passed_over
 from jaxrlhf.config import Config, dump, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
@@ -114,6 +114,7 @@ class Trainer:
         with self.listening(), self.saving(), contextlib.closing(self.profiler):
             if start == 0 and cfg.eval.every:
                 self.evaluate(0, state)
+            platform.fill_holes()
             state, step = self.loop(state, start, programs)
         if self.preempted and step < cfg.iterations:
             self.log.say(f"SIGTERM: stopped at step {step}; the same command goes on from there")

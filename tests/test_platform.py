@@ -102,6 +102,34 @@ def test_a_program_that_runs_again_finds_its_memory_where_it_left_it():
     assert kept == "True" and int(faults) < 100
 
 
+HOLES = """
+import os, sys
+from jaxrlhf import platform
+if sys.argv[1:]:
+    platform.keep_memory(os.environ)
+blocks = [bytearray(300_000) for _ in range(400)]
+del blocks[::2]
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+before = resident()
+print(platform.fill_holes(), before - resident())
+blocks += [bytearray(300_000) for _ in range(100)]
+import jax
+print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((500, 500))))
+"""
+
+
+@pytest.mark.skipif(
+    libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > platform.FEW_CORES, reason="heaps of each thread"
+)
+def test_holes_are_taken_where_there_is_one_heap():
+    """200 of 300 kB, whose whole pages the system gets back; what is asked for afterwards is given."""
+    run = lambda *asked: subprocess.run([sys.executable, "-c", HOLES, *asked], capture_output=True, text=True).stdout
+    taken, given_back, total = run("kept").split()
+    assert int(taken) > 0.9 * 200 * 300_000 and float(total) == 500**3
+    assert int(given_back) > 0.8 * 200 * 300_000
+    assert run().split()[0] == "0"
+
+
 @pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "LD_PRELOAD"])
 def test_who_has_chosen_what_malloc_does_is_left_alone(name):
     assert not platform.keep_memory({name: "", "HOME": "/"})

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 from jax import monitoring
 
+from jaxrlhf import platform
 from jaxrlhf.benchmarks.case import Case
 from jaxrlhf.benchmarks.reward import Words
 from jaxrlhf.benchmarks.rows import random_batch
 from jaxrlhf.build import Run, abstract_state, find_reward_function, initial_state
 from jaxrlhf.feed import fetch_all, put
-from jaxrlhf.programs import Program, compile_program, compile_programs
+from jaxrlhf.programs import compile_program, compile_programs
 from jaxrlhf.score import score
 from jaxrlhf.sharding import current, whole
 from jaxrlhf.step import make_rollout
@@ -44,11 +45,12 @@ class Iterations:
         started = time.perf_counter()
         self.programs = compile_programs(drawn, self.shapes(), case.shapes)
         self.compile_seconds = time.perf_counter() - started
-        self.alone: Program | None = None
         if "iteration" in self.programs and drawn.algorithm.rollout is not None:
             rollout = make_rollout(drawn.recipe)
-            self.alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
+            alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
+            self.programs["rollout"] = alone
         self.state = whole(initial_state(self.run), drawn.mesh)
+        platform.fill_holes()
 
     def shapes(self) -> TrainState:
         return abstract_state(self.case.drawn)
@@ -62,10 +64,10 @@ class Iterations:
 
     def one_program(self, host: Batch) -> tuple[dict[str, float], Batch]:
         """Rollout and update lie in one program: the rollout is timed alone before it, the update is what is left."""
-        seconds, alone = {}, self.alone
-        if alone is not None:
+        seconds = {}
+        if "rollout" in self.programs:
             batch = put(self.run.mesh, host)
-            _, seconds["rollout"] = clocked(lambda: alone.run(self.state, batch))
+            _, seconds["rollout"] = clocked(lambda: self.programs["rollout"].run(self.state, batch))
         started = time.perf_counter()
         batch = put(self.run.mesh, host)
         (self.state, metrics, sequences), program = clocked(lambda: self.programs["iteration"].run(self.state, batch))
