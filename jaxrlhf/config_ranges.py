@@ -9,7 +9,7 @@ from jaxrlhf.config_errors import ConfigError, dotted, show
 # Interval -> the fields that lie in it, wherever they stand (Class.field where a name means two things). A record may
 # instead write Annotated[float, Gt(0)] beside its field.
 RANGES = {
-    "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings temperature top_k size
+    "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings slots temperature top_k size
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every
         process_id
         vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar

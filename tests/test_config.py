@@ -384,6 +384,10 @@ def test_a_good_config_passes(ppo):
             "algorithm.reward_update: true: rewards.function operator:add is no model that can learn; expected false",
         ),
         (
+            ["generate.slots=2"],
+            "generate.slots: 2: batch.samples_per_prompt is 2; expected fewer, or 0 for all at a time",
+        ),
+        (
             ["algorithm.sampler_ratio_cap=2"],
             "algorithm.sampler_ratio_cap: 2.0: old_logprobs is sampler, so there is no ratio to cap; expected null or "
             "old_logprobs recompute",
@@ -430,6 +434,10 @@ def test_what_cannot_work_is_one_line(ppo, overrides, line):
             ["batch.samples_per_prompt=1"],
             "batch.samples_per_prompt: 1: grpo compares the responses to a prompt with each other; expected 2 or more; "
             "nearest: 2",
+        ),
+        (
+            ["generate.slots=2", "generate.halvings=1", "batch.samples_per_prompt=4"],
+            "generate.halvings: 1: generate.slots is 2; expected 0: slots are filled again",
         ),
         (["algorithm.kl_estimator=k1"], 'algorithm.kl_estimator: "k1": expected one of k2, k3'),
         (["algorithm.aggregation=token-sum"], 'algorithm.aggregation: "token-sum": expected one of token-mean, '),

@@ -7,7 +7,7 @@ from jaxrlhf.benchmarks import machine
 from jaxrlhf.benchmarks.case import DOUBLED, Case
 from jaxrlhf.benchmarks.rows import DESCRIBED
 from jaxrlhf.benchmarks.timed import WARM_UP, Timed, run_case
-from jaxrlhf.benchmarks.work import Work, count_work, decode_bytes
+from jaxrlhf.benchmarks.work import Work, count_work, decode_bytes, decode_steps
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.plan.cost import held
 
@@ -105,7 +105,7 @@ def limits(case: Case, timed: Timed, work: Work) -> Report:
     }
     if "rollout" in timed.seconds:
         sequences = timed.batch.sequences
-        steps = int(sequences.response_mask.sum(1).max())
+        steps = decode_steps(case.drawn, sequences)
         size = decode_bytes(case.drawn, sequences)
         found["decode"] = {
             "steps": steps,

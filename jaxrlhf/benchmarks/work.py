@@ -133,7 +133,8 @@ def count_work(drawn: Blueprint, batch: Batch) -> Work:
     if drawn.algorithm.rollout is not None:
         mask = batch.sequences.response_mask
         rollout = forward_flops(*models["policy"], "sample", documents(batch.sequences))
-        tokens, steps = int(mask.sum()), int(mask.sum(1).max() * len(mask))
+        tokens, decoded = int(mask.sum()), drawn.sampler.together / drawn.sampler.samples_per_prompt
+        steps = int(decode_steps(drawn, batch.sequences) * len(mask) * decoded)
     first = next(call.role for call in learned if call.role in drawn.recipe.optimizers)
     main = [call.rows for call in learned if call.role == first]
     columns, found = sum(rows.tokens.size for rows in main), [documents(rows) for rows in main]
@@ -157,6 +158,17 @@ def repeats(found: list[Document]) -> int:
     return sum(one.prompt_tokens for one in found) - sum(distinct.values())
 
 
+def decode_steps(drawn: Blueprint, sequences: Sequences) -> int:
+    """Tokens that the sampler chose one after the other: those of the longest response, or of the slot that was the
+    last to be done with its responses."""
+    sampler = drawn.sampler
+    lengths = sequences.response_mask.sum(1).reshape(-1, sampler.samples_per_prompt)
+    busy = np.zeros((len(lengths), sampler.together), int)
+    for tokens in lengths.T:
+        busy[np.arange(len(busy)), busy.argmin(1)] += tokens
+    return int(busy.max())
+
+
 def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     """Bytes that a step of the sampler reads, the mean over its steps: the policy's weights once, and the keys and
     values of the tokens before it, of the rows that have not ended; in the compute format or in int8."""
@@ -164,7 +176,7 @@ def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     setup = Setup({}, np.dtype(asked.precision.compute).itemsize, int8=asked.generate.int8)
     found = [one for one in documents(sequences) if one.response_tokens]
     seen = products(cfg, [(one.prompt_tokens, one.response_tokens) for one in found])
-    steps = max(one.response_tokens for one in found)
+    steps = decode_steps(drawn, sequences)
     weights = sum(weight.size for weight in matrices(cfg, "lm", 1))
     numbers = seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps
     return weights * setup.decoded + numbers * setup.cached(cfg.head_dim)

@@ -28,6 +28,7 @@ class Pass(NamedTuple):
     read: int  # columns that logits (values, scores: a number) are computed of; sample: tokens that are sampled
     copies: int = 1  # rows that have the same prompt; sample: responses a prompt
     prompt: int = 0  # columns of a row in front of its response, read once for all copies; 0: it is one text
+    rounds: float = 1  # sample: one after the other, of as many responses a prompt as are decoded at a time
 
     @property
     def tokens(self) -> float:
@@ -93,7 +94,9 @@ def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Pr
     """The Pass of a network that was asked for ``kind`` of ``rows``."""
     count, columns = rows.tokens.shape
     if isinstance(rows, Prompts):
-        return Pass(role, kind, count, columns, drawn.sampler.max_new_tokens, drawn.sampler.samples_per_prompt)
+        sampler = drawn.sampler
+        together, copies = sampler.together, sampler.samples_per_prompt
+        return Pass(role, kind, count, columns, sampler.max_new_tokens, copies, rounds=copies / together)
     start = rows.response_start
     read = columns - start + (kind == "scores")  # a score is read at the last token, which may be the prompt's
     if rows.segment_ids is not None or start == 1:
