@@ -6,7 +6,7 @@ from typing import Any
 from jaxrlhf.benchmarks import machine
 from jaxrlhf.benchmarks.case import DOUBLED, Case
 from jaxrlhf.benchmarks.rows import DESCRIBED
-from jaxrlhf.benchmarks.timed import WARM_UP, Timed, run_case
+from jaxrlhf.benchmarks.timed import WARM_UP, Iterations, Timed, run, trace
 from jaxrlhf.benchmarks.work import Work, count_work, decode_bytes, decode_steps
 from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.plan.cost import held
@@ -21,7 +21,10 @@ def measure(cases: list[Case], steps: int, profile: str | None = None) -> Report
     """All that is reported of the first case; of the others how time and FLOPs grow. Numbers are in seconds, bytes,
     tokens and FLOPs, and shares are of 1."""
     case, *others = cases
-    timed = run_case(case, steps, profile)
+    iterations = Iterations(case)
+    (timed,) = run([iterations], steps)
+    if profile is not None:
+        trace(iterations, profile)
     rss, device = machine.peak_rss(), machine.device_peak()
     work = count_work(case.drawn, timed.batch)
     report = {
@@ -35,8 +38,10 @@ def measure(cases: list[Case], steps: int, profile: str | None = None) -> Report
         "limits": limits(case, timed, work),
     }
     if others:
-        grown = [(name, run_case(other, steps), other) for name, other in zip(DOUBLED, others, strict=True)]
-        report["growth"] = {name: growth(timed, work, again, other) for name, again, other in grown}
+        report["growth"] = {
+            name: growth(work, other, *run([iterations, Iterations(other)], steps))
+            for name, other in zip(DOUBLED, others, strict=True)
+        }
     return report
 
 
@@ -116,10 +121,12 @@ def limits(case: Case, timed: Timed, work: Work) -> Report:
     return found
 
 
-def growth(timed: Timed, work: Work, again: Timed, other: Case) -> Report:
-    """How much longer an iteration of ``other`` takes, beside how many more FLOPs it has."""
+def growth(work: Work, other: Case, timed: Timed, again: Timed) -> Report:
+    """How much longer an iteration of ``other`` takes (the median over pairs that were timed one after the other),
+    beside how many more FLOPs it has."""
+    pairs = zip(again.seconds["iteration"], timed.seconds["iteration"], strict=True)
     return {
         "seconds": spread(again.seconds["iteration"]),
-        "time_ratio": median(again, "iteration") / median(timed, "iteration"),
+        "time_ratio": statistics.median(longer / once for longer, once in pairs),
         "flop_ratio": count_work(other.drawn, again.batch).flops / work.flops,
     }

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,14 +42,15 @@ class Iterations:
         self.run = Run(**vars(drawn), tokenizer=Words(), reward_function=function)
         self.steps = 0
         self.vocab = min(found.vocab_size for found in drawn.configs.values())
-        started = time.perf_counter()
-        self.programs = compile_programs(drawn, self.shapes(), case.shapes)
-        self.compile_seconds = time.perf_counter() - started
-        if "iteration" in self.programs and drawn.algorithm.rollout is not None:
-            rollout = make_rollout(drawn.recipe)
-            alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
-            self.programs["rollout"] = alone
-        self.state = whole(initial_state(self.run), drawn.mesh)
+        with current(drawn.mesh):
+            started = time.perf_counter()
+            self.programs = compile_programs(drawn, self.shapes(), case.shapes)
+            self.compile_seconds = time.perf_counter() - started
+            if "iteration" in self.programs and drawn.algorithm.rollout is not None:
+                rollout = make_rollout(drawn.recipe)
+                alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
+                self.programs["rollout"] = alone
+            self.state = whole(initial_state(self.run), drawn.mesh)
         platform.fill_holes()
 
     def shapes(self) -> TrainState:
@@ -60,7 +61,8 @@ class Iterations:
         case = self.case
         host = random_batch(case.shapes, self.vocab, case.prompt, case.lengths, case.drawn.cfg.seed, self.steps)
         self.steps += 1
-        return self.two_programs(host) if "learn" in self.programs else self.one_program(host)
+        with current(case.drawn.mesh):
+            return self.two_programs(host) if "learn" in self.programs else self.one_program(host)
 
     def one_program(self, host: Batch) -> tuple[dict[str, float], Batch]:
         """Rollout and update lie in one program: the rollout is timed alone before it, the update is what is left."""
@@ -99,20 +101,26 @@ def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def run_case(case: Case, steps: int, profile: str | None = None) -> Timed:
-    """Compile, warm up, and time ``steps`` iterations; with ``profile`` one more is traced into that directory."""
-    with current(case.drawn.mesh):
-        iterations = Iterations(case)
+def run(several: Sequence[Iterations], steps: int) -> list[Timed]:
+    """Warm up, and time ``steps`` iterations of each, which take turns: what slows the machine slows them all."""
+    for one in several:
         for _ in range(WARM_UP):
-            iterations.step()
-        with compilations() as compiled:
-            rows = [iterations.step() for _ in range(steps)]
-        if profile is not None:
-            with jax.profiler.trace(profile, create_perfetto_trace=True):
-                iterations.step()
-        batch = fetch_all(rows[-1][1])
-    seconds = {name: [one[name] for one, _ in rows] for name in rows[0][0]}
-    return Timed(seconds, iterations.compile_seconds, len(compiled), batch)
+            one.step()
+    with compilations() as compiled:
+        rounds = [[one.step() for one in several] for _ in range(steps)]
+    timed = []
+    for one, rows in zip(several, zip(*rounds, strict=True), strict=True):
+        seconds = {name: [found[name] for found, _ in rows] for name in rows[0][0]}
+        with current(one.case.drawn.mesh):
+            batch = fetch_all(rows[-1][1])
+        timed.append(Timed(seconds, one.compile_seconds, len(compiled), batch))
+    return timed
+
+
+def trace(one: Iterations, folder: str) -> None:
+    """One more iteration, traced into ``folder``."""
+    with jax.profiler.trace(folder, create_perfetto_trace=True):
+        one.step()
 
 
 @contextlib.contextmanager
