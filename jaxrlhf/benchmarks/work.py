@@ -129,12 +129,12 @@ def count_work(drawn: Blueprint, batch: Batch) -> Work:
     prepared, learned = calls_of(drawn, batch)
     flops = lambda call: forward_flops(*models[call.role], call.kind, documents(call.rows))
     share = lambda role: 3 if role in drawn.recipe.optimizers else 1
-    rollout, tokens, steps = 0.0, 0, 0
+    rollout, tokens, row_steps = 0.0, 0, 0
     if drawn.algorithm.rollout is not None:
-        mask = batch.sequences.response_mask
+        mask, sampler = batch.sequences.response_mask, drawn.sampler
         rollout = forward_flops(*models["policy"], "sample", documents(batch.sequences))
-        tokens, decoded = int(mask.sum()), drawn.sampler.together / drawn.sampler.samples_per_prompt
-        steps = int(decode_steps(drawn, batch.sequences) * len(mask) * decoded)
+        decoded = len(mask) // sampler.samples_per_prompt * sampler.together
+        tokens, row_steps = int(mask.sum()), decoded * decode_steps(drawn, batch.sequences)
     first = next(call.role for call in learned if call.role in drawn.recipe.optimizers)
     main = [call.rows for call in learned if call.role == first]
     columns, found = sum(rows.tokens.size for rows in main), [documents(rows) for rows in main]
@@ -145,7 +145,7 @@ def count_work(drawn: Blueprint, batch: Batch) -> Work:
         prepare=sum(map(flops, prepared)),
         update=epochs * sum(share(call.role) * flops(call) for call in learned),
         response_tokens=tokens,
-        sampled_share=tokens / steps if steps else 1.0,
+        sampled_share=tokens / row_steps if row_steps else 1.0,
         update_tokens=epochs * valid,
         update_share=valid / columns,
         distinct_share=(valid - repeated) / columns,

@@ -31,6 +31,11 @@ class Pass(NamedTuple):
     rounds: float = 1  # sample: one after the other, of as many responses a prompt as are decoded at a time
 
     @property
+    def together(self) -> float:
+        """sample: responses to a prompt that are decoded at a time."""
+        return self.copies / self.rounds
+
+    @property
     def tokens(self) -> float:
         """Columns that layers compute, sample: of the prompts. See transformer.forward_responses."""
         return self.rows / self.copies * self.prompt + self.rows * (self.columns - self.prompt)
@@ -94,9 +99,8 @@ def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Pr
     """The Pass of a network that was asked for ``kind`` of ``rows``."""
     count, columns = rows.tokens.shape
     if isinstance(rows, Prompts):
-        sampler = drawn.sampler
-        together, copies = sampler.together, sampler.samples_per_prompt
-        return Pass(role, kind, count, columns, sampler.max_new_tokens, copies, rounds=copies / together)
+        sampler, copies = drawn.sampler, drawn.sampler.samples_per_prompt
+        return Pass(role, kind, count, columns, sampler.max_new_tokens, copies, rounds=copies / sampler.together)
     start = rows.response_start
     read = columns - start + (kind == "scores")  # a score is read at the last token, which may be the prompt's
     if rows.segment_ids is not None or start == 1:

@@ -274,7 +274,7 @@ def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
     """One token of each response of a round: all weights and caches are read, a prompt's once for all its responses."""
     setup = setup.decoding()
     tensor, prompts = setup.tensor, one.rows / setup.shards
-    tokens = prompts * one.copies / one.rounds
+    tokens = prompts * one.together
     heads, _ = heads_here(cfg, tensor)
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
     pairs = tokens * (one.columns + one.read) * heads * cfg.num_layers
@@ -289,13 +289,13 @@ def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
 def chosen_from(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
     """Bytes of the logits that a device chooses tokens from: whole rows, which it shares with those that have the rest
     of the vocabulary where they divide (generate.choose_tokens); ``setup`` is decoding's."""
-    rows, spread = one.rows * one.copies / one.rounds, setup.shards * setup.tensor
+    rows, spread = one.rows * one.together, setup.shards * setup.tensor
     return rows / (setup.shards if rows % spread else spread) * padded_vocab(cfg) * 4
 
 
 def cache_bytes(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
     """The keys and values that a device holds while it samples; ``setup`` is decoding's."""
-    columns = one.rows / setup.shards * (one.columns + one.copies / one.rounds * one.read)
+    columns = one.rows / setup.shards * (one.columns + one.together * one.read)
     numbers = columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * cfg.num_layers
     return numbers * setup.cached(cfg.head_dim)
 
