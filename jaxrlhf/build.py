@@ -1,5 +1,6 @@
 """From a Config to everything that a run needs: models, tokenizer, the step's recipe, the initial state."""
 
+import contextlib
 import dataclasses
 import os
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from etils import epath
 
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
-from jaxrlhf.config import Config, dump, roles_of
+from jaxrlhf.config import Config, dump, parse, roles_of, trunks_of
 from jaxrlhf.config_batch import choose_parts, divisors, longest_row, shares_prompts, updates_of
 from jaxrlhf.config_check import SPLIT, split_by
 from jaxrlhf.config_errors import ConfigError, show
@@ -141,7 +142,8 @@ def bind_nets(
     def sample(role: Role, trees: dict[Role, Params], prompts: Prompts, seed, step) -> Sequences:
         return generate.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
 
-    return nets.make_nets(configs, runtime, sampling, sample)
+    trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
+    return nets.make_nets(configs, runtime, sampling, sample, trunks)
 
 
 def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
@@ -347,17 +349,19 @@ def base_role(cfg: Config, role: Role) -> Role:
 def read_weights(run: Run, role: Role) -> Params:
     """One role's parameters on the mesh, under the head it needs. What is drawn hangs on the seed and on where the role
     starts, so that roles that start from the same random weights do."""
-    found, head = run.weights[role], run.heads[role]
+    found, head, zero = run.weights[role], run.heads[role], role == "value"
     number = sorted(run.cfg.models).index(base_role(run.cfg, role))
     key = jax.random.fold_in(jax.random.key(run.cfg.seed), number)
     if found.kind == "new":
         return jax.jit(lambda: transformer.init(found.config, head, key, run.dtype))()
+    if head == "bare" and found.head == "lm":  # there is nothing to read
+        return state.scalar_head(found.config, key, run.dtype, zero)
     if found.kind == "run":
-        there = state.abstract_params(found.config, found.head, run.dtype, run.mesh)
-        params = checkpoint.restore_role(found.path, found.step, found.role, there)
+        models = checkpoint.read_extra(found.path)[1]["models"]
+        params = checkpoint.restore_model(found.path, found.step, models, found.role, run.dtype, run.mesh)
     else:
         params = hf.load(found.path or "", found.config, found.head, run.dtype)
-    return whole(state.change_head(params, found.config, found.head, head, key, zero=role == "value"), run.mesh)
+    return whole(state.change_head(params, found.config, found.head, head, key, zero), run.mesh)
 
 
 def abstract_state(drawn: Blueprint) -> TrainState:
@@ -373,6 +377,7 @@ def abstract_state(drawn: Blueprint) -> TrainState:
 
 # keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
 FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.")
+FREE = (".trunk_gradient",)  # endings of keys that are not among them
 
 
 def changes_since_saved(cfg: Config) -> list[str]:
@@ -382,9 +387,9 @@ def changes_since_saved(cfg: Config) -> list[str]:
     if checkpoint.latest_step(cfg.run_dir) is None:
         return []
     step, extra = checkpoint.read_extra(cfg.run_dir)
-    old, new = (flat(read_yaml(text, "config")) for text in (extra["config"], dump(cfg)))
+    old, new = settings(extra["config"]), settings(dump(cfg))
     changed = [key for key in {**old, **new} if key != "run_dir" and old.get(key) != new.get(key)]
-    fixed = [key for key in changed if key.startswith(FIXED)]
+    fixed = [key for key in changed if key.startswith(FIXED) and not key.endswith(FREE)]
     if fixed:
         key = fixed[0]
         raise ConfigError(
@@ -392,6 +397,14 @@ def changes_since_saved(cfg: Config) -> list[str]:
             "expected the same, or another run_dir"
         )
     return [f"{key}: {show(old.get(key))} -> {show(new.get(key))}" for key in changed]
+
+
+def settings(text: str) -> dict[str, object]:
+    """Dotted key -> value of a config, as it was saved; keys that it is older than are at their defaults."""
+    tree = read_yaml(text, "config")
+    with contextlib.suppress(ConfigError):  # where a key is gone meanwhile: told as a change
+        tree = read_yaml(dump(parse(tree, "config")), "config")
+    return flat(tree)
 
 
 def flat(tree: dict, path: str = "") -> dict[str, object]:

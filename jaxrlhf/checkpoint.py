@@ -127,17 +127,21 @@ def is_run(path) -> bool:
     return (epath.Path(path) / "config.yaml").exists() and directory(path).exists()
 
 
-def models_record(configs: dict[Role, ModelConfig], heads: dict[Role, Head]) -> dict:
-    """The shapes of a run's models as JSON, saved with every checkpoint."""
-    return {role: {"head": heads[role], "config": dataclasses.asdict(cfg)} for role, cfg in configs.items()}
+def models_record(configs: dict[Role, ModelConfig], heads: dict[Role, Head], trunks: dict[Role, Role]) -> dict:
+    """The shapes of a run's models as JSON, saved with every checkpoint; ``trunks``: on whose a bare head stands."""
+    record = {role: {"head": heads[role], "config": dataclasses.asdict(cfg)} for role, cfg in configs.items()}
+    for role, trunk in trunks.items():
+        record[role]["trunk"] = trunk
+    return record
 
 
 def model_of(record: dict) -> tuple[ModelConfig, Head]:
-    """One role's (config, head) from models_record, of this version or an older one that lacked some fields."""
+    """One role's (config, head) from models_record, of this version or an older one that lacked some fields. A bare
+    head is restored with its trunk, as a model of its own."""
     fields = with_tuples(record["config"])
     if fields.get("rope_scaling"):
         fields["rope_scaling"] = RopeScaling(**with_tuples(fields["rope_scaling"]))
-    return resolve(ModelConfig(**fields)), record["head"]
+    return resolve(ModelConfig(**fields)), "scalar" if "trunk" in record else record["head"]
 
 
 def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -176,6 +180,15 @@ def restore_role(run_dir, step: int, role: Role, abstract: Params) -> Params:
         return checkpointer.restore(item, abstract)
 
 
+def restore_model(run_dir, step: int, models: dict, role: Role, dtype, mesh) -> Params:
+    """One role's model of a run that recorded ``models``, on ``mesh``; a bare head gets a copy of its trunk."""
+    record = models[role]
+    params = restore_role(run_dir, step, role, abstract_params(model_of(record)[0], record["head"], dtype, mesh))
+    if "trunk" not in record:
+        return params
+    return restore_model(run_dir, step, models, record["trunk"], dtype, mesh) | params
+
+
 def token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None) -> hf_config.TokenIds:
     """The special tokens of a tokenizer, and those that ``generation_config`` says end a response."""
     eos = tokenizers.eos_ids(tokenizer, generation_config)
@@ -195,5 +208,5 @@ def export(run_dir, role: Role, to) -> None:
     ids = token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        params = restore_role(run_dir, step, role, abstract_params(cfg, head, dtype, mesh))
+        params = restore_model(run_dir, step, extra["models"], role, dtype, mesh)
         hf.save(params, cfg, head, to, extra["dtype"], ids=ids, tokenizer_folder=folder)

@@ -17,7 +17,6 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.kernels import hardware_of
 from jaxrlhf.models.transformer import Runtime, padded_vocab
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
-from jaxrlhf.state import abstract_params
 from jaxrlhf.types import Params, Prompts
 
 
@@ -41,7 +40,7 @@ def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
         cfg, head = checkpoint.model_of(extra["models"][role])
         if head != "lm":
             raise ValueError(f"{name}: holds a {role} model with a {head} head, which can't write; expected a policy")
-        params = checkpoint.restore_role(name, step, role, abstract_params(cfg, head, dtype, mesh))
+        params = checkpoint.restore_model(name, step, extra["models"], role, dtype, mesh)
         return Model(params, cfg, tokenizer, checkpoint.token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}))
     folder = hf_folder.locate(name)
     cfg, head = hf_config.read_config(folder)

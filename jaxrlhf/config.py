@@ -37,10 +37,12 @@ from jaxrlhf.types import Algorithm, Head, Role
 
 @dataclasses.dataclass(frozen=True)
 class RoleConfig:
-    """Where the weights of one role come from: exactly one of the two."""
+    """Where the weights of one role come from: init_from or architecture."""
 
     init_from: str | None = None  # a Hugging Face folder, gguf:FILE, a hub name, a run, or another role (policy)
     architecture: ModelConfig | None = None  # random weights of this shape
+    share_trunk: bool = False  # value: no model of its own but a head on the policy, whose pass serves both
+    trunk_gradient: float = 0.1  # share_trunk: the policy learns from its loss + this x the value loss (vf_coef)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,25 +250,36 @@ def find_algorithm(name: Any) -> Algorithm:
 
 def with_default_roles(cfg: Config) -> Config:
     """Fills in the roles that the algorithm needs and the config leaves out: the reference starts as the policy, the
-    value model as the reward model, or where there is none as the policy. A policy that learns from its own responses
-    always has a reference: an evaluation compares with it."""
+    value model as the reward model, or where there is none, or it shares a trunk, as the policy. A policy that learns
+    from its own responses always has a reference: an evaluation compares with it."""
     trained, slow = roles_of(cfg)
-    needed = {**trained, **slow} | ({"reference": "lm"} if find_algorithm(cfg.algorithm_name).rollout else {})
+    needed = {*trained, *slow} | ({"reference"} if find_algorithm(cfg.algorithm_name).rollout else set())
     origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
-    left_out = [role for role in needed if role in origins and role not in cfg.models]
-    return dataclasses.replace(
-        cfg, models=cfg.models | {role: RoleConfig(init_from=origins[role]) for role in left_out}
-    )
+    left_out = [role for role in origins if role in needed and role not in cfg.models]
+    models = cfg.models | {role: RoleConfig(init_from=origins[role]) for role in left_out}
+    for role, model in models.items():
+        if model.share_trunk and model.init_from is None and model.architecture is None:
+            models[role] = dataclasses.replace(model, init_from="policy")
+    return dataclasses.replace(cfg, models=models)
 
 
 def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
-    """(trained, slow): the roles that the run needs. A reward function takes the place of the reward model."""
+    """(trained, slow): the roles that the run needs. A reward function takes the place of the reward model; what shares
+    a trunk is a bare head."""
     algorithm = find_algorithm(cfg.algorithm_name)
+    scored = cfg.rewards.function is not None and algorithm.rollout is not None  # offline there is nothing to score
+    bare: dict[Role, Head] = {role: "bare" for role, model in cfg.models.items() if model.share_trunk}
+
+    def needed(heads: dict[Role, Head]) -> dict[Role, Head]:
+        return {role: bare.get(role, head) for role, head in heads.items() if not (scored and role == "reward")}
+
     trained, slow = algorithm.roles(cfg.algorithm)
-    if cfg.rewards.function is None or algorithm.rollout is None:  # offline there is nothing to score
-        return trained, slow
-    without = lambda heads: {role: head for role, head in heads.items() if role != "reward"}
-    return without(trained), without(slow)
+    return needed(trained), needed(slow)
+
+
+def trunks_of(cfg: Config) -> dict[Role, Role]:
+    """The roles that are a bare head -> the role on whose trunk it stands."""
+    return {role: model.init_from for role, model in cfg.models.items() if model.share_trunk and model.init_from}
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------

@@ -48,9 +48,25 @@ def role_problems(cfg: Config) -> Iterator[str]:
             yield f"models.{role}: init_from {model.init_from} and architecture are both given; expected one of them"
         elif model.init_from in {*ROLES, *cfg.models}:
             yield from origin_problems(cfg, role)
+        yield from trunk_problems(cfg, role)
     for role in cfg.optimizer:
         if role != "default" and role not in needed:
             yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
+
+
+def trunk_problems(cfg: Config, role: Role) -> Iterator[str]:
+    """Only the value model shares a trunk, and only the policy's: no algorithm reads others side by side."""
+    model, (trained, _) = cfg.models[role], roles_of(cfg)
+    where, default = f"models.{role}.share_trunk: true", type(model).trunk_gradient
+    if not model.share_trunk:
+        if model.trunk_gradient != default:
+            wrong = f"{show(model.trunk_gradient)}: share_trunk is false, so there is no such gradient"
+            yield f"models.{role}.trunk_gradient: {wrong}; nearest: {show(default)}"
+    elif role != "value" or role not in trained:
+        yield f"{where}: only a value model that learns beside the policy shares its trunk; expected false"
+    elif model.init_from != "policy" or trained.get("policy") != "lm":
+        start = f"init_from {model.init_from}" if model.init_from else "an architecture of its own"
+        yield f"{where}: {start} is given; expected init_from policy, whose trunk it is"
 
 
 def reward_problems(cfg: Config) -> Iterator[str]:

@@ -10,8 +10,8 @@ from jaxrlhf.config_errors import ConfigError, dotted, show
 # instead write Annotated[float, Gt(0)] beside its field.
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings slots temperature top_k size
-        samples kl_coef entropy_coef missing_eos_penalty centering reward_centering normalize_samples EvalConfig.every
-        process_id
+        samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
+        EvalConfig.every process_id
         vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """clip_norm eps clip_range clip_range_low clip_range_high value_clip_range kl_target stop_kl beta

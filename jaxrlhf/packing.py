@@ -44,10 +44,11 @@ def packed_nets(nets: Nets, parts: int, number: int) -> Nets:
     """``nets`` for what is not differentiated: they read rows in ``parts`` parts, each packed by itself."""
 
     def in_parts(ask: Callable) -> Callable:
-        def asked(role, trees, sequences: Sequences):
+        def asked(*whom_and_what):
+            *whom, sequences = whom_and_what
             if not can_pack(sequences):
-                return ask(role, trees, sequences)
-            one = lambda rows: at_least_width(rows, number, lambda packed: ask(role, trees, packed))
+                return ask(*whom, sequences)
+            one = lambda rows: at_least_width(rows, number, lambda packed: ask(*whom, packed))
             if parts == 1:
                 return one(sequences)
             step = lambda _, rows: (None, one(rows))
@@ -56,6 +57,5 @@ def packed_nets(nets: Nets, parts: int, number: int) -> Nets:
 
         return asked
 
-    return nets._replace(
-        token_stats=in_parts(nets.token_stats), values=in_parts(nets.values), scores=in_parts(nets.scores)
-    )
+    reading = ("token_stats", "values", "policy_and_value", "scores")
+    return nets._replace(**{name: in_parts(getattr(nets, name)) for name in reading})

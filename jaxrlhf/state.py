@@ -41,21 +41,26 @@ def abstract_state(
     return concrete(jax.eval_shape(make, params, slow), mesh)
 
 
-def change_head(params: Params, cfg: ModelConfig, old: Head, new: Head, key: Array, zero: bool = False) -> Params:
-    """The same trunk under another head.
+def scalar_head(cfg: ModelConfig, key: Array, dtype, zero: bool) -> Params:
+    """A bare head as transformer.init would have it, or at 0 (``zero``: a value model that knows nothing)."""
+    params = jax.jit(lambda: init(cfg, "bare", key, dtype))()
+    return jax.tree.map(jnp.zeros_like, params) if zero else params
 
-    A new scalar head starts as transformer.init would have it, or at 0 (``zero``: a value model that knows nothing).
+
+def change_head(params: Params, cfg: ModelConfig, old: Head, new: Head, key: Array, zero: bool = False) -> Params:
+    """The same trunk under another head; a new one is a scalar_head.
+
     Raises ValueError where a language-model head is wanted that the trunk does not hold (scalar to untied lm)."""
     if old == new:
         return params
+    if new == "bare" and old == "scalar":
+        return {"head": params["head"]}
     trunk = {name: part for name, part in params.items() if name != "head"}
     if new == "lm":
         if not cfg.tie_embeddings:
             raise ValueError("a scalar-headed model with untied embeddings has no language-model head to start from")
         return trunk
-    dtype = params["embed"]["tokens"]["embedding"].dtype
-    head = jax.jit(lambda: init(cfg, "scalar", key, dtype)["head"])()
-    return trunk | {"head": jax.tree.map(jnp.zeros_like, head) if zero else head}
+    return trunk | scalar_head(cfg, key, params["embed"]["tokens"]["embedding"].dtype, zero)
 
 
 def copy(params: Params) -> Params:

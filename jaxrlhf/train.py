@@ -12,7 +12,7 @@ from etils import epath
 
 from jaxrlhf import checkpoint, distributed, evaluate, normalize, platform
 from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state, kernels_passed_over
-from jaxrlhf.config import Config, dump, without_place
+from jaxrlhf.config import Config, dump, trunks_of, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError, suggest
@@ -243,7 +243,7 @@ class Trainer:
         """The whole state, and what is not an array: data positions, config, model shapes."""
         extra = {
             "config": dump(self.cfg),
-            "models": checkpoint.models_record(self.ready.configs, self.ready.heads),
+            "models": checkpoint.models_record(self.ready.configs, self.ready.heads, trunks_of(self.cfg)),
             "dtype": self.cfg.precision.params,
             "eos_ids": list(self.ready.sampler.eos_ids),
             "data": self.feed.get_state(),

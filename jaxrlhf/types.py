@@ -16,7 +16,7 @@ Array = jax.Array
 Params = Any  # a pytree of arrays
 Maybe = Any  # an array or record, or None where it is not known: an algorithm knows what it is given
 Role = str  # "policy" | "value" | "reward" | "reference" | ...
-Head = Literal["lm", "scalar"]  # next-token logits, or one number a token (values, scores)
+Head = Literal["lm", "scalar", "bare"]  # next-token logits; one number a token; the same, on another role's trunk
 Metrics = dict[str, Array]  # flat: "loss/policy", "kl/reference", "score/mean", ...; each f32[]
 
 
@@ -109,6 +109,7 @@ class Nets(NamedTuple):
 
     token_stats: Callable[[Role, dict[Role, Params], Sequences], TokenStats]
     values: Callable[[Role, dict[Role, Params], Sequences], Array]  # f32[B, S], column t: before token t
+    policy_and_value: Callable[[dict[Role, Params], Sequences], tuple[TokenStats, Array]]  # both; a shared trunk once
     scores: Callable[[Role, dict[Role, Params], Sequences], Array]  # f32[B], read at the last valid token
     sample: Callable[[Role, dict[Role, Params], Prompts, Array, Array], Sequences]  # ..., seed i32[], step i32[]
 

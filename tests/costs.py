@@ -39,6 +39,10 @@ SMALL = Shape(layers=3, hidden=64, prompts=8, prompt_tokens=12, new_tokens=NEW)
 CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
     "grpo": (replace(SMALL, samples=8), ("algorithm.num_minibatches=2",)),
     "ppo": (replace(SMALL, prompts=32), ("algorithm.num_minibatches=2", "batch.micro_batch_size=8")),
+    "ppo, shared trunk": (
+        replace(SMALL, algorithm="ppo", prompts=32),
+        ("algorithm.num_minibatches=2", "batch.micro_batch_size=8", "models.value.share_trunk=true"),
+    ),
     "dpo": (SMALL, ()),
     "rm": (SMALL, ()),
     "sft": (replace(SMALL, prompts=16), ("batch.micro_batch_size=8",)),
@@ -68,7 +72,10 @@ def case_of(name: str, devices: int, vocab: int = VOCAB) -> Case:
     model = f"models.{'reward' if name == 'rm' else 'policy'}.architecture"
     heads = (f"{model}.num_heads=4", f"{model}.num_kv_heads=2", f"{model}.vocab_size={vocab}")
     cfg = without_world(
-        shaped(replace(shape, algorithm=name), [*overrides, *heads, LOOPS, *(EIGHT if devices == 8 else ())])
+        shaped(
+            replace(shape, algorithm=shape.algorithm or name),
+            [*overrides, *heads, LOOPS, *(EIGHT if devices == 8 else ())],
+        )
     )
     return ready(*blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:devices]), {}), "dense")
 

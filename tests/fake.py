@@ -15,6 +15,10 @@ LENGTHS = [5, 1, 0, 3, 4, 5]  # of the responses; one is empty
 FAKE = Nets(
     token_stats=lambda role, trees, sequences: TokenStats(trees[role]["logprobs"], trees[role]["entropy"]),
     values=lambda role, trees, sequences: trees[role]["values"],
+    policy_and_value=lambda trees, sequences: (
+        FAKE.token_stats("policy", trees, sequences),
+        FAKE.values("value", trees, sequences),
+    ),
     scores=lambda role, trees, sequences: trees[role]["scores"],
     sample=lambda *args: pytest.fail("nothing is sampled here"),
 )

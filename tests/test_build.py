@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from jaxrlhf import build, checkpoint, cli, complete, programs
@@ -235,6 +236,18 @@ def test_a_value_model_that_starts_from_a_policy_knows_nothing(ppo):
     assert not np.any(head["kernel"]) and not np.any(head["bias"])
     trunk = {name: part for name, part in state.params["value"].items() if name != "head"}
     assert equal(trunk, {name: state.params["policy"][name] for name in trunk})
+
+
+def test_a_value_model_that_shares_the_policy_s_trunk(ppo, whole):
+    """A head at 0 and no trunk; from a reward model's weights, its head; and it starts from the policy by itself."""
+    ready, state = started(ppo("models.value={share_trunk: true}"))
+    assert ready.cfg.models["value"].init_from == "policy" and ready.heads["value"] == "bare"
+    assert named(state.params["value"]).keys() == {"head/kernel", "head/bias"}
+    assert not any(np.any(leaf) for leaf in named(state.params["value"]).values())
+    assert optax.tree.get(state.opt_state["value"], "mu").keys() == {"head"}
+    _, state = started(ppo(f"models.policy.init_from={whole}/rm", "models.value={share_trunk: true}"))
+    trained = runs.read_state(whole / "rm", 4)["params.reward/head/kernel"]
+    assert np.any(trained) and np.array_equal(state.params["value"]["head"]["kernel"], trained)
 
 
 def test_a_reward_model_starts_as_the_policy_with_a_new_head(root, whole, tmp_path):

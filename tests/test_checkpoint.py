@@ -202,10 +202,12 @@ def test_one_role_is_read_alone(tmp_path):
 )
 def test_shapes_of_models_go_through_json(cfg):
     cfg = resolve(cfg)
-    record = json.loads(json.dumps(checkpoint.models_record({"reward": cfg}, {"reward": "scalar"})))
+    record = json.loads(json.dumps(checkpoint.models_record({"reward": cfg}, {"reward": "scalar"}, {})))
     assert checkpoint.model_of(record["reward"]) == (cfg, "scalar")
     changed = replace(cfg, num_layers=7)
-    assert checkpoint.models_record({"reward": changed}, {"reward": "scalar"}) != record
+    assert checkpoint.models_record({"reward": changed}, {"reward": "scalar"}, {}) != record
+    bare = checkpoint.models_record({"value": cfg}, {"value": "bare"}, {"value": "policy"})
+    assert bare["value"]["trunk"] == "policy" and checkpoint.model_of(bare["value"]) == (cfg, "scalar")
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,19 @@ def test_a_good_config_passes(ppo):
             ["models.reward.init_from=value"],
             "models.reward.init_from: value: goes in a circle (reward -> value -> reward)",
         ),
+        (["models.reward.share_trunk=true"], "models.reward.share_trunk: true: only a value model that learns beside "),
+        (
+            ["models.value={init_from: reward, share_trunk: true}"],
+            "models.value.share_trunk: true: init_from reward is given; expected init_from policy",
+        ),
+        (
+            ["models.value={architecture: {}, share_trunk: true}"],
+            "models.value.share_trunk: true: an architecture of its own is given; expected init_from policy",
+        ),
+        (
+            ["models.value={init_from: reward, trunk_gradient: 0.5}"],
+            "models.value.trunk_gradient: 0.5: share_trunk is false, so there is no such gradient; nearest: 0.1",
+        ),
         (["models.rewards.init_from=runs/rm"], "models.rewards: unknown role; nearest: reward"),
         (["optimizer.valeu={}"], "optimizer.valeu: no role of ppo; nearest: value"),
         (["rewards.function=operator:add"], "models.reward: rewards.function operator:add is given too; expected one"),

@@ -52,6 +52,8 @@ GROUPS = "grpo", tiny.MODEL, GRPOConfig(num_minibatches=2, aggregation="seq-mean
 CUT = *GROUPS, {"share_prompts": False}
 # the same where responses end early, and are packed
 PACKED = *GROUPS, {"pack_widths": 3, "eos_ids": tuple(range(1, 16))}
+# the value model is a head on the policy
+TRUNK = "ppo", tiny.MODEL, PPOConfig(num_minibatches=2, old_logprobs="recompute"), 2, 2, {"trunk_gradient": 0.5}
 # SmolLM2's heads, which tensor = 2 does not divide: they stay whole on every device, the rest is split
 NINE_MODEL = resolve(dataclasses.replace(tiny.MODEL, hidden_size=18, num_heads=9, num_kv_heads=3, head_dim=4))
 NINE = "ppo", NINE_MODEL, PPOConfig(num_epochs=1), 1, 1
@@ -64,6 +66,7 @@ CASES: dict[str, tuple] = {
     "groups": GROUPS,
     "cut": CUT,
     "packed": PACKED,
+    "trunk": TRUNK,
     "nine": NINE,
     "wide": WIDE,
 }
@@ -101,7 +104,7 @@ def layouts(state: TrainState) -> TrainState:
 @functools.cache
 def ran(shape: Shape, which: str) -> Ran:
     name, model, cfg, num_micro, copies, *options = CASES[which]
-    iterations = 2 if which in ("packed", "nine", "wide") else ITERATIONS
+    iterations = 2 if which in ("packed", "trunk", "nine", "wide") else ITERATIONS
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **_):
@@ -142,9 +145,9 @@ def test_noise_has_the_same_bits(shape):
 
 
 RUNS = [(shape, "plain") for shape in MESHES]
-RUNS += [((2, 2, 2), name) for name in ("odd", "groups", "packed", "nine", "wide")]
+RUNS += [((2, 2, 2), name) for name in ("odd", "groups", "packed", "trunk", "nine", "wide")]
 RUNS += [((1, 4, 2, 1, 2), name) for name in ("groups", "odd")]
-MAPPED = [(8, "plain"), (8, "cut"), (4, "groups"), (4, "packed"), (4, "odd")]
+MAPPED = [(8, "plain"), (8, "cut"), (4, "groups"), (4, "packed"), (4, "odd"), (4, "trunk")]
 COMPARED = ("loss/", "score/", "kl/", "reward/", "policy/entropy", "policy/sampler", "response/", "group/")
 
 

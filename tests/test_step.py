@@ -23,7 +23,7 @@ from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, Preferences, Sequences, TrainState
 from tests import tiny
 
-NO_NETS = Nets(*[lambda *args: pytest.fail("no network is asked")] * 4)
+NO_NETS = Nets(*[lambda *args: pytest.fail("no network is asked")] * 5)
 
 
 # ---- epochs x minibatches -------------------------------------------------------------------------------------------

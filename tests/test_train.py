@@ -18,6 +18,7 @@ import pytest
 
 from jaxrlhf import checkpoint, cli, programs
 from jaxrlhf import train as trainer
+from jaxrlhf.build import changes_since_saved
 from jaxrlhf.config import dump, load
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.metrics import lock_run_dir
@@ -501,6 +502,19 @@ def test_other_changes_are_told(root, half_done, fake, capsys):
     assert "log.every: 1 -> 2" in line and "eval.every: 2 -> 0" in line
     assert "run_dir" not in line  # the run may be moved
     assert load(half_done / "config.yaml").log.every == 2
+
+
+def test_a_key_that_the_saved_config_is_older_than_is_no_change(root, half_done):
+    """Such as models.policy.share_trunk, where models.* can't be changed; one that is gone is told."""
+    cfg = runs.config("sft", root, half_done.parent)
+    file = half_done / "checkpoints" / "2" / "extra" / "metadata"
+    saved, line = json.loads(file.read_text()), "    share_trunk: false\n"
+    assert saved["config"].count(line) == 1
+    file.write_text(json.dumps(saved | {"config": saved["config"].replace(line, "")}))
+    assert changes_since_saved(cfg) == []
+    gone = saved["config"].replace("deterministic: false\n", "deterministic: false\nfrozen: 1\n")
+    file.write_text(json.dumps(saved | {"config": gone}))
+    assert changes_since_saved(cfg) == ["frozen: 1 -> null"]
 
 
 def test_other_data_is_refused(root, half_done, tmp_path, one_device):

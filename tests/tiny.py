@@ -12,7 +12,7 @@ from jaxrlhf import state as states
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.int8 import Int8
-from jaxrlhf.models.nets import make_nets
+from jaxrlhf.models.nets import Trunk, make_nets
 from jaxrlhf.models.transformer import Runtime, parameter_table, weight_spec
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
@@ -120,10 +120,14 @@ def build(
     share_prompts: bool = True,
     temperature: float = 1.0,
     pack_widths: int = 1,
+    trunk_gradient: float | None = None,
 ) -> Tiny:
-    """The algorithm called ``name`` on models of this shape, on the current mesh. Policy and reference start equal."""
+    """The algorithm called ``name`` on models of this shape, on the current mesh. Policy and reference start equal.
+    With ``trunk_gradient`` the value model is a head on the policy."""
     algorithm = ALGORITHMS[name]
     trained, slow = algorithm.roles(cfg)
+    trunks = {} if trunk_gradient is None else {"value": Trunk("policy", trunk_gradient)}
+    trained = trained | dict.fromkeys(trunks, "bare")
     seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2}
     make = lambda heads: {role: parameters(model, head, seeds[role]) for role, head in heads.items()}
     optimizers = {role: make_optimizer(optimizer, 1000) for role in trained}
@@ -133,6 +137,7 @@ def build(
         Runtime(),
         sampling,
         sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts),
+        trunks,
     )
     recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro, pack_widths)
     state = states.new_state(0, make(trained), make(slow), optimizers, algorithm.controls(cfg))

@@ -35,7 +35,8 @@ from jaxrlhf.types import (
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """Proximal policy optimisation against a reward model, with a separate value model."""
+    """Proximal policy optimisation against a reward model. The value model is one of its own, or a head on the policy's
+    trunk (models.value.share_trunk)."""
 
     num_epochs: int = 4  # passes over the responses of an iteration
     num_minibatches: int = 1  # updates an epoch
@@ -73,9 +74,13 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     sequences = batch.sequences
     mask = sequences.response_mask
     scores = on_policy.scores_of(nets, state.params if cfg.reward_update else state.slow, sequences)
-    logprobs = on_policy.old_logprobs(nets, state, sequences, cfg.old_logprobs)
+    if cfg.old_logprobs == "sampler":
+        logprobs, values = sequences.logprobs, nets.values("value", state.params, sequences)
+    else:
+        stats, values = nets.policy_and_value(state.params, sequences)
+        logprobs = stats.logprobs
+    values = keep(values, mask)
     ref_logprobs = nets.token_stats("reference", state.slow, sequences).logprobs
-    values = keep(nets.values("value", state.params, sequences), mask)
     rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
@@ -117,11 +122,11 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: PPOConfig) -> tup
     """Clipped policy loss less the entropy bonus; clipped value loss; the reward model's own when it learns too."""
     sequences = minibatch.sequences
     mask = sequences.response_mask
-    stats = nets.token_stats("policy", params, sequences)
+    stats, values = nets.policy_and_value(params, sequences)
     logprobs, old = keep(stats.logprobs, mask), keep(sequences.logprobs, mask)
     policy, ratio, clipped = clipped_policy_terms(logprobs, old, minibatch.advantages, cfg.clip_range, cfg.clip_range)
     entropy = keep(stats.entropy, mask)
-    values = keep(nets.values("value", params, sequences), mask)
+    values = keep(values, mask)
     value, value_clipped = clipped_value_terms(values, minibatch.values, minibatch.returns, cfg.value_clip_range)
     losses = {"policy": sums(policy - cfg.entropy_coef * entropy, mask), "value": sums(value, mask)}
     metrics = {

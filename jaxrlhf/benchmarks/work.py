@@ -87,10 +87,12 @@ def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Docu
     """FLOPs of one pass over the documents. ``kind`` "sample": what sampling them takes."""
     found = list(found)
     *inside, last = matrices(cfg, head, 1)
+    if kind == "head":
+        return 2.0 * last.size * sum(one.read for one in found)
     spans = [(0, size) for size in {one.prompt: one.prompt_tokens for one in found}.values()]
     spans += [(one.prompt_tokens, one.response_tokens) for one in found]
     tokens = sum(count for _, count in spans)
-    read = len(found) if kind == "scores" else sum(one.read for one in found)
+    read = {"scores": len(found), "states": 0}.get(kind, sum(one.read for one in found))
     multiplied = tokens * sum(weight.size for weight in inside) + read * last.size
     return float(2 * multiplied + 4 * products(cfg, spans) * cfg.num_heads * cfg.head_dim)
 

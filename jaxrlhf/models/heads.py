@@ -1,5 +1,6 @@
 """From hidden states to what is asked of them: next-token logits, or one number a token."""
 
+import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
@@ -31,6 +32,13 @@ def lm_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
     if logits.shape[-1] == cfg.vocab_size:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1]) < cfg.vocab_size, logits, IMPOSSIBLE)
+
+
+def scale_gradient(x: Array, share: float) -> Array:
+    """``x`` itself; backward, ``share`` of its gradient."""
+    same = jax.custom_vjp(lambda x: x)
+    same.defvjp(lambda x: (x, None), lambda _, grad: (grad * share,))
+    return same(x)  # type: ignore[return-value]
 
 
 def scalar(params: Params, hidden: Array) -> Array:

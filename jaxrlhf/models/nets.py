@@ -1,13 +1,14 @@
 """What algorithms ask of networks, bound to the run's models: see types.Nets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.heads import gathered_head, lm_logits, scalar
+from jaxrlhf.models.heads import gathered_head, lm_logits, scalar, scale_gradient
 from jaxrlhf.models.packed import Places, apart, places, side_by_side
 from jaxrlhf.models.transformer import Runtime, forward, forward_responses, padded_vocab
 from jaxrlhf.ops.logprobs import chunked_token_stats
@@ -56,12 +57,26 @@ class Reading(NamedTuple):
         return repeat_rows(x[:, :1], self.where.column.shape[1])
 
 
-def make_nets(configs: dict[Role, ModelConfig], runtime: Runtime, sampling: Sampling, sample: Callable) -> Nets:
+class Trunk(NamedTuple):
+    """What a bare head stands on."""
+
+    role: Role  # whose trunk it is
+    gradient: float = 1.0  # share of the head's gradient that reaches it
+
+
+def make_nets(
+    configs: dict[Role, ModelConfig],
+    runtime: Runtime,
+    sampling: Sampling,
+    sample: Callable,
+    trunks: Mapping[Role, Trunk] = MappingProxyType({}),
+) -> Nets:
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
-    ``sample``: Nets.sample."""
+    ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head."""
 
     def read(role, trees, sequences: Sequences) -> Reading:
-        params, cfg, start = trees[role], configs[role], sequences.response_start
+        role, start = trunks[role].role if role in trunks else role, sequences.response_start
+        params, cfg = trees[role], configs[role]
         tokens, valid, copies = sequences.tokens, sequences.valid, sequences.copies
         if sequences.segment_ids is not None or start == 1:
             states = forward(params, cfg, tokens, segments(sequences), runtime)[:, start - 1 :]
@@ -77,8 +92,10 @@ def make_nets(configs: dict[Role, ModelConfig], runtime: Runtime, sampling: Samp
         return jnp.pad(x, ((0, 0), (sequences.response_start, 0)))
 
     def token_stats(role, trees, sequences: Sequences) -> TokenStats:
-        cfg, reading = configs[role], read(role, trees, sequences)
-        head = gathered_head(trees[role], runtime.compute)
+        return stats_of(read(role, trees, sequences), role, trees, sequences)
+
+    def stats_of(reading: Reading, role, trees, sequences: Sequences) -> TokenStats:
+        cfg, head = configs[role], gathered_head(trees[role], runtime.compute)
 
         def logits_of(hidden, columns):
             logits = lm_logits(head, cfg, hidden)
@@ -89,12 +106,23 @@ def make_nets(configs: dict[Role, ModelConfig], runtime: Runtime, sampling: Samp
         return jax.tree.map(lambda x: widen(reading.rows(x), sequences), stats)
 
     def values(role, trees, sequences: Sequences) -> Array:
-        reading = read(role, trees, sequences)
-        return widen(reading.rows(scalar(trees[role], reading.before())), sequences)
+        return values_of(read(role, trees, sequences), role, trees, sequences)
+
+    def values_of(reading: Reading, role, trees, sequences: Sequences) -> Array:
+        states = reading.before()
+        if role in trunks:
+            states = scale_gradient(states, trunks[role].gradient)
+        return widen(reading.rows(scalar(trees[role], states)), sequences)
+
+    def policy_and_value(trees, sequences: Sequences) -> tuple[TokenStats, Array]:
+        reading = read("policy", trees, sequences)
+        shared = "value" in trunks and trunks["value"].role == "policy"
+        other = reading if shared else read("value", trees, sequences)
+        return stats_of(reading, "policy", trees, sequences), values_of(other, "value", trees, sequences)
 
     def scores(role, trees, sequences: Sequences) -> Array:
         reading = read(role, trees, sequences)
         every = scalar(trees[role], reading.states)
         return reading.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
-    return Nets(token_stats, values, scores, sample)
+    return Nets(token_stats, values, policy_and_value, scores, sample)

@@ -63,6 +63,8 @@ def padded_vocab(cfg: ModelConfig) -> int:
 def parameter_table(cfg: ModelConfig, head: Head) -> dict:
     """The pytree of Leafs of a model with this head. ``cfg`` is resolved."""
     dim, vocab = cfg.hidden_size, padded_vocab(cfg)
+    if head == "bare":
+        return {"head": scalar_table(cfg)}
     table = {
         "embed": {"tokens": {"embedding": Leaf((vocab, dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
         "layers": {"attention": attention_table(cfg) | branch_norms(cfg), "mlp": mlp_table(cfg) | branch_norms(cfg)},
@@ -71,13 +73,17 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
     if FAMILIES[cfg.family].positions == "learned":
         table["embed"]["positions"] = {"embedding": Leaf((cfg.max_positions, dim), ("positions", "embed"), 0.01)}
     if head == "scalar":
-        table["head"] = {
-            "kernel": Leaf((dim, 1), ("embed", "score"), 1 / math.sqrt(dim + 1)),
-            "bias": Leaf((1,), ("score",), "zeros"),
-        }
+        table["head"] = scalar_table(cfg)
     elif not cfg.tie_embeddings:
         table["head"] = {"kernel": Leaf((dim, vocab), ("embed", "vocab"), 0.02)}
     return table
+
+
+def scalar_table(cfg: ModelConfig) -> dict:
+    """Leafs of a head that gives one number a token."""
+    dim = cfg.hidden_size
+    kernel = Leaf((dim, 1), ("embed", "score"), 1 / math.sqrt(dim + 1))
+    return {"kernel": kernel, "bias": Leaf((1,), ("score",), "zeros")}
 
 
 def attention_table(cfg: ModelConfig) -> dict:

@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.build import Blueprint
+from jaxrlhf.config import trunks_of
 from jaxrlhf.config_batch import updates_of
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.step import make_rollout, split
 from jaxrlhf.types import Batch, Head, Nets, Prompts, Role, Sequences, TokenStats, TrainState
 
-Kind = Literal["token_stats", "values", "scores", "sample"]
+# "states": of a trunk alone; "head": numbers of states that another pass left
+Kind = Literal["token_stats", "values", "scores", "states", "head", "sample"]
 
 
 class Pass(NamedTuple):
@@ -25,7 +27,7 @@ class Pass(NamedTuple):
     kind: Kind
     rows: int  # sample: prompts
     columns: int  # of a row; sample: of a prompt
-    read: int  # columns that logits (values, scores: a number) are computed of; sample: tokens that are sampled
+    read: int  # columns that logits (values, scores, head: a number) are computed of; sample: tokens that are sampled
     copies: int = 1  # rows that have the same prompt; sample: responses a prompt
     prompt: int = 0  # columns of a row in front of its response, read once for all copies; 0: it is one text
     rounds: float = 1  # sample: one after the other, of as many responses a prompt as are decoded at a time
@@ -103,6 +105,9 @@ def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Pr
         return Pass(role, kind, count, columns, sampler.max_new_tokens, copies, rounds=copies / sampler.together)
     start = rows.response_start
     read = columns - start + (kind == "scores")  # a score is read at the last token, which may be the prompt's
+    if kind == "head":
+        return Pass(role, kind, count, 0, read)
+    read = 0 if kind == "states" else read
     if rows.segment_ids is not None or start == 1:
         return Pass(role, kind, count, columns, read)
     return Pass(role, kind, count, columns, read, rows.copies, start)
@@ -112,13 +117,24 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
     """Nets that answer zeros of the right shapes, and tell ``note`` what they were asked: role, kind, rows (Sequences;
     Prompts where they are to sample)."""
 
+    trunks = trunks_of(drawn.cfg)
+
     def token_stats(role, trees, sequences: Sequences) -> TokenStats:
         note(role, "token_stats", sequences)
         return TokenStats(jnp.zeros(sequences.tokens.shape), jnp.zeros(sequences.tokens.shape))
 
     def values(role, trees, sequences: Sequences):
-        note(role, "values", sequences)
+        if role in trunks:
+            note(trunks[role], "states", sequences)
+        note(role, "head" if role in trunks else "values", sequences)
         return jnp.zeros(sequences.tokens.shape)
+
+    def policy_and_value(trees, sequences: Sequences):
+        stats = token_stats("policy", trees, sequences)
+        if "value" not in trunks:
+            return stats, values("value", trees, sequences)
+        note("value", "head", sequences)
+        return stats, jnp.zeros(sequences.tokens.shape)
 
     def scores(role, trees, sequences: Sequences):
         note(role, "scores", sequences)
@@ -138,4 +154,4 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
             copies=drawn.sampler.copies,
         )
 
-    return Nets(token_stats, values, scores, sample)
+    return Nets(token_stats, values, policy_and_value, scores, sample)

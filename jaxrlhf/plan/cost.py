@@ -327,4 +327,10 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
     return [phase for phase in found if any(phase.work)]
 
 
-NAMES = {"token_stats": "log-probs of", "values": "values of", "scores": "scores of"}
+NAMES = {
+    "token_stats": "log-probs of",
+    "values": "values of",
+    "scores": "scores of",
+    "states": "states of",
+    "head": "values of",
+}

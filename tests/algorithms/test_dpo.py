@@ -30,6 +30,7 @@ FAKE = Nets(
         *[trees[role]["table"][sequences.tokens[:, 0]]] * 2  # type: ignore[arg-type]
     ),
     values=nothing,
+    policy_and_value=nothing,
     scores=nothing,
     sample=nothing,
 )

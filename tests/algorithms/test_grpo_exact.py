@@ -36,6 +36,7 @@ TABULAR = Nets(
         jnp.pad(tabular(trees[role]), ((0, 0), (1, 0)))[sequences.tokens[:, 0]], jnp.zeros(sequences.tokens.shape)
     ),
     values=lambda *args: pytest.fail("there is no value model"),
+    policy_and_value=lambda *args: pytest.fail("there is no value model"),
     scores=lambda role, trees, sequences: trees[role][sequences.tokens[:, 0]],
     sample=lambda *args: pytest.fail("nothing is sampled here"),
 )

@@ -24,6 +24,7 @@ def nothing(*args) -> Any:
 FAKE = Nets(
     token_stats=nothing,
     values=nothing,
+    policy_and_value=nothing,
     scores=lambda role, trees, sequences: trees[role]["table"][sequences.tokens[:, 0]],
     sample=nothing,
 )

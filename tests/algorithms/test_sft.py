@@ -59,7 +59,7 @@ def test_loss_is_a_numpy_loop():
     mask = rng.random((4, 6)) < 0.5
     logprobs, entropy = (np.where(mask, rng.normal(-2, 1, mask.shape), np.nan).astype(np.float32) for _ in range(2))
     answer: Any = lambda *args: TokenStats(jnp.array(logprobs), jnp.array(entropy))
-    nets = Nets(answer, answer, answer, answer)
+    nets = Nets(answer, answer, answer, answer, answer)
     sequences = Sequences(jnp.zeros((4, 6), jnp.int32), jnp.ones((4, 6), bool), jnp.array(mask))
     losses, metrics = sft.loss(nets, {}, {}, Experience(sequences=sequences), SFTConfig())
     tokens = list(zip(*np.nonzero(mask)))

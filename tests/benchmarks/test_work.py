@@ -64,6 +64,17 @@ def test_ppo_pays_four_epochs_of_two_roles():
     assert (found.update_tokens, found.sampled_share, found.update_share) == (4 * 15, 1, 1)
 
 
+def test_a_shared_trunk_is_counted_once():
+    """The case before, with the value model a head on the policy: old values take a pass of the trunk, an update none
+    but the policy's."""
+    made = case(algorithm="ppo", prompts=3, overrides=("models.value.share_trunk=true",))
+    found = count_work(made.drawn, sampled(made, [2, 2, 2]))
+    body = 2 * 15 * LAYER + 4 * 3 * (1 + 2 + 3 + 4 + 5) * HEAD_DIM
+    logits, values, scores = 2 * 6 * LOGITS, 2 * 6 * 64, 2 * 3 * 64
+    assert found.prepare == 3 * body + logits + values + scores
+    assert found.update == 4 * 3 * (body + logits + values)
+
+
 def test_a_pair_shares_its_prompt():
     """DPO: 2 pairs of a prompt of 3 and two responses of 2 tokens: 2 x (3 + 4) tokens. The reference does not learn."""
     made = case(algorithm="dpo", prompts=2)

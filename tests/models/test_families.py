@@ -115,7 +115,7 @@ def test_records_of_older_checkpoints():
     assert (cfg, head) == (resolve(ModelConfig(**SMALL, family="gpt2", max_positions=16)), "lm")
     window: dict[str, Any] = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
     new = resolve(ModelConfig(**SMALL, family="gemma2", num_heads=2, rope_scaling=LONGROPE, **window))
-    record = json.loads(json.dumps(checkpoint.models_record({"policy": new}, {"policy": "lm"})))
+    record = json.loads(json.dumps(checkpoint.models_record({"policy": new}, {"policy": "lm"}, {})))
     assert checkpoint.model_of(record["policy"]) == (new, "lm")
     hash(checkpoint.model_of(record["policy"])[0])
 

@@ -227,6 +227,27 @@ def test_what_recomputing_old_log_probs_adds():
     assert set(again.prepare) - set(passes(cfg).prepare) == {Pass("policy", "token_stats", 16, 9, 3, prompt=6)}
 
 
+def test_a_shared_trunk_is_computed_once():
+    """What old values are read off is a pass of its own; in an update policy and value are one, and the head is all
+    that is beside it."""
+    cfg = config(PPO.replace("  reward:", "  value: {share_trunk: true}\n  reward:"))
+    found, old = passes(cfg), Pass("value", "head", 16, 0, 3)
+    assert set(found.prepare) - {old} == {
+        Pass("reward", "scores", 16, 9, 4, prompt=6),
+        Pass("reference", "token_stats", 16, 9, 3, prompt=6),
+        Pass("policy", "states", 16, 9, 0, prompt=6),
+    }
+    assert sorted(found.micro) == [
+        Pass("policy", "token_stats", 4, 9, 3, prompt=6),
+        Pass("value", "head", 4, 0, 3),
+    ]
+    head = cost.forward(MODEL, "bare", old, Setup(ALONE))
+    assert head.flops == 2 * 16 * 3 * MODEL.hidden_size
+    again = dataclasses.replace(cfg, algorithm=dataclasses.replace(cfg.algorithm, old_logprobs="recompute"))
+    assert Pass("policy", "token_stats", 16, 9, 3, prompt=6) in passes(again).prepare
+    assert not any(one.kind == "states" for one in passes(again).prepare)
+
+
 def test_a_reward_function_takes_the_reward_model_s_place():
     text = PPO.replace("  reward: {init_from: policy}\n", "")
     cfg = config(text + 'rewards: {function: "jaxrlhf.rewards.math_answer:strict"}\n')
