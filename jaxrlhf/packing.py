@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 
 from jaxrlhf.ops.rows import group_rows, join_rows, split_rows
-from jaxrlhf.types import Nets, Sequences
+from jaxrlhf.types import READING, Nets, Sequences
 
 T = TypeVar("T")
 
@@ -57,5 +57,4 @@ def packed_nets(nets: Nets, parts: int, number: int) -> Nets:
 
         return asked
 
-    reading = ("token_stats", "values", "policy_and_value", "scores")
-    return nets._replace(**{name: in_parts(getattr(nets, name)) for name in reading})
+    return nets._replace(**{name: in_parts(getattr(nets, name)) for name in READING})

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.build import Blueprint
+from jaxrlhf.questions import asked_before_scores
 from jaxrlhf.sharding import DEVICES, is_pmap, row_layout
-from jaxrlhf.step import make_iteration, make_learn, make_rollout
+from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout
 from jaxrlhf.types import Batch, TrainState
 
 
@@ -25,11 +26,11 @@ class Program(NamedTuple):
 
 
 def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
-    """What an iteration runs, by name, in order: "iteration", or "rollout" and "learn"."""
+    """What an iteration runs, by name, in order: "iteration"; or "rollout", "read" where networks can be read while
+    the host scores the responses (rewards.overlap), and "learn"."""
     if drawn.cfg.rewards.function is None or drawn.recipe.algorithm.rollout is None:
         return {"iteration": compile_whole(drawn, state, batch)}
-    rollout, learn = compile_halves(drawn, state, batch)
-    return {"rollout": rollout, "learn": learn}
+    return compile_parts(drawn, state, batch)
 
 
 def compile_whole(drawn: Blueprint, state: TrainState, batch: Batch) -> Program:
@@ -38,15 +39,20 @@ def compile_whole(drawn: Blueprint, state: TrainState, batch: Batch) -> Program:
     return compile_program(iteration, drawn.mesh, state, batch, rows=(False, False, True), donate=True)
 
 
-def compile_halves(drawn: Blueprint, state: TrainState, batch: Batch) -> tuple[Program, Program]:
-    """(rollout, learn): the second is given the first's responses, and scores f32[B] laid out as their rows.
+def compile_parts(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
+    """The programs around the host's scores: the last is given the first's responses, scores f32[B] laid out as their
+    rows, and the answers of the one between them.
 
-    The state is donated to the second only: the first leaves it whole, should a reward function raise."""
+    The state is donated to the last only: the others leave it whole, should a reward function raise."""
     rollout = compile_program(make_rollout(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
+    found, batch = {"rollout": rollout}, batch.replace(sequences=rollout.out)
+    if drawn.cfg.rewards.overlap and asked_before_scores(drawn, batch):
+        found["read"] = compile_program(make_read(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
+        batch = batch.replace(answers=found["read"].out)
     scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(drawn.mesh, 1))
-    scored = batch.replace(sequences=rollout.out.replace(scores=scores))
-    learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, scored, rows=(False, False), donate=True)
-    return rollout, learn
+    batch = batch.replace(sequences=rollout.out.replace(scores=scores))
+    learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, batch, rows=(False, False), donate=True)
+    return found | {"learn": learn}
 
 
 def compile_program(

@@ -62,16 +62,28 @@ def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(everything)).sum(0)[here]  # 0 but for one process a row
 
 
+def scored(
+    ready: Run, programs: dict[str, Program], state: TrainState, batch: Batch, records: Records
+) -> tuple[Batch, float]:
+    """(batch with the scores of its responses, seconds spent in the function); the program "read", where there is one,
+    is under way while the host works."""
+    if "read" in programs:
+        batch = batch.replace(answers=programs["read"].run(state, batch))
+    sequences, seconds = score(ready, batch.sequences, records)
+    return batch.replace(sequences=sequences), seconds
+
+
 def joined(ready: Run, programs: dict[str, Program]) -> Callable:
     """programs.compile_programs as one function: (state, batch, records) -> (state, metrics, responses or None).
 
-    Where there are two programs, the host scores the responses between them; ``records`` are for that alone."""
+    Where there are several, the host scores the responses between them; ``records`` are for that alone."""
     if "iteration" in programs:
         return lambda state, batch, records: programs["iteration"].run(state, batch)
 
     def iteration(state: TrainState, batch: Batch, records: Records) -> tuple[TrainState, Metrics, Sequences]:
-        sequences, seconds = score(ready, programs["rollout"].run(state, batch), records)
-        state, metrics = programs["learn"].run(state, batch.replace(sequences=sequences))
-        return state, metrics | {"time/rewards": seconds}, sequences
+        batch = batch.replace(sequences=programs["rollout"].run(state, batch))
+        batch, seconds = scored(ready, programs, state, batch, records)
+        state, metrics = programs["learn"].run(state, batch)
+        return state, metrics | {"time/rewards": seconds}, batch.sequences
 
     return iteration

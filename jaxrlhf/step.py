@@ -3,7 +3,8 @@
     sample responses -> score, compare with the reference, estimate advantages -> epochs x minibatches of updates
 
 ``make_iteration`` composes it from an algorithm's pure functions. With a reward that only the host can compute, the
-same two halves (``make_rollout``, ``make_learn``) are two programs, with the host between them.
+same two halves (``make_rollout``, ``make_learn``) are two programs, with the host between them; a third
+(``make_read``) reads the reference and the like while the host is busy.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrlhf.ahead import noting, repeating
 from jaxrlhf.ops.rows import gather_rows, own_rows, shuffle, split_rows
 from jaxrlhf.packing import at_least_width, packed_nets
 from jaxrlhf.sharding import across
@@ -60,13 +62,35 @@ def make_learn(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState
     return lambda state, batch: update(state, batch)[:2]
 
 
+def make_read(recipe: Recipe) -> Callable[[TrainState, Batch], tuple]:
+    """(state, batch with sequences that have no scores yet) -> Batch.answers, for ``make_learn`` to go on with.
+
+    Only where no score decides what is asked: see questions.asked_before_scores."""
+    nets = preparing_nets(recipe)
+
+    def read(state: TrainState, batch: Batch) -> tuple:
+        noted: list[Any] = []
+        sequences = batch.sequences.replace(scores=jnp.zeros_like(batch.sequences.ended, jnp.float32))
+        recipe.algorithm.prepare(noting(nets, noted), state, batch.replace(sequences=sequences), recipe.cfg)
+        return tuple(noted)
+
+    return read
+
+
+def preparing_nets(recipe: Recipe) -> Nets:
+    """The networks of ``prepare``: they read all rows, in parts as an update does where responses are packed."""
+    if recipe.pack_widths == 1:
+        return recipe.nets
+    parts = getattr(recipe.cfg, "num_minibatches", 1) * recipe.num_micro
+    return packed_nets(recipe.nets, parts, recipe.pack_widths)
+
+
 def make_update(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Experience]]:
     """What make_learn makes, and what was learned from."""
-    algorithm, cfg, nets = recipe.algorithm, recipe.cfg, recipe.nets
-    if recipe.pack_widths > 1:
-        nets = packed_nets(nets, getattr(cfg, "num_minibatches", 1) * recipe.num_micro, recipe.pack_widths)
+    algorithm, cfg, preparing = recipe.algorithm, recipe.cfg, preparing_nets(recipe)
 
     def update(state: TrainState, batch: Batch):
+        nets = preparing if batch.answers is None else repeating(preparing, batch.answers)
         experience, means = algorithm.prepare(nets, state, batch, cfg)
         experience = jax.lax.stop_gradient(experience)
         state, update_means = update_epochs(recipe, state, experience)

@@ -73,6 +73,7 @@ class Batch(struct.PyTreeNode):
     prompts: Maybe = None  # Prompts
     sequences: Maybe = None  # Sequences
     preferences: Maybe = None  # Preferences
+    answers: Maybe = None  # what prepare asks of networks, where they were asked ahead of the scores (ahead.py)
 
 
 class Experience(struct.PyTreeNode):
@@ -112,6 +113,9 @@ class Nets(NamedTuple):
     policy_and_value: Callable[[dict[Role, Params], Sequences], tuple[TokenStats, Array]]  # both; a shared trunk once
     scores: Callable[[Role, dict[Role, Params], Sequences], Array]  # f32[B], read at the last valid token
     sample: Callable[[Role, dict[Role, Params], Prompts, Array, Array], Sequences]  # ..., seed i32[], step i32[]
+
+
+READING = ("token_stats", "values", "policy_and_value", "scores")  # of Nets: those that read sequences
 
 
 def sample_policy(nets: Nets, state: TrainState, prompts: Prompts) -> Sequences:

@@ -27,7 +27,7 @@ from jaxrlhf.plan import hlo
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.programs import compile_programs
 from jaxrlhf.sharding import current, make_mesh, row_layout
-from jaxrlhf.step import make_iteration, make_learn, make_rollout
+from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout
 from jaxrlhf.types import Batch, TrainState
 from tests import tiny
 from tests.flops import flops
@@ -54,7 +54,7 @@ QUICK = tiny.FAST | {"xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fus
 
 
 class Made(NamedTuple):
-    """A case, and its programs by name: "iteration", or "rollout" and "learn"."""
+    """A case, and its programs by name: "iteration", or "rollout", "read" and "learn"."""
 
     case: Case
     state: TrainState  # shapes with layouts
@@ -103,9 +103,11 @@ def traced(case: Case) -> dict[str, Any]:
         if drawn.cfg.rewards.function is None or drawn.algorithm.rollout is None:
             return {"iteration": jax.make_jaxpr(make_iteration(drawn.recipe))(state, batch)}
         rollout, sequences = jax.make_jaxpr(make_rollout(drawn.recipe), return_shape=True)(state, batch)
+        batch = batch.replace(sequences=sequences)
+        read, answers = jax.make_jaxpr(make_read(drawn.recipe), return_shape=True)(state, batch)
         scores = jax.ShapeDtypeStruct(sequences.ended.shape, np.float32, sharding=row_layout(drawn.mesh, 1))
-        scored = batch.replace(sequences=sequences.replace(scores=scores))
-        return {"rollout": rollout, "learn": jax.make_jaxpr(make_learn(drawn.recipe))(state, scored)}
+        scored = batch.replace(sequences=sequences.replace(scores=scores), answers=answers)
+        return {"rollout": rollout, "read": read, "learn": jax.make_jaxpr(make_learn(drawn.recipe))(state, scored)}
 
 
 def answered(case: Case) -> Batch:

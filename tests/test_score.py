@@ -39,25 +39,26 @@ def mesh_of(shape: tuple[int, ...]):
     return make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
 
 
-def ready_for(mesh, function: Callable, recipe=None, samples_per_prompt: int = 2) -> Any:
+def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: int = 2, overlap: bool = True) -> Any:
     """What scoring reads of a Run, with a tokenizer whose words are the token ids."""
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
     sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt)
     named = RewardFunction("my:f", function)
-    cfg = SimpleNamespace(rewards=RewardsConfig("my:f"))
-    return SimpleNamespace(
-        cfg=cfg, recipe=recipe, mesh=mesh, tokenizer=tokenizer, sampler=sampler, reward_function=named
-    )
+    algorithm, own = (recipe.algorithm, recipe.cfg) if recipe else (None, None)
+    cfg = SimpleNamespace(rewards=RewardsConfig("my:f", overlap), models={}, algorithm=own)
+    what = {"cfg": cfg, "recipe": recipe, "algorithm": algorithm, "heads": {}, "mesh": mesh}
+    return SimpleNamespace(**what, tokenizer=tokenizer, sampler=sampler, reward_function=named)
 
 
 # ---- two programs are the one ---------------------------------------------------------------------------------------
 
 
 # under pmap the one program to compare with is split by XLA, the two are not
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "in turn"])
 @pytest.mark.parametrize(
     ("mesh", "atol"), [(MeshConfig(2, 2, 2), 1e-6), (MeshConfig(style="pmap"), 1e-5)], ids=["mesh", "pmap"]
 )
-def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol):
+def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol, overlap):
     """It reads text and records, makes tokens of them again, and asks the reward model of the one program."""
     cfg = PPOConfig(num_epochs=2, num_minibatches=2, kl_coef=0.1)
     mesh = make_mesh(mesh)
@@ -75,8 +76,10 @@ def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol)
             return scores(reward_model, written_again(responses, records)).tolist()
 
         without = run.state.replace(slow={"reference": run.state.slow["reference"]})
-        ready = ready_for(mesh, function, run.recipe)
-        halves = joined(ready, compile_programs(ready, without, run.batch))
+        ready = ready_for(mesh, function, run.recipe, overlap=overlap)
+        programs = compile_programs(ready, without, run.batch)
+        assert [*programs] == ["rollout", *["read"] * overlap, "learn"]
+        halves = joined(ready, programs)
         found, numbers, scored = halves(without, run.batch, records)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(without.params)), "nothing was donated"
     np.testing.assert_array_equal(scored.tokens, sequences.tokens)

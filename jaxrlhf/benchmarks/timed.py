@@ -15,7 +15,7 @@ from jaxrlhf.benchmarks.rows import random_batch
 from jaxrlhf.build import Run, abstract_state, find_reward_function, initial_state
 from jaxrlhf.feed import fetch_all, put
 from jaxrlhf.programs import compile_program, compile_programs
-from jaxrlhf.score import score
+from jaxrlhf.score import scored
 from jaxrlhf.sharding import current, whole
 from jaxrlhf.step import make_rollout
 from jaxrlhf.types import Batch, TrainState
@@ -62,7 +62,7 @@ class Iterations:
         host = random_batch(case.shapes, self.vocab, case.prompt, case.lengths, case.drawn.cfg.seed, self.steps)
         self.steps += 1
         with current(case.drawn.mesh):
-            return self.two_programs(host) if "learn" in self.programs else self.one_program(host)
+            return self.parts(host) if "learn" in self.programs else self.one_program(host)
 
     def one_program(self, host: Batch) -> tuple[dict[str, float], Batch]:
         """Rollout and update lie in one program: the rollout is timed alone before it, the update is what is left."""
@@ -79,14 +79,15 @@ class Iterations:
         seconds["idle"] = seconds["iteration"] - program
         return seconds, batch if sequences is None else batch.replace(sequences=sequences)
 
-    def two_programs(self, host: Batch) -> tuple[dict[str, float], Batch]:
-        """The host scores between them."""
+    def parts(self, host: Batch) -> tuple[dict[str, float], Batch]:
+        """The host scores after the rollout; what is read meanwhile, and is not done by then, the update waits for."""
         seconds, records = {}, [{} for _ in range(len(host.prompts.tokens))]
         started = time.perf_counter()
         batch = put(self.run.mesh, host)
         sequences, seconds["rollout"] = clocked(lambda: self.programs["rollout"].run(self.state, batch))
-        sequences, seconds["score"] = clocked(lambda: score(self.run, sequences, records).sequences)
-        batch = batch.replace(sequences=sequences)
+        begun = time.perf_counter()
+        batch, _ = scored(self.run, self.programs, self.state, batch.replace(sequences=sequences), records)
+        seconds["score"] = time.perf_counter() - begun
         (self.state, metrics), seconds["update"] = clocked(lambda: self.programs["learn"].run(self.state, batch))
         jax.device_get(metrics)
         seconds["iteration"] = time.perf_counter() - started

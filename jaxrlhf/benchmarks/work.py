@@ -17,8 +17,9 @@ import numpy as np
 from jaxrlhf.build import Blueprint
 from jaxrlhf.config_batch import updates_of
 from jaxrlhf.models.config import ModelConfig, local_layers
-from jaxrlhf.plan.calls import Kind, blank_state, models_of, note_taker
+from jaxrlhf.plan.calls import models_of
 from jaxrlhf.plan.cost import Setup, matrices
+from jaxrlhf.questions import Kind, blank_state, note_taker
 from jaxrlhf.types import Batch, Head, Role, Sequences
 
 

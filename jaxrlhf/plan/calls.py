@@ -3,21 +3,18 @@
 So a plan knows no algorithm, and one from outside the package is planned like those of the table.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.build import Blueprint
-from jaxrlhf.config import trunks_of
 from jaxrlhf.config_batch import updates_of
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.questions import Kind, blank_state, note_taker
 from jaxrlhf.step import make_rollout, split
-from jaxrlhf.types import Batch, Head, Nets, Prompts, Role, Sequences, TokenStats, TrainState
-
-# "states": of a trunk alone; "head": numbers of states that another pass left
-Kind = Literal["token_stats", "values", "scores", "states", "head", "sample"]
+from jaxrlhf.types import Batch, Head, Prompts, Role, Sequences
 
 
 class Pass(NamedTuple):
@@ -90,13 +87,6 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     return Passes(rollout, prepared, list(notes), epochs * minibatches, parts)
 
 
-def blank_state(drawn: Blueprint) -> TrainState:
-    """A state whose parameters are left out: the note takers don't read them."""
-    zero = jnp.int32(0)
-    roles: dict[Role, Any] = {role: {} for role in drawn.heads}
-    return TrainState(zero, zero, roles, roles, {}, drawn.algorithm.controls(drawn.cfg.algorithm))
-
-
 def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Prompts) -> Pass:
     """The Pass of a network that was asked for ``kind`` of ``rows``."""
     count, columns = rows.tokens.shape
@@ -111,47 +101,3 @@ def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Pr
     if rows.segment_ids is not None or start == 1:
         return Pass(role, kind, count, columns, read)
     return Pass(role, kind, count, columns, read, rows.copies, start)
-
-
-def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Nets:
-    """Nets that answer zeros of the right shapes, and tell ``note`` what they were asked: role, kind, rows (Sequences;
-    Prompts where they are to sample)."""
-
-    trunks = trunks_of(drawn.cfg)
-
-    def token_stats(role, trees, sequences: Sequences) -> TokenStats:
-        note(role, "token_stats", sequences)
-        return TokenStats(jnp.zeros(sequences.tokens.shape), jnp.zeros(sequences.tokens.shape))
-
-    def values(role, trees, sequences: Sequences):
-        if role in trunks:
-            note(trunks[role], "states", sequences)
-        note(role, "head" if role in trunks else "values", sequences)
-        return jnp.zeros(sequences.tokens.shape)
-
-    def policy_and_value(trees, sequences: Sequences):
-        stats = token_stats("policy", trees, sequences)
-        if "value" not in trunks:
-            return stats, values("value", trees, sequences)
-        note("value", "head", sequences)
-        return stats, jnp.zeros(sequences.tokens.shape)
-
-    def scores(role, trees, sequences: Sequences):
-        note(role, "scores", sequences)
-        return jnp.zeros(sequences.tokens.shape[:1])
-
-    def sample(role, trees, prompts: Prompts, seed, step) -> Sequences:
-        note(role, "sample", prompts)
-        rows, columns = prompts.tokens.shape
-        shape = (rows * drawn.sampler.samples_per_prompt, columns + drawn.sampler.max_new_tokens)
-        return Sequences(
-            tokens=jnp.zeros(shape, jnp.int32),
-            valid=jnp.ones(shape, bool),
-            response_mask=jnp.ones(shape, bool),
-            logprobs=jnp.zeros(shape),
-            ended=jnp.ones(shape[:1], bool),
-            response_start=columns,
-            copies=drawn.sampler.copies,
-        )
-
-    return Nets(token_stats, values, policy_and_value, scores, sample)
