@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 
-from jaxrlhf.ops.rows import group_rows, join_rows, split_rows
-from jaxrlhf.types import READING, Nets, Sequences
+from jaxrlhf.ops.rows import group_rows, join_rows, reorder, size_order, split_rows
+from jaxrlhf.types import READING, Array, Nets, Sequences
 
 T = TypeVar("T")
 
@@ -25,6 +26,20 @@ def widths_of(most: int, number: int) -> list[int]:
     return sorted({-(-most * step // number) for step in range(1, number + 1)})
 
 
+def columns_needed(sequences: Sequences) -> Array:
+    """i32[B / copies]: response tokens to every prompt."""
+    start, copies = sequences.response_start, sequences.copies
+    return group_rows(sequences.valid[:, start:], copies).sum((1, 2), dtype=jnp.int32)
+
+
+def alike_in_parts(sequences: Sequences | None, parts: int, number: int) -> Array | None:
+    """The order of rows (ops.rows.reorder) in which the prompts of each of ``parts`` parts have like many response
+    tokens, so that narrower widths hold them; None where there is nothing to pack, or one part."""
+    if number == 1 or parts == 1 or sequences is None or not can_pack(sequences):
+        return None
+    return size_order(columns_needed(sequences), parts)
+
+
 def at_least_width(sequences: Sequences | None, number: int, compute: Callable[[Any], T]) -> T:
     """``compute(sequences)`` in the narrowest of ``number`` widths that holds the responses to every prompt; as they
     are where there is nothing to pack.
@@ -34,7 +49,7 @@ def at_least_width(sequences: Sequences | None, number: int, compute: Callable[[
         return compute(sequences)
     start, copies = sequences.response_start, sequences.copies
     *narrow, _ = widths_of(copies * (sequences.tokens.shape[1] - start), number)
-    needed = group_rows(sequences.valid[:, start:], copies).sum((1, 2)).max()
+    needed = columns_needed(sequences).max()
     packed = [lambda rows, width=width: compute(rows.replace(width=width)) for width in narrow]
     which = sum((needed > width).astype("int32") for width in narrow)
     return jax.lax.switch(which, [*packed, compute], sequences)  # in all columns there is nothing to pack
@@ -49,11 +64,12 @@ def packed_nets(nets: Nets, parts: int, number: int) -> Nets:
             if not can_pack(sequences):
                 return ask(*whom, sequences)
             one = lambda rows: at_least_width(rows, number, lambda packed: ask(*whom, packed))
-            if parts == 1:
+            order, together = alike_in_parts(sequences, parts, number), sequences.copies
+            if order is None:
                 return one(sequences)
             step = lambda _, rows: (None, one(rows))
-            _, found = jax.lax.scan(step, None, split_rows(sequences, parts, sequences.copies))
-            return join_rows(found, sequences.copies)
+            _, found = jax.lax.scan(step, None, split_rows(reorder(sequences, order, together), parts, together))
+            return reorder(join_rows(found, together), jnp.argsort(order, axis=1), together)
 
         return asked
 

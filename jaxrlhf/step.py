@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.ahead import noting, repeating
-from jaxrlhf.ops.rows import gather_rows, own_rows, shuffle, split_rows
-from jaxrlhf.packing import at_least_width, packed_nets
+from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffle, split_rows
+from jaxrlhf.packing import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across
 from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Role, Sequences, TrainState
 
@@ -155,6 +155,15 @@ def split(experience: Experience, parts: int) -> Experience:
     return by_kind(experience, lambda rows, together: split_rows(rows, parts, together))
 
 
+def balanced(recipe: Recipe, experience: Experience) -> Experience:
+    """The responses in an order in which micro-batches are as narrow as they can be, where they are packed."""
+    order = alike_in_parts(experience.sequences, recipe.num_micro, recipe.pack_widths)
+    if order is None:
+        return experience
+    responses = reorder(experience.replace(preferences=None), order, experience.sequences.copies)
+    return responses.replace(preferences=experience.preferences)
+
+
 def by_kind(experience: Experience, rearrange: Callable[[Any, int], Any]) -> Experience:
     """``rearrange(rows, how many stay together)`` of the responses, those of a prompt together, and of the pairs."""
     together = 1 if experience.sequences is None else experience.sequences.copies
@@ -197,7 +206,7 @@ def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple
     if recipe.num_micro == 1:
         grads, (losses, means) = gradient(minibatch)
     else:
-        parts = split(minibatch, recipe.num_micro)
+        parts = split(balanced(recipe, minibatch), recipe.num_micro)
         means_shape = jax.eval_shape(total, state.params, jax.tree.map(lambda x: x[0], parts))[1]
         nothing = jax.tree.map(jnp.zeros_like, (state.params, means_shape))
         add = lambda sums, part: (jax.tree.map(jnp.add, sums, gradient(part)), None)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.ops.rows import join_rows, split_rows
-from jaxrlhf.packing import at_least_width, can_pack, widths_of
+from jaxrlhf.ops.rows import join_rows, reorder, split_rows
+from jaxrlhf.packing import alike_in_parts, at_least_width, can_pack, columns_needed, widths_of
 from jaxrlhf.types import Sequences
 
 
@@ -50,6 +50,22 @@ def test_documents_are_not_packed():
     rows = sequences([1, 2], 1)
     assert can_pack(rows) and at_least_width(None, 3, lambda rows: rows) is None
     assert not can_pack(rows.replace(response_start=1)) and not can_pack(rows.replace(segment_ids=rows.tokens))
+
+
+def test_parts_are_as_narrow_as_they_can_be():
+    """8 prompts with two responses each, two prompts in each of 4 parts."""
+    lengths = [2, 2, 0, 0, 1, 2, 1, 0, 0, 0, 1, 3, 0, 1, 2, 1]  # 4, 0, 3, 1, 0, 4, 1, 3 to a prompt
+    rows = sequences(lengths, 2)
+
+    def widths(rows) -> list[int]:
+        parts = split_rows(rows, 4, together=2)
+        return [int(columns_needed(jax.tree.map(lambda x, i=i: x[i], parts)).max()) for i in range(4)]
+
+    assert widths(rows) == [4, 4, 3, 3]
+    order = alike_in_parts(rows, 4, 8)
+    assert order is not None
+    assert widths(reorder(rows, order, 2)) == [0, 1, 3, 4]
+    assert alike_in_parts(rows, 1, 8) is None and alike_in_parts(rows, 4, 1) is None
 
 
 @pytest.mark.parametrize("together", [1, 2])

@@ -201,25 +201,27 @@ def experience_of(sequences: Sequences, preferences: Preferences) -> Experience:
 
 @pytest.fixture(scope="module")
 def updated():
-    """The same minibatch of ragged rows in 1, 2 and 4 parts: {parts: (state, means)}, by plain gradient descent."""
+    """The same minibatch of ragged rows in 1, 2 and 4 parts, and packed in 4 (as -4): {parts: (state, means)}, by plain
+    gradient descent."""
     run = tiny.build("ppo", PPOConfig(reward_update=True, entropy_coef=0.1, reward_centering=0.1))
     experience = experience_of(tiny.sequences(), tiny.preferences())
     optimizers = {role: optax.sgd(1.0) for role in run.recipe.optimizers}
     state = replace(run.state, opt_state={role: sgd.init(run.state.params[role]) for role, sgd in optimizers.items()})
     found = {}
-    for parts in (1, 2, 4):
-        recipe = run.recipe._replace(num_micro=parts, optimizers=optimizers)
+    for parts in (1, 2, 4, -4):
+        widths = 3 if parts < 0 else 1
+        recipe = run.recipe._replace(num_micro=abs(parts), optimizers=optimizers, pack_widths=widths)
         found[parts] = tiny.program(partial(steps.update_minibatch, recipe))(state, experience)[:2]
     return state, found
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, 4, -4], ids=["2", "4", "4 packed"])
 def test_the_number_of_micro_batches_changes_nothing(updated, parts):
     start, found = updated
     whole, means = found[1]
     split, split_means = found[parts]
     lengths = np.asarray(tiny.sequences().response_mask).sum(1)
-    tokens = [lengths[part::parts].sum() for part in range(parts)]
+    tokens = [lengths[part :: abs(parts)].sum() for part in range(abs(parts))]
     assert max(tokens) > 1.1 * min(tokens), "parts of equal size would not tell a mean of means from the mean"
     for role in ("policy", "value", "reward"):
         largest = max(float(jnp.abs(a - b).max()) for a, b in pairs(start.params[role], whole.params[role]))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import DEVICES, constrain, mapped, spec
+from jaxrlhf.sharding import DEVICES, constrain, mapped, spec, split_over
 from jaxrlhf.types import Array
 
 
@@ -66,6 +66,32 @@ def split_rows(tree, parts: int, together: int = 1):
         x = jax.lax.reshape(x, runs, out_sharding=spec("batch", *(None,) * (x.ndim + 1)))
         shape, layout = (parts, groups * together, *rest), spec(None, "batch", *(None,) * len(rest))
         return jax.lax.reshape(jnp.swapaxes(x, 0, 1), shape, out_sharding=layout)
+
+    return jax.tree.map(one, tree)
+
+
+def size_order(sizes: Array, parts: int) -> Array:
+    """The order of runs of rows in which every part of split_rows has runs of like size: i32[devices, runs of each],
+    for ``reorder``; each device keeps its own. sizes: [runs]."""
+    devices = split_over("batch")
+    own = (devices, len(sizes) // devices)
+    order = jnp.argsort(jax.lax.reshape(sizes, own, out_sharding=spec("batch", None)), axis=1).astype(jnp.int32)
+    blocks = jax.lax.reshape(order, (devices, parts, own[1] // parts), out_sharding=spec("batch", None, None))
+    # a part takes every parts-th run
+    return jax.lax.reshape(jnp.swapaxes(blocks, 1, 2), own, out_sharding=spec("batch", None))
+
+
+def reorder(tree, order: Array, together: int = 1):
+    """Runs of ``together`` rows in the order of ``size_order``, on the devices that hold them. The inverse of an order
+    is its argsort along axis 1."""
+    devices, runs = order.shape
+
+    def one(x):
+        rows, *rest = x.shape
+        own = (devices, runs, together, *rest)
+        x = jax.lax.reshape(x, own, out_sharding=spec("batch", *(None,) * (len(own) - 1)))
+        x = jax.vmap(lambda x, at: x[at])(x, order)
+        return jax.lax.reshape(x, (rows, *rest), out_sharding=spec("batch", *(None,) * len(rest)))
 
     return jax.tree.map(one, tree)
 

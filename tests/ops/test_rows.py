@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxrlhf.ops.rows import deinterleave, group_rows, interleave, repeat_rows, shuffle, split_rows, ungroup_rows
+from jaxrlhf.ops.rows import (
+    deinterleave,
+    group_rows,
+    interleave,
+    reorder,
+    repeat_rows,
+    shuffle,
+    size_order,
+    split_rows,
+    ungroup_rows,
+)
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.tiny import program, put
 
@@ -17,9 +27,10 @@ def tree(rows: int = 16):
     return {"id": np.arange(rows, dtype=np.int32), "x": np.arange(rows * 3, dtype=np.float32).reshape(rows, 3)}
 
 
-def on_mesh(function, *args):
-    """The result of ``function`` on NumPy trees whose rows are split over (2, 2, 2)."""
-    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+def on_mesh(function, *args, devices: int = 8):
+    """The result of ``function`` on NumPy trees whose rows are split over (2, 2, 2), or on a mesh of one device."""
+    shape = MeshConfig(2, 2, 2) if devices == 8 else MeshConfig(1, 1, 1)
+    with jax.set_mesh(make_mesh(shape, jax.devices()[:devices])):
         return program(function)(*put(args))
 
 
@@ -118,3 +129,36 @@ def test_interleave_and_back():
     np.testing.assert_array_equal(meshed[0], first["x"])
     np.testing.assert_array_equal(meshed[1], second["x"])
     assert meshed[0].sharding.spec == ROWS
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_hold_what_is_alike_in_size(parts):
+    """16 rows in runs of two, on 1 device and on 4: each sorts its own runs, and every part is a block of them."""
+    sizes = np.array([5, 1, 7, 3, 2, 8, 4, 6], np.int32)
+
+    def split(rows, sizes):
+        rows = reorder(rows, size_order(sizes, parts), together=2)
+        return split_rows(rows, parts, together=2)
+
+    alone = np.asarray(split(tree_of_jax(), jnp.asarray(sizes))["id"])
+    expected = np.sort(sizes).reshape(parts, -1)
+    np.testing.assert_array_equal(np.sort(sizes[alone[:, ::2] // 2], axis=1), expected)
+    np.testing.assert_array_equal(alone[:, 1::2], alone[:, ::2] + 1)  # a run stays together
+    if parts == 4:
+        return  # devices have two runs each
+    spread = np.asarray(on_mesh(split, tree(), sizes)["id"])
+    own = np.sort(sizes.reshape(4, 2), axis=1).reshape(4, parts, -1).swapaxes(0, 1).reshape(parts, -1)
+    np.testing.assert_array_equal(np.sort(sizes[spread[:, ::2] // 2], axis=1), np.sort(own, axis=1))
+
+
+def test_an_order_is_undone_by_its_argsort():
+    def there_and_back(rows, sizes):
+        order = size_order(sizes, 2)
+        return reorder(reorder(rows, order, 2), jnp.argsort(order, axis=1), 2)
+
+    sizes = np.array([5, 1, 7, 3, 2, 8, 4, 6], np.int32)
+    without = there_and_back(tree_of_jax(), jnp.asarray(sizes))
+    one, eight = (on_mesh(there_and_back, tree(), sizes, devices=devices) for devices in (1, 8))
+    for out in (without, one, eight):
+        np.testing.assert_array_equal(out["x"], tree()["x"])
+    assert eight["x"].sharding.spec == ROWS
