@@ -45,8 +45,8 @@ def asked_parts(cfg: Config) -> int:
 
 def choose_parts(cfg: Config, shards: int, platform: str) -> int:
     """Parts that a minibatch is computed in, its rows split over ``shards`` devices of ``platform``: as
-    batch.micro_batch_size asks; on CPUs, where it is null, as many as bring a part down to CPU_COLUMNS, if the
-    shards divide them and they leave the responses to a prompt together."""
+    batch.micro_batch_size asks; on CPUs, where it is null, as many as bring a part down to CPU_COLUMNS, twice as many
+    where they are packed, if the shards divide them and they leave the responses to a prompt together."""
     minibatch, minibatches = minibatch_rows(cfg), updates_of(cfg)[1]
     if cfg.batch.micro_batch_size or platform != "cpu":
         return asked_parts(cfg)
@@ -56,7 +56,8 @@ def choose_parts(cfg: Config, shards: int, platform: str) -> int:
     divides = lambda parts: all(rows[field] % (parts * shards * together.get(field, 1)) == 0 for field in rows)
     columns = sum(columns_of(cfg, field, count, shared) for field, count in rows.items())
     fits = [parts for parts in divisors(minibatch) if divides(parts)]
-    return next((parts for parts in fits if columns <= parts * CPU_COLUMNS), fits[-1])
+    most = CPU_COLUMNS * (2 if cfg.batch.pack_widths > 1 else 1)  # about half of what is packed holds no token
+    return next((parts for parts in fits if columns <= parts * most), fits[-1])
 
 
 def columns_of(cfg: Config, field: str, rows: int, shared: bool) -> int:

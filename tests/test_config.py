@@ -559,6 +559,8 @@ PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_le
         ([], 2, 2),
         ([], 8, 1),  # each device has one prompt
         (["generate.max_new_tokens=65"], 1, 4),
+        (["generate.max_new_tokens=144", "batch.pack_widths=2"], 1, 2),  # two of 1,280 columns, half of them empty
+        (["generate.max_new_tokens=145", "batch.pack_widths=2"], 1, 4),
         (["generate.max_new_tokens=1000"], 1, 8),  # no less than the responses to a prompt
         (["generate.max_new_tokens=1000", "batch.share_prompts=false"], 1, 16),
         (["batch.samples_per_prompt=3", "algorithm.num_minibatches=16"], 1, 1),
