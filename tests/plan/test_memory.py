@@ -56,17 +56,19 @@ def drawn_for(cfg: Config):
     return drawn, passes, models_of(drawn), setup_of(cfg, 8, drawn.recipe.optimizers)
 
 
-@pytest.mark.parametrize(
-    "text, mesh, changes",
-    [
-        (SFT, MeshConfig(1, 8, 1), {}),
-        (SFT, MeshConfig(8, 1, 1), {"remat": "full"}),
-        (PPO, MeshConfig(1, 4, 2), {}),
-        (PPO, MeshConfig(8, 1, 1), {}),
-        (PPO.replace("prompts_per_step: 64", "prompts_per_step: 16, samples_per_prompt: 8"), MeshConfig(1, 8, 1), {}),
-    ],
-    ids=["sft, fsdp", "sft, copies, remat", "ppo, fsdp and tensor", "ppo, copies", "ppo, samples of a prompt"],
-)
+MANY = PPO.replace("prompts_per_step: 64", "prompts_per_step: 16, samples_per_prompt: 8")
+TRUNK = PPO.replace("{init_from: policy}", "{init_from: policy}, value: {share_trunk: true}")
+ESTIMATED = {
+    "sft, fsdp": (SFT, MeshConfig(1, 8, 1), {}),
+    "sft, copies, remat": (SFT, MeshConfig(8, 1, 1), {"remat": "full"}),
+    "ppo, fsdp and tensor": (PPO, MeshConfig(1, 4, 2), {}),
+    "ppo, copies": (PPO, MeshConfig(8, 1, 1), {}),
+    "ppo, samples of a prompt": (MANY, MeshConfig(1, 8, 1), {}),
+    "ppo, shared trunk": (TRUNK, MeshConfig(1, 4, 2), {}),
+}
+
+
+@pytest.mark.parametrize("text, mesh, changes", ESTIMATED.values(), ids=ESTIMATED)
 def test_the_estimate_is_near_what_xla_allocates(text, mesh, changes):
     """Arguments to 1% (tiny scalars apart), the peak within FACTOR."""
     cfg = config(text, mesh, **changes)
