@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxrlhf.models.decoding import Cache, abreast, decode_layout, decode_step, 
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.transformer import Runtime
-from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows, ungroup_rows
+from jaxrlhf.ops.rows import by_device, group_rows, lay_rows, of_devices, repeat_rows, ungroup_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
 from jaxrlhf.sharding import constrain, decoding, spec, split_over
 from jaxrlhf.types import Array, Params, Prompts, Sequences
@@ -30,7 +31,7 @@ class GenerateConfig:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()  # texts that end a response, besides the EOS tokens
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits: weights, cache; the trainer's log-probs are not its
-    halvings: int = 0  # times, each compiled, that half of a prompt's samples go on alone once the others have ended
+    halvings: int = 0  # times, each compiled, that half of the responses (to a prompt; on a device) go on alone
     slots: int = 0  # samples of a prompt that are decoded at a time: where one has ended the next begins. 0: all
 
 
@@ -164,41 +165,72 @@ def decode(
 ) -> Rows:
     """Sample, read, repeat, until every row has ended or the room is used up. ``prompt``: see decode_step.
 
-    With halvings left, it goes on with half of each prompt's rows once no prompt needs more of them: they stand beside
-    their prompt as before, so that nothing moves between devices."""
-    copies = state.hidden.shape[1]
-    few = copies // 2 if sampler.halvings and sampler.samples_per_prompt > 1 else 0
+    With halvings left, it goes on with half of the rows once no more are needed: half of each prompt's samples, and
+    where it has one, half of each device's prompts. So nothing moves between devices."""
+    half = half_of(state, sampler)
 
     def unfinished(state: Decoding) -> Array:
-        busy = ~state.rows.done.all() if not few else group_rows(~state.rows.done, copies).sum(1).max() > few
+        busy = ~state.rows.done.all() if half is None else (~half.done(state.rows)).sum(1).max() > half.few
         return (state.index < sampler.max_new_tokens) & busy
 
     one_token = functools.partial(decode_token, params, cfg, prompt, sampler, runtime)
     state = jax.lax.while_loop(unfinished, one_token, state)
-    if not few:
+    if half is None:
         return state.rows
-    live = jnp.argsort(group_rows(state.rows.done, copies), axis=1, stable=True)[:, :few]  # of each prompt, these first
-    rest = decode(params, cfg, keep_rows(state, live), prompt, sampler._replace(halvings=sampler.halvings - 1), runtime)
-    return put_back(state.rows, rest, live, copies)
-
-
-def keep_rows(state: Decoding, which: Array) -> Decoding:
-    """``state`` of some rows of each prompt, ``which`` i32[G, m] of its n."""
-    take = jax.vmap(lambda x, at: x.at[at].get())
-    copies = state.hidden.shape[1]
-    rows = jax.tree.map(lambda x: ungroup_rows(take(group_rows(x, copies), which)), state.rows)
-    own = jax.vmap(lambda x, at: x.at[:, at].get())
-    owned = lambda x: jax.tree.map(lambda x: own(x, which), x)
-    caches = [cache._replace(key=owned(cache.key), value=owned(cache.value)) for cache in state.caches]
-    return Decoding(state.index, take(state.hidden, which), caches, rows)
-
-
-def put_back(rows: Rows, some: Rows, which: Array, copies: int) -> Rows:
-    """``rows`` with ``some`` of them as they have become: rows ``which`` i32[G, m] of each prompt's ``copies``."""
-    few = which.shape[1]
+    live = jnp.argsort(half.done(state.rows), axis=1, stable=True)[:, : half.few]  # what has not ended comes first
+    some, its_prompt = half.keep(state, prompt, live)
+    rest = decode(params, cfg, some, its_prompt, sampler._replace(halvings=sampler.halvings - 1), runtime)
     put = jax.vmap(lambda x, at, new: x.at[at].set(new, unique_indices=True))
-    one = lambda x, new: ungroup_rows(put(group_rows(x, copies), which, group_rows(new, few)))
-    return jax.tree.map(one, rows, some)
+    return jax.tree.map(lambda x, new: half.rows(put(half.lines(x), live, half.lines(new))), state.rows, rest)
+
+
+class Half(NamedTuple):
+    """How half of the rows go on: they stand in lines, of each of which ``few`` do."""
+
+    few: int
+    lines: Callable[[Array], Array]  # [B, ...] -> [lines, places, ...]; of the half too
+    rows: Callable[[Array], Array]  # the inverse
+    done: Callable[[Rows], Array]  # bool[lines, places]
+    keep: Callable[[Decoding, Array, Array], tuple[Decoding, Array]]  # (state, prompt, i32[lines, few]), of these
+
+
+def half_of(state: Decoding, sampler: Sampler) -> Half | None:
+    """The half that decoding goes on with; None where it is to go on as it is."""
+    prompts, copies, _ = state.hidden.shape
+    if not sampler.halvings:
+        return None
+    if copies > 1 and sampler.samples_per_prompt > 1:
+        return half_of_samples(prompts, copies // 2)
+    few = prompts // split_over("batch") // 2
+    return half_of_prompts(copies, few) if few else None
+
+
+def half_of_samples(prompts: int, few: int) -> Half:
+    """A prompt is a line, and its samples are what stands in it."""
+    take, lines = jax.vmap(lambda x, at: x.at[at].get()), lambda x: group_rows(x, len(x) // prompts)
+
+    def keep(state: Decoding, prompt: Array, which: Array) -> tuple[Decoding, Array]:
+        own = jax.vmap(lambda x, at: x.at[:, at].get())
+        owned = lambda x: jax.tree.map(lambda x: own(x, which), x)
+        caches = [cache._replace(key=owned(cache.key), value=owned(cache.value)) for cache in state.caches]
+        rows = jax.tree.map(lambda x: ungroup_rows(take(lines(x), which)), state.rows)
+        return Decoding(state.index, take(state.hidden, which), caches, rows), prompt
+
+    return Half(few, lines, ungroup_rows, lambda rows: lines(rows.done), keep)
+
+
+def half_of_prompts(copies: int, few: int) -> Half:
+    """A device is a line, and the prompts that it has are what stands in it, each with its ``copies`` rows."""
+    take = jax.vmap(lambda x, at: x.at[at].get())
+    lines, rows = lambda x: by_device(group_rows(x, copies)), lambda x: ungroup_rows(of_devices(x))
+
+    def keep(state: Decoding, prompt: Array, which: Array) -> tuple[Decoding, Array]:
+        some = lambda x: of_devices(take(by_device(x), which))
+        hidden, caches, prompt = jax.tree.map(some, (state.hidden, state.caches, prompt))
+        left = jax.tree.map(lambda x: rows(take(lines(x), which)), state.rows)
+        return Decoding(state.index, hidden, caches, left), prompt
+
+    return Half(few, lines, rows, lambda rows: lines(rows.done).all(2), keep)
 
 
 def decode_token(

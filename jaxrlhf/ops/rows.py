@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jaxrlhf.sharding import DEVICES, constrain, mapped, spec, split_over
+from jaxrlhf.sharding import DEVICES, constrain, explicit, mapped, spec, split_over
 from jaxrlhf.types import Array
 
 
@@ -70,30 +71,37 @@ def split_rows(tree, parts: int, together: int = 1):
     return jax.tree.map(one, tree)
 
 
+def by_device(x: Array) -> Array:
+    """[B, ...] -> [devices, B / devices, ...]: the rows of each device that shares the batch; other axes lie as they
+    did."""
+    rows, *rest = x.shape
+    devices = split_over("batch")
+    layout = PartitionSpec((whose := jax.typeof(x).sharding.spec)[0], None, *whose[1:]) if explicit() else None
+    return jax.lax.reshape(x, (devices, rows // devices, *rest), out_sharding=layout)
+
+
+def of_devices(x: Array) -> Array:
+    """The inverse: [devices, b, ...] -> [devices * b, ...]."""
+    devices, rows, *rest = x.shape
+    layout = PartitionSpec((whose := jax.typeof(x).sharding.spec)[0], *whose[2:]) if explicit() else None
+    return jax.lax.reshape(x, (devices * rows, *rest), out_sharding=layout)
+
+
 def size_order(sizes: Array, parts: int) -> Array:
     """The order of runs of rows in which every part of split_rows has runs of like size: i32[devices, runs of each],
     for ``reorder``; each device keeps its own. sizes: [runs]."""
-    devices = split_over("batch")
-    own = (devices, len(sizes) // devices)
-    order = jnp.argsort(jax.lax.reshape(sizes, own, out_sharding=spec("batch", None)), axis=1).astype(jnp.int32)
-    blocks = jax.lax.reshape(order, (devices, parts, own[1] // parts), out_sharding=spec("batch", None, None))
+    order = jnp.argsort(by_device(sizes), axis=1).astype(jnp.int32)
+    blocks = (order.shape[0], parts, order.shape[1] // parts)
+    blocks = jax.lax.reshape(order, blocks, out_sharding=spec("batch", None, None))
     # a part takes every parts-th run
-    return jax.lax.reshape(jnp.swapaxes(blocks, 1, 2), own, out_sharding=spec("batch", None))
+    return jax.lax.reshape(jnp.swapaxes(blocks, 1, 2), order.shape, out_sharding=spec("batch", None))
 
 
 def reorder(tree, order: Array, together: int = 1):
     """Runs of ``together`` rows in the order of ``size_order``, on the devices that hold them. The inverse of an order
     is its argsort along axis 1."""
-    devices, runs = order.shape
-
-    def one(x):
-        rows, *rest = x.shape
-        own = (devices, runs, together, *rest)
-        x = jax.lax.reshape(x, own, out_sharding=spec("batch", *(None,) * (len(own) - 1)))
-        x = jax.vmap(lambda x, at: x[at])(x, order)
-        return jax.lax.reshape(x, (rows, *rest), out_sharding=spec("batch", *(None,) * len(rest)))
-
-    return jax.tree.map(one, tree)
+    take = jax.vmap(lambda x, at: x[at])
+    return jax.tree.map(lambda x: ungroup_rows(of_devices(take(by_device(group_rows(x, together)), order))), tree)
 
 
 def join_rows(tree, together: int = 1):

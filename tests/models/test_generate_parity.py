@@ -63,7 +63,8 @@ LIMITS = np.array([4, 16, 1, 7, 99, 2, 16, 3], np.int32)  # of the responses to 
 SAMPLERS["limited"] = SAMPLERS["plain"]._replace(limits=LIMITS)
 FEW_LAST = np.stack([np.roll([16, 9, 4, 2, 1, 12], shift) for shift in range(8)]).reshape(-1).astype(np.int32)
 SAMPLERS["six"] = SAMPLERS["shaped"]._replace(samples_per_prompt=6, limits=FEW_LAST)
-SAMPLERS["halved"] = SAMPLERS["six"]._replace(halvings=3)  # 6, 3, 1 and, there being no half of it, 1
+SAMPLERS["halved"] = SAMPLERS["six"]._replace(halvings=4)  # 6, 3, 1; 4 and 2 of the eight prompts
+SAMPLERS["limited, halved"] = SAMPLERS["limited"]._replace(halvings=9)  # 8, 4, 2, 1 and, there being no half of it, 1
 SAMPLERS["six, free"] = SAMPLERS["six"]._replace(limits=None)
 for slots in (1, 2, 5):
     SAMPLERS[f"{slots} slots"] = SAMPLERS["six"]._replace(slots=slots)
@@ -308,13 +309,23 @@ def test_samples_of_a_prompt_are_contiguous_and_have_their_own_ids():
     assert sum(pairs[2 * i] != pairs[2 * i + 1] for i in range(8)) >= 7
 
 
-def test_decoding_goes_on_with_the_samples_that_have_not_ended():
-    """Fewer and fewer rows are computed, and nothing else changes."""
-    whole, halved = draw("llama", "six"), draw("llama", "halved")
+@pytest.mark.parametrize(("all_along", "fewer"), [("six", "halved"), ("limited", "limited, halved")])
+@pytest.mark.parametrize("runtime", [FLOAT32, Runtime(int8=("cache",))], ids=["float32", "int8 cache"])
+def test_decoding_goes_on_with_the_samples_that_have_not_ended(all_along, fewer, runtime):
+    """Fewer and fewer rows are computed, of every prompt and then of the prompts, and nothing else changes."""
+    whole, halved = (draw("llama", name, runtime=runtime) for name in (all_along, fewer))
     assert len(set(whole.response_mask.sum(1))) > 4
     same_samples(halved, whole)
     np.testing.assert_array_equal(halved.tokens, whole.tokens)
-    same_samples(halved, draw_on_mesh("halved", MeshConfig(data=2, fsdp=2, tensor=2)))
+    if runtime == FLOAT32:
+        same_samples(halved, draw_on_mesh(fewer, MeshConfig(data=2, fsdp=2, tensor=2)))
+
+
+def test_half_of_the_prompts_go_on_one_by_one_and_by_twos():
+    """As CPUs decode prompts with one response each, abreast, and as others do; local layers too."""
+    for runtime in (FLOAT32, FLOAT32._replace(hardware=Hardware("gpu"), attention="xla")):
+        whole, halved = (draw("gemma3_text", name, runtime=runtime) for name in ("limited", "limited, halved"))
+        same_samples(halved, whole)
 
 
 @pytest.mark.parametrize("model, slots, all_at_once", SLOTTED)
