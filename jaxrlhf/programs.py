@@ -46,7 +46,7 @@ def compile_parts(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str
     The state is donated to the last only: the others leave it whole, should a reward function raise."""
     rollout = compile_program(make_rollout(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
     found, batch = {"rollout": rollout}, batch.replace(sequences=rollout.out)
-    if drawn.cfg.rewards.overlap and asked_before_scores(drawn, batch):
+    if drawn.cfg.rewards.overlap and asked_before_scores(drawn, state, batch):
         found["read"] = compile_program(make_read(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
         batch = batch.replace(answers=found["read"].out)
     scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(drawn.mesh, 1))

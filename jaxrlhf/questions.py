@@ -25,7 +25,6 @@ def blank_state(drawn: Blueprint) -> TrainState:
 def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Nets:
     """Nets that answer zeros of the right shapes, and tell ``note`` what they were asked: role, kind, rows (Sequences;
     Prompts where they are to sample)."""
-
     trunks = trunks_of(drawn.cfg)
 
     def token_stats(role, trees, sequences: Sequences) -> TokenStats:
@@ -66,29 +65,32 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
     return Nets(token_stats, values, policy_and_value, scores, sample)
 
 
-def asked_before_scores(drawn: Blueprint, batch: Batch) -> bool:
+def asked_before_scores(drawn: Blueprint, state: TrainState, batch: Batch) -> bool:
     """Whether ``prepare`` asks anything of networks, and no score decides what: then they can be asked before the
-    scores are known. ``batch``: shapes, with responses."""
+    scores are known. ``batch``: with responses. What it asks inside a loop of its own can't be."""
     asked: list[Sequences] = []
     read_of = lambda rows: rows.replace(logprobs=None, scores=None, ended=None)  # as networks do
     nets = note_taker(drawn, lambda role, kind, rows: asked.append(read_of(rows)))
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
-    def ask(scores, batch: Batch) -> list[Sequences]:
+    def ask(scores, state: TrainState, batch: Batch) -> list[Sequences]:
         scored = batch.replace(sequences=batch.sequences.replace(scores=scores))
-        drawn.algorithm.prepare(nets, blank_state(drawn), scored, drawn.cfg.algorithm)
+        drawn.algorithm.prepare(nets, state, scored, drawn.cfg.algorithm)
         return asked
 
     scores = jax.ShapeDtypeStruct(batch.sequences.tokens.shape[:1], jnp.float32)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        jaxpr = jax.make_jaxpr(ask)(scores, bare(batch)).jaxpr
-    return bool(asked) and not hang_on(jaxpr, jaxpr.invars[0])
+        closed = jax.make_jaxpr(ask)(scores, bare(state), bare(batch))
+    return bool(asked) and is_made_without(closed, closed.jaxpr.invars[0])
 
 
-def hang_on(jaxpr: Any, first: Var) -> bool:
-    """Whether anything that the jaxpr returns is made of the variable ``first``."""
-    made = {first}
+def is_made_without(closed: Any, first: Var) -> bool:
+    """Whether all that a ClosedJaxpr returns is made of its other variables than ``first``, and nothing of it inside a
+    loop (which it then holds for a constant)."""
+    jaxpr = closed.jaxpr
+    constants = [var for var, value in zip(jaxpr.constvars, closed.consts) if not isinstance(value, jax.core.Tracer)]
+    others = {*jaxpr.invars, *constants} - {first}
     for eqn in jaxpr.eqns:
-        if any(isinstance(var, Var) and var in made for var in eqn.invars):
-            made.update(eqn.outvars)
-    return any(isinstance(var, Var) and var in made for var in jaxpr.outvars)
+        if all(var in others for var in eqn.invars if isinstance(var, Var)):
+            others.update(eqn.outvars)
+    return all(var in others for var in jaxpr.outvars if isinstance(var, Var))

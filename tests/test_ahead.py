@@ -15,14 +15,14 @@ from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.questions import asked_before_scores
-from jaxrlhf.types import Algorithm, Batch, Experience, Sequences
+from jaxrlhf.types import Algorithm, Batch, Experience, Sequences, TrainState
 from tests import tiny
 
 
 def drawn(algorithm: Algorithm, cfg: Any) -> Any:
     """What of a Blueprint is looked at."""
     run = SimpleNamespace(algorithm=cfg, models={})
-    return SimpleNamespace(algorithm=algorithm, cfg=run, heads={"policy": "lm", "value": "scalar", "reference": "lm"})
+    return SimpleNamespace(algorithm=algorithm, cfg=run)
 
 
 def shapes() -> Batch:
@@ -54,6 +54,22 @@ def in_another_order(nets, state, batch: Batch, cfg):
     return Experience(rows.replace(logprobs=nets.token_stats("policy", state.params, rows).logprobs)), {}
 
 
+def one_by_one(nets, state, batch: Batch, cfg):
+    """It asks in a loop of its own."""
+    sequences = batch.sequences
+    assert sequences is not None
+    one = lambda row: nets.token_stats("policy", state.params, jax.tree.map(lambda x: x[None], row)).logprobs[0]
+    return Experience(sequences.replace(logprobs=jax.lax.map(one, sequences))), {}
+
+
+def with_its_own_look_at_the_weights(nets, state, batch: Batch, cfg):
+    """It reads parameters without a network."""
+    sequences = batch.sequences
+    assert sequences is not None
+    logprobs = nets.token_stats("policy", state.params, sequences).logprobs
+    return Experience(sequences.replace(logprobs=logprobs + state.params["policy"]["bias"].sum())), {}
+
+
 GRPO, PPO = ALGORITHMS["grpo"], ALGORITHMS["ppo"]
 
 
@@ -66,11 +82,15 @@ GRPO, PPO = ALGORITHMS["grpo"], ALGORITHMS["ppo"]
         (PPO, PPOConfig(), True),
         (GRPO._replace(prepare=only_the_good), GRPOConfig(), False),
         (GRPO._replace(prepare=in_another_order), GRPOConfig(), False),
+        (GRPO._replace(prepare=one_by_one), GRPOConfig(), False),
+        (GRPO._replace(prepare=with_its_own_look_at_the_weights), GRPOConfig(), True),
     ],
-    ids=["grpo", "no kl", "recompute", "ppo", "filtered by score", "sorted by score"],
+    ids=["grpo", "no kl", "recompute", "ppo", "filtered by score", "sorted by score", "in a loop", "weights"],
 )
 def test_what_can_be_asked_before_the_scores(algorithm, cfg, expected):
-    assert asked_before_scores(drawn(algorithm, cfg), shapes()) is expected
+    trees = {role: {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)} for role in ("policy", "value", "reference")}
+    state = TrainState(jnp.int32(0), jnp.int32(0), trees, trees, {}, {"kl_coef": jnp.float32(0.1)})
+    assert asked_before_scores(drawn(algorithm, cfg), state, shapes()) is expected
 
 
 @pytest.mark.parametrize("widths", [1, 3])
