@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import Var
 
 from jaxrlhf.build import Blueprint
@@ -88,7 +89,7 @@ def is_made_without(closed: Any, first: Var) -> bool:
     """Whether all that a ClosedJaxpr returns is made of its other variables than ``first``, and nothing of it inside a
     loop (which it then holds for a constant)."""
     jaxpr = closed.jaxpr
-    constants = [var for var, value in zip(jaxpr.constvars, closed.consts) if not isinstance(value, jax.core.Tracer)]
+    constants = [var for var, value in zip(jaxpr.constvars, closed.consts) if not isinstance(value, Tracer)]
     others = {*jaxpr.invars, *constants} - {first}
     for eqn in jaxpr.eqns:
         if all(var in others for var in eqn.invars if isinstance(var, Var)):

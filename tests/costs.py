@@ -37,7 +37,7 @@ NEW, VOCAB = 7, 512  # tokens
 # loops of different things are of different lengths: layers 3, new tokens 7, epochs 4, minibatches and micro-batches 2
 SMALL = Shape(layers=3, hidden=64, prompts=8, prompt_tokens=12, new_tokens=NEW)
 CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
-    "grpo": (replace(SMALL, samples=8), ("algorithm.num_minibatches=2",)),
+    "grpo": (replace(SMALL, samples=8), ("algorithm.num_minibatches=2", "rewards.overlap=true")),
     "ppo": (replace(SMALL, prompts=32), ("algorithm.num_minibatches=2", "batch.micro_batch_size=8")),
     "ppo, shared trunk": (
         replace(SMALL, algorithm="ppo", prompts=32),

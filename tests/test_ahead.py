@@ -14,7 +14,9 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.programs import overlaps
 from jaxrlhf.questions import asked_before_scores
+from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.types import Algorithm, Batch, Experience, Sequences, TrainState
 from tests import tiny
 
@@ -91,6 +93,18 @@ def test_what_can_be_asked_before_the_scores(algorithm, cfg, expected):
     trees = {role: {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)} for role in ("policy", "value", "reference")}
     state = TrainState(jnp.int32(0), jnp.int32(0), trees, trees, {}, {"kl_coef": jnp.float32(0.1)})
     assert asked_before_scores(drawn(algorithm, cfg), state, shapes()) is expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "expected"),
+    [(None, "cpu", False), (None, "tpu", True), (None, "gpu", True), (True, "cpu", True), (False, "tpu", False)],
+)
+def test_where_networks_are_read_while_the_host_scores(asked, platform, expected):
+    devices = np.array([SimpleNamespace(platform=platform)], object)
+    run: Any = SimpleNamespace(
+        cfg=SimpleNamespace(rewards=RewardsConfig("my:f", asked)), mesh=SimpleNamespace(devices=devices)
+    )
+    assert overlaps(run) is expected
 
 
 @pytest.mark.parametrize("widths", [1, 3])

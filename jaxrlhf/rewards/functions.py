@@ -21,7 +21,7 @@ class RewardsConfig:
     """What scores the responses, where models.reward does not."""
 
     function: str | None = None  # "package.module:name" of (responses, records) -> floats; the module may lie here
-    overlap: bool = True  # read reference and old values while the function runs, in a program of their own
+    overlap: bool | None = None  # read reference and old values while it runs; null: where there is an accelerator
 
 
 class RewardFunction:
