@@ -44,14 +44,17 @@ class Line(NamedTuple):
 def preflight(configs: Sequence[tuple[str, Config]]) -> bool:
     """Looks at everything that the configs, given as (path, config), need of this machine and of the others of the run,
     and prints it, a line each. Whether all is well on all of them."""
-    lines = [attempt("versions", versions), attempt("devices", devices)]
+    lines, made = [attempt("versions", versions), attempt("devices", devices)], []
     for path, cfg in configs:
         lines.append(attempt("mesh", lambda cfg=cfg, path=path: mesh(cfg, path)))
-        lines.append(attempt("run_dir", lambda cfg=cfg: run_dir(cfg.run_dir)))
+        lines.append(attempt("run_dir", lambda cfg=cfg: run_dir(cfg.run_dir, made)))
     lines += [attempt("all-reduce", all_reduce), attempt("device memory", device_memory)]
     lines.append(attempt("host memory", host_memory))
     wrong = [line for line in lines if not line.ok]
     told = gather("; ".join(f"{line.name}: {line.text}" for line in wrong))
+    for folder in made:  # not before every process has looked
+        with contextlib.suppress(OSError, ValueError):  # another removed it, or training began in it
+            folder.rmdir()
     if distributed.is_main():
         print(*lines, sep="\n")
         others = [(process, text) for process, text in enumerate(told) if text and process]
@@ -96,10 +99,12 @@ def mesh(cfg: Config, path: str) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in made.shape.items() if size > 1 or axis not in RARE)
 
 
-def run_dir(path: str) -> str:
-    """Writes, reads and deletes a file there, as every process of a run does. Raises what the storage raises."""
+def run_dir(path: str, made: list[epath.Path]) -> str:
+    """Writes, reads and deletes a file there, as every process of a run does; ``made`` gets the directory, where it was
+    not there. Raises what the storage raises."""
     folder, begin = epath.Path(path), time.perf_counter()
-    new = not folder.exists()
+    if is_local(path) and not folder.exists():
+        made.append(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file, text = folder / f".preflight-{uuid.uuid4().hex}", f"process {jax.process_index()}"
     file.write_text(text)
@@ -108,9 +113,6 @@ def run_dir(path: str) -> str:
             raise OSError(f"{path}: wrote {text!r} and read {found!r}")
     finally:
         file.unlink()
-    if new and is_local(path):
-        with contextlib.suppress(OSError):  # another process has its file there
-            folder.rmdir()
     return f"{path}: wrote, read and deleted a file in {time.perf_counter() - begin:.2f} s"
 
 

@@ -50,6 +50,19 @@ def test_what_is_in_the_run_directory_stays(look, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
+def test_a_directory_that_another_process_looks_at_too(look, tmp_path, monkeypatch):
+    """It is there until all have looked; and where something has come into it since, it stays and nothing is wrong."""
+
+    def gather(text: str) -> list[str]:
+        assert (tmp_path / "run").exists()
+        (tmp_path / "run" / "config.yaml").write_text("a run that began")
+        return [text]
+
+    monkeypatch.setattr(preflight, "gather", gather)
+    assert look()[0]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
 def test_a_run_directory_that_cannot_be_written_fails_alone(look, tmp_path):
     (tmp_path / "file").write_text("")
     well, rows = look(f"run_dir={tmp_path}/file/run")
