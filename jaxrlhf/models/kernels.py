@@ -129,7 +129,7 @@ def within_rows(
 
 
 def within_groups(
-    kernel: Literal["xla", "splash"],
+    kernel: Kernel,
     readable: Array,
     copies: int,
     room: int,
@@ -149,6 +149,9 @@ def within_groups(
         mask_of = functools.partial(tree, prompt=readable.shape[1], copies=copies, window=window)
         local = functools.partial(splash_rows, mask_of=mask_of, scale=scale, softcap=softcap, interpret=interpret)
         return lambda query, key, value: per_device(local, query, key, value, ids(query.shape[1]).astype(jnp.int32))
+    if kernel == "cudnn":
+        local = functools.partial(library_groups, copies=copies, window=window, scale=scale, implementation="cudnn")
+        return lambda query, key, value: per_device(local, query, key, value, readable)
     start, branch = readable.shape[1], copies if where is None else 1
     masks = branch_masks(readable, room, window) if where is None else packed_masks(readable, where, window)
     biases = [bias_of(mask) for mask in masks]
@@ -274,18 +277,43 @@ def tree(size: int, padded: int, prompt: int, copies: int, window: int | None) -
 # ---- cuDNN ----------------------------------------------------------------------------------------------------------
 
 
-def library_rows(
-    query: Array, key: Array, value: Array, mask: Array, *, scale: float, implementation: Literal["cudnn", "xla"]
-) -> Array:
-    """``within_rows`` of jax.nn.dot_product_attention; ``mask`` bool[B, 1, S, S] says all that a token may read.
+Library = Literal["cudnn", "xla"]  # implementations of jax.nn.dot_product_attention
 
-    cuDNN adds the mask to the products, and is told that it is causal too, so as to skip what lies ahead. Its
+
+def library_rows(
+    query: Array, key: Array, value: Array, mask: Array, *, scale: float, implementation: Library, causal: bool = True
+) -> Array:
+    """``within_rows`` of jax.nn.dot_product_attention; ``mask`` bool[B, 1, S, T] says all that a token may read.
+
+    cuDNN adds the mask to the products, and is told where it is causal too, so as to skip what lies ahead. Its
     backward pass wants even rows. The lengths of rows that it knows begin at column 0, where prompts are padded."""
-    size = query.shape[1]
-    odd = size % 2
-    widen = lambda x: jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0)))
-    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, odd), (0, odd)))
-    out = jax.nn.dot_product_attention(
-        widen(query), widen(key), widen(value), mask=mask, scale=scale, is_causal=True, implementation=implementation
-    )
-    return out[:, :size]
+    odd, odd_keys = query.shape[1] % 2, key.shape[1] % 2
+    widen = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, odd), (0, odd_keys)))
+    how: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": implementation}
+    return jax.nn.dot_product_attention(widen(query), widen(key), widen(value), mask=mask, **how)[:, : query.shape[1]]
+
+
+def library_groups(
+    query: Array,
+    key: Array,
+    value: Array,
+    readable: Array,
+    *,
+    copies: int,
+    window: int | None,
+    scale: float,
+    implementation: Library,
+) -> Array:
+    """``within_groups`` of jax.nn.dot_product_attention: a call for the prompts, and one in which each response is a
+    row that reads a copy of its prompt's keys and values before its own. All else is still computed once a prompt."""
+    start, room = readable.shape[1], (query.shape[1] - readable.shape[1]) // copies
+    of_prompt, across, own = branch_masks(readable, room, window)
+    call = functools.partial(library_rows, scale=scale, implementation=implementation)
+    prompt = call(*(x[:, :start] for x in (query, key, value)), of_prompt)
+    rows = lambda x: x[:, start:].reshape(-1, room, *x.shape[2:])
+    behind = lambda x: jnp.concatenate([jnp.repeat(x[:, :start], copies, axis=0), rows(x)], axis=1)
+    own = jnp.broadcast_to(own, (*across.shape[:3], room))
+    mask = jnp.repeat(jnp.concatenate([across, own], axis=3), copies, axis=0)
+    responses = call(rows(query), behind(key), behind(value), mask, causal=False)
+    return jnp.concatenate([prompt, responses.reshape(len(prompt), -1, *prompt.shape[2:])], axis=1)

@@ -334,7 +334,7 @@ def forward_responses(
     kernel = choose(runtime.attention, runtime.hardware, cfg, runtime.compute)
     if where is not None and kernel != "xla":
         raise ValueError(f"batch.pack_widths: {kernel} attention can't compute packed responses; nearest: 1")
-    if kernel == "cudnn" or (kernel == "splash" and copies == 1):  # rows are what they know
+    if kernel != "xla" and copies == 1:  # rows are what they know
         return forward(params, cfg, tokens, valid.astype(jnp.int32), runtime)[:, start - 1 :]
     check_length(cfg, tokens.shape[1])
     readable = group_rows(valid[:, :start], copies)[:, 0]

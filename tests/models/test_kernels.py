@@ -24,6 +24,7 @@ from tests import tiny
 CPU, TPU = Hardware(), Hardware("tpu")
 A100, H100, V100 = Hardware("gpu", 8.0), Hardware("gpu", 9.0), Hardware("gpu", 7.0)
 WIDTH = 16  # features of a head
+BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 class Case(NamedTuple):
@@ -186,40 +187,75 @@ def test_blocks(size, block, padded):
 # ---- groups: a prompt and the responses that branch from it ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("copies", "prompt", "room", "window", "softcap"),
-    [
-        (1, 50, 30, None, None),
-        (4, 20, 23, None, None),  # one block
-        (4, 140, 150, None, 1.5),  # two blocks: responses begin inside them, and the last is padded
-        (3, 10, 15, 12, None),  # a window that a response outgrows: it loses sight of the prompt
-        (3, 300, 90, 100, None),
-    ],
-)
-def test_splash_computes_groups_as_we_do(copies, prompt, room, window, softcap):
-    """Left-padded prompts, one of a single token; whatever stands in the padding."""
-    groups, size = 3, prompt + copies * room
-    rng = np.random.default_rng(0)
-    query, key, value = (jnp.array(rng.normal(size=(groups, size, heads, WIDTH)), F32) for heads in (4, 2, 2))
-    readable = jnp.arange(prompt) >= jnp.array([[0], [prompt // 3], [prompt - 1]])
-    real = jnp.pad(readable, ((0, 0), (0, size - prompt)), constant_values=True)[:, :, None, None]
-    weights = jnp.array(rng.normal(size=query.shape), F32)
+class Group(NamedTuple):
+    """One call of attention: three groups, their prompts left-padded, one to a single token."""
+
+    copies: int
+    prompt: int
+    room: int
+    window: int | None = None
+    softcap: float | None = None
+
+
+GROUPS = {
+    "one response": Group(1, 50, 30),
+    "plain": Group(4, 20, 23),  # one block
+    "capped": Group(4, 140, 150, softcap=1.5),  # two blocks: responses begin inside them, and the last is padded
+    "narrow window": Group(3, 10, 15, window=12),  # a response outgrows it: it loses sight of the prompt
+    "wide window": Group(3, 300, 90, window=100),
+}
+
+
+def group_arguments(case: Group, dtype=F32):
+    """(readable, [query, key, value], which columns are real)."""
+    size, rng = case.prompt + case.copies * case.room, np.random.default_rng(0)
+    arguments = [jnp.array(rng.normal(size=(3, size, heads, WIDTH)), dtype) for heads in (4, 2, 2)]
+    readable = jnp.arange(case.prompt) >= jnp.array([[0], [case.prompt // 3], [case.prompt - 1]])
+    real = jnp.pad(readable, ((0, 0), (0, size - case.prompt)), constant_values=True)[:, :, None, None]
+    return readable, arguments, real
+
+
+def compare_groups(case: Group, attend_by, dtype=F32, atol: float = 1e-4):
+    """``attend_by``: (case, readable) to Attend, whatever stands in the padding; ``atol``: also of the largest."""
+    readable, arguments, real = group_arguments(case, dtype)
+    weights = jnp.array(np.random.default_rng(1).normal(size=arguments[0].shape), F32)
 
     @functools.partial(jax.jit, static_argnums=0, compiler_options=tiny.FAST)
-    def gradients(kernel, *arguments):
+    def gradients(attend_by, *arguments):
         def loss(*arguments):
-            attend = within_groups(kernel, readable, copies, room, window, None, 0.3, softcap, interpret=True)
-            out = jnp.where(real, attend(*arguments), 0)
+            out = jnp.where(real, attend_by(case, readable)(*arguments), 0).astype(F32)
             return (out * weights).sum() + (out**2).sum(), out
 
         (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arguments)
         return out, *gradients
 
-    wanted = gradients("xla", query, key, value)
-    changed = (jnp.where(real, x, 9.0) for x in (query, key, value))
-    for found in (gradients("splash", query, key, value), gradients("splash", *changed)):
+    wanted = gradients(functools.partial(groups_by, "xla"), *arguments)
+    changed = (jnp.where(real, x, 9.0) for x in arguments)
+    for found in (gradients(attend_by, *arguments), gradients(attend_by, *changed)):
         for mine, theirs in zip(found, wanted):
-            np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-4 * max(1, np.abs(theirs).max()))
+            mine, theirs = (np.asarray(x, np.float32) for x in (mine, theirs))
+            assert np.abs(theirs).max() > 0.5
+            np.testing.assert_allclose(mine, theirs, rtol=0, atol=atol * max(1, np.abs(theirs).max()))
+
+
+def groups_by(kernel, case: Group, readable):
+    return within_groups(kernel, readable, case.copies, case.room, case.window, None, 0.3, case.softcap, interpret=True)
+
+
+def groups_by_library(case: Group, readable):
+    """The calls that cuDNN gets, of another implementation."""
+    how = {"copies": case.copies, "window": case.window, "scale": 0.3, "implementation": "xla"}
+    return lambda *arguments: kernels.library_groups(*arguments, readable, **how)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_splash_computes_groups_as_we_do(name):
+    compare_groups(GROUPS[name], functools.partial(groups_by, "splash"))
+
+
+@pytest.mark.parametrize("name", ["plain", "narrow window", "wide window"])
+def test_what_cudnn_is_told_of_groups(name):
+    compare_groups(GROUPS[name], groups_by_library)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +336,6 @@ GEMMA3 = resolve(
         attention_softcap=2.0,
     )
 )
-BF16, F32 = jnp.bfloat16, jnp.float32
 INTERPRETED = Runtime(attention="splash", hardware=TPU, interpret=True)
 
 
