@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxrlhf.models.int8 import Int8, quantized
@@ -12,6 +13,7 @@ from jaxrlhf.sharding import constrain, spec, split_over
 from jaxrlhf.types import Array, Params
 
 Axes = tuple[str | None, ...]  # a logical axis a dimension; None: whole on every device
+PRODUCT = "product"  # the name under which remat policies may keep what a linear map's product is
 OUT_FIRST = "kernel_out_first"  # in place of "kernel" in a linear map that ``out_first`` made
 
 
@@ -49,7 +51,7 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
     if split_over("embed") > 1:
         # XLA may compute once what is the same: else a layer that is recomputed would gather a third time
         product = jax.checkpoint(product, prevent_cse=False)
-    return plus_bias(params, product(params["kernel"], x), axes)
+    return plus_bias(params, checkpoint_name(product(params["kernel"], x), PRODUCT), axes)
 
 
 def is_split(kernel: Array) -> bool:

@@ -19,7 +19,7 @@ from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_li
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
-from jaxrlhf.models.linear import linear
+from jaxrlhf.models.linear import PRODUCT, linear
 from jaxrlhf.models.packed import Places, side_by_side
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate, turns
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
@@ -445,8 +445,6 @@ def rematerialized(layer: Callable, runtime: Runtime, scanned: bool) -> Callable
     if runtime.remat == "none":
         return layer
     policies = jax.checkpoint_policies
-    keep = policies.nothing_saveable
-    if runtime.remat == "dots":  # and what splash computed: to the policy a kernel is no matmul
-        dots = policies.checkpoint_dots_with_no_batch_dims
-        keep = policies.save_from_both_policies(dots, policies.save_only_these_names(SAVED))
+    # by name: policies that look for products see neither those with a gradient of their own nor a kernel
+    keep = policies.save_only_these_names(PRODUCT, SAVED) if runtime.remat == "dots" else policies.nothing_saveable
     return jax.checkpoint(layer, policy=keep, prevent_cse=not scanned)

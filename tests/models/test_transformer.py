@@ -40,6 +40,7 @@ from jaxrlhf.models.transformer import (
 )
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Head
+from tests import tiny
 
 BASE = resolve(ModelConfig(vocab_size=101, hidden_size=32, mlp_size=48, max_positions=32))
 LLAMA = dataclasses.replace(BASE, num_kv_heads=2, head_dim=16, rope_theta=100.0)
@@ -377,6 +378,24 @@ def test_remat_gives_the_same_gradients(cfg):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max()), other, plain
         )
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)])
+@pytest.mark.parametrize("scanned", [True, False])
+def test_dots_recomputes_no_linear_map(shape, scanned):
+    """Products in the program: of a layer's nine (seven linear maps and attention's two), the backward pass repeats all
+    but the last, whose result no gradient needs; with dots attention's alone."""
+
+    def products(remat: str) -> int:
+        runtime = Runtime(remat=remat, scan_layers=scanned)
+        total = lambda params, tokens: (forward(params, LLAMA, tokens, jnp.ones_like(tokens), runtime) ** 3).sum()
+        with sharding.current(sharding.make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])):
+            arguments = tiny.parameters(LLAMA, "lm", 0), tiny.put(rows(2))
+            return str(jax.make_jaxpr(jax.grad(total))(*arguments)).count("dot_general[")
+
+    bodies = 1 if scanned else LLAMA.num_layers
+    assert products("full") - products("none") == 8 * bodies
+    assert products("dots") - products("none") == 2 * bodies
 
 
 @pytest.mark.parametrize("cfg", [LLAMA, GPT2])
