@@ -11,7 +11,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import gathered_head, lm_logits, scalar, scale_gradient
 from jaxrlhf.models.packed import Places, apart, places, side_by_side
 from jaxrlhf.models.transformer import Runtime, forward, forward_responses, padded_vocab
-from jaxrlhf.ops.logprobs import chunked_token_stats
+from jaxrlhf.ops.logprobs import chunked_token_stats, stored_logits
 from jaxrlhf.ops.masked import at_last
 from jaxrlhf.ops.rows import group_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, shape_logits
@@ -102,7 +102,8 @@ def make_nets(
             keep = reading.tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
             return shape_logits(logits, sampling, reading.index(columns), keep)
 
-        stats = chunked_token_stats(reading.before(), reading.tokens, logits_of, padded_vocab(cfg))
+        stored = stored_logits(runtime.hardware.platform)
+        stats = chunked_token_stats(reading.before(), reading.tokens, logits_of, padded_vocab(cfg), stored)
         return jax.tree.map(lambda x: widen(reading.rows(x), sequences), stats)
 
     def values(role, trees, sequences: Sequences) -> Array:

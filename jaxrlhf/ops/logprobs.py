@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jaxrlhf.sharding import laid_as, split_over, whole_rows
 from jaxrlhf.types import Array, TokenStats
 
-STORED_LOGITS = 2**24  # floats of a device: below it all logits are kept for the backward pass, above it recomputed
+# floats of a device: below it all logits are kept for the backward pass, above it recomputed, so many at a time
+STORED_LOGITS = 2**24
+STORED_LOGITS_GPU = 2**27  # each time reads and writes the head's whole gradient: with 2**24 it took half of an update
+
+
+def stored_logits(platform: str) -> int:
+    """Floats of logits that a device of ``platform`` stores at most."""
+    return STORED_LOGITS_GPU if platform == "gpu" else STORED_LOGITS
 
 
 def token_logprobs(logits: Array, tokens: Array) -> TokenStats:
@@ -62,17 +69,17 @@ pick.defvjp(pick_forward, pick_backward)
 
 
 def chunked_token_stats(
-    hidden: Array, tokens: Array, logits_of: Callable[[Array, Array], Array], vocab: int
+    hidden: Array, tokens: Array, logits_of: Callable[[Array, Array], Array], vocab: int, stored: int
 ) -> TokenStats:
     """token_logprobs of ``logits_of(hidden, columns)`` over chunks of columns.
 
-    hidden [B, S, D] is aligned: column t is the state before token t. Small problems are done at once; else each
-    chunk is recomputed in the backward pass, so that [B, S, V] is never stored. What counts is what one device would
-    store: every chunk sums the gradient of the head over the mesh, so there should be few.
+    hidden [B, S, D] is aligned: column t is the state before token t. Up to ``stored`` logits of a device are computed
+    at once; else each chunk of so many is recomputed in the backward pass, so that [B, S, V] is never stored. Every
+    chunk adds to the gradient of the head, over the mesh, so there should be few.
     """
     batch, size, _ = hidden.shape
     columns = jnp.arange(size)
-    num_chunks = min(size, math.ceil(batch * size * vocab / split_over("batch", "vocab") / STORED_LOGITS))
+    num_chunks = min(size, math.ceil(batch * size * vocab / split_over("batch", "vocab") / stored))
     if num_chunks <= 1:
         return token_logprobs(logits_of(hidden, columns), tokens)
     width = math.ceil(size / num_chunks)

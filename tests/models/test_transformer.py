@@ -41,6 +41,7 @@ from jaxrlhf.models.transformer import (
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Head
 from tests import tiny
+from tests.models.test_kernels import equations
 
 BASE = resolve(ModelConfig(vocab_size=101, hidden_size=32, mlp_size=48, max_positions=32))
 LLAMA = dataclasses.replace(BASE, num_kv_heads=2, head_dim=16, rope_theta=100.0)
@@ -408,6 +409,25 @@ def test_bfloat16_deviates_by_its_rounding(cfg):
     error = np.abs(np.asarray(rough)[..., :101] - exact)
     assert 1e-3 < error.mean() / exact.std() < 0.01
     assert error.max() / exact.std() < 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_send_back_products_of_bfloat16(tied):
+    """They are float32 and their gradient too; what is multiplied is not, and loses no more than its rounding."""
+    cfg = dataclasses.replace(LLAMA, tie_embeddings=tied)
+    hidden = jnp.array(np.random.default_rng(0).normal(size=(2, 5, cfg.hidden_size)), jnp.float32)
+    params = {name: part for name, part in tiny.parameters(cfg, "lm", 0).items() if name in ("embed", "head")}
+    total = lambda params, hidden: (jax.nn.logsumexp(lm_logits(params, cfg, hidden)[..., :90], -1) ** 2).sum()
+    gradients = jax.grad(total, (0, 1))
+    wanted = jax.tree.leaves(gradients(params, hidden))
+    halved = hidden.astype(jnp.bfloat16)
+    products = [
+        eqn for eqn in equations(jax.make_jaxpr(gradients)(params, halved).jaxpr) if str(eqn.primitive) == "dot_general"
+    ]
+    assert len(products) == 3 and {x.aval.dtype for eqn in products for x in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
+    for mine, theirs in zip(jax.tree.leaves(gradients(params, halved)), wanted, strict=True):
+        difference = np.asarray(mine, np.float32) - theirs
+        assert np.linalg.norm(difference) <= 0.01 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize(

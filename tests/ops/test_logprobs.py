@@ -69,27 +69,28 @@ def test_gradient_is_one_hot_less_softmax():
     np.testing.assert_allclose(gradient, np.eye(VOCAB)[tokens] - jax.nn.softmax(logits), atol=1e-6)
 
 
-def chunked(hidden, kernel, tokens):
+def chunked(hidden, kernel, tokens, stored=2**24):
     """Logits that also depend on the column, so that a chunk which is told the wrong columns shows."""
     logits_of = lambda states, columns: states @ kernel + 0.1 * columns[:, None] * jnp.arange(VOCAB)
-    return ops.chunked_token_stats(hidden, tokens, logits_of, VOCAB)
+    return ops.chunked_token_stats(hidden, tokens, logits_of, VOCAB, stored)
 
 
 @pytest.mark.parametrize("stored", [1, 2 * ROWS * VOCAB, 3 * ROWS * VOCAB])  # 7 columns: 7 chunks of 1, 4 of 2, 3 of 3
-def test_chunks_change_nothing(monkeypatch, stored):
+def test_chunks_change_nothing(stored):
     rng = np.random.default_rng(4)
     hidden, kernel = rng.normal(size=(ROWS, COLUMNS, WIDTH)), rng.normal(size=(WIDTH, VOCAB))
     args = [jnp.array(x, jnp.float32) for x in (hidden, kernel)] + [jnp.array(draw()[1])]
 
-    def total(hidden, kernel, tokens):
-        stats = chunked(hidden, kernel, tokens)
+    def total(hidden, kernel, tokens, *stored):
+        stats = chunked(hidden, kernel, tokens, *stored)
         weights = jnp.arange(stats.logprobs.size, dtype=jnp.float32).reshape(stats.logprobs.shape)
         return (weights * (stats.logprobs + 0.3 * stats.entropy)).sum()
 
-    both = lambda: program(lambda *args: (chunked(*args), jax.grad(total, (0, 1))(*args)))(*args)
+    both = lambda *stored: program(lambda *args: (chunked(*args, *stored), jax.grad(total, (0, 1))(*args, *stored)))(
+        *args
+    )
     whole, whole_gradient = both()
-    monkeypatch.setattr(ops, "STORED_LOGITS", stored)
-    parts, parts_gradient = both()
+    parts, parts_gradient = both(stored)
     np.testing.assert_allclose(parts.logprobs, whole.logprobs, atol=1e-6)
     np.testing.assert_allclose(parts.entropy, whole.entropy, atol=1e-6)
     for found, expected in zip(parts_gradient, whole_gradient):
@@ -98,10 +99,14 @@ def test_chunks_change_nothing(monkeypatch, stored):
     np.testing.assert_allclose(parts.logprobs, expected[0], rtol=1e-4, atol=1e-5)
 
 
-def test_all_logits_are_never_stored(monkeypatch):
+def test_all_logits_are_never_stored():
     hidden, kernel, tokens = jnp.ones((ROWS, COLUMNS, WIDTH)), jnp.ones((WIDTH, VOCAB)), jnp.array(draw()[1])
     everything = (f"{ROWS}x{COLUMNS}x{VOCAB}xf32", f"{COLUMNS}x{ROWS}x1x{VOCAB}xf32")
-    gradient = lambda: jax.jit(jax.grad(lambda h: chunked(h, kernel, tokens).logprobs.sum())).lower(hidden).as_text()
+    total = lambda h, *stored: chunked(h, kernel, tokens, *stored).logprobs.sum()
+    gradient = lambda *stored: jax.jit(jax.grad(lambda h: total(h, *stored))).lower(hidden).as_text()
     assert any(shape in gradient() for shape in everything)
-    monkeypatch.setattr(ops, "STORED_LOGITS", 1)
-    assert not any(shape in gradient() for shape in everything)
+    assert not any(shape in gradient(1) for shape in everything)
+
+
+def test_a_gpu_stores_more_of_them():
+    assert ops.stored_logits("gpu") > ops.stored_logits("tpu") == ops.stored_logits("cpu") == ops.STORED_LOGITS
