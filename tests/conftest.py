@@ -1,4 +1,5 @@
-"""Eight fake CPU devices, and compiled programs kept between runs of the suite."""
+"""Eight fake CPU devices, or with ``-m gpu`` those that are there, and compiled programs kept between runs of the
+suite."""
 
 import os
 import tempfile
@@ -7,10 +8,15 @@ from pathlib import Path
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "jaxrlhf-test-xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are imported, which may ask for devices."""
+    if config.option.markexpr != "gpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session")
