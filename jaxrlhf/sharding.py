@@ -30,6 +30,7 @@ RULES: Rules = {
     "seq": None,
     "hidden": None,  # features of an activation
     "embed": ("fsdp", "decode"),  # the same features in a weight
+    "embed_of_group": "fsdp",  # those that a decode group has together
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -47,6 +48,7 @@ DECODE_RULES: Rules = RULES | {
     **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("decode", "tensor")),
 }
 RULES_IN_USE = contextvars.ContextVar("rules", default=RULES)
+IN_STEPS = contextvars.ContextVar("in_steps", default=False)  # see in_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +112,38 @@ def is_pmap(mesh: Mesh) -> bool:
     return mesh.axis_names == (DEVICES,)
 
 
-def current(mesh: Mesh) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def current(mesh: Mesh) -> Iterator[None]:
     """``with current(mesh)``: the mesh of what is traced there; none for that of pmap, which brings its own."""
-    return contextlib.nullcontext() if is_pmap(mesh) else jax.set_mesh(mesh)
+    token = IN_STEPS.set(in_steps(mesh))
+    try:
+        with contextlib.nullcontext() if is_pmap(mesh) else jax.set_mesh(mesh):
+            yield
+    finally:
+        IN_STEPS.reset(token)
+
+
+def in_steps(mesh: Mesh) -> bool:
+    """Whether weights are better gathered within decode groups first, then over fsdp, and their gradients scattered the
+    other way round: where all of fsdp lies along three axes of a torus, and that of one decode rank along fewer.
+
+    XLA:TPU (libtpu 0.0.52, v5p) gathers and scatters along one axis or two; along three it sums whole weights, of zeros
+    but for each device's part, which sends twice the bytes."""
+    if is_pmap(mesh):
+        return False
+    devices = mesh.devices[0, 0, :, :, 0]
+    return torus_axes(devices) > 2 >= torus_axes(devices[:, :1])
+
+
+def sums_whole(mesh: Mesh) -> bool:
+    """Whether XLA sums whole weights, as ``in_steps`` says, and steps are of no use."""
+    return not is_pmap(mesh) and not in_steps(mesh) and torus_axes(mesh.devices[0, 0, :, :, 0]) > 2
+
+
+def torus_axes(devices: np.ndarray) -> int:
+    """Along how many axes of their torus these lie; 0 where they say nothing of any."""
+    found = [device.coords for device in devices.flat if hasattr(device, "coords")]
+    return sum(len(set(places)) > 1 for places in zip(*found))
 
 
 def explicit() -> bool:

@@ -1,6 +1,9 @@
 """The mesh, its one-line errors, and the table from logical axes to mesh axes."""
 
 import functools
+import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,3 +152,38 @@ def test_concrete_puts_abstract_layouts_on_the_mesh():
     found = sharding.concrete(abstract, mesh)
     assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec(("fsdp", "decode"), "tensor")
     assert found["n"].sharding.spec == PartitionSpec() and found["n"].dtype == jnp.int32
+
+
+class Chip(NamedTuple):
+    """A device of a torus."""
+
+    coords: tuple[int, int, int]
+
+
+def torus(shape: tuple[int, int, int], fsdp: int, decode: int) -> Any:
+    """A mesh of them, in order, with no more than what is asked of it."""
+    chips = np.empty(math.prod(shape), object)
+    chips[:] = [Chip(place) for place in np.ndindex(*shape)]
+    devices = chips.reshape(1, -1, fsdp // decode, decode, 1)
+    return SimpleNamespace(devices=devices, axis_names=sharding.AXES)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fsdp", "decode", "steps", "whole"),
+    [
+        ((4, 4, 4), 64, 4, True, False),
+        ((4, 4, 4), 64, 16, True, False),
+        ((4, 4, 4), 64, 1, False, True),
+        ((4, 4, 4), 64, 2, False, True),  # half of an axis: the other half goes on with the two
+        ((4, 4, 4), 16, 4, False, False),  # two axes
+        ((16, 16, 1), 256, 16, False, False),
+    ],
+)
+def test_weights_move_in_steps_along_three_axes(shape, fsdp, decode, steps, whole):
+    mesh = torus(shape, fsdp, decode)
+    assert (sharding.in_steps(mesh), sharding.sums_whole(mesh)) == (steps, whole)
+
+
+def test_cpus_lie_on_no_torus():
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 8, decode=2), jax.devices()[:8])
+    assert not sharding.in_steps(mesh) and not sharding.sums_whole(mesh)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.linear import linear
+from jaxrlhf.models.linear import gather, linear
 from jaxrlhf.sharding import constrain
 from jaxrlhf.types import Array, Params
 
@@ -14,9 +14,9 @@ IMPOSSIBLE = -1e30  # the logit of a padded vocabulary row: finite, so that 0 x 
 def gathered_head(params: Params, dtype) -> Params:
     """The parameters that lm_logits reads, cast and whole along ``embed``: for use many times after one gather."""
     if "head" in params:
-        return {"head": {"kernel": constrain(params["head"]["kernel"].astype(dtype), None, "vocab")}}
+        return {"head": {"kernel": gather(params["head"]["kernel"].astype(dtype), ("embed", "vocab"))}}
     table = params["embed"]["tokens"]["embedding"]
-    return {"embed": {"tokens": {"embedding": constrain(table.astype(dtype), "vocab", None)}}}
+    return {"embed": {"tokens": {"embedding": gather(table.astype(dtype), ("vocab", "embed"))}}}
 
 
 def lm_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:

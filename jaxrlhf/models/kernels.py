@@ -310,7 +310,7 @@ def library_groups(
     start, room = readable.shape[1], (query.shape[1] - readable.shape[1]) // copies
     of_prompt, across, own = branch_masks(readable, room, window)
     call = functools.partial(library_rows, scale=scale, implementation=implementation)
-    prompt = call(*(x[:, :start] for x in (query, key, value)), of_prompt)
+    prompt = call(query[:, :start], key[:, :start], value[:, :start], of_prompt)
     rows = lambda x: x[:, start:].reshape(-1, room, *x.shape[2:])
     behind = lambda x: jnp.concatenate([jnp.repeat(x[:, :start], copies, axis=0), rows(x)], axis=1)
     own = jnp.broadcast_to(own, (*across.shape[:3], room))

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxrlhf.models.int8 import Int8, quantized
-from jaxrlhf.sharding import constrain, spec, split_over
+from jaxrlhf.sharding import IN_STEPS, constrain, explicit, spec, split_over
 from jaxrlhf.types import Array, Params
 
 Axes = tuple[str | None, ...]  # a logical axis a dimension; None: whole on every device
@@ -41,10 +41,7 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
         return plus_bias(params, by_int8(params["kernel"], x, equation, inputs(axes), where, dtype), axes)
 
     def product(kernel: Array, x: Array) -> Array:
-        kernel = kernel.astype(x.dtype)
-        last_first = axes[-1] == "embed" and is_split(kernel)
-        kernel = gather_last(kernel, axes) if last_first else constrain(kernel, *gathered(axes))
-        return times(x, kernel, equation, where, last_first, dtype)
+        return times(x, halfway(kernel.astype(x.dtype), axes), equation, where, axes, dtype)
 
     if split_over("embed") > 1:
         # XLA may compute once what is the same: else a layer that is recomputed would gather a third time
@@ -52,30 +49,27 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
     return plus_bias(params, checkpoint_name(product(params["kernel"], x), PRODUCT), axes)
 
 
+def gather(kernel: Array, axes: Axes) -> Array:
+    """``kernel``, stored as ``axes`` say, whole along ``embed``."""
+    return constrain(halfway(kernel, axes), *gathered(axes))
+
+
+def halfway(kernel: Array, axes: Axes) -> Array:
+    """``kernel`` before the last step of its gathering, which is the only one but where ``sharding.in_steps``."""
+    if not IN_STEPS.get() or not is_split(kernel):
+        return kernel
+    return constrain(kernel, *("embed_of_group" if name == "embed" else name for name in axes))
+
+
 def is_split(kernel: Array) -> bool:
-    """Whether fsdp splits its last axis here; the head's, which is used many times, was gathered before."""
-    return split_over("embed") > 1 and jax.typeof(kernel).sharding.spec[-1] is not None
+    """Whether fsdp splits it here; the head's, which is used many times, was gathered before."""
+    if not explicit():
+        return False
+    return any("fsdp" in ((names,) if isinstance(names, str) else names or ()) for names in layout(kernel))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather_last(kernel: Array, axes: Axes) -> Array:
-    """``kernel``, stored as ``axes`` say, whole along ``embed``, its last axis.
-
-    XLA:TPU scatters a sum along the first axis, but along the last, where pieces are 128 wide, it sums the whole on
-    every device and splits that: twice the bytes. So the gradient lies turned round until it is split."""
-    return constrain(kernel, *gathered(axes))
-
-
-def gather_last_forward(kernel: Array, axes: Axes) -> tuple[Array, None]:
-    return gather_last(kernel, axes), None
-
-
-def gather_last_backward(axes: Axes, _: None, dkernel: Array) -> tuple[Array]:
-    part = constrain(jnp.moveaxis(dkernel, -1, 0), "embed", *axes[:-1])
-    return (jnp.moveaxis(jax.lax.optimization_barrier(part), 0, -1),)
-
-
-gather_last.defvjp(gather_last_forward, gather_last_backward)
+def layout(x: Array) -> PartitionSpec:
+    return jax.typeof(x).sharding.spec
 
 
 def plus_bias(params: Params, y: Array, axes: Axes) -> Array:
@@ -87,28 +81,30 @@ def plus_bias(params: Params, y: Array, axes: Axes) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def times(x: Array, kernel: Array, equation: str, where: Any, last_first: bool, dtype: Any) -> Array:
-    """einsum(equation, x, kernel), both of one dtype, in ``dtype`` (None: theirs), laid out as ``where``; the kernel's
-    gradient is made from x^T dy.
+def times(x: Array, kernel: Array, equation: str, where: Any, axes: Axes, dtype: Any) -> Array:
+    """einsum(equation, x, kernel), both of one dtype, in ``dtype`` (None: theirs), laid out as ``where``; the kernel,
+    of logical ``axes``, is gathered here, and its gradient comes scattered out of the product that makes it, x^T dy.
 
     What JAX derives is dy^T x, or its transpose. On CPUs XLA then turns dy round element by element, inside whatever
     computed it (without that, updates of layers 256 wide took 0.85 of the time, and 0.88 of that for the logits).
-    Elsewhere the two are the same product. ``last_first``: the gradient is made with the kernel's last axis before the
-    others, as ``gather_last`` will have it.
+    Elsewhere the two are the same product. XLA:TPU scatters a sum along the first axis, but along the last, where
+    pieces are 128 wide, it sums the whole on every device and splits that, twice the bytes: so the gradient is made
+    with the kernel's last axis before the others where that is the split one.
 
     Backward both products are of the inputs' dtype, dy rounded to it, as TPUs do it anyway: GPUs would widen the kernel
     for a product of float32, in memory and for every chunk of logits."""
-    return jnp.einsum(equation, x, kernel, out_sharding=where, preferred_element_type=dtype)
+    whole = constrain(kernel, *gathered(axes))
+    return jnp.einsum(equation, x, whole, out_sharding=where, preferred_element_type=dtype)
 
 
 def times_forward(
-    x: Array, kernel: Array, equation: str, where: Any, last_first: bool, dtype: Any
+    x: Array, kernel: Array, equation: str, where: Any, axes: Axes, dtype: Any
 ) -> tuple[Array, tuple[Array, Array]]:
-    return times(x, kernel, equation, where, last_first, dtype), (x, kernel)
+    return times(x, kernel, equation, where, axes, dtype), (x, kernel)
 
 
 def times_backward(
-    equation: str, where: Any, last_first: bool, dtype: Any, kept: tuple[Array, Array], dy: Array
+    equation: str, where: Any, axes: Axes, dtype: Any, kept: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, kernel = kept
     dy = dy.astype(x.dtype)
@@ -120,20 +116,22 @@ def times_backward(
         # them, and of the three arrays it is the product that is turned round
         dy = jax.lax.optimization_barrier(dy)
     factors = [(left, x), (out, dy)]
-    if last_first and right[-1] in out:
+    if axes[-1] == "embed" and right[-1] in out and is_split(kernel):
         factors.reverse()
     made = [name for letters, _ in factors for name in letters if name in right]
-    layout = lambda like, names, order: (
-        None if where is None else PartitionSpec(*(jax.typeof(like).sharding.spec[names.index(name)] for name in order))
-    )
-    dx = jnp.einsum(f"{out},{right}->{left}", dy, kernel, out_sharding=layout(x, left, left))
+    lay = lambda like, names, order: where and PartitionSpec(*(layout(like)[names.index(name)] for name in order))
+    whole = constrain(kernel, *gathered(axes))
+    dx = jnp.einsum(f"{out},{right}->{left}", dy, whole, out_sharding=lay(x, left, left))
     (names, first), (others, second) = factors
     summed = tuple(map(names.index, rows)), tuple(map(others.index, rows))
-    dkernel = jax.lax.dot_general(first, second, (summed, ((), ())), out_sharding=layout(kernel, right, made))
+    # summed whole and split, which XLA makes one; what it makes of a product that is asked for in parts are many small
+    # products and sends in turn, except in steps, where it scatters
+    summed_as = lay(kernel if IN_STEPS.get() else whole, right, made)
+    dkernel = jax.lax.dot_general(first, second, (summed, ((), ())), out_sharding=summed_as)
+    dkernel = dkernel if where is None else jax.sharding.reshard(dkernel, lay(kernel, right, made))
     if made == list(right):
         return dx, dkernel
-    dkernel = dkernel if last_first else jax.lax.optimization_barrier(dkernel)
-    return dx, jnp.transpose(dkernel, [made.index(name) for name in right])
+    return dx, jnp.transpose(jax.lax.optimization_barrier(dkernel), [made.index(name) for name in right])
 
 
 times.defvjp(times_forward, times_backward)

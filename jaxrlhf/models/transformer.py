@@ -19,7 +19,7 @@ from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_li
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
-from jaxrlhf.models.linear import PRODUCT, linear
+from jaxrlhf.models.linear import PRODUCT, gather, linear
 from jaxrlhf.models.packed import Places, side_by_side
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate, turns
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
@@ -230,7 +230,7 @@ def block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Ca
 
 def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dtype) -> Array:
     """tokens, positions i32[B, S] -> [B, S, D]."""
-    table = constrain(params["embed"]["tokens"]["embedding"].astype(dtype), "vocab", None)
+    table = gather(params["embed"]["tokens"]["embedding"].astype(dtype), ("vocab", "embed"))
     x = table.at[tokens].get(out_sharding=spec("batch", "seq", "hidden"))
     if "positions" in params["embed"]:
         table = constrain(params["embed"]["positions"]["embedding"].astype(dtype), None, None)

@@ -46,6 +46,12 @@ class Setup(NamedTuple):
     remat: Literal["none", "full", "dots"] = "none"
     stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits
+    sums: bool = False  # see sharding.sums_whole
+
+    @property
+    def sent(self) -> int:
+        """Bytes that are sent to gather or scatter one."""
+        return 2 if self.sums else 1
 
     @property
     def decoded(self) -> int:
@@ -206,7 +212,7 @@ def layers_forward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Wor
     return Work(
         flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
         hbm=tokens * moved * setup.compute + products.hbm + size / fsdp * setup.params + gathered,
-        ici=size * setup.compute * (fsdp - 1) / fsdp + tensor_sums(cfg, tokens, setup),
+        ici=setup.sent * size * setup.compute * (fsdp - 1) / fsdp + tensor_sums(cfg, tokens, setup),
     )
 
 
@@ -227,7 +233,7 @@ def backward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
     ``recomputed`` gathered them."""
     once = forward(cfg, head, one, setup)
     fsdp, data, size = setup.fsdp, setup.mesh["data"], held(cfg, head, setup.tensor) * setup.compute
-    scattered = size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
+    scattered = setup.sent * size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
     sums = tensor_sums(cfg, one.tokens / setup.shards, setup)
     return Work(2 * once.flops, 2 * once.hbm + 2 * size, scattered + sums)
 
@@ -247,7 +253,7 @@ def recomputed(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
     if setup.remat == "full":
         return again.plus(layers)
     size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
-    again = again.plus(Work(0, 2 * size if fsdp > 1 else 0, size * (fsdp - 1) / fsdp))
+    again = again.plus(Work(0, 2 * size if fsdp > 1 else 0, setup.sent * size * (fsdp - 1) / fsdp))
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
@@ -261,7 +267,7 @@ def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
     """decoding.decode_layout: every weight of the policy, cast and gathered over what is left of fsdp, once a
     rollout, after decode groups traded parts of it."""
     size, fsdp, group = held(cfg, "lm", setup.decoding().tensor), setup.mesh["fsdp"], setup.mesh.get("decode", 1)
-    received = size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group
+    received = setup.sent * size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group
     return Work(0, size / fsdp * setup.params + 2 * size * setup.decoded, received * setup.decoded)
 
 

@@ -7,6 +7,8 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxrlhf.build import Blueprint
 from jaxrlhf.config import Config
 from jaxrlhf.config_batch import asked_parts, divisors, minibatch_rows
@@ -18,7 +20,7 @@ from jaxrlhf.plan.calls import Passes, models_of
 from jaxrlhf.plan.cost import BYTES, Setup, phases, timed
 from jaxrlhf.plan.memory import Memory, estimate
 from jaxrlhf.plan.topology import Slice
-from jaxrlhf.sharding import AXES, MeshConfig, mesh_shape
+from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape, sums_whole, torus_axes
 
 ROOM = 0.9  # of the memory that there is: estimates are no better
 
@@ -32,13 +34,14 @@ class Candidate(NamedTuple):
     seconds: float
 
 
-def setup_of(cfg: Config, num_devices: int, roles) -> Setup:
+def setup_of(cfg: Config, devices: list, roles) -> Setup:
     """What the counts read of a config; ``roles``: those that learn."""
-    sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, len(devices)), strict=True))
     params = BYTES[cfg.precision.params]
     moments = {role: BYTES[cfg.optimizer_of(role).dtype] + params for role in roles}  # the second is as the weights are
     stored = cfg.attention == "xla"  # on TPUs auto is splash
-    return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored, cfg.generate.int8)
+    sums = torus_axes(np.array(devices)) > 2 and sums_whole(make_mesh(cfg.mesh, devices))
+    return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored, cfg.generate.int8, sums)
 
 
 def candidates(drawn: Blueprint, passes: Passes, where: Slice, available: float) -> list[Candidate]:
@@ -47,7 +50,7 @@ def candidates(drawn: Blueprint, passes: Passes, where: Slice, available: float)
     found = []
     num_devices, models = len(where.devices), models_of(drawn)
     for price, cfg in settings(drawn, num_devices, where.slices):
-        setup = setup_of(cfg, num_devices, drawn.recipe.optimizers)
+        setup = setup_of(cfg, where.devices, drawn.recipe.optimizers)
         mine = with_micro(passes, asked_parts(cfg))
         memory = estimate(mine, models, setup)
         if memory.peak > ROOM * available:

@@ -245,7 +245,7 @@ def groups_by(kernel, case: Group, readable):
 def groups_by_library(case: Group, readable):
     """The calls that cuDNN gets, of another implementation."""
     how = {"copies": case.copies, "window": case.window, "scale": 0.3, "implementation": "xla"}
-    return lambda *arguments: kernels.library_groups(*arguments, readable, **how)
+    return lambda query, key, value: kernels.library_groups(query, key, value, readable, **how)
 
 
 @pytest.mark.parametrize("name", GROUPS)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf import sharding
 from jaxrlhf import state as states
 from jaxrlhf.models import linear
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -70,6 +71,26 @@ def test_gradients_are_those_of_kernels_that_are_kept(remat, monkeypatch):
         monkeypatch.setattr(linear, "split_over", lambda *_: 1)
         kept = tiny.program(gradients(cfg, Runtime()))(params, *rows)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(kept), strict=True):
+        assert np.abs(theirs).max() > 1e-3
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
+
+
+def test_gradients_in_steps_are_those_of_one(monkeypatch):
+    """Within decode groups first, then over fsdp; the program says so twice for each of seven kernels."""
+    cfg, mesh = model(2), make_mesh(SHARED[1], jax.devices()[:8])
+    rng = np.random.default_rng(0)
+    tokens, segments = rng.integers(0, 64, (ROWS, COLUMNS), np.int32), np.ones((ROWS, COLUMNS), np.int32)
+
+    def found(steps: bool):
+        monkeypatch.setattr(sharding, "in_steps", lambda _: steps)
+        with current(mesh):
+            arguments = tiny.parameters(cfg, "lm", 0), *tiny.put((tokens, segments))
+            function = gradients(cfg, Runtime())
+            return tiny.program(function)(*arguments), str(jax.make_jaxpr(function)(*arguments)).count("reshard")
+
+    (one, few), (two, many) = found(False), found(True)
+    assert many >= few + 2 * 7
+    for ours, theirs in zip(jax.tree.leaves(two), jax.tree.leaves(one), strict=True):
         assert np.abs(theirs).max() > 1e-3
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
 

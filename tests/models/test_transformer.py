@@ -387,7 +387,7 @@ def test_dots_recomputes_no_linear_map(shape, scanned):
     """Products in the program: of a layer's nine (seven linear maps and attention's two), the backward pass repeats all
     but the last, whose result no gradient needs; with dots attention's alone."""
 
-    def products(remat: str) -> int:
+    def products(remat: Any) -> int:
         runtime = Runtime(remat=remat, scan_layers=scanned)
         total = lambda params, tokens: (forward(params, LLAMA, tokens, jnp.ones_like(tokens), runtime) ** 3).sum()
         with sharding.current(sharding.make_mesh(MeshConfig(*shape), jax.devices()[: math.prod(shape)])):

@@ -122,6 +122,10 @@ def test_fsdp_gathers_weights_and_scatters_gradients():
     again = {remat: cost.recomputed(MODEL, "lm", four, setup._replace(remat=remat)).ici for remat in REMATS}
     assert again == dict.fromkeys(REMATS, forward.ici)
     assert forward.flops == cost.forward(MODEL, "lm", TEXTS._replace(rows=1), Setup(ALONE)).flops
+    summed = setup._replace(sums=True)  # along three axes of a torus: whole weights, twice
+    for part in (cost.forward, cost.backward, cost.recomputed):
+        assert part(MODEL, "lm", four, summed).ici == 2 * part(MODEL, "lm", four, setup).ici
+    assert cost.gather_for_decoding(MODEL, summed).ici == 2 * cost.gather_for_decoding(MODEL, setup).ici
 
 
 def test_gradients_are_summed_within_a_slice_before_they_go_between_slices():

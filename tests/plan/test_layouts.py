@@ -19,7 +19,7 @@ from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.compiled import describe
 from jaxrlhf.plan.topology import find_slice
-from jaxrlhf.sharding import MeshConfig, constrain, make_mesh, row_layout, spec
+from jaxrlhf.sharding import MeshConfig, constrain, current, in_steps, make_mesh, row_layout, spec
 from jaxrlhf.step import Recipe, make_learn
 from jaxrlhf.types import Batch, Prompts, Sequences
 
@@ -98,10 +98,8 @@ def test_between_slices_only_what_is_scattered_is_summed():
     assert {"all-gather", "reduce-scatter"} <= {kind for _, kind, *_ in every}
 
 
-def test_gradients_are_scattered_whichever_axis_is_split():
-    """Those of the mlp's two kernels on v5e:4x4, of which fsdp splits the first axis of one and the last of the other,
-    into pieces of 128: neither is summed whole."""
-    mesh, dim, mlp = make_mesh(MeshConfig(1, 8, 2), find_slice("v5e:4x4").devices), 1024, 4096
+def gradients_of_an_mlp(mesh, dim: int, mlp: int) -> jax.stages.Compiled:
+    """Of its two kernels, of which fsdp splits the first axis of one and the last of the other."""
     up, down, wide = ("embed", "mlp"), ("mlp", "embed"), ("batch", "seq", "mlp")
 
     def loss(params, x):
@@ -109,14 +107,36 @@ def test_gradients_are_scattered_whichever_axis_is_split():
         y = linear({"kernel": params["down"]}, jax.nn.silu(y), "bsm,md->bsd", down, ("batch", "seq", "hidden"))
         return (y.astype(jnp.float32) ** 2).sum()
 
-    with jax.set_mesh(mesh):
+    with current(mesh):
         laid = lambda shape, axes: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec(*axes)))  # type: ignore[arg-type]
         params = {"up": laid((dim, mlp), up), "down": laid((mlp, dim), down)}
-        x = jax.ShapeDtypeStruct((32, 512, dim), jnp.bfloat16, sharding=row_layout(mesh, 3))
-        program = jax.jit(jax.grad(loss)).lower(params, x).compile()
+        x = jax.ShapeDtypeStruct((2 * mesh.size, 512, dim), jnp.bfloat16, sharding=row_layout(mesh, 3))
+        return jax.jit(jax.grad(loss)).lower(params, x).compile()
+
+
+def test_gradients_are_scattered_whichever_axis_is_split():
+    """On v5e:4x4, into pieces of 128: neither is summed whole."""
+    mesh, dim, mlp = make_mesh(MeshConfig(1, 8, 2), find_slice("v5e:4x4").devices), 1024, 4096
+    program = gradients_of_an_mlp(mesh, dim, mlp)
     found = {one.kind: one.bytes for one in hlo.collectives(program.as_text() or "")}
     both = 2 * dim * mlp // 2 * 2  # bytes of a device's halves in bfloat16
     assert both <= found["reduce-scatter"] <= 1.3 * both  # XLA pads what it scatters
+
+
+@pytest.mark.parametrize("decode", [1, 4])
+def test_along_three_axes_of_a_torus_weights_move_in_two_steps(decode):
+    """64 chips of a v5p share the weights. In one step XLA sums whole ones, twice the bytes; in two it gathers within
+    decode groups of 4, then over the others, and scatters gradients over those, then within a group."""
+    mesh, dim, mlp = make_mesh(MeshConfig(1, 64, 1, decode=decode), find_slice("v5p:4x4x4").devices), 4096, 8192
+    assert in_steps(mesh) == (decode == 4)
+    program = gradients_of_an_mlp(mesh, dim, mlp)
+    found = {one.kind: one.wire for one in hlo.collectives(program.as_text() or "")}
+    both = 2 * dim * mlp * 2  # bytes, whole, in bfloat16
+    if decode == 1:
+        assert found["all-reduce"] > 3.9 * both
+    else:
+        assert min(found["all-gather"], found["reduce-scatter"]) > 0.9 * both
+        assert sum(found.values()) < 2.1 * both
 
 
 def test_a_program_for_v5p_that_jaxlib_cannot_print_is_described():

@@ -53,7 +53,7 @@ def drawn_for(cfg: Config):
     recipe = drawn.recipe._replace(num_micro=asked_parts(cfg))  # as on a TPU
     drawn = dataclasses.replace(drawn, recipe=recipe)
     passes = passes_of(drawn, list(batch_shapes(cfg, drawn.mesh))[-1])
-    return drawn, passes, models_of(drawn), setup_of(cfg, 8, drawn.recipe.optimizers)
+    return drawn, passes, models_of(drawn), setup_of(cfg, jax.devices()[:8], drawn.recipe.optimizers)
 
 
 MANY = PPO.replace("prompts_per_step: 64", "prompts_per_step: 16, samples_per_prompt: 8")
