@@ -9,14 +9,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-SQUARES = (1024, 2048, 3072)  # sides of the matrices that are multiplied
-STREAM = 2**26  # float32 elements of an array that memory is measured with: 256 MiB, more than caches hold
 SECONDS = 1.0  # of repetitions, about, of each
+
+
+class Sizes(NamedTuple):
+    """What is multiplied and moved: enough that handing it to the device takes no time beside it."""
+
+    squares: tuple[int, ...]  # sides of the matrices
+    stream: int  # float32 elements of an array, more than caches hold
+
+
+CPU, ACCELERATOR = Sizes((1024, 2048, 3072), 2**26), Sizes((4096, 8192), 2**28)
 
 
 def describe() -> dict[str, Any]:
@@ -75,8 +83,8 @@ def matmul_peak(dtype: str) -> float:
     precision that programs have by default."""
     product = jax.jit(jnp.matmul)
     best = 0.0
-    for side in SQUARES:
-        x = jnp.full((side, side), 0.5, dtype)
+    for side in sizes().squares:
+        x = jax.random.normal(jax.random.key(0), (side, side), dtype)  # of constants GPUs make more
         best = max(best, 2 * side**3 / fastest(lambda: product(x, x)))  # noqa: B023
     return best
 
@@ -84,14 +92,19 @@ def matmul_peak(dtype: str) -> float:
 def memory_bandwidth() -> float:
     """Bytes a second of one device that reads two large arrays and writes a third."""
     add = jax.jit(lambda a, b: a + 2 * b, donate_argnums=0)
-    held = [jnp.ones(STREAM, jnp.float32)]
-    other = jnp.ones(STREAM, jnp.float32)
+    stream = sizes().stream
+    held = [jnp.ones(stream, jnp.float32)]
+    other = jnp.ones(stream, jnp.float32)
 
     def step() -> jax.Array:
         held[0] = add(held[0], other)
         return held[0]
 
-    return 3 * 4 * STREAM / fastest(step)
+    return 3 * 4 * stream / fastest(step)
+
+
+def sizes() -> Sizes:
+    return CPU if jax.default_backend() == "cpu" else ACCELERATOR
 
 
 def fastest(step: Callable[[], jax.Array]) -> float:

@@ -18,7 +18,7 @@ QUICK = [*TINY, "--steps", "3", "--json"]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The machine is measured in milliseconds."""
-    for name, value in {"SQUARES": (64, 128), "STREAM": 2**12, "SECONDS": 0.01}.items():
+    for name, value in {"CPU": machine.Sizes((64, 128), 2**12), "SECONDS": 0.01}.items():
         monkeypatch.setattr(machine, name, value)
 
 
