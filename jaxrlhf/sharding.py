@@ -199,6 +199,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.sharding.reshard(x, partition(names)) if explicit() else x
 
 
+def used_often(x: jax.Array, *names: str | None) -> jax.Array:
+    """``constrain``, where rows that devices split meet ``x`` in several products, in a loop say: each device adds up
+    the gradient of its own rows, and what they all have is summed once, where this is differentiated."""
+    if not explicit():
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*partition(names), reduced={*RULES["batch"]}))
+
+
 def whole_rows(x: jax.Array) -> jax.Array:
     """``x`` with its last dimension whole on every device, and the others as they lie."""
     if not explicit():

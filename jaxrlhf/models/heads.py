@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.linear import gather, linear
-from jaxrlhf.sharding import constrain
+from jaxrlhf.models.linear import halfway, linear
+from jaxrlhf.sharding import constrain, used_often
 from jaxrlhf.types import Array, Params
 
 IMPOSSIBLE = -1e30  # the logit of a padded vocabulary row: finite, so that 0 x it is 0
@@ -14,9 +14,10 @@ IMPOSSIBLE = -1e30  # the logit of a padded vocabulary row: finite, so that 0 x 
 def gathered_head(params: Params, dtype) -> Params:
     """The parameters that lm_logits reads, cast and whole along ``embed``: for use many times after one gather."""
     if "head" in params:
-        return {"head": {"kernel": gather(params["head"]["kernel"].astype(dtype), ("embed", "vocab"))}}
-    table = params["embed"]["tokens"]["embedding"]
-    return {"embed": {"tokens": {"embedding": gather(table.astype(dtype), ("vocab", "embed"))}}}
+        kernel = halfway(params["head"]["kernel"].astype(dtype), ("embed", "vocab"))
+        return {"head": {"kernel": used_often(kernel, None, "vocab")}}
+    table = halfway(params["embed"]["tokens"]["embedding"].astype(dtype), ("vocab", "embed"))
+    return {"embed": {"tokens": {"embedding": used_often(table, "vocab", None)}}}
 
 
 def lm_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:

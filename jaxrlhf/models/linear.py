@@ -1,6 +1,7 @@
 """The one linear map. LoRA and quantised weights come in here and nowhere else."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,7 +52,12 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
 
 def gather(kernel: Array, axes: Axes) -> Array:
     """``kernel``, stored as ``axes`` say, whole along ``embed``."""
-    return constrain(halfway(kernel, axes), *gathered(axes))
+    return whole(halfway(kernel, axes), axes)
+
+
+def whole(kernel: Array, axes: Axes) -> Array:
+    """``kernel`` after the last step of its gathering."""
+    return constrain(kernel, *gathered(axes)) if is_split(kernel) else kernel
 
 
 def halfway(kernel: Array, axes: Axes) -> Array:
@@ -65,7 +71,7 @@ def is_split(kernel: Array) -> bool:
     """Whether fsdp splits it here; the head's, which is used many times, was gathered before."""
     if not explicit():
         return False
-    return any("fsdp" in ((names,) if isinstance(names, str) else names or ()) for names in layout(kernel))
+    return any("fsdp" in ((names,) if isinstance(names, str) else names or ()) for names in layout(kernel).partitions)
 
 
 def layout(x: Array) -> PartitionSpec:
@@ -93,8 +99,7 @@ def times(x: Array, kernel: Array, equation: str, where: Any, axes: Axes, dtype:
 
     Backward both products are of the inputs' dtype, dy rounded to it, as TPUs do it anyway: GPUs would widen the kernel
     for a product of float32, in memory and for every chunk of logits."""
-    whole = constrain(kernel, *gathered(axes))
-    return jnp.einsum(equation, x, whole, out_sharding=where, preferred_element_type=dtype)
+    return jnp.einsum(equation, x, whole(kernel, axes), out_sharding=where, preferred_element_type=dtype)
 
 
 def times_forward(
@@ -119,14 +124,20 @@ def times_backward(
     if axes[-1] == "embed" and right[-1] in out and is_split(kernel):
         factors.reverse()
     made = [name for letters, _ in factors for name in letters if name in right]
-    lay = lambda like, names, order: where and PartitionSpec(*(layout(like)[names.index(name)] for name in order))
-    whole = constrain(kernel, *gathered(axes))
-    dx = jnp.einsum(f"{out},{right}->{left}", dy, whole, out_sharding=lay(x, left, left))
+
+    def lay(like: Array, names: str, order: Sequence[str]) -> PartitionSpec | None:
+        if where is None:
+            return None
+        split = (layout(like).partitions[names.index(name)] for name in order)
+        return PartitionSpec(*split, unreduced=layout(like).reduced)  # see sharding.used_often
+
+    used = whole(kernel, axes)
+    dx = jnp.einsum(f"{out},{right}->{left}", dy, used, out_sharding=lay(x, left, left))
     (names, first), (others, second) = factors
     summed = tuple(map(names.index, rows)), tuple(map(others.index, rows))
     # summed whole and split, which XLA makes one; what it makes of a product that is asked for in parts are many small
     # products and sends in turn, except in steps, where it scatters
-    summed_as = lay(kernel if IN_STEPS.get() else whole, right, made)
+    summed_as = lay(kernel if IN_STEPS.get() else used, right, made)
     dkernel = jax.lax.dot_general(first, second, (summed, ((), ())), out_sharding=summed_as)
     dkernel = dkernel if where is None else jax.sharding.reshard(dkernel, lay(kernel, right, made))
     if made == list(right):

@@ -75,7 +75,7 @@ def chunked_token_stats(
 
     hidden [B, S, D] is aligned: column t is the state before token t. Up to ``stored`` logits of a device are computed
     at once; else each chunk of so many is recomputed in the backward pass, so that [B, S, V] is never stored. Every
-    chunk adds to the gradient of the head, over the mesh, so there should be few.
+    chunk adds to the gradient of the head, which is read and written for it, so there should be few.
     """
     batch, size, _ = hidden.shape
     columns = jnp.arange(size)

@@ -11,7 +11,9 @@ from jaxrlhf import sharding
 from jaxrlhf import state as states
 from jaxrlhf.models import linear
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.heads import gathered_head, lm_logits
 from jaxrlhf.models.transformer import Runtime, forward
+from jaxrlhf.ops.logprobs import chunked_token_stats
 from jaxrlhf.plan import hlo
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, row_layout
 from tests import tiny
@@ -111,6 +113,46 @@ def test_on_devices_that_share_no_weights_nothing_is_computed_twice():
     assert products == {"one": 3 * (7 + 2), "copies": 3 * (7 + 2)}
     assert "remat" not in text(MeshConfig(1)) + text(MeshConfig(8))
     assert "remat" in text(SHARED[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_of_the_head_is_summed_once(tied):
+    """However many chunks of logits add to it; and it is that of one device."""
+    vocab, chunks = 256, 4
+    shape = ModelConfig(vocab_size=vocab, hidden_size=WIDTH, num_layers=1, num_heads=4, tie_embeddings=tied)
+    cfg, rng = resolve(shape), np.random.default_rng(0)
+    states = rng.normal(size=(ROWS, COLUMNS, WIDTH)).astype(np.float32)
+    tokens = rng.integers(0, vocab, (ROWS, COLUMNS), np.int32)
+
+    def compiled(mesh_cfg: MeshConfig):
+        mesh = make_mesh(mesh_cfg, jax.devices()[: mesh_cfg.data * mesh_cfg.fsdp * mesh_cfg.tensor])
+        stored = ROWS * COLUMNS * vocab // mesh.size // chunks
+
+        def total(params, states, tokens):
+            head = gathered_head(params, jnp.float32)
+            logits_of = lambda states, _: lm_logits(head, cfg, states)
+            return chunked_token_stats(states, tokens, logits_of, vocab, stored).logprobs.sum()
+
+        with current(mesh):
+            every = tiny.parameters(cfg, "lm", 0)
+            params = {name: every[name] for name in (("embed",) if tied else ("head",))}
+            arguments = params, *tiny.put((states, tokens))
+            program = jax.jit(jax.grad(total), compiler_options=tiny.FAST).lower(*arguments).compile()
+            return program, jax.device_get(program(*arguments))
+
+    _, wanted = compiled(MeshConfig(1))
+    program, found = compiled(MeshConfig(2, 2, 2, decode=2))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    entry, computations = hlo.parse(program.as_text() or "")
+    runs, _ = hlo.executions(entry, computations)
+    sums = [
+        runs[name]
+        for name, lines in computations.items()
+        for line in lines
+        if hlo.kind_of(line) in ("all-reduce", "reduce-scatter") and hlo.transferred(line) >= 4 * vocab * WIDTH // 2
+    ]
+    assert max(runs.values()) >= chunks and sums and set(sums) == {1}
 
 
 EQUATIONS = {
