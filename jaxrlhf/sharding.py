@@ -19,13 +19,14 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("slice", "data", "fsdp", "decode", "tensor")
+SPLIT_ROWS = ("slice", "data", "fsdp", "decode")  # all that is not tensor
 DEVICES = "devices"  # the axis of pmap
 Rules = dict[str, str | tuple[str, ...] | None]
 
 # logical axis -> mesh axes. Weights are stored split over fsdp (and decode, which is a part of it) and gathered where
 # they are used (models/linear.py); activations split their rows over all that is not tensor.
 RULES: Rules = {
-    "batch": ("slice", "data", "fsdp", "decode"),
+    "batch": SPLIT_ROWS,
     "rows": AXES,  # as batch, and over the devices that share its rows too
     "seq": None,
     "hidden": None,  # features of an activation
@@ -204,7 +205,7 @@ def used_often(x: jax.Array, *names: str | None) -> jax.Array:
     the gradient of its own rows, and what they all have is summed once, where this is differentiated."""
     if not explicit():
         return x
-    return jax.sharding.reshard(x, PartitionSpec(*partition(names), reduced={*RULES["batch"]}))
+    return jax.sharding.reshard(x, PartitionSpec(*partition(names), reduced=frozenset(SPLIT_ROWS)))
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
