@@ -24,7 +24,7 @@ from jaxrlhf.config_yaml import Dumper, read_file, read_yaml
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.distributed import DistributedConfig
 from jaxrlhf.generate import GenerateConfig
-from jaxrlhf.metrics import LogConfig
+from jaxrlhf.log.metrics import LogConfig
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.kernels import Asked
 from jaxrlhf.optim import OptimizerConfig

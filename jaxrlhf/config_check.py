@@ -8,7 +8,7 @@ from jaxrlhf.config_batch import ROWS_KEY, divisors, fields_read, longest_row, r
 from jaxrlhf.config_errors import ConfigError, show, suggest
 from jaxrlhf.config_types import hints
 from jaxrlhf.data.sources import DataConfig, SourceConfig
-from jaxrlhf.metrics import is_local
+from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.rewards import functions
 from jaxrlhf.sharding import AXES, mesh_shape

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxrlhf import distributed
 from jaxrlhf.config import Config
 from jaxrlhf.config_check import check
-from jaxrlhf.metrics import is_local
+from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.wording import one_line
 

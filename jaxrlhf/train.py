@@ -18,7 +18,8 @@ from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, put
-from jaxrlhf.metrics import MetricsLog, is_local, lock_run_dir
+from jaxrlhf.log.metrics import MetricsLog
+from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_programs
 from jaxrlhf.score import joined

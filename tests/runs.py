@@ -298,8 +298,8 @@ def main() -> None:
 
 def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
     """Note compilations, rows and dispatches from now on, and send the plan's signal when its time comes."""
-    from jaxrlhf import metrics
     from jaxrlhf import train as trainer
+    from jaxrlhf.log import metrics
 
     events: list[dict[str, Any]] = []
     write, samples = metrics.MetricsLog.write, metrics.MetricsLog.samples

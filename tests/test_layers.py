@@ -15,7 +15,7 @@ LAYERS = {
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),
     **dict.fromkeys(("ahead", "generate", "packing", "step", "state"), 4),
-    **dict.fromkeys(("checkpoint", "metrics", "distributed", "rendezvous"), 4),
+    **dict.fromkeys(("checkpoint", "log", "distributed", "rendezvous"), 4),
     "config": 5,
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference"), 5),
@@ -129,8 +129,8 @@ def test_the_command_line_is_light():
         ("data.sources", "from jaxrlhf.config import ConfigError", 1),
         ("data.sources", "from jaxrlhf import models", 1),
         ("step", "import jax, os\nfrom jaxrlhf.types import Batch", 0),
-        ("metrics", "from jaxrlhf.config import Config", 1),
-        ("config", "from jaxrlhf.metrics import LogConfig", 0),
+        ("log.metrics", "from jaxrlhf.config import Config", 1),
+        ("config", "from jaxrlhf.log.metrics import LogConfig", 0),
     ],
 )
 def test_a_wrong_arrow_is_found(module, source, wrong):

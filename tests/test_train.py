@@ -21,7 +21,7 @@ from jaxrlhf import train as trainer
 from jaxrlhf.build import changes_since_saved
 from jaxrlhf.config import dump, load
 from jaxrlhf.config_errors import ConfigError
-from jaxrlhf.metrics import lock_run_dir
+from jaxrlhf.log.run_dir import lock_run_dir
 from tests import runs
 
 

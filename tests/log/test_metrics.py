@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jaxrlhf import metrics
-from jaxrlhf.metrics import JsonLines, LogConfig, MetricsLog, RunDirBusy, lock_run_dir, read_rows, summary
+from jaxrlhf.log import progress, rows
+from jaxrlhf.log.metrics import LogConfig, MetricsLog
+from jaxrlhf.log.progress import summary
+from jaxrlhf.log.rows import JsonLines, read_rows
+from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
 
 QUIET = LogConfig(tensorboard=False)
 ROW = {"score/mean": 0.5, "kl/reference": 1.25, "loss/value": 9.0, "loss/policy": 0.3}
@@ -102,13 +105,13 @@ def test_a_half_written_line_is_dropped(tmp_path, tail):
 
 
 def test_rows_are_written_in_parts_where_nothing_can_be_appended(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "PART_ROWS", 3)
+    monkeypatch.setattr(rows, "PART_ROWS", 3)
 
     def write(steps, last_step):
-        rows = JsonLines(metrics.epath.Path(tmp_path), "metrics", last_step, parts=True)
+        written = JsonLines(rows.epath.Path(tmp_path), "metrics", last_step, parts=True)
         for step in steps:
-            rows.append({"step": step})
-        rows.close()
+            written.append({"step": step})
+        written.close()
 
     write(range(1, 8), -1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"metrics-{i:06d}.jsonl" for i in range(3)]
@@ -120,7 +123,7 @@ def test_rows_are_written_in_parts_where_nothing_can_be_appended(tmp_path, monke
 
 HOLDER = """
 import sys, time
-from jaxrlhf.metrics import lock_run_dir
+from jaxrlhf.log.run_dir import lock_run_dir
 lock = lock_run_dir(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)
@@ -192,9 +195,9 @@ def test_a_log_gets_plain_lines_now_and_then(tmp_path):
 
 def test_time_left_counts_from_the_first_update(tmp_path, monkeypatch):
     clock = iter([1000.0, 1002.0, 1012.0])  # the first update comes after compilation
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     screen = io.StringIO()
-    lines = metrics.Lines(Console(file=screen), total=2000, start=0, every=1)
+    lines = progress.Lines(Console(file=screen), total=2000, start=0, every=1)
     for step in (1, 2, 7):
         lines.show(step, "x")
     ends = [line.rpartition("  ")[2] for line in screen.getvalue().splitlines()]
@@ -215,7 +218,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
 
 EVENTS = """
 import sys
-from jaxrlhf.metrics import LogConfig, MetricsLog
+from jaxrlhf.log.metrics import LogConfig, MetricsLog
 with MetricsLog(sys.argv[1], LogConfig(), 3) as log:
     log.write(1, {"score/mean": 0.25, "loss/policy": float("nan")})
 print(sorted({"torch", "tensorflow"} & set(sys.modules)))

@@ -1,0 +1,132 @@
+"""The written record of a run: metrics.jsonl, samples.jsonl, TensorBoard events, and what a person sees of them."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import IO, Any
+
+from etils import epath
+from rich.console import Console
+
+from jaxrlhf.log.progress import Bar, Lines, summary
+from jaxrlhf.log.rows import JsonLines, plain
+from jaxrlhf.log.run_dir import is_local, lock_run_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is written down, and how often."""
+
+    every: int = 1  # iterations between two lines of a log that is not a terminal
+    samples: int = 4  # responses of one iteration that go to samples.jsonl
+    samples_every: int = 10  # iterations between two such iterations
+    tensorboard: bool = True  # event files in RUN_DIR/tensorboard (local run directories only)
+
+
+class MetricsLog:
+    """The written record of one run, from ``start`` (iterations done before) to ``total``.
+
+    On resume, rows of steps after ``start`` are removed from metrics.jsonl and samples.jsonl. The run directory is
+    locked against a second writer until ``close`` (``lock``: what lock_run_dir returned, where it was taken earlier).
+    ``main``: False on every process but the first, where nothing is written. Raises RunDirBusy.
+    """
+
+    def __init__(
+        self,
+        run_dir: os.PathLike | str,
+        cfg: LogConfig,
+        total: int,
+        start: int = 0,
+        *,
+        lock: IO | None = None,
+        main: bool = True,
+        console: Console | None = None,
+    ):
+        self.main, self.run_dir = main, epath.Path(run_dir)
+        self.nonfinite: dict[str, int] = {}  # metric -> how often it was NaN or infinite
+        if not main:
+            return
+        path = self.run_dir
+        self.lock = lock or lock_run_dir(path)
+        last_step = start if start else -1  # at step 0 nothing is done yet: not even the evaluation before training
+        self.metrics = JsonLines(path, "metrics", last_step, parts=not is_local(path))
+        self.sampled = JsonLines(path, "samples", last_step, parts=not is_local(path))
+        self.events = event_writer(path, start) if cfg.tensorboard and is_local(path) else None
+        self.console = console or Console()
+        if self.console.is_terminal:
+            self.progress = Bar(self.console, total, start)
+        else:
+            self.progress = Lines(self.console, total, start, cfg.every)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One row: ``step``, ``time`` (Unix seconds) and the metrics; NaN and infinity as null, counted, warned of."""
+        if not self.main:
+            return
+        values = {key: plain(value) for key, value in metrics.items()}
+        finite = {key: value for key, value in values.items() if value is not None}
+        for key in values.keys() - finite.keys():
+            self.warn(step, key, metrics[key])
+        self.metrics.append({"step": step, "time": round(time.time(), 3), **values})
+        for key, value in finite.items():
+            if self.events:
+                self.events.add_scalar(key, value, step)
+        self.progress.show(step, summary(finite))
+
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Rows of samples.jsonl: prompt, response, score, split; ``step`` is put first."""
+        for row in rows if self.main else ():
+            self.sampled.append({"step": step, **row})
+
+    def flush(self) -> None:
+        """Nothing is held back after this: call it where the steps so far will not be done again."""
+        for file in (self.metrics, self.sampled) if self.main else ():
+            file.flush()
+
+    def warn(self, step: int, key: str, value: Any) -> None:
+        """Says once a metric that it isn't finite, and counts."""
+        self.nonfinite[key] = self.nonfinite.get(key, 0) + 1
+        if self.nonfinite[key] == 1:
+            self.say(f"warning: {key} is {value} at step {step}; written as null")
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the progress bar where there is one."""
+        if self.main:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Flushes and closes the files, and lets the run directory go. Calling it again does nothing."""
+        if not self.main:
+            return
+        self.main = False
+        self.progress.close()
+        if self.nonfinite:
+            counts = ", ".join(f"{key} x {count}" for key, count in sorted(self.nonfinite.items()))
+            self.console.print(f"warning: values that were not finite: {counts}", soft_wrap=True)
+        for file in (self.metrics, self.sampled, self.events, self.lock):
+            if file:
+                file.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def event_writer(run_dir: epath.Path, start: int):
+    """A TensorBoard writer; what an earlier process wrote of steps after ``start`` is not shown.
+
+    tensorboardX imports torch wherever it is installed, for features that are not used here: 2 s and 200 MB. It is told
+    that there is none.
+    """
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter(os.fspath(run_dir / "tensorboard"), purge_step=start + 1 if start else None)

@@ -1,0 +1,45 @@
+"""The run directory: one writer at a time."""
+
+import fcntl
+import os
+import socket
+import time
+from typing import IO
+
+from etils import epath
+
+
+class RunDirBusy(ValueError):
+    """Another process writes to the run directory."""
+
+
+def is_local(path: os.PathLike | str) -> bool:
+    """Whether ``path`` is on a file system, which can append and lock, and not in an object store (gs://)."""
+    return "://" not in os.fspath(path)
+
+
+def lock_run_dir(run_dir: os.PathLike | str) -> IO | None:
+    """Makes this process the only writer of ``run_dir`` (created if missing) until the returned file is closed.
+
+    The lock belongs to the open file, so it ends with the process however that ends: there are no stale locks to clear.
+    None for an object store, which has no locks: there a second writer is not noticed. Raises RunDirBusy, in one line,
+    when another writer holds it.
+    """
+    path = epath.Path(run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    if not is_local(path):
+        return None
+    file = open(path / ".lock", "a+")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown process"
+        file.close()
+        raise RunDirBusy(
+            f"run_dir: {os.fspath(run_dir)}: already being written by {holder}; stop it or choose another run_dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
