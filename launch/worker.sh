@@ -26,7 +26,8 @@ install() {
     # the images have Python 3.10; uv brings another
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user --upgrade uv
     [ -x "$venv/bin/python" ] || python3 -m uv venv --quiet --python 3.12 "$venv"
-    python3 -m uv pip install --quiet --python "$venv/bin/python" --editable "${code}[${EXTRA:-tpu}]"
+    python3 -m uv pip install --quiet --python "$venv/bin/python" --constraint "$code/launch/requirements.lock" \
+        --editable "${code}[${EXTRA:-tpu}]"
     echo "$(hostname): installed"
 }
 

@@ -1,17 +1,19 @@
 """What the repository holds, and what importing the package brings with it."""
 
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import jaxrlhf
 
 ROOT = Path(__file__).parent.parent
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "jaxrlhf", "configs", "tests", "launch"}
-TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".j2", ".txt", ""}
+TEXT = {".py", ".md", ".yaml", ".yml", ".toml", ".sh", ".sbatch", ".j2", ".txt", ".lock", ""}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # modules whose import is the start of some command; those that exist are tried
@@ -87,3 +89,15 @@ def test_importing_brings_no_torch_and_no_tensorflow(entry):
     code = f"import sys, jaxrlhf.{entry}; print(sorted({{'torch', 'tensorflow'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_lock_file_meets_what_the_project_asks_for():
+    """Every dependency, those of the extras too, is locked at a version that pyproject.toml allows."""
+    lines = (ROOT / "launch" / "requirements.lock").read_text().splitlines()
+    locked = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in (line.split("==") for line in lines)}
+    project = PYPROJECT["project"]
+    asked = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    for requirement in map(Requirement, asked):
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if name != "jaxrlhf":
+            assert requirement.specifier.contains(locked[name]), f"{requirement}: locked at {locked[name]}"

@@ -15,6 +15,7 @@ from jaxrlhf.config_yaml import read_file, read_yaml
 
 PROVIDERS = ("tpu_vm", "gke", "slurm", "skypilot")
 MAX_NAME = 63  # characters of a DNS label
+LONGEST_LOAN = 7 * 86400  # seconds that flex-start machines stay
 SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY", re.IGNORECASE)
 
 
@@ -36,6 +37,7 @@ class TpuVmConfig:
 
     runtime: str | None = None  # image of the VM; null: the one for this generation
     valid_until: str | None = None  # how long a request may wait in the queue, as in 6h; null: without end
+    max_run_duration: str | None = None  # capacity flex-start: how long the machines stay, as in 24h; at most 7d
     network: str | None = None
     subnetwork: str | None = None
     service_account: str | None = None  # which can write to run_dir; null: that of Compute Engine
@@ -84,10 +86,10 @@ class LaunchConfig:
     name: str  # of what is made there: a DNS label
     accelerator: str  # of a TPU slice: v5litepod-256, v5p-128, v5p:4x4x4; of a GPU node: h100:8
     slices: int = 1  # TPU slices, or nodes of GPUs
-    train: str  # the training config, from the top of the repository
-    overrides: tuple[str, ...] = ()  # of it, as on the command line
-    run_dir: str | None = None  # in the place of that of the config; gs://, as machines come and go
-    capacity: Literal["spot", "on-demand", "reserved"] = "spot"
+    train: tuple[str, ...]  # training configs, run in order; paths from the top of the repository
+    overrides: tuple[str, ...] = ()  # of them, as on the command line: KEY=VALUE or NAME:KEY=VALUE
+    run_dir: str | None = None  # replaces that of the config; of several configs: the folder of all runs; gs://
+    capacity: Literal["spot", "on-demand", "reserved", "flex-start"] = "spot"
     project: str | None = None
     zone: str | None = None
     preflight: bool = True  # run jaxrlhf preflight on every host first
@@ -116,15 +118,8 @@ class Launch(NamedTuple):
     cfg: LaunchConfig
     machines: Machines
     root: Path  # of the repository
-    run_dir: str
-
-    @property
-    def arguments(self) -> list[str]:
-        """Of ``jaxrlhf train`` and ``jaxrlhf preflight``."""
-        moved = [f"run_dir={self.cfg.run_dir}"] if self.cfg.run_dir else []
-        given = any(override.startswith("mesh.slices=") for override in self.cfg.overrides)
-        several = self.machines.slice is not None and self.cfg.slices > 1 and not given
-        return [self.cfg.train, *moved, *([f"mesh.slices={self.cfg.slices}"] if several else []), *self.cfg.overrides]
+    run_dirs: tuple[str, ...]  # of the training configs
+    arguments: list[str]  # of ``jaxrlhf train`` and ``jaxrlhf preflight``
 
     @property
     def environment(self) -> dict[str, str]:
@@ -142,6 +137,8 @@ def load_launch(path: os.PathLike | str, provider: str, root: Path, overrides: S
     for text in overrides:
         config.apply_override(tree, config.split_override(text))
     tree[provider] = {} if tree.get(provider) is None and provider != "gke" else tree.get(provider)
+    if isinstance(tree.get("train"), str):
+        tree["train"] = [tree["train"]]
     cfg, problems = config.read_record(LaunchConfig, tree, ())
     problems = problems or [*range_problems(cfg)]
     if problems:
@@ -149,8 +146,7 @@ def load_launch(path: os.PathLike | str, provider: str, root: Path, overrides: S
     lines = [*own_problems(cfg, provider)]
     if lines:
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines))
-    machines = machines_of(cfg)
-    return check_training(Launch(cfg, machines, root, ""), provider, source)
+    return check_training(cfg, root, provider, source)
 
 
 def machines_of(cfg: LaunchConfig) -> Machines:
@@ -193,6 +189,9 @@ def provider_problems(cfg: LaunchConfig, provider: str, machines: Machines) -> I
     """What this way of launching needs, and cannot do."""
     if provider == "gke" and cfg.gke is None:
         yield "gke: missing; expected a section with image"
+    if not cfg.train:
+        yield "train: []: expected at least one training config"
+    yield from flex_start_problems(cfg, provider)
     if machines.slice is None and provider in ("tpu_vm", "gke"):
         yield f"accelerator: {cfg.accelerator}: {provider} has TPUs only; nearest: v5litepod-8"
     if machines.slice is None:
@@ -213,6 +212,21 @@ def provider_problems(cfg: LaunchConfig, provider: str, machines: Machines) -> I
         yield f"gke.reservation: {cfg.gke.reservation}: capacity is {cfg.capacity}; expected both or neither"
 
 
+def flex_start_problems(cfg: LaunchConfig, provider: str) -> Iterator[str]:
+    """Where flex-start (machines that are lent for a stated time) is to be had, and what it needs."""
+    duration = cfg.tpu_vm.max_run_duration if cfg.tpu_vm else None
+    if cfg.capacity != "flex-start":
+        if duration is not None:
+            yield f"tpu_vm.max_run_duration: {duration}: capacity is {cfg.capacity}; expected capacity: flex-start"
+    elif provider not in ("tpu_vm", "gke"):
+        yield f"capacity: flex-start: {provider} does not have it; nearest: on-demand"
+    elif provider == "tpu_vm":
+        found = re.fullmatch(r"([1-9][0-9]*)([smhd])", duration or "")
+        seconds = int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0
+        if not 0 < seconds <= LONGEST_LOAN:
+            yield f"tpu_vm.max_run_duration: {duration or 'missing'}: expected a time up to 7d, as in 24h"
+
+
 def longest_name(cfg: LaunchConfig, provider: str, machines: Machines) -> str:
     """Of all that is made there."""
     if provider == "tpu_vm" and cfg.slices > 1:
@@ -222,20 +236,54 @@ def longest_name(cfg: LaunchConfig, provider: str, machines: Machines) -> str:
     return cfg.name
 
 
-def check_training(launch: Launch, provider: str, source: str) -> Launch:
-    """The launch with the run directory of its training config, which is loaded and checked for these machines."""
-    cfg, machines = launch.cfg, launch.machines
-    path = launch.root / cfg.train
-    if not path.resolve().is_relative_to(launch.root.resolve()):
-        raise ConfigError(f"{source}: train: {cfg.train}: not in {launch.root}, which is what the machines get")
-    training = config.load(path, launch.arguments[1:])
-    config_check.check(training, machines.devices, f"{cfg.train} on {cfg.slices} x {cfg.accelerator}")
-    problems = [*mesh_problems(cfg, machines, training)]
-    if provider != "slurm":  # whose nodes share their file system with us
-        problems += [*lost_problems(training)]
+def check_training(cfg: LaunchConfig, root: Path, provider: str, source: str) -> Launch:
+    """The launch with the arguments and run directories of its training configs, which are loaded and checked for these
+    machines."""
+    machines, paths = machines_of(cfg), [root / path for path in cfg.train]
+    for path in paths:
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ConfigError(
+                f"{source}: train: {path.relative_to(root)}: not in {root}, which is what the machines get"
+            )
+    several = machines.slice is not None and cfg.slices > 1
+    several = several and not any(override.startswith("mesh.slices=") for override in cfg.overrides)
+    common = [*([f"mesh.slices={cfg.slices}"] if several else []), *cfg.overrides]
+    overrides = [*common, *moved_runs(cfg, config.load_all(paths, common), source)]
+    trainings = config.load_all(paths, overrides)
+    problems: list[str] = []
+    for name, training in zip(cfg.train, trainings):
+        config_check.check(training, machines.devices, f"{name} on {cfg.slices} x {cfg.accelerator}")
+        problems += mesh_problems(cfg, machines, training)
+        if provider != "slurm":  # whose nodes share their file system with us
+            problems += lost_problems(training)
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
-    return launch._replace(run_dir=training.run_dir)
+    return Launch(cfg, machines, root, tuple(one.run_dir for one in trainings), [*cfg.train, *overrides])
+
+
+def moved_runs(cfg: LaunchConfig, trainings: Sequence[config.Config], source: str) -> list[str]:
+    """The overrides that put the runs below the launch's run_dir, and what starts from one of them with it.
+
+    Raises ConfigError where file names do not tell the configs apart."""
+    if cfg.run_dir is None or len(trainings) == 1:
+        return [f"run_dir={cfg.run_dir}"] if cfg.run_dir else []
+    names = [PurePosixPath(path).stem for path in cfg.train]
+    for at, name in enumerate(names):
+        called = [{stem, one.algorithm_name} for stem, one in zip(names, trainings)]
+        other = next((path for i, path in enumerate(cfg.train) if i != at and name in called[i]), None)
+        if other is not None:
+            raise ConfigError(
+                f"{source}: train: {cfg.train[at]}: {other} is called {name} too; expected different file names"
+            )
+    moved = {one.run_dir: f"{cfg.run_dir.rstrip('/')}/{name}" for name, one in zip(names, trainings)}
+    overrides = [f"{name}:run_dir={moved[one.run_dir]}" for name, one in zip(names, trainings)]
+    for name, one in zip(names, trainings):
+        starts = {f"models.{role}.init_from": model.init_from for role, model in one.models.items()}
+        for key, start in (starts | {"tokenizer.init_from": one.tokenizer.init_from}).items():
+            run, at, step = (start or "").partition("@")
+            if run in moved:
+                overrides.append(f"{name}:{key}={moved[run]}{at}{step}")
+    return overrides
 
 
 def mesh_problems(cfg: LaunchConfig, machines: Machines, training: config.Config) -> Iterator[str]:

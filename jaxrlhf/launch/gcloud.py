@@ -40,11 +40,14 @@ def create(launch: Launch) -> list[str]:
     cfg, tpu = launch.cfg, launch.cfg.tpu_vm
     slice_ = launch.machines.slice
     assert tpu and slice_  # load_launch saw to it
-    argv = [*QUEUED, "create", cfg.name, *place(launch), f"--accelerator-type={slice_.accelerator_type}"]
+    command = [QUEUED[0], "alpha", *QUEUED[1:]] if cfg.capacity == "flex-start" else QUEUED  # which alone has its flags
+    argv = [*command, "create", cfg.name, *place(launch), f"--accelerator-type={slice_.accelerator_type}"]
     argv += [f"--runtime-version={tpu.runtime or slice_.generation.runtime}"]
     several = [f"--node-count={cfg.slices}", f"--node-prefix={cfg.name}"]
     argv += several if cfg.slices > 1 else [f"--node-id={cfg.name}"]
-    argv += {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": []}[cfg.capacity]
+    flex_start = ["--provisioning-model=flex-start", f"--max-run-duration={tpu.max_run_duration}"]
+    kinds = {"spot": ["--spot"], "reserved": ["--reserved"], "on-demand": [], "flex-start": flex_start}
+    argv += kinds[cfg.capacity]
     given = {"network": tpu.network, "subnetwork": tpu.subnetwork, "service-account": tpu.service_account}
     given["valid-until-duration"] = tpu.valid_until
     argv += [f"--{flag}={value}" for flag, value in given.items() if value]

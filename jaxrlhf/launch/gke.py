@@ -76,8 +76,9 @@ def pod(launch: Launch) -> dict[str, Any]:
         "cloud.google.com/gke-tpu-accelerator": slice_.generation.gke_accelerator,
         "cloud.google.com/gke-tpu-topology": slice_.layout,
     }
-    if cfg.capacity == "spot":
-        selector["cloud.google.com/gke-spot"] = "true"
+    label = {"spot": "cloud.google.com/gke-spot", "flex-start": "cloud.google.com/gke-flex-start"}.get(cfg.capacity)
+    if label:
+        selector[label] = "true"
     if gke.reservation:
         selector["cloud.google.com/reservation-name"] = gke.reservation
     account = {"serviceAccountName": gke.service_account} if gke.service_account else {}
@@ -86,7 +87,10 @@ def pod(launch: Launch) -> dict[str, Any]:
         "terminationGracePeriodSeconds": gke.grace_seconds,
         **account,
         "nodeSelector": selector,
-        "tolerations": [{"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"}],
+        "tolerations": [
+            {"key": key, "operator": "Exists", "effect": "NoSchedule"}
+            for key in ("cloud.google.com/gke-spot", *([label] if cfg.capacity == "flex-start" else []))
+        ],
         "securityContext": {
             "runAsUser": gke.run_as_user,
             "runAsNonRoot": gke.run_as_user != 0,

@@ -18,7 +18,7 @@ SETUP = """\
 set -e
 pip install --quiet --upgrade uv
 [ -x ~/jaxrlhf-venv/bin/python ] || uv venv --quiet --python 3.12 ~/jaxrlhf-venv
-uv pip install --quiet --python ~/jaxrlhf-venv/bin/python --editable ".[{extra}]"
+uv pip install --quiet --python ~/jaxrlhf-venv/bin/python --constraint launch/requirements.lock --editable ".[{extra}]"
 """
 # TPU hosts find each other by themselves; nodes of GPUs are told
 GPU_NODES = (

@@ -21,7 +21,18 @@ CASES = {
             "tpu_vm={network: net, subnetwork: sub, service_account: a@b.c, internal_ips: true, valid_until: 6h}",
         ],
     ),
+    "tpu_vm_flex_start": (
+        "tpu_vm",
+        [
+            "accelerator=v6e-8",
+            "capacity=flex-start",
+            "tpu_vm={max_run_duration: 24h, valid_until: 6h}",
+            "train=[configs/quickstart/sft.yaml, configs/quickstart/rm.yaml]",
+            "overrides=[batch.sequences_per_step=16, batch.preferences_per_step=16]",
+        ],
+    ),
     "gke": ("gke", []),
+    "gke_flex_start": ("gke", ["capacity=flex-start"]),
     "gke_two_slices": (
         "gke",
         [

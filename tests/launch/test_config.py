@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from jaxrlhf.config import load_all
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.launch.cli import PROVIDERS
 from jaxrlhf.launch.config import RetryConfig, load_launch
@@ -44,10 +45,43 @@ def test_machines_are_counted():
 
 
 def test_run_dir_is_the_launch_s_else_the_config_s():
-    assert load("tpu_vm").run_dir == "gs://my-bucket/runs/first"
-    assert load("slurm").run_dir == "runs/tiny/sft"
+    assert load("tpu_vm").run_dirs == ("gs://my-bucket/runs/first",)
+    assert load("slurm").run_dirs == ("runs/tiny/sft",)
     moved = load("tpu_vm", "run_dir=null", "overrides=[run_dir=gs://b/r, batch.sequences_per_step=16]")
-    assert moved.run_dir == "gs://b/r" and moved.arguments[1] == "run_dir=gs://b/r"
+    assert moved.run_dirs == ("gs://b/r",) and moved.arguments[1] == "run_dir=gs://b/r"
+
+
+CHAIN = "train=[configs/quickstart/sft.yaml, configs/quickstart/rm.yaml, configs/quickstart/ppo.yaml]"
+CHAIN_FITS = "overrides=[batch.sequences_per_step=16, batch.preferences_per_step=16, batch.prompts_per_step=64]"
+
+
+def test_several_configs_are_one_launch_and_each_starts_from_the_moved_run_of_another():
+    chain = load("tpu_vm", CHAIN, CHAIN_FITS, "run_dir=gs://b/film/")
+    assert chain.run_dirs == ("gs://b/film/sft", "gs://b/film/rm", "gs://b/film/ppo")
+    assert chain.arguments[:3] == [f"configs/quickstart/{name}.yaml" for name in ("sft", "rm", "ppo")]
+    _, rm, ppo = load_all([ROOT / path for path in chain.arguments[:3]], chain.arguments[3:])
+    assert rm.models["reward"].init_from == "gs://b/film/sft"
+    assert {role: ppo.models[role].init_from for role in ("policy", "reward")} == {
+        "policy": "gs://b/film/sft",
+        "reward": "gs://b/film/rm",
+    }
+
+
+def test_a_step_of_a_moved_run_stays_that_step():
+    chain = load("tpu_vm", CHAIN, CHAIN_FITS[:-1] + ", 'ppo:models.policy.init_from=runs/quickstart/sft@best']")
+    (start,) = [text for text in chain.arguments if text.startswith("ppo:models.policy.init_from=gs://")]
+    assert start.endswith("/first/sft@best")
+
+
+def test_every_run_of_a_chain_has_to_outlive_the_machines():
+    assert mistake("tpu_vm", CHAIN.replace("[", "[configs/tiny/sft.yaml, "), CHAIN_FITS).startswith(
+        "train: configs/tiny/sft.yaml: configs/quickstart/sft.yaml is called sft too; expected different file names"
+    )
+    with pytest.raises(ConfigError) as error:
+        load("tpu_vm", CHAIN, CHAIN_FITS, "run_dir=null")
+    assert [line.split(": ")[2] for line in str(error.value).splitlines() if ": run_dir: " in line] == [
+        f"runs/quickstart/{name}" for name in ("sft", "rm", "ppo")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +104,15 @@ def test_run_dir_is_the_launch_s_else_the_config_s():
         ("gke", "secrets=[HF_TOKEN]", "gke.secret: missing; secrets are named; expected the Secret that holds them"),
         ("gke", "capacity=reserved", "gke.reservation: None: capacity is reserved; expected both or neither"),
         ("gke", "gke.grace_seconds=30", "gke.grace_seconds: 30: expected a number in [120, inf); nearest: 120"),
+        ("tpu_vm", "train=[]", "train: []: expected at least one training config"),
+        # flex-start
+        ("tpu_vm", "capacity=flex-start", "tpu_vm.max_run_duration: missing: expected a time up to 7d, as in 24h"),
+        ("tpu_vm", "tpu_vm={max_run_duration: 24h}", "tpu_vm.max_run_duration: 24h: capacity is spot; expected capaci"),
+        ("slurm", "capacity=flex-start", "capacity: flex-start: slurm does not have it; nearest: on-demand"),
+        ("skypilot", "capacity=flex-start", "capacity: flex-start: skypilot does not have it; nearest: on-demand"),
         # words
         ("tpu_vm", "capasity=spot", 'unknown key (value "spot"); nearest: capacity'),
-        ("tpu_vm", "capacity=sopt", 'capacity: "sopt": expected one of spot, on-demand, reserved; nearest: spot'),
+        ("tpu_vm", "capacity=sopt", 'capacity: "sopt": expected one of spot, on-demand, reserved, flex-start; nearest'),
         ("tpu_vm", "tpu_vm={netwrk: a}", 'tpu_vm.netwrk: unknown key (value "a"); nearest: network'),
         ("tpu_vm", "retry.poll=-1", "retry.poll: -1.0: expected a number in [0, inf); nearest: 0"),
         # names
@@ -144,9 +184,15 @@ def test_weights_and_data_that_are_only_here_are_refused():
     role = "models.policy={init_from: runs/tiny/sft}"
     more = f"overrides=['{role}', tokenizer.train_vocab_size=null, batch.sequences_per_step=16]"
     assert mistake("tpu_vm", more).startswith("models.policy.init_from: runs/tiny/sft: is not sent to the machines;")
-    assert load("slurm", more).run_dir  # nodes share a file system with us
+    assert load("slurm", more).run_dirs  # nodes share a file system with us
     data = "overrides=['data.demonstrations={path: /data/a.jsonl}', batch.sequences_per_step=16]"
     assert mistake("tpu_vm", data).startswith("data.demonstrations.path: /data/a.jsonl: is not sent to the machines;")
+
+
+@pytest.mark.parametrize("duration", ["8d", "0h", "24", "1 day", "169h"])
+def test_machines_are_lent_for_seven_days_at_most(duration):
+    said = mistake("tpu_vm", "capacity=flex-start", f"tpu_vm={{max_run_duration: {duration}}}".replace("24}", "'24'}"))
+    assert said == f"tpu_vm.max_run_duration: {duration}: expected a time up to 7d, as in 24h"
 
 
 def test_all_mistakes_are_told_at_once(tmp_path):

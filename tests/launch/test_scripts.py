@@ -185,7 +185,8 @@ def test_installation_unpacks_and_asks_uv(worker, stand_in, monkeypatch):
     assert notes(stand_in) == [
         "-m pip install --quiet --user --upgrade uv",
         f"-m uv venv --quiet --python 3.12 {home}/jaxrlhf-venv",
-        f"-m uv pip install --quiet --python {home}/jaxrlhf-venv/bin/python --editable {home}/jaxrlhf[tpu]",
+        f"-m uv pip install --quiet --python {home}/jaxrlhf-venv/bin/python "
+        f"--constraint {home}/jaxrlhf/launch/requirements.lock --editable {home}/jaxrlhf[tpu]",
     ]
 
 
