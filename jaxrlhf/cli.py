@@ -89,7 +89,7 @@ def plan(
     """Compile a config for a TPU slice that is not here: does it fit, and how fast can it be?"""
     paths = [argument for argument in arguments or [] if "=" not in argument]
     if not calibration and (len(paths) != 1 or not topology):
-        raise typer.BadParameter("expected one config and a slice: configs/tiny/ppo.yaml --topology v5e:2x2")
+        raise typer.BadParameter("expected one config and a TPU slice: configs/tiny/ppo.yaml --topology v5e:2x2")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a TPU or GPU that is here is left alone
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's stacks: a plan says what it raised
     from jaxrlhf.plan import report

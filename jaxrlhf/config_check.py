@@ -20,14 +20,14 @@ SPLIT = {"mlp_size": ("decode", "tensor"), "hidden_size": ("fsdp", "decode")}
 SECTION_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # Batch -> data
 
 
-def check(cfg: Config, num_devices: int, source: str = "config") -> None:
+def check(cfg: Config, num_devices: int, source: str = "config", place: str = "here") -> None:
     """Raises ConfigError, a line a mistake, for what no single key shows: roles, data, batch arithmetic, the mesh.
 
     Nothing is built or read, but for the module of rewards.function, which is imported; ``source`` is what the lines
-    start with (the config's path)."""
+    start with (the config's path), ``place`` where the devices are ("in the slice")."""
     problems = [*role_problems(cfg), *reward_problems(cfg), *data_problems(cfg), *generate_problems(cfg)]
     problems += [*tokenizer_problems(cfg), *evaluation_problems(cfg), *model_problems(cfg)]
-    problems += [*profile_problems(cfg), *device_problems(cfg, num_devices)]
+    problems += [*profile_problems(cfg), *device_problems(cfg, num_devices, place)]
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
@@ -220,10 +220,10 @@ def profile_problems(cfg: Config) -> Iterator[str]:
         yield f"profile: {show(cfg.profile)}: {where}; expected null or a local run_dir"
 
 
-def device_problems(cfg: Config, num_devices: int) -> Iterator[str]:
+def device_problems(cfg: Config, num_devices: int, place: str) -> Iterator[str]:
     """The mesh fits the devices, and rows and models divide over the mesh."""
     try:
-        sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices), strict=True))
+        sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices, place), strict=True))
     except ValueError as error:
         yield str(error)
         return

@@ -65,8 +65,9 @@ class MeshConfig:
     style: Literal["mesh", "pmap"] = "mesh"  # pmap: jax.pmap over the devices of this process, data only
 
 
-def mesh_shape(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """Sizes along AXES. Raises ValueError, in one line, when they do not multiply to ``num_devices``."""
+def mesh_shape(cfg: MeshConfig, num_devices: int, place: str = "here") -> tuple[int, ...]:
+    """Sizes along AXES. Raises ValueError, in one line, when they do not multiply to ``num_devices``, which are
+    ``place``."""
     sizes = {"slices": cfg.slices, "data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
     shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if name != "slices" or size != 1)
     given = [*sizes.values()]
@@ -76,8 +77,8 @@ def mesh_shape(cfg: MeshConfig, num_devices: int) -> tuple[int, ...]:
         raise ValueError(f"mesh: ({shown}): sizes are positive, and at most one is -1 (the rest of the devices)")
     known = math.prod(size for size in given if size != -1)
     if num_devices % known or (-1 not in given and known != num_devices):
-        word = "divides into" if -1 in given else "equals"
-        raise ValueError(f"mesh: ({shown}) needs {known} devices, which never {word} the {num_devices} present here")
+        count = f"a multiple of {known}" if -1 in given else known
+        raise ValueError(f"mesh: ({shown}) needs {count} devices; there are {num_devices} {place}")
     slices, data, fsdp, tensor = (num_devices // known if size == -1 else size for size in given)
     if cfg.decode < 1 or fsdp % cfg.decode:
         nearest = math.gcd(fsdp, max(cfg.decode, 1))

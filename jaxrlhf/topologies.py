@@ -94,7 +94,9 @@ def find_slice(name: str) -> Slice:
     kind, colon, rest = name.partition(":" if ":" in name else "-")
     row = GENERATIONS.get(ALIASES.get(kind, kind))
     if row is None:
-        raise ValueError(f"{name}: unknown accelerator; {nearest(name, accelerator_types(), cutoff=ANY)}")
+        known = nearest(kind, [*GENERATIONS, *ALIASES], "") != ""  # a mistyped TPU; else the nearest name says nothing
+        near = nearest(name, accelerator_types(), cutoff=ANY) if known else f"generations: {', '.join(GENERATIONS)}"
+        raise ValueError(f"{name}: no TPU slice, expected one such as v5litepod-8 or v5e:2x4; {near}")
     if colon == ":" or "x" in rest:
         return Slice(row, layout_of(row, name, rest))
     sizes = {slice_.accelerator_type: slice_ for slice_ in slices(row)}

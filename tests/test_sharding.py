@@ -36,14 +36,18 @@ def test_mesh_shape(cfg, devices, shape):
 @pytest.mark.parametrize(
     ("cfg", "devices", "words"),
     [
-        (MeshConfig(data=2, fsdp=2, tensor=2), 6, ["data=2, fsdp=2, tensor=2", "needs 8 devices", "equals the 6"]),
-        (MeshConfig(data=2, fsdp=2, tensor=1), 8, ["data=2, fsdp=2, tensor=1", "needs 4 devices", "equals the 8"]),
-        (MeshConfig(data=-1, fsdp=3), 8, ["data=-1, fsdp=3, tensor=1", "needs 3 devices", "divides into the 8"]),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 6, ["data=2, fsdp=2, tensor=2", "needs 8 devices", "there are 6 here"]),
+        (MeshConfig(data=2, fsdp=2, tensor=1), 8, ["data=2, fsdp=2, tensor=1", "needs 4 devices", "there are 8 here"]),
+        (
+            MeshConfig(data=-1, fsdp=3),
+            8,
+            ["data=-1, fsdp=3, tensor=1", "needs a multiple of 3 devices", "there are 8 here"],
+        ),
         (MeshConfig(data=-1, fsdp=-1), 8, ["data=-1, fsdp=-1", "at most one is -1"]),
         (MeshConfig(data=0), 8, ["data=0", "positive"]),
         (MeshConfig(fsdp=-2), 8, ["fsdp=-2", "positive"]),
         (MeshConfig(slices=-1, data=8), 8, ["slices=-1", "positive"]),
-        (MeshConfig(slices=3), 8, ["slices=3, data=-1", "needs 3 devices", "divides into the 8"]),
+        (MeshConfig(slices=3), 8, ["slices=3, data=-1", "needs a multiple of 3 devices", "there are 8 here"]),
         (MeshConfig(fsdp=4, decode=3, data=2), 8, ["mesh.decode: 3: expected a divisor of fsdp=4", "nearest: 1"]),
         (MeshConfig(fsdp=2, style="pmap"), 8, ["data=-1, fsdp=2", "style pmap splits rows only", "style: mesh"]),
         (MeshConfig(slices=2, style="pmap"), 8, ["slices=2", "style pmap splits rows only"]),

@@ -56,7 +56,12 @@ def test_short_and_long_names_are_one():
         ("v5e:2x8", "v5e:2x8: no slice of this layout; nearest: v5e:"),
         ("v5p:3x3x3", "v5p:3x3x3: no slice of this layout; nearest: v5p:"),
         ("v5p:32x32x32", "v5p:32x32x32: no slice of this layout; nearest: v5p:"),
-        ("v5litpod-16", "v5litpod-16: unknown accelerator; nearest: v5litepod-16"),
+        (
+            "v5litpod-16",
+            "v5litpod-16: no TPU slice, expected one such as v5litepod-8 or v5e:2x4; nearest: v5litepod-16",
+        ),
+        ("h100:8", "h100:8: no TPU slice, expected one such as v5litepod-8 or v5e:2x4; generations: v4, v5e, v5p,"),
+        ("gpu", "gpu: no TPU slice, expected one such as v5litepod-8 or v5e:2x4; generations: v4, v5e, v5p,"),
     ],
 )
 def test_another_name_is_one_line_with_the_nearest(name, said):

@@ -422,7 +422,7 @@ MISTAKES = {
     "algorithm.kl_coeff=1": "command line: algorithm.kl_coeff: unknown key (value 1); nearest: kl_coef\n",
     "iterations=many": 'command line: iterations: "many": expected an integer\n',
     "batch.prompts_per_step=24": "batch.prompts_per_step: 24: 24 rows do not divide over 2 minibatches x 8 batch ",
-    "mesh.data=3": "mesh: (data=3, fsdp=1, tensor=1) needs 3 devices, which never equals the 8 present here",
+    "mesh.data=3": "mesh: (data=3, fsdp=1, tensor=1) needs 3 devices; there are 8 here",
     "models.value.init_from=value": "models.value.init_from: value: goes in a circle (value -> value); expected one",
 }
 

@@ -252,7 +252,9 @@ def check_training(cfg: LaunchConfig, root: Path, provider: str, source: str) ->
     trainings = config.load_all(paths, overrides)
     problems: list[str] = []
     for name, training in zip(cfg.train, trainings):
-        config_check.check(training, machines.devices, f"{name} on {cfg.slices} x {cfg.accelerator}")
+        config_check.check(
+            training, machines.devices, f"{name} on {cfg.slices} x {cfg.accelerator}", "in these machines"
+        )
         problems += mesh_problems(cfg, machines, training)
         if provider != "slurm":  # whose nodes share their file system with us
             problems += lost_problems(training)

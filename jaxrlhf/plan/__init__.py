@@ -68,6 +68,10 @@ class Plan(NamedTuple):
     def seconds(self) -> float:
         return sum(phase.seconds for phase in self.phases)
 
+    def run_seconds(self, reached: float) -> float:
+        """Of all iterations, where they reach this share of their bound; evaluation, saving and compiling left out."""
+        return self.cfg.iterations * self.seconds / reached
+
     @property
     def mfu(self) -> float:
         """The share of the peak that an iteration reaches at best, recomputation left out."""
@@ -82,7 +86,7 @@ def plan(
 
     Raises ConfigError, in one line, for a wrong topology, mesh or batch, and where a model's shape is not known."""
     where = find_slice(topology, slices)
-    check(cfg, len(where.devices), source)
+    check(cfg, len(where.devices), source, "in the slice" if slices == 1 else f"in the {slices} slices")
     drawn, sources = blueprint(cfg, make_mesh(cfg.mesh, where.devices), configs_by_run(others))
     batch = largest_batch(drawn)
     passes = passes_of(drawn, batch)

@@ -34,6 +34,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             for one in plan.phases
         ],
         "seconds": plan.seconds,
+        "run_seconds": [plan.run_seconds(high), plan.run_seconds(low)],
+        "run_chip_hours": [plan.run_seconds(share) / 3600 * plan.slice.chips for share in (high, low)],
         "mfu": plan.mfu,
         "published_steps_reach": [low, high],
         "advice": plan.advice and plan.advice.candidate.overrides,
@@ -64,6 +66,7 @@ def print_plan(plan: Plan) -> None:
     say(verdict(plan))
     console.print(phase_table(plan))
     say(speed(plan))
+    say(whole_run(plan))
     for line in advice_lines(plan):
         say(line)
 
@@ -127,6 +130,28 @@ def speed(plan: Plan) -> str:
         f"{low:.2f} to {high:.2f} of such a bound (jaxrlhf plan --calibration): "
         f"expect {plan.seconds / high:.3g} to {plan.seconds / low:.3g} s{between}"
     )
+
+
+def whole_run(plan: Plan) -> str:
+    """How long the run takes, and what it costs in chip-hours."""
+    low, high = reached()
+    seconds, chips = [plan.run_seconds(share) for share in (high, low)], plan.slice.chips
+    hours = span([duration(one) for one in seconds])
+    cost = span([f"{one * chips / 3600:,.3g}" for one in seconds])
+    count = f"{plan.cfg.iterations:,} iteration{'s' if plan.cfg.iterations > 1 else ''}"
+    return f"the run, {count} on {chips} chips: {hours}, {cost} chip-hours, without evaluation, saving and compiling"
+
+
+def span(texts: list[str]) -> str:
+    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "12 min", "3.2 h": in the largest unit that it holds two of."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def advice_lines(plan: Plan) -> list[str]:

@@ -88,7 +88,7 @@ def test_every_run_of_a_chain_has_to_outlive_the_machines():
     ("provider", "override", "line"),
     [
         # the slice
-        ("tpu_vm", "accelerator=v5litpod-16", "accelerator: v5litpod-16: unknown accelerator; nearest: v5litepod-16"),
+        ("tpu_vm", "accelerator=v5litpod-16", "accelerator: v5litpod-16: no TPU slice, expected one such"),
         ("tpu_vm", "accelerator=h100:8", "accelerator: h100:8: tpu_vm has TPUs only; nearest: v5litepod-8"),
         ("tpu_vm", "accelerator=tpu7x-8", "accelerator: tpu7x-8: the Cloud TPU API does not have it; expected launch/"),
         ("tpu_vm", "accelerator=v5p:4x4x12", "accelerator: v5p:4x4x12: the Cloud TPU API knows slices by size alone;"),
@@ -159,9 +159,12 @@ FITS = "batch.sequences_per_step=64"
     [
         (
             ["overrides=[mesh.fsdp=32]"],
-            "mesh: (data=-1, fsdp=32, tensor=1) needs 32 devices, which never divides into the 16 present here",
+            "mesh: (data=-1, fsdp=32, tensor=1) needs a multiple of 32 devices; there are 16 in these machines",
         ),
-        (["overrides=[mesh.data=8, mesh.fsdp=4]"], "mesh: (data=8, fsdp=4, tensor=1) needs 32 devices, which never"),
+        (
+            ["overrides=[mesh.data=8, mesh.fsdp=4]"],
+            "mesh: (data=8, fsdp=4, tensor=1) needs 32 devices; there are 16 in these",
+        ),
         (["overrides=[]"], "batch.sequences_per_step: 8: 8 rows do not divide over 1 minibatches x 16 batch shards"),
         (["overrides=[batch.sequences_per_step=16, iterations=0]"], "iterations: 0: expected a number in [1, inf)"),
     ],
@@ -175,7 +178,7 @@ def test_axes_that_talk_in_every_layer_stay_inside_a_slice():
     assert load("tpu_vm", *fits).machines.devices == 64
     crosses = ["slices=4", "overrides=[mesh.fsdp=32, batch.sequences_per_step=64]"]
     said = mistake("tpu_vm", *crosses)
-    assert "mesh: (slices=4, data=-1, fsdp=32, tensor=1) needs 128 devices" in said
+    assert "mesh: (slices=4, data=-1, fsdp=32, tensor=1) needs a multiple of 128 devices" in said
     other = mistake("tpu_vm", "slices=4", "overrides=[mesh.slices=2, batch.sequences_per_step=64]")
     assert other == "mesh.slices: 2: these machines are 4 slices; nearest: 4"
 

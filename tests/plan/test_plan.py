@@ -111,7 +111,7 @@ def test_a_layout_that_there_is_not_is_one_line(libtpu, name):
 @pytest.mark.plan
 def test_a_mesh_that_does_not_fit_the_slice_is_one_line(libtpu):
     _, err = command(str(TINY), "--topology", "v5e:2x2", "mesh.data=3", code=2)
-    assert err == f"{TINY}: mesh: (data=3, fsdp=1, tensor=1) needs 3 devices, which never equals the 4 present here\n"
+    assert err == f"{TINY}: mesh: (data=3, fsdp=1, tensor=1) needs 3 devices; there are 4 in the slice\n"
 
 
 @pytest.mark.plan
@@ -170,6 +170,22 @@ def test_the_report_of_what_does_not_fit(capsys):
     assert plan.fits and plan.needed == 5 and report.verdict(plan).startswith("estimated, not compiled: fits: ")
 
 
+def test_the_whole_run_in_hours_and_chip_hours(monkeypatch):
+    """Worked by hand: 400 iterations of 9 s at best take 1 h; at half the speed 2 h; on 4 chips 4 and 8 chip-hours."""
+    where = Slice("v5e:2x2", CHIPS["v5e"], 4, 1, [None] * 4)
+    cfg = load(TINY, ["iterations=400"])
+    plan = Plan(cfg, where, {"data": 4}, [], "batch", 8, Memory(1, 2, 3, 4), None, [], None)
+    monkeypatch.setattr(Plan, "seconds", 9.0)
+    monkeypatch.setattr(Plan, "mfu", 0.5)
+    monkeypatch.setattr(report, "reached", lambda: (0.5, 1.0))
+    assert report.whole_run(plan) == (
+        "the run, 400 iterations on 4 chips: 60 min to 2 h, 4 to 8 chip-hours, without evaluation, saving and compiling"
+    )
+    told = report.as_json(plan)
+    assert (told["run_seconds"], told["run_chip_hours"]) == ([3600, 7200], [4, 8])
+    assert [report.duration(seconds) for seconds in (0.5, 119, 120, 7199)] == ["0.5 s", "119 s", "2 min", "120 min"]
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [("INTERNAL: RET_CHECK failure\nat some line", "INTERNAL: RET_CHECK failure"), (None, "it has no text")],
@@ -204,4 +220,4 @@ def test_the_command_shows_its_calibration():
 
 
 def test_the_command_needs_a_config_and_a_slice():
-    assert "expected one config and a slice" in command(str(TINY), code=2)[1]
+    assert "expected one config and a TPU slice" in command(str(TINY), code=2)[1]
