@@ -15,17 +15,19 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxrlhf import __version__, cli_discover
+
 PACKAGE = Path(__file__).parent
 EXIT_BROKEN = 1
 EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 app = typer.Typer(
-    help="Train language models from rewards and preferences, in JAX.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_discover.config, name="config")
+app.add_typer(cli_discover.configs, name="configs")
 
 Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config).")]
 
@@ -38,6 +40,21 @@ Arguments = Annotated[
         "NAME:KEY=VALUE only for the one whose file or algorithm is called NAME.",
     ),
 ]
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jaxrlhf {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train language models from rewards and preferences, in JAX."""
 
 
 @app.command()
@@ -233,6 +250,9 @@ def export(
     export_role(run, role, to)
     if main:
         typer.echo(f"{role} of {run} written to {to}")
+
+
+app.command()(cli_discover.metrics)  # after the commands that run something: help lists them in this order
 
 
 def set_flags(deterministic: bool = False) -> None:

@@ -57,9 +57,7 @@ class PrecisionConfig:
 class TokenizerConfig:
     """Where the tokenizer comes from."""
 
-    init_from: str | None = (
-        None  # a Hugging Face folder, a hub name or a run; null: models.policy's, else models.reward's
-    )
+    init_from: str | None = None  # a Hugging Face folder, a hub name or a run; null: that of the policy or reward model
     train_vocab_size: int | None = None  # train a byte-level BPE of this size on the demonstrations instead
 
 

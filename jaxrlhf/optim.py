@@ -11,13 +11,13 @@ import optax
 class OptimizerConfig:
     """AdamW for one role. Schedules count optimizer steps (epochs x minibatches an iteration), not iterations."""
 
-    learning_rate: float = 1e-5
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
+    learning_rate: float = 1e-5  # its peak; models of 1M parameters need 1e-3, of 100M 2e-5, of 7B 1e-6 to 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate after warm-up
+    warmup_steps: int = 0  # optimizer steps in which the learning rate rises from 0
     final_fraction: float = 0.0  # of the learning rate, at the end of linear and cosine
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: float = 0.9  # decay of Adam's first moment
+    b2: float = 0.999  # decay of Adam's second moment
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.0  # on matrices only: norms and biases are left alone
     clip_norm: float | None = 1.0  # of this role's gradient alone; null: never
     delay: int = 0  # iterations before this role starts to learn (on policy: value warm-up)

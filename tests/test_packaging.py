@@ -1,9 +1,11 @@
 """What the repository holds, and what importing the package brings with it."""
 
+import os
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,18 @@ def test_the_lock_file_meets_what_the_project_asks_for():
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
         if name != "jaxrlhf":
             assert requirement.specifier.contains(locked[name]), f"{requirement}: locked at {locked[name]}"
+
+
+def test_the_wheel_ships_the_configs(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "import jaxrlhf.cli_discover as found; print(found.__file__, *found.find_configs())"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    file, *names = done.stdout.split()
+    assert file.startswith(str(tmp_path)), done
+    here = (ROOT / "configs").rglob("*.yaml")
+    assert set(names) == {path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in here}

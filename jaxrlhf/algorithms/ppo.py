@@ -46,7 +46,7 @@ class PPOConfig:
     gae_lambda: float = 0.95  # 1: advantages from whole returns; 0: from the value model's one-step errors
     kl_coef: float = 0.05  # reward lost for each nat from the reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
-    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef moves so that the KL meets kl_target
     kl_target: float = 6.0  # nats a response (adaptive)
     kl_horizon: int = 10000  # responses (adaptive)
     entropy_coef: float = 0.0  # bonus for each nat of a token's entropy

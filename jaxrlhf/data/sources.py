@@ -44,9 +44,9 @@ class DataConfig:
     demonstrations: SourceConfig | None = None  # prompt + response, or messages, or text
     preferences: SourceConfig | None = None  # chosen + rejected (prompt, margin): text or messages
     prompts: SourceConfig | None = None  # prompt or messages; the other columns go to the rewards
-    eval_demonstrations: SourceConfig | None = None
-    eval_preferences: SourceConfig | None = None
-    eval_prompts: SourceConfig | None = None
+    eval_demonstrations: SourceConfig | None = None  # held-out rows, like the next two
+    eval_preferences: SourceConfig | None = None  # what rm and dpo are evaluated on
+    eval_prompts: SourceConfig | None = None  # what a policy is evaluated on: it answers them
     cache_dir: str | None = None  # local folder of prepared datasets; null: ~/.cache/jaxrlhf/data
     loss_on: Literal["response", "assistant"] = "response"  # of messages: the last assistant turn, or each of them
     append_eos: bool = True  # behind responses without one; false where they are to end by generate.stop

@@ -16,22 +16,22 @@ class ModelConfig:
 
     family: Literal[
         "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "gpt2", "gpt_neox"
-    ] = "llama"
+    ] = "llama"  # the layers: normalisation, mlp, biases, soft-caps, as models of this name have them
     vocab_size: int = 0  # 0: the tokenizer's
-    hidden_size: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
+    hidden_size: int = 128  # features of the residual stream
+    num_layers: int = 2  # transformer layers
+    num_heads: int = 4  # query heads of a layer's attention
     num_kv_heads: int = 0  # 0: num_heads
     head_dim: int = 0  # 0: hidden_size / num_heads
     mlp_size: int = 0  # 0: 8/3 x hidden_size rounded up to 64 (4 x hidden_size where the mlp has no gate)
-    max_positions: int = 1024
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    max_positions: int = 1024  # columns of the longest row
+    norm_eps: float = 1e-5  # added to the variance that a norm divides by
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    rope_scaling: RopeScaling | None = None  # of the rotary frequencies, for rows longer than pretraining's
     rotary_fraction: float = 1.0  # of a head's features that is rotated
     attention_bias: bool | None = None  # null: the family's
     mlp_bias: bool | None = None  # null: the family's
-    tie_embeddings: bool = True
+    tie_embeddings: bool = True  # the head's weights are the token embedding
     parallel_residual: bool | None = None  # attention and mlp side by side; null: the family's
     sliding_window: int = 0  # tokens that local layers see, the token itself included; 0: there are no such layers
     layer_types: LayerTypes = ()  # a layer; []: the family's, where there is a window

@@ -14,11 +14,11 @@ from jaxrlhf.types import Array
 class RopeScaling:
     """How rotary frequencies are stretched for long contexts (the fields that its ``kind`` uses)."""
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
+    kind: Literal["linear", "llama3", "yarn", "longrope"]  # which frequencies are stretched
+    factor: float = 1.0  # what frequencies are divided by
+    low_freq_factor: float = 1.0  # llama3: one that turns less often over the original context is divided by factor
+    high_freq_factor: float = 4.0  # llama3: one that turns more often than this stays
+    original_max_positions: int = 8192  # columns of the original context
     beta_fast: float = 32.0  # yarn: a frequency that turns more often than this over the original context stays
     beta_slow: float = 1.0  # yarn: one that turns less often is divided by factor
     truncate: bool = True  # yarn: the band between the two is widened to whole frequencies

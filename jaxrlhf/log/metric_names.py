@@ -1,0 +1,95 @@
+"""Every metric that a run can write: its name, its unit, what it means. One table; a new metric is one more row.
+
+A name with <...> stands for several: a role, a kind of data. Metrics of an evaluation have the prefix eval/.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class MetricName(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    unit: str  # "-": none
+    meaning: str
+
+
+METRICS = [
+    MetricName(*(cell.strip() for cell in row.split("|")))
+    for row in """
+    loss/policy | nats | loss of the policy: sft a token's, dpo a pair's; ppo, grpo the clipped loss, no unit
+    loss/value | - | loss of the value model, half the squared error of a token's value
+    loss/reward | nats | loss of the reward model, a pair
+    loss/kl | nats | KL term of the loss (grpo), before kl_coef
+    <role>/grad_norm | - | norm of the role's gradient before clipping
+    policy/entropy | nats | entropy of the policy, a response token
+    policy/clip_fraction | share | response tokens (or responses) whose ratio was clipped
+    policy/ratio | - | probability of a response token now over that when it was sampled
+    policy/kl_old | nats | KL from the policy that sampled, a response token
+    policy/sampler_ratio | - | probability of a token by the trainer over that by the sampler, before the cap
+    policy/sampler_ratio_capped | share | response tokens whose ratio is above sampler_ratio_cap
+    policy/updates_skipped | share | updates that were skipped because of stop_kl
+    score/mean | score | score of a response, by the reward model or the reward functions
+    score/std | score | standard deviation of the scores
+    reward/mean | score | sum of a response's rewards: its score less the KL penalty (ppo)
+    reward/accuracy | share | pairs whose chosen side has the higher score; a tie is half
+    reward/margin | score | score of the chosen side less that of the rejected one
+    reward/confidence | share | probability of the preference that the model predicts; calibrated: as the accuracy
+    reward/brier | - | squared error of the predicted probability
+    reward/chosen | score | score of the chosen sides
+    reward/rejected | score | score of the rejected sides
+    implicit_reward/chosen | - | beta (log p - log reference) of the chosen sides (dpo)
+    implicit_reward/rejected | - | the same of the rejected sides
+    implicit_reward/margin | - | difference of the two
+    implicit_reward/accuracy | share | pairs whose chosen side has the higher implicit reward; a tie is half
+    logprobs/chosen | nats | log-probability of a chosen response
+    logprobs/rejected | nats | log-probability of a rejected response
+    kl/reference | nats | KL from the reference, a response (its sampled tokens)
+    kl/sampler_mismatch | nats | absolute difference of a token's log-probs by the trainer and by the sampler
+    kl/coef | - | weight of the KL penalty in this iteration (ppo)
+    value/mean | score | value of a response token
+    value/explained_variance | share | variance of the returns that the values explain
+    value/clip_fraction | share | response tokens whose value was clipped
+    group/zero_variance | share | prompts whose responses all have the same score (grpo)
+    response/length_mean | tokens | length of a response
+    response/ended | share | responses that ended by themselves
+    response/tokens | tokens | of all responses of the iteration
+    response/count | responses | of the iteration
+    judge/mean | probability | of a positive text, by the outside judge
+    judge/std | probability | standard deviation of the judge's answers
+    win_rate/reward | share | prompts whose response has a higher score than the reference's; a tie is half
+    win_rate/judge | share | the same by the outside judge
+    data/<kind>_dropped | rows | of the source, left out because they are too long
+    data/<kind>_truncated | rows | of the source, cut to the limit
+    data/<kind>_identical | rows | pairs left out because their sides are equal
+    data/<kind>_skipped | rows | of the source, left out because they can't be used
+    time/iteration | s | of the iteration
+    time/rewards | s | of it, in reward functions
+    throughput/response_tokens_per_second | tokens/s | response tokens over the time of the iteration
+    """.strip().splitlines()
+]
+HELD_OUT = "eval/"  # prefix of what an evaluation measures
+
+
+def find_metric(name: str) -> MetricName | None:
+    """The row of the metric ``name``, as a run writes it; None where the table has none."""
+    name = name.removeprefix(HELD_OUT)
+    return next((row for row in METRICS if matches(row.name, name)), None)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``name`` is ``pattern``, in which <...> stands for letters, digits and underscores."""
+    parts = re.split("<.*?>", pattern)
+    return re.fullmatch(r"\w+".join(map(re.escape, parts)), name) is not None
+
+
+def metric_table(rows: Sequence[MetricName] = tuple(METRICS)) -> str:
+    """The table in markdown."""
+    cells = [f"| `{row.name}` | {row.unit} | {row.meaning} |" for row in rows]
+    intro = (
+        "**metrics.jsonl**: one row an iteration with `step`, `time` (Unix seconds) and these metrics, of the rows of "
+    )
+    intro += "the iteration; with the prefix `eval/` of held-out rows."
+    return "\n".join([intro, "", "| metric | unit | |", "|---|---|---|", *cells, ""])

@@ -1,0 +1,239 @@
+"""What tells users what there is: config keys, the JSON schema, metrics, configs, completion, the version."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+
+import jaxrlhf
+from jaxrlhf import cli, cli_discover
+from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.config import Config, ConfigError
+from jaxrlhf.config_reference import keys_of, select
+from jaxrlhf.config_schema import schema
+from jaxrlhf.config_yaml import read_file, read_yaml
+from jaxrlhf.log.metric_names import METRICS, find_metric
+from jaxrlhf.log.rows import read_rows
+from tests import runs
+
+FILES = sorted((runs.ROOT / "configs").rglob("*.yaml"))
+KEYS = keys_of(Config)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``jaxrlhf args`` in this process; gives (stdout, stderr)."""
+
+    def call(*args, code=0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxrlhf", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert (stop.value.code or 0) == code
+        return capsys.readouterr()
+
+    return call
+
+
+# ---- config keys ----------------------------------------------------------------------------------------------------
+
+
+def test_every_key_says_what_it_means():
+    assert [key.path for key in KEYS if not key.meaning] == []
+    assert len({(key.path, key.algorithm) for key in KEYS}) == len(KEYS) > 150
+
+
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        ("dpo", ["algorithm.beta", "algorithm.objective", "algorithm.label_smoothing"]),
+        ("sft", []),
+        ("checkpoint.best", ["checkpoint.best"]),
+        ("optimizer.default.learning_rate", ["optimizer.<role>.learning_rate"]),
+        ("trunk_gradient", ["models.<role>.trunk_gradient"]),
+        ("seed", ["seed"]),
+        ("data.prompts.path", ["data.prompts.path"]),
+    ],
+)
+def test_keys_are_chosen_by_algorithm_prefix_or_name(words, found):
+    assert [key.path for key in select(KEYS, words)] == found
+
+
+def test_a_section_has_all_its_keys():
+    assert {key.path for key in select(KEYS, "log")} == {
+        "log.every",
+        "log.samples",
+        "log.samples_every",
+        "log.tensorboard",
+    }
+    assert select(KEYS, "") == KEYS
+
+
+@pytest.mark.parametrize(
+    "words, near", [("optimzer", "optimizer"), ("grop", "grpo"), ("lerning_rate", "learning_rate"), ("qqqq", None)]
+)
+def test_an_unknown_key_names_the_nearest(words, near):
+    said = f"nearest: {near}$" if near else "choices: .*optimizer.*, dpo, grpo"
+    with pytest.raises(ConfigError, match=f"config keys: {words}: no key, section or algorithm; {said}"):
+        select(KEYS, words)
+
+
+def test_the_command_lists_keys(command):
+    out, _ = command("config", "keys", "grpo")
+    assert "algorithm.kl_coef [grpo]: number, default 0.04\n    weight of the KL" in out
+    assert max(map(len, out.splitlines())) <= 100
+    assert "sft has no keys of its own" in command("config", "keys", "sft")[0]
+    (row,) = json.loads(command("config", "keys", "run_dir", "--json")[0])
+    assert (row["path"], row["type"], row["default"]) == ("run_dir", "text", "required")
+    assert command("config", "keys", "qq", code=2)[1].startswith("config keys: qq: ")
+    assert (
+        "algorithm.beta [jaxrlhf.algorithms.dpo:ALG" in command("config", "keys", "jaxrlhf.algorithms.dpo:ALGORITHM")[0]
+    )
+
+
+# ---- schema ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def validator():
+    jsonschema.Draft202012Validator.check_schema(schema())
+    return jsonschema.Draft202012Validator(schema())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_fits_the_schema(path, validator):
+    assert list(validator.iter_errors(read_yaml(read_file(str(path)), str(path)))) == []
+
+
+GOOD = {"run_dir": "runs/a", "iterations": 3, "algorithm": {"name": "dpo"}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"iterations": 0},
+        {"iterations": "3"},
+        {"algorithm": {"name": "dqo"}},
+        {"algorithm": {"beta": 0.1}},
+        {"algorithm": {"name": "dpo", "kl_coef": 0.1}},
+        {"algorithm_name": "dpo"},
+        {"optimizer": {"default": {"lr": 1e-3}}},
+        {"optimizer": {"default": {"b1": 1.0}}},
+        {"generate": {"top_p": 0}},
+        {"data": {"prompt_buckets": [0]}},
+        {"models": {"policy": {"init": "x"}}},
+        {"remat": "some"},
+    ],
+    ids=str,
+)
+def test_the_schema_refuses_mistakes(more, validator):
+    assert validator.is_valid(GOOD)
+    assert validator.is_valid(GOOD | {"algorithm": {"name": "mine.losses:BEST", "sharpness": 3}})
+    assert not validator.is_valid(GOOD | more)
+
+
+def test_an_editor_shows_meanings(command):
+    made = json.loads(command("config", "schema")[0])
+    assert made == schema()
+    assert made["$defs"]["GRPOConfig"]["properties"]["dual_clip"]["description"].startswith("the largest ratio")
+    assert made["$defs"]["OptimizerConfig"]["properties"]["b1"]["exclusiveMaximum"] == 1
+
+
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+WRITERS = ["step", "train", "score", "feed", "evaluate", "evaluate_policy"]
+PATTERNS = {"{name}/mean": "score/mean", "{name}/std": "score/std", "{role}/grad_norm": "<role>/grad_norm"}
+
+
+def names_in_the_source() -> set[str]:
+    """What looks like a metric's name in the modules that make metrics, {...} as in the source."""
+    files = [runs.ROOT / f"jaxrlhf/{name}.py" for name in WRITERS] + [*(runs.ROOT / "jaxrlhf/algorithms").glob("*.py")]
+    found = set()
+    for file in files:
+        tree = ast.parse(file.read_text())
+        inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        for node in ast.walk(tree):
+            text = ast.unparse(node)[2:-1] if isinstance(node, ast.JoinedStr) else getattr(node, "value", None)
+            if isinstance(text, str) and id(node) not in inside and re.fullmatch(r"[a-z_{}]+/[a-z_{}]+", text):
+                found.add(text)
+    return found
+
+
+def test_every_metric_in_the_source_is_in_the_table():
+    found = names_in_the_source()
+    assert {"loss/policy", "kl/coef", "{role}/grad_norm", "time/rewards"} <= found
+    for name in found - {"eval/{name}", "data/{kind}_{what}"}:
+        name = name.replace("{name}", "reward").replace("{role}", "policy")
+        assert find_metric("score/mean" if name in ("reward/mean", "reward/std") else name), name
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_run_of_each_method_writes_only_metrics_of_the_table(name, root):
+    runs.whole(root)
+    rows = read_rows(root / "whole" / name, "metrics")
+    written = {key for row in rows for key in row} - {"step", "time"}
+    assert len(written) > 4 and any(key.startswith("eval/") for key in written)
+    assert [key for key in sorted(written) if find_metric(key) is None] == []
+
+
+def test_metrics_are_found_by_pattern():
+    assert find_metric("reward/grad_norm").name == "<role>/grad_norm"  # type: ignore[union-attr]
+    assert find_metric("eval/data/prompts_dropped").unit == "rows"  # type: ignore[union-attr]
+    assert [find_metric(name) for name in ("a/b/grad_norm", "loss/polic", "loss/policyx", "eval/", "")] == [None] * 5
+    assert len({row.name for row in METRICS}) == len(METRICS) and all(row.meaning and row.unit for row in METRICS)
+
+
+def test_the_command_lists_metrics(command):
+    assert "kl/reference (nats)\n    KL from the reference" in command("metrics")[0]
+    assert command("metrics", "eval/kl/reference")[0].startswith("kl/reference (nats)\n")
+    assert command("metrics", "loss/polcy", code=2)[1] == "metrics: loss/polcy: no such metric; nearest: loss/policy\n"
+
+
+# ---- configs --------------------------------------------------------------------------------------------------------
+
+
+def test_configs_are_listed_with_a_line_each(command):
+    out, _ = command("configs")
+    for path in FILES:
+        name = path.relative_to(runs.ROOT / "configs").with_suffix("").as_posix()
+        assert cli_discover.first_comment(path), path
+        assert f"{name}\n    " in out
+
+
+def test_configs_are_copied(command, tmp_path):
+    out, _ = command("configs", "copy", "tiny/dpo", tmp_path / "new")
+    assert out == f"{tmp_path}/new/dpo.yaml\n"
+    assert (tmp_path / "new" / "dpo.yaml").read_text() == (runs.ROOT / "configs/tiny/dpo.yaml").read_text()
+    assert "dpo.yaml: exists already" in command("configs", "copy", "tiny/dpo.yaml", tmp_path / "new", code=2)[1]
+    command("configs", "copy", "tiny", tmp_path / "all")
+    assert {path.stem for path in (tmp_path / "all").iterdir()} == set(ALGORITHMS)
+    assert (
+        command("configs", "copy", "tiny/dpi", code=2)[1]
+        == "configs copy: tiny/dpi: no such config; nearest: tiny/dpo\n"
+    )
+
+
+# ---- the process ----------------------------------------------------------------------------------------------------
+
+
+def test_the_version_is_printed(command):
+    assert command("--version")[0] == f"jaxrlhf {jaxrlhf.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words, offered",
+    [
+        ("jaxrlhf con", {"config", "configs"}),
+        ("jaxrlhf configs copy tiny/d", {"tiny/dpo"}),
+        ("jaxrlhf train --", {"--help"}),
+    ],
+)
+def test_bash_completes(words, offered):
+    code = "import sys; sys.argv = ['jaxrlhf']; from jaxrlhf.cli import main; main()"
+    asked = {"_JAXRLHF_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
+    assert offered <= set(done.stdout.split()), done
