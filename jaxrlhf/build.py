@@ -201,8 +201,7 @@ def train_tokenizer(cfg: Config, vocab_size: int):
     source = open_source(
         cfg.data.demonstrations, "demonstrations", cache_dir=cfg.data.cache_dir, skip_bad=cfg.data.skip_bad
     )
-    texts = (tokenizers.text_of(source[i]) for i in range(len(source)))
-    return tokenizers.train_bpe(texts, vocab_size)
+    return tokenizers.train_bpe(map(tokenizers.text_of, source.usable(cfg.data.skip_bad)), vocab_size)
 
 
 def tokenizer_folder(cfg: Config) -> str:

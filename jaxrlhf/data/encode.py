@@ -23,14 +23,15 @@ class Encoded(NamedTuple):
 
 
 def encode_prompt(record: Mapping[str, Any], tokenizer: Any) -> np.ndarray:
-    """i32[P] of ``prompt``, or of ``messages`` up to where the assistant speaks.
+    """i32[P] of ``prompt`` (text or messages), or of ``messages`` up to where the assistant speaks.
 
     Never empty: a start token is put where nothing would be, since the first sampled token needs one before it.
     """
-    if record.get("prompt") is not None:
-        ids = leading_ids(tokenizer) + encode_text(tokenizer, record["prompt"]).ids
+    prompt = record["messages"] if record.get("prompt") is None else record["prompt"]
+    if isinstance(prompt, str):
+        ids = leading_ids(tokenizer) + encode_text(tokenizer, prompt).ids
     else:
-        ids = encode_text(tokenizer, _render(record["messages"], tokenizer, to_answer=True)).ids
+        ids = encode_text(tokenizer, _render(prompt, tokenizer, to_answer=True)).ids
     return np.asarray(ids or [start_id(tokenizer)], np.int32)
 
 
@@ -43,7 +44,8 @@ def encode_demonstration(
 ) -> Encoded:
     """Tokens and mask of one demonstration; its first token is never learnt, as nothing comes before it.
 
-    - prompt + response: the response and the EOS behind it are learnt (without ``append_eos`` only one that it has).
+    - prompt + response: the response and the EOS behind it are learnt (without ``append_eos`` only one that it has);
+      where they are messages, through the chat template, all assistant turns of the response.
     - messages: through the chat template; learnt are all assistant turns (``loss_on`` "assistant") or the last one.
     - text: all of it is learnt, its first word too, so a start token (BOS, or else EOS) is put in front.
 
@@ -54,8 +56,13 @@ def encode_demonstration(
         ValueError: the chat template renders a turn differently once more turns follow, so it can't be found.
     """
     eos = eos_ids(tokenizer) if eos is None else eos
-    if record.get("prompt") is not None and record.get("response") is not None:
-        return _encode_texts(record["prompt"], record["response"], tokenizer, eos, append_eos)
+    prompt, response = record.get("prompt"), record.get("response")
+    if prompt is not None and isinstance(response, list):
+        messages = [*prompt, *response]
+        turns = [turn for turn in range(len(prompt), len(messages)) if messages[turn]["role"] == "assistant"]
+        return _encode_chat(messages, turns, tokenizer, eos, append_eos)
+    if prompt is not None and response is not None:
+        return _encode_texts(prompt, response, tokenizer, eos, append_eos)
     if record.get("messages") is not None:
         messages = record["messages"]
         turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]

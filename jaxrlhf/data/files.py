@@ -1,115 +1,24 @@
-"""Local JSONL, CSV and Parquet: parsed and checked once, kept as array_record by a small TFDS builder.
+"""Local files: parsed and checked once, kept as array_record by a small TFDS builder.
 
-Each file is read row by row, and whatever is wrong with a row is said with its file and line (Parquet: its row).
+Whatever is wrong with a row is said with its file and line (Parquet and JSON: its row).
 """
 
 import base64
-import csv
+import collections
+import functools
 import hashlib
 import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxrlhf.data.kinds import FROM_TEXT, KINDS, BadRecord, check_record, nearest, take_fields
+from jaxrlhf.data.formats import recognise
+from jaxrlhf.data.kinds import BadRecord, nearest
+from jaxrlhf.data.readers import READERS, Rows, format_of
 
-FORMAT = 1  # of the cache; raise it when the same file would give other records
-BOM = b"\xef\xbb\xbf"
-Rows = Iterator[tuple[int, dict[str, Any] | str]]  # line number, and the row or what is wrong with it
-
-
-def read_jsonl(path) -> Rows:
-    """One JSON object a line. Blank lines are nothing."""
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            raw = (raw.removeprefix(BOM) if line == 1 else raw).rstrip()
-            if raw:
-                yield line, _parse_json(raw)
-
-
-def _parse_json(raw: bytes) -> dict[str, Any] | str:
-    if b"\0" in raw:
-        return "holds a NUL byte"
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return f"is not UTF-8 (byte {error.start} of the line)"
-    except json.JSONDecodeError as error:
-        return f"is not JSON: {error.msg} at column {error.pos + 1}"
-    except RecursionError:
-        return "is not usable JSON: nested too deeply"
-    return row if isinstance(row, dict) else f"is not a JSON object: {raw[:40].decode(errors='replace').strip()}"
-
-
-def read_csv(path) -> Rows:
-    """Comma-separated, quoted with ", the first row names the columns; a quoted cell may hold line breaks."""
-    with path.open("rb") as file, _wide_cells():
-        # surrogateescape: a byte that is not UTF-8 is reported with its own row, by the check of the text
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(lines, strict=True)  # not strict, an open quote swallows the rest of the file
-        header: list[str] | None = None
-        while True:
-            line = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield line, f"is not CSV: {error}"
-                continue
-            if header is None and cells:
-                header = _check_header(cells, path)
-            elif cells and header is not None:
-                yield line, _row_of(header, cells)
-
-
-def _check_header(header: list[str], path) -> list[str]:
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path}:1: two columns are named {twice!r}")
-    return header
-
-
-def _row_of(header: list[str], cells: list[str]) -> dict[str, Any] | str:
-    if len(cells) != len(header):
-        return f"has {len(cells)} cells, the header has {len(header)}"
-    return dict(zip(header, cells))
-
-
-@contextmanager
-def _wide_cells():
-    """Cells of any length; csv stops at 128 KiB by default, which a long document passes."""
-    before = csv.field_size_limit(2**31 - 1)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def read_parquet(path) -> Rows:
-    """The rows of a Parquet file, counted from 1."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with path.open("rb") as file:
-            row = 0
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    row += 1
-                    yield row, values
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not Parquet that can be read: {str(error).splitlines()[0]}") from None
-
-
-READERS: dict[str, Callable[[Any], Rows]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".csv": read_csv,
-    ".parquet": read_parquet,
-}
+FORMAT = 2  # of the cache; raise it when the same file would give other records
 
 
 def find_files(pattern: str, where: str) -> list:
@@ -134,9 +43,10 @@ def find_files(pattern: str, where: str) -> list:
     if not files:
         raise ValueError(f"{where}.path: no file matches {pattern!r}")
     for file in files:
-        if file.suffix.lower() not in READERS:
+        if format_of(file) is None:
             raise ValueError(
-                f"{where}.path: {str(file)!r} ends with {file.suffix!r}, expected one of {', '.join(READERS)}"
+                f"{where}.path: {str(file)!r} ends with {file.suffix!r}, expected one of {', '.join(READERS)}, "
+                "or a text one of these with .gz"
             )
     return files
 
@@ -149,54 +59,67 @@ def content_hash(files: list, kind: str, fields: Mapping[str, str], skip_bad: bo
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 content.update(chunk)
-        digest.update(file.suffix.lower().encode() + content.digest())
+        digest.update(str(format_of(file)).encode() + content.digest())
     return digest.hexdigest()
 
 
-class Parser:
-    """Iterates over the records of files as JSON text; afterwards ``skipped`` says how many rows were bad."""
+class Table(NamedTuple):
+    """Rows from one place."""
 
-    def __init__(self, files: list, kind: str, fields: Mapping[str, str], skip_bad: bool, where: str):
-        self.files, self.kind, self.fields, self.skip_bad, self.where = files, kind, fields, skip_bad, where
-        self.skipped = 0
+    name: str  # for messages
+    rows: Callable[[], Rows]
+    from_text: bool = False  # CSV: all values are text
+
+
+def tables_of(files: list) -> list[Table]:
+    """The rows of files, each read in its own format."""
+    return [
+        Table(str(file), functools.partial(READERS[str(format_of(file))], file), format_of(file) == ".csv")
+        for file in files
+    ]
+
+
+class Parser:
+    """Iterates over the records of tables as JSON text; afterwards it says how many rows were bad, what the others
+    were recognised as, and which of their columns nothing uses."""
+
+    def __init__(self, tables: list[Table], kind: str, fields: Mapping[str, str], skip_bad: bool, where: str):
+        self.tables, self.kind, self.fields, self.skip_bad, self.where = tables, kind, fields, skip_bad, where
+        self.skipped, self.formats, self.unused = 0, collections.Counter[str](), dict[str, None]()
 
     def __iter__(self) -> Iterator[str]:
         """Raises ValueError ("file:line: what is wrong") at the first bad row, unless skip_bad counts it."""
-        first_bad, used = "", 0
-        for file in self.files:
-            for line, row in READERS[file.suffix.lower()](file):
+        first_bad = ""
+        for table in self.tables:
+            for line, row in table.rows():
                 try:
-                    record = self._record(row, from_text=file.suffix.lower() == ".csv")
+                    record = self._record(row, table.from_text)
                 except BadRecord as error:
-                    first_bad = first_bad or f"{file}:{line}: {error}"
+                    first_bad = first_bad or f"{table.name}:{line}: {error}"
                     if not self.skip_bad:
                         raise ValueError(first_bad) from None
                     self.skipped += 1
                 else:
-                    used += 1
                     yield record
-        if not used:
+        if not self.formats:
             why = f"all {self.skipped} rows are bad; the first: {first_bad}" if first_bad else "the files hold no rows"
             raise ValueError(f"{self.where}.path: no records: {why}")
 
     def _record(self, row: dict[str, Any] | str, from_text: bool) -> str:
         if isinstance(row, str):
             raise BadRecord(row)
-        record = take_fields(row, self.fields, KINDS[self.kind], self.where)
-        if from_text:
-            record = {name: _cell(name, value) for name, value in record.items()}
-        check_record(record, KINDS[self.kind], self.where)
+        found = recognise(row, self.kind, self.fields, self.where, from_text)
         try:
-            return json.dumps(record, default=_plain)
+            text = json.dumps(found.record, default=_plain)
         except (TypeError, ValueError) as error:
             raise BadRecord(f"has a value that can't be kept: {error}") from None
+        self.formats[found.format] += 1
+        self.unused.update(dict.fromkeys(found.unused))
+        return text
 
-
-def _cell(name: str, value: str) -> Any:
-    try:
-        return FROM_TEXT[name](value) if name in FROM_TEXT else value
-    except ValueError:
-        raise BadRecord(f"{name} is {value[:40]!r}, which can't be read as {name}") from None
+    def summary(self) -> dict[str, Any]:
+        """What was found, as JSON."""
+        return {"skipped": self.skipped, "formats": dict(self.formats), "unused": list(self.unused)}
 
 
 def _plain(value: Any) -> Any:
@@ -237,8 +160,8 @@ def records_builder(digest: str, data_dir: str, parser: Parser):
         def _generate_examples(self):
             for index, record in enumerate(parser):
                 yield index, {"record": record}
-            metadata: Any = self.info.metadata  # written with the dataset, so that the number outlives the parse
-            metadata["skipped"] = parser.skipped
+            metadata: Any = self.info.metadata  # written with the dataset, so that it outlives the parse
+            metadata.update(parser.summary())
 
         def download_and_prepare(self, **options):
             with silence():

@@ -1,8 +1,10 @@
-"""What a record must hold for each use of data, in one table: KINDS. A new use of data is a new row."""
+"""What a record must hold for each use of data, in one table: KINDS. A new use of data is a new row.
+
+How rows of files and data sets become such records: jaxrlhf.data.formats.
+"""
 
 import dataclasses
 import difflib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,7 +29,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def text(value: Any) -> str | None:
     """Any text, the empty one too."""
     if not isinstance(value, str):
-        return f"is {_type_name(value)}, expected text"
+        return f"is {type_name(value)}, expected text"
     if "\0" in value:
         return "holds a NUL byte"
     try:
@@ -45,10 +47,10 @@ def filled_text(value: Any) -> str | None:
 def messages(value: Any) -> str | None:
     """A list of {"role": text, "content": text}."""
     if not isinstance(value, list) or not value:
-        return "is empty" if value == [] else f"is {_type_name(value)}, expected a list of messages"
+        return "is empty" if value == [] else f"is {type_name(value)}, expected a list of messages"
     for turn, message in enumerate(value):
         if not isinstance(message, dict):
-            return f"[{turn}] is {_type_name(message)}, expected an object with role and content"
+            return f"[{turn}] is {type_name(message)}, expected an object with role and content"
         for key in ("role", "content"):
             if key not in message:
                 return f"[{turn}] has no {key!r}" + nearest(key, message)
@@ -79,21 +81,41 @@ def unanswered(value: Any) -> str | None:
 def number(value: Any) -> str | None:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return f"is {_type_name(value)}, expected a number"
+        return f"is {type_name(value)}, expected a number"
     return None if math.isfinite(value) else f"is {value}, expected a finite number"
 
 
 def text_or(check: Check, text_check: Check = filled_text) -> Check:
     """Text, or else messages that pass ``check``."""
-    return lambda value: text_check(value) if isinstance(value, str) else check(value)
+
+    def either(value: Any) -> str | None:
+        if isinstance(value, str):
+            return text_check(value)
+        return (
+            check(value) if isinstance(value, list) else f"is {type_name(value)}, expected text or a list of messages"
+        )
+
+    return either
 
 
-def same_sort(record: Mapping[str, Any]) -> str | None:
-    """The two sides of a pair are both text or both messages."""
-    if isinstance(record["chosen"], str) != isinstance(record["rejected"], str):
-        chosen, rejected = _type_name(record["chosen"]), _type_name(record["rejected"])
-        return f"chosen is {chosen} and rejected is {rejected}, expected the same"
-    return None
+def boolean(value: Any) -> str | None:
+    """True or false."""
+    shown = repr(value[:40]) if isinstance(value, str) else type_name(value)
+    return None if isinstance(value, bool) else f"is {shown}, expected true or false"
+
+
+def same_sort(first: str, second: str) -> Callable[[Mapping[str, Any]], str | None]:
+    """Two fields, where the record has both, are both text or both messages."""
+
+    def check(record: Mapping[str, Any]) -> str | None:
+        if first not in record or second not in record:
+            return None
+        if isinstance(record[first], str) != isinstance(record[second], str):
+            one, other = type_name(record[first]), type_name(record[second])
+            return f"{first} is {one} and {second} is {other}, expected the same"
+        return None
+
+    return check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +127,16 @@ class Kind:
     whole: Callable[[Mapping[str, Any]], str | None] = lambda record: None  # of the fields together
 
 
+ANSWERED: dict[str, Check] = {
+    "prompt": text_or(unanswered, text),
+    "response": text_or(answered),
+    "messages": answered,
+}
 KINDS: dict[str, Kind] = {
     "demonstrations": Kind(
         forms=(("prompt", "response"), ("messages",), ("text",)),
-        checks={"prompt": text, "response": filled_text, "messages": answered, "text": filled_text},
+        checks={**ANSWERED, "text": filled_text},
+        whole=same_sort("prompt", "response"),
     ),
     "preferences": Kind(
         forms=(("chosen", "rejected"),),
@@ -118,17 +146,17 @@ KINDS: dict[str, Kind] = {
             "prompt": text_or(unanswered, text),
             "margin": number,
         },
-        whole=same_sort,
+        whole=same_sort("chosen", "rejected"),
     ),
-    "prompts": Kind(forms=(("prompt",), ("messages",)), checks={"prompt": text, "messages": unanswered}),
+    "prompts": Kind(
+        forms=(("prompt",), ("messages",)), checks={"prompt": text_or(unanswered, text), "messages": unanswered}
+    ),
+    "unpaired": Kind(
+        forms=(("prompt", "response", "label"), ("messages", "label")),
+        checks={**ANSWERED, "label": boolean},
+        whole=same_sort("prompt", "response"),
+    ),
     "labels": Kind(forms=(("text", "label"),), checks={"text": filled_text, "label": number}),
-}
-
-# a CSV cell is text: how the other fields are read from it
-FROM_TEXT: dict[str, Callable[[str], Any]] = {
-    "messages": json.loads,
-    "margin": lambda cell: float(cell) if cell.strip() else None,
-    "label": float,
 }
 
 
@@ -144,50 +172,12 @@ def form_of(kind: Kind, record: Mapping[str, Any]) -> tuple[str, ...] | None:
     return next((form for form in kind.forms if all(record.get(field) is not None for field in form)), None)
 
 
-def check_fields(fields: Mapping[str, str], kind: Kind, where: str) -> None:
-    """Raises ValueError when ``fields`` (our word -> column) names a word that this kind of data doesn't have."""
-    for word in fields:
-        if word not in kind.checks:
-            raise ValueError(f"{where}.fields: {word!r} is not a field{nearest(word, kind.checks)}")
-
-
-def take_fields(row: Mapping[str, Any], fields: Mapping[str, str], kind: Kind, where: str) -> dict[str, Any]:
-    """The row with its columns renamed to our words; columns that ``fields`` doesn't name stay as they are.
-
-    Only a column that would make another form of the record than the one that ``fields`` asks for is left out.
-    Raises BadRecord when a column that ``fields`` names is not in the row.
-    """
-    asked = [form for form in kind.forms if set(form) & set(fields)]
-    other = {word for form in kind.forms for word in form}.difference(*asked) if asked else set()
-    record = {name: value for name, value in row.items() if name not in other and name not in fields.values()}
-    for word, column in fields.items():
-        if column not in row:
-            raise BadRecord(f"no column {column!r}, which {where}.fields.{word} names{nearest(column, row)}")
-        record[word] = row[column]
-    return record
-
-
-def check_columns(columns: Iterable[str], kind: Kind, where: str) -> None:
-    """Raises BadRecord, naming the nearest column, when no form of the kind can be filled from ``columns``."""
-    columns = list(columns)
-    if any(set(form) <= set(columns) for form in kind.forms):
-        return
-    wanted = " or ".join(" + ".join(form) for form in kind.forms)
-    form = max(kind.forms, key=lambda form: _closeness(form, columns))
-    missing = next(field for field in form if field not in columns)
-    others = [column for column in columns if column not in form]
-    raise BadRecord(
-        f"no column {missing!r}{nearest(missing, others)}: expected {wanted}; {where}.fields renames columns"
-    )
-
-
-def check_record(record: Mapping[str, Any], kind: Kind, where: str) -> None:
-    """Raises BadRecord, in one line, when the record can't be used as ``kind``."""
-    check_columns(record, kind, where)
+def check_record(record: Mapping[str, Any], kind: Kind) -> None:
+    """Raises BadRecord, in one line, when the record, which has the words of ``kind``, can't be used as one."""
     form = form_of(kind, record)
     if form is None:
-        empty = next(field for form in kind.forms for field in form if field in record and record[field] is None)
-        raise BadRecord(f"{empty} is null")
+        empty = next(field for form in kind.forms for field in form if record.get(field) is None)
+        raise BadRecord(f"{empty} is {'null' if empty in record else 'missing'}")
     optional = set(kind.checks).difference(*kind.forms)
     for field in (*form, *optional):
         value = record.get(field)
@@ -203,7 +193,7 @@ def check_record(record: Mapping[str, Any], kind: Kind, where: str) -> None:
             raise BadRecord(f"{column} {wrong}")
 
 
-def _closeness(form: tuple[str, ...], columns: list[str]) -> float:
+def closeness(form: tuple[str, ...], columns: list[str]) -> float:
     """How much of the form the columns look like: 1 a field that is there, less for one that is misspelt."""
     scores = [
         max((difflib.SequenceMatcher(None, field, column).ratio() for column in columns), default=0.0) for field in form
@@ -211,6 +201,7 @@ def _closeness(form: tuple[str, ...], columns: list[str]) -> float:
     return sum(score if score > 0.6 else 0.0 for score in scores) / len(form)
 
 
-def _type_name(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """What a value is, in JSON's words."""
     names = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -6,20 +6,12 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrlhf.data import files
-from jaxrlhf.data.kinds import (
-    KINDS,
-    BadRecord,
-    check_columns,
-    check_fields,
-    check_record,
-    find_kind,
-    nearest,
-    take_fields,
-)
+from jaxrlhf.data.formats import check_columns, check_fields, recognise, take_fields
+from jaxrlhf.data.kinds import BadRecord, find_kind, nearest
 
 DEFAULT_CACHE_DIR = "~/.cache/jaxrlhf/data"
 OWN_DATASETS = {"jaxrlhf_movie_reviews": "jaxrlhf.data.movie_reviews"}  # importing the module registers the dataset
@@ -70,6 +62,8 @@ class Source:
     name: str  # for messages
     fingerprint: str  # changes when the records do
     skipped: int = 0  # bad rows left out while the files were parsed
+    formats: Mapping[str, int] = dataclasses.field(default_factory=dict)  # what rows were recognised as -> how many
+    unused: Sequence[str] = ()  # columns that nothing uses
 
     def __len__(self) -> int:
         return self.size
@@ -81,6 +75,19 @@ class Source:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.read, range(self.size))
+
+    def usable(self, skip_bad: bool) -> Iterator[dict[str, Any]]:
+        """The records in their order, without those that can't be used where ``skip_bad`` says so."""
+        for index in range(self.size):
+            with contextlib.suppress(*([BadRecord] if skip_bad else [])):
+                yield self.read(index)
+
+    def describe(self) -> str:
+        """What the rows were recognised as, in one line: "messages; columns that are not used: id"."""
+        several = len(self.formats) > 1
+        found = [f"{name} ({count} rows)" if several else name for name, count in self.formats.items()]
+        unused = f"; columns that are not used: {', '.join(self.unused)}" if self.unused else ""
+        return f"{', '.join(found)}{unused}"
 
 
 def cache_folder(cache_dir: str | None) -> str:
@@ -115,7 +122,7 @@ def open_source(
         raise ValueError(
             f"{path_in_config}: path is {cfg.path!r} and tfds is {cfg.tfds!r}, expected exactly one of them"
         )
-    check_fields(cfg.fields, KINDS[kind], path_in_config)
+    check_fields(cfg.fields, kind, path_in_config)
     folder = cache_folder(cache_dir)
     if cfg.path is not None:
         return _open_files(cfg, cfg.path, kind, folder, skip_bad, path_in_config)
@@ -125,7 +132,7 @@ def open_source(
 def _open_files(cfg: SourceConfig, path: str, kind: str, folder: str, skip_bad: bool, where: str) -> Source:
     found = files.find_files(path, where)
     digest = files.content_hash(found, kind, cfg.fields, skip_bad)
-    parser = files.Parser(found, kind, cfg.fields, skip_bad, where)
+    parser = files.Parser(files.tables_of(found), kind, cfg.fields, skip_bad, where)
     builder = _prepared(lambda: files.records_builder(digest, os.path.join(folder, "files"), parser))
     rows = _data_source(builder, cfg.split, path, where)
     return Source(
@@ -133,7 +140,7 @@ def _open_files(cfg: SourceConfig, path: str, kind: str, folder: str, skip_bad: 
         size=len(rows),
         name=path,
         fingerprint=_fingerprint("files", digest, cfg.split),
-        skipped=int(builder.info.metadata["skipped"]),
+        **builder.info.metadata,
     )
 
 
@@ -146,19 +153,23 @@ def _open_tfds(cfg: SourceConfig, name: str, kind: str, folder: str, where: str)
     rows = _data_source(builder, cfg.split, name, where)
     label = f"{builder.info.full_name}[{cfg.split}]"
     with _said_by(f"{where}.tfds: {label}"):
-        check_columns(
-            take_fields(dict.fromkeys(builder.info.features or {}), cfg.fields, KINDS[kind], where), KINDS[kind], where
-        )
+        columns = take_fields(dict.fromkeys(builder.info.features or {}), cfg.fields, where)
+        check_columns(columns, kind, cfg.fields, where)
 
     def read(index: int) -> dict[str, Any]:
-        record = take_fields(to_python(rows[index]), cfg.fields, KINDS[kind], where)
         with _said_by(f"{label}:{index}"):
-            check_record(record, KINDS[kind], where)
-        return record
+            return recognise(to_python(rows[index]), kind, cfg.fields, where).record
+
+    formats, unused = {}, ()
+    with contextlib.suppress(BadRecord):  # said, or counted, when the records are measured
+        first = recognise(to_python(rows[0]), kind, cfg.fields, where)
+        formats, unused = {first.format: len(rows)}, first.unused
 
     sizes = [[split.name, split.num_examples, split.num_bytes] for split in builder.info.splits.values()]
-    fingerprint = _fingerprint("tfds", builder.info.full_name, cfg.split, sizes, kind, sorted(cfg.fields.items()))
-    return Source(read=read, size=len(rows), name=label, fingerprint=fingerprint)
+    fingerprint = _fingerprint(
+        "tfds", files.FORMAT, builder.info.full_name, cfg.split, sizes, kind, sorted(cfg.fields.items())
+    )
+    return Source(read, len(rows), label, fingerprint, formats=formats, unused=unused)
 
 
 @contextlib.contextmanager

@@ -168,9 +168,11 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 def text_of(record: Mapping[str, Any]) -> str:
     """All text of a demonstration, for training a tokenizer on."""
-    if "messages" in record:
-        return "\n".join(message["content"] for message in record["messages"])
-    return record["text"] if "text" in record else record["prompt"] + record["response"]
+    words = [("prompt", "response"), ("messages",), ("text",)]
+    form = next(form for form in words if all(record.get(word) is not None for word in form))
+    if all(isinstance(record[word], str) for word in form):
+        return "".join(record[word] for word in form)
+    return "\n".join(message.get("content") or "" for word in form for message in record[word])
 
 
 def decode_rows(tokenizer: Any, tokens: Any, mask: Any) -> list[str]:

@@ -1,6 +1,7 @@
 import pytest
 
-from jaxrlhf.data.kinds import KINDS, BadRecord, check_columns, check_record, nearest, take_fields
+from jaxrlhf.data.formats import recognise
+from jaxrlhf.data.kinds import KINDS, BadRecord, check_record, nearest
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
@@ -18,7 +19,7 @@ USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "cont
     ],
 )
 def test_usable(kind, record):
-    check_record(record, KINDS[kind], "data")
+    check_record(record, KINDS[kind])
 
 
 @pytest.mark.parametrize(
@@ -55,33 +56,8 @@ def test_usable(kind, record):
 )
 def test_refused_in_one_line(kind, record, message):
     with pytest.raises(BadRecord) as error:
-        check_record(record, KINDS[kind], "data.x")
+        recognise(record, kind, {}, "data.x")
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_missing_column_names_the_setting_that_renames():
-    with pytest.raises(BadRecord, match=r"expected chosen \+ rejected; data\.preferences\.fields renames columns"):
-        check_columns(["good", "bad"], KINDS["preferences"], "data.preferences")
-
-
-def test_take_fields_renames_and_keeps_the_rest():
-    row = {"question": "q", "answer": "a", "id": 7}
-    kind = KINDS["preferences"]
-    assert take_fields(row, {"prompt": "question"}, kind, "x") == {"prompt": "q", "answer": "a", "id": 7}
-    swapped = {"chosen": "rejected", "rejected": "chosen"}
-    assert take_fields({"chosen": 1, "rejected": 2}, swapped, kind, "x") == {"chosen": 2, "rejected": 1}
-    with pytest.raises(BadRecord, match=r"no column 'questoin', which x.fields.prompt names \(did you mean 'question'"):
-        take_fields(row, {"prompt": "questoin"}, kind, "x")
-
-
-def test_fields_choose_the_form():
-    row = {"prompt": "p", "response": "r", "story": "s", "id": 1}
-    assert take_fields(row, {"text": "story"}, KINDS["demonstrations"], "x") == {"text": "s", "id": 1}
-    assert take_fields(row, {"response": "story"}, KINDS["demonstrations"], "x") == {
-        "prompt": "p",
-        "response": "s",
-        "id": 1,
-    }
 
 
 def test_nearest_without_a_near_one_lists_the_choices():

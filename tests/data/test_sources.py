@@ -58,7 +58,7 @@ def test_two_processes_prepare_the_same_data_at_once(tmp_path):
 
     def make():
         return files.records_builder(
-            "0" * 64, str(tmp_path / "c"), files.Parser(found, "demonstrations", {}, False, "x")
+            "0" * 64, str(tmp_path / "c"), files.Parser(files.tables_of(found), "demonstrations", {}, False, "x")
         )
 
     slow, calls = make(), []
@@ -93,7 +93,7 @@ def test_other_process_finishes_while_we_start(tmp_path):
 
     def make():
         return files.records_builder(
-            "0" * 64, str(tmp_path / "c"), files.Parser(found, "demonstrations", {}, False, "x")
+            "0" * 64, str(tmp_path / "c"), files.Parser(files.tables_of(found), "demonstrations", {}, False, "x")
         )
 
     early = make()

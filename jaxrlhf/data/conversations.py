@@ -1,0 +1,215 @@
+"""Conversations as people write them, in one form: a list of {"role": text, "content": text, ...}.
+
+Read are lists of messages, one message alone, ShareGPT's {"from", "value"}, any of these as JSON text (in CSV, Parquet
+or JSONL), and contents in parts. Other keys of a message (tool_calls, name, ...) stay as they are.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxrlhf.data.kinds import BadRecord, type_name
+
+ROLES = {  # other words for the roles of a chat template
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+FROM = ROLES | {"user": "user", "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
+TEXT_PARTS = ("text", "input_text", "output_text")
+SPELLINGS = (("role", "content"), ("from", "value"))
+TURN, ANSWER = "\n\nHuman:", "\n\nAssistant:"  # of transcripts, as in Anthropic's HH
+# a list of messages, or one, that starts as JSON or as Python writes it
+LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])(role|content|from|value)\2\s*:""")
+
+
+def read_value(value: Any, name: str, notes: set[str]) -> Any:
+    """A column's value as text or as a list of messages; anything else as it is, for the check of the record to refuse.
+
+    Args:
+        name: of the column, for messages.
+        notes: gains how a conversation was written, where it was not a list of messages with role and content.
+
+    Raises:
+        BadRecord: text that looks like messages and is none, a part that is no text, an unknown ShareGPT role.
+    """
+    if isinstance(value, str):
+        found = _from_text(value, name)
+        if found is None:
+            return value
+        notes.add("JSON text")
+        value = found
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [_message(message, f"{name}[{turn}]", notes) for turn, message in enumerate(value)]
+
+
+def holds_messages(value: Any) -> bool:
+    """A message, or a list of nothing but messages."""
+    turns = [value] if isinstance(value, Mapping) else value
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(isinstance(turn, Mapping) and any(set(keys) <= turn.keys() for keys in SPELLINGS) for turn in turns)
+    )
+
+
+def text_holds_messages(value: str) -> bool:
+    """Whether text is a conversation written as JSON, or looks like one."""
+    return bool(LOOKS_LIKE_MESSAGES.match(value)) or holds_messages(_parse(value))
+
+
+def _from_text(value: str, name: str) -> Any:
+    """The messages that a text holds as JSON; None for ordinary text, which may well be some other JSON."""
+    found = _parse(value)
+    if holds_messages(found):
+        return found
+    if LOOKS_LIKE_MESSAGES.match(value):
+        shown = " ".join(value[:40].split())
+        raise BadRecord(f"{name} looks like messages and is not JSON that holds them: {shown}...; expected JSON text")
+    return None
+
+
+def _parse(value: str) -> Any:
+    """JSON of a list or an object, or what Python writes for one (pandas does, in CSV); else None."""
+    value = value.strip()
+    if value[:1] not in ("[", "{") or value[-1:] not in ("]", "}"):
+        return None
+    try:
+        return json.loads(value)
+    except (json.JSONDecodeError, RecursionError):
+        pass
+    if not LOOKS_LIKE_MESSAGES.match(value):
+        return None
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+
+
+def _message(message: Any, name: str, notes: set[str]) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    # null is what Arrow fills absent keys with; a content of null stands beside a tool call
+    message = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if {"from", "value"} <= message.keys() and not {"role", "content"} & message.keys():
+        speaker = message.pop("from")
+        if str(speaker).lower() not in FROM:
+            raise BadRecord(f"{name}.from is {str(speaker)[:40]!r}, expected human, gpt, system or tool")
+        notes.add("from/value")
+        message = {"role": FROM[str(speaker).lower()], "content": message.pop("value"), **message}
+    if isinstance(message.get("role"), str):
+        message["role"] = ROLES.get(message["role"], message["role"])
+    if isinstance(message.get("content"), Sequence) and not isinstance(message["content"], str):
+        notes.add("content parts")
+        message["content"] = "".join(_part(part, f"{name}.content[{at}]") for at, part in enumerate(message["content"]))
+    return message
+
+
+def _part(part: Any, name: str) -> str:
+    """The text of one part of a content; parts are joined with nothing between them, as chat templates join them."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        wrong = "has no text" if kind in TEXT_PARTS else f"is of type {kind!r}"
+        raise BadRecord(f"{name} {wrong}, expected {{type: text, text: ...}}: models here read text only")
+    return part["text"]
+
+
+# ---- prompts, answers, pairs ----------------------------------------------------------------------------------------
+
+
+def fit_response(taken: dict[str, Any], where: str) -> dict[str, Any]:
+    """Prompt and response both as messages where one of them is; the response without the prompt."""
+    prompt, response = taken.get("prompt"), taken.get("response")
+    if isinstance(prompt, list) and isinstance(response, str):
+        response = [{"role": "assistant", "content": response}]
+        return taken | {"response": response}
+    if not isinstance(response, list) or not response:
+        return taken
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    end = _prompt_end(prompt, response, "response", where)
+    return taken | {"prompt": response[:end] if end else prompt, "response": response[end:]}
+
+
+def fit_pair(taken: dict[str, Any], where: str, notes: set[str]) -> dict[str, Any]:
+    """A pair of texts with the prompt before them; of conversations with the prompt either before or in both."""
+    prompt, chosen, rejected = taken.get("prompt"), taken["chosen"], taken["rejected"]
+    if prompt is None and all(isinstance(side, str) and side.startswith(TURN) for side in (chosen, rejected)):
+        return _split_transcripts(chosen, rejected, notes)
+    if not (isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected):
+        return taken
+    if prompt is None or prompt == "":
+        notes.update(["implicit prompt"] if _role(chosen[0]) != "assistant" != _role(rejected[0]) else [])
+        return taken
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    ends = [_prompt_end(prompt, side, name, where) for name, side in (("chosen", chosen), ("rejected", rejected))]
+    if all(end == 0 for end in ends):
+        return taken | {"prompt": prompt}
+    if 0 in ends:
+        raise BadRecord("one of chosen and rejected is an answer and the other a whole conversation, expected the same")
+    notes.add("implicit prompt")
+    return {word: value for word, value in taken.items() if word != "prompt"}
+
+
+def _prompt_end(prompt: Any, side: list[Any], name: str, where: str) -> int:
+    """Where in ``side`` the answer to ``prompt`` begins: 0 where the side is the answer alone."""
+    if _role(side[0]) in ("assistant", None) or not isinstance(prompt, list):
+        return 0  # whatever is no message is refused by the check of the record
+    if all(_role(turn) == "system" for turn in prompt) and _role(side[0]) != "system":
+        return 0
+    said = [_said(turn) for turn in prompt]
+    for start in range(len(side) - len(prompt) + 1):
+        if [_said(turn) for turn in side[start : start + len(prompt)]] == said:
+            return start + len(prompt)
+    raise BadRecord(
+        f"{name} starts with role {_role(side[0])!r}, and the prompt is not in it: expected an assistant's answer, "
+        f'or the whole conversation; {where}.fields: {{prompt: ""}} leaves the prompt out'
+    )
+
+
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, Mapping) else None
+
+
+def _said(turn: Any) -> tuple[Any, Any]:
+    content = turn.get("content") if isinstance(turn, Mapping) else turn
+    return _role(turn), content.strip() if isinstance(content, str) else content
+
+
+def _split_transcripts(chosen: str, rejected: str, notes: set[str]) -> dict[str, Any]:
+    """Texts that go "Human: ... Assistant: ...", each cut behind the last "Assistant:"."""
+    (before, sign, first), (same, _, second) = chosen.rpartition(ANSWER), rejected.rpartition(ANSWER)
+    if not sign or before != same or TURN in first or TURN in second:
+        raise BadRecord(f"chosen and rejected are transcripts that differ before the last {ANSWER.strip()!r}")
+    notes.update(["transcript", "implicit prompt"])
+    return {"prompt": before + sign, "chosen": first, "rejected": second}
+
+
+def with_system(taken: dict[str, Any], system: Any) -> dict[str, Any]:
+    """The conversation with a system prompt in front. A row whose own is empty becomes a conversation too, so that all
+    rows of a data set are rendered alike."""
+    if not isinstance(system, str | None):
+        raise BadRecord(f"system is {type_name(system)}, expected text")
+    opening = [{"role": "system", "content": system}] if (system or "").strip() else []
+
+    def begin(value: Any) -> Any:
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        if not isinstance(messages, list) or not messages or _role(messages[0]) != "system":
+            return [*opening, *messages] if isinstance(messages, list) else messages
+        if opening and _said(messages[0]) != _said(opening[0]):
+            raise BadRecord('has a system prompt in a column and another in its messages; fields: {system: ""}')
+        return messages
+
+    words = [word for word in ("messages", "prompt") if word in taken] or ["chosen", "rejected"]
+    taken = taken | {word: begin(taken[word]) for word in words}
+    if isinstance(taken.get("response"), str):
+        taken["response"] = [{"role": "assistant", "content": taken["response"]}]
+    return taken
