@@ -69,6 +69,7 @@ class Run(Blueprint):
 
     tokenizer: Any  # a transformers fast tokenizer
     reward_function: functions.RewardFunction | None  # None: the reward model scores, or nothing is sampled
+    recognised: dict[str, str] = dataclasses.field(default_factory=dict)  # section of data -> what its rows are
 
 
 def build(cfg: Config, devices: list | None = None) -> Run:

@@ -105,11 +105,22 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
 
 
 def read_source(ready: Run, kind: str, source: SourceConfig, where: str):
-    """The records of one data section, the same on all processes, or a ValueError says where they are not."""
+    """The records of one data section, the same on all processes, or a ValueError says where they are not.
+
+    What its rows were recognised as is kept in ``ready.recognised``."""
     data = ready.cfg.data
     found = open_source(source, kind, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
     distributed.agree(f"{where}: the hash of its records", found.fingerprint[:12], "the same data on all hosts")
+    ready.recognised[where] = found.describe()
     return found
+
+
+def describe_data(ready: Run) -> list[str]:
+    """What the rows of the sections opened so far were recognised as, a line each; of held-out data only where it is
+    not what the training data are."""
+    lines = ready.recognised
+    same = lambda where: lines.get(where.replace("data.eval_", "data.")) == lines[where] and "eval_" in where
+    return [f"{where}: {text}" for where, text in lines.items() if not same(where)]
 
 
 def training_prompts(ready: Run, size: int) -> list[batches.HostBatch]:

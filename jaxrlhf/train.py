@@ -17,7 +17,7 @@ from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
-from jaxrlhf.feed import Feed, put
+from jaxrlhf.feed import Feed, describe_data, put
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
@@ -109,7 +109,7 @@ class Trainer:
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
         parts = self.ready.recipe.num_micro
         sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts)
-        self.log.say("\n".join([describe_batch(cfg, parts), *sharing, *passed_over]))
+        self.log.say("\n".join([describe_batch(cfg, parts), *sharing, *passed_over, *describe_data(self.ready)]))
         state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
         with self.listening(), self.saving(), contextlib.closing(self.profiler):

@@ -213,6 +213,7 @@ def test_the_last_two_checkpoints_stay(process, root, name):
 def test_a_log_has_plain_lines(process):
     lines = process.outputs[0].splitlines()
     assert "batch: 8 sequences -> 1 epochs x 1 minibatches of 8 = 1 updates an iteration" in lines[0]
+    assert "data.demonstrations: text" in lines and "data.preferences: chosen + rejected: text" in lines
     assert sum(line.startswith("compiled 1 program in ") for line in lines) == len(NAMES)
     assert any(line.startswith("step 3/4  reward ") and "  kl " in line and " tok/s" in line for line in lines)
     assert "\x1b" not in process.outputs[0]

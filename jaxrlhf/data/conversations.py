@@ -148,8 +148,12 @@ def fit_pair(taken: dict[str, Any], where: str, notes: set[str]) -> dict[str, An
         return taken
     if prompt is None or prompt == "":
         notes.update(["implicit prompt"] if _role(chosen[0]) != "assistant" != _role(rejected[0]) else [])
-        return taken
+        return {word: value for word, value in taken.items() if word != "prompt"}
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if _only_system(prompt) and _role(chosen[0]) == _role(rejected[0]) == "user":
+        notes.add("implicit prompt")
+        whole = {"chosen": [*prompt, *chosen], "rejected": [*prompt, *rejected]}
+        return {word: value for word, value in taken.items() if word != "prompt"} | whole
     ends = [_prompt_end(prompt, side, name, where) for name, side in (("chosen", chosen), ("rejected", rejected))]
     if all(end == 0 for end in ends):
         return taken | {"prompt": prompt}
@@ -163,7 +167,7 @@ def _prompt_end(prompt: Any, side: list[Any], name: str, where: str) -> int:
     """Where in ``side`` the answer to ``prompt`` begins: 0 where the side is the answer alone."""
     if _role(side[0]) in ("assistant", None) or not isinstance(prompt, list):
         return 0  # whatever is no message is refused by the check of the record
-    if all(_role(turn) == "system" for turn in prompt) and _role(side[0]) != "system":
+    if _only_system(prompt) and _role(side[0]) == "user":
         return 0
     said = [_said(turn) for turn in prompt]
     for start in range(len(side) - len(prompt) + 1):
@@ -173,6 +177,10 @@ def _prompt_end(prompt: Any, side: list[Any], name: str, where: str) -> int:
         f"{name} starts with role {_role(side[0])!r}, and the prompt is not in it: expected an assistant's answer, "
         f'or the whole conversation; {where}.fields: {{prompt: ""}} leaves the prompt out'
     )
+
+
+def _only_system(prompt: list[Any]) -> bool:
+    return bool(prompt) and all(_role(turn) == "system" for turn in prompt)
 
 
 def _role(turn: Any) -> Any:

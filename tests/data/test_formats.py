@@ -66,8 +66,8 @@ FORMATS = {
     "system, then conversations": (
         "preferences",
         {"prompt": [SYSTEM], **WHOLE},
-        {"prompt": [SYSTEM], **WHOLE},
-        "prompt + chosen + rejected: messages",
+        {side: [SYSTEM, *turns] for side, turns in WHOLE.items()},
+        "prompt + chosen + rejected: messages, implicit prompt",
     ),
     "one message a side": (
         "preferences",
@@ -474,3 +474,22 @@ def test_fields_choose_the_form():
     assert recognise(row, "demonstrations", {"text": "story"}, "x").record == {"text": "s", "id": 1}
     named = recognise(row, "demonstrations", {"response": "story"}, "x").record
     assert named == {"prompt": "p", "response": "s", "id": 1}
+
+
+def test_what_was_recognised_is_announced_once(tmp_path, opened):
+    """A line a section; held-out data are named where they are something else than the training data."""
+    from types import SimpleNamespace
+
+    from jaxrlhf import feed
+
+    pairs = json.dumps({**WHOLE, "id": 1, "score": 2}) + "\n"
+    opened("a.jsonl", pairs, "preferences")
+    opened("b.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}), "preferences")
+    data = SimpleNamespace(cache_dir=str(tmp_path / "cache"), skip_bad=False)
+    ready = SimpleNamespace(cfg=SimpleNamespace(data=data), recognised={})
+    for where, name in (("data.preferences", "a"), ("data.eval_preferences", "a"), ("data.eval_prompts", "b")):
+        feed.read_source(ready, "preferences", SourceConfig(path=f"{tmp_path}/{name}.jsonl"), where)  # type: ignore[arg-type]
+    assert feed.describe_data(ready) == [  # type: ignore[arg-type]
+        "data.preferences: chosen + rejected: messages, implicit prompt; columns that are not used: id, score",
+        "data.eval_prompts: prompt + chosen + rejected: text",
+    ]
