@@ -55,11 +55,7 @@ class Feed:
 
     def shapes(self) -> Iterator[Batch]:
         """A batch (of shapes with layouts, global rows) for every shape that can come."""
-        margins = False
-        if "preferences" in self.streams:
-            state = self.get_state()
-            margins = self.next()[0].preferences.margin is not None
-            self.set_state(state)
+        margins = any(stream.margins for stream in self.streams.values())
         return batch_shapes(self.ready.cfg, self.ready.mesh, margins)
 
     def counts(self) -> dict[str, float]:

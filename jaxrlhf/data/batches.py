@@ -55,6 +55,7 @@ class Stream(Iterator[HostBatch]):
         import grain
 
         self.counts = layout.examples.counts
+        self.margins = layout.examples.margins  # whether preferences say by how much
         self._where = where
         self._order = _hash(layout.kind, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash())
         shuffle_seed = int(_hash(layout.kind, seed)[:8], 16)  # streams of one run don't share their shuffles
@@ -122,7 +123,7 @@ def preference_stream(
     where: str = "data.preferences",
 ) -> Stream:
     """Batches with ``preferences``: both sides [rows here, cfg.max_length]. Pairs with equal sides are left
-    out, and counted as identical. The margin is there if the first pair has one; a pair without is given 0."""
+    out, and counted as identical. The margin is there if all pairs have one; ValueError where only some do."""
     layout = _layout("preferences", source, tokenizer, cfg, rows, share, eos, where)
     return Stream(layout, seed, where)
 
@@ -262,15 +263,13 @@ def _make_packed(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[
 
 
 def _preference_maker(examples: Examples, cfg: DataConfig) -> Maker:
-    with_margin = examples.source[int(examples.kept[0])].get("margin") is not None
-
     def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
         records = layout.records(mine)
         pairs = [examples.sides(record) for record in records]
         chosen, rejected = (_right_padded([pair[side] for pair in pairs], layout) for side in (0, 1))
-        margin: Any = np.zeros(layout.local, np.float32) if with_margin else None
-        if with_margin:
-            margin[: len(records)] = [record.get("margin") or 0.0 for record in records]
+        margin: Any = np.zeros(layout.local, np.float32) if examples.margins else None
+        if examples.margins:
+            margin[: len(records)] = [record["margin"] for record in records]
         return Batch(preferences=Preferences(chosen, rejected, margin)), None
 
     return make

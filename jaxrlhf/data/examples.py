@@ -20,7 +20,7 @@ from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.data.sources import DataConfig, Source, cache_folder
 from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id
 
-FORMAT = 1  # of the cached measures; raise it when the same record would give other tokens
+FORMAT = 3  # of the cached measures; raise it when the same record would give other tokens
 TOO_LONG, IDENTICAL, BAD = 0, -1, -2  # in place of a length
 Sides = tuple[Encoded, ...]  # one row of tokens; of a pair two: chosen, rejected
 
@@ -36,6 +36,7 @@ class Examples:
     truncated: np.ndarray  # bool[records]
     kept: np.ndarray  # i64[kept]: the records that are used, in the order of the source
     counts: dict[str, int]  # kept, dropped (too long), truncated, identical (pairs), skipped (bad)
+    margins: bool  # whether the pairs that are used say by how much: all of them, or none
 
 
 def make_examples(
@@ -67,7 +68,20 @@ def make_examples(
     if not len(kept):
         shown = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
         raise ValueError(f"{where}: none of {len(source)} records is left with {max_length} tokens ({shown})")
-    return Examples(source, sides, max_length, lengths, truncated, kept, counts)
+    margins = _all_or_none(measures[kept, 2], kept, source, where)
+    return Examples(source, sides, max_length, lengths, truncated, kept, counts, margins)
+
+
+def _all_or_none(margins: np.ndarray, kept: np.ndarray, source: Source, where: str) -> bool:
+    """Whether the records have a margin. Raises ValueError where some do and others do not: to take it as 0, or to use
+    no margin at all, would each be another loss than the data mean."""
+    without = kept[margins == 0]
+    if 0 < len(without) < len(kept):
+        raise ValueError(
+            f"{where}: margin is missing in {len(without)} of {len(kept)} pairs (the first is record {without[0]} of "
+            f'{source.name}), expected one in all or in none; {where}.fields: {{margin: ""}} leaves it out'
+        )
+    return len(without) == 0
 
 
 def truncate(sides: Sides, max_length: int, bos: Sequence[int] = ()) -> Sides:
@@ -128,24 +142,26 @@ def _measure(
     max_length: int,
     cfg: DataConfig,
 ) -> np.ndarray:
-    """i32[records, 2]: length, or why the record is not used; 1 where it is cut."""
-    measures = np.zeros((len(source), 2), np.int32)
+    """i32[records, 3]: length, or why the record is not used; 1 where it is cut; 1 where it has a margin."""
+    measures = np.zeros((len(source), 3), np.int32)
     for index in range(len(source)):
         try:
-            sides = encode(source[index])
+            record = source[index]
+            sides = encode(record)
         except BadRecord as error:
             if not cfg.skip_bad:
                 where = "" if source.name in str(error) else f"{source.name}:{index}: "
                 raise BadRecord(f"{where}{error}") from None
-            measures[index] = BAD, 0
+            measures[index] = BAD, 0, 0
             continue
         cut = max(len(side.tokens) for side in sides) > max_length
         if cut and cfg.too_long == "drop":
-            measures[index] = TOO_LONG, 0
+            measures[index] = TOO_LONG, 0, 0
             continue
         sides = truncate(sides, max_length, bos)
         same = len(sides) == 2 and np.array_equal(sides[0].tokens, sides[1].tokens)
-        measures[index] = IDENTICAL if same else max(len(side.tokens) for side in sides), cut
+        length = IDENTICAL if same else max(len(side.tokens) for side in sides)
+        measures[index] = length, cut, record.get("margin") is not None
     return measures
 
 

@@ -23,10 +23,12 @@ LAZY_MODULES = ("text", "summarization", "question_answering", "translate", "tex
 class SourceConfig:
     """Where records come from: exactly one of ``path`` and ``tfds``."""
 
-    path: str | None = None  # JSONL, CSV or Parquet; a file or a glob, local or remote (gs://)
+    path: str | None = None  # JSONL, JSON, CSV (also .gz) or Parquet; a file or a glob, local or remote (gs://)
     tfds: str | None = None  # a dataset that tensorflow-datasets knows: "name" or "name/config"
     split: str = "train"  # slices work: "train[:90%]"; the files of ``path`` are one split, "train"
-    fields: dict[str, str] = dataclasses.field(default_factory=dict)  # our word -> the column that holds it
+    fields: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # our word -> the column that holds it; "": none does
 
 
 @dataclasses.dataclass(frozen=True)

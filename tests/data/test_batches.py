@@ -175,6 +175,22 @@ def test_pairs(letters, config):
     )
 
 
+@pytest.mark.parametrize("missing", [[0], [9], [0, 4, 9]])
+def test_margins_are_used_of_all_pairs_or_of_none(missing, letters, config):
+    """Whichever pairs lack one. Pairs that are not used do not count."""
+    mixed = [PAIRS[n] | {"margin": None} if n in missing else PAIRS[n] for n in range(10)]
+    options = {"rows": 5, "seed": 0, "where": "data.x"}
+    with pytest.raises(ValueError) as error:
+        preference_stream(in_memory(mixed), letters, config(), **options)
+    assert f"data.x: margin is missing in {len(missing)} of 10 pairs (the first is record {missing[0]} of" in str(
+        error.value
+    )
+    assert 'data.x.fields: {margin: ""} leaves it out' in str(error.value) and "\n" not in str(error.value)
+    same = [PAIRS[0] | {"margin": None, "rejected": "+"}, *PAIRS]
+    margins = one(preference_stream(in_memory(same), letters, config(), **options)).batch.preferences.margin
+    assert margins.max() > 0
+
+
 def test_masks_do_not_come_from_ids(letters, config):
     """With pad == eos the EOS that ends a response is still valid, learnt, and the padding is neither."""
     tokenizer = copy.deepcopy(letters)
