@@ -1,13 +1,14 @@
 """The ``jaxrlhf`` command.
 
 Nothing heavy is imported before a command runs, so that ``--help`` answers at once. Exit codes: 0 done, 1 training
-broke down, 2 a mistake in the config or the input (both one line on stderr), 75 preempted (everything is saved: run the
-same command again).
+broke down, 2 a mistake in the config or the input (both one line on stderr), 75 stopped by SIGTERM (everything is
+saved: launchers run the same command again), 130 stopped by Ctrl-C (``train`` saves too; a second one stops at once).
 """
 
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ PACKAGE = Path(__file__).parent
 EXIT_BROKEN = 1
 EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,20 +61,28 @@ def options(
 
 @app.command()
 def train(arguments: Arguments) -> None:
-    """Train. The same command again resumes a run that was interrupted."""
-    configs = load_joined(arguments)
-    import jax
+    """Train. Ctrl-C or SIGTERM saves and stops; the same command goes on from there."""
+    from jaxrlhf.stopping import Stop
 
-    from jaxrlhf.config_check import check
-    from jaxrlhf.config_yaml import read_file
+    with Stop(signal.SIGINT, signal.SIGTERM, leaves=True) as stop:
+        configs = load_joined(arguments)
+        import jax
 
-    for path, cfg in configs:
-        check(cfg, jax.device_count(), path)
-    from jaxrlhf.train import run
+        from jaxrlhf import distributed
+        from jaxrlhf.config_check import check
+        from jaxrlhf.config_yaml import read_file
 
-    for path, cfg in configs:
-        if run(cfg, read_file(path).decode()) == "preempted":
-            raise typer.Exit(EXIT_PREEMPTED)
+        for path, cfg in configs:
+            check(cfg, jax.device_count(), path)
+        from jaxrlhf.train import run
+
+        for number, (path, cfg) in enumerate(configs):
+            # several processes stop together, in the next run
+            if number and stop.asked and not distributed.several():
+                typer.echo(f"{stop.asked}: stopped before {path}; the same command goes on from there")
+                raise typer.Exit(stop.code)
+            if run(cfg, read_file(path).decode(), stop) != "done":
+                raise typer.Exit(stop.code)
 
 
 @app.command()
@@ -286,16 +296,20 @@ def join(cfg: Any = None) -> bool:
 
 
 def main() -> None:
-    """The command. A process that breaks down doesn't wait for the others of its run, which may be waiting for it."""
-    try:
-        command()
-    except SystemExit as stop:
-        if stop.code not in (None, 0, EXIT_PREEMPTED):
-            abandon(stop.code if isinstance(stop.code, int) else EXIT_BROKEN)
-        raise
-    except BaseException:
-        abandon(EXIT_BROKEN)
-        raise
+    """The command, which Ctrl-C ends without a traceback. A process that breaks down doesn't wait for the others of its
+    run, which may be waiting for it."""
+    from jaxrlhf.stopping import Stop
+
+    with Stop(signal.SIGINT, leaves=True):
+        try:
+            command()
+        except SystemExit as stop:
+            if stop.code not in (None, 0, EXIT_PREEMPTED, EXIT_INTERRUPTED):
+                abandon(stop.code if isinstance(stop.code, int) else EXIT_BROKEN)
+            raise
+        except BaseException:
+            abandon(EXIT_BROKEN)
+            raise
 
 
 def abandon(code: int) -> None:

@@ -13,7 +13,7 @@ from jaxrlhf.build import Run
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.feed import fetch, holders, put, share_of
 from jaxrlhf.programs import Program
-from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
+from jaxrlhf.types import Batch, Sequences, TrainState
 
 Records = list[dict[str, Any]]
 
@@ -74,16 +74,25 @@ def scored(
 
 
 def joined(ready: Run, programs: dict[str, Program]) -> Callable:
-    """programs.compile_programs as one function: (state, batch, records) -> (state, metrics, responses or None).
+    """programs.compile_programs as one function: (state, batch, records, meanwhile) -> (state, metrics, responses or
+    None). ``meanwhile`` is called once the first program is under way.
 
     Where there are several, the host scores the responses between them; ``records`` are for that alone."""
-    if "iteration" in programs:
-        return lambda state, batch, records: programs["iteration"].run(state, batch)
 
-    def iteration(state: TrainState, batch: Batch, records: Records) -> tuple[TrainState, Metrics, Sequences]:
+    def whole(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
+        found = programs["iteration"].run(state, batch)
+        meanwhile()
+        return found
+
+    def parts(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
         batch = batch.replace(sequences=programs["rollout"].run(state, batch))
+        meanwhile()
         batch, seconds = scored(ready, programs, state, batch, records)
         state, metrics = programs["learn"].run(state, batch)
         return state, metrics | {"time/rewards": seconds}, batch.sequences
 
-    return iteration
+    return whole if "iteration" in programs else parts
+
+
+def nothing() -> None:
+    """Done while a program runs."""

@@ -1,6 +1,7 @@
 """The only loop: feed the step, write down what it says, save, and stop cleanly when asked to."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,20 +25,45 @@ from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_programs
 from jaxrlhf.score import joined
 from jaxrlhf.sharding import batch_shards, current, whole
+from jaxrlhf.stopping import Stop
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
+from jaxrlhf.wording import one_line
 
-DONE, PREEMPTED = "done", "preempted"
+DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
 SHARED = "a directory that all processes share: NFS or gs://"
 
 
-def run(cfg: Config, raw: str = "") -> str:
-    """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", or "preempted" after SIGTERM.
+def run(cfg: Config, raw: str = "", stop: Stop | None = None) -> str:
+    """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", "preempted" after SIGTERM, or
+    "interrupted" after SIGINT, which both save; a second SIGINT raises KeyboardInterrupt.
 
-    ``raw`` is the config as the user wrote it, kept beside the resolved one as source.yaml. Raises ConfigError before
-    any model is built, RunDirBusy where another process writes to the run directory; both leave its config and
-    tokenizer alone.
+    ``raw`` is the config as the user wrote it, kept beside the resolved one as source.yaml. ``stop``: who listens to
+    signals, by default for this run alone. Raises ConfigError before any model is built, RunDirBusy where another
+    process writes to the run directory; both leave its config and tokenizer alone.
     """
+    with Stop(signal.SIGINT, signal.SIGTERM) if stop is None else contextlib.nullcontext(stop) as stop:
+        try:
+            return train(cfg, raw, stop)
+        except KeyboardInterrupt:
+            if stop.asked is None or stop.saves:
+                raise
+            stop.last_words = None
+            start = checkpoint.latest_step(cfg.run_dir) or 0
+            print(f"{stop.asked}: stopped at step {start}; the same command goes on from there")
+            return outcome(stop)
+        finally:
+            stop.saves = False
+
+
+def outcome(stop: Stop) -> str:
+    """What a run says that stopped before its end."""
+    return INTERRUPTED if stop.asked == "Ctrl-C" else PREEMPTED
+
+
+def train(cfg: Config, raw: str, stop: Stop) -> str:
+    """``run`` under ``stop``."""
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
+    stop.saves = distributed.several()  # all stop after the same iteration, also where there is nothing to save
     check(cfg, jax.device_count())
     run_dir, main = epath.Path(cfg.run_dir), distributed.is_main()
     lock = distributed.on_main(lambda: lock_run_dir(cfg.run_dir))
@@ -63,7 +89,7 @@ def run(cfg: Config, raw: str = "") -> str:
             log.say(f"{cfg.run_dir}: an object store can't be locked: see that nothing else writes to it")
         if changes:
             log.say(f"changed since step {start}: {', '.join(changes)}")
-        return Trainer(ready, saved, log).run(start)
+        return Trainer(ready, saved, log, stop).run(start)
 
 
 def write_config(run_dir: epath.Path, cfg: Config, raw: str) -> None:
@@ -91,8 +117,8 @@ class Finished(NamedTuple):
 class Trainer:
     """One run in progress: what the loop needs between iterations."""
 
-    def __init__(self, ready: Run, saved: checkpoint.Checkpoints, log: MetricsLog):
-        self.ready, self.cfg, self.saved, self.log = ready, ready.cfg, saved, log
+    def __init__(self, ready: Run, saved: checkpoint.Checkpoints, log: MetricsLog, stop: Stop):
+        self.ready, self.cfg, self.saved, self.log, self.stop = ready, ready.cfg, saved, log, stop
         self.feed = Feed(ready)
         # of the first process: JAX writes a perfetto trace where only one process has been
         steps = profiled_steps(self.cfg.profile) if distributed.is_main() else range(0)
@@ -101,10 +127,10 @@ class Trainer:
         self.pending: Finished | None = None
         self.last_time = time.perf_counter()
         self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation
-        self.preempted = False
+        self.agreed = False  # several processes: all of them stop here
 
     def run(self, start: int) -> str:
-        """From iteration ``start`` to the end, or to SIGTERM."""
+        """From iteration ``start`` to the end, or to a signal."""
         cfg = self.cfg
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
         parts = self.ready.recipe.num_micro
@@ -112,26 +138,34 @@ class Trainer:
         self.log.say("\n".join([describe_batch(cfg, parts), *sharing, *passed_over, *describe_data(self.ready)]))
         state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
-        with self.listening(), self.saving(), contextlib.closing(self.profiler):
+        with self.saving(), contextlib.closing(self.profiler):
             if start == 0 and cfg.eval.every:
                 self.evaluate(0, state)
             platform.fill_holes()
-            state, step = self.loop(state, start, programs)
-        if self.preempted and step < cfg.iterations:
-            self.log.say(f"SIGTERM: stopped at step {step}; the same command goes on from there")
-            return PREEMPTED
+            self.save_at_signals()
+            step = self.loop(state, start, programs)
+        if step < cfg.iterations:
+            name = self.stop.asked or "SIGTERM"  # of another process
+            self.log.say(f"{name}: stopped at step {step}; the same command goes on from there")
+            return outcome(self.stop)
         return DONE
 
-    def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> tuple[TrainState, int]:
+    def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> int:
+        """Iterations up to the last one, or to a signal: the step that it came to, which is saved."""
         cfg, step = self.cfg, start
         self.last_time = time.perf_counter()
         while step < cfg.iterations and not self.asked_to_stop():
+            position = self.feed.get_state()
             host, records = self.feed.next()
             batch = put(self.ready.mesh, host)
             self.profiler.before(step + 1, self.flush)
-            state, metrics, sequences = programs[shapes(batch)](state, batch, records)
+            try:  # the iteration before is logged while this one runs
+                state, metrics, sequences = programs[shapes(batch)](state, batch, records, self.flush)
+            except Exception as error:
+                self.feed.set_state(position)
+                self.rescue(step, state, error)
+                break
             step += 1
-            self.flush()  # the iteration before, while this one runs
             self.pending = Finished(step, metrics, sequences if self.samples_due(step) else None)
             self.profiler.after(step, self.flush)
             last = step == cfg.iterations
@@ -144,10 +178,24 @@ class Trainer:
             if last or step % cfg.checkpoint.every == 0:
                 self.flush()
                 self.save(step, state)
-        if step > (self.saved.latest() or 0):  # SIGTERM came between two saves
+        if step > (self.saved.latest() or 0):  # a signal came between two saves
             self.flush()
             self.save(step, state)
-        return state, step
+        return step
+
+    def rescue(self, step: int, state: TrainState, error: Exception) -> None:
+        """Saves the state before an iteration that raised ``error``, where it is whole: a reward function raised.
+
+        Raises ``error``, but where Ctrl-C was pressed: it reaches the processes that a function has started, too."""
+        whole_state = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        if distributed.several() or isinstance(error, FloatingPointError) or not whole_state:
+            raise error
+        if step > (self.saved.latest() or 0):
+            self.flush()
+            self.save(step, state)
+        if self.stop.asked is None:
+            raise error
+        self.log.say(f"step {step + 1} was left out: {type(error).__name__}: {one_line(error)}")
 
     def compile(self, state: TrainState) -> dict[Any, Callable]:
         """The iteration for every shape of batch that can come, before the first is run: (state, batch, records) ->
@@ -163,26 +211,27 @@ class Trainer:
 
     # ---- stopping -------------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """SIGTERM is remembered while this is open. With several processes JAX's handler does that already."""
+    def save_at_signals(self) -> None:
+        """From here on there is something to save: a signal lets the iteration end. In a run of several processes JAX
+        hears SIGTERM and tells all of them, so that SIGINT is passed on as one."""
+        self.stop.saves, self.stop.tell = True, self.log.say
         if distributed.several():
-            yield
-            return
-        previous = signal.signal(signal.SIGTERM, self.hear)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+            self.stop.relay = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        run_dir = self.cfg.run_dir
 
-    def hear(self, *_: object) -> None:
-        self.preempted = True
+        def last_words() -> str:
+            kept = checkpoint.latest_step(run_dir)
+            where = "starts again" if kept is None else f"goes on from step {kept}, the last one that was saved whole"
+            return f"stopped at once; the same command {where}"
+
+        self.stop.last_words = last_words
 
     def asked_to_stop(self) -> bool:
         """Whether to stop before the next iteration; all processes answer alike."""
         if distributed.several():
-            self.preempted = self.preempted or distributed.stop_agreed()
-        return self.preempted
+            self.agreed = self.agreed or distributed.stop_agreed()
+            return self.agreed
+        return self.stop.asked is not None
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 suite."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before tests are imported, which may ask for devices."""
+    """Before tests are imported, which may ask for devices. A background job ignores SIGINT, and so would all that it
+    starts: tests of signals could not see it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.markexpr != "gpu":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)

@@ -49,7 +49,14 @@ def calls(monkeypatch):
         monkeypatch.setitem(sys.modules, name, stand_in)
         monkeypatch.setattr(importlib.import_module("jaxrlhf"), name.rpartition(".")[2], stand_in, raising=False)
 
-    module("jaxrlhf.train", run=lambda cfg, text: "preempted" if "stop" in cfg.run_dir else "done")
+    def train(cfg, text, stop):
+        if "stop" in cfg.run_dir:
+            return "preempted"
+        if "last" in cfg.run_dir:
+            stop.asked = "Ctrl-C"  # in its last iteration
+        return "done"
+
+    module("jaxrlhf.train", run=train)
     module(
         "jaxrlhf.evaluate_report",
         evaluate_run={"eval/score/mean": 1.5},
@@ -80,7 +87,7 @@ def run(monkeypatch, capsys):
 def test_train_runs_the_configs_in_order_with_their_overrides(sft, calls, run):
     second = sft.parent / "second.yaml"
     run("train", sft, second, "seed=3", "second:iterations=9")
-    assert [(name, cfg.run_dir, cfg.seed, cfg.iterations, text) for name, cfg, text in calls] == [
+    assert [(name, cfg.run_dir, cfg.seed, cfg.iterations, text) for name, cfg, text, _ in calls] == [
         ("run", "first", 3, 2, sft.read_text()),
         ("run", "second", 3, 9, second.read_text()),
     ]
@@ -97,7 +104,13 @@ def test_a_mistake_in_the_last_config_stops_before_the_first_runs(sft, calls, ru
 
 def test_preemption_exits_with_75_and_leaves_the_rest(sft, calls, run):
     run("train", sft, sft.parent / "second.yaml", "first:run_dir=stop", code=75)
-    assert [cfg.run_dir for _, cfg, _ in calls] == ["stop"]
+    assert [cfg.run_dir for _, cfg, *_ in calls] == ["stop"]
+
+
+def test_ctrl_c_in_the_last_iteration_of_a_run_stops_before_the_next(sft, calls, run):
+    out, _ = run("train", sft, sft.parent / "second.yaml", "first:run_dir=last", code=130)
+    assert [cfg.run_dir for _, cfg, *_ in calls] == ["last"]
+    assert out == f"Ctrl-C: stopped before {sft.parent / 'second.yaml'}; the same command goes on from there\n"
 
 
 def test_train_needs_a_config(calls, run):
@@ -105,7 +118,7 @@ def test_train_needs_a_config(calls, run):
 
 
 def test_a_library_error_keeps_its_traceback(sft, calls, monkeypatch, run):
-    def broken(cfg, text):
+    def broken(cfg, text, stop):
         return int("not a number")
 
     monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
@@ -114,7 +127,7 @@ def test_a_library_error_keeps_its_traceback(sft, calls, monkeypatch, run):
 
 
 def test_training_that_breaks_down_is_one_line_too(sft, calls, monkeypatch, run):
-    def broken(cfg, text):
+    def broken(cfg, text, stop):
         raise FloatingPointError("step 3: loss/policy is nan")
 
     monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)

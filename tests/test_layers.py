@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 # the first part of a module's name below jaxrlhf -> its layer
 LAYERS = {
     "": 0,
-    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies", "profiler", "wording"), 0),
+    **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies", "profiler"), 0),
+    **dict.fromkeys(("stopping", "wording"), 0),
     "ops": 1,
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -258,6 +259,24 @@ def test_the_time_in_the_function_is_a_metric(learned):
     assert all(0 < row["time/rewards"] < row["time/iteration"] for row in updates)
 
 
+def test_an_iteration_before_an_evaluation_takes_its_own_time(text, tmp_path):
+    """Its rollout and its scores, and not those of the iteration after it."""
+    slept = 0.4
+
+    def slow(responses, records):
+        time.sleep(slept if len(responses) == 16 else 0)
+        return vowels(responses, records)
+
+    with rewarded_by(slow):
+        cfg = config(text, tmp_path / "ppo", eval={"every": 2, "size": 12})
+        assert trainer.run(cfg) == "done"
+    lines = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    updates = [row for row in lines if "time/iteration" in row]
+    assert len(updates) == 4
+    for row in updates:
+        assert row["time/iteration"] >= row["time/rewards"] >= slept
+
+
 def test_a_finished_run_is_evaluated_with_its_function(learned):
     with rewarded_by(vowels):
         report = evaluate_report.evaluate_run(str(learned))
@@ -310,21 +329,26 @@ def test_roles_of_a_run_with_a_function(learned):
     assert extra["models"].keys() == {"policy", "value", "reference"}
 
 
-def test_sigterm_in_the_function_and_resuming_change_no_bit(text, tmp_path):
+@pytest.mark.parametrize(("number", "raises"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
+def test_a_signal_in_the_function_and_resuming_change_no_bit(text, tmp_path, capsys, number, raises):
+    """Ctrl-C ends processes that the function has started, too, so that it raises: its iteration is left out."""
     calls = []
 
     def stopping(responses, records):
         calls.append(len(responses))
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if len(calls) == 2 + raises:
+            os.kill(os.getpid(), number)
+            if raises:
+                raise BrokenPipeError("a worker is gone")
         return vowels(responses, records)
 
     whole, parts = (config(text, tmp_path / name) for name in ("whole", "parts"))
     with rewarded_by(vowels):
         assert trainer.run(whole) == "done"
     with rewarded_by(stopping):
-        assert trainer.run(parts) == "preempted"
+        assert trainer.run(parts) == ("interrupted" if number == signal.SIGINT else "preempted")
         assert runs.steps_kept(tmp_path / "parts") == [2]  # the iteration that it came in was finished
+        assert ("step 3 was left out: BrokenPipeError: a worker is gone\n" in capsys.readouterr().out) == raises
         assert trainer.run(parts) == "done"
     expected, found = (runs.read_state(tmp_path / name, 4) for name in ("whole", "parts"))
     assert found.keys() == expected.keys()
@@ -335,7 +359,7 @@ def test_sigterm_in_the_function_and_resuming_change_no_bit(text, tmp_path):
 
 
 @pytest.mark.parametrize("mistake", ["raises", "answers"])
-def test_a_function_that_breaks_leaves_the_last_checkpoint_whole(text, tmp_path, mistake):
+def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, mistake):
     """What it raises is raised as it is, and with the function mended the run goes on."""
     calls = []
 
@@ -345,14 +369,14 @@ def test_a_function_that_breaks_leaves_the_last_checkpoint_whole(text, tmp_path,
             return {"raises": lambda: [record["solution"] for record in records], "answers": lambda: [1.0]}[mistake]()
         return vowels(responses, records)
 
-    cfg = config(text, tmp_path / "ppo", checkpoint={"every": 1})
+    cfg = config(text, tmp_path / "ppo", checkpoint={"every": 10})
     expected = {
         "raises": pytest.raises(KeyError, match="solution"),
         "answers": pytest.raises(ValueError, match=r"^rewards.function: my_rewards:f: returned 1 scores: expected 16"),
     }
     with rewarded_by(breaking), expected[mistake]:
         trainer.run(cfg)
-    assert runs.steps_kept(tmp_path / "ppo") == [1, 2]
+    assert runs.steps_kept(tmp_path / "ppo") == [2]
     with rewarded_by(vowels):
         assert trainer.run(dataclasses.replace(cfg, iterations=3)) == "done"
     assert runs.steps_kept(tmp_path / "ppo") == [2, 3]

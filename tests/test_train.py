@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -300,42 +301,72 @@ def test_other_metrics_may_be_nan(root, tmp_path, fake):
     assert trainer.run(bare(root, tmp_path)) == "done"
 
 
-def signal_when(monkeypatch, method: str, call: int) -> None:
-    """This process gets SIGTERM when the Trainer's method begins for the ``call``-th time."""
+def signal_when(monkeypatch, method: str, call: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """This process gets a signal when the Trainer's method begins for the ``call``-th time."""
     real, calls = getattr(trainer.Trainer, method), []
 
     def signalling(self, *args):
         calls.append(args)
         if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(self, *args)
 
     monkeypatch.setattr(trainer.Trainer, method, signalling)
 
 
+STOPS = {signal.SIGTERM: ("SIGTERM", "preempted"), signal.SIGINT: ("Ctrl-C", "interrupted")}
+
+
+@pytest.mark.parametrize("number", STOPS)
 @pytest.mark.parametrize(("method", "call", "at"), [("flush", 2, 2), ("save", 1, 3), ("samples_due", 4, 4)])
-def test_sigterm_is_heard_wherever_the_loop_is(root, tmp_path, monkeypatch, fake, method, call, at):
+def test_a_signal_is_heard_wherever_the_loop_is(root, tmp_path, monkeypatch, fake, capsys, method, call, at, number):
     """And saves, where checkpoint.every would not."""
     fake()
-    signal_when(monkeypatch, method, call)
-    handler = signal.getsignal(signal.SIGTERM)
+    signal_when(monkeypatch, method, call, number)
+    handler = signal.getsignal(number)
     cfg = bare(root, tmp_path, "iterations=6", "checkpoint.every=3")
-    assert trainer.run(cfg) == "preempted"
-    assert signal.getsignal(signal.SIGTERM) == handler
+    name, ended = STOPS[number]
+    assert trainer.run(cfg) == ended
+    assert f"{name}: stopped at step {at}; the same command goes on from there\n" in capsys.readouterr().out
+    assert signal.getsignal(number) == handler
     assert checkpoint.latest_step(tmp_path / "sft") == at
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == list(range(1, at + 1))
     assert trainer.run(cfg) == "done"
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_sigterm_before_the_first_iteration_saves_nothing(root, tmp_path, monkeypatch, fake, capsys):
+def test_a_second_ctrl_c_stops_at_once(root, tmp_path, monkeypatch, fake):
+    """While it saves: the checkpoint before is whole, and the run goes on from a whole one."""
+    fake()
+    signal_when(monkeypatch, "flush", 2, signal.SIGINT)
+    signal_when(monkeypatch, "save", 1, signal.SIGINT)
+    cfg = bare(root, tmp_path, "iterations=6")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(cfg)
+    assert trainer.run(cfg) == "done"
+    assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_needs_no_main_thread(root, tmp_path, fake):
+    fake()
+    ended: list[str] = []
+    thread = threading.Thread(target=lambda: ended.append(trainer.run(bare(root, tmp_path))))
+    thread.start()
+    thread.join()
+    assert ended == ["done"] and runs.steps_kept(tmp_path / "sft") == [2, 4]
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("method", ["evaluate", "compile"])
+def test_a_signal_before_the_first_iteration_saves_nothing(root, tmp_path, monkeypatch, fake, capsys, method, number):
     fake()
     cfg = runs.config("sft", root, tmp_path, "log.tensorboard=false")
     numbers = trainer.evaluate.Result({"loss/policy": 1.0}, [])
     monkeypatch.setattr(trainer.evaluate.HeldOut, "run", lambda self, state: numbers)
-    signal_when(monkeypatch, "evaluate", 1)
-    assert trainer.run(cfg) == "preempted"
-    assert "SIGTERM: stopped at step 0" in capsys.readouterr().out
+    signal_when(monkeypatch, method, 1, number)
+    name, ended = STOPS[number]
+    assert trainer.run(cfg) == ended
+    assert f"{name}: stopped at step 0" in capsys.readouterr().out
     assert checkpoint.latest_step(tmp_path / "sft") is None
     assert trainer.run(cfg) == "done"
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [0, 1, 2, 2, 3, 4, 4]
