@@ -79,7 +79,9 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     tokenizer = find_tokenizer(cfg)
     weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads_of(cfg)}
     check_tokenizers(cfg, weights, tokenizer)
-    drawn = draw(cfg, mesh, weights, make_sampler(cfg, tokenizer, weights))
+    sampler = make_sampler(cfg, tokenizer, weights)
+    tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
+    drawn = draw(cfg, mesh, weights, sampler)
     keep_tokenizer(cfg, tokenizer)
     return Run(**vars(drawn), tokenizer=tokenizer, reward_function=reward_function)
 
@@ -148,10 +150,9 @@ def bind_nets(
 
 
 def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
-    """The sampler that ``generate`` asks for, with the EOS tokens of the tokenizer and of the policy's origin."""
+    """The sampler that ``generate`` asks for; its EOS tokens end all the run's rows, learnt or sampled."""
     ask = cfg.generate
-    policy = weights.get("policy")
-    eos_ids = tokenizers.eos_ids(tokenizer, generation_config(policy) if policy else None)
+    policy, eos_ids = weights.get("policy"), find_eos(cfg, tokenizer, weights)
     size = transformer.padded_vocab(policy.config) if policy else len(tokenizer)
     sampler = sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)
     return sampler._replace(share_prompts=cfg.batch.share_prompts)
@@ -165,11 +166,22 @@ def sampler_of(
     return generate.make_sampler(ask, eos_ids, tokenizers.pad_id(tokenizer), pieces, vocab, samples_per_prompt)
 
 
+def find_eos(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int, ...]:
+    """What ends a response: of a run with a checkpoint as it was decided; else what the tokenizer, its folder, its chat
+    template say, and where the policy, or the reward model, starts."""
+    if checkpoint.latest_step(cfg.run_dir) is not None:
+        saved = checkpoint.read_extra(cfg.run_dir)[1].get("eos_ids")
+        if saved:
+            return tuple(saved)
+    first = next((weights[role] for role in ("policy", "reward", *weights) if role in weights), None)
+    return tokenizers.eos_ids(tokenizer, generation_config(first) if first else None)
+
+
 def generation_config(start: Weights) -> dict | None:
-    """What the policy's folder says of generation; of a run, the EOS tokens that it was trained with."""
+    """What a model's folder says of the ends of responses; of a run, the EOS tokens that it was trained with."""
     if start.kind == "run":
         return {"eos_token_id": checkpoint.read_extra(start.path)[1].get("eos_ids")}
-    return hf_folder.read_json(start.path, "generation_config.json") if start.path else None
+    return {"eos_token_id": tokenizers.folder_eos(start.path)} if start.path else None
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
     cfg, head = hf_config.read_config(folder)
     if head != "lm":
         raise ValueError(f"{name}: a model with a {head} head can't write; expected a causal language model")
-    ids = checkpoint.token_ids(tokenizer, hf_folder.read_json(folder, "generation_config.json"))
+    ids = checkpoint.token_ids(tokenizer, {"eos_token_id": tokenizers.folder_eos(str(folder))})
     return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, ids)
 
 

@@ -184,6 +184,26 @@ def test_a_vocabulary_that_is_too_small(root, tmp_path):
         build.build(cfg)
 
 
+@pytest.mark.parametrize("role", ["policy", "reward"])
+def test_a_reward_model_s_rows_end_as_the_policy_s_responses(tmp_path, role):
+    """What generation_config.json names beside the tokenizer's EOS (Gemma, Phi-3, Llama 3) ends the rows of all runs,
+    and is kept with each of them."""
+    origin, tokenizer = tmp_path / "origin", tokenizers.train_bpe(["a b"], 300)
+    tokenizers.save_tokenizer(tokenizer, str(origin))
+    (origin / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    tree = {"run_dir": str(tmp_path / "run"), "iterations": 1, "algorithm": {"name": "rm"}}
+    cfg = parse(tree | {"models": {"reward": {"init_from": str(origin)}}}, "test")
+    weights = {role: build.Weights("hf", str(origin), resolve(ModelConfig(vocab_size=300)), "lm")}
+    assert build.make_sampler(cfg, tokenizer, weights).eos_ids == (1, 7)
+    new = {role: build.Weights("new", None, resolve(ModelConfig(vocab_size=300)), "lm")}
+    assert build.make_sampler(cfg, tokenizers.load_tokenizer(str(origin)), new).eos_ids == (1, 7)
+
+
+def test_a_run_s_tokenizer_names_its_endings(whole):
+    ends = json.loads((whole / "rm" / "tokenizer" / "generation_config.json").read_text())
+    assert ends == {"eos_token_id": checkpoint.read_extra(whole / "rm")[1]["eos_ids"]}
+
+
 # ---- where things come from -----------------------------------------------------------------------------------------
 
 

@@ -5,16 +5,20 @@ policy is trained on is what it sees while sampling. Hence a text is encoded who
 a token, and piece by piece where a token would straddle prompt and response.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrlhf.data.chat import Message, Messages, render
 from jaxrlhf.data.kinds import BadRecord
-from jaxrlhf.data.tokenizer import encode_text, eos_ids, leading_ids, start_id
+from jaxrlhf.data.tokenizer import added_tokens, encode_text, eos_ids, find_added, leading_ids, start_id
 
-Messages = Sequence[Mapping[str, Any]]
+Record = Mapping[str, Any]
 Piece = tuple[str, bool]  # text, and whether it is a response
+OPENED = re.compile(r"<(\w+)>(\s*)$|\[(\w+)\](\s*)$")  # a tag at the end of a prompt, as <think>, and the space behind
+CLOSED = re.compile(r"(</\w+>|\[/\w+\])\s*$")
 
 
 class Encoded(NamedTuple):
@@ -22,16 +26,57 @@ class Encoded(NamedTuple):
     response_mask: np.ndarray  # bool[S]: the tokens to learn, EOS among them, never the first
 
 
-def encode_prompt(record: Mapping[str, Any], tokenizer: Any) -> np.ndarray:
-    """i32[P] of ``prompt`` (text or messages), or of ``messages`` up to where the assistant speaks.
+def as_turns(record: Record) -> Record:
+    """The record with its plain texts as turns of a conversation: of the user what is called prompt, of the assistant
+    what answers it. A text without a prompt stays as it is."""
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str):
+        return record
+    asked, said = [{"role": "user", "content": prompt}], {}
+    for name in ("response", "chosen", "rejected"):
+        if isinstance(record.get(name), str):
+            said[name] = [{"role": "assistant", "content": record[name]}]
+    rest = {name: value for name, value in record.items() if name not in ("prompt", "response")}
+    if record.get("chosen") is not None:
+        return {**rest, "prompt": asked, **said}
+    return {**rest, "messages": asked + said.get("response", [])}
+
+
+def prompt_turns(record: Record) -> Messages | None:
+    """What of a conversation comes before the last response (of a pair: before its sides part); None of plain text."""
+    if "chosen" in record:
+        sides = pair_turns(record)
+        return None if sides is None else sides[0][: _shared(*sides)]
+    messages = _messages(record)
+    if messages is None:
+        return None
+    turns = _turns(messages)
+    return messages[: turns[-1]] if turns and turns[-1] == len(messages) - 1 else messages
+
+
+def _messages(record: Record) -> Messages | None:
+    """The conversation of a demonstration or a prompt; None of plain text."""
+    prompt, response = record.get("prompt"), record.get("response")
+    if isinstance(prompt, list):
+        return [*prompt, *(response if isinstance(response, list) else [])]
+    return None if isinstance(prompt, str) else record.get("messages")
+
+
+def _turns(messages: Messages, start: int = 0) -> list[int]:
+    """Where the assistant speaks, from message ``start`` on."""
+    return [turn for turn in range(start, len(messages)) if messages[turn]["role"] == "assistant"]
+
+
+def encode_prompt(record: Record, tokenizer: Any) -> np.ndarray:
+    """i32[P] of ``prompt``, or of ``messages`` up to where the assistant speaks.
 
     Never empty: a start token is put where nothing would be, since the first sampled token needs one before it.
     """
-    prompt = record["messages"] if record.get("prompt") is None else record["prompt"]
-    if isinstance(prompt, str):
-        ids = leading_ids(tokenizer) + encode_text(tokenizer, prompt).ids
-    else:
-        ids = encode_text(tokenizer, _render(prompt, tokenizer, to_answer=True)).ids
+    if isinstance(record.get("prompt"), str):
+        before, _ = _begin(encode_text(tokenizer, record["prompt"]).ids, [], tokenizer)
+        return np.asarray(before, np.int32)
+    messages = _messages(record) or ()
+    ids = encode_text(tokenizer, render(messages, tokenizer, True, record.get("tools"))).ids
     return np.asarray(ids or [start_id(tokenizer)], np.int32)
 
 
@@ -57,18 +102,15 @@ def encode_demonstration(
     """
     eos = eos_ids(tokenizer) if eos is None else eos
     prompt, response = record.get("prompt"), record.get("response")
-    if prompt is not None and isinstance(response, list):
-        messages = [*prompt, *response]
-        turns = [turn for turn in range(len(prompt), len(messages)) if messages[turn]["role"] == "assistant"]
-        return _encode_chat(messages, turns, tokenizer, eos, append_eos)
-    if prompt is not None and response is not None:
+    if prompt is not None and isinstance(response, str):
         return _encode_texts(prompt, response, tokenizer, eos, append_eos)
-    if record.get("messages") is not None:
-        messages = record["messages"]
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        return _encode_chat(messages, turns if loss_on == "assistant" else turns[-1:], tokenizer, eos, append_eos)
-    text = encode_text(tokenizer, record["text"]).ids
-    return _finish([([start_id(tokenizer)], False), (text, True)], eos, append_eos)
+    if (messages := _messages(record)) is not None:
+        turns = _turns(messages, len(prompt) if isinstance(response, list) and prompt else 0)
+        learnt = turns if loss_on == "assistant" or isinstance(response, list) else turns[-1:]
+        return _encode_chat(Talk(messages, record.get("tools")), learnt, tokenizer, eos, append_eos)
+    start, text = [start_id(tokenizer)], encode_text(tokenizer, record["text"]).ids
+    text = text[1:] if text[:1] == start else text  # a text that a template has written already
+    return _finish([(start, False), (text, True)], eos, append_eos)
 
 
 def encode_pair(
@@ -81,22 +123,37 @@ def encode_pair(
     ``prompt``, any other is a whole conversation already.
     """
     eos = eos_ids(tokenizer) if eos is None else eos
-    prompt = record.get("prompt")
-    if isinstance(record["chosen"], str) and not isinstance(prompt, list):
+    sides = pair_turns(record)
+    if sides is None:
+        prompt = record.get("prompt") or ""
         chosen, rejected = (
-            _encode_texts(prompt or "", record[side], tokenizer, eos, append_eos) for side in ("chosen", "rejected")
+            _encode_texts(prompt, record[side], tokenizer, eos, append_eos) for side in ("chosen", "rejected")
         )
         return chosen, rejected
-    chosen, rejected = (_conversation(prompt, record[side]) for side in ("chosen", "rejected"))
+    shared = _shared(*sides)
+    encode = lambda side: _encode_chat(
+        Talk(side, record.get("tools")), _turns(side, shared), tokenizer, eos, append_eos
+    )
+    return encode(sides[0]), encode(sides[1])
+
+
+def pair_turns(record: Record) -> tuple[list[Message], list[Message]] | None:
+    """(chosen, rejected) as whole conversations; None where they are plain text."""
+    prompt = record.get("prompt")
+    if isinstance(record["chosen"], str) and not isinstance(prompt, list):
+        return None
+    return _conversation(prompt, record["chosen"]), _conversation(prompt, record["rejected"])
+
+
+def _shared(chosen: Messages, rejected: Messages) -> int:
+    """Messages that both begin with; one is left to differ."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    turns = lambda side: [turn for turn in range(shared, len(side)) if side[turn]["role"] == "assistant"]
-    first, second = (_encode_chat(side, turns(side), tokenizer, eos, append_eos) for side in (chosen, rejected))
-    return first, second
+    return shared
 
 
-def _conversation(prompt: Any, side: Any) -> list[Mapping[str, Any]]:
+def _conversation(prompt: Any, side: Any) -> list[Message]:
     side = [{"role": "assistant", "content": side}] if isinstance(side, str) else list(side)
     if side[0]["role"] != "assistant" or not prompt:
         return side
@@ -104,48 +161,130 @@ def _conversation(prompt: Any, side: Any) -> list[Mapping[str, Any]]:
 
 
 def _encode_texts(prompt: str, response: str, tokenizer: Any, eos: Sequence[int], append_eos: bool) -> Encoded:
-    before, after = _encode_pieces([(prompt, False), (response, True)], tokenizer)
-    before = leading_ids(tokenizer) + before
-    return _finish([(before or [start_id(tokenizer)], False), (after, True)], eos, append_eos)
+    before, after = _begin(*_encode_pieces([(prompt, False), (response, True)], tokenizer), tokenizer)
+    return _finish([(before, False), (after, True)], eos, append_eos)
 
 
-def _encode_chat(messages: Messages, turns: list[int], tokenizer: Any, eos: Sequence[int], append_eos: bool) -> Encoded:
+def _begin(before: list[int], after: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Prompt and response with what the tokenizer puts before a text, where they don't begin with it: a text that a
+    chat template has written already does. Where nothing would be before the response, a start token is."""
+    lead = leading_ids(tokenizer)
+    if not before:
+        start = lead or [start_id(tokenizer)]
+        return start, after[len(start) :] if after[: len(start)] == start else after
+    return before if before[: len(lead)] == lead else lead + before, after
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------
+
+
+class Talk(NamedTuple):
+    """A conversation, and the tools that its assistant may call."""
+
+    messages: Messages
+    tools: Any
+
+
+def _encode_chat(talk: Talk, turns: list[int], tokenizer: Any, eos: Sequence[int], append_eos: bool) -> Encoded:
     """``turns`` are learnt, each up to its EOS: what a template writes behind it (a line break) no policy ever says."""
-    pieces = _chat_pieces(messages, turns, tokenizer)
-    parts: list[tuple[list[int], bool]] = []
-    for ids, (_, learnt) in zip(_encode_pieces(pieces, tokenizer), pieces):
-        end = max((at + 1 for at, token in enumerate(ids) if learnt and token in eos), default=len(ids))
-        parts.append((ids[:end], learnt))
-        parts.append((ids[end:], False))
-    return _finish(parts[:-1] if turns[-1] == len(messages) - 1 else parts, eos, append_eos)
+    pieces = _chat_pieces(talk, turns, tokenizer, eos)
+    parts = list(zip(_encode_pieces(pieces, tokenizer), (learnt for _, learnt in pieces)))
+    return _finish(parts, eos, append_eos)
 
 
-def _chat_pieces(messages: Messages, turns: Iterable[int], tokenizer: Any) -> list[Piece]:
+def _chat_pieces(talk: Talk, turns: Iterable[int], tokenizer: Any, eos: Sequence[int]) -> list[Piece]:
     """The rendered conversation, cut where the assistant starts and stops. The spans come from rendering prefixes."""
-    whole, at, pieces = _render(messages, tokenizer), 0, []
+    messages, tools = talk
+    added = {token: ident for token, ident in added_tokens(tokenizer).items() if ident in eos}
+    whole, at, pieces = render(messages, tokenizer, tools=tools), 0, []
     for turn in turns:
-        before, after = _render(messages[:turn], tokenizer, to_answer=True), _render(messages[: turn + 1], tokenizer)
-        if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
+        before = render(messages[:turn], tokenizer, True, tools)
+        after = render(messages[: turn + 1], tokenizer, tools=tools)
+        last = turn == len(messages) - 1
+        if last and not after.startswith(before) and (said := _thought(before, after, messages[turn])):
+            whole = before + said
+            after = whole
+        said = _said(whole, before, after, messages[turn], added)
+        if said is None or len(before) < at:
             raise ValueError(
                 f"chat template of {tokenizer.name_or_path!r} is not prefix-stable: it writes what comes before "
                 f"message {turn}, or the message, in another way once more follows, so what to learn can't be found"
-                + (" (data.loss_on: response needs it of the last message only)" if turn < len(messages) - 1 else "")
+                + ("" if last else " (data.loss_on: response needs it of the last message only)")
             )
-        pieces += [(whole[at : len(before)], False), (whole[len(before) : len(after)], True)]
-        at = len(after)
-    return pieces + ([(whole[at:], False)] if at < len(whole) else [])
+        _check_calls(messages[turn], whole[len(before) :], tokenizer)
+        pieces += [(whole[at : len(before)], False), (said, True)]
+        at = len(before) + len(said)
+    return pieces + ([(whole[at:], False)] if not last and at < len(whole) else [])
 
 
-def _render(messages: Messages, tokenizer: Any, to_answer: bool = False) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(f"tokenizer: {tokenizer.name_or_path!r} has no chat template, and the data holds messages")
-    if not messages:
+def _said(whole: str, before: str, after: str, message: Message, added: Mapping[str, int]) -> str | None:
+    """What of ``whole`` is the turn ``message`` that follows ``before``, up to its end; None where it can't be found.
+
+    ``after``: the conversation up to and with the message. A template may write something behind the last message
+    only (<|endoftext|>): then the turn has to end before the texts part.
+    """
+    if not whole.startswith(before) or not after.startswith(before):
+        return None
+    shared = after if whole.startswith(after) else after[: _common(whole, after)]
+    text, answer = shared[len(before) :], _answer(message)
+    found = text.find(answer)
+    end = max(found, 0) + (len(answer) if found >= 0 else 0)
+    word = find_added(text[end:], added)
+    if word is not None:
+        return text[: text.index(word, end) + len(word)]
+    return text if shared == after else None
+
+
+def _answer(message: Message) -> str:
+    """The content of a turn without its thoughts: what templates write as it is."""
+    content = message.get("content")
+    return content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
+
+
+def _common(first: str, second: str) -> int:
+    """Characters that both texts begin with."""
+    return next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+
+
+def _thought(before: str, after: str, message: Message) -> str:
+    """A last turn as the policy writes it where the prompt opens its thoughts (<think>) and the template writes none:
+    those of the content, or else empty ones. "" where that is not so.
+
+    Raises BadRecord for thoughts behind a prompt that closes them."""
+    content = message.get("content") or ""
+    closed = CLOSED.search(before)
+    if closed and closed[1] in content:
+        raise BadRecord(
+            f"the chat template closes the thoughts ({closed[1]}) before the assistant speaks, and its turn has "
+            "thoughts; expected none, or data.chat.kwargs under which the template leaves them to the assistant"
+        )
+    opened = OPENED.search(before)
+    if not opened or not after.startswith(before[: opened.start()]):
         return ""
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=to_answer)
-    except Exception as error:  # templates raise what they like: "roles must alternate"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadRecord(f"chat template of {tokenizer.name_or_path!r} refuses the messages: {reason}") from error
+    word, space = opened[1] or opened[3], opened[2] if opened[1] else opened[4]
+    opening, closing = (f"<{word}>", f"</{word}>") if opened[1] else (f"[{word}]", f"[/{word}]")
+    answer = content.rpartition(closing)[2].strip() or content.strip()
+    tail = after[after.rindex(answer) + len(answer) :] if answer and answer in after else ""
+    thoughts = message.get("reasoning_content") or message.get("thinking") or message.get("reasoning")
+    if closing in content:
+        body = content.lstrip()
+        return (body.removeprefix(opening).lstrip() if body.startswith(opening) else body) + tail
+    between = "" if space else "\n"
+    return f"{between}{thoughts or ''}\n{closing}\n\n{answer}{tail}"
+
+
+def _check_calls(message: Message, text: str, tokenizer: Any) -> None:
+    """Raises ValueError where the template leaves a call of the assistant out: there would be nothing to learn."""
+    for call in message.get("tool_calls") or ():
+        name = call.get("function", call).get("name")
+        if name and name not in text:
+            raise ValueError(
+                f"tool_calls: the chat template of {tokenizer.name_or_path!r} writes no call of {name!r}; expected a "
+                "template that does (data.chat.template)"
+            )
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
 def _encode_pieces(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
@@ -155,8 +294,11 @@ def _encode_pieces(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
     ids, first = whole.ids, encode_text(tokenizer, texts[0]).ids
     edges = np.cumsum([len(text) for text in texts])
     begins, ends = _extents(whole.offsets)
-    straddles = ((begins[:, None] < edges) & (edges < ends[:, None])).any()
-    if not straddles and ids[: len(first)] == first:
+    straddles = (begins[:, None] < edges) & (edges < ends[:, None])
+    for token, edge in zip(*np.nonzero(straddles)):  # an EOS that takes the space behind it along ends its turn
+        if pieces[edge][1] and whole.ids[token] in tokenizer.added_tokens_decoder:
+            straddles[token, edge] = not "".join(texts)[edges[edge] : ends[token]].isspace()
+    if not straddles.any() and ids[: len(first)] == first:
         owner = np.searchsorted(edges[:-1], begins, side="right")
         return [[ids[at] for at in np.flatnonzero(owner == piece)] for piece in range(len(pieces))]
     return [first] + [_continuation(text, tokenizer) for text in texts[1:]]

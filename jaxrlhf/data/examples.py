@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.data.chat import date_of, is_dated
 from jaxrlhf.data.encode import Encoded, encode_demonstration, encode_pair, encode_prompt
 from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.data.sources import DataConfig, Source, cache_folder
 from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id
 
-FORMAT = 3  # of the cached measures; raise it when the same record would give other tokens
+FORMAT = 4  # of the cached measures; raise it when the same record would give other tokens
 TOO_LONG, IDENTICAL, BAD = 0, -1, -2  # in place of a length
 Sides = tuple[Encoded, ...]  # one row of tokens; of a pair two: chosen, rejected
 
@@ -169,6 +170,7 @@ def _measure_key(
     kind: str, source: Source, tokenizer: Any, cfg: DataConfig, max_length: int, eos: Sequence[int]
 ) -> str:
     text = [fingerprint(tokenizer), tokenizer.chat_template, leading_ids(tokenizer), start_id(tokenizer), list(eos)]
+    text.append(date_of(tokenizer) if is_dated(tokenizer) else None)
     rules = [FORMAT, kind, max_length, cfg.too_long, cfg.loss_on, cfg.append_eos, cfg.skip_bad]
     return hashlib.sha256(json.dumps([source.fingerprint, text, rules]).encode()).hexdigest()
 

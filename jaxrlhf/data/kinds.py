@@ -45,19 +45,25 @@ def filled_text(value: Any) -> str | None:
 
 
 def messages(value: Any) -> str | None:
-    """A list of {"role": text, "content": text}."""
+    """A list of {"role": text, "content": text}; a turn that calls tools may say nothing."""
     if not isinstance(value, list) or not value:
         return "is empty" if value == [] else f"is {type_name(value)}, expected a list of messages"
     for turn, message in enumerate(value):
         if not isinstance(message, dict):
             return f"[{turn}] is {type_name(message)}, expected an object with role and content"
-        for key in ("role", "content"):
+        for key in ("role",) if calls_tools(message) and message.get("content") is None else ("role", "content"):
             if key not in message:
                 return f"[{turn}] has no {key!r}" + nearest(key, message)
             wrong = text(message[key])
             if wrong:
                 return f"[{turn}].{key} {wrong}"
     return None
+
+
+def calls_tools(message: Mapping[str, Any]) -> bool:
+    """Whether the turn is, or has, a call of tools: a list of objects with a name."""
+    calls = message.get("tool_calls")
+    return isinstance(calls, list) and bool(calls) and all(isinstance(call, dict) for call in calls)
 
 
 def answered(value: Any) -> str | None:
@@ -67,7 +73,8 @@ def answered(value: Any) -> str | None:
         return wrong
     if value[-1]["role"] != "assistant":
         return f"ends with role {value[-1]['role']!r}, expected 'assistant'"
-    return None if value[-1]["content"].strip() else "ends with an empty turn of the assistant"
+    said = value[-1].get("content") or ""
+    return None if said.strip() or calls_tools(value[-1]) else "ends with an empty turn of the assistant"
 
 
 def unanswered(value: Any) -> str | None:

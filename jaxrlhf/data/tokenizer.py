@@ -7,7 +7,10 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxrlhf.data.chat import date_of, is_dated, render
+
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
+GENERATION = "generation_config.json"
 BYTES = 256  # a byte-level vocabulary starts with all of them, so that any text round-trips
 
 
@@ -42,6 +45,7 @@ def _load(folder: str, path: str) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {path!r} is {type(tokenizer).__name__}, expected a fast one (tokenizer.json)")
     tokenizer.name_or_path = path
+    tokenizer.endings = folder_eos(folder)
     return tokenizer
 
 
@@ -77,13 +81,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def save_tokenizer(tokenizer: Any, path: str) -> None:
-    """Writes tokenizer.json, its config and its chat template into the folder ``path`` (local or remote)."""
+    """Writes tokenizer.json, its config, its chat template and what ends a response (generation_config.json) into the
+    folder ``path`` (local or remote)."""
     from etils import epath
 
     target = epath.Path(path).expanduser()
     target.mkdir(parents=True, exist_ok=True)
+    if is_dated(tokenizer):
+        date_of(tokenizer)  # from now on it is part of the tokenizer's config
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
+        if ids := _endings(tokenizer):
+            with open(os.path.join(folder, GENERATION), "w") as file:
+                json.dump({"eos_token_id": list(ids)}, file)
         for file in epath.Path(folder).iterdir():
             file.copy(target / file.name, overwrite=True)
 
@@ -100,27 +110,92 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def eos_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """Every token that ends a response, the tokenizer's own first, then those of generation_config.json.
+    """Every token that ends a response: one decision for all rows of a run, learnt or sampled.
+
+    The tokenizer's own comes first, and is put behind texts that have none. Then those of ``generation_config``, those
+    that the tokenizer's folder names (``folder_eos``), and the one with which its chat template ends a turn.
 
     Raises ValueError when there is none.
     """
-    found = [tokenizer.eos_token_id]
-    extra = (generation_config or {}).get("eos_token_id")
-    found += extra if isinstance(extra, list | tuple) else [extra]
-    ids = tuple(dict.fromkeys(int(token) for token in found if token is not None))
+    ids = _endings(tokenizer, generation_config)
     if not ids:
         raise ValueError(f"tokenizer: {tokenizer.name_or_path!r} has no EOS token, expected one that ends a response")
     return ids
 
 
+def _endings(tokenizer: Any, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    more = as_ids((generation_config or {}).get("eos_token_id"))
+    found = (tokenizer.eos_token_id, *more, *getattr(tokenizer, "endings", ()), turn_end(tokenizer))
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def as_ids(value: Any) -> tuple[int, ...]:
+    """eos_token_id of a config: one, several, or null."""
+    return tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+
+
+def folder_eos(folder: str) -> tuple[int, ...]:
+    """What generation_config.json in a folder says of the ends of responses, or else config.json, as in transformers.
+
+    Raises ValueError, in one line, where the file is not JSON."""
+    for name in (GENERATION, "config.json"):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            continue
+        try:
+            with open(path) as file:
+                config = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"tokenizer: {path}: is not JSON: {error}") from None
+        config = config if isinstance(config, dict) else {}
+        inner = config.get("text_config")  # of models that also see images
+        for part in (config, inner if isinstance(inner, dict) else {}):
+            if found := as_ids(part.get("eos_token_id")):
+                return found
+    return ()
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The token with which the chat template ends a turn of the assistant: the first added token behind the content.
+    None where there is no template, or it ends turns with text."""
+    if not tokenizer.chat_template:
+        return None
+    content = "The answer."
+    try:
+        text = render(
+            [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": content}], tokenizer
+        )
+    except ValueError:  # the template wants another conversation
+        return None
+    before, _, after = text.rpartition(content)
+    added = added_tokens(tokenizer)
+    word = find_added(after, added) if before else None
+    return None if word is None else added[word]
+
+
+def added_tokens(tokenizer: Any) -> dict[str, int]:
+    """Text -> id of the tokens that are found in a text before it is cut into words: special ones, and words added."""
+    return {str(token): ident for ident, token in tokenizer.added_tokens_decoder.items()}
+
+
+def find_added(text: str, added: Iterable[str]) -> str | None:
+    """The first of the ``added`` tokens in the text; where two begin at once, the longer."""
+    places = [(text.find(word), -len(word), word) for word in added if word and word in text]
+    return min(places)[2] if places else None
+
+
 def pad_id(tokenizer: Any) -> int:
     """The token in empty columns: the tokenizer's pad, or else its EOS. It means nothing: masks say what is padding."""
-    return int(eos_ids(tokenizer)[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    return int(_own_eos(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def start_id(tokenizer: Any) -> int:
     """The token in front of a text that has nothing before it: BOS, or else EOS (the end of the document before)."""
-    return int(eos_ids(tokenizer)[0] if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+    return int(_own_eos(tokenizer) if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+
+def _own_eos(tokenizer: Any) -> int:
+    return eos_ids(tokenizer)[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
@@ -144,19 +219,32 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     """What each token writes, as UTF-8 bytes; nothing for special tokens. Stop texts are looked for in these.
 
     Byte-level vocabularies spell bytes with printable stand-ins; sentencepiece ones write a space as U+2581 and single
-    bytes as <0xNN>."""
-    special = set(tokenizer.all_special_ids)
-    words = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    bytes as <0xNN>. Added words are spelled as they are."""
+    special, added = set(tokenizer.all_special_ids), set(tokenizer.added_tokens_decoder)
+    size = 1 + max((*tokenizer.get_vocab().values(), *added))
+    words = tokenizer.convert_ids_to_tokens(list(range(size)))
     byte_of = _byte_level_alphabet() if '"ByteLevel"' in tokenizer.backend_tokenizer.to_str() else {}
 
-    def spell(word: str) -> bytes:
+    def spell(number: int, word: str) -> bytes:
+        if byte_of and number in added:
+            return word.encode()
         if byte_of and all(letter in byte_of for letter in word):
             return bytes(byte_of[letter] for letter in word)
         if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):
             return bytes([int(word[3:5], 16)])
         return word.replace("\u2581", " ").encode()
 
-    return [b"" if number in special or word is None else spell(word) for number, word in enumerate(words)]
+    return [b"" if number in special or word is None else spell(number, word) for number, word in enumerate(words)]
+
+
+def stop_symbols(tokenizer: Any, text: str) -> list[int | str]:
+    """A stop text as the added tokens (ids) and the text between them that it consists of: [text] where it has none."""
+    added = added_tokens(tokenizer)
+    found, rest = [], text
+    while (word := find_added(rest, added)) is not None:
+        before, _, rest = rest.partition(word)
+        found += [before, added[word]] if before else [added[word]]
+    return [*found, rest] if rest else found
 
 
 def _byte_level_alphabet() -> dict[str, int]:

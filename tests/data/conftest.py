@@ -77,3 +77,11 @@ def config(tmp_path):
         return DataConfig(**{"cache_dir": str(tmp_path / "cache"), **fields})
 
     return make
+
+
+def speaking(tokenizer, template: str, words=()):
+    """The tokenizer with a chat template, and special tokens that it writes."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": list(words)})
+    other.chat_template = template
+    return other
