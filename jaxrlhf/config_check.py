@@ -109,11 +109,11 @@ def data_problems(cfg: Config) -> Iterator[str]:
     name, data = cfg.algorithm_name, cfg.data
     for section in sections_read(cfg):
         if getattr(data, section, None) is None:
-            yield f"data.{section}: missing; {name} reads it; expected path or tfds"
+            yield f"data.{section}: missing; {name} reads it; expected path, tfds or hf"
     sources = {f"data.{name}": getattr(data, name) for name in hints(DataConfig)} | {"eval.judge": cfg.eval.judge}
     for key, given in sources.items():
-        if isinstance(given, SourceConfig) and (given.path is None) == (given.tfds is None):
-            yield f"{key}: path is {show(given.path)} and tfds is {show(given.tfds)}; expected one of them"
+        if isinstance(given, SourceConfig) and (wrong := given.wrong_origin()):
+            yield f"{key}: {wrong}"
     if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
         nearest = sorted(set(data.prompt_buckets)) or [64, 128, 256]
         yield f"data.prompt_buckets: {show(data.prompt_buckets)}: expected ascending lengths; nearest: {nearest}"
@@ -157,7 +157,7 @@ def evaluation_problems(cfg: Config) -> Iterator[str]:
     best, sections = cfg.checkpoint.best, sections_read(cfg)
     sections += ["prompts"] if "policy" in roles_of(cfg)[0] and "prompts" not in sections else []
     if cfg.eval.every and not any(getattr(cfg.data, f"eval_{section}", None) for section in sections):
-        yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path or tfds"
+        yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path, tfds or hf"
     if best and not best.startswith("eval/"):
         yield f"checkpoint.best: {best}: expected a metric of the evaluation; nearest: eval/{best}"
     if best and not cfg.eval.every:

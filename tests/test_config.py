@@ -354,9 +354,9 @@ def test_a_good_config_passes(ppo):
         (["batch.micro_batch_size=4"], "batch.micro_batch_size: 4: a minibatch has 32 / 2 = 16 rows on 8 batch shards"),
         (["mesh={data: 3}"], "mesh: (data=3, fsdp=1, tensor=1) needs 3 devices"),
         (["mesh={data: -1, fsdp: -1}"], "mesh: (data=-1, fsdp=-1, tensor=1): sizes are positive"),
-        (["data.prompts="], "data.prompts: missing; ppo reads it; expected path or tfds"),
-        (["data.prompts={}"], "data.prompts: path is null and tfds is null; expected one of them"),
-        (["algorithm.reward_update=true"], "data.preferences: missing; ppo reads it; expected path or tfds"),
+        (["data.prompts="], "data.prompts: missing; ppo reads it; expected path, tfds or hf"),
+        (["data.prompts={}"], "data.prompts: none of path, tfds and hf is given; expected one of them"),
+        (["algorithm.reward_update=true"], "data.preferences: missing; ppo reads it; expected path, tfds or hf"),
         (
             ["data.prompt_buckets=[32, 16]"],
             "data.prompt_buckets: [32, 16]: expected ascending lengths; nearest: [16, 32]",

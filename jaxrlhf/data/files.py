@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NamedTuple
 
@@ -35,7 +35,8 @@ def find_files(pattern: str, where: str) -> list:
         files = [path]
         if path.is_dir():
             raise ValueError(
-                f"{where}.path: {pattern!r} is a folder: name its files, as in '{pattern.rstrip('/')}/*.jsonl'"
+                f"{where}.path: {pattern!r} is a folder: name its files, as in '{pattern.rstrip('/')}/*.jsonl', or use "
+                "hf: for a data set of Hugging Face"
             )
         if not path.exists():
             beside = [other.name for other in path.parent.iterdir()] if path.parent.exists() else []
@@ -51,9 +52,9 @@ def find_files(pattern: str, where: str) -> list:
     return files
 
 
-def content_hash(files: list, kind: str, fields: Mapping[str, str], skip_bad: bool) -> str:
-    """sha256 of all that decides the records: the files' bytes and formats, and how they are read."""
-    digest = hashlib.sha256(json.dumps([FORMAT, kind, sorted(fields.items()), skip_bad]).encode())
+def content_hash(files: list) -> str:
+    """sha256 of the files' bytes and formats."""
+    digest = hashlib.sha256()
     for file in files:
         content = hashlib.sha256()
         with file.open("rb") as stream:
@@ -61,6 +62,11 @@ def content_hash(files: list, kind: str, fields: Mapping[str, str], skip_bad: bo
                 content.update(chunk)
         digest.update(str(format_of(file)).encode() + content.digest())
     return digest.hexdigest()
+
+
+def records_hash(content: str, kind: str, fields: Mapping[str, str], skip_bad: bool) -> str:
+    """sha256 of all that decides the records: the content that rows are read from, and how they are read."""
+    return hashlib.sha256(json.dumps([FORMAT, content, kind, sorted(fields.items()), skip_bad]).encode()).hexdigest()
 
 
 class Table(NamedTuple):
@@ -83,7 +89,10 @@ class Parser:
     """Iterates over the records of tables as JSON text; afterwards it says how many rows were bad, what the others
     were recognised as, and which of their columns nothing uses."""
 
-    def __init__(self, tables: list[Table], kind: str, fields: Mapping[str, str], skip_bad: bool, where: str):
+    def __init__(
+        self, tables: list[Table], kind: str, fields: Mapping[str, str], skip_bad: bool, where: str, key="path"
+    ):
+        self.key = key  # of the section ``where``: what named the tables
         self.tables, self.kind, self.fields, self.skip_bad, self.where = tables, kind, fields, skip_bad, where
         self.skipped, self.formats, self.unused = 0, collections.Counter[str](), dict[str, None]()
 
@@ -102,8 +111,9 @@ class Parser:
                 else:
                     yield record
         if not self.formats:
-            why = f"all {self.skipped} rows are bad; the first: {first_bad}" if first_bad else "the files hold no rows"
-            raise ValueError(f"{self.where}.path: no records: {why}")
+            empty = f"{self.key} holds no rows" if self.key != "path" else "the files hold no rows"
+            why = f"all {self.skipped} rows are bad; the first: {first_bad}" if first_bad else empty
+            raise ValueError(f"{self.where}.{self.key}: no records: {why}")
 
     def _record(self, row: dict[str, Any] | str, from_text: bool) -> str:
         if isinstance(row, str):
@@ -117,9 +127,13 @@ class Parser:
         self.unused.update(dict.fromkeys(found.unused))
         return text
 
-    def summary(self) -> dict[str, Any]:
-        """What was found, as JSON."""
-        return {"skipped": self.skipped, "formats": dict(self.formats), "unused": list(self.unused)}
+
+def summary(parsers: Iterable[Parser]) -> dict[str, Any]:
+    """What the parsers have found, as JSON."""
+    parsers = list(parsers)
+    formats = sum((parser.formats for parser in parsers), collections.Counter[str]())
+    unused = dict.fromkeys(column for parser in parsers for column in parser.unused)
+    return {"skipped": sum(parser.skipped for parser in parsers), "formats": dict(formats), "unused": list(unused)}
 
 
 def _plain(value: Any) -> Any:
@@ -136,8 +150,9 @@ def silence():
         yield
 
 
-def records_builder(digest: str, data_dir: str, parser: Parser):
-    """A TFDS builder, outside TFDS's registry, that keeps what ``parser`` yields under ``data_dir``, in its order."""
+def records_builder(digest: str, data_dir: str, parsers: Mapping[str, Parser]):
+    """A TFDS builder, outside TFDS's registry, that keeps under ``data_dir`` what the parser of each split yields, in
+    its order."""
     import tensorflow_datasets as tfds
 
     class Records(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -155,13 +170,13 @@ def records_builder(digest: str, data_dir: str, parser: Parser):
             )
 
         def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
+            return {split: self._generate_examples(split) for split in parsers}
 
-        def _generate_examples(self):
-            for index, record in enumerate(parser):
+        def _generate_examples(self, split):
+            for index, record in enumerate(parsers[split]):
                 yield index, {"record": record}
             metadata: Any = self.info.metadata  # written with the dataset, so that it outlives the parse
-            metadata.update(parser.summary())
+            metadata.update(summary(parsers.values()))
 
         def download_and_prepare(self, **options):
             with silence():

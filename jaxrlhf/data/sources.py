@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxrlhf.data import files
+from jaxrlhf.data import files, hub
 from jaxrlhf.data.formats import check_columns, check_fields, recognise, take_fields
 from jaxrlhf.data.kinds import BadRecord, find_kind, nearest
 
@@ -21,14 +21,23 @@ LAZY_MODULES = ("text", "summarization", "question_answering", "translate", "tex
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """Where records come from: exactly one of ``path`` and ``tfds``."""
+    """Where records come from: exactly one of ``path``, ``tfds`` and ``hf``."""
 
     path: str | None = None  # JSONL, JSON, CSV (also .gz) or Parquet; a file or a glob, local or remote (gs://)
     tfds: str | None = None  # a dataset that tensorflow-datasets knows: "name" or "name/config"
+    hf: str | None = (
+        None  # a Hugging Face data set: "owner/name" or "owner/name/config", or its folder here (extra: hf)
+    )
     split: str = "train"  # slices work: "train[:90%]"; the files of ``path`` are one split, "train"
-    fields: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # our word -> the column that holds it; "": none does
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)  # our word -> its column; "": it has none
+
+    def wrong_origin(self) -> str | None:
+        """What is wrong with where the records come from: None where it is exactly one place."""
+        given = {name: getattr(self, name) for name in ("path", "tfds", "hf")}
+        if sum(value is not None for value in given.values()) == 1:
+            return None
+        named = " and ".join(f"{name} is {value}" for name, value in given.items() if value is not None)
+        return f"{named or 'none of path, tfds and hf is given'}; expected one of them"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,27 +129,37 @@ def open_source(
         ValueError: nothing is there, or (unless ``skip_bad``) a row can't be used: "file:line: what is wrong".
     """
     find_kind(kind)
-    if (cfg.path is None) == (cfg.tfds is None):
-        raise ValueError(
-            f"{path_in_config}: path is {cfg.path!r} and tfds is {cfg.tfds!r}, expected exactly one of them"
-        )
+    wrong = cfg.wrong_origin()
+    if wrong:
+        raise ValueError(f"{path_in_config}: {wrong}")
     check_fields(cfg.fields, kind, path_in_config)
     folder = cache_folder(cache_dir)
+    if cfg.tfds is not None:
+        return _open_tfds(cfg, cfg.tfds, kind, folder, path_in_config)
+    read_as = {"kind": kind, "fields": cfg.fields, "skip_bad": skip_bad}
     if cfg.path is not None:
-        return _open_files(cfg, cfg.path, kind, folder, skip_bad, path_in_config)
-    return _open_tfds(cfg, str(cfg.tfds), kind, folder, path_in_config)
+        found = files.find_files(cfg.path, path_in_config)
+        digest = files.records_hash(files.content_hash(found), **read_as)
+        parsers = {"train": files.Parser(files.tables_of(found), **read_as, where=path_in_config)}
+        return _open_parsed(cfg, cfg.path, digest, parsers, folder, path_in_config)
+    name = str(cfg.hf)
+    splits = hub.find_splits(name, cfg.split, path_in_config)
+    digest = files.records_hash(hub.content_hash(splits), **read_as)
+    tables = {split: [hub.table_of(name, split, dataset)] for split, dataset in splits.items()}
+    parsers = {split: files.Parser(table, **read_as, where=path_in_config, key="hf") for split, table in tables.items()}
+    return _open_parsed(cfg, name, digest, parsers, folder, path_in_config)
 
 
-def _open_files(cfg: SourceConfig, path: str, kind: str, folder: str, skip_bad: bool, where: str) -> Source:
-    found = files.find_files(path, where)
-    digest = files.content_hash(found, kind, cfg.fields, skip_bad)
-    parser = files.Parser(files.tables_of(found), kind, cfg.fields, skip_bad, where)
-    builder = _prepared(lambda: files.records_builder(digest, os.path.join(folder, "files"), parser))
-    rows = _data_source(builder, cfg.split, path, where)
+def _open_parsed(
+    cfg: SourceConfig, name: str, digest: str, parsers: dict[str, files.Parser], folder: str, where: str
+) -> Source:
+    """Rows that are parsed and checked once, and kept in ``folder``."""
+    builder = _prepared(lambda: files.records_builder(digest, os.path.join(folder, "files"), parsers))
+    rows = _data_source(builder, cfg.split, name, where)
     return Source(
         read=lambda index: json.loads(rows[index]["record"]),
         size=len(rows),
-        name=path,
+        name=name,
         fingerprint=_fingerprint("files", digest, cfg.split),
         **builder.info.metadata,
     )

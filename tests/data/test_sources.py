@@ -58,7 +58,9 @@ def test_two_processes_prepare_the_same_data_at_once(tmp_path):
 
     def make():
         return files.records_builder(
-            "0" * 64, str(tmp_path / "c"), files.Parser(files.tables_of(found), "demonstrations", {}, False, "x")
+            "0" * 64,
+            str(tmp_path / "c"),
+            {"train": files.Parser(files.tables_of(found), "demonstrations", {}, False, "x")},
         )
 
     slow, calls = make(), []
@@ -72,8 +74,8 @@ def test_two_processes_prepare_the_same_data_at_once(tmp_path):
     def lose(**options):
         generate = slow._generate_examples
 
-        def late():
-            yield from generate()
+        def late(split):
+            yield from generate(split)
             _prepared(make)  # the other process finishes in the middle of ours
 
         slow._generate_examples = late
@@ -93,7 +95,9 @@ def test_other_process_finishes_while_we_start(tmp_path):
 
     def make():
         return files.records_builder(
-            "0" * 64, str(tmp_path / "c"), files.Parser(files.tables_of(found), "demonstrations", {}, False, "x")
+            "0" * 64,
+            str(tmp_path / "c"),
+            {"train": files.Parser(files.tables_of(found), "demonstrations", {}, False, "x")},
         )
 
     early = make()
@@ -160,8 +164,8 @@ assert "tensorflow" not in sys.modules
 @pytest.mark.parametrize(
     "cfg, kind, message",
     [
-        (SourceConfig(), "prompts", "data.prompts: path is None and tfds is None, expected exactly one of them"),
-        (SourceConfig(path="a", tfds="b"), "prompts", "expected exactly one of them"),
+        (SourceConfig(), "prompts", "data.prompts: none of path, tfds and hf is given; expected one of them"),
+        (SourceConfig(path="a", tfds="b"), "prompts", "data.prompts: path is a and tfds is b; expected one of them"),
         (
             SourceConfig(path="a.jsonl", fields={"promt": "q"}),
             "prompts",
