@@ -7,8 +7,9 @@ import jax
 from jaxrlhf import distributed
 from jaxrlhf.build import Run
 from jaxrlhf.config_batch import ROWS_KEY
+from jaxrlhf.data.summary import Summary
 from jaxrlhf.evaluate_policy import PolicyEvaluation
-from jaxrlhf.feed import KIND_OF, held_out, put
+from jaxrlhf.feed import KIND_OF, counts_of, held_out, put
 from jaxrlhf.step import make_measure
 from jaxrlhf.types import Mean, TrainState
 
@@ -32,9 +33,15 @@ class HeldOut:
         """The metrics, and what the policy wrote. None without held-out data."""
         metrics = self.measure.run(state) if self.measure else {}
         if self.policy is None:
-            return Result(metrics, []) if metrics else None
+            return Result(metrics | counts_of(self.summaries()), []) if metrics else None
         responses = self.policy.run(state)
-        return Result(metrics | self.policy.metrics(responses), responses.rows)
+        metrics |= self.policy.metrics(responses)
+        return Result(metrics | counts_of(self.summaries()), responses.rows)
+
+    def summaries(self) -> list[Summary]:
+        """What became of the rows of each held-out source."""
+        parts = [part.batches.summary for part in (self.measure, self.policy) if part]
+        return [summary for summary in parts if summary]
 
 
 class Measure:

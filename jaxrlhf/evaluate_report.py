@@ -13,6 +13,8 @@ from jaxrlhf import checkpoint, distributed
 from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.build import Run, abstract_state, build
 from jaxrlhf.config import load
+from jaxrlhf.data.batches import HostBatch
+from jaxrlhf.data.summary import Summary
 from jaxrlhf.evaluate import HeldOut
 from jaxrlhf.feed import fetch_all, held_out, put
 from jaxrlhf.sharding import current
@@ -35,7 +37,10 @@ def evaluate_run(run_dir: str, judge: bool = True, samples: int = 8) -> dict[str
         saved.close()
         held = HeldOut(ready, judge)
         result = held.run(state)
-        report |= pair_report(ready, state)
+        pairs = held_out(ready, "preferences", cfg.eval.size, cfg.batch.preferences_per_step)
+        report |= pair_report(ready, state, pairs)
+    told = {row.where: row._asdict() for row in (*held.summaries(), pairs.summary) if row}
+    report["data"] = list(told.values())
     before = held.policy.before if held.policy else None
     if held.policy and before:
         report["before"] = held.policy.metrics(before)
@@ -47,13 +52,12 @@ def evaluate_run(run_dir: str, judge: bool = True, samples: int = 8) -> dict[str
     return report
 
 
-def pair_report(ready: Run, state: TrainState) -> dict[str, Any]:
+def pair_report(ready: Run, state: TrainState, batches: list[HostBatch]) -> dict[str, Any]:
     """{"reward_model": accuracy and calibration on held-out pairs}, where the run has a reward model and such pairs.
 
     The expected calibration error is over 10 bins of the probability of the predicted preference (Guo et al. 2017).
     """
     trees = state.params if "reward" in state.params else state.slow
-    batches = held_out(ready, "preferences", ready.cfg.eval.size, ready.cfg.batch.preferences_per_step)
     if "reward" not in trees or not batches:
         return {}
     score = distributed.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
@@ -101,6 +105,8 @@ def print_report(report: dict[str, Any]) -> None:
     """The report for a reader: a table of before and after, then the samples."""
     console = Console(soft_wrap=True)
     console.print(f"[bold]{report['run']}[/bold]: {report['algorithm']}, step {report['step']}", highlight=False)
+    for line in (line for row in report.get("data", []) for line in Summary(**row).lines()):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     names = [name for name in ("before", "after") if name in report]
     table = Table("held out", *names)
     for metric, label in SHOWN.items():

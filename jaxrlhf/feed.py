@@ -1,6 +1,6 @@
 """What a run is fed: the algorithm's data as one batch an iteration, and held-out data as a fixed list."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -13,6 +13,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.config_batch import ROWS_KEY, fields_read
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import SourceConfig, open_source
+from jaxrlhf.data.summary import Summary
 from jaxrlhf.models import hf
 from jaxrlhf.sharding import batch_shards, row_layout
 from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
@@ -60,8 +61,11 @@ class Feed:
 
     def counts(self) -> dict[str, float]:
         """What was left out of the data, as metrics: data/prompts_dropped, ..."""
-        named = {f"data/{kind}_{what}": n for kind, stream in self.streams.items() for what, n in stream.counts.items()}
-        return {name: float(n) for name, n in named.items() if n and not name.endswith("_kept")}
+        return counts_of(self.summaries())
+
+    def summaries(self) -> list[Summary]:
+        """What became of the rows of each source."""
+        return [stream.summary for stream in self.streams.values()]
 
     def get_state(self) -> dict:
         return {kind: stream.get_state() for kind, stream in self.streams.items()}
@@ -69,6 +73,15 @@ class Feed:
     def set_state(self, state: dict) -> None:
         for kind, stream in self.streams.items():
             stream.set_state(state[kind])
+
+
+def counts_of(summaries: Iterable[Summary]) -> dict[str, float]:
+    """What was left out of the sources, or cut, as metrics."""
+    found = {}
+    for summary in summaries:
+        kind = summary.where.rpartition(".")[2].removeprefix("eval_")
+        found |= {f"data/{kind}_{what}": float(n) for what, n in summary.counts.items() if n and what != "kept"}
+    return found
 
 
 def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Batch]:
@@ -119,19 +132,19 @@ def describe_data(ready: Run) -> list[str]:
     return [f"{where}: {text}" for where, text in lines.items() if not same(where)]
 
 
-def training_prompts(ready: Run, size: int) -> list[batches.HostBatch]:
+def training_prompts(ready: Run, size: int) -> batches.FixedBatches:
     """The first ``size`` training prompts, once."""
     return fixed_batches(ready, "prompts", "data.prompts", size, min(size, ready.cfg.batch.prompts_per_step))
 
 
-def held_out(ready: Run, kind: str, size: int, rows: int) -> list[batches.HostBatch]:
+def held_out(ready: Run, kind: str, size: int, rows: int) -> batches.FixedBatches:
     """The held-out batches of ``kind``; none where the config names no held-out data of it."""
     if getattr(ready.cfg.data, f"eval_{kind}") is None:
-        return []
+        return batches.FixedBatches([])
     return fixed_batches(ready, kind, f"data.eval_{kind}", size, rows)
 
 
-def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> list[batches.HostBatch]:
+def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> batches.FixedBatches:
     """The first ``size`` records of the data section ``where``, once, in batches of ``rows`` rounded up to the mesh."""
     source, shards = getattr(ready.cfg.data, where.removeprefix("data.")), batch_shards(ready.mesh)
     return batches.held_out_batches(

@@ -18,7 +18,7 @@ from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
-from jaxrlhf.feed import Feed, describe_data, put
+from jaxrlhf.feed import Feed, describe_data, put, training_prompts
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
@@ -135,7 +135,8 @@ class Trainer:
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
         parts = self.ready.recipe.num_micro
         sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts)
-        self.log.say("\n".join([describe_batch(cfg, parts), *sharing, *passed_over, *describe_data(self.ready)]))
+        lines = [*describe_data(self.ready), *self.describe_rows(), describe_batch(cfg, parts), *sharing, *passed_over]
+        self.log.say("\n".join(lines))
         state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         programs = self.compile(state)
         with self.saving(), contextlib.closing(self.profiler):
@@ -149,6 +150,14 @@ class Trainer:
             self.log.say(f"{name}: stopped at step {step}; the same command goes on from there")
             return outcome(self.stop)
         return DONE
+
+    def describe_rows(self) -> list[str]:
+        """What became of the rows of every source that the run reads, at the end of it too."""
+        summaries = [*self.feed.summaries(), *self.evaluation.summaries()]
+        if size := getattr(self.cfg.algorithm, "normalize_samples", 0):
+            prompts = training_prompts(self.ready, size).summary
+            summaries += [prompts] if prompts else []
+        return [line for summary in summaries for line in summary.lines()]
 
     def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> int:
         """Iterations up to the last one, or to a signal: the step that it came to, which is saved."""

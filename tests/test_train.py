@@ -278,6 +278,23 @@ def bare(root: Path, folder: Path, *more: str):
     return runs.config("sft", root, folder, *off, f"models.policy={{init_from: {root}/whole/sft}}", *more)
 
 
+def test_rows_that_are_left_out_are_told_before_anything_is_compiled(root, tmp_path, one_device, monkeypatch, capsys):
+    """Of training data and of held-out data; the counts are metrics of the iterations and of the evaluation."""
+    count_steps(monkeypatch)
+    rows = ["the film is warm and its plot bright"] * 5 + ["the film is warm " * 30] * 35
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    data = [f"data.{name}={{path: {tmp_path}/rows.jsonl}}" for name in ("demonstrations", "eval_demonstrations")]
+    more = ["iterations=1", "eval.every=1", "data.too_long=drop"]
+    assert trainer.run(runs.config("sft", root, tmp_path, *data, *more)) == "done"
+    out = capsys.readouterr().out
+    for name in ("data.demonstrations", "data.eval_demonstrations"):
+        assert f"{name}: 40 read, 5 kept, 35 dropped (35 too long)" in out
+        assert f"warning: {name}: 88% of its rows are dropped; data.max_length=" in out
+    assert out.index("data.eval_demonstrations") < out.index("compiled")
+    _, train, held_out = runs.rows(tmp_path / "sft")
+    assert (train["data/demonstrations_dropped"], held_out["eval/data/demonstrations_dropped"]) == (35, 35)
+
+
 @pytest.mark.parametrize("metric", ["loss/policy", "loss/value", "value/grad_norm"])
 def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(root, tmp_path, fake, metric):
     fake(lambda step: {metric: jnp.where(step == 3, jnp.nan, 1.0)})

@@ -18,6 +18,7 @@ from jaxrlhf.data.examples import Examples, make_examples
 from jaxrlhf.data.kinds import find_kind
 from jaxrlhf.data.packing import pack
 from jaxrlhf.data.sources import DataConfig, Source
+from jaxrlhf.data.summary import Summary
 from jaxrlhf.data.tokenizer import pad_id
 from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
 
@@ -48,13 +49,21 @@ class HostBatch(NamedTuple):
 WHOLE = Share()
 
 
+class FixedBatches(list[HostBatch]):
+    """A list of batches, and what became of the rows of their source."""
+
+    def __init__(self, batches: Iterable[HostBatch], summary: Summary | None = None):
+        super().__init__(batches)
+        self.summary = summary
+
+
 class Stream(Iterator[HostBatch]):
-    """Batches without end. ``counts`` is about the data set: kept, dropped, truncated, identical, skipped."""
+    """Batches without end. ``summary`` is about the data set."""
 
     def __init__(self, layout: "_Layout", seed: int, where: str):
         import grain
 
-        self.counts = layout.examples.counts
+        self.summary = layout.summary()
         self.margins = layout.examples.margins  # whether preferences say by how much
         self._where = where
         self._order = _hash(layout.kind, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash())
@@ -155,7 +164,7 @@ def held_out_batches(
     share: Share = WHOLE,
     eos: Sequence[int] | None = None,
     where: str | None = None,
-) -> list[HostBatch]:
+) -> FixedBatches:
     """The first ``size`` usable records once, in their order, for evaluation; every process gets as many batches.
 
     The last batch is filled up with rows whose masks are all False (their tokens are padding); ``counts["rows"]`` says
@@ -169,9 +178,11 @@ def held_out_batches(
     layout = dataclasses.replace(layout, units=layout.units[:size])
     if kind == "demonstrations" and cfg.pack:
         layout = layout.packed(None)
-    return [
-        layout.assemble(np.arange(at, min(at + rows, len(layout.units)))) for at in range(0, len(layout.units), rows)
-    ]
+    used = sum(map(len, layout.units))
+    return FixedBatches(
+        (layout.assemble(np.arange(at, min(at + rows, len(layout.units)))) for at in range(0, len(layout.units), rows)),
+        layout.summary()._replace(used=used),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +204,11 @@ class _Layout:
             records = np.random.default_rng(int(_hash("pack", seed)[:8], 16)).permutation(records)
         rows = pack(self.examples.lengths[records], self.examples.max_length)
         return dataclasses.replace(self, units=[records[row] for row in rows], make=_make_packed)
+
+    def summary(self) -> Summary:
+        """What became of the source's rows; of packed ones also into how many rows they went."""
+        packed = len(self.units) if self.make is _make_packed else None
+        return self.examples.summary._replace(packed=packed)
 
     def records(self, units: Iterable[int]) -> list[dict[str, Any]]:
         """The records of the units."""

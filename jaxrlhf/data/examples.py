@@ -19,10 +19,11 @@ from jaxrlhf.data.chat import date_of, is_dated
 from jaxrlhf.data.encode import Encoded, encode_demonstration, encode_pair, encode_prompt
 from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.data.sources import DataConfig, Source, cache_folder
+from jaxrlhf.data.summary import Summary, quantiles
 from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id
 
-FORMAT = 4  # of the cached measures; raise it when the same record would give other tokens
-TOO_LONG, IDENTICAL, BAD = 0, -1, -2  # in place of a length
+FORMAT = 5  # of the cached measures; raise it when the same record would give other tokens
+TOO_LONG, IDENTICAL, BAD, EMPTY = 0, -1, -2, -3  # in place of a length
 Sides = tuple[Encoded, ...]  # one row of tokens; of a pair two: chosen, rejected
 
 
@@ -36,8 +37,13 @@ class Examples:
     lengths: np.ndarray  # i32[records]: tokens of the longest side once cut, or why the record is not used
     truncated: np.ndarray  # bool[records]
     kept: np.ndarray  # i64[kept]: the records that are used, in the order of the source
-    counts: dict[str, int]  # kept, dropped (too long), truncated, identical (pairs), skipped (bad)
     margins: bool  # whether the pairs that are used say by how much: all of them, or none
+    summary: Summary  # what became of the records
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """kept, truncated, dropped (too long), empty (nothing to learn), identical (pairs), skipped (bad)."""
+        return self.summary.counts
 
 
 def make_examples(
@@ -56,21 +62,27 @@ def make_examples(
         return truncate(encode(record), max_length, bos)
 
     key = _measure_key(kind, source, tokenizer, cfg, max_length, eos)
-    measures = _cached(cfg.cache_dir, key, lambda: _measure(source, encode, bos, max_length, cfg))
+    measures = _cached(cfg.cache_dir, key, lambda: _measure(kind, source, encode, bos, max_length, cfg))
     lengths, truncated = measures[:, 0], measures[:, 1].astype(bool)
     kept = np.flatnonzero(lengths > 0)
     counts = {
         "kept": len(kept),
-        "dropped": int((lengths == TOO_LONG).sum()),
         "truncated": int(truncated[kept].sum()),
+        "dropped": int((lengths == TOO_LONG).sum()),
+        "empty": int((lengths == EMPTY).sum()),
         "identical": int((lengths == IDENTICAL).sum()),
         "skipped": int((lengths == BAD).sum()) + source.skipped,
     }
+    limit_key = "data.prompt_buckets" if kind == "prompts" else "data.max_length"
+    bad = source.first_bad or _first_bad(source, encode, lengths)
+    summary = Summary(where, counts, *quantiles(measures[measures[:, 2] > 0, 2]), max_length, limit_key, bad)
     if not len(kept):
-        shown = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
-        raise ValueError(f"{where}: none of {len(source)} records is left with {max_length} tokens ({shown})")
-    margins = _all_or_none(measures[kept, 2], kept, source, where)
-    return Examples(source, sides, max_length, lengths, truncated, kept, counts, margins)
+        raise ValueError(
+            f"{where}: none of its {summary.read:,} rows is left ({summary.reasons()}; {summary.lengths()}); "
+            f"{summary.way_out()}"
+        )
+    margins = _all_or_none(measures[kept, 3], kept, source, where)
+    return Examples(source, sides, max_length, lengths, truncated, kept, margins, summary)
 
 
 def _all_or_none(margins: np.ndarray, kept: np.ndarray, source: Source, where: str) -> bool:
@@ -83,6 +95,21 @@ def _all_or_none(margins: np.ndarray, kept: np.ndarray, source: Source, where: s
             f'{source.name}), expected one in all or in none; {where}.fields: {{margin: ""}} leaves it out'
         )
     return len(without) == 0
+
+
+def _first_bad(source: Source, encode: Callable[[Mapping[str, Any]], Sides], lengths: np.ndarray) -> str:
+    """Why the first bad record is bad; "" where there is none."""
+    for index in np.flatnonzero(lengths == BAD)[:1]:
+        try:
+            encode(source[int(index)])
+        except BadRecord as error:
+            return _at(source, int(index), error)
+    return ""
+
+
+def _at(source: Source, index: int, error: BadRecord) -> str:
+    """What is wrong, with the place in front where it does not say it."""
+    return str(error) if source.name in str(error) else f"{source.name}:{index}: {error}"
 
 
 def truncate(sides: Sides, max_length: int, bos: Sequence[int] = ()) -> Sides:
@@ -137,33 +164,42 @@ def _encoder(kind: str, tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> 
 
 
 def _measure(
+    kind: str,
     source: Source,
     encode: Callable[[Mapping[str, Any]], Sides],
     bos: Sequence[int],
     max_length: int,
     cfg: DataConfig,
 ) -> np.ndarray:
-    """i32[records, 3]: length, or why the record is not used; 1 where it is cut; 1 where it has a margin."""
-    measures = np.zeros((len(source), 3), np.int32)
+    """i32[records, 4]: length, or why the record is not used; 1 where it is cut; length before that (0: unknown); 1
+    where it has a margin."""
+    measures = np.zeros((len(source), 4), np.int32)
     for index in range(len(source)):
         try:
             record = source[index]
             sides = encode(record)
         except BadRecord as error:
             if not cfg.skip_bad:
-                where = "" if source.name in str(error) else f"{source.name}:{index}: "
-                raise BadRecord(f"{where}{error}") from None
-            measures[index] = BAD, 0, 0
+                raise BadRecord(_at(source, index, error)) from None
+            measures[index] = BAD, 0, 0, 0
             continue
-        cut = max(len(side.tokens) for side in sides) > max_length
+        whole = max(len(side.tokens) for side in sides)
+        cut = whole > max_length
         if cut and cfg.too_long == "drop":
-            measures[index] = TOO_LONG, 0, 0
+            measures[index] = TOO_LONG, 0, whole, 0
             continue
         sides = truncate(sides, max_length, bos)
-        same = len(sides) == 2 and np.array_equal(sides[0].tokens, sides[1].tokens)
-        length = IDENTICAL if same else max(len(side.tokens) for side in sides)
-        measures[index] = length, cut, record.get("margin") is not None
+        measures[index] = _used(kind, sides), cut, whole, record.get("margin") is not None
     return measures
+
+
+def _used(kind: str, sides: Sides) -> int:
+    """Tokens of the longest side, or why there is nothing to learn from them."""
+    if kind != "prompts" and not all(side.response_mask.any() for side in sides):
+        return EMPTY
+    if len(sides) == 2 and np.array_equal(sides[0].tokens, sides[1].tokens):
+        return IDENTICAL
+    return max(len(side.tokens) for side in sides)
 
 
 def _measure_key(

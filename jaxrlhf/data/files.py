@@ -86,33 +86,33 @@ def tables_of(files: list) -> list[Table]:
 
 
 class Parser:
-    """Iterates over the records of tables as JSON text; afterwards it says how many rows were bad, what the others
-    were recognised as, and which of their columns nothing uses."""
+    """Iterates over the records of tables as JSON text; afterwards it says how many rows were bad, why the
+    first was, what the others were recognised as, and which of their columns nothing uses."""
 
     def __init__(
         self, tables: list[Table], kind: str, fields: Mapping[str, str], skip_bad: bool, where: str, key="path"
     ):
         self.key = key  # of the section ``where``: what named the tables
         self.tables, self.kind, self.fields, self.skip_bad, self.where = tables, kind, fields, skip_bad, where
-        self.skipped, self.formats, self.unused = 0, collections.Counter[str](), dict[str, None]()
+        self.skipped, self.first_bad = 0, ""
+        self.formats, self.unused = collections.Counter[str](), dict[str, None]()
 
     def __iter__(self) -> Iterator[str]:
         """Raises ValueError ("file:line: what is wrong") at the first bad row, unless skip_bad counts it."""
-        first_bad = ""
         for table in self.tables:
             for line, row in table.rows():
                 try:
                     record = self._record(row, table.from_text)
                 except BadRecord as error:
-                    first_bad = first_bad or f"{table.name}:{line}: {error}"
+                    self.first_bad = self.first_bad or f"{table.name}:{line}: {error}"
                     if not self.skip_bad:
-                        raise ValueError(first_bad) from None
+                        raise ValueError(self.first_bad) from None
                     self.skipped += 1
                 else:
                     yield record
         if not self.formats:
             empty = f"{self.key} holds no rows" if self.key != "path" else "the files hold no rows"
-            why = f"all {self.skipped} rows are bad; the first: {first_bad}" if first_bad else empty
+            why = f"all {self.skipped} rows are bad; the first: {self.first_bad}" if self.first_bad else empty
             raise ValueError(f"{self.where}.{self.key}: no records: {why}")
 
     def _record(self, row: dict[str, Any] | str, from_text: bool) -> str:
@@ -133,7 +133,12 @@ def summary(parsers: Iterable[Parser]) -> dict[str, Any]:
     parsers = list(parsers)
     formats = sum((parser.formats for parser in parsers), collections.Counter[str]())
     unused = dict.fromkeys(column for parser in parsers for column in parser.unused)
-    return {"skipped": sum(parser.skipped for parser in parsers), "formats": dict(formats), "unused": list(unused)}
+    return {
+        "skipped": sum(parser.skipped for parser in parsers),
+        "first_bad": next((parser.first_bad for parser in parsers if parser.first_bad), ""),
+        "formats": dict(formats),
+        "unused": list(unused),
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -75,6 +75,7 @@ class Source:
     skipped: int = 0  # bad rows left out while the files were parsed
     formats: Mapping[str, int] = dataclasses.field(default_factory=dict)  # what rows were recognised as -> how many
     unused: Sequence[str] = ()  # columns that nothing uses
+    first_bad: str = ""  # where the first of them is, and why it is bad
 
     def __len__(self) -> int:
         return self.size

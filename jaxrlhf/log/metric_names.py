@@ -63,6 +63,7 @@ METRICS = [
     win_rate/judge | share | the same by the outside judge
     data/<kind>_dropped | rows | of the source, left out because they are too long
     data/<kind>_truncated | rows | of the source, cut to the limit
+    data/<kind>_empty | rows | of the source, left out because no token of them is learned from
     data/<kind>_identical | rows | pairs left out because their sides are equal
     data/<kind>_skipped | rows | of the source, left out because they can't be used
     time/iteration | s | of the iteration

@@ -139,7 +139,7 @@ def test_packed_rows_lose_and_mix_nothing(letters, config):
                 seen.append(letters.decode(tokens[inside]))
     expected = [f"<eos>{record['text']}<eos>" for record in TEXTS]
     assert set(seen) == set(expected) and len(seen) == number
-    plan = stream.counts["kept"]
+    plan = stream.summary.counts["kept"]
     assert plan == 23
 
 
@@ -207,12 +207,13 @@ def test_masks_do_not_come_from_ids(letters, config):
 def test_counts(letters, config):
     records = [{"prompt": "x" * n} for n in (1, 2, 9, 3, 12)]
     dropped = prompt_stream(in_memory(records, skipped=1), letters, config(prompt_buckets=(4, 8)), rows=3, seed=0)
-    assert dropped.counts == {"kept": 3, "dropped": 2, "truncated": 0, "identical": 0, "skipped": 1}
+    counts = {"kept": 3, "truncated": 0, "dropped": 2, "empty": 0, "identical": 0, "skipped": 1}
+    assert dropped.summary.counts == counts
     assert sorted(len(record["prompt"]) for record in one(dropped).columns) == [1, 2, 3]
     cfg = config(prompt_buckets=(4, 8), too_long="truncate")
     cut = prompt_stream(in_memory(records), letters, cfg, rows=5, seed=0)
     host = one(cut)
-    assert cut.counts["truncated"] == 2 and host.counts == {"rows": 5, "examples": 5, "truncated": 2}
+    assert cut.summary.counts["truncated"] == 2 and host.counts == {"rows": 5, "examples": 5, "truncated": 2}
     assert sorted(host.batch.prompts.valid.sum(axis=1)) == [1, 2, 3, 8, 8]
 
 

@@ -50,14 +50,17 @@ def test_dropped_and_cut_are_counted(tokenizer, config):
     records = [{"prompt": "x" * n, "id": n} for n in (3, 9, 5, 8, 1)]  # one token a character
     dropped = make("prompts", records, tokenizer, config(prompt_buckets=(4, 8)), skipped=2)
     assert dropped.kept.tolist() == [0, 2, 3, 4]
-    assert dropped.counts == {"kept": 4, "dropped": 1, "truncated": 0, "identical": 0, "skipped": 2}
+    assert dropped.counts == {"kept": 4, "truncated": 0, "dropped": 1, "empty": 0, "identical": 0, "skipped": 2}
     cut = make("prompts", records, tokenizer, config(prompt_buckets=(4, 8), too_long="truncate"))
     assert cut.lengths.tolist() == [3, 8, 5, 8, 1] and cut.truncated.tolist() == [False, True, False, False, False]
     assert cut.counts["truncated"] == 1 and len(cut.sides(records[1])[0].tokens) == 8
 
 
 def test_nothing_left_is_an_error(tokenizer, config):
-    with pytest.raises(ValueError, match=r"data\.prompts: none of 2 records is left with 4 tokens \(2 dropped\)"):
+    said = r"^data\.prompts: none of its 2 rows is left \(2 too long; tokens: median 8, .*longest 9; limit 4 "
+    with pytest.raises(
+        ValueError, match=rf"{said}\(data\.prompt_buckets\)\); a last bucket of 64 in data\.prompt_buckets"
+    ):
         make("prompts", [{"prompt": "x" * 9}, {"prompt": "x" * 8}], tokenizer, config(prompt_buckets=(4,)))
 
 
