@@ -326,6 +326,7 @@ def command() -> None:
     """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
     from jaxrlhf import platform
 
+    platform.skip_absent_tpu(os.environ)
     platform.keep_memory(os.environ)
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS warn of what is meant
     try:

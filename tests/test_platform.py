@@ -66,6 +66,44 @@ def test_platforms_that_are_here(monkeypatch, installed, asked, found):
     assert present({"JAX_PLATFORMS": asked} if asked else {}) == found
 
 
+@pytest.mark.parametrize(
+    "installed, files, environ, changed",
+    [
+        ({"libtpu"}, (), {}, True),
+        (set(), (), {}, False),
+        ({"libtpu"}, ("accel0",), {}, False),
+        ({"libtpu"}, (), {"TPU_WORKER_ID": "0"}, False),
+        ({"libtpu"}, (), {"JAX_PLATFORMS": "tpu,cpu"}, False),
+        ({"libtpu", "jax_cuda13_plugin"}, ("nvidia0",), {}, False),
+        ({"libtpu", "jax_cuda13_plugin"}, (), {}, True),
+        ({"jax_cuda13_plugin"}, (), {}, False),
+    ],
+)
+def test_libtpu_is_left_alone_where_there_is_no_tpu(monkeypatch, tmp_path, installed, files, environ, changed):
+    for name in files:
+        (tmp_path / name).touch()
+    finder = types.SimpleNamespace(find_spec=lambda name: object() if name in installed else None)
+    monkeypatch.setattr(platform, "importlib", types.SimpleNamespace(util=finder))
+    monkeypatch.setattr(platform, "TPU_FILES", (f"{tmp_path}/accel*",))
+    monkeypatch.setattr(platform, "GPU_FILES", (f"{tmp_path}/nvidia*",))
+    monkeypatch.setattr(platform, "has_tpu", lambda: platform.has_files(platform.TPU_FILES))
+    before = dict(environ)
+    assert platform.skip_absent_tpu(environ) == changed
+    assert environ == (before | {"JAX_PLATFORMS": "cpu"} if changed else before)
+
+
+@pytest.mark.parametrize(
+    "vendor, device, tpu",
+    [("0x1ae0", "0x0063", True), ("0x1ae0", "0x0042", False), ("0x1ae0", "0x001f", False), ("0x8086", "0x0063", False)],
+)
+def test_a_tpu_is_found_on_the_pci_bus(monkeypatch, tmp_path, vendor, device, tpu):
+    monkeypatch.setattr(platform, "TPU_FILES", ())
+    (tmp_path / "0000:00:04.0").mkdir()
+    (tmp_path / "0000:00:04.0" / "vendor").write_text(vendor + "\n")
+    (tmp_path / "0000:00:04.0" / "device").write_text(device + "\n")
+    assert platform.has_tpu(str(tmp_path)) == tpu
+
+
 BACKEND = "import jax; print(jax.device_count())"  # that of the CPU, which reads all XLA_FLAGS
 LIBTPU = "from jaxrlhf.plan.topology import find_slice; print(len(find_slice('v5e:2x2').devices))"
 

@@ -35,8 +35,7 @@ def load_tokenizer(path: str) -> Any:
 
 
 def _load(folder: str, path: str) -> Any:
-    from transformers import AutoTokenizer
-
+    AutoTokenizer = import_transformers().AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, use_fast=True)
     except Exception as error:  # transformers raises many kinds, each with a page of advice
@@ -49,6 +48,22 @@ def _load(folder: str, path: str) -> Any:
     return tokenizer
 
 
+def import_transformers() -> Any:
+    """The transformers package. Its advice at import, to install PyTorch for its models, is not printed: only its
+    tokenizers are used."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+    return transformers
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     """A byte-level BPE tokenizer: <pad> is 0, <eos> 1, <bos> 2, and what encode_text makes of any text decodes to it.
 
@@ -58,7 +73,6 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     Raises ValueError for a ``vocab_size`` below the 256 bytes and 3 special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
 
     if vocab_size < BYTES + 3:
         raise ValueError(
@@ -75,7 +89,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     backend.train_from_iterator(texts, trainer)
     start = (BOS, backend.token_to_id(BOS))
     backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[start])  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
+    return import_transformers().PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=PAD, eos_token=EOS, bos_token=BOS, clean_up_tokenization_spaces=False
     )
 
