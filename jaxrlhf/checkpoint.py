@@ -67,6 +67,11 @@ class Checkpoints:
         """The newest step that is whole, or None."""
         return self.manager.latest_step()
 
+    def best_step(self) -> int | None:
+        """The step that is best by ``best``; None where nothing is, or none was measured."""
+        self.manager.wait_until_finished()
+        return self.manager.best_step() if self.best else None
+
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state of ``step``, laid out as ``abstract`` says: on another mesh than it was saved from, if need be.
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxrlhf import checkpoint, distributed, evaluate, normalize, platform
+from jaxrlhf import announce, checkpoint, distributed, evaluate, normalize, platform
 from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state, kernels_passed_over
 from jaxrlhf.config import Config, dump, trunks_of, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
@@ -20,6 +20,7 @@ from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, describe_data, put, training_prompts
 from jaxrlhf.log.metrics import MetricsLog
+from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_programs
@@ -73,23 +74,30 @@ def train(cfg: Config, raw: str, stop: Stop) -> str:
     if start >= cfg.iterations:
         if main:
             print(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= to go on")
+            print("\n".join(announce.next_steps(cfg)))
         return DONE
     use_compilation_cache()
-    ready = build(cfg)
-    distributed.on_main(lambda: write_config(run_dir, cfg, raw))
-    distributed.agree(f"run_dir: {cfg.run_dir}: config.yaml", str((run_dir / "config.yaml").exists()), SHARED)
-    keeping = cfg.checkpoint
-    saved = checkpoint.Checkpoints(run_dir, keeping.keep, keeping.best, keeping.mode, background=keeping.background)
-    with (
-        current(ready.mesh),
-        MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock, main=main) as log,
-        distributed.naming_the_dead(patience),
-    ):
-        if not is_local(run_dir):
-            log.say(f"{cfg.run_dir}: an object store can't be locked: see that nothing else writes to it")
-        if changes:
-            log.say(f"changed since step {start}: {', '.join(changes)}")
-        return Trainer(ready, saved, log, stop).run(start)
+    progress = open_progress(cfg.iterations, start, cfg.log.every) if main else silent()
+    with contextlib.closing(progress):
+        with progress.doing("loading"):
+            ready = build(cfg)
+        distributed.on_main(lambda: write_config(run_dir, cfg, raw))
+        distributed.agree(f"run_dir: {cfg.run_dir}: config.yaml", str((run_dir / "config.yaml").exists()), SHARED)
+        keep, best, mode = cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode
+        saved = checkpoint.Checkpoints(run_dir, keep, best, mode, background=cfg.checkpoint.background)
+        with (
+            current(ready.mesh),
+            MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock, main=main, progress=progress) as log,
+            distributed.naming_the_dead(patience),
+        ):
+            log.say(announce.opening(ready, start))
+            if not is_local(run_dir):
+                log.say(f"{cfg.run_dir}: an object store can't be locked: see that nothing else writes to it")
+            if changes:
+                log.say(f"changed since step {start}: {', '.join(changes)}")
+            with log.doing("loading"):
+                trainer = Trainer(ready, saved, log, stop)
+            return trainer.run(start)
 
 
 def write_config(run_dir: epath.Path, cfg: Config, raw: str) -> None:
@@ -128,6 +136,7 @@ class Trainer:
         self.last_time = time.perf_counter()
         self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation
         self.agreed = False  # several processes: all of them stop here
+        self.began, self.best = time.perf_counter(), None  # best: the step that checkpoint.best kept
 
     def run(self, start: int) -> str:
         """From iteration ``start`` to the end, or to a signal."""
@@ -135,10 +144,14 @@ class Trainer:
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
         parts = self.ready.recipe.num_micro
         sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts)
-        lines = [*describe_data(self.ready), *self.describe_rows(), describe_batch(cfg, parts), *sharing, *passed_over]
+        with self.log.doing("loading"):
+            rows = self.describe_rows()
+        lines = [*describe_data(self.ready), *rows, describe_batch(cfg, parts), *sharing, *passed_over]
         self.log.say("\n".join(lines))
-        state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
-        programs = self.compile(state)
+        with self.log.doing("loading"):
+            state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
+        with self.log.doing("compiling"):
+            programs = self.compile(state)
         with self.saving(), contextlib.closing(self.profiler):
             if start == 0 and cfg.eval.every:
                 self.evaluate(0, state)
@@ -149,6 +162,8 @@ class Trainer:
             name = self.stop.asked or "SIGTERM"  # of another process
             self.log.say(f"{name}: stopped at step {step}; the same command goes on from there")
             return outcome(self.stop)
+        self.log.close()
+        self.log.say(announce.closing(cfg, time.perf_counter() - self.began, self.best))
         return DONE
 
     def describe_rows(self) -> list[str]:
@@ -180,7 +195,8 @@ class Trainer:
             last = step == cfg.iterations
             if last:
                 self.flush()
-                state = normalize.finish(self.ready, state, self.log.say)
+                with self.log.doing("normalizing"):
+                    state = normalize.finish(self.ready, state, self.log.say)
             if last or (cfg.eval.every and step % cfg.eval.every == 0):
                 self.flush()
                 self.evaluate(step, state)
@@ -250,9 +266,14 @@ class Trainer:
             yield
         except BaseException:
             if not distributed.several():
-                self.saved.close()
+                self.finish_saving()
             raise
-        self.saved.close()
+        self.finish_saving()
+
+    def finish_saving(self) -> None:
+        with self.log.doing("saving"):
+            self.best = self.saved.best_step()
+            self.saved.close()
 
     # ---- what is written down -------------------------------------------------------------------------------------
 
@@ -285,7 +306,8 @@ class Trainer:
         """Held-out metrics and samples, where the config names held-out data.
 
         Raises ConfigError where checkpoint.best is none of the metrics."""
-        result = self.evaluation.run(state)
+        with self.log.doing("evaluating"):
+            result = self.evaluation.run(state)
         if result is None:
             return
         scores, best = {f"eval/{name}": value for name, value in result.metrics.items()}, self.cfg.checkpoint.best
@@ -309,7 +331,8 @@ class Trainer:
         }
         self.log.flush()
         evaluated, scores = self.scores
-        self.saved.save(step, state, extra, scores if evaluated == step else None)
+        with self.log.doing("saving"):
+            self.saved.save(step, state, extra, scores if evaluated == step else None)
         self.last_time = time.perf_counter()
 
     def restore(self, step: int) -> TrainState:

@@ -21,7 +21,9 @@ LAYERS = {
     "config": 5,
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference", "config_schema"), 5),
-    **dict.fromkeys(("build", "questions", "feed", "programs", "score", "normalize", "complete", "train"), 6),
+    **dict.fromkeys(
+        ("build", "questions", "feed", "programs", "score", "normalize", "complete", "announce", "train"), 6
+    ),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
     **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight"), 6),
     "launch": 6,

@@ -123,7 +123,9 @@ def test_a_reward_model_is_normalised_once(root):
 def test_a_resumed_run_says_what_changed_since(root):
     first, second, *_ = runs.parts(root)
     assert "changed since" not in first.outputs[0]
-    assert second.outputs[0].startswith("changed since step 2: iterations: 2 -> 4\n")
+    opening, changed, *_ = second.outputs[0].splitlines()
+    assert opening.endswith("4 iterations, going on after 2, seed 0")
+    assert changed == "changed since step 2: iterations: 2 -> 4"
     assert second.outputs[0].count("changed since") == 1
 
 

@@ -1,8 +1,10 @@
 """What a run leaves, what it refuses, what it compiles and when, and how it ends before its end."""
 
+import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -22,6 +24,7 @@ from jaxrlhf import train as trainer
 from jaxrlhf.build import changes_since_saved
 from jaxrlhf.config import dump, load
 from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import lock_run_dir
 from tests import runs
 
@@ -213,12 +216,38 @@ def test_the_last_two_checkpoints_stay(process, root, name):
 
 def test_a_log_has_plain_lines(process):
     lines = process.outputs[0].splitlines()
-    assert "batch: 8 sequences -> 1 epochs x 1 minibatches of 8 = 1 updates an iteration" in lines[0]
+    opening = r".*/whole/sft: sft, llama \d+\.\dK, 1 x cpu, 4 iterations, seed 0"
+    assert re.fullmatch(opening, lines[0])
+    batch = "batch: 8 sequences -> 1 epochs x 1 minibatches of 8 = 1 updates an iteration"
+    assert any(line.startswith(batch) for line in lines[:8])
     assert "data.demonstrations: text" in lines and "data.preferences: chosen + rejected: text" in lines
     assert sum(line.startswith("compiled 1 program in ") for line in lines) == len(NAMES)
     assert any(line.startswith("step 3/4  reward ") and "  kl " in line and " tok/s" in line for line in lines)
     assert "\x1b" not in process.outputs[0]
-    assert "Traceback" not in process.errors
+
+
+def test_a_run_ends_with_what_it_made_and_what_to_do_next(process, root):
+    lines, whole = process.outputs[0].splitlines(), root / "whole"
+    for name in NAMES:
+        at = next(at for at, line in enumerate(lines) if line.startswith(f"{whole / name}: done in 0:"))
+        assert lines[at].endswith(": checkpoint of step 4, metrics.jsonl, samples.jsonl, tensorboard/")
+        asked = [line.removeprefix("next:").strip() for line in lines[at + 1 : at + 4]]
+        if name == "rm":  # it can't write
+            assert asked[:2] == [
+                f"jaxrlhf evaluate {whole}/rm",
+                f"jaxrlhf export {whole}/rm --role reward --to {whole}/rm-hf",
+            ]
+        else:
+            assert asked == [
+                f"jaxrlhf evaluate {whole / name}",
+                f"jaxrlhf generate {whole / name} --prompt TEXT",
+                f"jaxrlhf export {whole / name} --to {whole / name}-hf",
+            ]
+
+
+def test_no_command_writes_noise(process):
+    """Train, evaluate, export and generate: nothing of transformers, orbax, absl, TFDS or JAX on standard error."""
+    assert process.errors == ""
 
 
 # ---- compilations and dispatches ------------------------------------------------------------------------------------
@@ -404,11 +433,51 @@ def measured(monkeypatch, fake):
     fake()
 
 
-def test_the_best_checkpoint_stays(root, tmp_path, measured):
+def test_the_best_checkpoint_stays(root, tmp_path, measured, capsys):
     """Best is step 2. Step 3 is saved without having been measured, and is not mistaken for it."""
     options = ["checkpoint.every=1", "checkpoint.keep=1", "checkpoint.best=eval/loss/policy", "checkpoint.mode=min"]
     assert trainer.run(runs.config("sft", root, tmp_path, *options)) == "done"
     assert runs.steps_kept(tmp_path / "sft") == [2, 4]
+    assert ": checkpoint of step 4 (best eval/loss/policy: step 2), metrics.jsonl" in capsys.readouterr().out
+
+
+def test_what_is_shown_is_what_goes_on(root, tmp_path, measured, monkeypatch):
+    """Evaluations and checkpoints happen within their states, programs are compiled in theirs, and updates in none."""
+    shown: list[str] = []
+    noted: list[tuple[str, str | None]] = []
+
+    @contextlib.contextmanager
+    def doing(self, state):
+        shown.append(state)
+        yield
+        shown.pop()
+
+    def note(owner, name):
+        inner = getattr(owner, name)
+        call = lambda *args, **kwargs: (noted.append((name, shown[-1] if shown else None)), inner(*args, **kwargs))[1]
+        monkeypatch.setattr(owner, name, call)
+
+    monkeypatch.setattr(progress.Lines, "doing", doing)
+    for owner, name in (
+        (trainer, "build"),
+        (trainer, "initial_state"),
+        (trainer, "compile_programs"),
+        (trainer.evaluate.HeldOut, "run"),
+        (trainer.checkpoint.Checkpoints, "save"),
+        (trainer.checkpoint.Checkpoints, "close"),
+        (trainer.MetricsLog, "write"),
+    ):
+        note(owner, name)
+    trainer.run(runs.config("sft", root, tmp_path))
+    assert set(noted) == {
+        ("build", "loading"),
+        ("initial_state", "loading"),
+        ("compile_programs", "compiling"),
+        ("run", "evaluating"),
+        ("save", "saving"),
+        ("close", "saving"),
+        ("write", None),
+    }
 
 
 def test_a_best_that_is_never_measured_is_refused_before_training(root, tmp_path, measured):

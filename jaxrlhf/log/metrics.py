@@ -1,5 +1,6 @@
 """The written record of a run: metrics.jsonl, samples.jsonl, TensorBoard events, and what a person sees of them."""
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -8,9 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 from etils import epath
-from rich.console import Console
 
-from jaxrlhf.log.progress import Bar, Lines, summary
+from jaxrlhf.log.progress import Lines, open_progress, silent, summary
 from jaxrlhf.log.rows import JsonLines, plain
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 
@@ -30,7 +30,8 @@ class MetricsLog:
 
     On resume, rows of steps after ``start`` are removed from metrics.jsonl and samples.jsonl. The run directory is
     locked against a second writer until ``close`` (``lock``: what lock_run_dir returned, where it was taken earlier).
-    ``main``: False on every process but the first, where nothing is written. Raises RunDirBusy.
+    ``main``: False on every process but the first, where nothing is written. ``progress``: what a person sees, where
+    it was opened earlier; it is closed with the log. Raises RunDirBusy.
     """
 
     def __init__(
@@ -42,23 +43,21 @@ class MetricsLog:
         *,
         lock: IO | None = None,
         main: bool = True,
-        console: Console | None = None,
+        progress: Lines | None = None,
     ):
         self.main, self.run_dir = main, epath.Path(run_dir)
         self.nonfinite: dict[str, int] = {}  # metric -> how often it was NaN or infinite
+        self.evaluated = False  # whether held-out responses are shown: then no others are
         if not main:
+            self.progress = progress or silent()
             return
         path = self.run_dir
         self.lock = lock or lock_run_dir(path)
+        self.progress = progress or open_progress(total, start, cfg.every)
         last_step = start if start else -1  # at step 0 nothing is done yet: not even the evaluation before training
         self.metrics = JsonLines(path, "metrics", last_step, parts=not is_local(path))
         self.sampled = JsonLines(path, "samples", last_step, parts=not is_local(path))
         self.events = event_writer(path, start) if cfg.tensorboard and is_local(path) else None
-        self.console = console or Console()
-        if self.console.is_terminal:
-            self.progress = Bar(self.console, total, start)
-        else:
-            self.progress = Lines(self.console, total, start, cfg.every)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row: ``step``, ``time`` (Unix seconds) and the metrics; NaN and infinity as null, counted, warned of."""
@@ -76,8 +75,12 @@ class MetricsLog:
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows of samples.jsonl: prompt, response, score, split; ``step`` is put first."""
-        for row in rows if self.main else ():
+        rows = list(rows) if self.main else []
+        for row in rows:
             self.sampled.append({"step": step, **row})
+        held_out = [row for row in rows if row.get("split") == "eval"]
+        self.evaluated = self.evaluated or bool(held_out)
+        self.progress.samples(held_out if self.evaluated else rows)
 
     def flush(self) -> None:
         """Nothing is held back after this: call it where the steps so far will not be done again."""
@@ -92,18 +95,21 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one."""
-        if self.main:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.progress.say(text)
+
+    def doing(self, state: str) -> contextlib.AbstractContextManager:
+        """Shows ``state`` ("evaluating") while it is open, in the place of the newest numbers."""
+        return self.progress.doing(state)
 
     def close(self) -> None:
         """Flushes and closes the files, and lets the run directory go. Calling it again does nothing."""
         if not self.main:
             return
         self.main = False
-        self.progress.close()
+        self.progress.close()  # what is said from here on is plain lines
         if self.nonfinite:
             counts = ", ".join(f"{key} x {count}" for key, count in sorted(self.nonfinite.items()))
-            self.console.print(f"warning: values that were not finite: {counts}", soft_wrap=True)
+            self.say(f"warning: values that were not finite: {counts}")
         for file in (self.metrics, self.sampled, self.events, self.lock):
             if file:
                 file.close()

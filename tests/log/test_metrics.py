@@ -1,4 +1,4 @@
-"""The written record of a run: rows, resuming, half-written lines, the lock, what a person sees."""
+"""The written record of a run: rows, resuming, half-written lines, the lock, lines of a log."""
 
 import io
 import json
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jaxrlhf.log import progress, rows
+from jaxrlhf.log import rows
 from jaxrlhf.log.metrics import LogConfig, MetricsLog
-from jaxrlhf.log.progress import summary
+from jaxrlhf.log.progress import Lines
 from jaxrlhf.log.rows import JsonLines, read_rows
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
 
@@ -22,11 +22,11 @@ QUIET = LogConfig(tensorboard=False)
 ROW = {"score/mean": 0.5, "kl/reference": 1.25, "loss/value": 9.0, "loss/policy": 0.3}
 
 
-def open_log(run_dir, total=10, start=0, cfg=QUIET, terminal=False, **kwargs):
+def open_log(run_dir, total=10, start=0, cfg=QUIET, **kwargs):
     """(log, the text that a person sees)."""
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=120)
-    return MetricsLog(run_dir, cfg, total, start, console=console, **kwargs), screen
+    progress = Lines(Console(file=screen, force_terminal=False, width=120), total, cfg.every)
+    return MetricsLog(run_dir, cfg, total, start, progress=progress, **kwargs), screen
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -156,26 +156,18 @@ def test_the_lock_can_be_taken_before_the_log_is_made(tmp_path):
     lock_run_dir(tmp_path / "new").close()  # type: ignore[union-attr]
 
 
-def test_other_processes_of_a_run_write_nothing(tmp_path):
+def test_other_processes_of_a_run_write_nothing(tmp_path, capsys):
     first, _ = open_log(tmp_path)
-    other, screen = open_log(tmp_path, main=False)
+    other = MetricsLog(tmp_path, QUIET, 10, main=False)
     other.write(1, ROW)
     other.samples(1, [{"prompt": "p"}])
     other.say("hello")
     other.close()
     first.close()
-    assert screen.getvalue() == "" and read_rows(tmp_path, "metrics") == []
+    assert capsys.readouterr().out == "" and read_rows(tmp_path, "metrics") == []
 
 
 # ---- what a person sees ---------------------------------------------------------------------------------------------
-
-
-def test_the_summary_shows_the_few_numbers_that_matter():
-    row = ROW | {"throughput/response_tokens_per_second": 1840.4, "time/iteration": 3.0}
-    assert summary(row) == "reward +0.500  kl 1.250  loss 0.3000  1,840 tok/s"
-    assert summary({"loss/reward": 0.69, "reward/accuracy": 0.5}) == "accuracy 0.500  loss 0.6900"
-    assert summary({"eval/score/mean": 2.0}) == "held out:  reward +2.000"
-    assert summary({}) == ""
 
 
 def test_a_log_gets_plain_lines_now_and_then(tmp_path):
@@ -191,27 +183,6 @@ def test_a_log_gets_plain_lines_now_and_then(tmp_path):
     ]
     assert all("\x1b" not in line for line in lines)
     assert len(read_rows(tmp_path, "metrics")) == 5
-
-
-def test_time_left_counts_from_the_first_update(tmp_path, monkeypatch):
-    clock = iter([1000.0, 1002.0, 1012.0])  # the first update comes after compilation
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    screen = io.StringIO()
-    lines = progress.Lines(Console(file=screen), total=2000, start=0, every=1)
-    for step in (1, 2, 7):
-        lines.show(step, "x")
-    ends = [line.rpartition("  ")[2] for line in screen.getvalue().splitlines()]
-    assert ends == ["x", "1:06:36 left", "1:06:26 left"]  # 2 s an update x 1998, then x 1993
-
-
-def test_a_terminal_gets_a_bar(tmp_path):
-    log, screen = open_log(tmp_path, total=4, terminal=True)
-    log.write(1, ROW)
-    log.say("a line above it")
-    log.write(4, ROW)
-    log.close()
-    text = screen.getvalue()
-    assert "4/4" in text and "reward +0.500  kl 1.250  loss 0.3000" in text and "a line above it" in text
 
 
 # ---- TensorBoard ----------------------------------------------------------------------------------------------------
