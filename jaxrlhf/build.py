@@ -163,7 +163,8 @@ def sampler_of(
 ) -> generate.Sampler:
     """The sampler for a model whose (padded) vocabulary has ``vocab`` rows, with its ending tokens and stop texts."""
     pieces = tokenizers.token_bytes(tokenizer) if ask.stop else []
-    return generate.make_sampler(ask, eos_ids, tokenizers.pad_id(tokenizer), pieces, vocab, samples_per_prompt)
+    stops = [stop for text in ask.stop for stop in tokenizers.stop_forms(tokenizer, text)]
+    return generate.make_sampler(ask, eos_ids, tokenizers.pad_id(tokenizer), pieces, vocab, samples_per_prompt, stops)
 
 
 def find_eos(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -61,13 +61,24 @@ class Sampler(NamedTuple):
 
 
 def make_sampler(
-    ask: GenerateConfig, eos_ids: tuple[int, ...], pad_id: int, pieces: list[bytes], vocab: int, samples_per_prompt: int
+    ask: GenerateConfig,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    pieces: list[bytes],
+    vocab: int,
+    samples_per_prompt: int,
+    stops: Sequence[str | Sequence[str | int]] | None = None,
 ) -> Sampler:
-    """The sampler that ``ask`` describes. ``pieces``: what each token writes, read where there are stop texts;
-    ``vocab``: rows of the model's (padded) vocabulary."""
+    """The sampler that ``ask`` describes.
+
+    Args:
+        pieces: what each token writes, read where there are stop texts.
+        vocab: rows of the model's (padded) vocabulary.
+        stops: the stop texts as stop_automaton takes them; those of ``ask`` by default.
+    """
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
-    stops = tuple(stop_automaton(text, pieces, vocab) for text in ask.stop)
-    sampler = Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, stops, samples_per_prompt)
+    automata = tuple(stop_automaton(stop, pieces, vocab) for stop in (ask.stop if stops is None else stops))
+    sampler = Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, automata, samples_per_prompt)
     return sampler._replace(halvings=ask.halvings, slots=ask.slots)
 
 
@@ -364,24 +375,33 @@ def follow_stops(stops: tuple[np.ndarray, ...], states: tuple[Array, ...], token
     return tuple(after), found
 
 
-def stop_automaton(text: str, token_bytes: list[bytes], vocab: int) -> np.ndarray:
-    """i32[len + 1, vocab]: the Knuth-Morris-Pratt automaton of ``text`` run over each token's bytes.
+def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes], vocab: int) -> np.ndarray:
+    """i32[states, vocab]: the Knuth-Morris-Pratt automaton of a stop text run over what each token writes.
 
-    A stop text is found however the tokenizer cuts it, also across tokens. Raises ValueError for an empty text."""
-    pattern = text.encode()
+    A stop text is found however the tokenizer cuts it, also across tokens. Of one that is given in parts, ids are found
+    as these tokens, and other tokens that write nothing are no part of it. Raises ValueError for an empty text."""
+    parts = [stop] if isinstance(stop, str) else stop
+    own = {part for part in parts if isinstance(part, int)}
+    pattern = [symbol for part in parts for symbol in ([-1 - part] if isinstance(part, int) else part.encode())]
     if not pattern:
         raise ValueError("generate.stop: '' is empty; a stop sequence has at least one character")
-    size = len(pattern)
-    byte_step = np.zeros((size + 1, 256), np.int32)
+    codes = {symbol: code for code, symbol in enumerate(dict.fromkeys(pattern))}
+    size, other = len(pattern), len(codes)
+    step = np.zeros((size + 1, other + 1), np.int32)
     fallback = 0  # the state after pattern[1:state]
-    for state in range(size):
-        byte_step[state] = byte_step[fallback] if state else 0
-        byte_step[state, pattern[state]] = state + 1
+    for state, symbol in enumerate(pattern):
+        step[state] = step[fallback] if state else 0
+        step[state, codes[symbol]] = state + 1
         if state:
-            fallback = byte_step[fallback, pattern[state]]
-    byte_step[size] = size  # found stays found
+            fallback = step[fallback, codes[symbol]]
+    step[size] = size  # found stays found
     table = np.tile(np.arange(size + 1, dtype=np.int32)[:, None], (1, vocab))
-    for token, piece in enumerate(token_bytes):
-        for byte in piece:
-            table[:, token] = byte_step[table[:, token], byte]
+    for token, piece in enumerate(token_bytes[:vocab]):
+        symbols = [-1 - token] if token in own else list(piece)
+        if own and not symbols:
+            symbols = [None]
+        if symbols and not any(symbol in codes for symbol in symbols):
+            symbols = symbols[:1]  # one that the pattern lacks is enough
+        for symbol in symbols:
+            table[:, token] = step[table[:, token], codes.get(symbol, other)]
     return table

@@ -251,14 +251,16 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     return [b"" if number in special or word is None else spell(number, word) for number, word in enumerate(words)]
 
 
-def stop_symbols(tokenizer: Any, text: str) -> list[int | str]:
-    """A stop text as the added tokens (ids) and the text between them that it consists of: [text] where it has none."""
+def stop_forms(tokenizer: Any, text: str) -> list[str | list[str | int]]:
+    """A stop text as it is looked for: as text; and where it is or holds added tokens (<|im_end|>), as their ids and
+    the text between them too. A policy may say either."""
     added = added_tokens(tokenizer)
-    found, rest = [], text
+    parts: list[str | int] = []
+    rest = text
     while (word := find_added(rest, added)) is not None:
         before, _, rest = rest.partition(word)
-        found += [before, added[word]] if before else [added[word]]
-    return [*found, rest] if rest else found
+        parts += [before, added[word]] if before else [added[word]]
+    return [text, [*parts, rest] if rest else parts] if parts else [text]
 
 
 def _byte_level_alphabet() -> dict[str, int]:

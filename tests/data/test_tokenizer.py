@@ -95,3 +95,52 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path):
     with pytest.raises(ValueError, match="can't be loaded"):
         tk.load_tokenizer(str(tmp_path))
     assert not marker.exists()
+
+
+def stopped(tokenizer, stop: str, *parts) -> bool:
+    """Whether a policy that writes ``parts`` (text, or a token's id) one after the other is stopped by ``stop``."""
+    from jaxrlhf.generate import stop_automaton
+
+    pieces, vocab = tk.token_bytes(tokenizer), len(tokenizer)
+    tables = [stop_automaton(form, pieces, vocab) for form in tk.stop_forms(tokenizer, stop)]
+    ids = [id for part in parts for id in ([part] if isinstance(part, int) else tk.encode_text(tokenizer, part).ids)]
+    states = [0] * len(tables)
+    for id in ids:
+        states = [table[state, id] for table, state in zip(tables, states)]
+    return any(state == len(table) - 1 for table, state in zip(tables, states))
+
+
+@pytest.mark.parametrize(
+    "stop, written, found",
+    [
+        ("<|im_end|>", ["good", "<|im_end|>"], True),
+        ("<|im_end|>", ["good", "<|im_", "end|>"], True),  # in letters
+        ("<|im_end|>", ["good", "<|im_start|>"], False),
+        ("film<|im_end|>", ["the film", "<|im_end|>"], True),
+        ("film<|im_end|>", ["the plot", "<|im_end|>"], False),
+        ("film<|im_end|>", ["the film", "<|im_start|>", "<|im_end|>"], False),
+        ("<|im_end|>\n", ["film", "<|im_end|>", "\n"], True),
+        ("<|im_end|><|im_start|>", ["film", "<|im_end|>", "<|im_start|>"], True),
+        ("<|im_end|>", ["<|im_end|"], False),
+        ("<eos>", ["film", "<eos>"], True),
+        ("\u00e9nd", ["film", "\u00e9nd"], True),  # a word that was added, not special
+        ("the \u00e9nd", ["film is the ", "\u00e9nd"], True),
+        ("\uff5cend\u2581of\uff5c", ["film", "\uff5cend\u2581of\uff5c"], True),  # as DeepSeek's
+        ("caf\u00e9", ["the caf", "\u00e9"], True),
+        ("film", ["the fi", "lm"], True),
+        (">", ["film", "<|im_end|>"], False),  # what special tokens are called is no text
+    ],
+)
+def test_stop_texts_that_hold_added_tokens(tokenizer, stop, written, found):
+    """The tokenizer's own cut of the text and ids of special tokens, as a policy samples them."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "\uff5cend\u2581of\uff5c"]})
+    other.add_tokens(["\u00e9nd"])
+    assert stopped(other, stop, *written) is found
+
+
+def test_what_added_words_write_in_a_byte_level_vocabulary(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["\u00e9nd", "a b"])
+    pieces = tk.token_bytes(other)
+    assert [pieces[other.convert_tokens_to_ids(word)] for word in ("\u00e9nd", "a b")] == ["\u00e9nd".encode(), b"a b"]
