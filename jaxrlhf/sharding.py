@@ -216,6 +216,16 @@ def whole_rows(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec[:-1], None))
 
 
+def split_columns(x: jax.Array, *sizes: int) -> jax.Array:
+    """[B, C, ...] -> [B, *sizes, ...], rows laid out as they are; ``sizes`` multiply to C, which no device splits.
+
+    A plain reshape drops the layout of an only row where one of the new sizes is 1."""
+    rows, _, *rest = x.shape
+    whose = jax.typeof(x).sharding.spec
+    layout = PartitionSpec(whose[0], *(None,) * len(sizes), *whose[2:]) if explicit() else None
+    return jax.lax.reshape(x, (rows, *sizes, *rest), out_sharding=layout)
+
+
 def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
     """``x`` laid out as ``like``, which has its shape."""
     return jax.sharding.reshard(x, jax.typeof(like).sharding.spec) if explicit() else x

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import laid_as, split_over, whole_rows
+from jaxrlhf.sharding import laid_as, split_columns, split_over, whole_rows
 from jaxrlhf.types import Array, TokenStats
 
 # floats of a device: below it all logits are kept for the backward pass, above it recomputed, so many at a time
@@ -87,7 +87,7 @@ def chunked_token_stats(
 
     def split(x):  # [B, S, ...] -> [chunks, B, width, ...]
         x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.swapaxes(x.reshape(x.shape[0], num_chunks, width, *x.shape[2:]), 0, 1)
+        return jnp.swapaxes(split_columns(x, num_chunks, width), 0, 1)
 
     @jax.checkpoint
     def chunk(_, part):

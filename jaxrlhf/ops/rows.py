@@ -51,7 +51,9 @@ def group_rows(x: Array, size: int) -> Array:
 
 
 def ungroup_rows(x: Array) -> Array:
-    """The inverse: [G, n, ...] -> [G * n, ...]."""
+    """[G, n, ...] -> [G * n, ...]: the rows of all groups, split over devices as the groups were.
+
+    The layout is stated because a plain reshape drops that of an axis of size 1: a device's only group."""
     groups, size, *rest = x.shape
     return jax.lax.reshape(x, (groups * size, *rest), out_sharding=spec("batch", *(None,) * len(rest)))
 
@@ -120,20 +122,16 @@ def join_rows(tree, together: int = 1):
 def repeat_rows(tree, times: int):
     """Each row ``times`` times, its copies contiguous: [B, ...] -> [B * times, ...]."""
 
-    def one(x):
-        rows, *rest = x.shape
-        return jnp.broadcast_to(x[:, None], (rows, times, *rest)).reshape(rows * times, *rest)
-
+    one = lambda x: ungroup_rows(jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:])))
     return tree if times == 1 else jax.tree.map(one, tree)
 
 
 def interleave(first, second):
     """Two trees of B rows as one of 2B: first[0], second[0], first[1], ..."""
-    join = lambda a, b: jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
-    return jax.tree.map(join, first, second)
+    return jax.tree.map(lambda a, b: ungroup_rows(jnp.stack([a, b], axis=1)), first, second)
 
 
 def deinterleave(x: Array) -> tuple[Array, Array]:
-    """The inverse, for one array."""
+    """The two halves of ``interleave``, for one array."""
     first, second = split_rows(x, 2)
     return first, second

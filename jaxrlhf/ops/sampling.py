@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.sharding import split_columns
 from jaxrlhf.types import Array
 
 IMPOSSIBLE = -1e30
@@ -94,9 +95,9 @@ def choose(logits: Array, uniform: Array, greedy: bool = False) -> tuple[Array, 
     Two levels: which block of BLOCK tokens holds the point ``uniform`` of the cumulative distribution, then which
     token of it."""
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    batch, vocab = weights.shape
+    vocab = weights.shape[1]
     weights = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK)))
-    blocks = weights.reshape(batch, -1, BLOCK)
+    blocks = split_columns(weights, weights.shape[1] // BLOCK, BLOCK)
     mass = blocks.sum(-1)
     cumulative = jnp.cumsum(mass, axis=-1)
     total = cumulative[:, -1]

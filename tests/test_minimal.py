@@ -1,0 +1,189 @@
+"""Every method with nothing but the keys it needs, and with one row at a time, wherever it runs."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf import generate
+from jaxrlhf import step as steps
+from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.algorithms.dpo import DPOConfig
+from jaxrlhf.algorithms.grpo import GRPOConfig
+from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.algorithms.rm import RMConfig
+from jaxrlhf.algorithms.sft import SFTConfig
+from jaxrlhf.build import abstract_state
+from jaxrlhf.config import load
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.feed import batch_shapes
+from jaxrlhf.models import hf, hf_config
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.transformer import Runtime
+from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.sharding import MeshConfig, batch_shards, current, is_pmap, make_mesh
+from jaxrlhf.types import Batch
+from tests import runs, tiny
+
+METHODS = ["sft", "rm", "dpo", "ppo", "grpo"]
+
+# ---- required keys only ---------------------------------------------------------------------------------------------
+
+# what each method cannot do without, besides run_dir, iterations and algorithm.name
+REQUIRED = {
+    "sft": "models: {{policy: {{init_from: {lm}}}}}\ndata: {{demonstrations: {{path: {text}/demonstrations.jsonl}}}}",
+    "rm": "models: {{reward: {{init_from: {lm}}}}}\ndata: {{preferences: {{path: {text}/preferences.jsonl}}}}",
+    "dpo": "models: {{policy: {{init_from: {lm}}}}}\ndata: {{preferences: {{path: {text}/preferences.jsonl}}}}",
+    "ppo": "models: {{policy: {{init_from: {lm}}}, reward: {{init_from: {scalar}}}}}\n"
+    "data: {{prompts: {{path: {text}/prompts.jsonl}}}}",
+}
+REQUIRED["grpo"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
+SHORT = ["data.prompt_buckets=[16]", "generate.max_new_tokens=8"]  # of three programs that are compiled, one
+
+
+def write_models(folder: Path, text: Path) -> dict[str, Path]:
+    """Hugging Face folders of a language model and of a scalar-headed one, with one tokenizer."""
+    lines = (text / "demonstrations.jsonl").read_text().splitlines()
+    tokenizer = tokenizers.train_bpe((json.loads(line)["text"] for line in lines), 300)
+    tokenizers.save_tokenizer(tokenizer, str(folder / "tokenizer"))
+    ids = hf_config.TokenIds((tokenizer.eos_token_id,), tokenizer.bos_token_id, tokenizer.pad_token_id)
+    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_size": 16, "max_positions": 640}
+    shape = resolve(ModelConfig(vocab_size=len(tokenizer), **sizes))
+    for seed, head in enumerate(("lm", "scalar")):
+        params = tiny.parameters(shape, head, seed)
+        hf.save(params, shape, head, folder / head, ids=ids, tokenizer_folder=folder / "tokenizer")
+    return {head: folder / head for head in ("lm", "scalar")}
+
+
+def train_all(folder: Path, text: Path, names: list[str], more: list[str]) -> runs.Done:
+    """A process that trains each method with its required keys, and ``more`` of those that sample, to folder/NAME."""
+    models, commands = write_models(folder, text), []
+    for name in names:
+        needed = REQUIRED[name].format(text=text, **models)
+        config = folder / f"{name}.yaml"
+        config.write_text(f"run_dir: {folder}/{name}\niterations: 1\nalgorithm: {{name: {name}}}\n{needed}\n")
+        commands.append(["train", str(config), *(more if ALGORITHMS[name].rollout else [])])
+    return runs.process(folder / "process", commands)
+
+
+@pytest.fixture(scope="module")
+def minimal(root, tmp_path_factory) -> tuple[Path, runs.Done]:
+    folder = tmp_path_factory.mktemp("minimal")
+    return folder, train_all(folder, runs.text(root), METHODS, SHORT)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_required_keys_alone_train(minimal, name):
+    check_trained(minimal[0] / name, minimal[1])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_the_required_keys_alone_train_on_all_lengths_of_prompts(root, tmp_path, name):
+    check_trained(tmp_path / name, train_all(tmp_path, runs.text(root), [name], []))
+
+
+def check_trained(run: Path, done: runs.Done) -> None:
+    """One finite update."""
+    assert (run / "metrics.jsonl").exists(), done.errors[-3000:]
+    (row,) = runs.rows(run)
+    losses = {key: value for key, value in row.items() if key.startswith("loss/") or key.endswith("/grad_norm")}
+    assert losses and all(np.isfinite(value) for value in losses.values())
+    assert min(value for key, value in losses.items() if key.endswith("/grad_norm")) > 0
+
+
+# ---- one row at a time ----------------------------------------------------------------------------------------------
+
+ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more for tiny.build
+    "sft": ("sft", SFTConfig(), 1, {}),
+    "rm": ("rm", RMConfig(), 1, {}),
+    "dpo": ("dpo", DPOConfig(), 1, {}),
+    "ppo": ("ppo", PPOConfig(reward_update=True, whiten_rewards=True), 1, {}),
+    "ppo, shared trunk": ("ppo", PPOConfig(num_epochs=2), 1, {"trunk_gradient": 0.5}),
+    "grpo, one prompt": ("grpo", GRPOConfig(), 2, {}),
+    "grpo, cut": ("grpo", GRPOConfig(num_minibatches=2), 2, {"share_prompts": False}),
+    "grpo, packed": ("grpo", GRPOConfig(), 2, {"pack_widths": 3}),
+}
+ALONE = {"one device": MeshConfig(1, 1, 1), "tensor": MeshConfig(1, 1, 2)}
+
+
+def only_row(name: str) -> Batch:
+    """One row, pair or prompt of all kinds that the algorithm reads."""
+    algorithm, cfg, *_ = ONE_ROW[name]
+    cut = lambda tree: jax.tree.map(lambda x: np.asarray(x)[:1], tree)
+    every = {
+        "prompts": tiny.prompts(rows=1),
+        "preferences": cut(tiny.preferences(rows=2)),
+        "sequences": cut(tiny.sequences(rows=2)),
+    }
+    return Batch(**{field: every[field] for field in ALGORITHMS[algorithm].batch(cfg)})
+
+
+@pytest.mark.parametrize("where", ["one device", pytest.param("tensor", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_an_iteration_of_one_row_is_traced(name, where):
+    """A reshape drops the layout of an axis of size 1, unless it is told: seen while tracing only."""
+    algorithm, cfg, copies, more = ONE_ROW[name]
+    mesh = make_mesh(ALONE[where], jax.devices()[: 1 + (where == "tensor")])
+    with jax.set_mesh(mesh):
+        run = tiny.build(algorithm, cfg, batch=tiny.put(only_row(name)), samples_per_prompt=copies, **more)
+        jax.eval_shape(steps.make_iteration(run.recipe), run.state, run.batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"halvings": 1}, {"slots": 1}], ids=str)
+@pytest.mark.parametrize("copies", [1, 3])
+def test_one_prompt_is_sampled_from(copies, options):
+    """Also with a vocabulary of one block of the token search."""
+    sampler = generate.Sampler(Sampling(eos_ids=(1,), top_k=4), 6, (1,), 0, (), copies, **options)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+        params, prompts = tiny.parameters(tiny.MODEL, "lm", 0), tiny.prompts(rows=1)
+        sample = lambda params, prompts: generate.sample(
+            params, tiny.MODEL, prompts, jnp.int32(0), jnp.int32(0), sampler, Runtime()
+        )
+        assert jax.eval_shape(sample, params, prompts).tokens.shape == (copies, 4 + 6)
+
+
+PIECES = {"data": MeshConfig(8), "fsdp": MeshConfig(1, 8), "all": MeshConfig(2, 2, 2), "pmap": MeshConfig(style="pmap")}
+
+
+@pytest.mark.parametrize(
+    "where", ["all", "pmap", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("data", "fsdp"))]
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_row_a_device_is_traced(name, where):
+    """micro_batch_size as small as it can be: the config of each method, on shapes alone."""
+    trace(name, make_mesh(PIECES[where]), [f"mesh.style={PIECES[where].style}"])
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize("tensor", [1, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("name", METHODS)
+def test_one_row_at_a_time_is_traced_for_a_slice(name, tensor):
+    """As ``jaxrlhf plan`` does, with the kernels and the scan over layers of TPUs."""
+    pytest.importorskip("libtpu")
+    from jaxrlhf.plan.topology import find_slice
+
+    mesh = make_mesh(MeshConfig(1, 1, tensor), find_slice("v5e:2x2").devices[:tensor])
+    trace(name, mesh, [])
+
+
+def trace(name: str, mesh, more: list[str]) -> None:
+    """Trace the iteration of configs/tiny/NAME.yaml in micro-batches of a row a device."""
+    smallest = batch_shards(mesh)
+    path = runs.tiny_config(name)
+    beside = {f"runs/tiny/{one.stem}": load(one) for one in runs.ALL}
+    cfg = load(path, [f"batch.micro_batch_size={smallest}", "data.prompt_buckets=[16]", *more])
+    drawn, _ = blueprint(cfg, mesh, beside)
+    assert drawn.recipe.num_micro * smallest * getattr(cfg.algorithm, "num_minibatches", 1) >= 8
+    iteration = steps.make_iteration(drawn.recipe)
+    with current(mesh):
+        state, (batch,) = abstract_state(drawn), batch_shapes(cfg, mesh)
+        if is_pmap(mesh):
+            split = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, x.shape[0] // 8, *x.shape[1:]), x.dtype), batch)
+            jax.eval_shape(jax.pmap(iteration, "devices", in_axes=(None, 0), out_axes=(None, None, 0)), state, split)
+        else:
+            jax.eval_shape(iteration, state, batch)
