@@ -25,7 +25,7 @@ from jaxrlhf.models.kernels import choose, hardware_of, passed_over
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
-from jaxrlhf.rewards import functions
+from jaxrlhf.rewards.graders import Graders, find_graders
 from jaxrlhf.sharding import batch_shards, make_mesh, whole
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
@@ -68,13 +68,13 @@ class Run(Blueprint):
     """A config made ready to train. Use it under ``sharding.current(run.mesh)``."""
 
     tokenizer: Any  # a transformers fast tokenizer
-    reward_function: functions.RewardFunction | None  # None: the reward model scores, or nothing is sampled
+    graders: Graders | None  # functions that score on the host; None: the reward model scores, or nothing is sampled
     recognised: dict[str, str] = dataclasses.field(default_factory=dict)  # section of data -> what its rows are
 
 
 def build(cfg: Config, devices: list | None = None) -> Run:
     """Find weights and tokenizer, and compose the step. Reads no weights; raises ConfigError for what does not fit."""
-    reward_function = find_reward_function(cfg)
+    graders = located(find_graders, cfg.rewards, "rewards")
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(cfg)
     weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads_of(cfg)}
@@ -83,7 +83,7 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
     drawn = draw(cfg, mesh, weights, sampler)
     keep_tokenizer(cfg, tokenizer)
-    return Run(**vars(drawn), tokenizer=tokenizer, reward_function=reward_function)
+    return Run(**vars(drawn), tokenizer=tokenizer, graders=graders)
 
 
 def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sampler: generate.Sampler) -> Blueprint:
@@ -107,11 +107,6 @@ def heads_of(cfg: Config) -> dict[Role, Head]:
     """The roles that the run needs under their heads, trained roles first."""
     trained, slow = roles_of(cfg)
     return {**trained, **slow}
-
-
-def find_reward_function(cfg: Config) -> functions.RewardFunction | None:
-    """The function of the user's that scores the responses; None where the config names none."""
-    return located(functions.resolve, cfg.rewards.function, "rewards") if cfg.rewards.function else None
 
 
 def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> Run:

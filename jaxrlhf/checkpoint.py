@@ -4,6 +4,7 @@ Each role is an item of its own, so that another run can take one role and read 
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -60,7 +61,8 @@ class Checkpoints:
         """Start to write; returns once the arrays may be donated. ``extra`` is JSON: config, models, data iterators."""
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in parts(state).items()}
         items[EXTRA] = ocp.args.JsonSave(extra)
-        known = None if not self.best or not metrics or self.best not in metrics else {self.best: metrics[self.best]}
+        value = (metrics or {}).get(self.best, math.nan) if self.best else math.nan
+        known = None if math.isnan(value) else {self.best: value}
         self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
 
     def latest(self) -> int | None:

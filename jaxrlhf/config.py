@@ -265,7 +265,7 @@ def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
     """(trained, slow): the roles that the run needs. A reward function takes the place of the reward model; what shares
     a trunk is a bare head."""
     algorithm = find_algorithm(cfg.algorithm_name)
-    scored = cfg.rewards.function is not None and algorithm.rollout is not None  # offline there is nothing to score
+    scored = cfg.rewards.on_host and algorithm.rollout is not None  # offline there is nothing to score
     bare: dict[Role, Head] = {role: "bare" for role, model in cfg.models.items() if model.share_trunk}
 
     def needed(heads: dict[Role, Head]) -> dict[Role, Head]:

@@ -10,7 +10,7 @@ from jaxrlhf.config_types import hints
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.rewards import functions
+from jaxrlhf.rewards.graders import grader_problems
 from jaxrlhf.sharding import AXES, mesh_shape
 from jaxrlhf.types import Role
 
@@ -70,21 +70,21 @@ def trunk_problems(cfg: Config, role: Role) -> Iterator[str]:
 
 
 def reward_problems(cfg: Config) -> Iterator[str]:
-    """A reward function can be found, has something to score, and is alone in that."""
-    name, function = cfg.algorithm_name, cfg.rewards.function
-    if function is None:
+    """Reward functions can be found, have something to score, and no reward model scores beside them."""
+    name, rewards = cfg.algorithm_name, cfg.rewards
+    if not rewards.on_host:
+        yield from grader_problems(rewards)
         return
+    given, shown = ("functions", ", ".join(rewards.functions)) if rewards.functions else ("function", rewards.function)
     if find_algorithm(name).rollout is None:
-        yield f"rewards.function: {function}: {name} samples no responses to score; expected null"
+        expected = "{}" if rewards.functions else "null"
+        yield f"rewards.{given}: {shown}: {name} samples no responses to score; expected {expected}"
         return
     if "reward" in cfg.models:
-        yield f"models.reward: rewards.function {function} is given too; expected one of them"
+        yield f"models.reward: rewards.{given} {shown} is given too; expected one of them"
     if getattr(cfg.algorithm, "reward_update", False):
-        yield f"algorithm.reward_update: true: rewards.function {function} is no model that can learn; expected false"
-    try:
-        functions.resolve(function)
-    except ValueError as error:
-        yield f"rewards.{error}"
+        yield f"algorithm.reward_update: true: rewards.{given} {shown} is no model that can learn; expected false"
+    yield from grader_problems(rewards)
 
 
 def origin_problems(cfg: Config, role: Role) -> Iterator[str]:

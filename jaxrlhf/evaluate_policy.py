@@ -28,7 +28,8 @@ class Responses(NamedTuple):
     lengths: np.ndarray  # f32, tokens
     ended: np.ndarray  # bool, by itself
     kl: np.ndarray | None  # f32, nats from the reference, of the sampled tokens
-    scores: np.ndarray | None  # f32
+    scores: np.ndarray | None  # f32; NaN where the reward functions give none
+    grades: dict[str, np.ndarray]  # what each of several gives
     marks: np.ndarray | None  # f64: the judge's probability that the text is positive
 
 
@@ -67,7 +68,7 @@ class PolicyEvaluation:
         rollout = self.ready.algorithm.rollout or sample_policy
         # under step 0, so that all evaluations share their noise
         sequences = rollout(nets, state.replace(step=jnp.int32(0)), prompts)
-        if "reward" in trees and self.ready.reward_function is None:
+        if "reward" in trees and self.ready.graders is None:
             sequences = sequences.replace(scores=nets.scores("reward", trees, sequences))
         if "reference" not in trees:
             return sequences, None
@@ -77,9 +78,10 @@ class PolicyEvaluation:
     def write(self, state: TrainState) -> Responses:
         """All prompts answered by the policy in ``state``."""
         columns: dict[str, list] = {"rows": [], "lengths": [], "ended": [], "kl": [], "scores": []}
+        grades: dict[str, list] = {}
         for host in self.batches:
             sequences, kl = self.program(state, self.extra, put(self.ready.mesh, host.batch).prompts)
-            if self.ready.reward_function is not None:
+            if self.ready.graders is not None:
                 sequences = score(self.ready, sequences, host.columns or []).sequences
             sequences, kl, real = *fetch_all((sequences, kl)), host.real
             mask = sequences.response_mask
@@ -88,9 +90,12 @@ class PolicyEvaluation:
             values |= {"kl": kl, "scores": sequences.scores}
             for name, value in values.items():
                 columns[name] += [] if value is None else [value[:real]]
+            for name, value in (sequences.grades or {}).items():
+                grades.setdefault(name, []).append(value[:real])
         rows = columns.pop("rows")
         arrays: dict[str, Any] = {name: np.concatenate(parts) if parts else None for name, parts in columns.items()}
-        return Responses(rows=rows, marks=self.marks(rows), **arrays)
+        each = {name: np.concatenate(parts) for name, parts in grades.items()}
+        return Responses(rows=rows, grades=each, marks=self.marks(rows), **arrays)
 
     def marks(self, rows: list[dict[str, Any]]) -> np.ndarray | None:
         """What the judge thinks of prompt + response. It is trained when it is first asked."""
@@ -102,13 +107,23 @@ class PolicyEvaluation:
 
     def metrics(self, responses: Responses) -> dict[str, float]:
         """Means over the prompts. win_rate/...: the share of prompts whose response beats the reference's, by the
-        reward and by the judge; a tie is half a win."""
-        found = {"response/length_mean": responses.lengths.mean(), "response/ended": responses.ended.mean()}
+        reward and by the judge; a tie is half a win. Where functions score, a response without a score counts for the
+        judge alone."""
+        on_host = self.ready.graders is not None and responses.scores is not None
+        known = ~np.isnan(responses.scores) if on_host else np.ones(len(responses.lengths), bool)
+        found = {"response/length_mean": mean(responses.lengths[known]), "response/ended": mean(responses.ended[known])}
         if responses.kl is not None:
-            found["kl/reference"] = responses.kl.mean()
-        for name, values in (("score", responses.scores), ("judge", responses.marks)):
+            found["kl/reference"] = mean(responses.kl[known])
+        scores = None if responses.scores is None else responses.scores[known]
+        for name, values in (("score", scores), ("judge", responses.marks)):
             if values is not None:
-                found |= {f"{name}/mean": values.mean(), f"{name}/std": values.std(ddof=len(values) > 1)}
+                spread = values.std(ddof=len(values) > 1) if len(values) else np.nan
+                found |= {f"{name}/mean": mean(values), f"{name}/std": spread}
+        if on_host:
+            found["score/unscorable"] = (~known).sum()
+        for name, grade in responses.grades.items():
+            found[f"score/{name}"] = mean(grade[known & ~np.isnan(grade)])
+            found[f"score/unscorable/{name}"] = np.isnan(grade).sum()
         if self.before is not None:
             pairs = {
                 "reward": (responses.scores, self.before.scores),
@@ -116,23 +131,33 @@ class PolicyEvaluation:
             }
             for name, (ours, theirs) in pairs.items():
                 if ours is not None and theirs is not None:
-                    found[f"win_rate/{name}"] = win_rate(ours, theirs)
+                    both = ~(np.isnan(ours) | np.isnan(theirs)) if on_host else slice(None)
+                    found[f"win_rate/{name}"] = win_rate(ours[both], theirs[both])
         return {name: float(value) for name, value in found.items()}
+
+
+def mean(values: np.ndarray) -> float:
+    """NaN of nothing, without a warning."""
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The share of places where ours is more; equal ones count half."""
-    return float(np.mean((ours > theirs) + 0.5 * (ours == theirs)))
+    return mean((ours > theirs) + 0.5 * (ours == theirs))
 
 
 def sample_rows(ready: Run, sequences: Sequences, count: int, split: str) -> list[dict[str, Any]]:
-    """The first ``count`` rows as text: prompt, response, score, split. All processes have to call it."""
+    """The first ``count`` rows as text: prompt, response, score, score/NAME of each of several graders (null: it gave
+    none), split. All processes have to call it."""
     rows = jax.tree.map(lambda x: x[:count], fetch_all(sequences))
     prompts, responses = (
         decode_rows(ready.tokenizer, rows.tokens, mask)
         for mask in (rows.valid & ~rows.response_mask, rows.response_mask)
     )
     texts = [{"prompt": prompt, "response": response} for prompt, response in zip(prompts, responses, strict=True)]
-    if rows.scores is not None:
-        texts = [text | {"score": round(float(score), 4)} for text, score in zip(texts, rows.scores, strict=True)]
+    numbers = {} if rows.scores is None else {"score": rows.scores}
+    numbers |= {f"score/{name}": grade for name, grade in (rows.grades or {}).items()}
+    for name, values in numbers.items():
+        shown = [None if np.isnan(value) else round(float(value), 4) for value in values]
+        texts = [text | {name: value} for text, value in zip(texts, shown, strict=True)]
     return [text | {"split": split} for text in texts]

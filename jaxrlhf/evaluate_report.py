@@ -109,7 +109,8 @@ def print_report(report: dict[str, Any]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     names = [name for name in ("before", "after") if name in report]
     table = Table("held out", *names)
-    for metric, label in SHOWN.items():
+    graders = sorted({key for name in names for key in report[name] if key.startswith("score/")} - SHOWN.keys())
+    for metric, label in (SHOWN | {key: key for key in graders}).items():
         cells = [f"{report[name][metric]:.3f}" if metric in report[name] else "" for name in names]
         if any(cells):
             table.add_row(label, *cells)

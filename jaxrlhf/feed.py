@@ -54,6 +54,13 @@ class Feed:
             merged, records = merged.replace(**parts), records + (host.columns or [])
         return merged, records
 
+    def first_records(self) -> list[dict[str, Any]]:
+        """The records of this process's prompts in the next iteration; the stream stays where it is."""
+        state = self.get_state()
+        _, records = self.next()
+        self.set_state(state)
+        return records
+
     def shapes(self) -> Iterator[Batch]:
         """A batch (of shapes with layouts, global rows) for every shape that can come."""
         margins = any(stream.margins for stream in self.streams.values())

@@ -28,7 +28,7 @@ class Program(NamedTuple):
 def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
     """What an iteration runs, by name, in order: "iteration"; or "rollout", "read" where networks can be read while
     the host scores the responses (rewards.overlap), and "learn"."""
-    if drawn.cfg.rewards.function is None or drawn.recipe.algorithm.rollout is None:
+    if not drawn.cfg.rewards.on_host or drawn.recipe.algorithm.rollout is None:
         return {"iteration": compile_whole(drawn, state, batch)}
     return compile_parts(drawn, state, batch)
 
@@ -50,7 +50,8 @@ def compile_parts(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str
         found["read"] = compile_program(make_read(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
         batch = batch.replace(answers=found["read"].out)
     scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(drawn.mesh, 1))
-    batch = batch.replace(sequences=rollout.out.replace(scores=scores))
+    grades = dict.fromkeys(drawn.cfg.rewards.functions, scores) or None
+    batch = batch.replace(sequences=rollout.out.replace(scores=scores, grades=grades))
     learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, batch, rows=(False, False), donate=True)
     return found | {"learn": learn}
 

@@ -21,27 +21,38 @@ Records = list[dict[str, Any]]
 class Scored(NamedTuple):
     """Responses that the host has scored."""
 
-    sequences: Sequences  # scores f32[B], laid out as rows; 0 in rows that fill up a batch
-    seconds: float  # spent in the function
+    sequences: Sequences  # with scores, and grades of several functions, f32[B], laid out as rows
+    seconds: float  # spent in the functions
 
 
 def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
-    """The run's reward function on this process's responses, special tokens left out.
+    """The run's reward functions on this process's responses, special tokens left out.
 
     ``records``: those of this process's prompts, without the ones that fill up; the samples of a prompt are contiguous.
-    Raises ValueError, in one line, where the function does not answer with numbers."""
-    assert ready.reward_function is not None, "the reward model scores"
+    Raises ValueError, in one line, where a function does not answer with numbers."""
+    graders = ready.graders
+    assert graders is not None, "the reward model scores"
     tokens, masks = fetch((sequences.tokens, sequences.response_mask))
     each = ready.sampler.samples_per_prompt
-    copies = [dict(record) for record in records for _ in range(each)]  # the function's own: it may change them
+    copies = [record for record in records for _ in range(each)]
     mine = [row for row, is_mine in zip(range(len(copies)), scored_here(ready.mesh, len(tokens))) if is_mine]
     responses = decode_rows(ready.tokenizer, tokens[mine], masks[mine])
-    scores = np.zeros(len(tokens), np.float32)
+    grades = np.zeros((len(tokens), len(graders.functions)), np.float32)  # 0 in rows that fill up a batch
     started = time.perf_counter()
     if responses:  # a process may have none in the last batch of an evaluation
-        scores[mine] = ready.reward_function(responses, [copies[row] for row in mine])
+        grades[mine] = graders(responses, [copies[row] for row in mine])
     seconds = time.perf_counter() - started
-    return Scored(sequences.replace(scores=put(ready.mesh, exchange(ready.mesh, scores))), seconds)
+    grades = exchange(ready.mesh, grades)
+    each_grade = {name: grades[:, column] for column, name in enumerate(graders.names)}
+    scores, named = put(ready.mesh, (graders.combine(grades), each_grade))
+    return Scored(sequences.replace(scores=scores, grades=named or None), seconds)
+
+
+def try_graders(ready: Run, where: str, records: Records) -> None:
+    """Calls the run's reward functions once, before anything is compiled. ``records``: some of the data section
+    ``where``. Raises ValueError, in one line, where one fails."""
+    if ready.graders is not None and records:
+        ready.graders.try_on(records, where)
 
 
 def scored_here(mesh: Mesh, rows: int) -> np.ndarray:
@@ -52,12 +63,12 @@ def scored_here(mesh: Mesh, rows: int) -> np.ndarray:
 
 
 def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
-    """f32[rows of this process] with the scores of rows that another process scored, where there are such."""
+    """f32[rows of this process, ...] with the scores of rows that another process scored, where there are such."""
     if all(len(processes) == 1 for processes in holders(mesh)):
         return scores
     share = share_of(mesh)
     rows = len(scores) // len(share.blocks) * share.total
-    here, everything = share.positions(rows), np.zeros(rows, np.float32)
+    here, everything = share.positions(rows), np.zeros((rows, *scores.shape[1:]), np.float32)
     everything[here] = scores
     return np.asarray(multihost_utils.process_allgather(everything)).sum(0)[here]  # 0 but for one process a row
 
@@ -65,7 +76,7 @@ def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
 def scored(
     ready: Run, programs: dict[str, Program], state: TrainState, batch: Batch, records: Records
 ) -> tuple[Batch, float]:
-    """(batch with the scores of its responses, seconds spent in the function); the program "read", where there is one,
+    """(batch with the scores of its responses, seconds spent in the functions); the program "read", where there is one,
     is under way while the host works."""
     if "read" in programs:
         batch = batch.replace(answers=programs["read"].run(state, batch))

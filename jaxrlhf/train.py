@@ -24,7 +24,7 @@ from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_programs
-from jaxrlhf.score import joined
+from jaxrlhf.score import joined, try_graders
 from jaxrlhf.sharding import batch_shards, current, whole
 from jaxrlhf.stopping import Stop
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
@@ -128,10 +128,14 @@ class Trainer:
     def __init__(self, ready: Run, saved: checkpoint.Checkpoints, log: MetricsLog, stop: Stop):
         self.ready, self.cfg, self.saved, self.log, self.stop = ready, ready.cfg, saved, log, stop
         self.feed = Feed(ready)
+        if ready.graders:
+            try_graders(ready, "data.prompts", self.feed.first_records())
         # of the first process: JAX writes a perfetto trace where only one process has been
         steps = profiled_steps(self.cfg.profile) if distributed.is_main() else range(0)
         self.profiler = Profiler(epath.Path(self.cfg.run_dir) / "profile", steps)
         self.evaluation = evaluate.HeldOut(ready)
+        if self.evaluation.policy:
+            try_graders(ready, "data.eval_prompts", self.evaluation.policy.batches[0].columns or [])
         self.pending: Finished | None = None
         self.last_time = time.perf_counter()
         self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation

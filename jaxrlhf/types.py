@@ -50,7 +50,8 @@ class Sequences(struct.PyTreeNode):
     response_mask: Array  # bool[B, S]: tokens that the policy chose (or should learn to choose)
     segment_ids: Maybe = None  # i32[B, S] of packed rows: 1, 2, ... a document, 0 padding; None: one a row
     logprobs: Maybe = None  # f32[B, S] under the distribution that they were sampled from
-    scores: Maybe = None  # f32[B]: one number a sequence (reward model or verifier)
+    scores: Maybe = None  # f32[B]: one number a sequence; NaN: graders on the host could not score it
+    grades: Maybe = None  # {name: f32[B]}: what each of several graders on the host gave; NaN: it could not
     ended: Maybe = None  # bool[B]: the response ended by itself (EOS or a stop sequence), not by its length
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
     copies: int = struct.field(pytree_node=False, default=1)  # every so many rows have the same prompt: it is read once

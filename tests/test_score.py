@@ -28,6 +28,7 @@ from jaxrlhf.data.batches import Share
 from jaxrlhf.feed import fetch, put
 from jaxrlhf.programs import compile_programs
 from jaxrlhf.rewards.functions import RewardFunction, RewardsConfig
+from jaxrlhf.rewards.graders import Graders
 from jaxrlhf.score import joined, score
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
 from jaxrlhf.types import Batch, Sequences
@@ -44,11 +45,11 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
     """What scoring reads of a Run, with a tokenizer whose words are the token ids."""
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
     sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt)
-    named = RewardFunction("my:f", function)
+    graders = Graders((RewardFunction("my:f", function),))
     algorithm, own = (recipe.algorithm, recipe.cfg) if recipe else (None, None)
     cfg = SimpleNamespace(rewards=RewardsConfig("my:f", overlap), models={}, algorithm=own)
     what = {"cfg": cfg, "recipe": recipe, "algorithm": algorithm, "heads": {}, "mesh": mesh}
-    return SimpleNamespace(**what, tokenizer=tokenizer, sampler=sampler, reward_function=named)
+    return SimpleNamespace(**what, tokenizer=tokenizer, sampler=sampler, graders=graders)
 
 
 # ---- two programs are the one ---------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol,
     np.testing.assert_array_equal(scored.tokens, sequences.tokens)
     np.testing.assert_allclose(scored.scores, sequences.scores, rtol=0, atol=atol)
     assert np.std(scored.scores) > 0.1
-    assert numbers.keys() == metrics.keys() | {"time/rewards"}
+    assert numbers.keys() == metrics.keys() | {"time/rewards", "score/unscorable"}
     for name, value in metrics.items():
         np.testing.assert_allclose(numbers[name], value, rtol=1e-5, atol=atol, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), found.params, expected.params)
@@ -232,7 +233,8 @@ def learned(text, tmp_path_factory) -> Path:
         evaluated = {"every": 80, "size": 12, "samples": 12}
         assert trainer.run(config(text, run, iterations=80, algorithm=free, eval=evaluated)) == "done"
         # held out: 12 prompts, answered once by the reference and once by the policy, and at the end by the policy
-        assert calls == [12, 12, *[16] * 80, 12]  # in between, 80 iterations of 8 prompts x 2 responses
+        # once before anything is compiled, with two sample responses, for training and held-out data
+        assert calls == [2, 2, 12, 12, *[16] * 80, 12]  # in between, 80 iterations of 8 prompts x 2 responses
     return run
 
 
@@ -300,7 +302,7 @@ def test_errors_of_the_function_s_own_are_shown_where_they_are_and_answers_in_on
     def broken(responses, records):
         raise ValueError("not mine to explain")
 
-    for function, one_line in ((broken, False), (lambda *_: [None], True)):
+    for function, one_line in ((broken, False), (lambda *_: ["1"], True)):
         with pytest.raises(ValueError) as caught:
             RewardFunction("my:f", function)([""], [{}])
         assert cli.raised_here(caught.value) == one_line
@@ -336,7 +338,7 @@ def test_a_signal_in_the_function_and_resuming_change_no_bit(text, tmp_path, cap
 
     def stopping(responses, records):
         calls.append(len(responses))
-        if len(calls) == 2 + raises:
+        if len(calls) == 4 + raises:  # after two on sample responses
             os.kill(os.getpid(), number)
             if raises:
                 raise BrokenPipeError("a worker is gone")
@@ -365,7 +367,7 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, mistak
 
     def breaking(responses, records):
         calls.append(len(responses))
-        if len(calls) == 3:
+        if len(calls) == 5:  # the first two were on sample responses
             return {"raises": lambda: [record["solution"] for record in records], "answers": lambda: [1.0]}[mistake]()
         return vowels(responses, records)
 

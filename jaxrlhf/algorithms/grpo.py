@@ -55,16 +55,18 @@ def roles(cfg: GRPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tuple[Experience, dict[str, Mean]]:
-    """Score the responses and compare each with its group. A row without a response is in no group."""
+    """Score the responses and compare each with its group. A row without a response, or without a score, is in no
+    group."""
     sequences = batch.sequences
-    mask = sequences.response_mask
-    group_size = len(mask) // len(batch.prompts.tokens)
+    group_size = len(sequences.tokens) // len(batch.prompts.tokens)
     scores = on_policy.scores_of(nets, state.slow, sequences)
     logprobs = on_policy.old_logprobs(nets, state, sequences, cfg.old_logprobs)
     ref_logprobs = nets.token_stats("reference", state.slow, sequences).logprobs if cfg.kl_coef else None
+    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
+    sequences = on_policy.scorable(sequences)
+    mask = sequences.response_mask
     marks = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
     advantages, equal = group_advantages(marks, mask.any(-1), group_size, cfg.advantages)
-    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
     metrics["group/zero_variance"] = equal
     advantages = jnp.where(mask, advantages[:, None], 0.0)
     advantages, corrected = on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)

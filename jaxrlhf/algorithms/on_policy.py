@@ -16,6 +16,17 @@ def scores_of(nets: Nets, trees: dict[Role, Params], sequences: Sequences) -> Ar
     return nets.scores("reward", trees, sequences) if sequences.scores is None else sequences.scores
 
 
+def scorable(sequences: Sequences) -> Sequences:
+    """``sequences`` with an empty ``response_mask`` in the rows whose score is NaN, which the host's graders could not
+    score: such a response counts in no loss, baseline or metric. Where the reward model scores, nothing is changed: its
+    NaN is a fault, to be seen.
+
+    Networks compute the rows as they were before, since they may do so before the scores are known."""
+    if sequences.scores is None:
+        return sequences
+    return sequences.replace(response_mask=sequences.response_mask & ~jnp.isnan(sequences.scores)[:, None])
+
+
 def penalised(scores: Array, sequences: Sequences, penalty: float) -> Array:
     """f32[B]: ``scores`` less ``penalty`` where it is known that a response did not end by itself."""
     if not penalty or sequences.ended is None:
@@ -67,10 +78,14 @@ def correct_for_sampler(
 def rollout_metrics(
     sequences: Sequences, scores: Array, logprobs: Array, ref_logprobs: Array | None
 ) -> dict[str, Mean]:
-    """What the responses are like: kl/reference (with a reference) is in nats a response, lengths in tokens.
+    """What the responses are like: kl/reference (with a reference) is in nats a response, lengths in tokens. Of those
+    that have a score, but for response/tokens, which is of all.
 
-    ``logprobs``: the old ones; kl/sampler_mismatch is their mean distance from those of the sampler, nats a token."""
-    mask = sequences.response_mask
+    Args:
+        sequences: as sampled, with the scores and grades that the host gave.
+        logprobs: the old ones; kl/sampler_mismatch is their mean distance from those of the sampler, nats a token.
+    """
+    mask = scorable(sequences).response_mask
     rows = mask.any(-1)
     one = jnp.float32(1)
     old = keep(logprobs, mask)
@@ -81,12 +96,25 @@ def rollout_metrics(
         "kl/sampler_mismatch": sums(jnp.abs(mismatch), mask),
         "response/length_mean": sums(mask.sum(-1, dtype=jnp.float32), rows),
         "response/ended": sums(sequences.ended, rows),
-        "response/tokens": Mean(count(mask), one),
+        "response/tokens": Mean(count(sequences.response_mask), one),
         "response/count": Mean(count(rows), one),
     }
     if ref_logprobs is not None:
         metrics["kl/reference"] = sums((old - keep(ref_logprobs, mask)).sum(-1), rows)
-    return metrics
+    return metrics | grader_metrics(sequences, rows)
+
+
+def grader_metrics(sequences: Sequences, rows: Array) -> dict[str, Mean]:
+    """Where the host scores: score/unscorable, how many responses were left out; of several graders also the mean
+    score/NAME over ``rows`` (bool[B], those that count) and score/unscorable/NAME."""
+    if sequences.scores is None:
+        return {}
+    missing = {"score/unscorable": jnp.isnan(sequences.scores)}
+    metrics: dict[str, Mean] = {}
+    for name, grade in (sequences.grades or {}).items():
+        missing[f"score/unscorable/{name}"] = jnp.isnan(grade)
+        metrics[f"score/{name}"] = sums(grade, rows & ~jnp.isnan(grade))
+    return metrics | {name: Mean(count(which), jnp.float32(1)) for name, which in missing.items()}
 
 
 def update_metrics(

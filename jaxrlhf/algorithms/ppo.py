@@ -72,18 +72,19 @@ def roles(cfg: PPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tuple[Experience, dict[str, Mean]]:
     """Score the responses, charge for KL, and work out advantages and returns. Nothing here is differentiated."""
     sequences = batch.sequences
-    mask = sequences.response_mask
     scores = on_policy.scores_of(nets, state.params if cfg.reward_update else state.slow, sequences)
     if cfg.old_logprobs == "sampler":
         logprobs, values = sequences.logprobs, nets.values("value", state.params, sequences)
     else:
         stats, values = nets.policy_and_value(state.params, sequences)
         logprobs = stats.logprobs
-    values = keep(values, mask)
     ref_logprobs = nets.token_stats("reference", state.slow, sequences).logprobs
+    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
+    sequences = on_policy.scorable(sequences)
+    mask = sequences.response_mask
+    values = keep(values, mask)
     rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
-    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
     metrics |= value_metrics(mask, rewards, values, returns)
     metrics["kl/coef"] = Mean(state.controls["kl_coef"], jnp.float32(1))
     if cfg.whiten_advantages != "no":

@@ -15,6 +15,7 @@ from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.feed import batch_shapes
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
+from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.sharding import is_pmap, make_mesh
 from jaxrlhf.types import Batch
 
@@ -80,7 +81,7 @@ def make_cases(shape: Shape, path: str | None, overrides: Sequence[str], lengths
 
 def without_world(cfg: Config) -> Config:
     """``cfg`` with a reward function that needs no data, and responses that no token ends: their lengths are given."""
-    rewards = dataclasses.replace(cfg.rewards, function=FUNCTION) if cfg.rewards.function else cfg.rewards
+    rewards = RewardsConfig(FUNCTION, overlap=cfg.rewards.overlap) if cfg.rewards.on_host else cfg.rewards
     generate = dataclasses.replace(cfg.generate, min_new_tokens=cfg.generate.max_new_tokens)
     return dataclasses.replace(cfg, rewards=rewards, generate=generate)
 

@@ -49,7 +49,7 @@ def describe(case: Case, steps: int) -> Report:
     """What was run."""
     drawn, cfg = case.drawn, case.drawn.cfg
     sampling = drawn.algorithm.rollout is not None
-    reward = "host" if cfg.rewards.function else "model"
+    reward = "host" if cfg.rewards.on_host else "model"
     return {
         "algorithm": cfg.algorithm_name,
         "parameters": {role: held(drawn.configs[role], head, 1) for role, head in drawn.heads.items()},

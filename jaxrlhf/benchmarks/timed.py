@@ -12,9 +12,10 @@ from jaxrlhf import platform
 from jaxrlhf.benchmarks.case import Case
 from jaxrlhf.benchmarks.reward import Words
 from jaxrlhf.benchmarks.rows import random_batch
-from jaxrlhf.build import Run, abstract_state, find_reward_function, initial_state
+from jaxrlhf.build import Run, abstract_state, initial_state
 from jaxrlhf.feed import fetch_all, put
 from jaxrlhf.programs import compile_program, compile_programs
+from jaxrlhf.rewards.graders import find_graders
 from jaxrlhf.score import scored
 from jaxrlhf.sharding import current, whole
 from jaxrlhf.step import make_rollout
@@ -38,8 +39,7 @@ class Iterations:
 
     def __init__(self, case: Case):
         self.case, drawn = case, case.drawn
-        function = find_reward_function(drawn.cfg)
-        self.run = Run(**vars(drawn), tokenizer=Words(), reward_function=function)
+        self.run = Run(**vars(drawn), tokenizer=Words(), graders=find_graders(drawn.cfg.rewards))
         self.steps = 0
         self.vocab = min(found.vocab_size for found in drawn.configs.values())
         with current(drawn.mesh):

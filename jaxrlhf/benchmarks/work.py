@@ -102,7 +102,7 @@ def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
     """The passes over whole rows that an iteration makes of ``batch`` (NumPy; as it leaves it, with the responses and
     their scores): (in prepare, in the loss of one epoch). Asked of the algorithm, as plan/calls.py does. No mesh may be
     set."""
-    if batch.sequences is not None and drawn.cfg.rewards.function is None:
+    if batch.sequences is not None and not drawn.cfg.rewards.on_host:
         batch = batch.replace(sequences=batch.sequences.replace(scores=None))  # the reward model's
     asked: list[tuple[Role, Kind]] = []
     rows: list[Sequences] = []

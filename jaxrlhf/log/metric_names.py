@@ -33,6 +33,9 @@ METRICS = [
     policy/updates_skipped | share | updates that were skipped because of stop_kl
     score/mean | score | score of a response, by the reward model or the reward functions
     score/std | score | standard deviation of the scores
+    score/unscorable | responses | left out, as the reward functions gave them no score (None or NaN)
+    score/unscorable/<grader> | responses | to which this one of rewards.functions gave no score
+    score/<grader> | score | score of a response by this one of rewards.functions
     reward/mean | score | sum of a response's rewards: its score less the KL penalty (ppo)
     reward/accuracy | share | pairs whose chosen side has the higher score; a tie is half
     reward/margin | score | score of the chosen side less that of the rejected one

@@ -78,7 +78,7 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     state, batch = jax.eval_shape(lambda: blank_state(drawn)), bare(batch)
     if drawn.algorithm.rollout is not None:
         sequences = jax.eval_shape(make_rollout(recipe), state, batch)
-        if drawn.cfg.rewards.function is not None:
+        if drawn.cfg.rewards.on_host:
             sequences = sequences.replace(scores=jax.ShapeDtypeStruct(sequences.ended.shape, jnp.float32))
         batch = batch.replace(sequences=sequences)
     rollout, notes[:] = list(notes), []

@@ -1,15 +1,20 @@
-"""Rewards from a Python function of the user's: text and data record in, one number a response out."""
+"""Rewards from Python functions of the user's: text and data records in, one number a response out."""
 
+import asyncio
 import dataclasses
+import functools
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Set
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxrlhf.rewards import trl
 from jaxrlhf.wording import cut, nearest, one_line
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -17,38 +22,58 @@ SHAPE = 'expected "package.module:name"'
 
 
 @dataclasses.dataclass(frozen=True)
+class GraderConfig:
+    """One of several graders of a response."""
+
+    function: str  # as rewards.function
+    weight: float = 1.0  # of its number in the score; 0: it is logged only
+    required: bool = True  # it gives no number (None): the response is left out; false: the other graders score it
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for it, or to make one of a class
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardsConfig:
     """What scores the responses, where models.reward does not."""
 
     function: str | None = None  # "package.module:name" of (responses, records) -> floats; the module may lie here
+    functions: dict[str, GraderConfig] = dataclasses.field(default_factory=dict)  # several: the weighted sum counts
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for function
     overlap: bool | None = None  # read reference and old values while it runs; null: where there is an accelerator
+
+    @property
+    def on_host(self) -> bool:
+        """Whether functions score, and no reward model."""
+        return self.function is not None or bool(self.functions)
 
 
 class RewardFunction:
     """A user's function, whose answers are checked.
 
-    Raises ValueError, in one line, where it does not answer with one finite number a response; what the function itself
-    raises goes through."""
+    Raises ValueError, in one line, where it does not answer with one number, or None, a response; what the function
+    itself raises goes through."""
 
-    def __init__(self, name: str, function: Callable[[list[str], list[dict[str, Any]]], Iterable[Any]]):
-        self.name, self.function = name, function
+    def __init__(self, name: str, function: Callable, where: str = "rewards.function"):
+        self.name, self.function, self.where = name, function, where
 
     def __call__(self, responses: list[str], records: list[dict[str, Any]]) -> np.ndarray:
-        """f32[len(responses)]: the score of each response; ``records[i]`` is the data record of its prompt."""
-        found, count = plain(self.function(responses, records)), len(responses)
+        """f32[len(responses)]: the score of each response, NaN where the function gives None or NaN: it can't be
+        scored. ``records[i]`` is the data record of its prompt; the function has its own copies, and may change them.
+        """
+        found, count = self.function(list(responses), [dict(record) for record in records]), len(responses)
+        found = plain(wait_for(found) if inspect.isawaitable(found) else found)
         if isinstance(found, (str, bytes, Mapping, Set)) or not isinstance(found, Iterable):
             raise ValueError(f"{self}: returned {show(found)}: expected a list of {count} numbers, one a response")
         scores = [plain(score) for score in found]
         if len(scores) != count:
             raise ValueError(f"{self}: returned {len(scores)} scores: expected {count}, one a response")
         for at, score in enumerate(scores):
-            # NaN fails the comparison too; a number beyond float32 would become infinite
-            if not isinstance(score, (int, float)) or not abs(score) <= LARGEST:
-                raise ValueError(f"{self}: score {at} is {show(score)}: expected a finite number")
-        return np.array([float(score) for score in scores], np.float32)
+            # a number beyond float32 would become infinite
+            if score is not None and (not isinstance(score, (int, float)) or abs(score) > LARGEST):
+                raise ValueError(f"{self}: score {at} is {show(score)}: expected a finite number, or None")
+        return np.array([np.nan if score is None else float(score) for score in scores], np.float32)
 
     def __str__(self) -> str:
-        return f"rewards.function: {self.name}"
+        return f"{self.where}: {self.name}"
 
 
 def plain(score: Any) -> Any:
@@ -61,16 +86,39 @@ def show(value: Any) -> str:
     return cut(one_line(repr(value)))
 
 
+# ---- async functions ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The loop, in a thread of its own, of all async functions: what they keep open between calls belongs to it. A
+    notebook's thread has a loop that is running already."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
+
+
+def wait_for(answer: Awaitable[Any]) -> Any:
+    """What an async function returns."""
+
+    async def finished() -> Any:
+        return await answer
+
+    return asyncio.run_coroutine_threadsafe(finished(), event_loop()).result()
+
+
 # ---- finding it -----------------------------------------------------------------------------------------------------
 
 
-def resolve(name: str) -> RewardFunction:
-    """The function called ``name``, "package.module:name". Modules of the working directory can be imported too, unless
-    an installed one has the name.
+def resolve(name: str, arguments: Mapping[str, Any] | None = None, where: str = "rewards.function") -> RewardFunction:
+    """The function called ``name``, "package.module:name", or "trl:package.module:name" for one that takes what TRL
+    passes. Modules of the working directory can be imported too, unless an installed one has the name.
 
+    ``arguments``: keywords for it; a class becomes an instance made with them, when it is first called.
     Raises ValueError, in one line that starts with "function: ", where there is none. What else the module raises while
     it is imported goes through."""
-    module_name, colon, attribute = name.partition(":")
+    for_trl = name.startswith(trl.PREFIX)
+    module_name, colon, attribute = name.removeprefix(trl.PREFIX).partition(":")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
         raise ValueError(f"function: {name}: {SHAPE}")
     module = import_module(name, module_name)
@@ -78,9 +126,46 @@ def resolve(name: str) -> RewardFunction:
         named = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(f"function: {name}: {module_name} has no {attribute}; {nearest(attribute, sorted(named))}")
     function: Any = getattr(module, attribute)
-    if not callable(function):
+    called = getattr(function, "__call__", None) if isinstance(function, type) else function  # noqa: B004
+    if not callable(called) or (isinstance(function, type) and not inspect.isfunction(called)):
         raise ValueError(f"function: {name}: {show(function)} can't be called: expected a function")
-    return RewardFunction(name, function)  # type: ignore[arg-type]
+    check_parameters(name, called, for_trl)
+    bound = OnFirstCall(function, arguments or {}) if isinstance(function, type) else function
+    if arguments and not isinstance(function, type):
+        bound = functools.partial(function, **arguments)
+    return RewardFunction(name, trl.Adapter(bound) if for_trl else bound, where)
+
+
+class OnFirstCall:
+    """An instance of a class, made when it is first called: a check of the config makes none."""
+
+    def __init__(self, cls: type, arguments: Mapping[str, Any]):
+        self.make, self.instance = functools.partial(cls, **arguments), None
+        parameters = [*inspect.signature(cls.__call__).parameters.values()][1:]
+        self.__signature__ = inspect.Signature(parameters)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        if self.instance is None:
+            self.instance = self.make()
+        return self.instance(*given, **named)
+
+
+def check_parameters(name: str, function: Callable, for_trl: bool) -> None:
+    """Raises ValueError where a function takes TRL's arguments and its name doesn't say so, or the other way round."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return
+    shown = f"({', '.join(str(one) for one in parameters.values())})"
+    if "completions" in parameters and not for_trl:
+        raise ValueError(
+            f"function: {name}: takes {cut(shown)}, as TRL calls it; expected (responses, records), or the name "
+            f"{trl.PREFIX}{name}"
+        )
+    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    if for_trl and not takes_any and "completions" not in parameters:
+        plain_name = name.removeprefix(trl.PREFIX)
+        raise ValueError(f"function: {name}: takes {cut(shown)}; expected TRL's completions; nearest: {plain_name}")
 
 
 def import_module(name: str, module_name: str):

@@ -131,15 +131,13 @@ NUMBERS = "expected a list of 3 numbers, one a response"
         ([1, 2], "returned 2 scores: expected 3, one a response"),
         ([1, 2, 3, 4], "returned 4 scores: expected 3, one a response"),
         ([], "returned 0 scores: expected 3, one a response"),
-        ([1, None, 3], "score 1 is None: expected a finite number"),
-        ([1, 2, "3"], "score 2 is '3': expected a finite number"),
-        ([1, 2, 1j], "score 2 is 1j: expected a finite number"),
-        ([[1], [2], [3]], "score 0 is [1]: expected a finite number"),
-        (np.ones((3, 1)), "score 0 is array([1.]): expected a finite number"),
-        ([1, float("nan"), 3], "score 1 is nan: expected a finite number"),
-        ([1, np.float32("-inf"), 3], "score 1 is -inf: expected a finite number"),
-        ([1, 1e39, 3], "score 1 is 1e+39: expected a finite number"),
-        ([1, Fraction(1, 2), 3], "score 1 is Fraction(1, 2): expected a finite number"),
+        ([1, 2, "3"], "score 2 is '3': expected a finite number, or None"),
+        ([1, 2, 1j], "score 2 is 1j: expected a finite number, or None"),
+        ([[1], [2], [3]], "score 0 is [1]: expected a finite number, or None"),
+        (np.ones((3, 1)), "score 0 is array([1.]): expected a finite number, or None"),
+        ([1, np.float32("-inf"), 3], "score 1 is -inf: expected a finite number, or None"),
+        ([1, 1e39, 3], "score 1 is 1e+39: expected a finite number, or None"),
+        ([1, Fraction(1, 2), 3], "score 1 is Fraction(1, 2): expected a finite number, or None"),
         ([10**400, 1, 3], "score 0 is 1000000000"),
         (["a\n" * 99, 1, 3], "score 0 is 'a\\na\\n"),
     ],
@@ -150,6 +148,11 @@ def test_what_is_no_score_is_one_line(scores, line):
     text = str(caught.value)
     assert text.startswith(f"rewards.function: my:f: {line}")
     assert "\n" not in text and len(text) < 160
+
+
+@pytest.mark.parametrize("none", [None, float("nan"), np.float32("nan"), np.array(np.nan)], ids=repr)
+def test_none_and_nan_are_no_score(none):
+    np.testing.assert_array_equal(answer([1, none, 3]), np.array([1, np.nan, 3], np.float32))
 
 
 def test_what_the_function_raises_goes_through():

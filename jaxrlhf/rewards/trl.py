@@ -1,0 +1,42 @@
+"""Reward functions that are written for TRL's GRPO: (prompts, completions, one keyword a data column) -> rewards."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+PREFIX = "trl:"  # of the name of such a function in a config
+
+
+class Adapter:
+    """Such a function, called with (responses, records).
+
+    It gets ``prompts`` and ``completions`` as text, or, where a prompt is a conversation, as lists of messages; and each
+    other column of the records as a list. Names that the function doesn't take are left out, as is what TRL has and a
+    reward here has not: completion_ids, trainer_state."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, responses: list[str], records: list[dict[str, Any]]) -> Any:
+        prompts = [record.get("prompt", record.get("messages")) for record in records]
+        completions = [completion(text, prompt) for text, prompt in zip(responses, prompts, strict=True)]
+        columns = dict.fromkeys(name for record in records for name in record if name not in ("prompt", "messages"))
+        given: dict[str, Any] = {name: [record.get(name) for record in records] for name in columns}
+        given |= {"prompts": prompts, "completions": completions}
+        return self.function(**taken(self.function, given))
+
+
+def completion(text: str, prompt: Any) -> Any:
+    """A response as TRL has it: the assistant's message after a conversation, text after text."""
+    return text if prompt is None or isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
+def taken(function: Callable, given: dict[str, Any]) -> dict[str, Any]:
+    """What of ``given`` the function takes."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return given
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return given
+    return {name: value for name, value in given.items() if name in parameters}
