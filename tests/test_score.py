@@ -21,6 +21,7 @@ from jaxrlhf import build, checkpoint, cli, evaluate_report, sharding
 from jaxrlhf import score as scoring
 from jaxrlhf import step as steps
 from jaxrlhf import train as trainer
+from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.config import Config, dump, parse
 from jaxrlhf.config_errors import ConfigError
@@ -47,7 +48,7 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
     sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt)
     graders = Graders((RewardFunction("my:f", function),))
     algorithm, own = (recipe.algorithm, recipe.cfg) if recipe else (None, None)
-    cfg = SimpleNamespace(rewards=RewardsConfig("my:f", overlap), models={}, algorithm=own)
+    cfg = SimpleNamespace(rewards=RewardsConfig("my:f", overlap=overlap), models={}, algorithm=own)
     what = {"cfg": cfg, "recipe": recipe, "algorithm": algorithm, "heads": {}, "mesh": mesh}
     return SimpleNamespace(**what, tokenizer=tokenizer, sampler=sampler, graders=graders)
 
@@ -103,6 +104,29 @@ def written_again(responses: list[str], records: list[dict], prompt: int = 4, ro
         valid[row, prompt - len(ids) : prompt + len(words)] = 1
     mask = valid.astype(bool) & (np.arange(prompt + room) >= prompt)
     return Sequences(*tiny.put((tokens, valid.astype(bool), mask)), response_start=prompt)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(style="pmap")], ids=["mesh", "pmap"])
+def test_what_no_grader_scores_is_left_out_on_any_devices(mesh):
+    """8 prompts x 2 responses of which some have no score: the same update as on one device, and none of it NaN."""
+
+    def function(responses, records):
+        return [None if len(text) % 3 == 0 else len(text) / 9 for text in responses]
+
+    def learned(mesh):
+        with current(mesh):
+            run = tiny.build("grpo", GRPOConfig(), batch=Batch(prompts=tiny.prompts()), samples_per_prompt=2)
+            state, batch = whole(run.state, mesh), put(mesh, run.batch)
+            ready = ready_for(mesh, function, run.recipe)
+            state, metrics, scored = joined(ready, compile_programs(ready, state, batch))(state, batch, [{}] * 16)
+            return jax.device_get((state.params, metrics, scored.scores))
+
+    (params, metrics, scores), (expected, numbers, _) = learned(make_mesh(mesh)), learned(mesh_of((1, 1, 1)))
+    assert metrics["score/unscorable"] == np.isnan(scores).sum() == 32 - metrics["response/count"]
+    assert 4 < metrics["score/unscorable"] < 28 and metrics["policy/grad_norm"] > 0.01
+    for name in numbers.keys() - {"time/rewards"}:
+        np.testing.assert_allclose(metrics[name], numbers[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), params, expected)
 
 
 # ---- which rows -----------------------------------------------------------------------------------------------------
@@ -287,6 +311,67 @@ def test_a_finished_run_is_evaluated_with_its_function(learned):
     first = next(row for row in runs.rows(learned) if "eval/score/mean" in row)
     assert report["before"]["score/mean"] == pytest.approx(first["eval/score/mean"], abs=1e-6)
     assert "reward_model" not in report
+
+
+def odd(responses: list[str], records: list[dict]) -> list[float | None]:
+    """No score for a response of an even length."""
+    return [float(len(text)) if len(text) % 2 else None for text in responses]
+
+
+def test_several_graders(text, tmp_path):
+    """The weighted sum is the score; each has a metric, and a number beside every sample, in training and held out."""
+    graders = {
+        "vowels": {"function": "my_rewards:f", "weight": 2.0},
+        "odd": {"function": "my_rewards:odd", "weight": 0.5},
+        "length": {"function": "trl:my_rewards:lengths", "weight": 0.0},
+    }
+    with rewarded_by(vowels):
+        module: Any = sys.modules["my_rewards"]
+        module.odd = odd
+        module.lengths = lambda completions, answer, **kwargs: [len(completion) for completion in completions]
+        more = {
+            "rewards": {"functions": graders},
+            "iterations": 2,
+            "checkpoint": {"every": 2, "best": "eval/score/odd"},
+        }
+        assert (
+            trainer.run(config(text, tmp_path / "ppo", **more, eval={"size": 12, "every": 2, "samples": 12})) == "done"
+        )
+    samples, rows = runs.rows(tmp_path / "ppo", "samples"), runs.rows(tmp_path / "ppo")
+    assert {row["split"] for row in samples} == {"train", "eval"}
+    for row in samples:
+        response = row["response"]
+        assert row["score/vowels"] == pytest.approx(vowels([response], [])[0], abs=1e-4)
+        assert (row["score/odd"], row["score/length"]) == (odd([response], [])[0], len(response))
+        lost = row["score/odd"] is None
+        expected = None if lost else pytest.approx(2 * row["score/vowels"] + 0.5 * row["score/odd"], abs=1e-3)
+        assert row["score"] == expected
+    assert any(row["score"] is None for row in samples) and any(row["score"] is not None for row in samples)
+    for split, prefix in (("train", ""), ("eval", "eval/")):
+        numbers = [row for row in rows if f"{prefix}score/mean" in row][-1]
+        mine = [row for row in samples if row["split"] == split and row["step"] == numbers["step"]]
+        assert len(mine) == (16 if split == "train" else 12)
+        for name in ("vowels", "odd", "length"):
+            known = [row[f"score/{name}"] for row in mine if row["score"] is not None]
+            assert numbers[f"{prefix}score/{name}"] == pytest.approx(np.mean(known), abs=1e-3)
+        known = [row["score"] for row in mine if row["score"] is not None]
+        assert numbers[f"{prefix}score/mean"] == pytest.approx(np.mean(known), abs=1e-3)
+        assert numbers[f"{prefix}score/unscorable"] == len(mine) - len(known)
+        assert numbers[f"{prefix}score/unscorable/odd"] == len(mine) - len(known)
+        assert numbers[f"{prefix}score/unscorable/vowels"] == 0
+
+
+def test_a_function_that_fails_on_held_out_records_is_refused_before_anything_is_compiled(text, tmp_path, monkeypatch):
+    """Without an evaluation at the start it would fail after the last iteration."""
+    monkeypatch.setattr(trainer, "compile_programs", lambda *_: pytest.fail("it is compiled"))
+    rows = [json.loads(line) for line in (text / "eval_prompts.jsonl").read_text().splitlines()]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    cfg = config(text, tmp_path / "ppo")
+    held_out = dataclasses.replace(cfg.data.eval_prompts, path=str(tmp_path / "held_out.jsonl"))
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_prompts=held_out))
+    line = r"^rewards\.function: my_rewards:f: raised KeyError: 'answer' .* a record of data\.eval_prompts$"
+    with rewarded_by(vowels), pytest.raises(ValueError, match=line):
+        trainer.run(cfg)
 
 
 def test_records_are_those_of_the_responses(text, tmp_path):

@@ -54,16 +54,15 @@ class Graders(NamedTuple):
 
 
 def explain(function: RewardFunction, error: Exception, where: str) -> str:
-    """What a function raised on a sample response, and where in its file."""
+    """What a function raised on a sample response, and where in its file; as it is where we raised it for the user."""
     frames = traceback.extract_tb(error.__traceback__)
-    if PACKAGE in Path(frames[-1].filename).parents:  # written for the user
+    if PACKAGE in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise "):
         text = one_line(error)
         return text if text.startswith(str(function)) else f"{function}: {text}"
     own = [frame for frame in frames if not frame.filename.startswith(("<", *OTHERS))]
-    at = (own or frames)[-1]
     what = f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
-    place = f"{Path(at.filename).name}, line {at.lineno}"
-    return f"{function}: raised {what} ({place}) on a sample response to a record of {where}"
+    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+    return f"{function}: raised {what}{place} on a sample response to a record of {where}"
 
 
 # ---- from the config ------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ PREFIX = "trl:"  # of the name of such a function in a config
 class Adapter:
     """Such a function, called with (responses, records).
 
-    It gets ``prompts`` and ``completions`` as text, or, where a prompt is a conversation, as lists of messages; and each
-    other column of the records as a list. Names that the function doesn't take are left out, as is what TRL has and a
-    reward here has not: completion_ids, trainer_state."""
+    It gets ``prompts`` and ``completions`` as text, or as lists of messages where a prompt is a conversation; and every
+    other column of the records as a list. What it doesn't take is left out; completion_ids and trainer_state, which TRL
+    passes too, are not there."""
 
     def __init__(self, function: Callable):
         self.function = function
