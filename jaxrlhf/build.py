@@ -16,6 +16,7 @@ from jaxrlhf.config_batch import choose_parts, divisors, longest_row, shares_pro
 from jaxrlhf.config_check import SPLIT, split_by
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
+from jaxrlhf.data import chat
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.distributed import agree, is_main
@@ -184,12 +185,17 @@ def generation_config(start: Weights) -> dict | None:
 
 
 def find_tokenizer(cfg: Config):
-    """The run's own tokenizer if it has a checkpoint; else the one the config names or asks to train."""
+    """The run's own tokenizer if it has a checkpoint; else the one the config names or asks to train, with the chat
+    template of data.chat."""
     if checkpoint.latest_step(cfg.run_dir) is not None:
         return tokenizers.load_tokenizer(os.fspath(epath.Path(cfg.run_dir) / "tokenizer"))
     if cfg.tokenizer.train_vocab_size:
-        return train_tokenizer(cfg, cfg.tokenizer.train_vocab_size)
-    return tokenizers.load_tokenizer(tokenizer_folder(cfg))
+        tokenizer = train_tokenizer(cfg, cfg.tokenizer.train_vocab_size)
+    else:
+        tokenizer = tokenizers.load_tokenizer(tokenizer_folder(cfg))
+    if cfg.data.chat is not None:
+        chat.apply_config(tokenizer, cfg.data.chat, adds_bos=bool(tokenizers.leading_ids(tokenizer)))
+    return tokenizer
 
 
 def keep_tokenizer(cfg: Config, tokenizer) -> None:
@@ -210,7 +216,8 @@ def train_tokenizer(cfg: Config, vocab_size: int):
     source = open_source(
         cfg.data.demonstrations, "demonstrations", cache_dir=cfg.data.cache_dir, skip_bad=cfg.data.skip_bad
     )
-    return tokenizers.train_bpe(map(tokenizers.text_of, source.usable(cfg.data.skip_bad)), vocab_size)
+    texts = map(tokenizers.text_of, source.usable(cfg.data.skip_bad))
+    return tokenizers.train_bpe(texts, vocab_size, chat.markers(cfg.data.chat))
 
 
 def tokenizer_folder(cfg: Config) -> str:
@@ -384,7 +391,7 @@ def abstract_state(drawn: Blueprint) -> TrainState:
 # ---- going on with a run --------------------------------------------------------------------------------------------
 
 # keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
-FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.")
+FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.", "data.chat")
 FREE = (".trunk_gradient",)  # endings of keys that are not among them
 
 

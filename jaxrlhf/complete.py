@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrlhf import checkpoint, generate
 from jaxrlhf.build import sampler_of, tokenizer_of
+from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import encode
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feed import put
@@ -27,6 +28,7 @@ class Model(NamedTuple):
     config: ModelConfig
     tokenizer: Any
     ids: hf_config.TokenIds
+    chat: bool = False  # whether it was trained on plain-text prompts as turns of a conversation (data.chat)
 
 
 def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
@@ -41,7 +43,9 @@ def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
         if head != "lm":
             raise ValueError(f"{name}: holds a {role} model with a {head} head, which can't write; expected a policy")
         params = checkpoint.restore_model(name, step, extra["models"], role, dtype, mesh)
-        return Model(params, cfg, tokenizer, checkpoint.token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}))
+        ids = checkpoint.token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
+        trained = read_yaml(extra["config"], "config").get("data") or {}
+        return Model(params, cfg, tokenizer, ids, trained.get("chat") is not None)
     folder = hf_folder.locate(name)
     cfg, head = hf_config.read_config(folder)
     if head != "lm":
@@ -61,11 +65,12 @@ def export_model(name: str, to: str) -> None:
 def generate_text(
     name: str, prompts: Sequence[str], cfg: generate.GenerateConfig, seed: int = 0, chat: bool = False
 ) -> list[str]:
-    """A continuation of each prompt. ``chat``: each is a user's message, put into the model's chat template."""
+    """A continuation of each prompt. ``chat``: each is a user's message, put into the model's chat template; so it is
+    for a run with data.chat too."""
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         model = read_model(name, mesh)
-        batch = encode_prompts(model, prompts, chat, batch_shards(mesh))
+        batch = encode_prompts(model, prompts, chat or model.chat, batch_shards(mesh))
         sampler = sampler_of(cfg, model.tokenizer, model.ids.eos, padded_vocab(model.config))
         runtime = Runtime(hardware=hardware_of(mesh.devices.flat[0]))
         run = lambda params, prompts: generate.sample(

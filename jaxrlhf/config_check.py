@@ -7,6 +7,7 @@ from jaxrlhf.config import Config, find_algorithm, roles_of
 from jaxrlhf.config_batch import ROWS_KEY, divisors, fields_read, longest_row, rows_of, updates_of
 from jaxrlhf.config_errors import ConfigError, show, suggest
 from jaxrlhf.config_types import hints
+from jaxrlhf.data.chat import check_config
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -114,6 +115,11 @@ def data_problems(cfg: Config) -> Iterator[str]:
     for key, given in sources.items():
         if isinstance(given, SourceConfig) and (wrong := given.wrong_origin()):
             yield f"{key}: {wrong}"
+    if data.chat is not None:
+        try:
+            check_config(data.chat)
+        except ValueError as error:
+            yield str(error)
     if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
         nearest = sorted(set(data.prompt_buckets)) or [64, 128, 256]
         yield f"data.prompt_buckets: {show(data.prompt_buckets)}: expected ascending lengths; nearest: {nearest}"

@@ -83,6 +83,19 @@ def apply_config(tokenizer: Any, cfg: ChatConfig, adds_bos: bool) -> None:
     check_syntax(tokenizer)
 
 
+def markers(cfg: ChatConfig | None) -> list[str]:
+    """The special tokens of the template that ``cfg`` names: a tokenizer that is trained for it has to know them."""
+    text = TEMPLATES.get(cfg.template or "", "") if cfg else ""
+    return list(dict.fromkeys(re.findall(r"<\|\w+\|>", text)))
+
+
+def check_config(cfg: ChatConfig) -> None:
+    """Raises ValueError where there is no such template, or a variable can't have its name."""
+    if cfg.template is not None:
+        find_template(cfg.template, adds_bos=False)
+    _header(cfg)
+
+
 def find_template(named: str, adds_bos: bool) -> str:
     """The Jinja text of a file, of a name, or the text itself."""
     from etils import epath

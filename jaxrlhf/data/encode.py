@@ -46,7 +46,7 @@ def prompt_turns(record: Record) -> Messages | None:
     """What of a conversation comes before the last response (of a pair: before its sides part); None of plain text."""
     if "chosen" in record:
         sides = pair_turns(record)
-        return None if sides is None else sides[0][: _shared(*sides)]
+        return None if sides is None else sides[0][: shared_turns(*sides)]
     messages = _messages(record)
     if messages is None:
         return None
@@ -130,7 +130,7 @@ def encode_pair(
             _encode_texts(prompt, record[side], tokenizer, eos, append_eos) for side in ("chosen", "rejected")
         )
         return chosen, rejected
-    shared = _shared(*sides)
+    shared = shared_turns(*sides)
     encode = lambda side: _encode_chat(
         Talk(side, record.get("tools")), _turns(side, shared), tokenizer, eos, append_eos
     )
@@ -145,7 +145,7 @@ def pair_turns(record: Record) -> tuple[list[Message], list[Message]] | None:
     return _conversation(prompt, record["chosen"]), _conversation(prompt, record["rejected"])
 
 
-def _shared(chosen: Messages, rejected: Messages) -> int:
+def shared_turns(chosen: Messages, rejected: Messages) -> int:
     """Messages that both begin with; one is left to differ."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.chat import date_of, is_dated
-from jaxrlhf.data.encode import Encoded, encode_demonstration, encode_pair, encode_prompt
+from jaxrlhf.data.encode import Encoded, as_turns, encode_demonstration, encode_pair, encode_prompt
 from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.data.sources import DataConfig, Source, cache_folder
 from jaxrlhf.data.summary import Summary, quantiles
 from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id
+from jaxrlhf.data.truncate import Encoder, Sides, longest, truncate
 
-FORMAT = 5  # of the cached measures; raise it when the same record would give other tokens
-TOO_LONG, IDENTICAL, BAD, EMPTY = 0, -1, -2, -3  # in place of a length
-Sides = tuple[Encoded, ...]  # one row of tokens; of a pair two: chosen, rejected
+FORMAT = 6  # of the cached measures; raise it when the same record would give other tokens
+TOO_LONG, IDENTICAL, BAD, EMPTY, UNCUTTABLE = 0, -1, -2, -3, -4  # in place of a length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Examples:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """kept, truncated, dropped (too long), empty (nothing to learn), identical (pairs), skipped (bad)."""
+        """kept, truncated, dropped (too long), uncuttable (too long to be cut), empty (nothing to learn), identical
+        (pairs), skipped (bad)."""
         return self.summary.counts
 
 
@@ -56,25 +57,31 @@ def make_examples(
     """
     max_length = _longest(kind, cfg)
     eos = eos_ids(tokenizer) if eos is None else tuple(eos)
-    encode, bos = _encoder(kind, tokenizer, cfg, eos), leading_ids(tokenizer)
+    encode, convert = _encoder(kind, tokenizer, cfg, eos), as_turns if cfg.chat is not None else dict
+    cut = lambda record: truncate(convert(record), encode, tokenizer, max_length)
 
     def sides(record: Mapping[str, Any]) -> Sides:
-        return truncate(encode(record), max_length, bos)
+        found = cut(record)
+        assert found is not None, record  # it was measured, and is not used then
+        return found
 
     key = _measure_key(kind, source, tokenizer, cfg, max_length, eos)
-    measures = _cached(cfg.cache_dir, key, lambda: _measure(kind, source, encode, bos, max_length, cfg))
+    measures = _cached(
+        cfg.cache_dir, key, lambda: _measure(kind, source, lambda record: encode(convert(record)), cut, max_length, cfg)
+    )
     lengths, truncated = measures[:, 0], measures[:, 1].astype(bool)
     kept = np.flatnonzero(lengths > 0)
     counts = {
         "kept": len(kept),
         "truncated": int(truncated[kept].sum()),
         "dropped": int((lengths == TOO_LONG).sum()),
+        "uncuttable": int((lengths == UNCUTTABLE).sum()),
         "empty": int((lengths == EMPTY).sum()),
         "identical": int((lengths == IDENTICAL).sum()),
         "skipped": int((lengths == BAD).sum()) + source.skipped,
     }
     limit_key = "data.prompt_buckets" if kind == "prompts" else "data.max_length"
-    bad = source.first_bad or _first_bad(source, encode, lengths)
+    bad = source.first_bad or _first_bad(source, lambda record: encode(convert(record)), lengths)
     summary = Summary(where, counts, *quantiles(measures[measures[:, 2] > 0, 2]), max_length, limit_key, bad)
     if not len(kept):
         raise ValueError(
@@ -97,7 +104,7 @@ def _all_or_none(margins: np.ndarray, kept: np.ndarray, source: Source, where: s
     return len(without) == 0
 
 
-def _first_bad(source: Source, encode: Callable[[Mapping[str, Any]], Sides], lengths: np.ndarray) -> str:
+def _first_bad(source: Source, encode: Encoder, lengths: np.ndarray) -> str:
     """Why the first bad record is bad; "" where there is none."""
     for index in np.flatnonzero(lengths == BAD)[:1]:
         try:
@@ -110,32 +117,6 @@ def _first_bad(source: Source, encode: Callable[[Mapping[str, Any]], Sides], len
 def _at(source: Source, index: int, error: BadRecord) -> str:
     """What is wrong, with the place in front where it does not say it."""
     return str(error) if source.name in str(error) else f"{source.name}:{index}: {error}"
-
-
-def truncate(sides: Sides, max_length: int, bos: Sequence[int] = ()) -> Sides:
-    """Cuts rows to ``max_length`` tokens: the prompt loses its start (but not a BOS), then the response its end.
-
-    The two sides of a pair keep equally much of their prompt: what they are compared on has to be the same.
-    """
-    if max(len(side.tokens) for side in sides) <= max_length:
-        return sides
-    prompts = [_prompt_length(side) for side in sides]
-    longest_response = max(len(side.tokens) - prompt for side, prompt in zip(sides, prompts))
-    kept = max(max_length - longest_response, 1)  # a response token needs something before it
-    return tuple(_cut(side, prompt, min(prompt, kept), max_length, bos) for side, prompt in zip(sides, prompts))
-
-
-def _cut(side: Encoded, prompt: int, kept: int, max_length: int, bos: Sequence[int]) -> Encoded:
-    columns = np.arange(prompt - kept, len(side.tokens))[:max_length]
-    if side.tokens[0] in bos:
-        columns[0] = 0
-    mask = side.response_mask[columns]
-    mask[0] = False
-    return Encoded(side.tokens[columns], mask)
-
-
-def _prompt_length(side: Encoded) -> int:
-    return int(side.response_mask.argmax()) if side.response_mask.any() else len(side.tokens)
 
 
 def _longest(kind: str, cfg: DataConfig) -> int:
@@ -151,7 +132,7 @@ def _longest(kind: str, cfg: DataConfig) -> int:
     return buckets[-1]
 
 
-def _encoder(kind: str, tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> Callable[[Mapping[str, Any]], Sides]:
+def _encoder(kind: str, tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> Encoder:
     def prompt(record: Mapping[str, Any]) -> Sides:
         ids = encode_prompt(record, tokenizer)
         return (Encoded(ids, np.zeros(len(ids), bool)),)
@@ -166,8 +147,8 @@ def _encoder(kind: str, tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> 
 def _measure(
     kind: str,
     source: Source,
-    encode: Callable[[Mapping[str, Any]], Sides],
-    bos: Sequence[int],
+    encode: Encoder,
+    cut: Callable[[Mapping[str, Any]], Sides | None],
     max_length: int,
     cfg: DataConfig,
 ) -> np.ndarray:
@@ -183,13 +164,14 @@ def _measure(
                 raise BadRecord(_at(source, index, error)) from None
             measures[index] = BAD, 0, 0, 0
             continue
-        whole = max(len(side.tokens) for side in sides)
-        cut = whole > max_length
-        if cut and cfg.too_long == "drop":
+        whole = longest(sides)
+        too_long = whole > max_length
+        if too_long and cfg.too_long == "drop":
             measures[index] = TOO_LONG, 0, whole, 0
             continue
-        sides = truncate(sides, max_length, bos)
-        measures[index] = _used(kind, sides), cut, whole, record.get("margin") is not None
+        shorter = cut(record) if too_long else sides
+        used = UNCUTTABLE if shorter is None else _used(kind, shorter)
+        measures[index] = used, too_long, whole, record.get("margin") is not None
     return measures
 
 
@@ -199,7 +181,7 @@ def _used(kind: str, sides: Sides) -> int:
         return EMPTY
     if len(sides) == 2 and np.array_equal(sides[0].tokens, sides[1].tokens):
         return IDENTICAL
-    return max(len(side.tokens) for side in sides)
+    return longest(sides)
 
 
 def _measure_key(
@@ -207,7 +189,7 @@ def _measure_key(
 ) -> str:
     text = [fingerprint(tokenizer), tokenizer.chat_template, leading_ids(tokenizer), start_id(tokenizer), list(eos)]
     text.append(date_of(tokenizer) if is_dated(tokenizer) else None)
-    rules = [FORMAT, kind, max_length, cfg.too_long, cfg.loss_on, cfg.append_eos, cfg.skip_bad]
+    rules = [FORMAT, kind, max_length, cfg.too_long, cfg.loss_on, cfg.append_eos, cfg.skip_bad, cfg.chat is not None]
     return hashlib.sha256(json.dumps([source.fingerprint, text, rules]).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxrlhf.data import files, hub
+from jaxrlhf.data.chat import ChatConfig
 from jaxrlhf.data.formats import check_columns, check_fields, recognise, take_fields
 from jaxrlhf.data.kinds import BadRecord, find_kind, nearest
 
@@ -51,6 +52,7 @@ class DataConfig:
     eval_preferences: SourceConfig | None = None  # what rm and dpo are evaluated on
     eval_prompts: SourceConfig | None = None  # what a policy is evaluated on: it answers them
     cache_dir: str | None = None  # local folder of prepared datasets; null: ~/.cache/jaxrlhf/data
+    chat: ChatConfig | None = None  # chat template, system prompt; plain-text prompts become turns of a conversation
     loss_on: Literal["response", "assistant"] = "response"  # of messages: the last assistant turn, or each of them
     append_eos: bool = True  # behind responses without one; false where they are to end by generate.stop
     max_length: int = 512  # tokens in a row of demonstrations, or in one side of a pair
@@ -60,7 +62,7 @@ class DataConfig:
         128,
         256,
     )  # prompts are padded to the first that holds them all; each compiles
-    too_long: Literal["drop", "truncate"] = "drop"  # truncate: prompts lose their start, responses their end
+    too_long: Literal["drop", "truncate"] = "drop"  # truncate: the oldest exchanges go, then the start of the prompt
     skip_bad: bool = False  # count records that can't be used, instead of stopping at the first
 
 

@@ -9,6 +9,7 @@ import numpy as np
 WARN_ABOVE = 0.05  # of the rows that were read; more of them dropped is worth a warning
 REASONS = {  # count of Examples -> what is said of those rows
     "dropped": "too long",
+    "uncuttable": "too long to be cut",
     "empty": "with nothing to learn",
     "identical": "with equal sides",
     "skipped": "bad",
@@ -36,7 +37,7 @@ class Summary(NamedTuple):
 
     @property
     def left_out(self) -> int:
-        return sum(self.counts[reason] for reason in REASONS)
+        return sum(self.counts.get(reason, 0) for reason in REASONS)
 
     def lines(self) -> list[str]:
         """One line of counts, one of lengths, and warnings."""
@@ -50,7 +51,7 @@ class Summary(NamedTuple):
 
     def reasons(self) -> str:
         """ "36 too long, 2 bad"."""
-        return ", ".join(f"{self.counts[key]:,} {why}" for key, why in REASONS.items() if self.counts[key])
+        return ", ".join(f"{self.counts[key]:,} {why}" for key, why in REASONS.items() if self.counts.get(key))
 
     def lengths(self) -> str:
         return (
@@ -67,7 +68,7 @@ class Summary(NamedTuple):
 
     def way_out(self) -> str:
         """The key that would keep most of what the commonest reason drops."""
-        worst = max(REASONS, key=lambda reason: self.counts[reason])
+        worst = max(REASONS, key=lambda reason: self.counts.get(reason, 0))
         if worst == "skipped":
             return f"the first bad row: {self.bad}" if self.bad else "data.skip_bad is true"
         if worst == "empty":
@@ -77,7 +78,8 @@ class Summary(NamedTuple):
         enough = math.ceil(max(self.percentile_95, self.limit + 1) / ROUND) * ROUND
         raised = f"{self.limit_key}={enough}" if self.limit_key == "data.max_length" else f"a last bucket of {enough}"
         where = "" if self.limit_key == "data.max_length" else f" in {self.limit_key}"
-        return f"{raised}{where} keeps 95 %, data.too_long=truncate cuts them"
+        cuts = ", data.too_long=truncate cuts them" if worst == "dropped" else ""
+        return f"{raised}{where} keeps 95 %{cuts}"
 
 
 def quantiles(lengths: np.ndarray) -> tuple[int, int, int]:

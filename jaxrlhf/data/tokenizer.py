@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.data.chat import date_of, is_dated, render
@@ -64,8 +64,9 @@ def import_transformers() -> Any:
     return transformers
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer: <pad> is 0, <eos> 1, <bos> 2, and what encode_text makes of any text decodes to it.
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> Any:
+    """A byte-level BPE tokenizer: <pad> is 0, <eos> 1, <bos> 2, then the further ``special`` tokens, and what
+    encode_text makes of any text decodes to it.
 
     A text starts with <bos>, a prompt as a demonstration does, so that a policy meets what it was trained on.
 
@@ -74,9 +75,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    if vocab_size < BYTES + 3:
+    reserved = [PAD, EOS, BOS, *special]
+    if vocab_size < BYTES + len(reserved):
         raise ValueError(
-            f"tokenizer.train_vocab_size: {vocab_size}, expected at least {BYTES + 3} (bytes, {PAD}, {EOS}, {BOS})"
+            f"tokenizer.train_vocab_size: {vocab_size}, expected at least {BYTES + len(reserved)} "
+            f"(bytes, {', '.join(reserved)})"
         )
     backend = Tokenizer(models.BPE())
     # without a prefix space: with it "a" and " a" are one, and the round trip is lost
@@ -84,7 +87,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, EOS, BOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=reserved, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     start = (BOS, backend.token_to_id(BOS))

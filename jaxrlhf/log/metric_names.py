@@ -65,6 +65,7 @@ METRICS = [
     win_rate/reward | share | prompts whose response has a higher score than the reference's; a tie is half
     win_rate/judge | share | the same by the outside judge
     data/<kind>_dropped | rows | of the source, left out because they are too long
+    data/<kind>_uncuttable | rows | of the source, left out because their response, or their system turn, does not fit
     data/<kind>_truncated | rows | of the source, cut to the limit
     data/<kind>_empty | rows | of the source, left out because no token of them is learned from
     data/<kind>_identical | rows | pairs left out because their sides are equal

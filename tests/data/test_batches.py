@@ -207,8 +207,7 @@ def test_masks_do_not_come_from_ids(letters, config):
 def test_counts(letters, config):
     records = [{"prompt": "x" * n} for n in (1, 2, 9, 3, 12)]
     dropped = prompt_stream(in_memory(records, skipped=1), letters, config(prompt_buckets=(4, 8)), rows=3, seed=0)
-    counts = {"kept": 3, "truncated": 0, "dropped": 2, "empty": 0, "identical": 0, "skipped": 1}
-    assert dropped.summary.counts == counts
+    assert {name: n for name, n in dropped.summary.counts.items() if n} == {"kept": 3, "dropped": 2, "skipped": 1}
     assert sorted(len(record["prompt"]) for record in one(dropped).columns) == [1, 2, 3]
     cfg = config(prompt_buckets=(4, 8), too_long="truncate")
     cut = prompt_stream(in_memory(records), letters, cfg, rows=5, seed=0)

@@ -1,45 +1,10 @@
-import numpy as np
 import pytest
 
 from jaxrlhf.data import examples as ex
-from jaxrlhf.data.encode import Encoded
 from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.data.sources import Source
 
 from .conftest import in_memory
-
-
-def side(prompt: int, response: int, first: int = 0) -> Encoded:
-    """Tokens 0, 1, ...; the last ``response`` of them are learnt."""
-    return Encoded(np.arange(prompt + response, dtype=np.int32) + first, np.arange(prompt + response) >= prompt)
-
-
-@pytest.mark.parametrize(
-    "prompt, response, limit, tokens, learnt",
-    [
-        (3, 2, 5, [0, 1, 2, 3, 4], [3, 4]),  # it fits
-        (3, 2, 4, [1, 2, 3, 4], [3, 4]),  # the prompt loses its start
-        (3, 4, 4, [2, 3, 4, 5], [3, 4, 5]),  # then the response its end; something stays before it
-        (1, 6, 3, [0, 1, 2], [1, 2]),
-        (5, 0, 2, [3, 4], []),  # a prompt keeps its end
-    ],
-)
-def test_truncate(prompt, response, limit, tokens, learnt):
-    (cut,) = ex.truncate((side(prompt, response),), limit)
-    assert cut.tokens.tolist() == tokens and cut.tokens[cut.response_mask].tolist() == learnt
-    assert not cut.response_mask[:1].any()
-
-
-def test_truncate_keeps_bos():
-    (cut,) = ex.truncate((side(4, 2),), 4, bos=[0])
-    assert cut.tokens.tolist() == [0, 3, 4, 5]
-    (cut,) = ex.truncate((side(4, 9),), 4, bos=[0])
-    assert cut.tokens.tolist() == [0, 4, 5, 6] and cut.response_mask.tolist() == [False, True, True, True]
-
-
-def test_truncate_leaves_a_pair_the_same_prompt():
-    chosen, rejected = ex.truncate((side(4, 1), side(4, 3)), 5)
-    assert chosen.tokens.tolist() == [2, 3, 4] and rejected.tokens.tolist() == [2, 3, 4, 5, 6]
 
 
 def make(kind, records, tokenizer, cfg, **options):
@@ -50,7 +15,8 @@ def test_dropped_and_cut_are_counted(tokenizer, config):
     records = [{"prompt": "x" * n, "id": n} for n in (3, 9, 5, 8, 1)]  # one token a character
     dropped = make("prompts", records, tokenizer, config(prompt_buckets=(4, 8)), skipped=2)
     assert dropped.kept.tolist() == [0, 2, 3, 4]
-    assert dropped.counts == {"kept": 4, "truncated": 0, "dropped": 1, "empty": 0, "identical": 0, "skipped": 2}
+    found = {name: count for name, count in dropped.counts.items() if count}
+    assert found == {"kept": 4, "dropped": 1, "skipped": 2}
     cut = make("prompts", records, tokenizer, config(prompt_buckets=(4, 8), too_long="truncate"))
     assert cut.lengths.tolist() == [3, 8, 5, 8, 1] and cut.truncated.tolist() == [False, True, False, False, False]
     assert cut.counts["truncated"] == 1 and len(cut.sides(records[1])[0].tokens) == 8
@@ -70,7 +36,7 @@ def test_identical_sides_are_left_out(tokenizer, config):
     whole = make("preferences", records, tokenizer, config())
     assert whole.kept.tolist() == [0, 2] and whole.counts["identical"] == 1
     cut = make("preferences", records, tokenizer, config(max_length=7, too_long="truncate"))
-    assert cut.kept.tolist() == [0] and cut.counts["identical"] == 2  # what differed has been cut off
+    assert cut.kept.tolist() == [0, 2] and cut.counts["identical"] == 1  # what differs is not cut off
 
 
 def test_bad_record_stops_or_is_counted(tokenizer, config):
