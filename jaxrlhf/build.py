@@ -20,6 +20,7 @@ from jaxrlhf.data import chat
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.distributed import agree, is_main
+from jaxrlhf.epochs import with_iterations
 from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
 from jaxrlhf.models.config import ModelConfig, resolve, row_limit
 from jaxrlhf.models.kernels import choose, hardware_of, passed_over
@@ -74,7 +75,8 @@ class Run(Blueprint):
 
 
 def build(cfg: Config, devices: list | None = None) -> Run:
-    """Find weights and tokenizer, and compose the step. Reads no weights; raises ConfigError for what does not fit."""
+    """Find weights and tokenizer, count the rows where the config gives epochs, and compose the step. Reads no weights;
+    raises ConfigError for what does not fit."""
     graders = located(find_graders, cfg.rewards, "rewards")
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(cfg)
@@ -82,6 +84,7 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     check_tokenizers(cfg, weights, tokenizer)
     sampler = make_sampler(cfg, tokenizer, weights)
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
+    cfg = with_iterations(cfg, tokenizer, sampler.eos_ids)
     drawn = draw(cfg, mesh, weights, sampler)
     keep_tokenizer(cfg, tokenizer)
     return Run(**vars(drawn), tokenizer=tokenizer, graders=graders)
@@ -92,7 +95,7 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     check_shapes(cfg, weights, mesh)
     algorithm, (trained, _) = find(cfg.algorithm_name), roles_of(cfg)
     epochs, minibatches = updates_of(cfg)
-    total = cfg.iterations * epochs * minibatches
+    total = cfg.length * epochs * minibatches
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
@@ -192,7 +195,7 @@ def find_tokenizer(cfg: Config):
     if cfg.tokenizer.train_vocab_size:
         tokenizer = train_tokenizer(cfg, cfg.tokenizer.train_vocab_size)
     else:
-        tokenizer = tokenizers.load_tokenizer(tokenizer_folder(cfg))
+        tokenizer = tokenizers.load_tokenizer(os.fspath(located(tokenizer_of, *tokenizer_origin(cfg))))
     if cfg.data.chat is not None:
         chat.apply_config(tokenizer, cfg.data.chat, adds_bos=bool(tokenizers.leading_ids(tokenizer)))
     return tokenizer
@@ -213,15 +216,21 @@ def train_tokenizer(cfg: Config, vocab_size: int):
     """Byte-level BPE on all text of the demonstrations."""
     if cfg.data.demonstrations is None:
         raise ConfigError("tokenizer.train_vocab_size: needs data.demonstrations to train on")
+    where, data = "data.demonstrations", cfg.data
     source = open_source(
-        cfg.data.demonstrations, "demonstrations", cache_dir=cfg.data.cache_dir, skip_bad=cfg.data.skip_bad
+        cfg.data.demonstrations,
+        "demonstrations",
+        cache_dir=data.cache_dir,
+        skip_bad=data.skip_bad,
+        path_in_config=where,
     )
     texts = map(tokenizers.text_of, source.usable(cfg.data.skip_bad))
     return tokenizers.train_bpe(texts, vocab_size, chat.markers(cfg.data.chat))
 
 
-def tokenizer_folder(cfg: Config) -> str:
-    """Where the tokenizer is read from: tokenizer.init_from, else where the policy or the reward model starts."""
+def tokenizer_origin(cfg: Config) -> tuple[str, str]:
+    """(what names the tokenizer, the section that says so): tokenizer.init_from, else where the policy or the reward
+    model starts."""
     named, where = cfg.tokenizer.init_from, "tokenizer"
     if named is None:
         roles = [role for role in ("policy", "reward", *cfg.models) if role in cfg.models]
@@ -230,7 +239,7 @@ def tokenizer_folder(cfg: Config) -> str:
         where = f"models.{role}"
     if named is None:
         raise ConfigError("tokenizer: no model starts from files; expected tokenizer.init_from or .train_vocab_size")
-    return os.fspath(located(tokenizer_of, named, where))
+    return named, where
 
 
 def located(find, named: str, where: str):

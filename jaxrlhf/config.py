@@ -100,7 +100,8 @@ class Config:
     """One run."""
 
     run_dir: str  # where everything that the run writes goes; may be gs://
-    iterations: int  # updates of sft and rm; rounds of sampling and updates on policy
+    iterations: int | None = None  # updates of sft, rm and dpo; on policy rounds of sampling and updates; or epochs
+    epochs: float | None = None  # in place of iterations: passes over the rows of the training data
     seed: int = 0  # of weights, data order and sampling
     algorithm_name: str  # algorithm.name in YAML: a name of the table, or "package.module:NAME" of an Algorithm
     algorithm: Any  # the config of that algorithm
@@ -122,6 +123,12 @@ class Config:
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     profile: str | None = None  # "10:13": steps 10, 11 and 12 are traced into RUN_DIR/profile, for perfetto
+
+    @property
+    def length(self) -> int:
+        """The iterations of the run, where its epochs have been counted."""
+        assert self.iterations is not None, "epochs have not been counted"
+        return self.iterations
 
     def optimizer_of(self, role: Role) -> OptimizerConfig:
         """The role's own row of ``optimizer``, else the row "default", else the defaults."""
@@ -193,12 +200,23 @@ def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, 
     hidden = {key: value for key, value in tree.items() if key == "algorithm_name"}
     wrong += [((key,), f"unknown key (value {show(value)}); nearest: algorithm.name") for key, value in hidden.items()]
     cfg, more = read_record(Config, {**tree, "algorithm_name": name, "algorithm": None}, ())
+    more += length_problems(tree)
     if wrong or more:
         raise fail(wrong + more)
     cfg = with_default_roles(dataclasses.replace(cfg, algorithm=chosen))
     if outside := [*range_problems(cfg)]:
         raise fail(outside)
     return cfg
+
+
+def length_problems(tree: Mapping[str, Any]) -> list[tuple[tuple, str]]:
+    """How long a run is, is said once."""
+    iterations, epochs = tree.get("iterations"), tree.get("epochs")
+    if iterations is None and epochs is None:
+        return [(("iterations",), "missing; expected an integer, or epochs")]
+    if iterations is not None and epochs is not None:
+        return [(("epochs",), f"{show(epochs)}: iterations: {show(iterations)} is given too; expected one of them")]
+    return []
 
 
 def read_record(cls: type, section: Any, keys: tuple[str, ...]) -> tuple[Any, list[tuple[tuple, str]]]:

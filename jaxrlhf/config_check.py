@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxrlhf.config import Config, find_algorithm, roles_of
-from jaxrlhf.config_batch import ROWS_KEY, divisors, fields_read, longest_row, rows_of, updates_of
+from jaxrlhf.config_batch import KIND_OF, ROWS_KEY, divisors, fields_read, longest_row, rows_of, updates_of
 from jaxrlhf.config_errors import ConfigError, show, suggest
 from jaxrlhf.config_types import hints
 from jaxrlhf.data.chat import check_config
@@ -18,7 +18,6 @@ from jaxrlhf.types import Role
 ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q")
 # what of a model some mesh axes must divide; heads need not be
 SPLIT = {"mlp_size": ("decode", "tensor"), "hidden_size": ("fsdp", "decode")}
-SECTION_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # Batch -> data
 
 
 def check(cfg: Config, num_devices: int, source: str = "config", place: str = "here") -> None:
@@ -217,8 +216,8 @@ def profile_problems(cfg: Config) -> Iterator[str]:
     except ValueError as error:
         yield f"profile: {show(cfg.profile)}: {error}"
         return
-    if steps and steps[-1] > cfg.iterations:
-        last = cfg.iterations
+    last = cfg.iterations
+    if steps and last is not None and steps[-1] > last:
         nearest = f"{min(steps[0], last)}:{last + 1}"
         yield f"profile: {show(cfg.profile)}: the run has {last} iterations; nearest: {show(nearest)}"
     if steps and not is_local(cfg.run_dir):
@@ -287,7 +286,7 @@ def divided(cfg: Config, fields: Sequence[str], parts: int, shards: int, over: s
 
 def sections_read(cfg: Config) -> list[str]:
     """The sections of ``data`` that hold them."""
-    return [SECTION_OF.get(field, field) for field in fields_read(cfg)]
+    return [KIND_OF.get(field, field) for field in fields_read(cfg)]
 
 
 def architectures(cfg: Config) -> list[tuple[Role, ModelConfig]]:

@@ -13,6 +13,10 @@ from jaxrlhf.config_reference import field_comments
 from jaxrlhf.config_types import records
 
 RULES = ConfigDict(extra="forbid", strict=True)
+BOTH_LENGTHS = {
+    "required": ["iterations", "epochs"],
+    "properties": {"iterations": {"type": "integer"}, "epochs": {"type": "number"}},
+}
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -36,6 +40,7 @@ def schema() -> dict[str, Any]:
     del whole["properties"]["algorithm_name"]
     whole["properties"]["algorithm"] = choice_of_algorithm()
     whole["required"] = [key for key in whole["required"] if key != "algorithm_name"]
+    whole |= {"anyOf": [{"required": ["iterations"]}, {"required": ["epochs"]}], "not": BOTH_LENGTHS}
     return {"$schema": DIALECT} | whole | {"title": "A run of jaxrlhf", "$defs": defs}
 
 

@@ -6,10 +6,10 @@ import jax
 
 from jaxrlhf import distributed
 from jaxrlhf.build import Run
-from jaxrlhf.config_batch import ROWS_KEY
+from jaxrlhf.config_batch import KIND_OF, ROWS_KEY
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.evaluate_policy import PolicyEvaluation
-from jaxrlhf.feed import KIND_OF, counts_of, held_out, put
+from jaxrlhf.feed import counts_of, held_out, put
 from jaxrlhf.step import make_measure
 from jaxrlhf.types import Mean, TrainState
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxrlhf import distributed
 from jaxrlhf.build import Run
 from jaxrlhf.config import Config
-from jaxrlhf.config_batch import ROWS_KEY, fields_read
+from jaxrlhf.config_batch import KIND_OF, ROWS_KEY, fields_read
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.summary import Summary
@@ -19,7 +19,6 @@ from jaxrlhf.sharding import batch_shards, row_layout
 from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
 
 Rows = TypeVar("Rows")
-KIND_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}  # field of Batch -> kind
 STREAMS: dict[str, Callable[..., batches.Stream]] = {
     "prompts": batches.prompt_stream,
     "demonstrations": batches.demonstration_stream,
@@ -65,6 +64,10 @@ class Feed:
         """A batch (of shapes with layouts, global rows) for every shape that can come."""
         margins = any(stream.margins for stream in self.streams.values())
         return batch_shapes(self.ready.cfg, self.ready.mesh, margins)
+
+    def rows(self) -> int:
+        """Rows of an epoch: of the source whose passes are counted."""
+        return next(iter(self.streams.values())).rows
 
     def counts(self) -> dict[str, float]:
         """What was left out of the data, as metrics: data/prompts_dropped, ..."""

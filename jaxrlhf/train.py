@@ -17,6 +17,7 @@ from jaxrlhf.config import Config, dump, trunks_of, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError, suggest
+from jaxrlhf.epochs import describe_epochs
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, describe_data, put, training_prompts
 from jaxrlhf.log.metrics import MetricsLog
@@ -71,23 +72,27 @@ def train(cfg: Config, raw: str, stop: Stop) -> str:
     start = checkpoint.latest_step(run_dir) or 0
     changes = changes_since_saved(cfg)
     distributed.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
-    if start >= cfg.iterations:
-        if main:
-            print(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= to go on")
-            print("\n".join(announce.next_steps(cfg)))
+    if all_done(cfg, start):
         return DONE
     use_compilation_cache()
-    progress = open_progress(cfg.iterations, start, cfg.log.every) if main else silent()
+    progress = open_progress(cfg.iterations or 0, start, cfg.log.every) if main else silent()
     with contextlib.closing(progress):
         with progress.doing("loading"):
             ready = build(cfg)
+        if cfg.epochs is not None:  # counted by now
+            cfg = ready.cfg
+            check(cfg, jax.device_count())
+            changes = changes_since_saved(cfg)
+            progress.expect(cfg.length)
+            if all_done(cfg, start):
+                return DONE
         distributed.on_main(lambda: write_config(run_dir, cfg, raw))
         distributed.agree(f"run_dir: {cfg.run_dir}: config.yaml", str((run_dir / "config.yaml").exists()), SHARED)
         keep, best, mode = cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode
         saved = checkpoint.Checkpoints(run_dir, keep, best, mode, background=cfg.checkpoint.background)
         with (
             current(ready.mesh),
-            MetricsLog(cfg.run_dir, cfg.log, cfg.iterations, start, lock=lock, main=main, progress=progress) as log,
+            MetricsLog(cfg.run_dir, cfg.log, cfg.length, start, lock=lock, main=main, progress=progress) as log,
             distributed.naming_the_dead(patience),
         ):
             log.say(announce.opening(ready, start))
@@ -98,6 +103,15 @@ def train(cfg: Config, raw: str, stop: Stop) -> str:
             with log.doing("loading"):
                 trainer = Trainer(ready, saved, log, stop)
             return trainer.run(start)
+
+
+def all_done(cfg: Config, start: int) -> bool:
+    """Whether no iteration is left, which is said; False where epochs have to be counted first."""
+    done = cfg.iterations is not None and start >= cfg.iterations
+    if done and distributed.is_main():
+        print(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= (or epochs=) to go on")
+        print("\n".join(announce.next_steps(cfg)))
+    return done
 
 
 def write_config(run_dir: epath.Path, cfg: Config, raw: str) -> None:
@@ -150,7 +164,8 @@ class Trainer:
         sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts)
         with self.log.doing("loading"):
             rows = self.describe_rows()
-        lines = [*describe_data(self.ready), *rows, describe_batch(cfg, parts), *sharing, *passed_over]
+        lines = [*describe_data(self.ready), *rows, describe_epochs(cfg, self.feed.rows())]
+        lines += [describe_batch(cfg, parts), *sharing, *passed_over]
         self.log.say("\n".join(lines))
         with self.log.doing("loading"):
             state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
@@ -162,7 +177,7 @@ class Trainer:
             platform.fill_holes()
             self.save_at_signals()
             step = self.loop(state, start, programs)
-        if step < cfg.iterations:
+        if step < cfg.length:
             name = self.stop.asked or "SIGTERM"  # of another process
             self.log.say(f"{name}: stopped at step {step}; the same command goes on from there")
             return outcome(self.stop)
@@ -182,7 +197,7 @@ class Trainer:
         """Iterations up to the last one, or to a signal: the step that it came to, which is saved."""
         cfg, step = self.cfg, start
         self.last_time = time.perf_counter()
-        while step < cfg.iterations and not self.asked_to_stop():
+        while step < cfg.length and not self.asked_to_stop():
             position = self.feed.get_state()
             host, records = self.feed.next()
             batch = put(self.ready.mesh, host)
@@ -196,7 +211,7 @@ class Trainer:
             step += 1
             self.pending = Finished(step, metrics, sequences if self.samples_due(step) else None)
             self.profiler.after(step, self.flush)
-            last = step == cfg.iterations
+            last = step == cfg.length
             if last:
                 self.flush()
                 with self.log.doing("normalizing"):

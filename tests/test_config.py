@@ -203,7 +203,8 @@ def test_an_unknown_key_names_file_key_value_and_the_nearest(ppo):
         ("data.prompt_buckets=[16, x]", 'data.prompt_buckets.1: "x": expected an integer'),
         ("data.prompt_buckets=16", "data.prompt_buckets: 16: expected a list"),
         ("generate=", "generate: null: expected a section of key: value lines"),
-        ("iterations=", "iterations: null: expected an integer"),
+        ("iterations=", "iterations: missing; expected an integer, or epochs"),
+        ("epochs=2", "epochs: 2: iterations: 10 is given too; expected one of them"),
         ("models.policy.architecture={rope_scaling: {}}", "models.policy.architecture.rope_scaling.kind: missing; "),
         ("run_dir.a.b=1", 'run_dir.a.b: run_dir holds "runs/ppo", which is not a section'),
         ("seed", "seed: expected key=value"),
@@ -269,7 +270,7 @@ def test_missing_keys_are_named(tmp_path):
     path.write_text("algorithm: {name: sft}")
     assert mistakes(path) == [
         f"{path}: run_dir: missing; expected text",
-        f"{path}: iterations: missing; expected integer",
+        f"{path}: iterations: missing; expected an integer, or epochs",
     ]
     path.write_text("")
     assert (

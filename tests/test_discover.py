@@ -171,6 +171,14 @@ def test_every_metric_in_the_source_is_in_the_table():
         assert find_metric("score/mean" if name in ("reward/mean", "reward/std") else name), name
 
 
+@pytest.mark.parametrize("length, fits", [({"epochs": 2.5}, True), ({"epochs": 0}, False), ({}, False)], ids=str)
+def test_a_run_is_as_long_as_iterations_or_epochs_say(length, fits, validator):
+    rest = {key: value for key, value in GOOD.items() if key != "iterations"}
+    assert validator.is_valid(rest | length) == fits
+    assert validator.is_valid(GOOD | length) == (not length)
+    assert validator.is_valid(rest | {"epochs": 1, "iterations": None})
+
+
 @pytest.mark.parametrize("name", sorted(ALGORITHMS))
 def test_a_run_of_each_method_writes_only_metrics_of_the_table(name, root):
     runs.whole(root)

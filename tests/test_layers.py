@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference", "config_schema"), 5),
     **dict.fromkeys(
-        ("build", "questions", "feed", "programs", "score", "normalize", "complete", "announce", "train"), 6
+        ("build", "epochs", "questions", "feed", "programs", "score", "normalize", "complete", "announce", "train"), 6
     ),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
     **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight"), 6),

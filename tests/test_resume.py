@@ -132,7 +132,7 @@ def test_a_resumed_run_says_what_changed_since(root):
 def test_a_finished_run_is_left_alone(root):
     _, _, third, _ = runs.parts(root)
     for name in ("sft", "rm"):
-        assert f"parts/{name}: all 4 iterations are done; raise iterations= to go on\n" in third.outputs[0]
+        assert f"parts/{name}: all 4 iterations are done; raise iterations= (or epochs=) to go on\n" in third.outputs[0]
         before, after = (
             {path.relative_to(side): path.stat().st_mtime_ns for path in side.rglob("*") if path.is_file()}
             for side in (root / "parts-2" / name, root / "parts" / name)

@@ -64,6 +64,7 @@ class Stream(Iterator[HostBatch]):
         import grain
 
         self.summary = layout.summary()
+        self.rows = len(layout.units)  # of an epoch
         self.margins = layout.examples.margins  # whether preferences say by how much
         self._where = where
         self._order = _hash(layout.kind, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash())
@@ -151,6 +152,21 @@ def prompt_stream(
     holds the longest prompt of the *global* batch, and sample_id is the row in it."""
     layout = _layout("prompts", source, tokenizer, cfg, rows, share, None, where)
     return Stream(layout, seed, where)
+
+
+def count_rows(
+    kind: str,
+    source: Source,
+    tokenizer: Any,
+    cfg: DataConfig,
+    *,
+    seed: int,
+    eos: Sequence[int] | None = None,
+    where: str,
+) -> int:
+    """Rows of an epoch of the stream that these make: records that are kept, or what they are packed into."""
+    layout = _layout(kind, source, tokenizer, cfg, 1, WHOLE, None if kind == "prompts" else eos, where)
+    return len((layout.packed(seed) if kind == "demonstrations" and cfg.pack else layout).units)
 
 
 def held_out_batches(

@@ -94,6 +94,10 @@ class Lines:
         self.console, self.total, self.every = console, total, every
         self.pace = Pace(total)
 
+    def expect(self, total: int) -> None:
+        """The number of iterations, where it was 0 (not known) so far."""
+        self.total = self.pace.total = total
+
     def doing(self, state: str) -> contextlib.AbstractContextManager:
         """What goes on while this is open, between iterations."""
         return contextlib.nullcontext()
@@ -160,7 +164,7 @@ class Bar(Lines):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = options.max_width - MARGIN
         width = options.max_width // 6 if options.max_width >= 60 else 0
-        parts = [f"step {self.step}/{self.total}", self.pace.left(time.monotonic())]
+        parts = [f"step {self.step}/{self.total or '?'}", self.pace.left(time.monotonic())]
         parts += [self.state] if self.state else self.numbers
         line = ""
         for part in filter(None, parts):

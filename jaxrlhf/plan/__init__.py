@@ -16,6 +16,7 @@ from jaxrlhf.feed import batch_shapes
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.compiled import Compiled, TooBig, compile_for
 from jaxrlhf.plan.cost import Timed, phases, timed
+from jaxrlhf.plan.length import with_length
 from jaxrlhf.plan.memory import Memory, estimate
 from jaxrlhf.plan.search import Candidate, candidates, setup_of
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     programs: list[Compiled] | TooBig | None  # None: not compiled
     phases: list[Timed]
     advice: Advice | None  # where it does not fit
+    uncounted: str = ""  # why the length of the run is not known
 
     @property
     def available(self) -> float:
@@ -68,9 +70,14 @@ class Plan(NamedTuple):
     def seconds(self) -> float:
         return sum(phase.seconds for phase in self.phases)
 
-    def run_seconds(self, reached: float) -> float:
-        """Of all iterations, where they reach this share of their bound; evaluation, saving and compiling left out."""
-        return self.cfg.iterations * self.seconds / reached
+    def run_seconds(self, reached: float) -> float | None:
+        """Of all iterations, where they reach this share of their bound; evaluation, saving and compiling left out.
+        None where the run's length is not known."""
+        return None if self.uncounted else self.cfg.length * self.seconds / reached
+
+    def run_chip_hours(self, reached: float) -> float | None:
+        seconds = self.run_seconds(reached)
+        return None if seconds is None else seconds / 3600 * self.slice.chips
 
     @property
     def mfu(self) -> float:
@@ -87,6 +94,7 @@ def plan(
     Raises ConfigError, in one line, for a wrong topology, mesh or batch, and where a model's shape is not known."""
     where = find_slice(topology, slices)
     check(cfg, len(where.devices), source, "in the slice" if slices == 1 else f"in the {slices} slices")
+    cfg, uncounted = with_length(cfg)
     drawn, sources = blueprint(cfg, make_mesh(cfg.mesh, where.devices), configs_by_run(others))
     batch = largest_batch(drawn)
     passes = passes_of(drawn, batch)
@@ -104,6 +112,7 @@ def plan(
         programs=compile_largest(drawn) if compiling else None,
         phases=counted,
         advice=None,
+        uncounted=uncounted,
     )
     if made.fits:
         return made

@@ -35,7 +35,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         ],
         "seconds": plan.seconds,
         "run_seconds": [plan.run_seconds(high), plan.run_seconds(low)],
-        "run_chip_hours": [plan.run_seconds(share) / 3600 * plan.slice.chips for share in (high, low)],
+        "run_chip_hours": [plan.run_chip_hours(high), plan.run_chip_hours(low)],
+        "iterations": None if plan.uncounted else plan.cfg.length,
         "mfu": plan.mfu,
         "published_steps_reach": [low, high],
         "advice": plan.advice and plan.advice.candidate.overrides,
@@ -134,11 +135,14 @@ def speed(plan: Plan) -> str:
 
 def whole_run(plan: Plan) -> str:
     """How long the run takes, and what it costs in chip-hours."""
+    if plan.uncounted:
+        return f"the run: {plan.uncounted}; iterations=N (and epochs=null) says how long it takes"
     low, high = reached()
-    seconds, chips = [plan.run_seconds(share) for share in (high, low)], plan.slice.chips
+    length, chips = plan.cfg.length, plan.slice.chips
+    seconds = [length * plan.seconds / share for share in (high, low)]
     hours = span([duration(one) for one in seconds])
     cost = span([f"{one * chips / 3600:,.3g}" for one in seconds])
-    count = f"{plan.cfg.iterations:,} iteration{'s' if plan.cfg.iterations > 1 else ''}"
+    count = f"{length:,} iteration{'s' if length > 1 else ''}"
     return f"the run, {count} on {chips} chips: {hours}, {cost} chip-hours, without evaluation, saving and compiling"
 
 

@@ -1,0 +1,38 @@
+"""How many iterations the epochs of a config are, where that can be known without fetching anything."""
+
+import dataclasses
+import os
+import re
+
+from jaxrlhf import checkpoint
+from jaxrlhf.build import find_tokenizer, tokenizer_origin
+from jaxrlhf.config import Config
+from jaxrlhf.config_batch import KIND_OF, fields_read
+from jaxrlhf.data.tokenizer import eos_ids
+from jaxrlhf.epochs import with_iterations
+
+
+def with_length(cfg: Config) -> tuple[Config, str]:
+    """``cfg`` with its iterations, and ""; where its epochs can't be counted here with one iteration, and why."""
+    if cfg.epochs is None:
+        return cfg, ""
+    why = missing(cfg)
+    if not why:
+        try:
+            tokenizer = find_tokenizer(cfg)
+            return with_iterations(cfg, tokenizer, eos_ids(tokenizer)), ""
+        except ValueError as error:
+            why = str(error)
+    return dataclasses.replace(cfg, iterations=1, epochs=None), f"epochs: {cfg.epochs:g}: can't be counted here: {why}"
+
+
+def missing(cfg: Config) -> str:
+    """Which of the data and the tokenizer is not on this machine; "" where both are."""
+    where = KIND_OF[fields_read(cfg)[0]]
+    path = getattr(cfg.data, where).path
+    if path is None or re.match(r"\w+://", path):
+        return f"data.{where} is no local file"
+    named = None if cfg.tokenizer.train_vocab_size else tokenizer_origin(cfg)[0]
+    if named and not (os.path.isdir(os.path.expanduser(named)) or checkpoint.is_run(named)):
+        return f"the tokenizer of {named} is not here"
+    return ""
