@@ -29,8 +29,8 @@ class Responses(NamedTuple):
     ended: np.ndarray  # bool, by itself
     kl: np.ndarray | None  # f32, nats from the reference, of the sampled tokens
     scores: np.ndarray | None  # f32; NaN where the reward functions give none
-    grades: dict[str, np.ndarray]  # what each of several gives
     marks: np.ndarray | None  # f64: the judge's probability that the text is positive
+    grades: dict[str, np.ndarray] | None = None  # what each of several functions gives; None: no function scores
 
 
 class PolicyEvaluation:
@@ -95,7 +95,7 @@ class PolicyEvaluation:
         rows = columns.pop("rows")
         arrays: dict[str, Any] = {name: np.concatenate(parts) if parts else None for name, parts in columns.items()}
         each = {name: np.concatenate(parts) for name, parts in grades.items()}
-        return Responses(rows=rows, grades=each, marks=self.marks(rows), **arrays)
+        return Responses(rows=rows, marks=self.marks(rows), grades=each if self.ready.graders else None, **arrays)
 
     def marks(self, rows: list[dict[str, Any]]) -> np.ndarray | None:
         """What the judge thinks of prompt + response. It is trained when it is first asked."""
@@ -109,7 +109,7 @@ class PolicyEvaluation:
         """Means over the prompts. win_rate/...: the share of prompts whose response beats the reference's, by the
         reward and by the judge; a tie is half a win. Where functions score, a response without a score counts for the
         judge alone."""
-        on_host = self.ready.graders is not None and responses.scores is not None
+        on_host = responses.grades is not None and responses.scores is not None
         known = ~np.isnan(responses.scores) if on_host else np.ones(len(responses.lengths), bool)
         found = {"response/length_mean": mean(responses.lengths[known]), "response/ended": mean(responses.ended[known])}
         if responses.kl is not None:
@@ -121,7 +121,7 @@ class PolicyEvaluation:
                 found |= {f"{name}/mean": mean(values), f"{name}/std": spread}
         if on_host:
             found["score/unscorable"] = (~known).sum()
-        for name, grade in responses.grades.items():
+        for name, grade in (responses.grades or {}).items():
             found[f"score/{name}"] = mean(grade[known & ~np.isnan(grade)])
             found[f"score/unscorable/{name}"] = np.isnan(grade).sum()
         if self.before is not None:
