@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxrlhf.models.gguf_tokenizer import write_tokenizer
+from jaxrlhf.models.gguf_tokenizer import ending_ids, write_tokenizer
 
 PREFIX = "gguf:"
 RECORD = "gguf.json"
-FORMAT = 1  # of what unpack writes; raise it when the same file would give another folder
+FORMAT = 2  # of what unpack writes; raise it when the same file would give another folder
 ROWS = 1024  # dequantised at once
 
 # a tensor of the file -> the same in a Hugging Face folder
@@ -77,6 +77,8 @@ def write_folder(path: str, folder: epath.Path) -> None:
     kind = metadata.get("general.architecture")
     if kind != "llama":
         raise ValueError(f"{where}: general.architecture: {kind!r} is not supported; expected 'llama'")
+    if metadata.get("split.count", 1) > 1 or re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path):
+        raise ValueError(f"{where}: is one part of several; expected one file: llama-gguf-split --merge makes it")
     places, factors = {}, None
     for tensor in tensors:
         if tensor.name == ROPE_FACTORS:
@@ -87,7 +89,7 @@ def write_folder(path: str, folder: epath.Path) -> None:
     write_tokenizer(metadata, folder, where)
     write = lambda name, value: (folder / name).write_text(json.dumps(value, indent=1) + "\n")
     write(RECORD, {"file": path, "tensors": places})
-    write("generation_config.json", {"eos_token_id": metadata["tokenizer.ggml.eos_token_id"]})
+    write("generation_config.json", {"eos_token_id": ending_ids(metadata, where)})
     write("config.json", config)
 
 

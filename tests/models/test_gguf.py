@@ -208,7 +208,7 @@ def test_llama3_rope_factors(tmp_path):
         ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type: 'yarn' is not supported; expected none or linear"),
         ({"rope.dimension_count": 16}, "llama.rope.dimension_count: expected the size of a head, 32"),
         ({"leave_out": ("block_count",)}, "llama.block_count: is missing"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre: 'tekken' is not supported; expected one of smollm"),
+        ({"pre": "superbpe"}, "tokenizer.ggml.pre: 'superbpe' is not supported; expected one of a.x-4.0"),
     ],
 )
 def test_refusals(tmp_path, options, message):
@@ -217,6 +217,12 @@ def test_refusals(tmp_path, options, message):
         hf_folder.locate(name)
     assert "\n" not in str(caught.value) and str(tmp_path / "m.gguf") in str(caught.value)
     assert not list(Path(tmp_path / "home" / ".cache" / "jaxrlhf" / "models").iterdir())  # nothing half-made
+
+
+def test_a_part_of_several_files(tmp_path):
+    name = write(tmp_path / "m-00001-of-00002.gguf", arrays())
+    with pytest.raises(ValueError, match=r"is one part of several; expected one file"):
+        hf_folder.locate(name)
 
 
 def test_a_tensor_too_many_or_too_few(tmp_path):
