@@ -264,7 +264,7 @@ def test_byte_level_tokenizer(tmp_path):
     assert (here.eos_token_id, here.bos_token_id) == (1, 2)
     assert here.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
     generation = hf_folder.read_json(folder, "generation_config.json")
-    assert generation == {"eos_token_id": 1}
+    assert generation == {"eos_token_id": [1]}
 
 
 def test_cuts(tmp_path):
