@@ -21,6 +21,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.distributed import agree, is_main
 from jaxrlhf.epochs import with_iterations
+from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
 from jaxrlhf.models.config import ModelConfig, resolve, row_limit
 from jaxrlhf.models.kernels import choose, hardware_of, passed_over
@@ -180,7 +181,7 @@ def find_eos(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int,
 def generation_config(start: Weights) -> dict | None:
     """What a model's folder says of the ends of responses; of a run, the EOS tokens that it was trained with."""
     if start.kind == "run":
-        return {"eos_token_id": checkpoint.read_extra(start.path)[1].get("eos_ids")}
+        return {"eos_token_id": checkpoint.read_extra(start.path, start.step)[1].get("eos_ids")}
     return {"eos_token_id": tokenizers.folder_eos(start.path)} if start.path else None
 
 
@@ -252,7 +253,20 @@ def located(find, named: str, where: str):
 
 def tokenizer_of(named: str):
     """The folder with the tokenizer of a run, a HF folder or a hub name."""
-    return epath.Path(named) / "tokenizer" if checkpoint.is_run(named) else hf_folder.locate(named)
+    run_dir, step = split_step(named)
+    if not checkpoint.is_run(named):
+        return hf_folder.locate(named)
+    if step:
+        find_step(named)
+    return epath.Path(run_dir) / "tokenizer"
+
+
+def find_step(named: str) -> int:
+    """The step that the run ``named`` says (RUN, RUN@best, RUN@40). Raises ValueError, as hf_folder.locate says it."""
+    try:
+        return checkpoint.find_step(named)
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from None
 
 
 def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> None:
@@ -347,10 +361,11 @@ def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
         return Weights("new", None, shape, "lm")
     path = start.init_from or ""
     if checkpoint.is_run(path):
-        step, extra = checkpoint.read_extra(path)
+        step, extra = checkpoint.read_extra(path, located(find_step, path, f"models.{base_role(cfg, role)}"))
         named = next(name for name, model in cfg.models.items() if model is start)
         there = checkpoint.find_role(extra["models"], named)
-        return Weights("run", path, *checkpoint.model_of(extra["models"][there]), step, there)
+        run_dir, _ = split_step(path)
+        return Weights("run", run_dir, *checkpoint.model_of(extra["models"][there]), step, there)
     folder = os.fspath(located(hf_folder.locate, path, f"models.{base_role(cfg, role)}"))
     return Weights("hf", folder, *hf_config.read_config(folder))
 
@@ -381,7 +396,7 @@ def read_weights(run: Run, role: Role) -> Params:
     if head == "bare" and found.head == "lm":  # there is nothing to read
         return state.scalar_head(found.config, key, run.dtype, zero)
     if found.kind == "run":
-        models = checkpoint.read_extra(found.path)[1]["models"]
+        models = checkpoint.read_extra(found.path, found.step)[1]["models"]
         params = checkpoint.restore_model(found.path, found.step, models, found.role, run.dtype, run.mesh)
     else:
         params = hf.load(found.path or "", found.config, found.head, run.dtype)

@@ -4,6 +4,7 @@ Each role is an item of its own, so that another run can take one role and read 
 """
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -12,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import yaml
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models import hf, hf_config
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
@@ -129,9 +132,10 @@ def assemble(abstract: TrainState, items) -> TrainState:
 # ---- what other runs take from a run ------------------------------------------------------------------------------
 
 
-def is_run(path) -> bool:
-    """Whether ``path`` is a run directory with at least one checkpoint."""
-    return (epath.Path(path) / "config.yaml").exists() and directory(path).exists()
+def is_run(name) -> bool:
+    """Whether ``name`` (RUN, RUN@best, RUN@40) is a run directory with at least one checkpoint."""
+    run_dir, _ = split_step(name)
+    return (epath.Path(run_dir) / "config.yaml").exists() and directory(run_dir).exists()
 
 
 def models_record(configs: dict[Role, ModelConfig], heads: dict[Role, Head], trunks: dict[Role, Role]) -> dict:
@@ -156,18 +160,63 @@ def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
+def steps_of(run_dir) -> list[int]:
+    """The steps of a run's whole checkpoints, ascending."""
+    there = directory(run_dir)
+    return sorted(ocp.utils.checkpoint_steps(there)) if there.exists() else []
+
+
 def latest_step(run_dir) -> int | None:
     """The newest whole checkpoint of a run, or None."""
-    there = directory(run_dir)
-    return max(ocp.utils.checkpoint_steps(there), default=None) if there.exists() else None
+    return max(steps_of(run_dir), default=None)
 
 
-def read_extra(run_dir) -> tuple[int, dict]:
-    """(latest step, its JSON) of a run. Raises FileNotFoundError, in one line, where it has no checkpoint."""
-    step = latest_step(run_dir)
-    if step is None:
+def best_step(run_dir) -> tuple[int, str] | None:
+    """(step, metric) of the best checkpoint by checkpoint.best of the run's config; None where none was measured."""
+    config = epath.Path(run_dir) / "config.yaml"
+    tree = yaml.safe_load(config.read_text()) if config.exists() else None
+    wanted = tree.get("checkpoint") or {} if isinstance(tree, dict) else {}
+    found = []
+    for step in steps_of(run_dir) if wanted.get("best") else []:
+        file = directory(run_dir) / str(step) / "metrics" / "metrics"
+        value = json.loads(file.read_text()).get(wanted["best"]) if file.exists() else None
+        if value is not None and math.isfinite(value):
+            found.append((-value if wanted.get("mode") == "min" else value, step))
+    return (max(found)[1], wanted["best"]) if found else None
+
+
+def find_step(name) -> int:
+    """The step that ``name`` says: of RUN the latest, of RUN@best and RUN@40 that one.
+
+    Raises FileNotFoundError where the run has no checkpoint, ValueError, with the steps there are, where it has not
+    this one."""
+    run_dir, wanted = split_step(name)
+    steps = steps_of(run_dir)
+    if not steps:
         raise FileNotFoundError(f"{run_dir}: no checkpoint in it; a run saves one every checkpoint.every iterations")
-    path = directory(run_dir) / str(step) / EXTRA
+    if not wanted:
+        return steps[-1]
+    best = best_step(run_dir)
+    if wanted == "best" and best:
+        return best[0]
+    if wanted.isdecimal() and int(wanted) in steps:
+        return int(wanted)
+    there = f"{run_dir} has: {', '.join(map(str, steps))}" + (f"; best: {best[0]} by {best[1]}" if best else "")
+    if wanted == "best":
+        raise ValueError(f"{name}: no step of it was measured by checkpoint.best of its config; {there}")
+    raise ValueError(f"{name}: no step {wanted}; {there}")
+
+
+def describe_step(run_dir, step: int) -> str:
+    """Which step it is, in words, and whether it is the best one."""
+    best = best_step(run_dir)
+    return f"step {step}, the best by {best[1]}" if best and best[0] == step else f"step {step}"
+
+
+def read_extra(name, step: int | None = None) -> tuple[int, dict]:
+    """(step, its JSON) of a run: the step that ``name`` says, or this one. Raises as ``find_step``."""
+    step = find_step(name) if step is None else step
+    path = directory(split_step(name)[0]) / str(step) / EXTRA
     return step, ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)
 
 
@@ -202,11 +251,11 @@ def token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None) -> hf
     return hf_config.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
 
 
-def export(run_dir, role: Role, to) -> None:
-    """Write one role of a run's latest checkpoint as a HF folder, tokenizer included.
+def export(name, role: Role, to) -> str:
+    """Write one role of a run (RUN, RUN@best, RUN@40) as a HF folder, tokenizer included; which step it was, in words.
 
-    Raises FileNotFoundError for a run without checkpoints, ValueError for a role that it does not have."""
-    step, extra = read_extra(run_dir)
+    Raises FileNotFoundError for a run without checkpoints, ValueError for a step or a role that it does not have."""
+    (step, extra), (run_dir, _) = read_extra(name), split_step(name)
     if role not in extra["models"]:
         raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")
     cfg, head = model_of(extra["models"][role])
@@ -217,3 +266,4 @@ def export(run_dir, role: Role, to) -> None:
     with jax.set_mesh(mesh):
         params = restore_model(run_dir, step, extra["models"], role, dtype, mesh)
         hf.save(params, cfg, head, to, extra["dtype"], ids=ids, tokenizer_folder=folder)
+    return describe_step(run_dir, step)

@@ -31,7 +31,8 @@ app = typer.Typer(
 app.add_typer(cli_discover.config, name="config")
 app.add_typer(cli_discover.configs, name="configs")
 
-Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config).")]
+Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config): RUN, RUN@best or RUN@40.")]
+Step = Annotated[str, typer.Option(help="Which checkpoint of a run: a step, or best; by default the latest.")]
 
 
 Arguments = Annotated[
@@ -196,7 +197,7 @@ def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A run directory, a Hugging Face folder, gguf:FILE or a hub name.")],
+    model: Annotated[str, typer.Argument(help="A run, RUN@best, a Hugging Face folder, gguf:FILE or a hub name.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = 0,
@@ -204,6 +205,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    step: Step = "",
 ) -> None:
     """Sample a response to each prompt."""
     from jaxrlhf.config_ranges import check_ranges
@@ -211,6 +213,7 @@ def generate(
 
     cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     check_ranges(cfg, "command line")
+    model = name_step(model, step)
     set_flags()
     from jaxrlhf.complete import generate_text
 
@@ -224,9 +227,11 @@ def evaluate(
     judge: Annotated[bool, typer.Option(help="Ask a judge that training never saw.")] = True,
     samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+    step: Step = "",
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
+    run = name_step(run, step)
     set_flags()
     main = join()
     from jaxrlhf.evaluate_report import evaluate_run, print_report
@@ -242,12 +247,16 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="A run directory, or gguf:FILE.")],
+    run: Annotated[str, typer.Argument(help="A run directory (RUN, RUN@best, RUN@40), or gguf:FILE.")],
     to: Annotated[str, typer.Option(help="The folder to write.")],
     role: Annotated[str, typer.Option(help="Whose weights: policy, reward, value, ...")] = "policy",
+    step: Step = "",
+    force: Annotated[bool, typer.Option("--force", help="Write over what a folder holds, without asking.")] = False,
 ) -> None:
     """Write the weights of one role, or of a GGUF file, as a Hugging Face folder, which transformers loads."""
+    name = name_step(run, step)
     if run.startswith("gguf:"):
+        need_room(to, force)
         from jaxrlhf.complete import export_model
 
         export_model(run, to)
@@ -255,11 +264,13 @@ def export(
         return
     need_run(run)
     main = join()
+    from jaxrlhf import distributed
     from jaxrlhf.checkpoint import export as export_role
 
-    export_role(run, role, to)
+    distributed.on_main(lambda: need_room(to, force))
+    which = export_role(name, role, to)
     if main:
-        typer.echo(f"{role} of {run} written to {to}")
+        typer.echo(f"{role} of {run}, {which}, written to {to}")
 
 
 app.command()(cli_discover.metrics)  # after the commands that run something: help lists them in this order
@@ -277,13 +288,40 @@ def need_run(run: str) -> None:
     from etils import epath
 
     from jaxrlhf.config_errors import ConfigError, suggest
+    from jaxrlhf.log.run_dir import split_step
 
-    path = epath.Path(run)
+    path = epath.Path(split_step(run)[0])
     if not (path / "config.yaml").exists():
         runs = sorted(os.fspath(file.parent) for file in path.parent.glob("*/config.yaml"))
         raise ConfigError(
             f"{run}: no run directory (config.yaml is not in it){'; ' + suggest(run, runs) if runs else ''}"
         )
+
+
+def name_step(run: str, step: str) -> str:
+    """RUN@STEP where --step is given. Raises ValueError where that is no run."""
+    from jaxrlhf.log.run_dir import at_step
+
+    return at_step(run, step)
+
+
+def need_room(folder: str, force: bool) -> None:
+    """Raises ConfigError where ``folder`` holds something that is not to be written over; on a terminal it asks."""
+    from etils import epath
+
+    from jaxrlhf.config_errors import ConfigError
+
+    path = epath.Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"--to {folder}: a file; expected a folder")
+    held = sorted(file.name for file in path.iterdir()) if path.exists() else []
+    if not held or force:
+        return
+    what = f"--to {folder}: holds {held[0]}" + (f" and {len(held) - 1} more" if len(held) > 1 else "")
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError(f"{what}; expected a new folder, or --force to write over it")
+    if not typer.confirm(f"{what}. Write over it?", err=True):
+        raise ConfigError(f"--to {folder}: nothing was written")
 
 
 def join(cfg: Any = None) -> bool:

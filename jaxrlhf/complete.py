@@ -13,6 +13,7 @@ from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.data import encode
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feed import put
+from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models import hf, hf_config, hf_folder
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.kernels import hardware_of
@@ -32,17 +33,18 @@ class Model(NamedTuple):
 
 
 def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
-    """The policy of a run's latest checkpoint, or a HF model. ``mesh`` is the current one.
+    """The policy of a run (RUN, RUN@best, RUN@40), or a HF model. ``mesh`` is the current one.
 
     Raises ValueError, in one line, where there is no language model."""
+    found = checkpoint.read_extra(name) if checkpoint.is_run(name) else None
     tokenizer = tokenizers.load_tokenizer(str(tokenizer_of(name)))
-    if checkpoint.is_run(name):
-        step, extra = checkpoint.read_extra(name)
+    if found:
+        step, extra = found
         role = checkpoint.find_role(extra["models"], "policy")
         cfg, head = checkpoint.model_of(extra["models"][role])
         if head != "lm":
             raise ValueError(f"{name}: holds a {role} model with a {head} head, which can't write; expected a policy")
-        params = checkpoint.restore_model(name, step, extra["models"], role, dtype, mesh)
+        params = checkpoint.restore_model(split_step(name)[0], step, extra["models"], role, dtype, mesh)
         ids = checkpoint.token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
         trained = read_yaml(extra["config"], "config").get("data") or {}
         return Model(params, cfg, tokenizer, ids, trained.get("chat") is not None)

@@ -17,6 +17,7 @@ import yaml
 from etils import epath
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from jaxrlhf import outside
 from jaxrlhf.algorithms import ALGORITHMS, find
 from jaxrlhf.config_errors import ConfigError, dotted, explain, show, suggest
 from jaxrlhf.config_ranges import range_problems
@@ -39,7 +40,7 @@ from jaxrlhf.types import Algorithm, Head, Role
 class RoleConfig:
     """Where the weights of one role come from: init_from or architecture."""
 
-    init_from: str | None = None  # a Hugging Face folder, gguf:FILE, a hub name, a run, or another role (policy)
+    init_from: str | None = None  # a Hugging Face folder, gguf:FILE, a hub name, RUN, RUN@best, RUN@STEP, or a role
     architecture: ModelConfig | None = None  # random weights of this shape
     share_trunk: bool = False  # value: no model of its own but a head on the policy, whose pass serves both
     trunk_gradient: float = 0.1  # share_trunk: the policy learns from its loss + this x the value loss (vf_coef)
@@ -147,6 +148,8 @@ def load_all(paths: Sequence[os.PathLike | str], overrides: Sequence[str] = ()) 
     """The configs that one command runs in order. An override ``NAME:a.b.c=value`` is only for the config whose file
     stem or algorithm is NAME; a plain one is for each of them. Raises ConfigError."""
     sources = [os.fspath(path) for path in paths]
+    for source in sources:
+        outside.look_beside(source)
     trees = [read_yaml(read_file(source), source) for source in sources]
     edits = [split_override(text) for text in overrides]
     names = [{PurePath(source).stem, str(algorithm_name(tree))} for source, tree in zip(sources, trees)]
@@ -260,8 +263,8 @@ def find_algorithm(name: Any) -> Algorithm:
         return find(name)
     except KeyError:
         raise ConfigError(f"{name}: unknown algorithm; {suggest(name, names)}") from None
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}; expected package.module:NAME of an Algorithm") from None
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def with_default_roles(cfg: Config) -> Config:

@@ -43,6 +43,11 @@ class HeldOut:
         parts = [part.batches.summary for part in (self.measure, self.policy) if part]
         return [summary for summary in parts if summary]
 
+    def names(self, state: TrainState) -> list[str]:
+        """The metrics that ``run`` will give, of a state of arrays or of shapes; nothing is compiled."""
+        measured = self.measure.names(state) if self.measure else []
+        return measured + (self.policy.names() if self.policy else [])
+
 
 class Measure:
     """What an offline algorithm measures: its loss and its metrics on held-out data of the kind that it learns from."""
@@ -53,7 +58,8 @@ class Measure:
         rows = min(getattr(cfg.batch, ROWS_KEY[field]), cfg.eval.size)
         self.mesh = ready.mesh
         self.batches = held_out(ready, KIND_OF[field], cfg.eval.size, rows)
-        self.program = distributed.jit(make_measure(ready.recipe))
+        self.whole = make_measure(ready.recipe)
+        self.program = distributed.jit(self.whole)
 
     def run(self, state: TrainState) -> dict[str, float]:
         """Means over all held-out batches; nothing where the config names no such data."""
@@ -62,3 +68,8 @@ class Measure:
             means = jax.device_get(self.program(state, put(self.mesh, host.batch)))
             total = {name: total[name] + mean if name in total else mean for name, mean in means.items()}
         return {name: float(mean.total) / max(float(mean.count), 1e-8) for name, mean in total.items()}
+
+    def names(self, state: TrainState) -> list[str]:
+        """The metrics that ``run`` will give, of a state of arrays or of shapes."""
+        batches = [put(self.mesh, host.batch) for host in self.batches[:1]]
+        return [name for batch in batches for name in jax.eval_shape(self.whole, state, batch)]

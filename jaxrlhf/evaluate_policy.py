@@ -5,6 +5,7 @@ under the same sampling noise, one response each; the reward model (or the user'
 whose response is better.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import jax
@@ -134,6 +135,16 @@ class PolicyEvaluation:
                     both = ~(np.isnan(ours) | np.isnan(theirs)) if on_host else slice(None)
                     found[f"win_rate/{name}"] = win_rate(ours[both], theirs[both])
         return {name: float(value) for name, value in found.items()}
+
+    def names(self) -> list[str]:
+        """The metrics that an evaluation will give, by what it gives of made-up responses."""
+        numbers, roles, made = np.zeros(2), self.ready.heads, copy.copy(self)
+        scored = "reward" in roles or self.ready.reward_function is not None
+        known = {"kl": "reference" in roles, "scores": scored, "marks": self.asks_judge}
+        given: dict[str, Any] = {name: numbers if there else None for name, there in known.items()}
+        responses = Responses([], numbers, numbers > 0, **given)
+        made.before = responses if "reference" in roles else None
+        return [*made.metrics(responses)]
 
 
 def mean(values: np.ndarray) -> float:

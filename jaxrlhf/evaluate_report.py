@@ -17,17 +17,18 @@ from jaxrlhf.data.batches import HostBatch
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.evaluate import HeldOut
 from jaxrlhf.feed import fetch_all, held_out, put
+from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.sharding import current
 from jaxrlhf.types import TrainState
 
 
-def evaluate_run(run_dir: str, judge: bool = True, samples: int = 8) -> dict[str, Any]:
-    """A run's latest checkpoint on its held-out data, as JSON: ``after``; for a policy with a reference also ``before``
-    (the reference, under the same sampling noise) and ``samples`` of both; and ``reward_model``, what its reward model
-    gets right. ``judge``: whether the outside judge is asked, where the config has one.
+def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, Any]:
+    """A run (RUN: its latest checkpoint, RUN@best, RUN@40) on its held-out data, as JSON: ``after``; for a policy with
+    a reference also ``before`` (the reference, under the same sampling noise) and ``samples`` of both; and
+    ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
-    step, _ = checkpoint.read_extra(run_dir)
+    step, (run_dir, _) = checkpoint.find_step(name), split_step(name)
     cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
     ready = build(cfg)
     report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}

@@ -157,8 +157,14 @@ class Trainer:
         self.began, self.best = time.perf_counter(), None  # best: the step that checkpoint.best kept
 
     def run(self, start: int) -> str:
-        """From iteration ``start`` to the end, or to a signal."""
+        """From iteration ``start`` to the end, or to a signal.
+
+        Raises ConfigError, before anything is compiled, where checkpoint.best is none of the metrics."""
         cfg = self.cfg
+        if best := cfg.checkpoint.best:
+            names = sorted(f"eval/{name}" for name in self.evaluation.names(abstract_state(self.ready)))
+            if best not in names:
+                raise ConfigError(f"checkpoint.best: {best}: nothing that is evaluated; {suggest(best, names)}")
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
         parts = self.ready.recipe.num_micro
         sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts)
@@ -322,16 +328,12 @@ class Trainer:
         return self.cfg.log.samples > 0 and step % self.cfg.log.samples_every == 0
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Held-out metrics and samples, where the config names held-out data.
-
-        Raises ConfigError where checkpoint.best is none of the metrics."""
+        """Held-out metrics and samples, where the config names held-out data."""
         with self.log.doing("evaluating"):
             result = self.evaluation.run(state)
         if result is None:
             return
-        scores, best = {f"eval/{name}": value for name, value in result.metrics.items()}, self.cfg.checkpoint.best
-        if best and best not in scores:
-            raise ConfigError(f"checkpoint.best: {best}: nothing that is evaluated; {suggest(best, sorted(scores))}")
+        scores = {f"eval/{name}": value for name, value in result.metrics.items()}
         self.scores = step, scores
         self.log.write(step, scores)
         self.log.samples(step, result.samples[: self.cfg.eval.samples])

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf import checkpoint
 from jaxrlhf import state as states
 from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.log.run_dir import at_step, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -144,6 +145,57 @@ def test_the_best_is_remembered_by_the_next_process(tmp_path):
 def test_a_checkpoint_that_was_not_measured_is_not_the_best(tmp_path):
     save(tmp_path, range(1, 7), {2: 0.5, 4: 0.4}, keep=2, best="eval/score")
     assert steps_of(tmp_path) == [2, 5, 6]
+
+
+MEASURED = {1: 0.5, 2: 0.9, 3: 0.1, 4: 0.1, 5: 0.3}
+
+
+def measured(run: Path, mode: str, best: str | None = "eval/score") -> str:
+    """A run with five checkpoints, and what its config says of the best."""
+    save(run, range(1, 6), MEASURED, keep=5, best=best, mode=mode)
+    (run / "config.yaml").write_text(json.dumps({"checkpoint": {"best": best, "mode": mode}}))
+    return str(run)
+
+
+@pytest.mark.parametrize(("mode", "best"), [("max", 2), ("min", 4)])
+def test_a_name_says_which_checkpoint(tmp_path, mode, best):
+    """Of equal ones the later is the best, as for what stays."""
+    run = measured(tmp_path / "run", mode)
+    assert [checkpoint.find_step(name) for name in (run, f"{run}@best", f"{run}@3")] == [5, best, 3]
+    assert checkpoint.read_extra(f"{run}@3") == (3, {"number": 3}) and checkpoint.is_run(f"{run}@best")
+    assert checkpoint.describe_step(run, best) == f"step {best}, the best by eval/score"
+    assert checkpoint.describe_step(run, 5) == "step 5"
+
+
+@pytest.mark.parametrize("wrong", ["7", "bset", "-1", "1.5", "", "latest"])
+def test_a_wrong_step_is_one_line_with_the_steps_there_are(tmp_path, wrong):
+    run = measured(tmp_path / "run", "max")
+    if wrong:
+        with pytest.raises(ValueError) as error:
+            checkpoint.find_step(f"{run}@{wrong}")
+        assert str(error.value) == f"{run}@{wrong}: no step {wrong}; {run} has: 1, 2, 3, 4, 5; best: 2 by eval/score"
+    else:
+        assert checkpoint.find_step(f"{run}@") == 5
+
+
+def test_a_run_that_measured_nothing_has_no_best(tmp_path):
+    run = measured(tmp_path / "run", "max", best=None)
+    with pytest.raises(
+        ValueError, match=r"@best: no step of it was measured by checkpoint\.best .* has: 1, 2, 3, 4, 5$"
+    ):
+        checkpoint.find_step(f"{run}@best")
+
+
+def test_a_folder_may_have_an_at_in_its_name(tmp_path):
+    run = measured(tmp_path / "me@2", "max")
+    other = measured(tmp_path / "me", "max")
+    assert split_step(run) == (run, "") and checkpoint.find_step(run) == 5
+    assert split_step(f"{run}@best") == (run, "best") and split_step(f"{other}@3") == (other, "3")
+    assert split_step("me@example.com/run") == ("me@example.com/run", "")
+    assert at_step(run, "3") == f"{run}@3" and at_step("hub/name", "") == "hub/name"
+    for name in (f"{run}@2", "hub/name", "gguf:a.gguf"):
+        with pytest.raises(ValueError, match=r"^--step 3: .*: expected a run directory"):
+            at_step(name, "3")
 
 
 # ---- crashes --------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def calls(monkeypatch):
         print_report=lambda report: print("the report", report),
     )
     module("jaxrlhf.complete", generate_text=lambda model, prompts, *_: [prompt.upper() for prompt in prompts])
-    module("jaxrlhf.checkpoint", export=None)
+    module("jaxrlhf.checkpoint", export="step 4")
     return noted
 
 
@@ -183,7 +183,7 @@ def test_evaluate_prints_a_report_or_json(run_dir, calls, run):
 def test_export_passes_role_and_folder(run_dir, calls, run):
     out, _ = run("export", run_dir, "--role", "reward", "--to", "there")
     assert calls == [("export", str(run_dir), "reward", "there")]
-    assert out == f"reward of {run_dir} written to there\n"
+    assert out == f"reward of {run_dir}, step 4, written to there\n"
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["export", "--to", "there"]])

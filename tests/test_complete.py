@@ -1,6 +1,7 @@
 """Text in, text out; and that an exported folder is the model of its run."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import checkpoint, cli
+from jaxrlhf import checkpoint, cli, complete
 from jaxrlhf.complete import generate_text
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate import GenerateConfig
@@ -171,3 +172,56 @@ def test_a_run_without_a_checkpoint(whole, tmp_path, command):
     run = runs.copy_run(whole / "sft", tmp_path / "sft", 0)
     err = command(run, "--to", tmp_path / "out")
     assert err == f"{run}: no checkpoint in it; a run saves one every checkpoint.every iterations\n"
+
+
+# ---- an earlier checkpoint ------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_checkpoint_is_exported_and_sampled_from(whole, tmp_path, one_device, capsys, monkeypatch):
+    """By RUN@STEP and by --step; the command says which one it was."""
+    run, out = whole / "sft", tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["jaxrlhf", "export", str(run), "--step", "2", "--to", str(out)])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert capsys.readouterr().out == f"policy of {run}, step 2, written to {out}\n"
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        saved = [complete.read_model(name, mesh).params for name in (f"{run}@2", f"{run}@4", str(run), str(out))]
+    kernels = [np.asarray(tree["layers"]["mlp"]["up"]["kernel"]) for tree in saved]
+    np.testing.assert_array_equal(kernels[0], kernels[3])
+    np.testing.assert_array_equal(kernels[1], kernels[2])
+    assert np.any(kernels[0] != kernels[1])
+
+
+def test_a_step_that_the_run_does_not_have(whole, tmp_path, command):
+    for options in ([f"{whole}/sft@3"], [f"{whole}/sft", "--step", "3"]):
+        err = command(*options, "--to", tmp_path / "out")
+        assert err == f"{whole}/sft@3: no step 3; {whole}/sft has: 2, 4\n"
+
+
+# ---- where it is written --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_something_is_not_written_over(whole, tmp_path, command, one_device, monkeypatch):
+    out, file = tmp_path / "out", tmp_path / "file"
+    out.mkdir()
+    (out / "chat_template.jinja").write_text("of another model")
+    file.write_text("")
+    err = command(f"{whole}/sft", "--to", out)
+    assert err == (f"--to {out}: holds chat_template.jinja; expected a new folder, or --force to write over it\n")
+    assert command(f"{whole}/sft", "--to", file) == f"--to {file}: a file; expected a folder\n"
+    monkeypatch.setattr(sys, "argv", ["jaxrlhf", "export", f"{whole}/sft", "--to", str(out), "--force"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "chat_template.jinja" not in {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_of_the_umask(whole, tmp_path, one_device, umask):
+    before = os.umask(umask)
+    try:
+        checkpoint.export(f"{whole}/sft", "policy", tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~umask}, modes

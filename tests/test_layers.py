@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 LAYERS = {
     "": 0,
     **dict.fromkeys(("types", "sharding", "optim", "chips", "platform", "topologies", "profiler"), 0),
-    **dict.fromkeys(("stopping", "wording"), 0),
+    **dict.fromkeys(("outside", "stopping", "wording"), 0),
     "ops": 1,
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),
@@ -33,9 +33,15 @@ LAYERS = {
 # packages that see less than their layer allows
 ONLY = {
     "ops": {"types", "sharding", "ops"},  # pure array maths
-    "algorithms": {"types", "ops", "algorithms"},  # an algorithm reaches networks through Nets alone
+    "algorithms": {
+        "types",
+        "ops",
+        "outside",
+        "wording",
+        "algorithms",
+    },  # an algorithm reaches networks through Nets alone
     "data": {"types", "sharding", "data"},  # text to tokens on the host
-    "rewards": {"types", "wording", "rewards"},
+    "rewards": {"types", "outside", "wording", "rewards"},
 }
 
 LIGHT = {"typer", "jaxrlhf"}  # what the command may import before one runs, besides the standard library

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import checkpoint, cli, programs
+from jaxrlhf import build, checkpoint, cli, programs
 from jaxrlhf import train as trainer
 from jaxrlhf.build import changes_since_saved
 from jaxrlhf.config import dump, load
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import lock_run_dir
+from jaxrlhf.sharding import current
 from tests import runs
 
 
@@ -480,10 +481,30 @@ def test_what_is_shown_is_what_goes_on(root, tmp_path, measured, monkeypatch):
     }
 
 
-def test_a_best_that_is_never_measured_is_refused_before_training(root, tmp_path, measured):
+def test_a_best_that_is_never_measured_is_refused_before_anything_is_compiled(root, tmp_path, monkeypatch, process):
+    monkeypatch.setattr(trainer, "compile_programs", lambda *_: pytest.fail("something is compiled"))
     cfg = runs.config("sft", root, tmp_path, "checkpoint.best=eval/loss/polcy")
     with pytest.raises(ConfigError, match=r"checkpoint\.best: eval/loss/polcy: nothing that is .* eval/loss/policy"):
         trainer.run(cfg)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_an_evaluation_will_measure_is_known_before(process, root, tmp_path, one_device, name):
+    """The names that checkpoint.best may take are those that evaluations give."""
+    ready = build.build(runs.config(name, root, tmp_path))
+    with current(ready.mesh):
+        names = trainer.evaluate.HeldOut(ready).names(build.abstract_state(ready))
+    _, evaluations = metric_rows(root / "whole" / name)
+    assert {f"eval/{name}" for name in names} == {key for row in evaluations for key in row if "/" in key}
+
+
+def test_a_role_starts_from_the_checkpoint_that_is_named(process, root, tmp_path, one_device):
+    start = f"{root}/whole/sft@2"
+    cfg = runs.config("sft", root, tmp_path, f"models.policy={{init_from: {start}}}", "tokenizer.train_vocab_size=null")
+    found = build.build(cfg).weights["policy"]
+    assert (found.path, found.step) == (f"{root}/whole/sft", 2)
+    with pytest.raises(ConfigError, match=r"^models\.policy\.init_from: .*/sft@3: no step 3; .*/sft has: 2, 4$"):
+        build.build(runs.config("sft", root, tmp_path, f"models.policy={{init_from: {root}/whole/sft@3}}"))
 
 
 def test_every_bucket_is_compiled_before_the_first_iteration(process, root, tmp_path, monkeypatch, fake):

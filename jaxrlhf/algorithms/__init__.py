@@ -1,8 +1,8 @@
 """The table of algorithms. To add one: a file with an ALGORITHM, a row here, a YAML, a test file."""
 
-import importlib
-
+from jaxrlhf import outside
 from jaxrlhf.algorithms import dpo, grpo, ppo, rm, sft
+from jaxrlhf.algorithms.guarded import checked
 from jaxrlhf.types import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -15,10 +15,14 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def find(name: str) -> Algorithm:
-    """The record called ``name``: a row of ALGORITHMS, or ``package.module:NAME`` from outside the package.
+    """The record called ``name``: a row of ALGORITHMS, or ``package.module:NAME`` from outside the package, installed,
+    in the working directory or beside the config.
 
-    Raises KeyError for a name that is neither, ImportError or AttributeError where the module has no such record."""
+    Raises KeyError for a name that is neither; ValueError, in one line, where there is no such Algorithm."""
     if ":" not in name:
         return ALGORITHMS[name]
-    module, attribute = name.split(":", 1)
-    return getattr(importlib.import_module(module), attribute)
+    found = outside.find(name)
+    if not isinstance(found, Algorithm):
+        what = found.__name__ if isinstance(found, type) else type(found).__name__
+        raise ValueError(f"{what}: expected an Algorithm of jaxrlhf.types")
+    return checked(name, found)

@@ -18,6 +18,24 @@ def is_local(path: os.PathLike | str) -> bool:
     return "://" not in os.fspath(path)
 
 
+def split_step(name: os.PathLike | str) -> tuple[str, str]:
+    """("runs/a", "best") of runs/a@best; no step where ``name`` is a folder with an @ in it, or no run."""
+    whole = os.fspath(name)
+    folder, at, step = whole.rpartition("@")
+    if not at or not folder or "/" in step or not (epath.Path(folder) / "config.yaml").exists():
+        return whole, ""
+    return (whole, "") if epath.Path(whole).exists() else (folder, step)
+
+
+def at_step(name: str, step: str) -> str:
+    """``name`` as RUN@STEP, where a command line gives --step beside it. Raises ValueError where it is no run."""
+    if not step:
+        return name
+    if split_step(name)[1] or not (epath.Path(name) / "config.yaml").exists():
+        raise ValueError(f"--step {step}: {name}: expected a run directory, whose checkpoints have steps")
+    return f"{name}@{step}"
+
+
 def lock_run_dir(run_dir: os.PathLike | str) -> IO | None:
     """Makes this process the only writer of ``run_dir`` (created if missing) until the returned file is closed.
 

@@ -269,7 +269,7 @@ def save(
         raw["score_bias"] = float(fetch(params["head"]["bias"])[0])
     writes = jax.process_index() == 0
     if writes:
-        clear(folder)
+        clear(folder, {path.name for path in tokenizer})
     shards = plan_shards(find_sources(cfg, head), jnp.dtype(dtype).itemsize, max_shard_bytes)
     for name, tensors in shards.items():
         values = {tensor: join(params, parts).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()}
@@ -378,7 +378,10 @@ def write_weights(path: epath.Path, values: dict[str, np.ndarray]) -> None:
 
     values = {name: np.ascontiguousarray(value) for name, value in values.items()}
     if "://" not in os.fspath(path):
+        path.write_bytes(b"")
+        mode = os.stat(path).st_mode & 0o777  # by the umask; safetensors makes files for the user alone
         save_file(values, os.fspath(path), metadata={"format": "pt"})
+        os.chmod(path, mode)
         return
     with tempfile.TemporaryDirectory() as scratch:
         local = epath.Path(scratch) / path.name

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
@@ -102,9 +103,11 @@ def tokenizer_files(folder: epath.PathLike | None) -> list[epath.Path]:
     return present
 
 
-def clear(folder: epath.Path) -> None:
-    """Make the folder; remove an earlier export, whose weights could be read in place of the new ones."""
+def clear(folder: epath.Path, tokenizer: Collection[str]) -> None:
+    """Make the folder; remove an earlier export, whose weights, or files of whose tokenizer that are not among the new
+    ones, could be read in place of the new ones."""
     folder.mkdir(parents=True, exist_ok=True)
+    others = [name for name in TOKENIZER_FILES if tokenizer and name not in tokenizer]
     for path in list(folder.iterdir()) if folder.exists() else []:  # an object store makes no empty folder
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in OWN_FILES):
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in (*OWN_FILES, *others)):
             path.unlink()

@@ -12,6 +12,7 @@ from jaxrlhf.build import Blueprint, Weights, base_role, draw, heads_of, origin
 from jaxrlhf.config import Config, parse
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_yaml import read_yaml
+from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models import gguf, hf_config, hf_folder
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.published import SHAPES, published, published_file
@@ -47,7 +48,7 @@ def find_shape(cfg: Config, role: Role, beside: Mapping[str, Config], seen: tupl
     model, path = origin(cfg, role), origin(cfg, role).init_from or ""
     if model.architecture is not None:
         return Found(resolve(model.architecture, model.architecture.vocab_size or vocabulary(cfg, beside)), "random")
-    if checkpoint.is_run(path) and checkpoint.latest_step(path) is not None:
+    if checkpoint.is_run(path) and checkpoint.steps_of(split_step(path)[0]):
         step, extra = checkpoint.read_extra(path)
         there = checkpoint.find_role(extra["models"], role)
         return Found(checkpoint.model_of(extra["models"][there])[0], f"{path}, step {step}")
@@ -68,6 +69,7 @@ def find_shape(cfg: Config, role: Role, beside: Mapping[str, Config], seen: tupl
 
 def maker_of(run_dir: str, beside: Mapping[str, Config]) -> Config | None:
     """The config of a run that has saved nothing yet: the one in its directory, else the one that will make it."""
+    run_dir, _ = split_step(run_dir)
     written = epath.Path(run_dir) / "config.yaml" if run_dir else None
     if written is not None and written.exists():
         return parse(read_yaml(written.read_text(), str(written)), str(written))

@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import os
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf import outside
 from jaxrlhf.rewards import trl
 from jaxrlhf.wording import cut, nearest, one_line
 
@@ -169,17 +168,17 @@ def check_parameters(name: str, function: Callable, for_trl: bool) -> None:
 
 
 def import_module(name: str, module_name: str):
-    """The module, found in the working directory last. Raises ValueError where it, or what it imports, is missing."""
-    here = os.getcwd()
-    if here not in sys.path:  # the jaxrlhf script, unlike python -m, starts without it
-        sys.path.append(here)
+    """The module, found in the working directory and beside the config last.
+
+    Raises ValueError where it, or what it imports, is missing."""
+    outside.extend_path()
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):  # it is there; what it imports is not
             raise ValueError(f"function: {name}: importing {module_name}: {one_line(error)}") from error
-        beside = [path.stem for path in Path(here).glob("*.py")]
-        hint = f"{SHAPE}, of an installed module or of one in {here}"
+        beside = [path.stem for folder in outside.folders() for path in Path(folder).glob("*.py")]
+        hint = f"{SHAPE}, of an installed module or of one in {', '.join(outside.folders())}"
         raise ValueError(f"function: {name}: no module {error.name}; {nearest(module_name, beside, hint)}") from None
     except ImportError as error:
         raise ValueError(f"function: {name}: importing {module_name}: {one_line(error)}") from error

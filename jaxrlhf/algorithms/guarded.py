@@ -1,0 +1,148 @@
+"""An algorithm from outside the package, whose answers are checked where they are given: a mistake is one line."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
+
+from jaxrlhf.outside import describe
+from jaxrlhf.types import Algorithm, Experience, Head, Mean, Sequences, TrainState
+from jaxrlhf.wording import cut, nearest, one_line
+
+FIELDS = ("prompts", "sequences", "preferences")  # of Batch: those that data fill
+
+
+class AlgorithmError(ValueError):
+    """What is wrong with an algorithm from outside, in one line."""
+
+
+PARTS = ("batch", "roles", "prepare", "loss", "rollout", "controls", "stop", "after")
+
+
+def checked(name: str, record: Algorithm) -> Algorithm:
+    """``record`` with every function checked; each raises AlgorithmError for what it raises, and for a wrong answer.
+
+    Raises ValueError where its config is no frozen dataclass, or a function none."""
+    config = record.config
+    is_frozen = dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    if not isinstance(config, type) or not is_frozen:
+        raise ValueError(f"its config is {show(config)}; expected a class under @dataclasses.dataclass(frozen=True)")
+    for part in PARTS:
+        function = getattr(record, part)
+        if not (callable(function) or (function is None and part in ("rollout", "stop"))):
+            raise ValueError(f"its {part} is {show(function)}; expected a function")
+    return with_checks(name, record)
+
+
+@functools.cache
+def with_checks(name: str, record: Algorithm) -> Algorithm:
+    """``checked`` of a record of functions: one for each, as programs are compiled once for each."""
+    checks: dict[str, Callable[..., str | None]] = {
+        "batch": wrong_fields,
+        "roles": wrong_roles,
+        "prepare": wrong_experience,
+        "loss": lambda found, *given: wrong_losses(found, sorted(record.roles(given[-1])[0])),
+        "rollout": lambda found, *_: wrong_type(found, Sequences),
+        "controls": lambda found, *_: wrong_scalars(found),
+        "stop": lambda found, *_: None if shape(found) == () else f"returned {show(found)}; expected one bool",
+        "after": lambda found, *_: wrong_type(found, TrainState),
+    }
+    parts = {part: function for part in PARTS if (function := getattr(record, part)) is not None}
+    return record._replace(**{part: guard(name, part, function, checks[part]) for part, function in parts.items()})
+
+
+def guard(name: str, part: str, function: Callable, check: Callable[..., str | None]) -> Callable:
+    """``function``, with its errors in one line and its answers checked."""
+
+    @functools.wraps(function)
+    def call(*given: Any) -> Any:
+        try:
+            found = function(*given)
+        except AlgorithmError:
+            raise
+        except Exception as error:
+            raise AlgorithmError(f"{name}: {part} raised {describe(error)}") from error
+        if problem := check(found, *given):
+            raise AlgorithmError(f"{name}: {part} {problem}")
+        return found
+
+    return call
+
+
+# ---- what may be wrong: None, or what to say ------------------------------------------------------------------------
+
+
+def wrong_fields(found: Any, *_: Any) -> str | None:
+    if not isinstance(found, (tuple, list)) or not found or not all(isinstance(field, str) for field in found):
+        return f"returned {show(found)}; expected a tuple of fields of Batch: {', '.join(FIELDS)}"
+    unknown = [field for field in found if field not in FIELDS]
+    return (
+        f"returned the field {unknown[0]}, which data do not fill; {nearest(unknown[0], FIELDS)}" if unknown else None
+    )
+
+
+def wrong_roles(found: Any, *_: Any) -> str | None:
+    expected = f'expected (trained, slow), as in ({{"policy": "lm"}}, {{}}); heads: {", ".join(get_args(Head))}'
+    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(heads, dict) for heads in found):
+        return f"returned {show(found)}; {expected}"
+    heads = [head for part in found for head in part.values()]
+    return f"returned {show(found)}; {expected}" if not found[0] or not {*heads} <= {*get_args(Head)} else None
+
+
+def wrong_experience(found: Any, *_: Any) -> str | None:
+    if not isinstance(found, tuple) or len(found) != 2:
+        return f"returned {show(found)}; expected (Experience, dict of Means)"
+    return wrong_type(found[0], Experience, "first") or wrong_means(found[1], "second")
+
+
+def wrong_losses(found: Any, trained: list[str]) -> str | None:
+    if not isinstance(found, tuple) or len(found) != 2:
+        return f"returned {show(found)}; expected (a Mean for each of {', '.join(trained)}; dict of Means)"
+    if problem := wrong_means(found[0], "first") or wrong_means(found[1], "second"):
+        return problem
+    if sorted(found[0]) != trained:
+        return f"returned losses of {', '.join(found[0]) or 'no role'}; expected {', '.join(trained)}: what it trains"
+    return None
+
+
+def wrong_means(found: Any, which: str) -> str | None:
+    if not isinstance(found, Mapping):
+        return f"returned {show(found)} as the {which}; expected a dict of Means"
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Mean):
+            return f"returned {show(value)} as {show(key)}; expected a Mean(total, count) under a name"
+        for field in ("total", "count"):
+            if (size := shape(getattr(value, field))) != ():
+                return f"returned {show(key)} with a {field} of shape {size}; expected one number, of all rows here"
+    return None
+
+
+def wrong_scalars(found: Any) -> str | None:
+    if not isinstance(found, Mapping) or any(shape(value) != () for value in found.values()):
+        return f"returned {show(found)}; expected a dict of f32[] by name"
+    return None
+
+
+def wrong_type(found: Any, expected: type, which: str = "") -> str | None:
+    where = f" as the {which}" if which else ""
+    return None if isinstance(found, expected) else f"returned {show(found)}{where}; expected {expected.__name__}"
+
+
+def shape(value: Any) -> Any:
+    """() of a plain number too; None of what is no array."""
+    return () if isinstance(value, (bool, int, float)) else getattr(value, "shape", None)
+
+
+def show(value: Any) -> str:
+    """A small plain value as it is, anything else by its type: arrays under a tracer are long."""
+    if is_plain(value):
+        return cut(one_line(repr(value)))
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return f"{'an' if type(value).__name__[0] in 'AEIOUaeiou' else 'a'} {type(value).__name__}"
+
+
+def is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list, dict)):
+        return all(map(is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (str, int, float))

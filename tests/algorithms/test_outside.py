@@ -1,0 +1,188 @@
+"""Algorithms from outside the package: found beside you and beside the config, and every mistake in one line."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrlhf import outside
+from jaxrlhf.algorithms import ALGORITHMS, find, guarded, sft
+from jaxrlhf.config import load
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.step import make_iteration
+from jaxrlhf.types import Batch, Experience, Mean
+from tests import tiny
+
+CONFIG = """
+run_dir: run
+iterations: 2
+algorithm: {{name: "{name}", bonus: 2.0}}
+models: {{policy: {{init_from: somewhere}}}}
+data: {{demonstrations: {{path: a.jsonl}}}}
+"""
+GOOD = """
+import dataclasses
+from jaxrlhf.algorithms import sft
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    bonus: float = 1.0
+
+MINE = sft.ALGORITHM._replace(config=Mine)
+"""
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """(the working directory, the folder of a config), without what they leave in this process."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(outside, "FOLDERS", [])
+    before = {*sys.modules}
+    yield here, there
+    for name in {*sys.modules} - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_module_beside_you_or_beside_the_config_is_found(folders, where):
+    (folders[where] / "my_algorithm.py").write_text(GOOD)
+    path = folders[1] / "mine.yaml"
+    path.write_text(CONFIG.format(name="my_algorithm:MINE"))
+    assert load(path).algorithm.bonus == 2.0
+    assert find("my_algorithm:MINE") is find("my_algorithm:MINE")  # programs are compiled once for each
+
+
+def test_a_run_directory_is_no_place_for_modules(folders):
+    """Its folders (tensorboard) would pass for packages."""
+    (folders[1] / "checkpoints").mkdir()
+    (folders[1] / "config.yaml").write_text("")
+    outside.look_beside(folders[1] / "config.yaml")
+    assert outside.FOLDERS == []
+
+
+BROKEN = {
+    "no_module": (None, "no_module:MINE: no module no_module; expected"),
+    "no_name": ("MIEN = 1", "no_name:MINE: no_name has no MINE; nearest: MIEN"),
+    "a_function": ("def MINE(): pass", "a_function:MINE: function: expected an Algorithm of jaxrlhf.types"),
+    "a_class": ("class MINE: pass", "a_class:MINE: MINE: expected an Algorithm of jaxrlhf.types"),
+    "syntax": ("def f(:\n  pass", "syntax:MINE: importing syntax: SyntaxError: "),
+    "raises": ("\n1 / 0", "raises:MINE: importing raises: ZeroDivisionError: division by zero ({here}/raises.py:2)"),
+    "needs": ("import not_there", "needs:MINE: importing needs: ModuleNotFoundError: No module named 'not_there' ("),
+    "missing": (
+        "from jaxrlhf.types import Algorithm\nMINE = Algorithm(config=int)",
+        "missing:MINE: importing missing: TypeError: ",
+    ),
+    "a_dict": (GOOD.replace("config=Mine", "config={}"), "a_dict:MINE: its config is {{}}; expected a class under @"),
+    "no_dataclass": (
+        GOOD.replace("@dataclasses.dataclass(frozen=True)", ""),
+        "no_dataclass:MINE: its config is the class Mine; expected a class under @dataclasses.dataclass(frozen=True)",
+    ),
+    "not_frozen": (
+        GOOD.replace("(frozen=True)", ""),
+        "not_frozen:MINE: its config is the class Mine; expected a class",
+    ),
+    "an_instance": (GOOD.replace("config=Mine", "config=Mine()"), "an_instance:MINE: its config is a Mine; expected"),
+    "no_loss": (
+        GOOD.replace("config=Mine", "config=Mine, loss=None"),
+        "no_loss:MINE: its loss is None; expected a fun",
+    ),
+    "a_text": (
+        GOOD.replace("config=Mine", "config=Mine, batch=lambda cfg: 'sequences'"),
+        "a_text:MINE: batch returned 'sequences'; expected a tuple of fields of Batch: prompts, sequences, preferences",
+    ),
+    "no_field": (
+        GOOD.replace("config=Mine", "config=Mine, batch=lambda cfg: ('demonstrations',)"),
+        "no_field:MINE: batch returned the field demonstrations, which data do not fill; ",
+    ),
+    "no_roles": (
+        GOOD.replace("config=Mine", "config=Mine, roles=lambda cfg: {'policy': 'lm'}"),
+        "no_roles:MINE: roles returned {{'policy': 'lm'}}; expected (trained, slow), as in",
+    ),
+    "a_head": (
+        GOOD.replace("config=Mine", "config=Mine, roles=lambda cfg: ({'policy': 'head'}, {})"),
+        "a_head:MINE: roles returned ({{'policy': 'head'}}, {{}}); expected (trained, slow), as in",
+    ),
+    "attribute": (
+        GOOD.replace("config=Mine", "config=Mine, roles=lambda cfg: cfg.nothing"),
+        "attribute:MINE: roles raised AttributeError: 'Mine' object has no attribute 'nothing' ({here}/attribute.py:9)",
+    ),
+}
+
+
+@pytest.mark.parametrize("module", BROKEN)
+def test_a_mistake_in_the_record_is_one_line_before_anything_is_built(folders, module):
+    from jaxrlhf.config_check import check
+
+    here, _ = folders
+    text, expected = BROKEN[module]
+    if text is not None:
+        (here / f"{module}.py").write_text(text)
+    path = here / "mine.yaml"
+    path.write_text(CONFIG.format(name=f"{module}:MINE"))
+    with pytest.raises((ConfigError, guarded.AlgorithmError)) as error:
+        check(load(path), 1, str(path))
+    assert expected.format(here=here) in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- what its functions answer --------------------------------------------------------------------------------------
+
+
+ONE = Mean(jnp.float32(3), jnp.float32(2))
+ROWS = Mean(jnp.ones(4), jnp.float32(4))
+
+WRONG = {
+    "loss returned a Mean; expected (a Mean for each of policy; dict of Means)": ("loss", ONE),
+    "loss returned a Mean as the first; expected a dict of Means": ("loss", (ONE, {})),
+    "loss returned 0.5 as 'policy'; expected a Mean(total, count) under a name": ("loss", ({"policy": 0.5}, {})),
+    "loss returned losses of polcy; expected policy: what it trains": ("loss", ({"polcy": ONE}, {})),
+    "loss returned losses of no role; expected policy: what it trains": ("loss", ({}, {})),
+    "loss returned losses of policy, value; expected policy: what": ("loss", ({"policy": ONE, "value": ONE}, {})),
+    "loss returned 'policy' with a total of shape (4,); expected one number": ("loss", ({"policy": ROWS}, {})),
+    "loss returned an ArrayImpl as 'a/b'; expected a Mean": ("loss", ({"policy": ONE}, {"a/b": jnp.ones(2)})),
+    "prepare returned an Experience; expected (Experience, dict of Means)": ("prepare", Experience()),
+    "prepare returned a Batch as the first; expected Experience": ("prepare", (Batch(), {})),
+    "prepare returned None; expected (Experience, dict of Means)": ("prepare", None),
+    "prepare returned 1.0 as 'score'; expected a Mean": ("prepare", (Experience(), {"score": 1.0})),
+    "rollout returned a Batch; expected Sequences": ("rollout", Batch()),
+    "controls returned {'kl': 'x'}; expected a dict of f32[] by name": ("controls", {"kl": "x"}),
+    "stop returned an ArrayImpl; expected one bool": ("stop", jnp.ones(2)),
+    "after returned None; expected TrainState": ("after", None),
+}
+
+
+@pytest.mark.parametrize("expected", WRONG)
+def test_a_wrong_answer_is_one_line(expected):
+    part, answer = WRONG[expected]
+    record = guarded.checked("mine:MINE", sft.ALGORITHM._replace(**{part: lambda *_: answer}))
+    with pytest.raises(guarded.AlgorithmError) as error:
+        getattr(record, part)(None, sft.SFTConfig())
+    assert str(error.value).startswith(f"mine:MINE: {expected}") and "\n" not in str(error.value)
+
+
+def test_what_a_function_raises_is_one_line_with_its_place():
+    def loss(nets, params, slow, minibatch, cfg):
+        return {"policy": nets.nothing}, {}
+
+    record = guarded.checked("mine:MINE", sft.ALGORITHM._replace(loss=loss))
+    line = loss.__code__.co_firstlineno + 1
+    with pytest.raises(guarded.AlgorithmError) as error:
+        record.loss(None, None, None, None, sft.SFTConfig())
+    where = f"({__file__}:{line})"
+    assert str(error.value) == (
+        f"mine:MINE: loss raised AttributeError: 'NoneType' object has no attribute 'nothing' {where}"
+    )
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_right_algorithm_passes(name):
+    """Every one of the table, as if it came from outside."""
+    cfg = ALGORITHMS[name].config()
+    run = tiny.build(name, cfg, batch=Batch(tiny.prompts(), tiny.sequences(), tiny.preferences()), samples_per_prompt=2)
+    recipe = run.recipe._replace(algorithm=guarded.checked(f"mine:{name}", ALGORITHMS[name]))
+    state, metrics, _ = jax.eval_shape(make_iteration(recipe), run.state, run.batch)
+    assert metrics and jax.tree.structure(state) == jax.tree.structure(run.state)
