@@ -46,7 +46,8 @@ class HeldOut:
     def names(self, state: TrainState) -> list[str]:
         """The metrics that ``run`` will give, of a state of arrays or of shapes; nothing is compiled."""
         measured = self.measure.names(state) if self.measure else []
-        return measured + (self.policy.names() if self.policy else [])
+        written = self.policy.names() if self.policy else []
+        return [*measured, *written, *counts_of(self.summaries())]
 
 
 class Measure:
