@@ -1,6 +1,5 @@
 """From a Config to everything that a run needs: models, tokenizer, the step's recipe, the initial state."""
 
-import contextlib
 import dataclasses
 import os
 from typing import Any, NamedTuple
@@ -11,11 +10,10 @@ from etils import epath
 
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
-from jaxrlhf.config import Config, dump, parse, roles_of, trunks_of
+from jaxrlhf.config import Config, roles_of, trunks_of
 from jaxrlhf.config_batch import choose_parts, divisors, longest_row, shares_prompts, updates_of
 from jaxrlhf.config_check import SPLIT, split_by
-from jaxrlhf.config_errors import ConfigError, show
-from jaxrlhf.config_yaml import read_yaml
+from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data import chat
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.sources import open_source
@@ -410,45 +408,3 @@ def abstract_state(drawn: Blueprint) -> TrainState:
     params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
     controls = lambda: drawn.algorithm.controls(drawn.cfg.algorithm)
     return state.abstract_state(params, still, drawn.recipe.optimizers, controls, drawn.mesh)
-
-
-# ---- going on with a run --------------------------------------------------------------------------------------------
-
-# keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
-FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.", "data.chat")
-FREE = (".trunk_gradient",)  # endings of keys that are not among them
-
-
-def changes_since_saved(cfg: Config) -> list[str]:
-    """What the config says otherwise than at the run's last checkpoint, as "key: old -> new".
-
-    Raises ConfigError where one of the keys is FIXED."""
-    if checkpoint.latest_step(cfg.run_dir) is None:
-        return []
-    step, extra = checkpoint.read_extra(cfg.run_dir)
-    old, new = settings(extra["config"]), settings(dump(cfg))
-    changed = [key for key in {**old, **new} if key != "run_dir" and old.get(key) != new.get(key)]
-    fixed = [key for key in changed if key.startswith(FIXED) and not key.endswith(FREE)]
-    if fixed:
-        key = fixed[0]
-        raise ConfigError(
-            f"{key}: {show(new.get(key))}: the run in {cfg.run_dir} is at step {step} with {show(old.get(key))}; "
-            "expected the same, or another run_dir"
-        )
-    return [f"{key}: {show(old.get(key))} -> {show(new.get(key))}" for key in changed]
-
-
-def settings(text: str) -> dict[str, object]:
-    """Dotted key -> value of a config, as it was saved; keys that it is older than are at their defaults."""
-    tree = read_yaml(text, "config")
-    with contextlib.suppress(ConfigError):  # where a key is gone meanwhile: told as a change
-        tree = read_yaml(dump(parse(tree, "config")), "config")
-    return flat(tree)
-
-
-def flat(tree: dict, path: str = "") -> dict[str, object]:
-    """Dotted key -> value, for all values in sections of sections."""
-    found: dict[str, object] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": value}
-    return found

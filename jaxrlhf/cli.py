@@ -5,6 +5,7 @@ broke down, 2 a mistake in the config or the input (both one line on stderr), 75
 saved: launchers run the same command again), 130 stopped by Ctrl-C (``train`` saves too; a second one stops at once).
 """
 
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,8 @@ EXIT_BROKEN = 1
 EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+WORDS = ("NOSPC", "DQUOT", "FBIG", "ROFS", "ACCES", "PERM", "IO", "NOTDIR", "ISDIR", "NAMETOOLONG", "MFILE")
+REFUSED = {getattr(errno, f"E{word}") for word in WORDS}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,7 +74,7 @@ def train(arguments: Arguments) -> None:
 
         from jaxrlhf import distributed
         from jaxrlhf.config_check import check
-        from jaxrlhf.config_yaml import read_file
+        from jaxrlhf.config_yaml import decode, read_file
 
         for path, cfg in configs:
             check(cfg, jax.device_count(), path)
@@ -82,7 +85,7 @@ def train(arguments: Arguments) -> None:
             if number and stop.asked and not distributed.several():
                 typer.echo(f"{stop.asked}: stopped before {path}; the same command goes on from there")
                 raise typer.Exit(stop.code)
-            if run(cfg, read_file(path).decode(), stop) != "done":
+            if run(cfg, decode(read_file(path), path), stop) != "done":
                 raise typer.Exit(stop.code)
 
 
@@ -369,15 +372,25 @@ def command() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS warn of what is meant
     try:
         app()
-    # FloatingPointError: a loss is not finite; ConnectionError: processes that did not come
-    except (ValueError, FileNotFoundError, ImportError, FloatingPointError, ConnectionError) as error:
-        if os.environ.get("JAXRLHF_TRACEBACK") or not raised_here(error):
+    # FloatingPointError: a loss is not finite; OSError: of the system, or processes that did not come
+    except (ValueError, ImportError, FloatingPointError, OSError) as error:
+        if os.environ.get("JAXRLHF_TRACEBACK") or not (raised_here(error) or by_the_system(error)):
             raise
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_BROKEN if isinstance(error, (FloatingPointError, ConnectionError)) else EXIT_MISTAKE)
+        print(f"{error.filename}: {error.strerror}" if by_the_system(error) else error, file=sys.stderr)
+        mistake = isinstance(error, (ValueError, ImportError, FileNotFoundError)) and raised_here(error)
+        sys.exit(EXIT_MISTAKE if mistake else EXIT_BROKEN)
 
 
 def raised_here(error: BaseException) -> bool:
     """Whether a raise statement of this package raised ``error``, so that its message was written for the user."""
     *_, last = traceback.extract_tb(error.__traceback__)
     return PACKAGE in Path(last.filename).parents and (last.line or "").startswith("raise ")
+
+
+def by_the_system(error: BaseException) -> bool:
+    """Whether the file system refused what this package, or a library for it, wanted: a full disk, missing rights. What
+    a user's own function opens is shown with its traceback."""
+    from jaxrlhf.outside import frames_outside
+
+    refused = isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None
+    return refused and not raised_here(error) and not frames_outside(error)

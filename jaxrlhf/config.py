@@ -148,9 +148,9 @@ def load_all(paths: Sequence[os.PathLike | str], overrides: Sequence[str] = ()) 
     """The configs that one command runs in order. An override ``NAME:a.b.c=value`` is only for the config whose file
     stem or algorithm is NAME; a plain one is for each of them. Raises ConfigError."""
     sources = [os.fspath(path) for path in paths]
+    trees = [read_yaml(read_file(source), source) for source in sources]
     for source in sources:
         outside.look_beside(source)
-    trees = [read_yaml(read_file(source), source) for source in sources]
     edits = [split_override(text) for text in overrides]
     names = [{PurePath(source).stem, str(algorithm_name(tree))} for source, tree in zip(sources, trees)]
     for edit in edits:
@@ -206,7 +206,10 @@ def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, 
     more += length_problems(tree)
     if wrong or more:
         raise fail(wrong + more)
-    cfg = with_default_roles(dataclasses.replace(cfg, algorithm=chosen))
+    if not cfg.run_dir.strip():
+        raise fail([(("run_dir",), f"{show(cfg.run_dir)}: expected a directory, as in runs/mine")])
+    run_dir = os.path.expanduser(cfg.run_dir)
+    cfg = with_default_roles(dataclasses.replace(cfg, algorithm=chosen, run_dir=run_dir))
     if outside := [*range_problems(cfg)]:
         raise fail(outside)
     return cfg

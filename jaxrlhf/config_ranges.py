@@ -32,6 +32,7 @@ RANGES = {
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
     "[0, 2147483647]": "seed",
 }
+LARGEST = 2**31 - 1  # devices count in 32 bits
 RANGE_OF = {name: interval for interval, names in RANGES.items() for name in names.split()}
 
 
@@ -48,7 +49,7 @@ def outside(value: float, interval: str) -> str | None:
     if not below and not above:
         return None
     bound, closed = (low, interval[0] == "[") if below else (high, interval[-1] == "]")
-    nearest = f"; nearest: {bound:g}" if closed else ""
+    nearest = f"; nearest: {int(bound) if bound.is_integer() else bound}" if closed else ""
     return f"{show(value)}: expected a number in {interval}{nearest}"
 
 
@@ -69,5 +70,8 @@ def range_problems(record: Any, keys: tuple = ()) -> Iterator[tuple[tuple, str]]
                 yield from range_problems(item, place)
             elif isinstance(item, (int, float)) and not isinstance(item, bool):
                 interval = interval_of(type(record), field.name)
+                if isinstance(item, int) and abs(item) > LARGEST and interval != f"[0, {LARGEST}]":
+                    yield place, f"{show(item)}: expected at most {LARGEST}, which 32 bits hold"
+                    continue
                 if interval and (text := outside(item, interval)):
                     yield place, text

@@ -4,6 +4,7 @@ that was loaded."""
 import importlib
 import os
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,13 @@ def describe(error: BaseException) -> str:
     said = f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} ({error.filename}:{error.lineno})"
-    ours = lambda path: PACKAGE in Path(path).parents or "site-packages" in path or path.startswith("<")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not ours(frame.filename)]
-    return f"{said} ({frames[-1].filename}:{frames[-1].lineno})" if frames else said
+    last = frames_outside(error)[-1:]
+    return f"{said} ({last[0].filename}:{last[0].lineno})" if last else said
+
+
+def frames_outside(error: BaseException) -> list[traceback.FrameSummary]:
+    """The frames of code that is neither ours, nor Python's, nor installed."""
+    library = sysconfig.get_path("stdlib")
+    known = lambda path: PACKAGE in Path(path).parents or "site-packages" in path or path.startswith((library, "<"))
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not known(frame.filename) and Path(frame.filename).name != "jaxrlhf"]

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf import announce, checkpoint, distributed, evaluate, normalize, platform
-from jaxrlhf.build import Run, abstract_state, build, changes_since_saved, initial_state, kernels_passed_over
+from jaxrlhf.build import Run, abstract_state, build, initial_state, kernels_passed_over
 from jaxrlhf.config import Config, dump, trunks_of, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
@@ -25,6 +25,7 @@ from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_programs
+from jaxrlhf.resume import OF_DATA, OF_STATE, changes_since_saved, explained
 from jaxrlhf.score import joined, try_graders
 from jaxrlhf.sharding import batch_shards, current, whole
 from jaxrlhf.stopping import Stop
@@ -109,7 +110,9 @@ def all_done(cfg: Config, start: int) -> bool:
     """Whether no iteration is left, which is said; False where epochs have to be counted first."""
     done = cfg.iterations is not None and start >= cfg.iterations
     if done and distributed.is_main():
-        print(f"{cfg.run_dir}: all {cfg.iterations} iterations are done; raise iterations= (or epochs=) to go on")
+        some = f"all {start} iterations are done" if start == cfg.iterations else f"{start} iterations are done"
+        more = "" if start == cfg.iterations else f", and iterations is {cfg.iterations}"
+        print(f"{cfg.run_dir}: {some}{more}; raise iterations= (or epochs=) to go on")
         print("\n".join(announce.next_steps(cfg)))
     return done
 
@@ -358,8 +361,11 @@ class Trainer:
 
     def restore(self, step: int) -> TrainState:
         """The state and the data positions of ``step``."""
-        state = self.saved.restore(step, abstract_state(self.ready))
-        self.feed.set_state(self.saved.extra(step)["data"])
+        extra = self.saved.extra(step)
+        with explained(self.cfg, step, extra["config"], OF_STATE, "its state does not fit"):
+            state = self.saved.restore(step, abstract_state(self.ready))
+        with explained(self.cfg, step, extra["config"], OF_DATA, "its place in the data would mean other rows"):
+            self.feed.set_state(extra["data"])
         self.log.say(f"resumed from step {step}")
         return state
 

@@ -1,5 +1,6 @@
 """Configs: what loads, what is refused and in which words, the batch arithmetic, the reference."""
 
+import codecs
 import dataclasses
 import re
 import subprocess
@@ -19,6 +20,7 @@ from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_ranges import RANGE_OF, interval_of
 from jaxrlhf.config_reference import reference
 from jaxrlhf.config_types import hints, records
+from jaxrlhf.config_yaml import decode, read_file, read_yaml
 from jaxrlhf.launch.config import LaunchConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig
@@ -185,7 +187,7 @@ def test_an_unknown_key_names_file_key_value_and_the_nearest(ppo):
         ("algorithm.name=po", "algorithm.name: po: unknown algorithm; nearest: ppo"),
         (
             "algorithm.name=nowhere.at:ALL",
-            "algorithm.name: nowhere.at:ALL: No module named 'nowhere'; expected package",
+            "algorithm.name: nowhere.at:ALL: no module nowhere; expected ",
         ),
         ("algorithm=ppo", "algorithm.name: null: expected a name; choices: "),
         ("algorithm.kl_estimator=K1", 'algorithm.kl_estimator: "K1": expected one of k1, k2, k3'),
@@ -194,7 +196,7 @@ def test_an_unknown_key_names_file_key_value_and_the_nearest(ppo):
         ("seed=true", "seed: true: expected an integer"),
         ("seed=abc", 'seed: "abc": expected an integer'),
         ("seed=1.0", "seed: 1.0: expected an integer"),
-        ("seed=010", "seed: 10.0: expected an integer"),
+        ("seed=010", 'seed: "010": expected an integer'),
         ("algorithm.kl_coef='0.1'", 'algorithm.kl_coef: "0.1": expected a number'),
         ("algorithm.kl_coef=true", "algorithm.kl_coef: true: expected a number"),
         ("algorithm.kl_coef=.nan", "algorithm.kl_coef: NaN: expected a finite number"),
@@ -272,7 +274,7 @@ def test_missing_keys_are_named(tmp_path):
         f"{path}: run_dir: missing; expected text",
         f"{path}: iterations: missing; expected an integer, or epochs",
     ]
-    path.write_text("")
+    path.write_text("run_dir: a")
     assert (
         mistake(path)
         == f"{path}: algorithm.name: null: expected a name; choices: dpo, grpo, ppo, rm, sft, package.module:NAME"
@@ -304,8 +306,17 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("# " + "x" * 70_000, "more than 65536 bytes"),
         ("- a\n- b", "expected sections"),
         ("a: 1\n---\nb: 2", "expected a single document in the stream"),
-        ("a: \x00", "special characters are not allowed"),
-        (b"a: \xff\xfe", "invalid start byte"),
+        ("a: \x00", "holds NUL characters; expected a text file saved as UTF-8"),
+        ("a: 1".encode("utf-16-le"), "holds NUL characters"),
+        ("a: \x07", "special characters are not allowed"),
+        (b"a: 1\nb: \xff\xfe", "line 2: no UTF-8; expected a file saved as UTF-8"),
+        (codecs.BOM_UTF16_LE + b"a", "no UTF-16; expected a file saved as UTF-8"),
+        ("", "empty; expected sections"),
+        ("# nothing", "empty; expected sections"),
+        ("a: {b: 1}\nc: {<<: {b: 2}}", "line 2, column 5: a merge key (<<) is no YAML 1.2: expected the keys"),
+        ("batch:\n\tsequences_per_step: 8", "line 2, column 1: a tab; YAML is indented by spaces"),
+        ("[a]: 1", "line 1, column 1: key that is a list or a section: expected a word"),
+        ("3: 1", "key 3: expected a word"),
     ],
 )
 def test_hostile_yaml_is_refused_in_one_line(tmp_path, text, words):
@@ -313,6 +324,58 @@ def test_hostile_yaml_is_refused_in_one_line(tmp_path, text, words):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     line = mistake(path)
     assert line.startswith(f"{path}: ") and words in line
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_config_may_come_from_any_editor(ppo, tmp_path, encoding, end):
+    """A byte order mark says what it is written in."""
+    text = PPO.replace("runs/ppo", "läufe/ppo").replace("\n", end)
+    path = tmp_path / "editor.yaml"
+    path.write_bytes(text.encode(encoding))
+    assert config.load(path) == dataclasses.replace(config.load(ppo), run_dir="läufe/ppo")
+    assert decode(read_file(str(path)), "editor.yaml") == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["010", "0o10", "0x10", "1_000", "1:30", "2024-01-01", "yes", "off", "1e", "e5", "1.2.3", "+", ".", "-.5.", "“1”"],
+)
+def test_what_readers_take_for_different_numbers_is_text(ppo, text):
+    """And so no number: 010 is eight in YAML 1.1 and ten in YAML 1.2."""
+    assert read_yaml(text, "here", mapping=False) == text
+    assert mistake(ppo, f"seed={text}") == f'command line: seed: "{text}": expected an integer'
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e-5", 1e-5), ("1E5", 1e5), ("+1.5e+3", 1500.0), (".5", 0.5), ("5.", 5.0), ("-0", 0)]
+)
+def test_numbers_are_those_of_json_and_more(text, number):
+    assert read_yaml(text, "here", mapping=False) == number
+
+
+@pytest.mark.parametrize("key", ["seed", "iterations", "checkpoint.every", "batch.prompts_per_step", "eval.size"])
+@pytest.mark.parametrize("value", [2**31, 2**32, 2**63, -(2**63) - 1, 10**400])
+def test_integers_that_devices_do_not_hold_are_refused(ppo, key, value):
+    line = mistake(ppo, f"{key}={value}")
+    assert line.startswith(f"command line: {key}: ") and "expected " in line and len(line) < 200
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_no_config(name):
+    with pytest.raises(ConfigError, match=r'^" ?": expected the path of a config, as in configs/tiny/ppo\.yaml$'):
+        config.load(name)
+
+
+def test_a_folder_is_no_config(ppo):
+    assert mistake(ppo.parent) == f"{ppo.parent}: a folder; expected a YAML file, as {ppo}"
+    assert "File name too long" in mistake(ppo.parent / ("x" * 300))
+
+
+def test_run_dir_is_a_directory_that_a_shell_would_find(ppo, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert config.load(ppo, ["run_dir=~/runs/a"]).run_dir == "/home/me/runs/a"
+    assert mistake(ppo, "run_dir=''") == 'command line: run_dir: "": expected a directory, as in runs/mine'
 
 
 def test_a_shared_anchor_is_not_shared_by_overrides(tmp_path):

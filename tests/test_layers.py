@@ -22,8 +22,9 @@ LAYERS = {
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference", "config_schema"), 5),
     **dict.fromkeys(
-        ("build", "epochs", "questions", "feed", "programs", "score", "normalize", "complete", "announce", "train"), 6
+        ("build", "epochs", "questions", "feed", "programs", "score", "normalize", "complete", "announce"), 6
     ),
+    **dict.fromkeys(("resume", "train"), 6),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
     **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight"), 6),
     "launch": 6,
@@ -33,13 +34,8 @@ LAYERS = {
 # packages that see less than their layer allows
 ONLY = {
     "ops": {"types", "sharding", "ops"},  # pure array maths
-    "algorithms": {
-        "types",
-        "ops",
-        "outside",
-        "wording",
-        "algorithms",
-    },  # an algorithm reaches networks through Nets alone
+    # an algorithm reaches networks through Nets alone
+    "algorithms": {"types", "ops", "outside", "wording", "algorithms"},
     "data": {"types", "sharding", "data"},  # text to tokens on the host
     "rewards": {"types", "outside", "wording", "rewards"},
 }

@@ -21,11 +21,11 @@ import pytest
 
 from jaxrlhf import build, checkpoint, cli, programs
 from jaxrlhf import train as trainer
-from jaxrlhf.build import changes_since_saved
 from jaxrlhf.config import dump, load
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import lock_run_dir
+from jaxrlhf.resume import changes_since_saved
 from jaxrlhf.sharding import current
 from tests import runs
 

@@ -20,7 +20,7 @@ def is_local(path: os.PathLike | str) -> bool:
 
 def split_step(name: os.PathLike | str) -> tuple[str, str]:
     """("runs/a", "best") of runs/a@best; no step where ``name`` is a folder with an @ in it, or no run."""
-    whole = os.fspath(name)
+    whole = os.path.expanduser(name)
     folder, at, step = whole.rpartition("@")
     if not at or not folder or "/" in step or not (epath.Path(folder) / "config.yaml").exists():
         return whole, ""
@@ -41,13 +41,17 @@ def lock_run_dir(run_dir: os.PathLike | str) -> IO | None:
 
     The lock belongs to the open file, so it ends with the process however that ends: there are no stale locks to clear.
     None for an object store, which has no locks: there a second writer is not noticed. Raises RunDirBusy, in one line,
-    when another writer holds it.
+    when another writer holds it, and ValueError where there is no writing to it.
     """
     path = epath.Path(run_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    if not is_local(path):
-        return None
-    file = open(path / ".lock", "a+")  # noqa: SIM115 (open as long as the lock is held)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not is_local(path):
+            return None
+        file = open(path / ".lock", "a+")  # noqa: SIM115 (open as long as the lock is held)
+    except OSError as error:
+        why = "a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        raise ValueError(f"run_dir: {os.fspath(run_dir)}: {why}; expected a directory that can be written") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
