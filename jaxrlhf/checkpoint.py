@@ -3,11 +3,13 @@
 Each role is an item of its own, so that another run can take one role and read nothing else.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +27,7 @@ from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.state import abstract_params
 from jaxrlhf.types import Head, Params, Role, TrainState
+from jaxrlhf.wording import one_line
 
 STATE, EXTRA = "state", "extra"  # items beside the roles'
 
@@ -45,7 +48,8 @@ class Checkpoints:
         background: bool = True,
     ):
         policies: list = [preservation_policy.LatestN(keep)]
-        of = lambda metrics: metrics[best]
+        # a checkpoint that an earlier config measured otherwise is no candidate
+        of = lambda metrics: metrics.get(best, math.inf if mode == "min" else -math.inf)
         if best:
             rules = {"get_metric_fn": of, "reverse": mode == "min", "keep_checkpoints_without_metrics": False}
             policies.append(preservation_policy.BestN(n=1, **rules))
@@ -60,13 +64,27 @@ class Checkpoints:
         self.best, self.mode = best, mode
         self.manager = ocp.CheckpointManager(directory(run_dir), options=options)
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises OSError, in one line, where the block, or what it waits for, can't write: a full disk, say."""
+        try:
+            yield
+        except Exception as error:  # tensorstore has ValueErrors of many lines
+            run_dir = epath.Path(self.manager.directory).parent
+            system = re.findall(r": ([^:\[]+) \[os_error_code", str(error))
+            why = system[-1] if system else getattr(error, "strerror", None) or one_line(error)[:200]
+            kept = latest_step(run_dir)
+            then = "the same command starts again" if kept is None else f"the same command goes on from step {kept}"
+            raise OSError(f"{run_dir}: a checkpoint could not be written: {why}; once it can be, {then}") from error
+
     def save(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None = None) -> None:
         """Start to write; returns once the arrays may be donated. ``extra`` is JSON: config, models, data iterators."""
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in parts(state).items()}
         items[EXTRA] = ocp.args.JsonSave(extra)
         value = (metrics or {}).get(self.best, math.nan) if self.best else math.nan
         known = None if math.isnan(value) else {self.best: value}
-        self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
+        with self.writing():
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
 
     def latest(self) -> int | None:
         """The newest step that is whole, or None."""
@@ -74,7 +92,8 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step that is best by ``best``; None where nothing is, or none was measured."""
-        self.manager.wait_until_finished()
+        with self.writing():
+            self.manager.wait_until_finished()
         return self.manager.best_step() if self.best else None
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -97,7 +116,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        self.manager.wait_until_finished()
+        with self.writing():
+            self.manager.wait_until_finished()
         self.manager.close()
 
 

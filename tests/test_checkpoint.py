@@ -1,6 +1,7 @@
 """Checkpoints: the whole state and back, which steps stay, what a crash leaves, and what another run takes."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +199,15 @@ def test_a_folder_may_have_an_at_in_its_name(tmp_path):
             at_step(name, "3")
 
 
+def test_another_measure_of_the_best_does_not_count_what_was_measured_before(tmp_path):
+    save(tmp_path, [1, 2], {1: 0.9, 2: 0.2}, keep=1, best="eval/score")
+    saved = Checkpoints(tmp_path, keep=1, best="eval/loss", mode="min")
+    for step in (3, 4):
+        saved.save(step, new_state(step), {}, {"eval/loss": 0.1 * step})
+    saved.close()
+    assert steps_of(tmp_path) == [3, 4]
+
+
 # ---- crashes --------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +226,26 @@ def test_what_a_crash_left_half_written_is_no_checkpoint_and_goes(tmp_path):
     saved.save(3, new_state(3), {})
     saved.close()
     assert steps_of(tmp_path) == [2, 3]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """As one that may hold files of a few kB only."""
+    (tmp_path / "run").mkdir()
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    saved = Checkpoints(tmp_path / "run")
+    state = replace(new_state(1), slow={"reference": {"kernel": jnp.zeros(10**6) + jnp.arange(10**6)}})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, most))
+    try:
+        with pytest.raises(OSError) as error:
+            saved.save(1, state, {})
+            saved.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    said = (
+        f"{tmp_path}/run: a checkpoint could not be written: File too large; once it can be, the same command starts "
+    )
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+    assert checkpoint.latest_step(tmp_path / "run") is None
 
 
 def test_a_run_without_a_checkpoint_is_one_line(tmp_path):

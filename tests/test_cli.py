@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxrlhf import cli
+from jaxrlhf import cli, outside
 
 ROOT = Path(__file__).parent.parent
 SFT = """
@@ -123,6 +123,22 @@ def test_a_library_error_keeps_its_traceback(sft, calls, monkeypatch, run):
 
     monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
     with pytest.raises(ValueError, match="invalid literal"):
+        run("train", sft)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_what_the_file_system_refuses_is_one_line(sft, calls, monkeypatch, run, ours):
+    """But not in a user's own function."""
+
+    def broken(cfg, text, stop):
+        raise OSError(28, "No space left on device", "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
+    if ours:
+        monkeypatch.setattr(outside, "PACKAGE", ROOT)
+        assert run("train", sft, code=1)[1] == "runs/a/metrics.jsonl: No space left on device\n"
+        return
+    with pytest.raises(OSError, match="No space left"):
         run("train", sft)
 
 

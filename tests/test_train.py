@@ -610,6 +610,7 @@ FIXED = {
     "precision.params=bfloat16": 'precision.params: "bfloat16": ',
     "tokenizer.train_vocab_size=310": "tokenizer.train_vocab_size: 310: ",
     "seed=1": "seed: 1: ",
+    "batch.sequences_per_step=16": "batch.sequences_per_step: 16: ",
 }
 
 
@@ -630,6 +631,39 @@ def test_another_algorithm_is_refused(root, half_done):
         ConfigError, match=r'^algorithm\.name: "rm": the run in .* is at step 2 with "sft"; expected the sa'
     ):
         trainer.run(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "line"),
+    [
+        (
+            "sft",
+            "data.max_length=16",
+            r"data\.max_length: 16: .* with \d+, and its place in the data would mean other r",
+        ),
+        (
+            "ppo",
+            "algorithm.reward_update=false",
+            r"algorithm\.reward_update: false: .* with true, and its state does no",
+        ),
+    ],
+)
+def test_a_key_that_turns_out_to_change_what_was_saved_is_named(
+    process, root, tmp_path, one_device, name, change, line
+):
+    """With the way out, before anything is compiled."""
+    (tmp_path / "runs").mkdir()
+    run = runs.copy_run(root / "whole" / name, tmp_path / "runs" / name, 2)
+    with pytest.raises(ConfigError, match=f"^{line}") as error:
+        trainer.run(runs.config(name, root, run.parent, change))
+    way_out = f"expected the same, or another run_dir (with init_from: {run} it starts from these weights)"
+    assert str(error.value).endswith(way_out) and "\n" not in str(error.value)
+
+
+def test_fewer_iterations_than_are_done(process, root, capsys):
+    assert trainer.run(runs.config("sft", root, root / "whole", "iterations=3")) == "done"
+    said = f"{root}/whole/sft: 4 iterations are done, and iterations is 3; raise iterations= to go on\n"
+    assert said in capsys.readouterr().out
 
 
 def test_other_changes_are_told(root, half_done, fake, capsys):
@@ -659,5 +693,8 @@ def test_a_key_that_the_saved_config_is_older_than_is_no_change(root, half_done)
 def test_other_data_is_refused(root, half_done, tmp_path, one_device):
     """The position in the data would mean other rows."""
     shutil.copy(root / "text" / "eval_demonstrations.jsonl", tmp_path / "other.jsonl")
-    with pytest.raises(ValueError, match="is in another order of the data: source, seed, batch size"):
+    where = (
+        r"^data\.demonstrations\.path: .*other\.jsonl\": the run in .* is at step 2 with .*demonstrations\.jsonl\", "
+    )
+    with pytest.raises(ConfigError, match=where + "and its place in the data would mean other rows; expected the same"):
         trainer.run(runs.config("sft", root, half_done.parent, f"data.demonstrations={{path: {tmp_path}/other.jsonl}}"))

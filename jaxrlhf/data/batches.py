@@ -90,8 +90,8 @@ class Stream(Iterator[HostBatch]):
         """Goes on where ``get_state`` was called. Raises ValueError when that was in another order of other data."""
         if state.get("order") != self._order:
             raise ValueError(
-                f"{self._where}: the saved position {state.get('position')} is in another order of the data: "
-                "source, seed, batch size, tokenizer and the limits on length have to be as they were"
+                f"{self._where}: the saved position is in another order of the data: its rows, the tokenizer or the "
+                "limits on length are not those of the run so far; expected the same, or another run_dir"
             )
         self._batches.set_state(dict(state["position"]))
 

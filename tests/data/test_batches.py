@@ -220,7 +220,7 @@ def test_state_of_other_data_is_refused(letters, config):
     make = streams(letters, config)["prompts"]
     state = make(rows=4, seed=3).get_state()
     for other in (make(rows=2, seed=3), make(rows=4, seed=4), streams(letters, config)["pairs"](rows=4, seed=3)):
-        with pytest.raises(ValueError, match=r"data\.\w+: the saved position .* is in another order of the data"):
+        with pytest.raises(ValueError, match=r"data\.\w+: the saved position is in another order of the data"):
             other.set_state(state)
 
 
