@@ -662,7 +662,7 @@ def test_a_key_that_turns_out_to_change_what_was_saved_is_named(
 
 def test_fewer_iterations_than_are_done(process, root, capsys):
     assert trainer.run(runs.config("sft", root, root / "whole", "iterations=3")) == "done"
-    said = f"{root}/whole/sft: 4 iterations are done, and iterations is 3; raise iterations= to go on\n"
+    said = f"{root}/whole/sft: 4 iterations are done, and iterations is 3; raise iterations= (or epochs=) to go on\n"
     assert said in capsys.readouterr().out
 
 
