@@ -91,7 +91,8 @@ def train(arguments: Arguments) -> None:
 
 @app.command()
 def preflight(arguments: Arguments) -> None:
-    """Check the machines for a run: devices, mesh, run directory, network, memory. Exit code 2 where one is wrong."""
+    """Check a run before it: devices, mesh, run directory, network, memory, tokenizer, weights, data, reward functions.
+    Exit code 2 where one is wrong."""
     configs = load_joined(arguments)
     from jaxrlhf.preflight import preflight as look
 

@@ -1,4 +1,4 @@
-"""What can be known of the machines before a long run: devices, mesh, run directory, network, memory.
+"""What can be known before a long run: devices, mesh, run directory, network, memory, and what it starts from.
 
 Every process of a run does it at once, as training would; process 0 tells of all.
 """
@@ -21,6 +21,7 @@ from jaxrlhf import distributed
 from jaxrlhf.config import Config
 from jaxrlhf.config_check import check
 from jaxrlhf.log.run_dir import is_local
+from jaxrlhf.preflight_inputs import Inputs
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.wording import one_line
 
@@ -45,9 +46,11 @@ def preflight(configs: Sequence[tuple[str, Config]]) -> bool:
     """Looks at everything that the configs, given as (path, config), need of this machine and of the others of the run,
     and prints it, a line each. Whether all is well on all of them."""
     lines, made = [attempt("versions", versions), attempt("devices", devices)], []
-    for path, cfg in configs:
+    for number, (path, cfg) in enumerate(configs):
         lines.append(attempt("mesh", lambda cfg=cfg, path=path: mesh(cfg, path)))
         lines.append(attempt("run_dir", lambda cfg=cfg: run_dir(cfg.run_dir, made)))
+        earlier = {other.run_dir: name for name, other in configs[:number]}
+        lines += [attempt(name, look) for name, look in Inputs(cfg, earlier).looks()]
     lines += [attempt("all-reduce", all_reduce), attempt("device memory", device_memory)]
     lines.append(attempt("host memory", host_memory))
     wrong = [line for line in lines if not line.ok]

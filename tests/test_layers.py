@@ -26,7 +26,7 @@ LAYERS = {
     ),
     **dict.fromkeys(("resume", "train"), 6),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
-    **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight"), 6),
+    **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight", "preflight_inputs"), 6),
     "launch": 6,
     **dict.fromkeys(("cli", "cli_discover", "__main__"), 7),
 }
