@@ -277,6 +277,7 @@ def export(
         typer.echo(f"{role} of {run}, {which}, written to {to}")
 
 
+app.command()(cli_discover.init)
 app.command()(cli_discover.metrics)  # after the commands that run something: help lists them in this order
 
 

@@ -71,6 +71,32 @@ def metrics(
         tell(row.name if row.unit == "-" else f"{row.name} ({row.unit})", row.meaning)
 
 
+def init(
+    method: Annotated[
+        str, typer.Argument(metavar="[METHOD]", help="sft, rm, dpo, ppo or grpo.", autocompletion=lambda: [*starters()])
+    ] = "",
+) -> None:
+    """Print a config to begin with (jaxrlhf init dpo > dpo.yaml); without a method, list the methods."""
+    from jaxrlhf.config_errors import ConfigError
+    from jaxrlhf.wording import nearest
+
+    known = starters()
+    if not method:
+        for name, path in known.items():
+            tell(name, first_comment(path).partition(" Replace")[0])
+        tell("jaxrlhf init METHOD > METHOD.yaml writes a config to begin with.")
+        return
+    if method not in known:
+        raise ConfigError(f"init: {method}: no such method; {nearest(method, [*known])}")
+    typer.echo(known[method].read_text(encoding="utf-8"), nl=False)
+
+
+def starters() -> dict[str, Path]:
+    """The config that each method begins with."""
+    found = {name.partition("/"): path for name, path in find_configs().items()}
+    return {method: path for (folder, _, method), path in found.items() if folder == "starters"}
+
+
 @configs.callback()
 def list_configs(context: typer.Context) -> None:
     if context.invoked_subcommand is None:

@@ -69,7 +69,7 @@ def select(keys: list[Key], words: str) -> list[Key]:
 def below(path: str, words: str) -> bool:
     """Whether the key ``path`` is ``words`` or stands below it."""
     ours, wanted = path.split("."), words.split(".") if words else []
-    same = lambda one, other: one == other or one == "<role>"
+    same = lambda one, other: one == other or one.startswith("<")
     return len(wanted) <= len(ours) and all(map(same, ours, wanted))
 
 

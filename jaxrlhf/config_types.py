@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+NAMED = {"functions": "<name>"}  # sections whose keys are the user's own words, where they are no roles
+
 
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def records(cls: type, path: str = "") -> Iterator[tuple[str, type]]:
     for name, hint in hints(cls).items():
         inner, below = bare(hint), f"{path}.{name}".lstrip(".")
         if get_origin(inner) is dict:
-            inner, below = bare(get_args(inner)[1]), f"{below}.<role>"
+            inner, below = bare(get_args(inner)[1]), f"{below}.{NAMED.get(name, '<role>')}"
         if dataclasses.is_dataclass(inner):
             yield from records(inner, below)  # type: ignore[arg-type]
 

@@ -13,12 +13,13 @@ import pytest
 import jaxrlhf
 from jaxrlhf import cli, cli_discover
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config import Config, ConfigError
+from jaxrlhf.config import Config, ConfigError, load
 from jaxrlhf.config_reference import keys_of, select
 from jaxrlhf.config_schema import schema
 from jaxrlhf.config_yaml import read_file, read_yaml
 from jaxrlhf.log.metric_names import METRICS, find_metric
 from jaxrlhf.log.rows import read_rows
+from jaxrlhf.optim import OptimizerConfig
 from tests import runs
 
 FILES = sorted((runs.ROOT / "configs").rglob("*.yaml"))
@@ -223,6 +224,29 @@ def test_configs_are_copied(command, tmp_path):
         command("configs", "copy", "tiny/dpi", code=2)[1]
         == "configs copy: tiny/dpi: no such config; nearest: tiny/dpo\n"
     )
+
+
+# ---- starter configs ------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_starter_config_for_each_method(command):
+    assert set(cli_discover.starters()) == set(ALGORITHMS)
+    out, _ = command("init")
+    assert re.findall(r"^(\w+)\n    \w", out, re.MULTILINE) == sorted(ALGORITHMS)
+    assert command("init", "dpoo", code=2)[1] == "init: dpoo: no such method; nearest: dpo\n"
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_a_starter_config_says_what_to_change_and_which_learning_rate_to_take(name, command, tmp_path):
+    out, _ = command("init", name)
+    (tmp_path / "a.yaml").write_text(out)
+    cfg = load(tmp_path / "a.yaml")
+    assert cfg.algorithm_name == name and cfg.epochs == 1
+    assert out.count("CHANGE") >= 3 and "for 1M parameters" in out and max(map(len, out.splitlines())) <= 120
+    default = OptimizerConfig().learning_rate
+    assert all(
+        row.learning_rate > default for row in cfg.optimizer.values()
+    )  # the default leaves small models at noise
 
 
 # ---- the process ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every method with nothing but the keys it needs, and with one row at a time, wherever it runs."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import generate
+from jaxrlhf import cli_discover, generate
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.dpo import DPOConfig
@@ -68,6 +69,38 @@ def train_all(folder: Path, text: Path, names: list[str], more: list[str]) -> ru
         config.write_text(f"run_dir: {folder}/{name}\niterations: 1\nalgorithm: {{name: {name}}}\n{needed}\n")
         commands.append(["train", str(config), *(more if ALGORITHMS[name].rollout else [])])
     return runs.process(folder / "process", commands)
+
+
+def fill_in(starter: str, folder: Path, text: Path, models: dict[str, Path]) -> str:
+    """A starter config with what is marked CHANGE in it replaced."""
+    for old, new in {
+        r"HuggingFaceTB/[\w-]+": str(models["lm"]),
+        r"init_from: runs/my-rm": f"init_from: {models['scalar']}",
+        r"path: (\w+)\.jsonl": rf"path: {text}/\1.jsonl",
+        r"jaxrlhf\.rewards\.math_answer:strict": "tests.runs:praise",
+        r"runs/my-": f"{folder}/my-",
+    }.items():
+        starter = re.sub(old, new, starter)
+    return starter
+
+
+@pytest.fixture(scope="module")
+def started(root, tmp_path_factory) -> tuple[Path, runs.Done]:
+    """Each starter config, filled in, trained for a small part of an epoch: one iteration."""
+    folder, text = tmp_path_factory.mktemp("started"), runs.text(root)
+    models, commands = write_models(folder, text), []
+    for method, path in cli_discover.starters().items():
+        config = folder / f"{method}.yaml"
+        config.write_text(fill_in(path.read_text(), folder, text, models))
+        more = SHORT if ALGORITHMS[method].rollout else ["data.max_length=64"]
+        commands.append(["train", str(config), "epochs=0.01", *more])
+    return folder, runs.process(folder / "process", commands)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", METHODS)
+def test_a_starter_config_trains_once_it_is_filled_in(started, name):
+    check_trained(started[0] / f"my-{name}", started[1])
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The shapes of a run's models without their weights: from what is here, or from what is known of what is not."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,8 @@ def blueprint(cfg: Config, mesh, beside: Mapping[str, Config]) -> tuple[Blueprin
 
     ``beside``: run directory -> the config that makes it, of runs that may not be there yet. Token ids are made up:
     a program hangs on their number only. Raises ConfigError where a shape is known nowhere, or does not fit."""
+    if cfg.iterations is None:  # programs have the same shapes whenever their schedules end
+        cfg = dataclasses.replace(cfg, iterations=1, epochs=None)
     found = {role: find_shape(cfg, base_role(cfg, role), beside) for role in heads_of(cfg)}
     weights = {role: Weights("new", None, shape.config, "lm") for role, shape in found.items()}
     first = found.get("policy") or next(iter(found.values()))
