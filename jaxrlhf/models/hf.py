@@ -6,7 +6,6 @@ are called is in models/families; nothing here knows a family.
 
 import math
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,19 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxrlhf.models import gguf
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.families import FAMILIES, HuggingFace
+from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.hf_config import NO_IDS, TokenIds, describe, describe_ids
 from jaxrlhf.models.hf_folder import INDEX, SINGLE, clear, read_json, tokenizer_files, write_json
-from jaxrlhf.models.hf_layout import SCORE, Source, dotted, find_sources, leaves_of
+from jaxrlhf.models.hf_layout import Source, dotted, find_sources, leaves_of
+from jaxrlhf.models.hf_tensors import check_tied, examine
 from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_axes
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array, Head, Params
-
-FLOATS = ("F32", "BF16", "F16", "F64")
-SHOWN = 3  # names that an error lists
-
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
@@ -49,22 +44,23 @@ def load(
     ``fresh``. Raises ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite.
     """
     folder = epath.Path(folder)
-    tensors = with_prefix(open_weights(folder), FAMILIES[cfg.family].hf)
-    sources, drawn = find_sources(cfg, head), {}
-    if head == "scalar" and f"{SCORE.name}.weight" not in tensors:
+    tensors, sources, has_score, _ = examine(folder, cfg, head)
+    lm_head = f"{FAMILIES[cfg.family].hf.modules['head'].name}.weight"
+    if head == "lm" and cfg.tie_embeddings and lm_head in tensors:
+        check_tied(tensors[lm_head], tensors[next(sources["embed.tokens.embedding"].names())], f"{folder}: {lm_head}")
+    drawn = {}
+    if head == "scalar" and not has_score:
         key = jax.random.key(0) if key is None else key
         head_leaves = jax.jit(lambda key: init(cfg, head, key, dtype)["head"])(key)  # the rest is never computed
         drawn = {f"head.{name}": value for name, value in head_leaves.items()}
-        del sources["head.kernel"]
         if fresh is not None:
             fresh.extend(sorted(drawn))
-    check_tensors(tensors, sources, cfg, head, str(folder))
 
     def one(path, leaf: Leaf) -> Array:
         path = dotted(path)
         if path in drawn:
             return drawn[path]
-        if path == "head.bias":
+        if path == "head.bias" and path not in sources:
             return place(leaf, lambda index: np.full(leaf.shape, read_score_bias(folder), jnp.dtype(dtype)))
         return place(leaf, lambda index: read_shard(sources[path], tensors, leaf.shape, index, dtype, str(folder)))
 
@@ -77,103 +73,11 @@ def load(
 
 
 def read_score_bias(folder: epath.Path) -> float:
-    """The score's bias, which has no place in a Hugging Face class: ``score_bias`` in config.json, by default 0."""
+    """The score's bias where no tensor holds it: ``score_bias`` in config.json, as older exports have it; else 0."""
     bias = (read_json(folder, "config.json") or {}).get("score_bias", 0.0)
     if type(bias) not in (int, float) or not math.isfinite(bias):
         raise ValueError(f"{folder}/config.json: score_bias: {bias!r}; expected a number")
     return bias
-
-
-def open_weights(folder: epath.Path) -> dict[str, Any]:
-    """Name -> a lazy safetensors slice (get_shape, get_dtype, [...]) of every tensor in the folder.
-
-    Raises ValueError, in one line, where there are none or their files are broken."""
-    if (folder / gguf.RECORD).exists():
-        return dict(gguf.open_tensors(folder))
-    if (folder / SINGLE).exists():
-        return open_file(folder / SINGLE)
-    if (folder / INDEX).exists():
-        return open_shards(folder)
-    pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt"))
-    if pickled:
-        raise ValueError(f"{folder}: {pickled[0]}: pickled weights can run code and are never read; expected {SINGLE}")
-    raise ValueError(f"{folder}: there are no weights; expected {SINGLE} or {INDEX}")
-
-
-def open_file(path: epath.Path) -> dict[str, Any]:
-    """open_weights of one file; safetensors checks that the header fits the file, before it allocates."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(os.fspath(path), framework="numpy")
-        return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: is not a safetensors file: {error}") from error
-
-
-def open_shards(folder: epath.Path) -> dict[str, Any]:
-    """open_weights of the files that the index names."""
-    weight_map = (read_json(folder, INDEX) or {}).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{folder / INDEX}: weight_map: expected an object of tensor: file")
-    files = {}
-    for name in sorted(set(weight_map.values())):
-        if name != os.path.basename(name) or not (folder / name).exists():
-            raise ValueError(f"{folder / INDEX}: {name}: there is no such file in the folder")
-        files[name] = open_file(folder / name)
-    absent = [tensor for tensor, name in weight_map.items() if tensor not in files[name]]
-    if absent:
-        raise ValueError(f"{folder / INDEX}: {weight_map[absent[0]]} does not hold {shown(absent)}")
-    return {tensor: files[name][tensor] for tensor, name in weight_map.items()}
-
-
-def with_prefix(tensors: dict[str, Any], names: HuggingFace) -> dict[str, Any]:
-    """Base-model files (GPT-2's on the hub) leave the prefix out: put it back."""
-    if any(name.startswith(names.prefix) for name in tensors):
-        return tensors
-    heads = (f"{names.modules['head'].name}.", f"{SCORE.name}.")
-    return {name if name.startswith(heads) else names.prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def shown(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (" and others" if len(names) > SHOWN else "")
-
-
-def check_tensors(
-    tensors: Mapping[str, Any], sources: dict[str, Source], cfg: ModelConfig, head: Head, where: str
-) -> None:
-    """Every tensor that is needed is there, in its shape; every other one is another head's or no weight at all."""
-    names, used, missing = FAMILIES[cfg.family].hf, set(), []
-    for source in sources.values():
-        for name in source.names():
-            if name not in tensors:
-                missing.append(name)
-                if len(missing) > SHOWN:  # a config may claim any number of layers
-                    raise ValueError(f"{where}: lacks tensors: {shown(missing)}")
-                continue
-            used.add(name)
-            shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
-            if shape != source.shape():
-                raise ValueError(f"{where}: {name}: has shape {shape}; config.json says {source.shape()}")
-            if kind not in FLOATS:
-                raise ValueError(f"{where}: {name}: holds {kind}; expected one of {', '.join(FLOATS)}")
-    if missing:
-        raise ValueError(f"{where}: lacks tensors: {shown(missing)}")
-    lm_head, score = f"{names.modules['head'].name}.weight", f"{SCORE.name}.weight"
-    other = {lm_head, score} - used
-    unused = [name for name in tensors if name not in used | other and not re.search(names.ignored, name)]
-    if unused:
-        raise ValueError(f"{where}: holds tensors that a {cfg.family} of this config has no place for: {shown(unused)}")
-    if head == "lm" and lm_head in other and lm_head in tensors:
-        check_tied(tensors[lm_head], tensors[next(sources["embed.tokens.embedding"].names())], f"{where}: {lm_head}")
-
-
-def check_tied(head: Any, embedding: Any, what: str, rows: int = 4096) -> None:
-    """A tied model's file may repeat the embeddings as its head, but not contradict them."""
-    size = head.get_shape()[0]
-    chunks = [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
-    if head.get_shape() != embedding.get_shape() or any((head[part] != embedding[part]).any() for part in chunks):
-        raise ValueError(f"{what}: differs from the embeddings, though config.json says that they are tied")
 
 
 def place(leaf: Leaf, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Array:

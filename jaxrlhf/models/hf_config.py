@@ -4,16 +4,18 @@ What a family's fields are called is in models/families; nothing here knows a fa
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
 from jaxrlhf.models.config import LayerTypes, ModelConfig, resolve
 from jaxrlhf.models.families import FAMILIES, Windows
+from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS
 from jaxrlhf.models.hf_fields import checked, parse_field, refuse_unsupported
 from jaxrlhf.models.hf_folder import SINGLE, read_json
 from jaxrlhf.models.hf_rope import GLOBAL, LOCAL, describe_rope, parse_rope
+from jaxrlhf.models.hf_tensors import has_score, has_tensor
 from jaxrlhf.types import Head
 
 ALWAYS: dict[str, tuple] = {"quantization_config": (None,), "is_encoder_decoder": (False,)}  # fixed in every family
@@ -24,27 +26,34 @@ LAYER_TYPES: dict[Literal["local", "global"], str] = {"local": LOCAL, "global": 
 
 
 def read_config(folder: epath.PathLike) -> tuple[ModelConfig, Head]:
-    """The architecture (resolved) and the head that config.json names.
+    """The architecture (resolved) and the head of a folder, by config.json and the names of its tensors.
 
     Raises ValueError, in one line, for a family, a class or a field that changes the maths and is not supported."""
     raw, where = read_json(folder, "config.json"), f"{folder}/config.json"
     if raw is None:
         raise ValueError(f"{where}: there is no such file; expected a Hugging Face folder: config.json and {SINGLE}")
-    return parse_config(raw, where)
+    if raw.get("model_type") in WRAPPERS and "tie_word_embeddings" not in raw | (raw.get("text_config") or {}):
+        raw = raw | {"tie_word_embeddings": not has_tensor(folder, "lm_head.weight")}
+    return parse_config(raw, where, lambda: has_score(folder))
 
 
-def parse_config(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, Head]:
-    """read_config of an object already read; errors begin with ``where``."""
+def parse_config(
+    raw: Mapping[str, Any], where: str, scored: Callable[[], bool] = lambda: False
+) -> tuple[ModelConfig, Head]:
+    """read_config of an object already read; errors begin with ``where``.
+
+    ``scored``: whether the weights hold a scalar head, which makes a class that transformers lacks a reward model."""
     families = {family.hf.model_type: name for name, family in FAMILIES.items()}
+    raw, where = unwrap(raw, where), f"{where}: text_config" if raw.get("model_type") in WRAPPERS else where
     kind = raw.get("model_type")
     if kind not in families:
-        raise ValueError(f"{where}: model_type: {kind!r} is not supported; expected one of {', '.join(families)}")
+        known = ", ".join([*families, *WRAPPERS])
+        raise ValueError(f"{where}: model_type: {kind!r} is not supported; expected one of {known}")
     family = FAMILIES[families[kind]]
     names = family.hf
-    if raw.get("auto_map"):
-        raise ValueError(f"{where}: auto_map: remote code is never run; expected a plain {kind} model")
+    check_auto_map(raw.get("auto_map"), names.classes, where)
     refuse_unsupported(raw, ALWAYS | names.fixed, where)
-    head = parse_head(raw, names.classes, where)
+    head = parse_head(raw, names.classes, where, scored)
     found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
     if family.positions == "rope":
         found |= parse_rope(raw, names.rope, found["max_positions"], where)
@@ -58,9 +67,48 @@ def parse_config(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, Head]
         raise ValueError(f"{where}: {error}") from error
 
 
-def parse_head(raw: Mapping[str, Any], classes: Mapping[Head, str], where: str) -> Head:
+def unwrap(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The config of the text part of a model of text and images, as a plain model says it; any other as it is."""
+    wrapper = WRAPPERS.get(str(raw.get("model_type")))
+    if wrapper is None:
+        return raw
+    text, shown = raw.get("text_config"), raw.get("architectures")
+    if not isinstance(text, dict):
+        raise ValueError(f"{where}: text_config: {text!r}; expected an object")
+    heads: list[Head] = [head for head, name in wrapper.classes.items() if shown == [name]]
+    if not heads:
+        expected = " or ".join(wrapper.classes.values())
+        raise ValueError(f"{where}: architectures: {shown!r} is not supported; expected {expected}")
+    kind = text.get("model_type", wrapper.text)
+    classes = next((family.hf.classes for family in FAMILIES.values() if family.hf.model_type == kind), {})
+    above = {name: raw[name] for name in (*ALWAYS, "auto_map", "id2label", "num_labels") if name in raw}
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", wrapper.tied))
+    own = {"model_type": kind, "architectures": [classes.get(heads[0])], "tie_word_embeddings": tied}
+    return {**SIZES.get(kind, {}), **text, **above, **own}
+
+
+def check_auto_map(auto_map: Any, classes: Mapping[Head, str], where: str) -> None:
+    """Code of a folder is never run: it may name the classes alone that transformers has itself. Raises ValueError."""
+    stem = classes["lm"].partition("For")[0].removesuffix("LMHeadModel")
+    known = {f"{stem}{ending}" for ending in ("Config", "Model", "PreTrainedModel", "ForTokenClassification")}
+    for auto, target in (auto_map or {}).items():
+        if auto.startswith(("AutoConfig", "AutoModel")) and str(target).rpartition(".")[2] not in {
+            *known,
+            *classes.values(),
+        }:
+            raise ValueError(
+                f"{where}: auto_map: {auto}: {target!r}: remote code is never run; expected classes of transformers: "
+                f"{', '.join(classes.values())}"
+            )
+
+
+def parse_head(
+    raw: Mapping[str, Any], classes: Mapping[Head, str], where: str, scored: Callable[[], bool] = lambda: False
+) -> Head:
     """The head that ``architectures`` names; a classifier has to have one label."""
     heads: list[Head] = [head for head, name in classes.items() if raw.get("architectures") == [name]]
+    if not heads and scored():
+        return "scalar"  # the shape of the head says how many labels there are
     if not heads:
         shown = raw.get("architectures")
         raise ValueError(

@@ -11,7 +11,7 @@ from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.transformer import Leaf, parameter_table
 from jaxrlhf.types import Head
 
-SCORE = Module("score", "score embed")  # the scalar head, in every family; its bias is in config.json, HF has none
+SCORE = Module("score", "score embed")  # the scalar head, in every family; classes of transformers have no bias there
 
 
 class Source(NamedTuple):
@@ -68,6 +68,11 @@ def find_sources(cfg: ModelConfig, head: Head) -> dict[str, Source]:
         found[path] = source._replace(before=length.get(source.name, 0))
         length[source.name] = found[path].before + source.own()
     return {path: source._replace(total=length[source.name]) for path, source in found.items()}
+
+
+def score_bias(cfg: ModelConfig) -> Source:
+    """Where the bias of a scalar head is, in files that have one."""
+    return make_source(SCORE, "bias", leaves_of(cfg, "scalar")["head.bias"], cfg)._replace(total=1)
 
 
 def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> Source:
