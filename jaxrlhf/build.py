@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,27 +20,17 @@ from jaxrlhf.data.sources import open_source
 from jaxrlhf.distributed import agree, is_main
 from jaxrlhf.epochs import with_iterations
 from jaxrlhf.log.run_dir import split_step
-from jaxrlhf.models import hf, hf_config, hf_folder, nets, transformer
+from jaxrlhf.models import hf, hf_config, hf_folder, hf_tensors, nets, transformer
 from jaxrlhf.models.config import ModelConfig, resolve, row_limit
 from jaxrlhf.models.kernels import choose, hardware_of, passed_over
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer
+from jaxrlhf.origins import Weights, base_role, check_loaded, check_tokenizers, origin
 from jaxrlhf.rewards.graders import Graders, find_graders
 from jaxrlhf.sharding import batch_shards, make_mesh, whole
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Head, Nets, Params, Prompts, Role, Sequences, TrainState
-
-
-class Weights(NamedTuple):
-    """Where a role's weights come from, found but not read."""
-
-    kind: str  # "new", "run" or "hf"
-    path: str | None
-    config: ModelConfig
-    head: Head  # what stands there; another may be wanted
-    step: int = 0  # run: of the checkpoint
-    role: Role = ""  # run: as what they are saved there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +69,10 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     graders = located(find_graders, cfg.rewards, "rewards")
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(cfg)
-    weights = {role: find_weights(cfg, role, len(tokenizer)) for role in heads_of(cfg)}
-    check_tokenizers(cfg, weights, tokenizer)
+    heads = heads_of(cfg)
+    weights = {role: find_weights(cfg, role, len(tokenizer), head) for role, head in heads.items()}
+    check_loaded(cfg, weights, heads, roles_of(cfg)[0])
+    tokenizers.forbid(tokenizer, foreign_tokens(cfg, weights, tokenizer))
     sampler = make_sampler(cfg, tokenizer, weights)
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
     cfg = with_iterations(cfg, tokenizer, sampler.eos_ids)
@@ -114,10 +106,13 @@ def heads_of(cfg: Config) -> dict[Role, Head]:
 
 def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> Run:
     """``run`` with roles that its algorithm does without (an evaluation's), and responses sampled by ``sampler``."""
-    weights = {role: find_weights(run.cfg, role, len(run.tokenizer)) for role in more}
-    check_tokenizers(run.cfg, weights, run.tokenizer)
+    weights = {role: find_weights(run.cfg, role, len(run.tokenizer), head) for role, head in more.items()}
+    check_loaded(run.cfg, run.weights | weights, more, ())
+    tokenizers.forbid(run.tokenizer, foreign_tokens(run.cfg, weights, run.tokenizer))
     check_shapes(run.cfg, weights, run.mesh)
     weights = run.weights | weights
+    if "policy" in weights:
+        sampler = readable_by_all(sampler, run.tokenizer, weights)
     nets = bind_nets(run.cfg, run.mesh, weights, sampler, sampler.sampling)
     recipe = run.recipe._replace(nets=nets)
     return dataclasses.replace(run, weights=weights, heads=run.heads | more, recipe=recipe, sampler=sampler)
@@ -153,7 +148,23 @@ def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> genera
     policy, eos_ids = weights.get("policy"), find_eos(cfg, tokenizer, weights)
     size = transformer.padded_vocab(policy.config) if policy else len(tokenizer)
     sampler = sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)
-    return sampler._replace(share_prompts=cfg.batch.share_prompts)
+    sampler = sampler._replace(share_prompts=cfg.batch.share_prompts)
+    return readable_by_all(sampler, tokenizer, weights) if policy else sampler
+
+
+def readable_by_all(sampler: generate.Sampler, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
+    """``sampler``, which never samples a token that another model of the run could not read.
+
+    Raises ConfigError where no response could end."""
+    sizes = [found.config.vocab_size for found in weights.values()]
+    own = weights["policy"].config.vocab_size
+    unread = tokenizers.unreadable(tokenizer)
+    banned = sorted({id for id in unread if id < own} | set(range(min(sizes), own)))
+    if banned and set(sampler.eos_ids) <= {*banned, *range(own, max(sampler.eos_ids) + 1)}:
+        id = sampler.eos_ids[0]
+        why = unread.get(id, f"a model's vocab_size is {min(sizes)}")
+        raise ConfigError(f"tokenizer: token {id}, which ends responses, is not known to every model: {why}")
+    return sampler._replace(sampling=sampler.sampling._replace(banned=tuple(banned)))
 
 
 def sampler_of(
@@ -241,12 +252,13 @@ def tokenizer_origin(cfg: Config) -> tuple[str, str]:
     return named, where
 
 
-def located(find, named: str, where: str):
-    """``find(named)``, whose error ("init_from: ...") is told as one of the config's section ``where``."""
+def located(find, named: str, where: str, prefix: str = ""):
+    """``find(named)``, whose error ("init_from: ..." after ``prefix``) is told as one of the config's section
+    ``where``."""
     try:
         return find(named)
     except ValueError as error:
-        raise ConfigError(f"{where}.{error}") from None
+        raise ConfigError(f"{where}.{prefix}{error}") from None
 
 
 def tokenizer_of(named: str):
@@ -267,25 +279,13 @@ def find_step(named: str) -> int:
         raise ValueError(f"init_from: {error}") from None
 
 
-def check_tokenizers(cfg: Config, weights: dict[Role, Weights], tokenizer) -> None:
-    """A model reads what another wrote as token ids, so all must share one tokenizer. Raises ConfigError."""
-    ours = tokenizers.fingerprint(tokenizer)
-    for role, found in weights.items():
-        role = base_role(cfg, role)  # where the config names the weights
-        if found.kind == "new" or found.path is None:
-            size = found.config.vocab_size
-        else:
-            theirs = tokenizers.fingerprint(tokenizers.load_tokenizer(os.fspath(tokenizer_of(found.path))))
-            size = found.config.vocab_size
-            if theirs != ours:
-                raise ConfigError(
-                    f"models.{role}.init_from: {found.path}: its tokenizer {theirs[:12]} is not the run's {ours[:12]}:"
-                    " token ids would mean other words; expected a model trained with the same tokenizer"
-                )
-        if size < len(tokenizer):
-            raise ConfigError(
-                f"models.{role}: vocab_size {size} is less than the {len(tokenizer)} tokens of the tokenizer"
-            )
+def foreign_tokens(cfg: Config, weights: dict[Role, Weights], tokenizer) -> dict[int, str]:
+    """Tokens that some model cannot read -> why: as check_tokenizers finds, and as the run's own checkpoint says."""
+    found = check_tokenizers(cfg, weights, tokenizer, tokenizer_of)
+    if any(start.path == cfg.run_dir for start in weights.values()):
+        kept = checkpoint.read_extra(cfg.run_dir)[1].get("unreadable", {})
+        found |= {int(id): why for id, why in kept.items()}
+    return found
 
 
 def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.Mesh) -> None:
@@ -334,21 +334,11 @@ def kernels_passed_over(cfg: Config, mesh: jax.sharding.Mesh, shapes: dict[Role,
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
-def origin(cfg: Config, role: Role):
-    """The RoleConfig that ``role`` goes back to, through roles that start from other roles."""
-    seen, start = [role], cfg.models[role]
-    while start.init_from is not None and start.init_from in cfg.models:
-        seen.append(start.init_from)
-        start = cfg.models[start.init_from]
-        if seen[-1] in seen[:-1]:
-            raise ConfigError(f"models.{seen[-1]}.init_from: {' -> '.join(seen)} goes round in a circle")
-    return start
+def find_weights(cfg: Config, role: Role, vocab_size: int, wanted: Head = "lm") -> Weights:
+    """What ``role`` starts from: the run's own checkpoint if there is one, else what the config names. Of two heads in
+    a folder the one that is ``wanted`` is taken.
 
-
-def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
-    """What ``role`` starts from: the run's own checkpoint if there is one, else what the config names.
-
-    Raises ConfigError where nothing is there."""
+    Raises ConfigError where there is nothing, or a folder does not hold all of a model."""
     if checkpoint.latest_step(cfg.run_dir) is not None:
         step, extra = checkpoint.read_extra(cfg.run_dir)
         if role in extra["models"]:
@@ -364,8 +354,19 @@ def find_weights(cfg: Config, role: Role, vocab_size: int) -> Weights:
         there = checkpoint.find_role(extra["models"], named)
         run_dir, _ = split_step(path)
         return Weights("run", run_dir, *checkpoint.model_of(extra["models"][there]), step, there)
-    folder = os.fspath(located(hf_folder.locate, path, f"models.{base_role(cfg, role)}"))
-    return Weights("hf", folder, *hf_config.read_config(folder))
+    where = f"models.{base_role(cfg, role)}"
+    folder = os.fspath(located(hf_folder.locate, path, where))
+    return located(lambda folder: in_folder(folder, wanted), folder, where, "init_from: ")
+
+
+def in_folder(folder: str, wanted: Head) -> Weights:
+    """The Weights of a Hugging Face folder. Raises ValueError where its files are not those of a whole model."""
+    shape, head = hf_config.read_config(folder)
+    if wanted != "lm" and head == "lm" and hf_tensors.has_score(folder):
+        head = "scalar"
+    held = hf_tensors.examine(folder, shape, head)
+    notes = (f"{folder}: not read: {hf_tensors.kinds(held.left)}",) if held.left else ()
+    return Weights("hf", folder, shape, None if head == "scalar" and not held.has_score else head, notes=notes)
 
 
 def initial_state(run: Run) -> TrainState:
@@ -377,12 +378,6 @@ def initial_state(run: Run) -> TrainState:
     return state.new_state(run.cfg.seed, params, still, run.recipe.optimizers, controls)
 
 
-def base_role(cfg: Config, role: Role) -> Role:
-    """The role at the end of the chain of init_from."""
-    start = origin(cfg, role)
-    return next(name for name, model in cfg.models.items() if model is start)
-
-
 def read_weights(run: Run, role: Role) -> Params:
     """One role's parameters on the mesh, under the head it needs. What is drawn hangs on the seed and on where the role
     starts, so that roles that start from the same random weights do."""
@@ -391,14 +386,16 @@ def read_weights(run: Run, role: Role) -> Params:
     key = jax.random.fold_in(jax.random.key(run.cfg.seed), number)
     if found.kind == "new":
         return jax.jit(lambda: transformer.init(found.config, head, key, run.dtype))()
-    if head == "bare" and found.head == "lm":  # there is nothing to read
+    if head == "bare" and found.head in ("lm", None):  # there is nothing to read
         return state.scalar_head(found.config, key, run.dtype, zero)
     if found.kind == "run":
         models = checkpoint.read_extra(found.path, found.step)[1]["models"]
         params = checkpoint.restore_model(found.path, found.step, models, found.role, run.dtype, run.mesh)
     else:
-        params = hf.load(found.path or "", found.config, found.head, run.dtype)
-    return whole(state.change_head(params, found.config, found.head, head, key, zero), run.mesh)
+        params = hf.load(found.path or "", found.config, found.head or "scalar", run.dtype)
+        if found.head is None:
+            del params["head"]  # drawn; that of change_head knows of ``zero``
+    return whole(state.change_head(params, found.config, found.head or "lm", head, key, zero), run.mesh)
 
 
 def abstract_state(drawn: Blueprint) -> TrainState:

@@ -17,6 +17,7 @@ from jaxrlhf.config import Config, dump, trunks_of, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError, suggest
+from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.epochs import describe_epochs
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, describe_data, put, training_prompts
@@ -174,7 +175,8 @@ class Trainer:
         with self.log.doing("loading"):
             rows = self.describe_rows()
         lines = [*describe_data(self.ready), *rows, describe_epochs(cfg, self.feed.rows())]
-        lines += [describe_batch(cfg, parts), *sharing, *passed_over]
+        notes = dict.fromkeys(note for found in self.ready.weights.values() for note in found.notes)
+        lines += [describe_batch(cfg, parts), *sharing, *passed_over, *notes]
         self.log.say("\n".join(lines))
         with self.log.doing("loading"):
             state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
@@ -351,6 +353,7 @@ class Trainer:
             "models": checkpoint.models_record(self.ready.configs, self.ready.heads, trunks_of(self.cfg)),
             "dtype": self.cfg.precision.params,
             "eos_ids": list(self.ready.sampler.eos_ids),
+            "unreadable": {str(id): why for id, why in unreadable(self.ready.tokenizer).items()},
             "data": self.feed.get_state(),
         }
         self.log.flush()

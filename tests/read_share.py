@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrlhf import distributed
 from jaxrlhf.distributed import DistributedConfig
-from jaxrlhf.models import hf, hf_config, hf_folder
+from jaxrlhf.models import hf, hf_config, hf_folder, hf_tensors
 from jaxrlhf.sharding import MeshConfig, make_mesh
 
 
@@ -69,8 +69,8 @@ def main() -> None:
     distributed.start(DistributedConfig())
     folder = hf_folder.locate(where)
     cfg, head = hf_config.read_config(folder)
-    opened = hf.open_weights
-    hf.open_weights = lambda where: {name: Counting(tensor) for name, tensor in opened(where).items()}
+    opened = hf_tensors.open_weights
+    hf_tensors.open_weights = lambda where: {name: Counting(tensor) for name, tensor in opened(where).items()}
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=-1))):
         # what the first array takes is not the weights'
         jax.device_put(np.zeros(8), jax.local_devices()[0]).block_until_ready()

@@ -142,8 +142,8 @@ def test_a_model_with_another_tokenizer_is_refused(ppo, foreign, tmp_path, whole
     cfg = ppo(f"models.{role}={{init_from: {foreign}}}", f"tokenizer.init_from={whole / 'sft'}")
     with pytest.raises(ConfigError) as error:
         build.build(cfg)
-    assert str(error.value).startswith(f"models.{role}.init_from: {foreign}: its tokenizer ")
-    assert "is not the run's" in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"models.{role}.init_from: {foreign}: token ids mean other text to it: id 2")
+    assert "in the run's tokenizer and" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ppo").exists()
 
 

@@ -20,7 +20,7 @@ from jaxrlhf.data.encode import Encoded, as_turns, encode_demonstration, encode_
 from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.data.sources import DataConfig, Source, cache_folder
 from jaxrlhf.data.summary import Summary, quantiles
-from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id
+from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id, unreadable, why_unreadable
 from jaxrlhf.data.truncate import Encoder, Sides, longest, truncate
 
 FORMAT = 6  # of the cached measures; raise it when the same record would give other tokens
@@ -57,7 +57,8 @@ def make_examples(
     """
     max_length = _longest(kind, cfg)
     eos = eos_ids(tokenizer) if eos is None else tuple(eos)
-    encode, convert = _encoder(kind, tokenizer, cfg, eos), as_turns if cfg.chat is not None else dict
+    encode = _readable(_encoder(kind, tokenizer, cfg, eos), tokenizer)
+    convert = as_turns if cfg.chat is not None else dict
     cut = lambda record: truncate(convert(record), encode, tokenizer, max_length)
 
     def sides(record: Mapping[str, Any]) -> Sides:
@@ -144,6 +145,19 @@ def _encoder(kind: str, tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> 
     }[kind]
 
 
+def _readable(encode: Callable[[Mapping[str, Any]], Sides], tokenizer: Any) -> Callable[[Mapping[str, Any]], Sides]:
+    """``encode``, which raises BadRecord for a record with a token that some model of the run cannot read."""
+
+    def one(record: Mapping[str, Any]) -> Sides:
+        sides = encode(record)
+        for side in sides:
+            if why := why_unreadable(tokenizer, side.tokens):
+                raise BadRecord(why)
+        return sides
+
+    return one
+
+
 def _measure(
     kind: str,
     source: Source,
@@ -190,6 +204,8 @@ def _measure_key(
     text = [fingerprint(tokenizer), tokenizer.chat_template, leading_ids(tokenizer), start_id(tokenizer), list(eos)]
     text.append(date_of(tokenizer) if is_dated(tokenizer) else None)
     rules = [FORMAT, kind, max_length, cfg.too_long, cfg.loss_on, cfg.append_eos, cfg.skip_bad, cfg.chat is not None]
+    if unreadable(tokenizer):
+        rules.append(sorted(unreadable(tokenizer)))
     return hashlib.sha256(json.dumps([source.fingerprint, text, rules]).encode()).hexdigest()
 
 

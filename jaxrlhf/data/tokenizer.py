@@ -202,8 +202,30 @@ def find_added(text: str, added: Iterable[str]) -> str | None:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The token in empty columns: the tokenizer's pad, or else its EOS. It means nothing: masks say what is padding."""
-    return int(_own_eos(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    """The token in empty columns: the tokenizer's pad, or else its EOS. It means nothing: masks say what is padding.
+
+    A pad that some model has no embedding for is not used."""
+    own = tokenizer.pad_token_id
+    return int(_own_eos(tokenizer) if own is None or own in unreadable(tokenizer) else own)
+
+
+def forbid(tokenizer: Any, ids: Mapping[int, str]) -> None:
+    """From now on rows that hold one of ``ids`` are refused; with the reason why some model cannot read it."""
+    tokenizer.unreadable = {**unreadable(tokenizer), **ids}
+
+
+def unreadable(tokenizer: Any) -> dict[int, str]:
+    """The ids that ``forbid`` was told of."""
+    return getattr(tokenizer, "unreadable", {})
+
+
+def why_unreadable(tokenizer: Any, ids: Iterable[int]) -> str | None:
+    """What is wrong with a row of these ids; None where every model can read them."""
+    bad = unreadable(tokenizer)
+    id = next((int(id) for id in ids if int(id) in bad), None) if bad else None
+    if id is None:
+        return None
+    return f"holds token {id}, {tokenizer.convert_ids_to_tokens(id)!r}, which not every model can read: {bad[id]}"
 
 
 def start_id(tokenizer: Any) -> int:

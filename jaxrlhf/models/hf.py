@@ -19,7 +19,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.hf_config import NO_IDS, TokenIds, describe, describe_ids
 from jaxrlhf.models.hf_folder import INDEX, SINGLE, clear, read_json, tokenizer_files, write_json
-from jaxrlhf.models.hf_layout import Source, dotted, find_sources, leaves_of
+from jaxrlhf.models.hf_layout import Source, dotted, find_sources, leaves_of, score_bias
 from jaxrlhf.models.hf_tensors import check_tied, examine
 from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_axes
 from jaxrlhf.sharding import explicit, partition
@@ -157,41 +157,63 @@ def save(
     ids: TokenIds = NO_IDS,
     tokenizer_folder: epath.PathLike | None = None,
     max_shard_bytes: float = 5e9,
-) -> None:
+) -> list[str]:
     """Write ``folder`` so that transformers (and ``load``) reads the same model from it; config.json comes last.
 
-    transformers' classes have no bias in the score and read it at the last token that is not ``ids.pad``: scores are
-    equal to ours up to ``score_bias``, where padding is not a token of the text. In a run of several processes all
-    call this, and the first writes. Raises ValueError, in one line, where the family cannot say the model.
+    transformers' classes take the score at the last token that is not ``ids.pad``, and have no bias there: it moves
+    into the last norm where that has one; elsewhere it is a tensor of the file, score.bias. In a run of several
+    processes all call this, and the first writes. Returns what transformers computes otherwise. Raises ValueError, in
+    one line, where the family cannot say the model.
     """
     folder = epath.Path(folder)
     raw = describe(cfg, head, ids) | {"dtype": jnp.dtype(dtype).name}
     check_params(params, cfg, head)
     check_ids(ids, cfg)
     tokenizer = tokenizer_files(tokenizer_folder)
+    sources, notes = find_sources(cfg, head), []
     if head == "scalar":
-        raw["score_bias"] = float(fetch(params["head"]["bias"])[0])
+        params = fold_score_bias(params)
+        if bias := float(fetch(params["head"]["bias"])[0]):
+            sources["head.bias"] = score_bias(cfg)
+            notes = [
+                f"score.bias: {bias:.6g}: {raw['architectures'][0]} has no bias: its scores are ours less {bias:.6g}"
+            ]
     writes = jax.process_index() == 0
     if writes:
         clear(folder, {path.name for path in tokenizer})
-    shards = plan_shards(find_sources(cfg, head), jnp.dtype(dtype).itemsize, max_shard_bytes)
+    shards = plan_shards(sources, jnp.dtype(dtype).itemsize, max_shard_bytes)
     for name, tensors in shards.items():
         values = {tensor: join(params, parts).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()}
         if writes:
             write_weights(folder / name, values)
     if not writes:
-        return
+        return notes
     if len(shards) > 1:
         weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-        write_json(
-            folder / INDEX, {"metadata": {"total_size": weight_bytes(cfg, head, dtype)}, "weight_map": weight_map}
-        )
+        size = weight_bytes(sources, dtype)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     for path in tokenizer:
         if path != folder / path.name:
             path.copy(folder / path.name, overwrite=True)
     if ids.eos:
         write_json(folder / "generation_config.json", describe_ids(ids))
     write_json(folder / "config.json", raw)
+    return notes
+
+
+def fold_score_bias(params: Params) -> Params:
+    """The same scores without a bias, where the last norm has one: moved along the score's direction w, its own bias
+    adds (b + bias w / |w|^2) . w = b . w + bias."""
+    if "bias" not in params["final_norm"]:
+        return params
+    kernel, bias = (np.asarray(fetch(params["head"][name]), np.float64) for name in ("kernel", "bias"))
+    norm = np.asarray(fetch(params["final_norm"]["bias"]), np.float64)
+    length = (kernel**2).sum()
+    if not length:
+        return params
+    moved = (norm + bias * kernel[:, 0] / length).astype(np.float32)
+    head = params["head"] | {"bias": np.zeros(1, np.float32)}
+    return params | {"final_norm": params["final_norm"] | {"bias": moved}, "head": head}
 
 
 class Part(NamedTuple):
@@ -270,9 +292,9 @@ def check_ids(ids: TokenIds, cfg: ModelConfig) -> None:
             raise ValueError(f"export: {name} token {value} is outside the vocabulary of {cfg.vocab_size}")
 
 
-def weight_bytes(cfg: ModelConfig, head: Head, dtype) -> int:
+def weight_bytes(sources: dict[str, Source], dtype) -> int:
     """Of all tensors in the files."""
-    shapes = {name: source.shape() for source in find_sources(cfg, head).values() for name in source.names()}
+    shapes = {name: source.shape() for source in sources.values() for name in source.names()}
     return sum(map(math.prod, shapes.values())) * jnp.dtype(dtype).itemsize
 
 

@@ -3,6 +3,7 @@
 Nothing but the headers of the files is read here; what a family's tensors are called is in models/families.
 """
 
+import collections
 import os
 import re
 from collections.abc import Mapping
@@ -155,6 +156,12 @@ def with_prefix(tensors: dict[str, Any], names: HuggingFace) -> dict[str, Any]:
         return tensors
     heads = (f"{names.modules['head'].name}.", f"{SCORE.name}.")
     return {name if name.startswith(heads) else names.prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def kinds(names: list[str]) -> str:
+    """What parts so many tensors are of: "vision_tower (438 tensors), multi_modal_projector (2)"."""
+    counts = collections.Counter(name.removeprefix("model.").partition(".")[0] for name in names)
+    return ", ".join(f"{part} ({count} tensor{'s' if count > 1 else ''})" for part, count in counts.items())
 
 
 def shown(names: list[str]) -> str:

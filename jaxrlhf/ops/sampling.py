@@ -24,6 +24,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     min_new_tokens: int = 0
     eos_ids: tuple[int, ...] = ()
+    banned: tuple[int, ...] = ()  # ids that are never sampled: some model of the run could not read them
 
 
 def uniform_noise(seed: Array, step: Array, sample_id: Array, positions: Array) -> Array:
@@ -34,12 +35,15 @@ def uniform_noise(seed: Array, step: Array, sample_id: Array, positions: Array) 
 
 
 def shape_logits(logits: Array, sampling: Sampling, index: Array, keep: Array | None = None) -> Array:
-    """The logits of the distribution that is sampled from: EOS banned early, divided by temperature, top-k, top-p.
+    """The logits of the distribution that is sampled from: without banned tokens and an early EOS, divided by the
+    temperature, then top-k and top-p.
 
     logits f32[..., V]; index i32, broadcastable to [...]: how many response tokens precede. ``keep`` i32[...] are
     tokens that stay possible whatever the filters say: the sampled ones, when the policy has moved since.
     """
     ids = jnp.arange(logits.shape[-1])
+    if sampling.banned:
+        logits = jnp.where((ids[:, None] == jnp.array(sampling.banned)).any(-1), IMPOSSIBLE, logits)
     if sampling.min_new_tokens and sampling.eos_ids:
         is_eos = (ids[:, None] == jnp.array(sampling.eos_ids)).any(-1)
         banned = is_eos & (index < sampling.min_new_tokens)[..., None]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from jaxrlhf import checkpoint, generate
-from jaxrlhf.build import Blueprint, Weights, base_role, draw, heads_of, origin
+from jaxrlhf.build import Blueprint, draw, heads_of
 from jaxrlhf.config import Config, parse
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_yaml import read_yaml
@@ -18,6 +18,7 @@ from jaxrlhf.models import gguf, hf_config, hf_folder
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.published import SHAPES, published, published_file
 from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.origins import Weights, base_role, origin
 from jaxrlhf.types import Role
 
 HUB_SECONDS = 5  # for the hub to answer

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import sharding
-from jaxrlhf.models import hf, hf_config, hf_folder, hf_layout
+from jaxrlhf.models import hf, hf_config, hf_folder, hf_layout, hf_tensors
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.rope import RopeScaling
@@ -94,8 +94,25 @@ def test_round_trip(cfg, head, tmp_path):
     hf.save(params, cfg, head, tmp_path, ids=IDS)
     assert hf_config.read_config(tmp_path) == (cfg, head)
     fresh = []
-    equal(hf.load(tmp_path, cfg, head, fresh=fresh), params)
+    equal(hf.load(tmp_path, cfg, head, fresh=fresh), hf.fold_score_bias(params) if head == "scalar" else params)
     assert fresh == []
+
+
+def test_a_score_s_bias_moves_into_the_last_norm(tmp_path):
+    """By hand: w = (3, 4), bias 5, so the norm's bias grows by 5 w / 25; and any state has the score that it had."""
+    head = {"kernel": np.array([[3.0], [4.0]], np.float32), "bias": np.array([5.0], np.float32)}
+    params = {"final_norm": {"scale": np.ones(2), "bias": np.array([1.0, -1.0], np.float32)}, "head": head}
+    folded = hf.fold_score_bias(params)
+    np.testing.assert_allclose(folded["final_norm"]["bias"], [1.6, -0.2], rtol=1e-6)
+    assert folded["head"]["bias"] == 0
+    state = np.array([0.3, 0.7])
+    before = (state + params["final_norm"]["bias"]) @ head["kernel"] + 5
+    np.testing.assert_allclose((state + folded["final_norm"]["bias"]) @ head["kernel"], before, rtol=1e-6)
+    rms = {"final_norm": {"scale": np.ones(2)}, "head": head}
+    assert hf.fold_score_bias(rms) is rms
+    said = hf.save(random_params(LLAMA, "scalar"), LLAMA, "scalar", tmp_path / "llama")
+    assert len(said) == 1 and "LlamaForSequenceClassification has no bias: its scores are ours less" in said[0]
+    assert hf.save(random_params(GPT2, "scalar"), GPT2, "scalar", tmp_path / "gpt2") == []
 
 
 def test_names_and_layouts(tmp_path):
@@ -218,8 +235,8 @@ class Recorder:
 
 def test_sharded_reading_touches_only_its_slices(folder, monkeypatch):
     """Each of the four parts of a matrix is read once, though two devices of (2, 2, 2) hold it; none is read whole."""
-    tensors = {name: Recorder(tensor) for name, tensor in hf.open_weights(hf.epath.Path(folder)).items()}
-    monkeypatch.setattr(hf, "open_weights", lambda folder: tensors)
+    tensors = {name: Recorder(tensor) for name, tensor in hf_tensors.open_weights(hf.epath.Path(folder)).items()}
+    monkeypatch.setattr(hf_tensors, "open_weights", lambda folder: tensors)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
         hf.load(folder, LLAMA, "lm")
     for name, tensor in tensors.items():
@@ -231,7 +248,7 @@ def test_sharded_reading_touches_only_its_slices(folder, monkeypatch):
 
 def test_a_part_of_nothing_but_padding(folder):
     """Over 8 devices the last one's rows of the vocabulary, 112 to 128, are beyond the file's 101."""
-    tensors, source = hf.open_weights(hf.epath.Path(folder)), hf_layout.find_sources(LLAMA, "lm")["head.kernel"]
+    tensors, source = hf_tensors.open_weights(hf.epath.Path(folder)), hf_layout.find_sources(LLAMA, "lm")["head.kernel"]
     read = lambda columns: hf.read_shard(source, tensors, (32, 128), (slice(0, 16), columns), jnp.float32, "")
     kernel = np.asarray(random_params(LLAMA)["head"]["kernel"])
     np.testing.assert_array_equal(read(slice(96, 112)), kernel[:16, 96:112])
@@ -261,8 +278,10 @@ def test_score_bias_comes_back(tmp_path):
     hf.save(params, LLAMA, "scalar", tmp_path)
     assert load_file(tmp_path / "model.safetensors")["score.weight"].shape == (1, 32)
     np.testing.assert_array_equal(hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"], params["head"]["bias"])
-    edit(tmp_path, score_bias=...)
+    rewrite(tmp_path, lambda tensors: tensors.pop("score.bias"))
     assert hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 0
+    edit(tmp_path, score_bias=2.5)  # as older exports have it
+    assert hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 2.5
     edit(tmp_path, score_bias=[1.0])
     refused("score_bias: .1.0.; expected a number", hf.load, tmp_path, LLAMA, "scalar")
 
@@ -326,7 +345,7 @@ GPT2_FIELDS = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_em
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; expected 'silu'"),
         ({"pretraining_tp": 2}, "pretraining_tp: 2"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"auto_map": {"AutoModel": "x.py"}}, "auto_map: remote code is never run"),
+        ({"auto_map": {"AutoModel": "x.Other"}}, "auto_map: AutoModel: 'x.Other': remote code is never run; expected"),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
             "rope_scaling.rope_type: 'dynamic'.*default or linear",
