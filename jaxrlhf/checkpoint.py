@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models import hf, hf_config
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
+from jaxrlhf.padding import with_own_pad
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.state import abstract_params
 from jaxrlhf.types import Head, Params, Role, TrainState
@@ -271,8 +273,9 @@ def token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None) -> hf
     return hf_config.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
 
 
-def export(name, role: Role, to) -> str:
-    """Write one role of a run (RUN, RUN@best, RUN@40) as a HF folder, tokenizer included; which step it was, in words.
+def export(name, role: Role, to) -> tuple[str, list[str]]:
+    """Write one role of a run (RUN, RUN@best, RUN@40) as a HF folder, tokenizer included. A reward model gets a pad
+    token of its own. Returns which step it was, in words, and what differs from the run, or in transformers.
 
     Raises FileNotFoundError for a run without checkpoints, ValueError for a step or a role that it does not have."""
     (step, extra), (run_dir, _) = read_extra(name), split_step(name)
@@ -281,9 +284,13 @@ def export(name, role: Role, to) -> str:
     cfg, head = model_of(extra["models"][role])
     folder, dtype = epath.Path(run_dir) / "tokenizer", jnp.dtype(extra["dtype"])
     tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
-    ids = token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
+    ids = hf_config.embedded(token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}), cfg.vocab_size)
     mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        params = restore_model(run_dir, step, extra["models"], role, dtype, mesh)
-        hf.save(params, cfg, head, to, extra["dtype"], ids=ids, tokenizer_folder=folder)
-    return describe_step(run_dir, step)
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
+        params, notes = restore_model(run_dir, step, extra["models"], role, dtype, mesh), []
+        if head == "scalar":
+            tokenizer, params, cfg, ids, notes = with_own_pad(tokenizer, params, cfg, ids)
+            tokenizers.save_tokenizer(tokenizer, scratch)
+            folder = epath.Path(scratch)
+        notes += hf.save(params, cfg, head, to, extra["dtype"], ids=ids, tokenizer_folder=folder)
+    return describe_step(run_dir, step), notes

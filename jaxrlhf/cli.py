@@ -272,9 +272,9 @@ def export(
     from jaxrlhf.checkpoint import export as export_role
 
     distributed.on_main(lambda: need_room(to, force))
-    which = export_role(name, role, to)
+    which, notes = export_role(name, role, to)
     if main:
-        typer.echo(f"{role} of {run}, {which}, written to {to}")
+        typer.echo("\n".join([f"{role} of {run}, {which}, written to {to}", *notes]))
 
 
 app.command()(cli_discover.init)

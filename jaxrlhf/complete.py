@@ -1,5 +1,6 @@
 """Text in, text out: sample continuations from a run, a HF folder or a hub model."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxrlhf.data import encode
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feed import put
 from jaxrlhf.log.run_dir import split_step
-from jaxrlhf.models import hf, hf_config, hf_folder
+from jaxrlhf.models import hf, hf_config, hf_folder, hf_tensors
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.kernels import hardware_of
 from jaxrlhf.models.transformer import Runtime, padded_vocab
@@ -53,6 +54,10 @@ def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
     if head != "lm":
         raise ValueError(f"{name}: a model with a {head} head can't write; expected a causal language model")
     ids = checkpoint.token_ids(tokenizer, {"eos_token_id": tokenizers.folder_eos(str(folder))})
+    if left := hf_tensors.examine(folder, cfg, head).left:
+        print(f"{name}: not read: {hf_tensors.kinds(left)}", file=sys.stderr)
+    beyond = [id for id in tokenizer.get_vocab().values() if id >= cfg.vocab_size]
+    tokenizers.forbid(tokenizer, dict.fromkeys(beyond, f"its vocab_size is {cfg.vocab_size}"))
     return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, ids)
 
 
@@ -61,7 +66,8 @@ def export_model(name: str, to: str) -> None:
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         model = read_model(name, mesh)
-        hf.save(model.params, model.config, "lm", to, ids=model.ids, tokenizer_folder=tokenizer_of(name))
+        ids = hf_config.embedded(model.ids, model.config.vocab_size)
+        hf.save(model.params, model.config, "lm", to, ids=ids, tokenizer_folder=tokenizer_of(name))
 
 
 def generate_text(
@@ -86,6 +92,9 @@ def encode_prompts(model: Model, prompts: Sequence[str], chat: bool, shards: int
     """Left-padded prompts; rows that fill up the mesh's shards are empty."""
     records = [{"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text} for text in prompts]
     ids = [encode.encode_prompt(record, model.tokenizer) for record in records]
+    for text, piece in zip(prompts, ids):
+        if why := tokenizers.why_unreadable(model.tokenizer, piece):
+            raise ValueError(f"--prompt {text!r}: {why}")
     rows, width = -(-len(ids) // shards) * shards, max(map(len, ids))
     tokens, valid = np.full((rows, width), tokenizers.pad_id(model.tokenizer), np.int32), np.zeros((rows, width), bool)
     for row, piece in enumerate(ids):

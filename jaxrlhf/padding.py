@@ -36,7 +36,7 @@ def with_own_pad(
         notes.append(f"pad on the right: transformers' {cfg.family} counts positions from the start of a padded row")
     if usable(tokenizer, pad, ids.eos, cfg.vocab_size):
         return changed, params, cfg, ids._replace(pad=pad), notes
-    named = "no pad token" if pad is None else f"{tokenizer.pad_token!r}, which may end a row,"
+    named = "no pad token" if pad is None else f"{tokenizer.pad_token!r}, which may end a row"
     found = find_unused(tokenizer, ids.eos, cfg.vocab_size)
     if found is not None:
         changed.pad_token = found
@@ -46,7 +46,8 @@ def with_own_pad(
     pad = int(changed.pad_token_id)
     if pad >= cfg.vocab_size:
         params, cfg = grown(params, cfg, pad + 1)
-    notes.append(f"pad_token: {changed.pad_token!r}, id {pad}, in place of {named} as transformers scores the last other")
+    why = "transformers takes the score at the last token that is no pad"
+    notes.append(f"pad_token: {changed.pad_token!r}, id {pad}, in place of {named}: {why}")
     return changed, params, cfg, ids._replace(pad=pad), notes
 
 

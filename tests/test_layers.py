@@ -17,7 +17,7 @@ LAYERS = {
     "models": 2,
     **dict.fromkeys(("algorithms", "data", "rewards"), 3),
     **dict.fromkeys(("ahead", "generate", "packing", "step", "state"), 4),
-    **dict.fromkeys(("checkpoint", "log", "distributed", "rendezvous"), 4),
+    **dict.fromkeys(("padding", "checkpoint", "log", "distributed", "rendezvous"), 4),
     "config": 5,
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference", "config_schema"), 5),

@@ -172,6 +172,13 @@ class TokenIds(NamedTuple):
 NO_IDS = TokenIds()
 
 
+def embedded(ids: TokenIds, vocab: int) -> TokenIds:
+    """Those that a model of ``vocab`` tokens has embeddings for; the EOS tokens stay where none of them has."""
+    eos = tuple(id for id in ids.eos if id < vocab)
+    inside = lambda id: id if id is None or id < vocab else None
+    return TokenIds(eos or ids.eos, inside(ids.bos), inside(ids.pad))
+
+
 def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, Any]:
     """The config.json with which transformers computes what we do: all that parse_config reads.
 
