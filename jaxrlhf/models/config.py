@@ -87,22 +87,24 @@ def resolve_layers(cfg: ModelConfig) -> tuple[LayerTypes, int]:
 
 
 def rotary_size(cfg: ModelConfig) -> int:
-    """Features of a head that are rotated."""
+    """The period of the frequencies' law in features: as many are rotated, or one more where it is odd."""
     return int(cfg.head_dim * cfg.rotary_fraction)
 
 
 def check_rope(cfg: ModelConfig) -> None:
-    """Raises ValueError where the rotated features are no pairs, or a scaling does not fit them."""
+    """Raises ValueError where a head does not hold the rotated features, or a scaling does not fit them."""
     size, scaling = rotary_size(cfg), cfg.rope_scaling
-    if size % 2 or not size:
-        share = f"{cfg.rotary_fraction:g} of head_dim: {cfg.head_dim} is {size} features"
-        raise ValueError(f"rotary_fraction: {share}; expected an even number, at least 2")
+    if not size or size + size % 2 > cfg.head_dim:
+        share = f"{cfg.rotary_fraction:g} of head_dim: {cfg.head_dim} is {size} features, rotated in pairs"
+        raise ValueError(f"rotary_fraction: {share}; expected 1 to {cfg.head_dim - cfg.head_dim % 2}")
     if scaling is None:
         return
+    if size % 2 and scaling.kind == "yarn":
+        raise ValueError(f"rope_scaling.kind: yarn: {size} rotated features are an odd number; expected an even one")
     for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():
-        if len(getattr(scaling, name)) != size // 2:
-            count = len(getattr(scaling, name))
-            raise ValueError(f"rope_scaling.{name}: {count} numbers; expected one for each of {size // 2} frequencies")
+        count, expected = len(getattr(scaling, name)), (size + 1) // 2
+        if count != expected:
+            raise ValueError(f"rope_scaling.{name}: {count} numbers; expected one for each of {expected} frequencies")
     if cfg.local_rope_theta and rope_magnitude(scaling) != 1:
         kind = scaling.kind
         raise ValueError(f"rope_scaling.kind: {kind}: would scale local layers too; expected linear or llama3")

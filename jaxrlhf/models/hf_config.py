@@ -18,7 +18,8 @@ from jaxrlhf.models.hf_rope import GLOBAL, LOCAL, describe_rope, parse_rope
 from jaxrlhf.models.hf_tensors import has_score, has_tensor
 from jaxrlhf.types import Head
 
-ALWAYS: dict[str, tuple] = {"quantization_config": (None,), "is_encoder_decoder": (False,)}  # fixed in every family
+# fixed in every family
+ALWAYS: dict[str, tuple] = {"quantization_config": (None,), "is_encoder_decoder": (False,), "is_causal": (True,)}
 LAYER_TYPES: dict[Literal["local", "global"], str] = {"local": LOCAL, "global": GLOBAL}
 
 
@@ -59,6 +60,8 @@ def parse_config(
         found |= parse_rope(raw, names.rope, found["max_positions"], where)
     if names.windows:
         found |= parse_windows(raw, names.windows, family.global_every, found["num_layers"], where)
+    else:
+        refuse_windows(raw, where)
     if not found.get("head_dim") and found["hidden_size"] % found["num_heads"]:
         raise ValueError(f"{where}: hidden size {found['hidden_size']} is not a multiple of {found['num_heads']} heads")
     try:
@@ -145,6 +148,14 @@ def parse_windows(raw: Mapping[str, Any], names: Windows, every: int, num_layers
     is_global = lambda i: i < first or (every and (i + 1) % every == 0)
     types: LayerTypes = tuple("global" if is_global(i) else "local" for i in range(num_layers))
     return {"sliding_window": window, "layer_types": types}
+
+
+def refuse_windows(raw: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where a family without windows has one: transformers' cache would drop what is before it."""
+    refuse_unsupported(raw, {"sliding_window": (None,)}, where)
+    given = raw.get("layer_types")
+    if given is not None and (not isinstance(given, list) or set(given) - {GLOBAL}):
+        raise ValueError(f"{where}: layer_types: {given!r} is not supported; expected {GLOBAL} alone")
 
 
 def parse_types(given: Any, where: str) -> LayerTypes:

@@ -77,7 +77,14 @@ LONGROPE = RopeScaling("longrope", 4.0, original_max_positions=16, short_factor=
         ({"num_kv_heads": 3}, "num_heads: 4 is not a multiple of num_kv_heads: 3"),
         ({"layer_types": ("local",), "sliding_window": 2}, "layer_types: 1 of them; expected .* num_layers: 2"),
         ({"layer_types": ("local", "global")}, "layer_types: local layers need a window; expected sliding_window"),
-        ({"rotary_fraction": 0.1}, "rotary_fraction: 0.1 of head_dim: 32 is 3 features; expected an even number"),
+        (
+            {"rotary_fraction": 0.01},
+            "rotary_fraction: 0.01 of head_dim: 32 is 0 features, rotated in pairs;",
+        ),
+        (
+            {"rotary_fraction": 2.0},
+            "rotary_fraction: 2 of head_dim: 32 is 64 features, .*; expected 1 to 32",
+        ),
         ({"head_dim": 7}, "rotary_fraction: 1 of head_dim: 7 is 7 features"),
         ({"rope_scaling": LONGROPE}, "rope_scaling.short_factor: 8 numbers; expected one for each of 16 frequencies"),
         (

@@ -136,6 +136,7 @@ CASES: dict[str, dict] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0},
     },
+    "gpt_neox: odd": {**NEOX, "rotary_pct": 0.7},  # 5 of 8 features, of which transformers rotates 6
 }
 TOKENS = np.random.default_rng(7).integers(0, VOCAB, (3, COLUMNS))
 VALID = np.arange(COLUMNS) >= np.array([[0], [4], [7]])  # left-padded
