@@ -20,6 +20,7 @@ GAP = "  "
 # the most telling numbers, in the order in which they are shown: a form, and the metrics of which the first is taken
 TELLING = (
     ("reward {:+.3f}", "score/mean"),
+    ("{:.0f} unscorable", "score/unscorable"),
     ("kl {:.3f}", "kl/reference"),
     ("length {:.1f}", "response/length_mean"),
     ("win rate {:.3f}", "win_rate/reward", "win_rate/judge"),
@@ -32,6 +33,7 @@ TELLING = (
     ("epoch {:.2f}", "data/epoch"),
     ("lr {:.2g}", "policy/learning_rate", "reward/learning_rate"),
 )
+RARE = ("score/unscorable",)  # those that are shown where they are not 0
 
 
 def summary(metrics: Mapping[str, float]) -> list[str]:
@@ -41,7 +43,7 @@ def summary(metrics: Mapping[str, float]) -> list[str]:
     shown = []
     for form, *names in TELLING:
         name = next((name for name in names if name in found), None)
-        if name is not None:
+        if name is not None and (found[name] or name not in RARE):
             shown.append(form.format(found[name]))
     return ["held out:", *shown] if held_out else shown
 

@@ -49,10 +49,10 @@ def score(answers: list[list[Answer | None]], records: list[dict[str, Any]], col
 
 def compare(right: Answer, other: Answer) -> bool | Pair:
     """Whether they are equal, or what math-verify is to compare."""
-    if right.values & other.values or right.text == other.text:
-        return True
     if right.words and other.words:
         return right.words == other.words
+    if right.values & other.values or right.text == other.text:
+        return True
     if right.decimal and other.decimal:
         return False
     return right.text, other.text

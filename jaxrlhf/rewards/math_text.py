@@ -74,7 +74,7 @@ def bare(text: str) -> str:
         text = text[found.end() :] if found and found[0] else text
         spans = boxes(text)
         text = text[spans[-1][1] : spans[-1][2]] if spans and spans[-1][0] == 0 and spans[-1][3] == len(text) else text
-        group = re.fullmatch(r"\{([^{}]*)\}", text)
+        group = re.fullmatch(r"\{([^{}]*)\}", text) or TEXT.fullmatch(text)
         text = group[1] if group else text
     return text
 
@@ -109,10 +109,10 @@ def boxes(text: str) -> list[Span]:
 
 
 def marked(text: str) -> str | None:
-    r"""What the last mark of a solution says, \boxed{} or ####; None where there is no mark. Boxes with nothing but a
-    comma, "and" or "or" between them are one answer with several parts."""
+    r"""What the last mark of a solution says, \boxed{} or ####; None where there is no mark. An empty box is none.
+    Boxes with nothing but a comma, "and" or "or" between them are one answer with several parts."""
     mark = next(reversed([*MARK.finditer(text)]), None)
-    found = boxes(text)
+    found = [span for span in boxes(text) if text[span[1] : span[2]].strip()]
     if mark and (not found or mark.start() > found[-1][0]):
         return mark[1]
     if not found:
@@ -139,7 +139,9 @@ UNIT = re.compile(
     r"\\(?:text|textrm|mathrm|mbox|textbf)\s*\{[^{}]*\}|\^\s*\{?\s*\\circ\s*\}?|[A-Za-z]{2,}|[€£¥₹]"
     r"|(?:m|g|J|N|L)/(?:s|h|m|L|g|min|kg)\b"
 )
-REMARK = re.compile(r"[\s.;:)\]]*$|\.\s+[A-Za-z]|\([A-Za-z ]{3,}\)[\s.]*$")  # the next sentence, a word in brackets
+REMARK = re.compile(
+    r"[\s.;:)\]]*$|\.\s+[A-Za-z]|\([A-Za-z]{3,}[^()]*\)[\s.]*$"
+)  # the next sentence, a word in brackets
 FORMULA_SIGN = re.compile(r"\\(?!text|math|mbox|circ)|=")
 NO_UNIT = re.compile(r"(?:and|or|to|plus|minus|times|mod|pi|sqrt|frac|sin|cos|tan|log|ln|exp|inf)\b", re.I)
 TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox|textbf)\s*\{([^{}]*)\}")
@@ -166,7 +168,7 @@ def read(text: str) -> Answer | None:
     if re.fullmatch(r"[A-Z]|[A-Za-z][A-Za-z' -]+", words) and not NO_UNIT.match(words):
         return Answer(text, words=words.casefold())
     if re.match(r"[A-Za-z]{2,}[\s:,]", text) and not re.search(r"[\\^=]", text) and (last := last_number(text)):
-        return last
+        return last._replace(words=text.casefold() if len(text.split()) <= 3 else None)  # a name, a date; a sentence
     text = THOUSANDS.sub(lambda found: re.sub("[ ,]", "", found[0]), text) if not re.search(r"[\[({]", text) else text
     return Answer(re.sub(CURRENCY, "", text))
 
@@ -212,7 +214,11 @@ def last_number(text: str) -> Answer | None:
 
 # ---- in running text ------------------------------------------------------------------------------------------------
 
-FORMULA = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|(?<![\\$])\$([^$\n]+?)\$(?!\d)", re.S)
+FORMULA = re.compile(
+    r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|(?<![\\$])\$([^$\n]+?)\$(?!\d)"
+    r"|((?<!\d)-?\d{0,9}\\(?:[dt]?frac\s?\{[^{}]*\}\s?\{[^{}]*\}|sqrt\s?\{[^{}]*\}))",
+    re.S,
+)
 SAID = re.compile(r"answer\s*(?:is|:)\s*:?\s*([^\n]+)", re.I)
 
 

@@ -106,6 +106,9 @@ EQUAL = [  # the record's answer, a response
     ("She has 72 clips left", "#### 72"),
     (r"Thus it is $\boxed{\frac{1}{2}}$.", r"\boxed{0.5}"),
     (["3/4", "0.8"], "#### 0.8"),
+    ("72", r"\boxed{72}. Write it in \boxed{}."),
+    ("72", r"\boxed{\text{72 clips}}"),
+    ("June 20", r"\boxed{\text{june 20}}"),
     (0.1, "#### 1/10"),
 ]
 DIFFERENT = [
@@ -126,6 +129,7 @@ DIFFERENT = [
     ("B", r"\boxed{C}"),
     ("was", r"\boxed{saw}"),
     ("72", r"\boxed{}"),
+    ("June 20", r"\boxed{\text{May 20}}"),
     ("72", r"\boxed{7"),
 ]
 
@@ -144,6 +148,7 @@ def test_what_is_equal():
     [
         ("3/4", r"it is $\frac{3}{4}$.", 1),
         ("x+1", "so the answer is $1+x$", 1),
+        ("-3/4", r"The answer is -\frac{3}{4}.", 1),
         ("2.5", "so 2\u00bd cups", 1),
         ("0.12", "so 12 % of them", 1),
         ("5", "the cost is $6 and $5", 1),
