@@ -371,14 +371,16 @@ def command() -> None:
 
     platform.skip_absent_tpu(os.environ)
     platform.keep_memory(os.environ)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax and TFDS warn of what is meant
+    # orbax and TFDS warn of what is meant, and print the tracebacks of errors that they raise too
+    logging.getLogger("absl").setLevel(logging.ERROR if os.environ.get("JAXRLHF_TRACEBACK") else logging.CRITICAL)
     try:
         app()
     # FloatingPointError: a loss is not finite; OSError: of the system, or processes that did not come
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK") or not (raised_here(error) or by_the_system(error)):
             raise
-        print(f"{error.filename}: {error.strerror}" if by_the_system(error) else error, file=sys.stderr)
+        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        print(f"{place}{error.strerror}" if by_the_system(error) else error, file=sys.stderr)
         mistake = isinstance(error, (ValueError, ImportError, FileNotFoundError)) and raised_here(error)
         sys.exit(EXIT_MISTAKE if mistake else EXIT_BROKEN)
 
@@ -394,5 +396,5 @@ def by_the_system(error: BaseException) -> bool:
     a user's own function opens is shown with its traceback."""
     from jaxrlhf.outside import frames_outside
 
-    refused = isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None
+    refused = isinstance(error, OSError) and error.errno in REFUSED
     return refused and not raised_here(error) and not frames_outside(error)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf import outside
 from jaxrlhf.rewards.functions import RewardFunction, resolve
 
 
@@ -34,6 +35,15 @@ def test_a_module_of_the_working_directory_is_found(here, tmp_path):
     assert sys.path.count(str(tmp_path)) == 1
     resolve("my_rewards:lengths")
     assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_a_module_beside_the_config_is_found_behind_one_of_the_working_directory(here, tmp_path, monkeypatch):
+    for name in ("theirs", "both"):
+        (tmp_path / "configs").mkdir(exist_ok=True)
+        (tmp_path / "configs" / f"{name}.py").write_text(LENGTHS)
+    here("both", LENGTHS.replace("len(text)", "-1"))
+    monkeypatch.setattr(outside, "FOLDERS", [str(tmp_path / "configs")])
+    assert [resolve(f"{name}:lengths")(["ab"], [{}])[0] for name in ("theirs", "both")] == [2, -1]
 
 
 def test_a_module_of_a_package_is_found(here, tmp_path):
