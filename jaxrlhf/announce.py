@@ -1,4 +1,4 @@
-"""The first line of a run, and the last: what is trained on what, what it made, and what to do with it."""
+"""The first lines of a run, and the last: what is trained on what, what it made, and what to do with it."""
 
 import math
 import shlex
@@ -7,6 +7,8 @@ import jax
 
 from jaxrlhf.build import Run
 from jaxrlhf.config import Config, roles_of
+from jaxrlhf.evaluate import HeldOut
+from jaxrlhf.feed import Feed, training_prompts
 from jaxrlhf.models.transformer import parameter_table
 from jaxrlhf.types import Role
 
@@ -25,6 +27,15 @@ def opening(ready: Run, start: int) -> str:
         f"seed {cfg.seed}",
     ]
     return f"{cfg.run_dir}: {', '.join(parts)}"
+
+
+def describe_rows(ready: Run, feed: Feed, held_out: HeldOut) -> list[str]:
+    """What became of the rows of every source that the run reads, at the end of it too."""
+    summaries = [*feed.summaries(), *held_out.summaries()]
+    if size := getattr(ready.cfg.algorithm, "normalize_samples", 0):
+        prompts = training_prompts(ready, size).summary
+        summaries += [prompts] if prompts else []
+    return [line for summary in summaries for line in summary.lines()]
 
 
 def trained_role(cfg: Config) -> Role:

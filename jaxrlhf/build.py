@@ -63,9 +63,9 @@ class Run(Blueprint):
     recognised: dict[str, str] = dataclasses.field(default_factory=dict)  # section of data -> what its rows are
 
 
-def build(cfg: Config, devices: list | None = None) -> Run:
+def build(cfg: Config, devices: list | None = None, keep: bool = True) -> Run:
     """Find weights and tokenizer, count the rows where the config gives epochs, and compose the step. Reads no weights;
-    raises ConfigError for what does not fit."""
+    raises ConfigError for what does not fit. ``keep``: the tokenizer is saved in the run directory."""
     graders = located(find_graders, cfg.rewards, "rewards")
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(cfg)
@@ -77,7 +77,8 @@ def build(cfg: Config, devices: list | None = None) -> Run:
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
     cfg = with_iterations(cfg, tokenizer, sampler.eos_ids)
     drawn = draw(cfg, mesh, weights, sampler)
-    keep_tokenizer(cfg, tokenizer)
+    if keep:
+        keep_tokenizer(cfg, tokenizer)
     return Run(**vars(drawn), tokenizer=tokenizer, graders=graders)
 
 

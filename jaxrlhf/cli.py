@@ -64,8 +64,21 @@ def options(
 
 
 @app.command()
-def train(arguments: Arguments) -> None:
+def train(
+    arguments: Arguments,
+    check_only: Annotated[
+        bool,
+        typer.Option("--check", help="Train nothing and write nothing: show config, rows, steps and memory."),
+    ] = False,
+) -> None:
     """Train. Ctrl-C or SIGTERM saves and stops; the same command goes on from there."""
+    if check_only:
+        configs = load_joined(arguments)
+        from jaxrlhf.dry_run import dry_run
+
+        for line in dry_run(configs):
+            typer.echo(line)
+        return
     from jaxrlhf.stopping import Stop
 
     with Stop(signal.SIGINT, signal.SIGTERM, leaves=True) as stop:

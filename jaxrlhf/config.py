@@ -239,11 +239,22 @@ def read_record(cls: type, section: Any, keys: tuple[str, ...]) -> tuple[Any, li
         return None, [((*keys, *row["loc"][1:]), explain(row, cls)) for row in rows]
 
 
-def dump(cfg: Config) -> str:
-    """YAML that loads back to an equal Config."""
-    tree = dataclasses.asdict(cfg)
+def dump(cfg: Config, whole: bool = True) -> str:
+    """YAML that loads back to an equal Config; not ``whole``: without what is at its default."""
+    tree = dataclasses.asdict(cfg) if whole else without_defaults(cfg)
     tree["algorithm"] = {"name": tree.pop("algorithm_name"), **tree["algorithm"]}
     return yaml.dump(json.loads(json.dumps(tree)), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def without_defaults(value: Any) -> Any:
+    """``value`` as a tree, in which records hold only the fields that are not at their default."""
+    if isinstance(value, dict):
+        return {key: without_defaults(item) for key, item in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {field.name: (field, getattr(value, field.name)) for field in dataclasses.fields(value)}
+    fresh = lambda field: field.default_factory() if callable(field.default_factory) else field.default
+    return {name: without_defaults(item) for name, (field, item) in fields.items() if item != fresh(field)}
 
 
 def without_place(cfg: Config) -> Config:

@@ -20,7 +20,7 @@ from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.epochs import describe_epochs
 from jaxrlhf.evaluate_policy import sample_rows
-from jaxrlhf.feed import Feed, describe_data, put, training_prompts
+from jaxrlhf.feed import Feed, describe_data, put
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
@@ -173,7 +173,7 @@ class Trainer:
         parts = self.ready.recipe.num_micro
         sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts)
         with self.log.doing("loading"):
-            rows = self.describe_rows()
+            rows = announce.describe_rows(self.ready, self.feed, self.evaluation)
         lines = [*describe_data(self.ready), *rows, describe_epochs(cfg, self.feed.rows())]
         notes = dict.fromkeys(note for found in self.ready.weights.values() for note in found.notes)
         lines += [describe_batch(cfg, parts), *sharing, *passed_over, *notes]
@@ -195,14 +195,6 @@ class Trainer:
         self.log.close()
         self.log.say(announce.closing(cfg, time.perf_counter() - self.began, self.best))
         return DONE
-
-    def describe_rows(self) -> list[str]:
-        """What became of the rows of every source that the run reads, at the end of it too."""
-        summaries = [*self.feed.summaries(), *self.evaluation.summaries()]
-        if size := getattr(self.cfg.algorithm, "normalize_samples", 0):
-            prompts = training_prompts(self.ready, size).summary
-            summaries += [prompts] if prompts else []
-        return [line for summary in summaries for line in summary.lines()]
 
     def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> int:
         """Iterations up to the last one, or to a signal: the step that it came to, which is saved."""

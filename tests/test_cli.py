@@ -62,6 +62,7 @@ def calls(monkeypatch):
         evaluate_run={"eval/score/mean": 1.5},
         print_report=lambda report: print("the report", report),
     )
+    module("jaxrlhf.dry_run", dry_run=lambda configs: [f"looked at {cfg.run_dir}" for _, cfg in configs])
     module("jaxrlhf.complete", generate_text=lambda model, prompts, *_: [prompt.upper() for prompt in prompts])
     module("jaxrlhf.checkpoint", export="step 4")
     return noted
@@ -111,6 +112,12 @@ def test_ctrl_c_in_the_last_iteration_of_a_run_stops_before_the_next(sft, calls,
     out, _ = run("train", sft, sft.parent / "second.yaml", "first:run_dir=last", code=130)
     assert [cfg.run_dir for _, cfg, *_ in calls] == ["last"]
     assert out == f"Ctrl-C: stopped before {sft.parent / 'second.yaml'}; the same command goes on from there\n"
+
+
+def test_check_looks_and_trains_nothing(sft, calls, run):
+    second = sft.parent / "second.yaml"
+    assert run("train", sft, second, "--check", "seed=3")[0] == "looked at first\nlooked at second\n"
+    assert [name for name, *_ in calls] == ["dry_run"] and calls[0][1][0][1].seed == 3
 
 
 def test_train_needs_a_config(calls, run):

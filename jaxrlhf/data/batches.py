@@ -65,6 +65,7 @@ class Stream(Iterator[HostBatch]):
 
         self.summary = layout.summary()
         self.rows = len(layout.units)  # of an epoch
+        self.examples = layout.examples
         self.margins = layout.examples.margins  # whether preferences say by how much
         self._where = where
         self._order = _hash(layout.kind, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash())

@@ -45,8 +45,8 @@ class Summary(NamedTuple):
         said = [f"{self.where}: {self.read:,} read, {kept:,} kept"]
         said += [f"{self.left_out:,} dropped ({why})"] if why else []
         said += [f"{self.counts['truncated']:,} truncated"] if self.counts["truncated"] else []
-        said += [f"packed into {self.packed:,} row{'s' * (self.packed != 1)}"] if self.packed is not None else []
         said += [f"the first {self.used:,} used"] if self.used is not None and self.used < kept else []
+        said += [f"packed into {self.packed:,} row{'s' * (self.packed != 1)}"] if self.packed is not None else []
         return [", ".join(said), f"  {self.lengths()}", *self.warnings()]
 
     def reasons(self) -> str:
