@@ -188,6 +188,22 @@ def find_eos(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int,
     return tokenizers.eos_ids(tokenizer, generation_config(first) if first else None)
 
 
+def other_endings(run: "Run") -> list[str]:
+    """What to say of reward models that were trained on rows that end otherwise than the run's responses do."""
+    ours, lines = run.sampler.eos_ids, []
+    words = lambda ids: ", ".join(map(repr, run.tokenizer.convert_ids_to_tokens(list(ids))))
+    for role, found in run.weights.items():
+        if role == "policy" or found.kind != "run" or found.path == run.cfg.run_dir or run.heads[role] == "lm":
+            continue
+        theirs = checkpoint.read_extra(found.path)[1].get("eos_ids") or ours
+        if set(theirs) != set(ours):
+            lines.append(
+                f"warning: models.{base_role(run.cfg, role)}: {found.path}: was trained on rows that end with "
+                f"{words(theirs)}, and responses here end with {words(ours)}; train it on this policy's tokenizer"
+            )
+    return lines
+
+
 def generation_config(start: Weights) -> dict | None:
     """What a model's folder says of the ends of responses; of a run, the EOS tokens that it was trained with."""
     if start.kind == "run":

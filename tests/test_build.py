@@ -199,6 +199,25 @@ def test_a_reward_model_s_rows_end_as_the_policy_s_responses(tmp_path, role):
     assert build.make_sampler(cfg, tokenizers.load_tokenizer(str(origin)), new).eos_ids == (1, 7)
 
 
+@pytest.mark.parametrize("theirs, warned", [([1], True), ([7, 1], False), (None, False)])
+def test_a_reward_model_of_other_endings_is_told(monkeypatch, theirs, warned):
+    from types import SimpleNamespace
+
+    tokenizer = tokenizers.train_bpe(["a b"], 300)
+    monkeypatch.setattr(checkpoint, "read_extra", lambda path: (4, {"eos_ids": theirs}))
+    tree = {"run_dir": "run", "iterations": 1, "algorithm": {"name": "grpo"}}
+    cfg = parse(tree | {"models": {role: {"init_from": f"runs/{role}"} for role in ("policy", "reward")}}, "test")
+    weights = {role: build.Weights("run", f"runs/{role}", resolve(ModelConfig()), "lm") for role in cfg.models}
+    sampler, heads = SimpleNamespace(eos_ids=(1, 7)), {"policy": "lm", "reward": "scalar", "reference": "lm"}
+    run: Any = SimpleNamespace(cfg=cfg, sampler=sampler, heads=heads, weights=weights, tokenizer=tokenizer)
+    said = build.other_endings(run)
+    assert len(said) == warned
+    if warned:
+        assert said[0].startswith(
+            "warning: models.reward: runs/reward: was trained on rows that end with '<eos>', and "
+        )
+
+
 def test_a_run_s_tokenizer_names_its_endings(whole):
     ends = json.loads((whole / "rm" / "tokenizer" / "generation_config.json").read_text())
     assert ends == {"eos_token_id": checkpoint.read_extra(whole / "rm")[1]["eos_ids"]}
