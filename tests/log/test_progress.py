@@ -63,6 +63,8 @@ PAIRS = {"implicit_reward/accuracy": 0.75, "implicit_reward/margin": 0.0312, "lo
             {"group/zero_variance": 0.25, "score/mean": 1.0, "loss/policy": 0.0},
             ["reward +1.000", "loss 0.0000", "zero-variance 0.25"],
         ),
+        ({"score/mean": 1.0, "score/unscorable": 3.0}, ["reward +1.000", "3 unscorable"]),
+        ({"score/mean": 1.0, "score/unscorable": 0.0}, ["reward +1.000"]),
         (
             {"eval/score/mean": 2.0, "eval/win_rate/reward": 0.625},
             ["held out:", "reward +2.000", "win rate 0.625"],
