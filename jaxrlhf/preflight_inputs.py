@@ -5,11 +5,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxrlhf import checkpoint
-from jaxrlhf.build import find_tokenizer, find_weights, heads_of, origin, tokenizer_origin
-from jaxrlhf.config import Config
+from jaxrlhf.build import (
+    find_tokenizer,
+    find_weights,
+    foreign_tokens,
+    heads_of,
+    origin,
+    tokenizer_origin,
+)
+from jaxrlhf.config import Config, roles_of
 from jaxrlhf.config_check import sections_read
 from jaxrlhf.data.examples import make_examples
 from jaxrlhf.data.sources import Source, open_source
+from jaxrlhf.origins import check_loaded
 from jaxrlhf.rewards.graders import find_graders
 
 FEW = 32  # records of a section that are encoded
@@ -55,17 +63,21 @@ class Inputs:
         return f"{named}: {len(self.tokenizer):,} tokens"
 
     def find_weights(self) -> str:
-        """Finds, or downloads, the files of every role, and reads which tensors are in them."""
+        """Finds, or downloads, the files of every role; reads which tensors are in them, and whether the tokenizer fits."""
         size = len(self.tokenizer) if self.tokenizer else self.cfg.tokenizer.train_vocab_size or 1
         found: dict[str, list[str]] = {}
-        for role in heads_of(self.cfg):
+        heads, started = heads_of(self.cfg), {}
+        for role, head in heads.items():
             named = origin(self.cfg, role).init_from
             if self.is_made(named):
                 shown = f"{named} (made before by {self.made[str(named)]})"
             else:
-                weights = find_weights(self.cfg, role, size)
+                weights = started[role] = find_weights(self.cfg, role, size, head)
                 shown = "random" if weights.kind == "new" else f"{named or weights.path} ({weights.config.family})"
             found.setdefault(shown, []).append(role)
+        check_loaded(self.cfg, started, {role: heads[role] for role in started}, roles_of(self.cfg)[0])
+        if self.tokenizer:
+            foreign_tokens(self.cfg, started, self.tokenizer)
         return "; ".join(f"{', '.join(roles)}: {shown}" for shown, roles in found.items())
 
     def open_data(self, section: str) -> str:
