@@ -63,7 +63,7 @@ class Inputs:
         return f"{named}: {len(self.tokenizer):,} tokens"
 
     def find_weights(self) -> str:
-        """Finds, or downloads, the files of every role; reads which tensors are in them, and whether the tokenizer fits."""
+        """Finds, or downloads, every role's files; reads which tensors they hold, and whether the tokenizer fits."""
         size = len(self.tokenizer) if self.tokenizer else self.cfg.tokenizer.train_vocab_size or 1
         found: dict[str, list[str]] = {}
         heads, started = heads_of(self.cfg), {}
