@@ -161,7 +161,7 @@ def throughput(
         list[str] | None,
         typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="The shapes of a YAML file, and overrides."),
     ] = None,
-    algorithm: Annotated[str | None, typer.Option(help="grpo, ppo, dpo, rm or sft; grpo by default.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="grpo, ppo, dpo, kto, rm or sft; grpo by default.")] = None,
     layers: Annotated[int | None, typer.Option(help="Of each model; by default 4.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Features, a multiple of 64; by default 256.")] = None,
     prompts: Annotated[int | None, typer.Option(help="An iteration; offline: pairs or demonstrations.")] = None,

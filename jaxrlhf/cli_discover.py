@@ -73,7 +73,10 @@ def metrics(
 
 def init(
     method: Annotated[
-        str, typer.Argument(metavar="[METHOD]", help="sft, rm, dpo, ppo or grpo.", autocompletion=lambda: [*starters()])
+        str,
+        typer.Argument(
+            metavar="[METHOD]", help="sft, rm, dpo, kto, ppo or grpo.", autocompletion=lambda: [*starters()]
+        ),
     ] = "",
 ) -> None:
     """Print a config to begin with (jaxrlhf init dpo > dpo.yaml); without a method, list the methods."""

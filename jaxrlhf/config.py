@@ -71,6 +71,7 @@ class BatchConfig:
     share_prompts: bool = True  # read a prompt once for all of them in scoring and training, not only in sampling
     sequences_per_step: int = 64  # rows of demonstrations (sft)
     preferences_per_step: int = 32  # pairs
+    unpaired_per_step: int = 32  # responses with a label
     micro_batch_size: int | None = None  # rows whose activations are held at once; null: all, fewer on CPUs
     pack_widths: int = 1  # widths, each compiled, that a micro-batch's responses may be packed into; 1: no packing
 

@@ -3,8 +3,18 @@
 from jaxrlhf.config import Config, find_algorithm
 
 # field of Batch -> the section of data that holds its rows, and the key of batch that says how many an iteration takes
-KIND_OF = {"prompts": "prompts", "sequences": "demonstrations", "preferences": "preferences"}
-ROWS_KEY = {"prompts": "prompts_per_step", "sequences": "sequences_per_step", "preferences": "preferences_per_step"}
+KIND_OF = {
+    "prompts": "prompts",
+    "sequences": "demonstrations",
+    "preferences": "preferences",
+    "unpaired": "unpaired",
+}
+ROWS_KEY = {
+    "prompts": "prompts_per_step",
+    "sequences": "sequences_per_step",
+    "preferences": "preferences_per_step",
+    "unpaired": "unpaired_per_step",
+}
 CPU_COLUMNS = 640  # of a micro-batch: activations of more leave a core's caches (fastest at hidden sizes 128 to 576)
 
 

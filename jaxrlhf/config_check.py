@@ -110,6 +110,9 @@ def data_problems(cfg: Config) -> Iterator[str]:
     for section in sections_read(cfg):
         if getattr(data, section, None) is None:
             yield f"data.{section}: missing; {name} reads it; expected path, tfds or hf"
+    if "unpaired" in fields_read(cfg) and cfg.batch.unpaired_per_step < 2:
+        count = cfg.batch.unpaired_per_step
+        yield f"batch.unpaired_per_step: {count}: {name} needs responses of other rows; expected 2 or more; nearest: 2"
     sources = {f"data.{name}": getattr(data, name) for name in hints(DataConfig)} | {"eval.judge": cfg.eval.judge}
     for key, given in sources.items():
         if isinstance(given, SourceConfig) and (wrong := given.wrong_origin()):

@@ -11,6 +11,7 @@ from jaxrlhf.config_errors import ConfigError, dotted, show
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings slots temperature top_k size
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
+        desirable_weight undesirable_weight
         EvalConfig.every process_id
         vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         poll wait longest_wait stockouts restarts failures run_as_user""",
@@ -19,8 +20,9 @@ RANGES = {
         logit_softcap beta_fast beta_slow attention_factor short_factor long_factor""",
     "(1, inf)": "dual_clip",
     "[1, inf)": """iterations every samples_every keep prompts_per_step samples_per_prompt sequences_per_step
-        preferences_per_step micro_batch_size pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches
-        kl_horizon hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
+        preferences_per_step unpaired_per_step micro_batch_size pack_widths max_new_tokens prompt_buckets
+        num_epochs num_minibatches kl_horizon
+        hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
         init_timeout slices""",
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",
@@ -30,6 +32,7 @@ RANGES = {
     "(0, 1]": "top_p rotary_fraction",
     "[0, 1)": "b1 b2",
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
+    "(-inf, inf)": "weight",
     "[0, 2147483647]": "seed",
 }
 LARGEST = 2**31 - 1  # devices count in 32 bits

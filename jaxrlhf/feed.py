@@ -16,13 +16,14 @@ from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.models import hf
 from jaxrlhf.sharding import batch_shards, row_layout
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
+from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
 
 Rows = TypeVar("Rows")
 STREAMS: dict[str, Callable[..., batches.Stream]] = {
     "prompts": batches.prompt_stream,
     "demonstrations": batches.demonstration_stream,
     "preferences": batches.preference_stream,
+    "unpaired": batches.unpaired_stream,
 }
 
 
@@ -114,6 +115,9 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
         count = cfg.batch.preferences_per_step
         margin = rows(np.float32, count) if margins else None
         batch = batch.replace(preferences=Preferences(whole(count), whole(count), margin))
+    if "unpaired" in fields:
+        count = cfg.batch.unpaired_per_step
+        batch = batch.replace(unpaired=Unpaired(whole(count), rows(bool, count), whole(count)))  # type: ignore[arg-type]
     if "prompts" not in fields:
         yield batch
         return

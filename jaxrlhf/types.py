@@ -68,12 +68,21 @@ class Preferences(struct.PyTreeNode):
     margin: Maybe = None  # f32[B]: by how much, where the data says
 
 
+class Unpaired(struct.PyTreeNode):
+    """Responses that are each good or bad by themselves."""
+
+    responses: Sequences
+    desirable: Array  # bool[B]
+    mismatched: Maybe = None  # Sequences: each prompt with the response of another row of the batch
+
+
 class Batch(struct.PyTreeNode):
     """What one iteration is given; an algorithm names in ``Algorithm.batch`` the fields that it reads."""
 
     prompts: Maybe = None  # Prompts
     sequences: Maybe = None  # Sequences
     preferences: Maybe = None  # Preferences
+    unpaired: Maybe = None  # Unpaired
     answers: Maybe = None  # what prepare asks of networks, where they were asked ahead of the scores (ahead.py)
 
 
@@ -84,8 +93,12 @@ class Experience(struct.PyTreeNode):
     advantages: Maybe = None  # f32[B, S]
     returns: Maybe = None  # f32[B, S]
     values: Maybe = None  # f32[B, S] when the responses were sampled
-    ref_logprobs: Maybe = None  # f32[B, S]; beside preferences (f32[B], f32[B]): of whole chosen, rejected responses
+    ref_logprobs: Maybe = (
+        None  # f32[B, S]; of whole responses: f32[B] beside unpaired, a pair of them beside preferences
+    )
     preferences: Maybe = None  # Preferences
+    unpaired: Maybe = None  # Unpaired
+    baseline: Maybe = None  # f32[B]: nats, the same in all rows (kto)
 
 
 class TokenStats(struct.PyTreeNode):

@@ -30,8 +30,8 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 TINY = [ROOT / "configs" / "tiny" / f"{name}.yaml" for name in ("sft", "rm", "ppo")]
-# what the shared processes train: dpo and grpo before ppo, which is killed
-ALL = [*TINY[:2], *(ROOT / "configs" / "tiny" / f"{name}.yaml" for name in ("dpo", "grpo")), TINY[2]]
+# what the shared processes train: dpo, kto and grpo before ppo, which is killed
+ALL = [*TINY[:2], *(ROOT / "configs" / "tiny" / f"{name}.yaml" for name in ("dpo", "kto", "grpo")), TINY[2]]
 SEPARATOR = "\x1e"
 COMPILED = "backend_compile_duration"  # how the name of a compilation's event ends
 
@@ -52,8 +52,14 @@ def labelled(rng: np.random.Generator, label: int) -> dict[str, Any]:
     return {"text": sentence(rng, GOOD if label else BAD), "label": label}
 
 
+def unpaired(row: dict[str, Any]) -> dict[str, Any]:
+    """A labelled sentence as a prompt of two words with a response that is good or bad."""
+    first, second, rest = row["text"].split(" ", 2)
+    return {"prompt": f"{first} {second}", "completion": f" {rest}", "label": bool(row["label"])}
+
+
 def write_text(folder: Path) -> None:
-    """demonstrations, preferences, prompts and labels as JSONL, each with a held-out file."""
+    """demonstrations, preferences, prompts, labels and unpaired responses as JSONL, each with a held-out file."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     either = lambda: sentence(rng, GOOD if rng.random() < 0.5 else BAD)
@@ -62,6 +68,7 @@ def write_text(folder: Path) -> None:
         "preferences": lambda: {"chosen": sentence(rng, GOOD), "rejected": sentence(rng, BAD)},
         "prompts": lambda: {"prompt": " ".join(either().split()[: rng.integers(2, 5)])},
         "labels": lambda: labelled(rng, int(rng.random() < 0.5)),
+        "unpaired": lambda: unpaired(labelled(rng, int(rng.random() < 0.5))),
     }
     for name, make in rows.items():
         for prefix, count in (("", 200), ("eval_", 40)):
@@ -110,6 +117,8 @@ SMALL = (
     "dpo:data.max_length=32",
     "dpo:data.prompt_buckets=[8]",
     "dpo:batch.prompts_per_step=16",
+    "kto:data.max_length=32",
+    "kto:data.prompt_buckets=[8]",
     "grpo:data.prompt_buckets=[8]",
     "grpo:batch.prompts_per_step=4",
     "grpo:log.samples=2",
@@ -121,6 +130,7 @@ READ = {
     "sft": ("demonstrations", "eval_demonstrations"),
     "rm": ("preferences", "eval_preferences", "prompts"),
     "dpo": ("preferences", "eval_preferences", "eval_prompts"),
+    "kto": ("unpaired", "eval_unpaired", "eval_prompts"),
     "grpo": ("prompts", "eval_prompts"),
     "ppo": ("prompts", "eval_prompts", "preferences", "eval_preferences"),
 }
@@ -134,7 +144,7 @@ def overrides(text: Path, runs: Path, origins: Path | None = None) -> list[str]:
         found.append(f"{name}:run_dir={runs / name}")
         found += [f"{name}:data.{section}={{path: {text}/{section}.jsonl}}" for section in sections]
     found += [f"rm:models.{role}.init_from={origins}/sft" for role in ("reward", "policy")]
-    for name in ("dpo", "grpo", "ppo"):
+    for name in ("dpo", "kto", "grpo", "ppo"):
         found += [f"{name}:models.policy.init_from={origins}/sft", f"{name}:models.reward.init_from={origins}/rm"]
     return found
 
@@ -391,7 +401,7 @@ def text(root: Path) -> Path:
 
 
 def whole(root: Path) -> list[Done]:
-    """The process that trained ``root``/whole/{sft,rm,dpo,grpo,ppo} without a break, and ppo as "still" at learning
+    """The process that trained ``root``/whole/{sft,rm,dpo,kto,grpo,ppo} without a break, and ppo as "still" at learning
     rate 0; that evaluated and exported them; and that wrote with the policy and with its export."""
     runs = root / "whole"
     still = ["ppo:optimizer.default.learning_rate=0", "ppo:iterations=1", f"ppo:run_dir={runs}/still"]
@@ -422,10 +432,12 @@ def parts(root: Path) -> list[Done]:
     kills: list[Any] = [("SIGTERM", "rm", "metrics", 1), ("SIGTERM", "ppo", "metrics", 1)]
     kills += [("SIGKILL", "ppo", "samples", 3), None]
 
+    resumed = [path for path in ALL if path.stem != "kto"]  # to the loop it is another dpo
+
     def make() -> Iterator[Done]:
         for number, kill in enumerate(kills, 1):
             short = {1: ("sft",), 2: ("dpo", "grpo")}.get(number, ())
-            command = train(*arguments, *(f"{name}:iterations=2" for name in short), configs=ALL)
+            command = train(*arguments, *(f"{name}:iterations=2" for name in short), configs=resumed)
             yield process(root / f"process-{number}", [command], kill=kill)
             if kill:
                 shutil.copytree(root / "parts", root / f"parts-{number}")

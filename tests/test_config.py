@@ -277,7 +277,7 @@ def test_missing_keys_are_named(tmp_path):
     path.write_text("run_dir: a")
     assert (
         mistake(path)
-        == f"{path}: algorithm.name: null: expected a name; choices: dpo, grpo, ppo, rm, sft, package.module:NAME"
+        == f"{path}: algorithm.name: null: expected a name; choices: dpo, grpo, kto, ppo, rm, sft, package.module:NAME"
     )
 
 

@@ -14,6 +14,7 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.algorithms.grpo import GRPOConfig
+from jaxrlhf.algorithms.kto import KTOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.sft import SFTConfig
@@ -30,7 +31,7 @@ from jaxrlhf.sharding import MeshConfig, batch_shards, current, is_pmap, make_me
 from jaxrlhf.types import Batch
 from tests import runs, tiny
 
-METHODS = ["sft", "rm", "dpo", "ppo", "grpo"]
+METHODS = ["sft", "rm", "dpo", "kto", "ppo", "grpo"]
 
 # ---- required keys only ---------------------------------------------------------------------------------------------
 
@@ -39,6 +40,7 @@ REQUIRED = {
     "sft": "models: {{policy: {{init_from: {lm}}}}}\ndata: {{demonstrations: {{path: {text}/demonstrations.jsonl}}}}",
     "rm": "models: {{reward: {{init_from: {lm}}}}}\ndata: {{preferences: {{path: {text}/preferences.jsonl}}}}",
     "dpo": "models: {{policy: {{init_from: {lm}}}}}\ndata: {{preferences: {{path: {text}/preferences.jsonl}}}}",
+    "kto": "models: {{policy: {{init_from: {lm}}}}}\ndata: {{unpaired: {{path: {text}/unpaired.jsonl}}}}",
     "ppo": "models: {{policy: {{init_from: {lm}}}, reward: {{init_from: {scalar}}}}}\n"
     "data: {{prompts: {{path: {text}/prompts.jsonl}}}}",
 }
@@ -135,6 +137,7 @@ ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more f
     "sft": ("sft", SFTConfig(), 1, {}),
     "rm": ("rm", RMConfig(), 1, {}),
     "dpo": ("dpo", DPOConfig(), 1, {}),
+    "kto": ("kto", KTOConfig(), 1, {}),
     "ppo": ("ppo", PPOConfig(reward_update=True, whiten_rewards=True), 1, {}),
     "ppo, shared trunk": ("ppo", PPOConfig(num_epochs=2), 1, {"trunk_gradient": 0.5}),
     "grpo, one prompt": ("grpo", GRPOConfig(), 2, {}),
@@ -151,6 +154,7 @@ def only_row(name: str) -> Batch:
     every = {
         "prompts": tiny.prompts(rows=1),
         "preferences": cut(tiny.preferences(rows=2)),
+        "unpaired": cut(tiny.unpaired(rows=2)),
         "sequences": cut(tiny.sequences(rows=2)),
     }
     return Batch(**{field: every[field] for field in ALGORITHMS[algorithm].batch(cfg)})

@@ -68,6 +68,16 @@ NAMES = {
         "logprobs/chosen",
         "logprobs/rejected",
     },
+    "kto": {
+        "loss/policy",
+        "policy/grad_norm",
+        "kl/baseline",
+        "implicit_reward/desirable",
+        "implicit_reward/undesirable",
+        "implicit_reward/accuracy",
+        "logprobs/desirable",
+        "logprobs/undesirable",
+    },
     "grpo": {
         "score/mean",
         "score/std",
@@ -127,6 +137,7 @@ def test_evaluations_come_at_their_steps(process, root, name):
     _, evaluations = metric_rows(root / "whole" / name)
     assert [row["step"] for row in evaluations] == [0, 2, 4]
     shown = {"sft": "eval/loss/policy", "rm": "eval/reward/accuracy", "dpo": "eval/implicit_reward/margin"}
+    shown["kto"] = "eval/implicit_reward/desirable"
     shown = shown.get(name, "eval/score/mean")
     assert len({row[shown] for row in evaluations}) > 1
     assert all(key.startswith("eval/") or key in ("step", "time") for row in evaluations for key in row)

@@ -18,7 +18,7 @@ from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Batch, Params, Preferences, Prompts, Sequences, TrainState
+from jaxrlhf.types import Batch, Params, Preferences, Prompts, Sequences, TrainState, Unpaired
 
 MODEL = resolve(ModelConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32))
 ADAM = OptimizerConfig(learning_rate=1e-3)
@@ -93,6 +93,14 @@ def preferences(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 10, 
     blank = lambda x: put(np.where(real.reshape(-1, *(1,) * (x.ndim - 1)), np.asarray(x), 0).astype(x.dtype))
     margin = np.random.default_rng(seed).normal(size=rows).astype(np.float32)
     return Preferences(*jax.tree.map(blank, pair), margin=put(margin))
+
+
+def unpaired(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 20, vocab: int = 64) -> Unpaired:
+    """``sequences`` of which every other is good, with other responses behind the same prompts; the last is padding."""
+    own, others = (sequences(rows, prompt, room, seed + side, vocab) for side in range(2))
+    real = np.arange(rows) < rows - 1
+    blank = lambda x: put(np.where(real.reshape(-1, *(1,) * (x.ndim - 1)), np.asarray(x), 0).astype(x.dtype))
+    return Unpaired(jax.tree.map(blank, own), put(np.arange(rows) % 2 == 0), jax.tree.map(blank, others))
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The table of algorithms. To add one: a file with an ALGORITHM, a row here, a YAML, a test file."""
 
 from jaxrlhf import outside
-from jaxrlhf.algorithms import dpo, grpo, ppo, rm, sft
+from jaxrlhf.algorithms import dpo, grpo, kto, ppo, rm, sft
 from jaxrlhf.algorithms.guarded import checked
 from jaxrlhf.types import Algorithm
 
@@ -11,6 +11,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "ppo": ppo.ALGORITHM,
     "grpo": grpo.ALGORITHM,
     "dpo": dpo.ALGORITHM,
+    "kto": kto.ALGORITHM,
 }
 
 

@@ -9,7 +9,7 @@ from jaxrlhf.outside import describe
 from jaxrlhf.types import Algorithm, Experience, Head, Mean, Sequences, TrainState
 from jaxrlhf.wording import cut, nearest, one_line
 
-FIELDS = ("prompts", "sequences", "preferences")  # of Batch: those that data fill
+FIELDS = ("prompts", "sequences", "preferences", "unpaired")  # of Batch: those that data fill
 
 
 class AlgorithmError(ValueError):

@@ -25,6 +25,7 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "grpo": ({"kl_coef": 0.04, "num_epochs": 1}, 8, 8, "host"),
     "ppo": ({"num_epochs": 4}, 64, 1, "model"),
     "dpo": ({}, 32, 1, ""),
+    "kto": ({}, 32, 1, ""),
     "rm": ({}, 32, 1, ""),
     "sft": ({}, 32, 1, ""),
 }

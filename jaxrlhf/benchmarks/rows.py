@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from jaxrlhf.data.packing import pack
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
+from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
 
 Lengths = Literal["dense", "ragged"]
 SIGMA, MEAN = (
@@ -45,6 +45,12 @@ def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, seed:
         sizes = np.split(response_lengths(2 * rows, columns - prompt, lengths, seed), 2)
         chosen, rejected = (whole_rows(prompts, columns, vocab, mine, rng) for mine in sizes)
         batch = batch.replace(preferences=Preferences(chosen, rejected))
+    if shapes.unpaired is not None:
+        rows, columns = shapes.unpaired.responses.tokens.shape
+        prompts = rng.integers(FIRST, vocab, (rows, prompt))
+        sizes = np.split(response_lengths(2 * rows, columns - prompt, lengths, seed), 2)
+        own, others = (whole_rows(prompts, columns, vocab, mine, rng) for mine in sizes)
+        batch = batch.replace(unpaired=Unpaired(own, np.arange(rows) % 2 == 0, others))  # type: ignore[arg-type]
     if shapes.sequences is not None:
         rows, columns = shapes.sequences.tokens.shape
         packed = shapes.sequences.segment_ids is not None

@@ -20,7 +20,7 @@ from jaxrlhf.data.packing import pack
 from jaxrlhf.data.sources import DataConfig, Source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.data.tokenizer import pad_id
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences
+from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
 
 READ_AHEAD = 2  # batches made, each in a thread, while the devices work
 
@@ -136,6 +136,23 @@ def preference_stream(
     """Batches with ``preferences``: both sides [rows here, cfg.max_length]. Pairs with equal sides are left
     out, and counted as identical. The margin is there if all pairs have one; ValueError where only some do."""
     layout = _layout("preferences", source, tokenizer, cfg, rows, share, eos, where)
+    return Stream(layout, seed, where)
+
+
+def unpaired_stream(
+    source: Source,
+    tokenizer: Any,
+    cfg: DataConfig,
+    *,
+    rows: int,
+    seed: int,
+    share: Share = WHOLE,
+    eos: Sequence[int] | None = None,
+    where: str = "data.unpaired",
+) -> Stream:
+    """Batches with ``unpaired``: responses [rows here, cfg.max_length], their labels, and each prompt with the response
+    of the next row of the *global* batch."""
+    layout = _layout("unpaired", source, tokenizer, cfg, rows, share, eos, where)
     return Stream(layout, seed, where)
 
 
@@ -271,7 +288,12 @@ def _layout(
             f"{where}: {rows} rows a batch, expected a positive multiple of the {share.total} batch shards"
         )
     examples = make_examples(kind, source, tokenizer, cfg, where, eos)
-    makers = {"demonstrations": _demonstration_maker, "preferences": _preference_maker, "prompts": _prompt_maker}
+    makers = {
+        "demonstrations": _demonstration_maker,
+        "preferences": _preference_maker,
+        "unpaired": _unpaired_maker,
+        "prompts": _prompt_maker,
+    }
     units = list(examples.kept[:, None])
     here = share.positions(rows)
     return _Layout(kind, examples, units, rows, here, pad_id(tokenizer), makers[kind](examples, cfg))
@@ -306,6 +328,30 @@ def _preference_maker(examples: Examples, cfg: DataConfig) -> Maker:
         return Batch(preferences=Preferences(chosen, rejected, margin)), None
 
     return make
+
+
+def _unpaired_maker(examples: Examples, cfg: DataConfig) -> Maker:
+    def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
+        at = layout.here[layout.here < len(units)]
+        # a last row alone, in an evaluation, takes the response of another batch
+        others = units[(at + 1) % len(units)] if len(units) > 1 else (mine + 1) % len(layout.units)
+        records = layout.records(mine)
+        own = [examples.sides(record)[0] for record in records]
+        responses = [examples.sides(record)[0] for record in layout.records(others)]
+        swapped = [_with_response(one, other, examples.max_length) for one, other in zip(own, responses, strict=True)]
+        desirable = np.zeros(layout.local, bool)
+        desirable[: len(records)] = [record["label"] for record in records]
+        (labels,) = _arrays(desirable)
+        return Batch(unpaired=Unpaired(_right_padded(own, layout), labels, _right_padded(swapped, layout))), None
+
+    return make
+
+
+def _with_response(one: Encoded, other: Encoded, max_length: int) -> Encoded:
+    """The prompt of ``one`` with the response of ``other``, which loses its end where both are too long."""
+    end, start = int(one.response_mask.argmax()), int(other.response_mask.argmax())
+    joined = (np.concatenate([mine[:end], theirs[start:]])[:max_length] for mine, theirs in zip(one, other))
+    return Encoded(*joined)
 
 
 def _prompt_maker(examples: Examples, cfg: DataConfig) -> Maker:

@@ -134,6 +134,8 @@ def fit_response(taken: dict[str, Any], where: str) -> dict[str, Any]:
         return taken | {"response": response}
     if not isinstance(response, list) or not response:
         return taken
+    if prompt is None:
+        return {word: value for word, value in taken.items() if word != "response"} | {"messages": response}
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     end = _prompt_end(prompt, response, "response", where)
     return taken | {"prompt": response[:end] if end else prompt, "response": response[end:]}

@@ -138,9 +138,14 @@ def _encoder(kind: str, tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> 
         ids = encode_prompt(record, tokenizer)
         return (Encoded(ids, np.zeros(len(ids), bool)),)
 
+    def unpaired(record: Mapping[str, Any]) -> Sides:
+        record = record if record.get("response") is None else {"prompt": "", **record}  # it need not have one
+        return (encode_demonstration(record, tokenizer, "response", eos, cfg.append_eos),)
+
     return {
         "prompts": prompt,
         "demonstrations": lambda record: (encode_demonstration(record, tokenizer, cfg.loss_on, eos, cfg.append_eos),),
+        "unpaired": unpaired,
         "preferences": lambda record: encode_pair(record, tokenizer, eos, cfg.append_eos),
     }[kind]
 

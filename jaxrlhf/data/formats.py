@@ -45,7 +45,11 @@ FORMATS: dict[str, list[Words]] = {
         {"prompt": "instruction"},
         {"prompt": "question"},
     ],
-    "unpaired": _answers(label="label"),
+    "unpaired": [
+        *_answers(label="label"),
+        {"response": "response", "label": "label"},
+        {"response": "completion", "label": "label"},
+    ],
     "labels": [{"text": "text", "label": "label"}],
 }
 SYSTEM = ("system", "system_prompt")  # columns with a system prompt, beside any prompt or messages
@@ -85,7 +89,7 @@ def recognise(row: Mapping[str, Any], kind: str, fields: Words, where: str, from
     if system:
         columns = [system, *columns]
         taken = with_system(taken, row[system])
-    if "label" in taken and kind == "unpaired":
+    if kind == "unpaired":
         taken["label"] = truth(taken["label"])
     left_out = {word for word in KINDS[kind].checks if word in row and word not in taken and word != "margin"}
     record = {name: value for name, value in row.items() if name not in left_out} | taken

@@ -159,7 +159,7 @@ KINDS: dict[str, Kind] = {
         forms=(("prompt",), ("messages",)), checks={"prompt": text_or(unanswered, text), "messages": unanswered}
     ),
     "unpaired": Kind(
-        forms=(("prompt", "response", "label"), ("messages", "label")),
+        forms=(("prompt", "response", "label"), ("messages", "label"), ("response", "label")),
         checks={**ANSWERED, "label": boolean},
         whole=same_sort("prompt", "response"),
     ),

@@ -19,7 +19,7 @@ class MetricName(NamedTuple):
 METRICS = [
     MetricName(*(cell.strip() for cell in row.split("|")))
     for row in """
-    loss/policy | nats | loss of the policy: sft a token's, dpo a pair's; ppo, grpo the clipped loss, no unit
+    loss/policy | nats | loss of the policy: sft a token's, dpo a pair's; ppo, grpo (clipped), kto have no unit
     loss/value | - | loss of the value model, half the squared error of a token's value
     loss/reward | nats | loss of the reward model, a pair
     loss/kl | nats | KL term of the loss (grpo), before kl_coef
@@ -46,7 +46,12 @@ METRICS = [
     implicit_reward/chosen | - | beta (log p - log reference) of the chosen sides (dpo)
     implicit_reward/rejected | - | the same of the rejected sides
     implicit_reward/margin | - | difference of the two
-    implicit_reward/accuracy | share | pairs whose chosen side has the higher implicit reward; a tie is half
+    implicit_reward/accuracy | share | pairs (dpo) or responses (kto) on the right side of each other, of kl/baseline
+    implicit_reward/desirable | - | beta (log p - log reference) of the good responses (kto)
+    implicit_reward/undesirable | - | the same of the bad ones
+    logprobs/desirable | nats | log-probability of a good response
+    logprobs/undesirable | nats | log-probability of a bad response
+    kl/baseline | nats | KL from the reference that rewards are compared with, of mismatched responses (kto)
     logprobs/chosen | nats | log-probability of a chosen response
     logprobs/rejected | nats | log-probability of a rejected response
     kl/reference | nats | KL from the reference, a response (its sampled tokens)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from jaxrlhf.data import batches
-from jaxrlhf.data.batches import Share, demonstration_stream, held_out_batches, preference_stream, prompt_stream
+from jaxrlhf.data.batches import (
+    Share,
+    demonstration_stream,
+    held_out_batches,
+    preference_stream,
+    prompt_stream,
+    unpaired_stream,
+)
 
 from .conftest import in_memory
 
@@ -277,3 +284,42 @@ def test_error_in_a_thread_that_reads_ahead_is_raised(letters, config, monkeypat
     monkeypatch.setattr(batches, "_arrays", fail)
     with pytest.raises(ValueError, match="one line"):
         take(stream, 4)
+
+
+LABELLED = [{"prompt": f"p{n}", "response": f"r{n}", "label": n % 3 == 0} for n in range(10)]
+
+
+def test_unpaired_rows(letters, config):
+    """Labels, and each prompt with the response of the next row of the global batch, on any number of processes."""
+    options = {"rows": 4, "seed": 1}
+    rows = one(unpaired_stream(in_memory(LABELLED), letters, config(max_length=16), **options)).batch.unpaired
+    text = lambda sequences: [letters.decode(row[here]) for row, here in zip(sequences.tokens, sequences.valid)]
+    numbers = [int(row[1]) for row in text(rows.responses)]
+    assert text(rows.responses) == [f"p{n}r{n}<eos>" for n in numbers]
+    assert text(rows.mismatched) == [f"p{n}r{other}<eos>" for n, other in zip(numbers, numbers[1:] + numbers[:1])]
+    assert rows.desirable.tolist() == [n % 3 == 0 for n in numbers]
+    for sequences in (rows.responses, rows.mismatched):
+        learnt = [letters.decode(row[here]) for row, here in zip(sequences.tokens, sequences.response_mask)]
+        assert learnt == [row[2:] for row in text(sequences)]
+    for block in range(2):
+        share = {"share": Share((block,), 2), **options}
+        mine = one(unpaired_stream(in_memory(LABELLED), letters, config(max_length=16), **share)).batch.unpaired
+        assert text(mine.mismatched) == text(rows.mismatched)[2 * block : 2 * block + 2]
+
+
+def test_mismatched_rows_fit(letters, config):
+    """A long prompt with a long response of another row: the response loses its end."""
+    records = [
+        {"prompt": "aaaaaaaa", "response": "b", "label": True},
+        {"prompt": "c", "response": "dddddddd", "label": False},
+    ]
+    rows = one(unpaired_stream(in_memory(records), letters, config(max_length=10), rows=2, seed=0)).batch.unpaired
+    whole = sorted(letters.decode(row[here]) for row, here in zip(rows.mismatched.tokens, rows.mismatched.valid))
+    assert whole == ["aaaaaaaadd", "cb<eos>"]
+
+
+def test_a_held_out_row_alone_takes_the_response_of_another_batch(letters, config):
+    found = held_out("unpaired", in_memory(LABELLED), letters, config(max_length=16), size=3, rows=2)
+    last = found[-1].batch.unpaired
+    assert letters.decode(last.mismatched.tokens[0][last.mismatched.valid[0]]) == "p2r0<eos>"
+    assert not last.responses.valid[1].any() and not last.mismatched.valid[1].any() and not last.desirable[1]

@@ -240,6 +240,18 @@ FORMATS = {
         {"prompt": "hi", "response": "hello", "label": True},
         "prompt + completion + label: text",
     ),
+    "kto without a prompt": (
+        "unpaired",
+        {"prompt": None, "completion": "hello", "label": "1"},
+        {"response": "hello", "label": True},
+        "completion + label: text",
+    ),
+    "kto of a conversation as the completion": (
+        "unpaired",
+        {"completion": [USER, ANSWER], "label": "1"},
+        {"messages": [USER, ANSWER], "label": True},
+        "completion + label: messages",
+    ),
     "kto of messages": (
         "unpaired",
         {"prompt": [USER], "completion": [ANSWER], "label": "False"},

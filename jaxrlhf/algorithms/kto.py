@@ -1,0 +1,80 @@
+"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): responses that are each good or bad.
+
+As in DPO, a policy has an implicit reward, beta * (log pi - log reference) of a whole response. A good response should
+have more than a baseline and a bad one less; gains and losses saturate, as people value them (equation 8):
+
+    r      = log pi(y | x) - log reference(y | x)
+    z      = max(0, mean over rows of log pi(y' | x) - log reference(y' | x))       y': the response of another row
+    loss   = weight * (1 - sigmoid(beta * (r - z)))      desirable;  sigmoid(beta * (z - r)) where undesirable
+
+z estimates KL(pi || reference), of the policy as it is when the iteration starts, and has no gradient.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.ops import masked
+from jaxrlhf.ops.masked import keep, sums
+from jaxrlhf.ops.rows import deinterleave, interleave
+from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Nets, Params, Role, Sequences, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class KTOConfig:
+    """Kahneman-Tversky optimisation: responses labelled good or bad, a reference, no pairs and no sampling."""
+
+    beta: float = 0.1  # implicit reward for each nat between policy and reference
+    desirable_weight: float = 1.0  # of good responses; times their number: 1 to 4/3 of the same of the bad ones
+    undesirable_weight: float = 1.0  # of bad responses
+
+
+def response_logprobs(nets: Nets, role: Role, trees: dict[Role, Params], rows: Sequences) -> Array:
+    """log p of the whole responses, nats f32[B]."""
+    return keep(nets.token_stats(role, trees, rows).logprobs, rows.response_mask).sum(-1)
+
+
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: KTOConfig) -> tuple[Experience, dict[str, Mean]]:
+    """The reference's log-probs of the responses, and the baseline of the whole batch."""
+    rows = batch.unpaired
+    real = rows.responses.valid.any(-1)
+    both = interleave(rows.responses, rows.mismatched)
+    reference, of_others = deinterleave(response_logprobs(nets, "reference", state.slow, both))
+    difference = response_logprobs(nets, "policy", state.params, rows.mismatched) - of_others
+    baseline = jnp.maximum(masked.mean(difference, real), 0.0)
+    experience = Experience(
+        unpaired=rows.replace(mismatched=None),
+        ref_logprobs=reference,
+        baseline=jnp.where(real, baseline, 0.0),
+    )
+    return experience, {"kl/baseline": Mean(baseline, jnp.float32(1))}
+
+
+def loss(nets: Nets, params, slow, minibatch: Experience, cfg: KTOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """Mean loss of a response, between 0 and its weight. Padding rows count for nothing."""
+    rows = minibatch.unpaired
+    real, good = rows.responses.valid.any(-1), rows.desirable
+    logprobs = response_logprobs(nets, "policy", params, rows.responses)
+    ratio = logprobs - minibatch.ref_logprobs
+    gain = jnp.where(good, 1.0, -1.0) * (ratio - minibatch.baseline)
+    weight = jnp.where(good, cfg.desirable_weight, cfg.undesirable_weight)
+    total = sums(weight * jax.nn.sigmoid(-cfg.beta * gain), real)
+    reward = cfg.beta * ratio
+    return {"policy": total}, {
+        "loss/policy": total,
+        "implicit_reward/desirable": sums(reward, real & good),
+        "implicit_reward/undesirable": sums(reward, real & ~good),
+        "implicit_reward/accuracy": sums((gain > 0) + 0.5 * (gain == 0), real),
+        "logprobs/desirable": sums(logprobs, real & good),
+        "logprobs/undesirable": sums(logprobs, real & ~good),
+    }
+
+
+ALGORITHM = Algorithm(
+    config=KTOConfig,
+    batch=lambda cfg: ("unpaired",),
+    roles=lambda cfg: ({"policy": "lm"}, {"reference": "lm"}),
+    prepare=prepare,
+    loss=loss,
+)
