@@ -43,16 +43,19 @@ def examine(folder: epath.PathLike, cfg: ModelConfig, head: Head) -> Contents:
     A scalar head may be absent: then it is not in ``sources``. Raises ValueError, in one line, for any other tensor
     that is missing, of another shape, or that such a model has no place for."""
     folder = epath.Path(folder)
-    tensors, left = plain_names(open_weights(folder), FAMILIES[cfg.family].hf, is_wrapped(folder), str(folder))
+    opened = open_weights(folder)
+    tensors, left = plain_names(opened, FAMILIES[cfg.family].hf, is_wrapped(folder), str(folder))
+    heads = [name.removeprefix(TRL_PREFIX) for name in opened]
+    called = {HEAD_NAMES.sub(rf"{SCORE.name}.\1", name): name for name in heads if HEAD_NAMES.fullmatch(name)}
     sources, has_score = find_sources(cfg, head), f"{SCORE.name}.weight" in tensors
     score = [name for name in (f"{SCORE.name}.weight", f"{SCORE.name}.bias") if name in tensors]
     if head != "scalar":
-        left = [*left, *score]
+        left = [*left, *(called[name] for name in score)]
     elif not has_score:
         del sources["head.kernel"]
     elif len(score) == 2:
         sources["head.bias"] = score_bias(cfg)
-    check_tensors(tensors, sources, cfg, str(folder))
+    check_tensors(tensors, sources, cfg, str(folder), called)
     return Contents(tensors, sources, has_score, left)
 
 
@@ -172,8 +175,11 @@ def shown(names: list[str]) -> str:
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_tensors(tensors: Mapping[str, Any], sources: dict[str, Source], cfg: ModelConfig, where: str) -> None:
-    """Every tensor that is needed is present, in its shape; every other one is another head's or no weight at all."""
+def check_tensors(
+    tensors: Mapping[str, Any], sources: dict[str, Source], cfg: ModelConfig, where: str, called: Mapping[str, str]
+) -> None:
+    """Every tensor that is needed is present, in its shape; every other one is another head's or no weight at all.
+    ``called``: names that the file has otherwise."""
     names, used, missing = FAMILIES[cfg.family].hf, set(), []
     for source in sources.values():
         for name in source.names():
@@ -185,7 +191,8 @@ def check_tensors(tensors: Mapping[str, Any], sources: dict[str, Source], cfg: M
             used.add(name)
             shape, kind = tuple(tensors[name].get_shape()), tensors[name].get_dtype()
             if shape != source.shape():
-                raise ValueError(f"{where}: {name}: has shape {shape}; config.json says {source.shape()}")
+                what = called.get(name, name)
+                raise ValueError(f"{where}: {what}: has shape {shape}; config.json says {source.shape()}")
             if kind not in FLOATS:
                 raise ValueError(f"{where}: {name}: holds {kind}; expected one of {', '.join(FLOATS)}")
     if missing:
