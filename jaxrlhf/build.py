@@ -108,7 +108,7 @@ def heads_of(cfg: Config) -> dict[Role, Head]:
 def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> Run:
     """``run`` with roles that its algorithm does without (an evaluation's), and responses sampled by ``sampler``."""
     weights = {role: find_weights(run.cfg, role, len(run.tokenizer), head) for role, head in more.items()}
-    check_loaded(run.cfg, run.weights | weights, more, ())
+    check_loaded(run.cfg, run.weights | weights, run.heads | more, roles_of(run.cfg)[0])
     tokenizers.forbid(run.tokenizer, foreign_tokens(run.cfg, weights, run.tokenizer))
     check_shapes(run.cfg, weights, run.mesh)
     weights = run.weights | weights

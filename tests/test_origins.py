@@ -18,8 +18,8 @@ from jaxrlhf.data.meaning import foreign_ids
 from jaxrlhf.models import hf
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.transformer import Leaf, parameter_table
-from jaxrlhf.ops.sampling import shape_logits
-from jaxrlhf.sharding import current
+from jaxrlhf.ops.sampling import Sampling, shape_logits
+from jaxrlhf.sharding import MeshConfig, current, make_mesh, spec
 from jaxrlhf.types import Head
 
 TEXTS = ["the cat sat on the mat", "a dog ran to the red boat", "how many apples does Ana have?"] * 4
@@ -132,6 +132,13 @@ def test_a_reward_model_for_evaluation_alone_is_checked_too(model, tmp_path):
     ready = build.build(cfg, jax.devices()[:1])
     with pytest.raises(ConfigError, match=r"^models\.reward\.init_from: .*lm: is a language model: the head would be"):
         build.with_roles(ready, {"reward": "scalar"}, ready.sampler)
+
+
+def test_a_reference_for_evaluation_may_copy_a_random_policy(model, tmp_path):
+    cfg = config(tmp_path, "sft", policy={"architecture": {"hidden_size": 32}}, reference="policy")
+    start = dataclasses.replace(cfg.tokenizer, init_from=model("other"))
+    ready = build.build(dataclasses.replace(cfg, tokenizer=start), jax.devices()[:1])
+    assert build.with_roles(ready, {"reference": "lm"}, ready.sampler).weights["reference"].kind == "new"
 
 
 def test_another_run_s_policy_is_no_reward_model(model, tmp_path):
@@ -322,3 +329,13 @@ def test_what_a_reward_model_cannot_read_is_never_sampled(model, trained, tmp_pa
 def test_a_vocabulary_that_the_model_has_no_rows_for_is_refused(model, trained, tmp_path):
     small = dataclasses.replace(SHAPE, vocab_size=VOCAB - 3)
     refused(config(tmp_path, "sft", policy=model("policy", shape=small)), "vocab_size 277 is less than the 280 tokens")
+
+
+def test_banned_tokens_are_left_out_of_logits_that_are_split_over_devices():
+    sampling = Sampling(banned=(1, 6))
+    logits = np.arange(16, dtype=np.float32).reshape(2, 8)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4), jax.devices()[:8])):
+        split = jax.device_put(logits, spec("batch", "vocab"))
+        found = np.asarray(jax.jit(shape_logits, static_argnums=1)(split, sampling, np.zeros(2, np.int32)))
+    assert (found[:, [1, 6]] < -1e29).all()
+    np.testing.assert_array_equal(np.delete(found, [1, 6], 1), np.delete(logits, [1, 6], 1))

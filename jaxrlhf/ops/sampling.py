@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrlhf.sharding import split_columns
 from jaxrlhf.types import Array
@@ -43,7 +44,7 @@ def shape_logits(logits: Array, sampling: Sampling, index: Array, keep: Array | 
     """
     ids = jnp.arange(logits.shape[-1])
     if sampling.banned:
-        logits = jnp.where((ids[:, None] == jnp.array(sampling.banned)).any(-1), IMPOSSIBLE, logits)
+        logits = jnp.where(np.isin(np.arange(len(ids)), sampling.banned), IMPOSSIBLE, logits)
     if sampling.min_new_tokens and sampling.eos_ids:
         is_eos = (ids[:, None] == jnp.array(sampling.eos_ids)).any(-1)
         banned = is_eos & (index < sampling.min_new_tokens)[..., None]
