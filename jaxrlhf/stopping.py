@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-GRACE = 2.0  # seconds in which the main thread may leave on its own
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 CODES = {"Ctrl-C": 130, "SIGTERM": 75}  # 128 + SIGINT, as shells have it; EX_TEMPFAIL: launchers run it again
 CLOSE = b"\0"
@@ -23,21 +22,20 @@ CLOSE = b"\0"
 class Stop:
     """What this process heard of ``signals`` while it is open (a context manager).
 
-    ``leaves``: the process ends where a signal stops it at once (the command line); otherwise KeyboardInterrupt is
-    raised and nothing more (notebooks). Signals that were ignored stay ignored (a background job's SIGINT, nohup).
-    Outside the main thread, where Python has no handlers, nothing is heard."""
+    ``leaves``: a signal that stops at once ends the process there and then (the command line: KeyboardInterrupt would
+    be swallowed in a callback, or wait for threads); otherwise KeyboardInterrupt is raised (notebooks). Signals that
+    were ignored stay ignored (a background job's SIGINT, nohup). Outside the main thread, where Python has no handlers,
+    nothing is heard."""
 
     def __init__(self, *signals: signal.Signals, leaves: bool = False):
         self.signals, self.leaves = signals, leaves
         self.asked: str | None = None  # the name of the first signal
         self.saves = False  # whether there is something to save, so that the first signal is remembered only
-        self.now = False  # whether a signal stopped it at once
-        self.last_words: Callable[[], str] | None = lambda: "stopped"
+        self.last_words: Callable[[], str] = lambda: "stopped"
         self.tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
         self.relay: Callable[[], None] | None = None  # tells the other processes of a run of the first SIGINT
         self.heard, self.seen = dict.fromkeys(signals, 0), dict.fromkeys(signals, 0)  # by the handler, by the thread
         self.previous: dict[signal.Signals, Any] = {}
-        self.closed = threading.Event()
         self.thread: threading.Thread | None = None
 
     @property
@@ -61,8 +59,6 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.now and self.leaves:
-            self.leave()
         if self.thread is None:
             return
         OPEN.remove(self)
@@ -70,7 +66,6 @@ class Stop:
             if signal.getsignal(number) == self.hear:
                 signal.signal(number, handler)
         signal.set_wakeup_fd(self.outer)
-        self.closed.set()
         os.write(self.writes, CLOSE)
         self.thread.join()
         os.close(self.reads)
@@ -82,7 +77,8 @@ class Stop:
         count = self.heard[which] = max(self.heard[which] + 1, self.seen[which])
         self.asked = self.asked or NAMES[which]
         if self.stops_now(which, count):
-            self.now = True
+            if self.leaves:
+                self.leave()
             raise KeyboardInterrupt
 
     def stops_now(self, number: signal.Signals, count: int) -> bool:
@@ -101,7 +97,7 @@ class Stop:
         """Answers one signal."""
         self.seen[number] += 1
         if self.stops_now(number, self.seen[number]):
-            if self.leaves and not self.closed.wait(GRACE):
+            if self.leaves:
                 self.asked = self.asked or NAMES[number]
                 self.leave()
         elif self.seen[number] == 1:
@@ -113,12 +109,12 @@ class Stop:
     def leave(self) -> None:
         """Ends the process: without waiting for threads, or for what is being saved in the background."""
         LEAVING.acquire()  # never given back: of two threads, the second waits for the end
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: it came in the middle of a print
             sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
             if sys.stderr.isatty():
                 sys.stderr.write("\x1b[?25h\r\x1b[K")  # a progress bar hides the cursor
-            if self.last_words:
-                print(f"{self.asked}: {self.last_words()}", file=sys.stderr)
+            print(f"{self.asked}: {self.last_words()}", file=sys.stderr)
             sys.stderr.flush()
         os._exit(self.code)
 

@@ -34,6 +34,7 @@ from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 from jaxrlhf.wording import one_line
 
 DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
+GOES_ON = "the same command goes on from there"
 SHARED = "a directory that all processes share: NFS or gs://"
 
 
@@ -51,9 +52,7 @@ def run(cfg: Config, raw: str = "", stop: Stop | None = None) -> str:
         except KeyboardInterrupt:
             if stop.asked is None or stop.saves:
                 raise
-            stop.last_words = None
-            start = checkpoint.latest_step(cfg.run_dir) or 0
-            print(f"{stop.asked}: stopped at step {start}; the same command goes on from there")
+            print(f"{stop.asked}: {stop.last_words()}")
             return outcome(stop)
         finally:
             stop.saves = False
@@ -68,6 +67,7 @@ def train(cfg: Config, raw: str, stop: Stop) -> str:
     """``run`` under ``stop``."""
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
     stop.saves = distributed.several()  # all stop after the same iteration, also where there is nothing to save
+    stop.last_words = lambda: f"stopped at step {checkpoint.latest_step(cfg.run_dir) or 0}; {GOES_ON}"
     check(cfg, jax.device_count())
     run_dir, main = epath.Path(cfg.run_dir), distributed.is_main()
     lock = distributed.on_main(lambda: lock_run_dir(cfg.run_dir))
@@ -190,7 +190,7 @@ class Trainer:
             step = self.loop(state, start, programs)
         if step < cfg.length:
             name = self.stop.asked or "SIGTERM"  # of another process
-            self.log.say(f"{name}: stopped at step {step}; the same command goes on from there")
+            self.log.say(f"{name}: stopped at step {step}; {GOES_ON}")
             return outcome(self.stop)
         self.log.close()
         self.log.say(announce.closing(cfg, time.perf_counter() - self.began, self.best))
