@@ -64,7 +64,7 @@ def calls(monkeypatch):
     )
     module("jaxrlhf.dry_run", dry_run=lambda configs: [f"looked at {cfg.run_dir}" for _, cfg in configs])
     module("jaxrlhf.complete", generate_text=lambda model, prompts, *_: [prompt.upper() for prompt in prompts])
-    module("jaxrlhf.checkpoint", export="step 4")
+    module("jaxrlhf.checkpoint", export=("step 4", ["a note"]))
     return noted
 
 
@@ -206,7 +206,7 @@ def test_evaluate_prints_a_report_or_json(run_dir, calls, run):
 def test_export_passes_role_and_folder(run_dir, calls, run):
     out, _ = run("export", run_dir, "--role", "reward", "--to", "there")
     assert calls == [("export", str(run_dir), "reward", "there")]
-    assert out == f"reward of {run_dir}, step 4, written to there\n"
+    assert out == f"reward of {run_dir}, step 4, written to there\na note\n"
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["export", "--to", "there"]])
