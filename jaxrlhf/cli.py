@@ -74,10 +74,12 @@ def train(
     """Train. Ctrl-C or SIGTERM saves and stops; the same command goes on from there."""
     if check_only:
         configs = load_joined(arguments)
+        from jaxrlhf import distributed
         from jaxrlhf.dry_run import dry_run
 
-        for line in dry_run(configs):
-            typer.echo(line)
+        for line in dry_run(configs):  # by every process: data have to be the same on all
+            if distributed.is_main():
+                typer.echo(line)
         return
     from jaxrlhf.stopping import Stop
 
