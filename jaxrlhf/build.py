@@ -204,6 +204,17 @@ def other_endings(run: "Run") -> list[str]:
     return lines
 
 
+def spelled_markers(run: "Run") -> list[str]:
+    """What to say of a chat template by name whose special tokens the tokenizer doesn't have."""
+    missing = [word for word in chat.markers(run.cfg.data.chat) if word not in tokenizers.added_tokens(run.tokenizer)]
+    if not missing:
+        return []
+    return [
+        f"warning: data.chat.template: the tokenizer has no token {', '.join(missing)}: they are written in letters; "
+        "zephyr and plain do without"
+    ]
+
+
 def generation_config(start: Weights) -> dict | None:
     """What a model's folder says of the ends of responses; of a run, the EOS tokens that it was trained with."""
     if start.kind == "run":

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf import announce, checkpoint, distributed, evaluate, normalize, platform
-from jaxrlhf.build import Run, abstract_state, build, initial_state, kernels_passed_over, other_endings
+from jaxrlhf.build import Run, abstract_state, build, initial_state, kernels_passed_over, other_endings, spelled_markers
 from jaxrlhf.config import Config, dump, trunks_of, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
@@ -176,7 +176,14 @@ class Trainer:
             rows = announce.describe_rows(self.ready, self.feed, self.evaluation)
         lines = [*describe_data(self.ready), *rows, describe_epochs(cfg, self.feed.rows())]
         notes = dict.fromkeys(note for found in self.ready.weights.values() for note in found.notes)
-        lines += [describe_batch(cfg, parts), *sharing, *passed_over, *other_endings(self.ready), *notes]
+        lines += [
+            describe_batch(cfg, parts),
+            *sharing,
+            *passed_over,
+            *other_endings(self.ready),
+            *spelled_markers(self.ready),
+            *notes,
+        ]
         self.log.say("\n".join(lines))
         with self.log.doing("loading"):
             state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)

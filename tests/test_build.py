@@ -18,6 +18,7 @@ from jaxrlhf import train as trainer
 from jaxrlhf.config import Config, RoleConfig, parse
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.data.chat import ChatConfig
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.kernels import Hardware
@@ -216,6 +217,17 @@ def test_a_reward_model_of_other_endings_is_told(monkeypatch, theirs, warned):
         assert said[0].startswith(
             "warning: models.reward: runs/reward: was trained on rows that end with '<eos>', and "
         )
+
+
+@pytest.mark.parametrize("template, special, warned", [("chatml", (), 1), ("chatml", 1, 0), ("plain", (), 0)])
+def test_a_template_whose_tokens_are_missing_is_told(template, special, warned):
+    from types import SimpleNamespace
+
+    words = ["<|im_start|>", "<|im_end|>"] if special else []
+    cfg = SimpleNamespace(data=SimpleNamespace(chat=ChatConfig(template=template)))
+    run: Any = SimpleNamespace(cfg=cfg, tokenizer=tokenizers.train_bpe(["a b"], 300, words))
+    said = build.spelled_markers(run)
+    assert len(said) == warned and all("has no token <|im_start|>, <|im_end|>: they are" in line for line in said)
 
 
 def test_a_run_s_tokenizer_names_its_endings(whole):

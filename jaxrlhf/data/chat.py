@@ -257,9 +257,8 @@ def _with_arguments(message: dict[str, Any], as_text: bool) -> dict[str, Any]:
 
 def _prints_python(text: str, messages: list[dict[str, Any]]) -> bool:
     """Whether the text has Python's spelling of null contents or of arguments."""
-    said = json.dumps(messages, ensure_ascii=False)
     null = any("content" in message and message["content"] is None for message in messages)
-    if null and "None" in text and "None" not in said:
+    if null and "None" in text and "None" not in json.dumps(messages, ensure_ascii=False):
         return True
     for message in messages:
         for call in message.get("tool_calls") or ():

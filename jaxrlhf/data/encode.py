@@ -195,7 +195,8 @@ def _encode_chat(talk: Talk, turns: list[int], tokenizer: Any, eos: Sequence[int
 def _chat_pieces(talk: Talk, turns: Iterable[int], tokenizer: Any, eos: Sequence[int]) -> list[Piece]:
     """The rendered conversation, cut where the assistant starts and stops. The spans come from rendering prefixes."""
     messages, tools = talk
-    added = {token: ident for token, ident in added_tokens(tokenizer).items() if ident in eos}
+    added = added_tokens(tokenizer)
+    ends = [word for word in tokenizer.convert_ids_to_tokens(list(eos)) if word in added]
     whole, at, pieces = render(messages, tokenizer, tools=tools), 0, []
     for turn in turns:
         before = render(messages[:turn], tokenizer, True, tools)
@@ -204,7 +205,7 @@ def _chat_pieces(talk: Talk, turns: Iterable[int], tokenizer: Any, eos: Sequence
         if last and not after.startswith(before) and (said := _thought(before, after, messages[turn])):
             whole = before + said
             after = whole
-        said = _said(whole, before, after, messages[turn], added)
+        said = _said(whole, before, after, messages[turn], ends)
         if said is None or len(before) < at:
             raise ValueError(
                 f"chat template of {tokenizer.name_or_path!r} is not prefix-stable: it writes what comes before "
@@ -217,7 +218,7 @@ def _chat_pieces(talk: Talk, turns: Iterable[int], tokenizer: Any, eos: Sequence
     return pieces + ([(whole[at:], False)] if not last and at < len(whole) else [])
 
 
-def _said(whole: str, before: str, after: str, message: Message, added: Mapping[str, int]) -> str | None:
+def _said(whole: str, before: str, after: str, message: Message, ends: Sequence[str]) -> str | None:
     """What of ``whole`` is the turn ``message`` that follows ``before``, up to its end; None where it can't be found.
 
     ``after``: the conversation up to and with the message. A template may write something behind the last message
@@ -229,7 +230,7 @@ def _said(whole: str, before: str, after: str, message: Message, added: Mapping[
     text, answer = shared[len(before) :], _answer(message)
     found = text.find(answer)
     end = max(found, 0) + (len(answer) if found >= 0 else 0)
-    word = find_added(text[end:], added)
+    word = find_added(text[end:], ends)
     if word is not None:
         return text[: text.index(word, end) + len(word)]
     return text if shared == after else None
@@ -296,7 +297,7 @@ def _encode_pieces(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
     begins, ends = _extents(whole.offsets)
     straddles = (begins[:, None] < edges) & (edges < ends[:, None])
     for token, edge in zip(*np.nonzero(straddles)):  # an EOS that takes the space behind it along ends its turn
-        if pieces[edge][1] and whole.ids[token] in tokenizer.added_tokens_decoder:
+        if pieces[edge][1] and whole.ids[token] in added_tokens(tokenizer).values():
             straddles[token, edge] = not "".join(texts)[edges[edge] : ends[token]].isspace()
     if not straddles.any() and ids[: len(first)] == first:
         owner = np.searchsorted(edges[:-1], begins, side="right")
