@@ -20,11 +20,12 @@ ROLES = {  # other words for the roles of a chat template
     "model": "assistant",
 }
 FROM = ROLES | {"user": "user", "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
+LEADING = ("system", "developer")  # roles that stand before a conversation
 TEXT_PARTS = ("text", "input_text", "output_text")
 SPELLINGS = (("role", "content"), ("from", "value"))
 TURN, ANSWER = "\n\nHuman:", "\n\nAssistant:"  # of transcripts, as in Anthropic's HH
 # a list of messages, or one, that starts as JSON or as Python writes it
-LOOKS_LIKE_MESSAGES = re.compile(r"""\s*(array\()?\[?\s*\{\s*(['"])(role|content|from|value)\2\s*:""")
+OPENING = re.compile(r"\s*(array\()?\[?\s*\{")
 
 
 def read_value(value: Any, name: str, notes: set[str]) -> Any:
@@ -62,7 +63,7 @@ def holds_messages(value: Any) -> bool:
 
 def text_holds_messages(value: str) -> bool:
     """Whether text is a conversation written as JSON, or looks like one."""
-    return bool(LOOKS_LIKE_MESSAGES.match(value)) or holds_messages(_parse(value))
+    return holds_messages(_parse(value)) or _looks_broken(value)
 
 
 def _from_text(value: str, name: str) -> Any:
@@ -70,22 +71,42 @@ def _from_text(value: str, name: str) -> Any:
     found = _parse(value)
     if holds_messages(found):
         return found
-    if LOOKS_LIKE_MESSAGES.match(value):
+    if _looks_broken(value):
         shown = " ".join(value[:40].split())
         raise BadRecord(f"{name} looks like messages and is not JSON that holds them: {shown}...; expected JSON text")
     return None
 
 
+def _names_keys(value: str) -> bool:
+    """Whether text opens an object and names the keys of a message in quotes."""
+    quoted = lambda key: re.search(rf"""(['"]){key}\1\s*:""", value) is not None
+    return OPENING.match(value) is not None and any(all(map(quoted, keys)) for keys in SPELLINGS)
+
+
+def _looks_broken(value: str) -> bool:
+    """Whether text is messages that were cut, or that no JSON is: not text that goes on behind JSON."""
+    if not _names_keys(value):
+        return False
+    try:
+        json.JSONDecoder().raw_decode(value.lstrip())
+    except (json.JSONDecodeError, RecursionError):
+        return True
+    return False
+
+
 def _parse(value: str) -> Any:
-    """JSON of a list or an object, or what Python writes for one (pandas does, in CSV); else None."""
+    """JSON of a list or an object, also where it is written as JSON twice, or what Python writes for one (pandas does,
+    in CSV); else None."""
     value = value.strip()
-    if value[:1] not in ("[", "{") or value[-1:] not in ("]", "}"):
+    if (value[:1], value[-1:]) not in (("[", "]"), ("{", "}"), ('"', '"')):
         return None
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (json.JSONDecodeError, RecursionError):
         pass
-    if not LOOKS_LIKE_MESSAGES.match(value):
+    else:
+        return _parse(found) if isinstance(found, str) else found
+    if not _names_keys(value):
         return None
     try:
         return ast.literal_eval(value)
@@ -212,7 +233,7 @@ def with_system(taken: dict[str, Any], system: Any) -> dict[str, Any]:
 
     def begin(value: Any) -> Any:
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        if not isinstance(messages, list) or not messages or _role(messages[0]) != "system":
+        if not isinstance(messages, list) or not messages or _role(messages[0]) not in LEADING:
             return [*opening, *messages] if isinstance(messages, list) else messages
         if opening and _said(messages[0]) != _said(opening[0]):
             raise BadRecord('has a system prompt in a column and another in its messages; fields: {system: ""}')

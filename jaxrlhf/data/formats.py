@@ -20,6 +20,7 @@ def _answers(**more: str) -> list[Words]:
         {"prompt": "prompt", "response": "completion", **more},
         {"messages": "messages", **more},
         {"messages": "conversations", **more},
+        {"messages": "conversation", **more},
         {"prompt": "instruction", "response": "output", **more},
         {"prompt": "instruction", "response": "response", **more},
         {"prompt": "question", "response": "response", **more},
@@ -42,6 +43,7 @@ FORMATS: dict[str, list[Words]] = {
         {"prompt": "prompt"},
         {"messages": "messages"},
         {"messages": "conversations"},
+        {"messages": "conversation"},
         {"prompt": "instruction"},
         {"prompt": "question"},
     ],
@@ -56,7 +58,7 @@ SYSTEM = ("system", "system_prompt")  # columns with a system prompt, beside any
 CONVERSATIONS = ("prompt", "response", "chosen", "rejected", "messages")  # words whose values may be messages
 PARTS = {"instruction": "input"}  # Alpaca: the second part of the prompt that the first column begins
 USED_BY_TEMPLATES = ("tools",)  # beside messages
-EMPTY_IS_NULL = ("messages", "conversations", "tools", "margin", "label", "input")  # of CSV's cells
+EMPTY_IS_NULL = ("messages", "conversations", "conversation", "tools", "margin", "label", "input")  # of CSV's cells
 
 
 class Recognised(NamedTuple):
@@ -97,7 +99,13 @@ def recognise(row: Mapping[str, Any], kind: str, fields: Words, where: str, from
     chat = any(isinstance(taken.get(word), list) for word in CONVERSATIONS)
     used = {*columns, *(USED_BY_TEMPLATES if chat else ()), *(["margin"] if kind == "preferences" else ())}
     unused = left_out - used if kind == "prompts" else row.keys() - used
-    return Recognised(record, _describe(columns, chat, notes), tuple(name for name in row if name in unused))
+    weighted = [f"{words[word]}[].weight" for word in CONVERSATIONS if word in words and _weighted(taken.get(word))]
+    return Recognised(record, _describe(columns, chat, notes), (*(name for name in row if name in unused), *weighted))
+
+
+def _weighted(messages: Any) -> bool:
+    """Whether some message says how much it counts, as OpenAI's files do."""
+    return isinstance(messages, list) and any(turn.get("weight") is not None for turn in messages)
 
 
 def _describe(columns: Sequence[str], chat: bool, notes: set[str]) -> str:

@@ -93,6 +93,24 @@ FORMATS = {
         {"chosen": '[{"name": "x"}]', "rejected": "{}"},
         "chosen + rejected: text",
     ),
+    "json written twice": (
+        "prompts",
+        {"prompt": json.dumps(json.dumps([USER]))},
+        {"prompt": [USER]},
+        "prompt: messages, JSON text",
+    ),
+    "text that goes on behind json": (
+        "demonstrations",
+        {"prompt": json.dumps([USER]) + " who is it?", "response": '{"role": "x"} is all'},
+        {"prompt": json.dumps([USER]) + " who is it?", "response": '{"role": "x"} is all'},
+        "prompt + response: text",
+    ),
+    "lmsys": (
+        "demonstrations",
+        {"conversation": [USER, ANSWER]},
+        {"messages": [USER, ANSWER]},
+        "conversation: messages",
+    ),
     "orca": (
         "preferences",
         {"system": "be brief", "question": "hi", "chosen": "hello", "rejected": "what"},
@@ -330,6 +348,16 @@ def test_a_row_becomes_the_record_that_it_means(name):
             "prompt may be 'prompt' or 'instruction'",
         ),
         ("prompts", {"prompt": "a", "system": "b", "system_prompt": "c"}, "system may be 'system' or 'system_prompt'"),
+        (
+            "prompts",
+            {"prompt": '[{"name": "x", "role": "user", "content": "h'},
+            "prompt looks like messages and is not JSON",
+        ),
+        (
+            "prompts",
+            {"prompt": [said("developer", "b"), USER], "system": "c"},
+            "a system prompt in a column and another",
+        ),
         ("prompts", {"prompt": "a", "system": 3}, "system is a number, expected text"),
         (
             "prompts",
@@ -358,6 +386,8 @@ def test_unused_columns_are_named():
     assert recognise({"prompt": "a", "messages": [USER], "answer": 1}, "prompts", {}, "x").unused == ("messages",)
     assert recognise({"chosen": "a", "rejected": "b", "margin": 1}, "preferences", {}, "x").unused == ()
     assert recognise({"chosen": "a", "rejected": "b", "system": "c"}, "preferences", {}, "x").unused == ("system",)
+    weighted = {"messages": [USER, ANSWER | {"weight": 0}]}
+    assert recognise(weighted, "demonstrations", {}, "x").unused == ("messages[].weight",)
     assert recognise({"prompt": "a", "response": "b", "tools": []}, "demonstrations", {}, "x").unused == ("tools",)
 
 
