@@ -217,27 +217,60 @@ def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A run, RUN@best, a Hugging Face folder, gguf:FILE or a hub name.")],
-    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt a line, or JSONL with prompt or messages; - is standard input. May be repeated."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Responses to each prompt.")] = 1,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this probability.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends a response; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system message, in the model's chat template.")] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Put prompts into the model's chat template; without prompts: a conversation."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a prompt, one a line.")] = False,
     step: Step = "",
 ) -> None:
-    """Sample a response to each prompt."""
+    """Sample responses to prompts, or hold a conversation (--chat)."""
+    from jaxrlhf.config_errors import ConfigError
     from jaxrlhf.config_ranges import check_ranges
     from jaxrlhf.generate import GenerateConfig
 
-    cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    chat, prompts, files = chat or system is not None, prompt or [], file or []
+    if not prompts and not files and (not chat or as_json):
+        raise ConfigError("generate: no prompts: expected --prompt TEXT, --file FILE (- is standard input), or --chat")
+    ranges = {"--samples": (samples, 1, 4096), "--seed": (seed, 0, 2**31 - 1)}
+    for name, (value, low, high) in ranges.items():
+        if not low <= value <= high:
+            raise ConfigError(
+                f"{name}: {value}: expected a number in [{low}, {high}]; nearest: {min(max(value, low), high)}"
+            )
+    if "" in (stop or ()):
+        raise ConfigError("--stop: an empty text ends every response; expected one of a letter or more")
+    cfg = GenerateConfig(
+        max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop or ())
+    )
     check_ranges(cfg, "command line")
     model = name_step(model, step)
     set_flags()
-    from jaxrlhf.complete import generate_text
+    from jaxrlhf.complete import Writer, as_record
+    from jaxrlhf.dialogue import converse, print_responses, read_records
 
-    for text, response in zip(prompt, generate_text(model, prompt, cfg, seed, chat)):
-        typer.echo(f"{text}\n  -> {response}" if len(prompt) > 1 else response)
+    if not prompts and not files:
+        converse(Writer(model, cfg, seed, width=256), system)
+        return
+    records = [as_record(text, chat, system) for text in prompts]
+    records += [record for name in files for record in read_records(name, chat, system)]
+    if not records:
+        where = ", ".join("standard input" if name == "-" else name for name in files)
+        raise ConfigError(f"generate: no prompts in {where}; expected one a line")
+    print_responses(Writer(model, cfg, seed, samples), records, as_json, alone=len(records) == 1)
 
 
 @app.command()

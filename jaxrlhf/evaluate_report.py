@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from jaxrlhf import checkpoint, distributed
+from jaxrlhf import checkpoint, distributed, platform
 from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.build import Run, abstract_state, build
 from jaxrlhf.config import load
@@ -29,6 +29,7 @@ def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, A
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
     step, (run_dir, _) = checkpoint.find_step(name), split_step(name)
+    platform.use_compilation_cache()
     cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
     ready = build(cfg)
     report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}

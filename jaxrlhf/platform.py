@@ -181,6 +181,15 @@ def fill_holes() -> int:
     return before - libc.mallinfo2().holes
 
 
+def use_compilation_cache() -> None:
+    """Keep compiled programs between processes, where the user has not chosen a place for them."""
+    import jax
+
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrlhf/xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
 def prepare(deterministic: bool = False) -> None:
     """``set_flags`` for the platforms of this machine. Call it before anything asks JAX for its devices."""
     set_flags(present(os.environ), deterministic, os.environ)

@@ -76,7 +76,7 @@ def train(cfg: Config, raw: str, stop: Stop) -> str:
     distributed.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
     if all_done(cfg, start):
         return DONE
-    use_compilation_cache()
+    platform.use_compilation_cache()
     progress = open_progress(cfg.iterations or 0, start, cfg.log.every) if main else silent()
     with contextlib.closing(progress):
         with progress.doing("loading"):
@@ -123,13 +123,6 @@ def write_config(run_dir: epath.Path, cfg: Config, raw: str) -> None:
     (run_dir / "config.yaml").write_text(dump(cfg))
     if raw:
         (run_dir / "source.yaml").write_text(raw)
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, where the user has not chosen a place for them."""
-    if jax.config.values.get("jax_compilation_cache_dir") is None:
-        jax.config.update("jax_compilation_cache_dir", str(epath.Path("~/.cache/jaxrlhf/xla").expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 class Finished(NamedTuple):

@@ -63,7 +63,6 @@ def calls(monkeypatch):
         print_report=lambda report: print("the report", report),
     )
     module("jaxrlhf.dry_run", dry_run=lambda configs: [f"looked at {cfg.run_dir}" for _, cfg in configs])
-    module("jaxrlhf.complete", generate_text=lambda model, prompts, *_: [prompt.upper() for prompt in prompts])
     module("jaxrlhf.checkpoint", export=("step 4", ["a note"]))
     return noted
 
@@ -166,26 +165,7 @@ def test_the_traceback_of_a_mistake_can_be_asked_for(sft, calls, monkeypatch, ru
         run("train", sft, "seed=x")
 
 
-# ---- generate, evaluate, export -------------------------------------------------------------------------------------
-
-
-def test_generate_passes_its_options(calls, run):
-    options = ["--top-k", 5, "--max-tokens", 7, "--seed", 2, "--chat"]
-    out, _ = run("generate", "model", "--prompt", "one", "--prompt", "two", *options)
-    (_, model, prompts, cfg, seed, chat) = calls[0]
-    assert (model, list(prompts), seed, chat) == ("model", ["one", "two"], 2, True)
-    assert (cfg.top_k, cfg.max_new_tokens, cfg.temperature, cfg.top_p) == (5, 7, 1.0, 1.0)
-    assert out == "one\n  -> ONE\ntwo\n  -> TWO\n"
-
-
-def test_one_prompt_gives_the_response_alone(calls, run):
-    assert run("generate", "model", "--prompt", "one", "--temperature", "0")[0] == "ONE\n"
-
-
-def test_generate_checks_its_ranges(calls, run):
-    _, err = run("generate", "model", "--prompt", "one", "--top-p", "1.5", code=2)
-    assert err == "command line: top_p: 1.5: expected a number in (0, 1]; nearest: 1\n"
-    assert calls == []
+# ---- evaluate, export -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -76,6 +76,47 @@ def test_a_stop_text_ends_a_response(whole, one_device):
     assert len(ids) <= 8
 
 
+def test_samples_of_many_prompts_do_not_depend_on_batches(whole, one_device, monkeypatch):
+    """Nor on how wide and how many rows the programs are; there is one program a width and number of rows."""
+    cfg = GenerateConfig(max_new_tokens=8, stop=(" and",))
+    records = [{"prompt": text} for text in ("the film is", "the plot", "the scene is cold and", "the", "a")]
+    together = complete.Writer(str(whole / "sft"), cfg, seed=3, samples=2)
+    found = list(together(records))
+    assert [len(responses) for responses in found] == [2] * 5
+    assert len({response.text for responses in found for response in responses}) > 5
+    assert together.program._cache_size() == 1
+    list(together(iter(records[:3])))  # 4 rows of 32 columns instead of 8
+    assert together.program._cache_size() == 2
+    monkeypatch.setattr(complete, "ROWS", 4)
+    apart = complete.Writer(str(whole / "sft"), cfg, seed=3, samples=2, width=64)
+    assert apart.rows == 2 and list(apart(records)) == found
+
+
+def test_why_a_response_ended(whole, one_device):
+    cfg = GenerateConfig(max_new_tokens=16, stop=(" and",))
+    writer = complete.Writer(str(whole / "sft"), cfg, samples=16)
+    (found,) = writer([{"prompt": "the film is warm"}])
+    tokenizer = writer.model.tokenizer
+    for text, reason, tokens in found:
+        written = tokenizers.encode_text(tokenizer, text).ids
+        assert (reason == "stop") == text.endswith(" and")
+        assert (reason == "length") <= (tokens == 16)
+        assert tokens >= len(written) + (reason == "eos") - 1
+    assert {"length"} < {response.finish_reason for response in found}
+
+
+def test_a_prompt_too_long_for_the_model_is_refused(whole, one_device, monkeypatch):
+    monkeypatch.setattr(complete, "row_limit", lambda cfg: 40)
+    writer = complete.Writer(str(whole / "sft"), GREEDY)
+    ids = lambda count: [np.zeros(count, np.int32)]
+    assert [writer.width_of(ids(count)) for count in (1, 20, 32)] == [32, 32, 32]
+    writer.width = 8
+    assert [writer.width_of(ids(count)) for count in (1, 8, 9, 17, 32)] == [8, 8, 16, 32, 32]
+    expected = "a prompt of 33 tokens and a response of 8 are 41 columns; the model computes 40 at most"
+    with pytest.raises(ValueError, match=expected):
+        writer.width_of(ids(33))
+
+
 def test_an_empty_prompt(whole, one_device):
     (text,) = generate_text(str(whole / "ppo"), [""], GREEDY)
     assert text

@@ -1,5 +1,7 @@
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -78,6 +80,29 @@ def test_truncation_left_on_by_a_call_does_not_cut(tokenizer):
     other("a b c d e", truncation=True, max_length=2, padding="max_length")
     assert other.decode(tk.encode_text(other, "a b c d e").ids) == "a b c d e"
     assert len(tk.encode_text(other, "").ids) == 0
+
+
+LOADED = """
+import sys
+from jaxrlhf.data.tokenizer import load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
+print([name for name in ("transformers.models.auto.tokenization_auto", "torch") if name in sys.modules])
+"""
+
+
+def test_a_tokenizer_trained_here_is_loaded_quietly_and_without_all_models(tmp_path):
+    """As AutoTokenizer loads it, whose import takes 0.6 s."""
+    from transformers import AutoTokenizer
+
+    folder = str(tmp_path / "tok")
+    tk.save_tokenizer(tk.train_bpe(["the film is warm", "über"], 300), folder)
+    done = subprocess.run([sys.executable, "-c", LOADED, folder], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    ours, theirs = tk.load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(ours) is type(theirs) and ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.init_kwargs == {**theirs.init_kwargs, "name_or_path": folder}
+    (tmp_path / "tok" / "config.json").write_text('{"model_type": "llama"}')
+    assert not tk.is_generic(folder)  # AutoTokenizer knows what a llama needs
 
 
 def test_what_is_no_tokenizer(tmp_path):
