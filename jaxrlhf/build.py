@@ -25,7 +25,7 @@ from jaxrlhf.models.config import ModelConfig, resolve, row_limit
 from jaxrlhf.models.kernels import choose, hardware_of, passed_over
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
-from jaxrlhf.optim import make_optimizer
+from jaxrlhf.optim import make_optimizer, make_schedule
 from jaxrlhf.origins import Weights, base_role, check_loaded, check_tokenizers, origin
 from jaxrlhf.rewards.graders import Graders, find_graders
 from jaxrlhf.sharding import batch_shards, make_mesh, whole
@@ -89,13 +89,14 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     epochs, minibatches = updates_of(cfg)
     total = cfg.length * epochs * minibatches
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
+    schedules = {role: make_schedule(cfg.optimizer_of(role), total) for role in trained}
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
     shards = batch_shards(mesh)
     parts = choose_parts(cfg, shards, mesh.devices.flat[0].platform)
     sampler = sampler._replace(share_prompts=shares_prompts(cfg, shards, parts))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
-    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, cfg.batch.pack_widths)
+    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, cfg.batch.pack_widths, schedules)
     return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
 
 

@@ -1,10 +1,11 @@
 """From an optimizer's config to its optax chain and schedule: one chain a role, clipped by its own norm."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,17 @@ def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTran
         optax.add_decayed_weights(cfg.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(make_schedule(cfg, total_steps)),
     )
+
+
+def learning_rate(schedule: optax.Schedule, opt_state: optax.OptState) -> Array:
+    """f32[]: the learning rate of the next update by an optimizer in this state; its schedule counts its updates."""
+    count = optax.tree.get(opt_state, "count", filtering=of_schedule)
+    return jnp.asarray(schedule(count), jnp.float32)
+
+
+def of_schedule(path: tuple, _: Any) -> bool:
+    """Whether a leaf of an optimizer's state is the schedule's, and not Adam's."""
+    return getattr(path[-1], "tuple_name", None) == "ScaleByScheduleState"
 
 
 def is_matrix(params):

@@ -7,7 +7,8 @@ same two halves (``make_rollout``, ``make_learn``) are two programs, with the ho
 (``make_read``) reads the reference and the like while the host is busy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import optax
 
 from jaxrlhf.ahead import noting, repeating
 from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffle, split_rows
+from jaxrlhf.optim import learning_rate
 from jaxrlhf.packing import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across
 from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Role, Sequences, TrainState
@@ -31,6 +33,7 @@ class Recipe(NamedTuple):
     delays: dict[Role, int]  # iterations before a role starts to learn
     num_micro: int = 1  # parts that a minibatch is computed in; the result does not depend on it
     pack_widths: int = 1  # widths that the responses of such a part may be packed into; 1: they have all columns
+    schedules: Mapping[Role, optax.Schedule] = MappingProxyType({})  # whose learning rates are metrics
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -181,8 +184,11 @@ def update_minibatch(
         means[f"{role}/grad_norm"] = Mean(optax.tree.norm(grads[role]), jnp.float32(1))
         updates, new_opt_state = optimizer.update(grads[role], opt_state[role], params[role])
         new = (optax.apply_updates(params[role], updates), new_opt_state)
+        started = state.step >= recipe.delays.get(role, 0)
+        if role in recipe.schedules:
+            rate = learning_rate(recipe.schedules[role], opt_state[role])
+            means[f"{role}/learning_rate"] = Mean(jnp.where(started, rate, 0.0), jnp.float32(1))
         if recipe.delays.get(role, 0):
-            started = state.step >= recipe.delays[role]
             new = jax.tree.map(lambda a, b: jnp.where(started, a, b), new, (params[role], opt_state[role]))  # noqa: B023
         params[role], opt_state[role] = new
     stop = recipe.algorithm.stop

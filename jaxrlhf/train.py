@@ -312,7 +312,7 @@ class Trainer:
         numbers["time/iteration"], self.last_time = now - self.last_time, now
         if "response/tokens" in numbers:
             numbers["throughput/response_tokens_per_second"] = numbers["response/tokens"] / numbers["time/iteration"]
-        self.log.write(step, numbers | self.feed.counts())
+        self.log.write(step, numbers | {"data/epoch": self.feed.epoch(step)} | self.feed.counts())
         vital = [name for name in numbers if name.startswith("loss/") or name.endswith("/grad_norm")]
         bad = [name for name in vital if not np.isfinite(numbers[name])]
         if bad:

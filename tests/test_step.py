@@ -138,7 +138,8 @@ def pulled(cfg: Plan, optimizer: OptimizerConfig, delays, iterations: int) -> tu
     optimizers = {role: make_optimizer(optimizer, 8) for role in SLOPES}
     params = {role: {"kernel": jnp.zeros(4)} for role in SLOPES}
     found, metrics = [states.new_state(0, params, {}, optimizers, {})], []
-    step = tiny.program(steps.make_iteration(Recipe(algorithm, cfg, NO_NETS, optimizers, delays)))
+    schedules = dict.fromkeys(SLOPES, make_schedule(optimizer, 8))
+    step = tiny.program(steps.make_iteration(Recipe(algorithm, cfg, NO_NETS, optimizers, delays, schedules=schedules)))
     ones = jnp.ones((ROWS, 1), jnp.int32)
     for _ in range(iterations):
         state, numbers, _ = step(found[-1], Batch(sequences=Sequences(ones, ones > 0, ones > 0)))
@@ -155,12 +156,15 @@ def counts(state: TrainState, role: str) -> list[int]:
 def test_schedules_count_optimizer_steps():
     """Adam under a constant gradient moves by the learning rate, so the parameter is the sum of the schedule."""
     optimizer = OptimizerConfig(learning_rate=0.1, schedule="linear", warmup_steps=3)
-    found, _ = pulled(Plan(num_epochs=2, num_minibatches=2), optimizer, {}, iterations=2)
+    found, metrics = pulled(Plan(num_epochs=2, num_minibatches=2), optimizer, {}, iterations=2)
     schedule: Any = make_schedule(optimizer, 8)
     for iterations, state in enumerate(found):
         expected = -sum(float(schedule(count)) for count in range(4 * iterations))
         np.testing.assert_allclose(state.params["policy"]["kernel"], expected, rtol=1e-5, atol=1e-7)
         assert set(counts(state, "policy")) == {4 * iterations} and state.step == iterations
+    for before, after, numbers in zip(found, found[1:], metrics):  # what is reported is what the parameters moved by
+        moved = before.params["policy"]["kernel"][0] - after.params["policy"]["kernel"][0]
+        np.testing.assert_allclose(numbers["policy/learning_rate"], moved / 4, rtol=1e-5)
     assert np.isclose(
         sum(float(schedule(count)) for count in range(8)), 0.1 * (0 + 1 / 3 + 2 / 3 + 1 + 0.8 + 0.6 + 0.4 + 0.2)
     )
@@ -168,7 +172,9 @@ def test_schedules_count_optimizer_steps():
 
 def test_a_delayed_role_waits_that_many_iterations():
     """Value warm-up: policy and its moments stay bitwise, and its schedule starts only then."""
-    found, _ = pulled(Plan(num_epochs=2), OptimizerConfig(learning_rate=0.1), {"policy": 2}, iterations=3)
+    found, metrics = pulled(Plan(num_epochs=2), OptimizerConfig(learning_rate=0.1), {"policy": 2}, iterations=3)
+    for role, expected in (("policy", [0, 0, 0.1]), ("value", [0.1] * 3)):
+        np.testing.assert_allclose([numbers[f"{role}/learning_rate"] for numbers in metrics], expected, rtol=1e-6)
     for iterations, state in enumerate(found):
         np.testing.assert_allclose(state.params["value"]["kernel"], -0.1 * 2 * iterations, rtol=1e-5)
         np.testing.assert_allclose(state.params["policy"]["kernel"], -0.1 * 2 * max(iterations - 2, 0), rtol=1e-5)

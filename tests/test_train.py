@@ -54,7 +54,7 @@ def command(monkeypatch, capsys):
 
 # ---- the run directory ----------------------------------------------------------------------------------------------
 
-OF_EVERY_ROW = {"step", "time", "time/iteration"}
+OF_EVERY_ROW = {"step", "time", "time/iteration", "data/epoch"}
 NAMES = {
     "sft": {"loss/policy", "policy/entropy", "policy/grad_norm"},
     "rm": {"loss/reward", "reward/accuracy", "reward/margin", "reward/confidence", "reward/brier", "reward/grad_norm"},
@@ -126,6 +126,10 @@ def test_metrics_are_one_flat_object_an_update(process, root, name):
     assert [row["step"] for row in updates] == [1, 2, 3, 4]
     for row in updates:
         assert row.keys() >= OF_EVERY_ROW | NAMES[name]
+        trained = {"rm": ["reward"], "ppo": ["policy", "value", "reward"]}.get(name, ["policy"])
+        rates = {key: value for key, value in row.items() if key.endswith("/learning_rate")}
+        optimizer = load(root / "whole" / name / "config.yaml").optimizer_of
+        assert rates == {f"{role}/learning_rate": pytest.approx(optimizer(role).learning_rate) for role in trained}
     for row in updates + evaluations:
         assert all(isinstance(value, int | float) for value in row.values()), row
         assert all("/" in key for key in row if key not in ("step", "time"))
@@ -144,6 +148,11 @@ def test_evaluations_come_at_their_steps(process, root, name):
 
 
 def test_numbers_make_sense(process, root):
+    for name, rows, total in (("rm", 8, 200), ("dpo", 8, 200), ("grpo", 4, 200), ("ppo", 16, 200)):
+        updates, _ = metric_rows(root / "whole" / name)
+        kind = "preferences" if name in ("rm", "dpo") else "prompts"
+        kept = total - sum(updates[0].get(f"data/{kind}_{what}", 0) for what in ("dropped", "identical"))
+        np.testing.assert_allclose([row["data/epoch"] for row in updates], rows * np.arange(1, 5) / kept, rtol=1e-6)
     first, *_ = updates, _ = metric_rows(root / "whole" / "ppo")
     assert abs(first[0]["kl/reference"]) < 1e-5  # the policy is still the reference
     assert updates[-1]["kl/reference"] > 1e-3

@@ -58,7 +58,7 @@ class FixedBatches(list[HostBatch]):
 
 
 class Stream(Iterator[HostBatch]):
-    """Batches without end. ``summary`` is about the data set."""
+    """Batches without end; ``batches_per_epoch`` of them are the data once. ``summary`` is about the data set."""
 
     def __init__(self, layout: "_Layout", seed: int, where: str):
         import grain
@@ -66,6 +66,7 @@ class Stream(Iterator[HostBatch]):
         self.summary = layout.summary()
         self.rows = len(layout.units)  # of an epoch
         self.examples = layout.examples
+        self.batches_per_epoch = self.rows / layout.rows
         self.margins = layout.examples.margins  # whether preferences say by how much
         self._where = where
         self._order = _hash(layout.kind, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash())

@@ -24,6 +24,7 @@ METRICS = [
     loss/reward | nats | loss of the reward model, a pair
     loss/kl | nats | KL term of the loss (grpo), before kl_coef
     <role>/grad_norm | - | norm of the role's gradient before clipping
+    <role>/learning_rate | - | mean learning rate of the iteration's updates; 0 while the role is delayed
     policy/entropy | nats | entropy of the policy, a response token
     policy/clip_fraction | share | response tokens (or responses) whose ratio was clipped
     policy/ratio | - | probability of a response token now over that when it was sampled
@@ -69,6 +70,7 @@ METRICS = [
     judge/std | probability | standard deviation of the judge's answers
     win_rate/reward | share | prompts whose response has a higher score than the reference's; a tie is half
     win_rate/judge | share | the same by the outside judge
+    data/epoch | epochs | passes over the data: of prompts on policy, of pairs or demonstrations offline
     data/<kind>_dropped | rows | of the source, left out because they are too long
     data/<kind>_uncuttable | rows | of the source, left out because their response, or their system turn, does not fit
     data/<kind>_truncated | rows | of the source, cut to the limit
