@@ -14,5 +14,5 @@ if [ ! -x "$VENV/bin/python" ]; then
     fi
     "$PYTHON" -m venv "$VENV"
 fi
-echo "installing into $VENV ..."
-"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$1"
+echo "installing into $VENV (minutes, the first time) ..."
+"$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --editable ".$1"

