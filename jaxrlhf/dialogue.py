@@ -98,8 +98,7 @@ def print_responses(writer: Writer, records: Iterable[dict[str, Any]], as_json: 
 
 
 def converse(writer: Writer, system: str | None) -> None:
-    """A turn a line, until /exit or the end of the input; the model sees all turns so far. Ctrl-C stops an answer, or
-    at the prompt ends the conversation."""
+    """A turn a line, until /exit or the end of the input; the model sees all turns so far."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -109,7 +108,7 @@ def converse(writer: Writer, system: str | None) -> None:
     while True:
         try:
             said = input(PROMPT if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
         if said in LEAVE:
@@ -124,9 +123,6 @@ def answer(writer: Writer, messages: list[dict[str, str]]) -> list[dict[str, str
     """The conversation with the model's answer, which is printed; without the last message where there is none."""
     try:
         ((response,),) = writer([{"messages": messages}])
-    except KeyboardInterrupt:
-        print("\n(stopped)")
-        return messages[:-1]
     except ValueError as error:
         if len(messages) < 3:  # not the conversation's length: the model has no template, say
             raise
