@@ -6,6 +6,7 @@ saved: launchers run the same command again), 130 stopped by Ctrl-C (``train`` s
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -417,6 +418,9 @@ def command() -> None:
     """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
     from jaxrlhf import platform
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without these letters gets "?", not an error
+            stream.reconfigure(errors="replace")
     platform.skip_absent_tpu(os.environ)
     platform.keep_memory(os.environ)
     # orbax and TFDS warn of what is meant, and print the tracebacks of errors that they raise too

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -194,3 +197,10 @@ def test_a_turn_that_there_is_no_room_for_is_taken_back(run):
     out, _, writer = run("--chat", stdin="one\nlong\ntwo\n")
     assert out == ("eno\n(a prompt of 1000 tokens is too long; /clear begins another conversation)\nowt\n\n")
     assert writer.seen[-1] == {"messages": turns("one", "eno", "two")}
+
+
+def test_letters_that_the_locale_lacks_do_not_stop_a_command():
+    code = "import sys\nfrom jaxrlhf import cli\ncli.app = lambda: print('ü → x')\ncli.main()"
+    environ = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("? ? x\n", "")
