@@ -190,6 +190,18 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+EXTRA = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # what JAX_PLATFORMS names -> our extra that installs its plugin
+
+
 def prepare(deterministic: bool = False) -> None:
-    """``set_flags`` for the platforms of this machine. Call it before anything asks JAX for its devices."""
+    """``set_flags`` for the platforms of this machine. Call it before anything asks JAX for its devices.
+
+    Raises ValueError, in one line, for a platform in JAX_PLATFORMS that no plugin is installed for."""
+    found = present(os.environ)
+    for name in os.environ.get("JAX_PLATFORMS", "").split(","):
+        if name in EXTRA and {"cuda": "gpu"}.get(name, name) not in found:
+            raise ValueError(
+                f"JAX_PLATFORMS: {name}: no plugin of JAX is installed for it; expected cpu, or "
+                f"pip install 'jaxrlhf[{EXTRA[name]}]'"
+            )
     set_flags(present(os.environ), deterministic, os.environ)

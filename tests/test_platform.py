@@ -104,6 +104,34 @@ def test_a_tpu_is_found_on_the_pci_bus(monkeypatch, tmp_path, vendor, device, tp
     assert platform.has_tpu(str(tmp_path)) == tpu
 
 
+@pytest.mark.parametrize(
+    "asked, line",
+    [
+        (
+            "cuda",
+            "JAX_PLATFORMS: cuda: no plugin of JAX is installed for it; expected cpu, or pip install 'jaxrlhf[cuda]'",
+        ),
+        (
+            "tpu,cpu",
+            "JAX_PLATFORMS: tpu: no plugin of JAX is installed for it; expected cpu, or pip install 'jaxrlhf[tpu]'",
+        ),
+        ("cpu", None),
+        ("", None),
+        ("METAL,cpu", None),  # others' plugins are not known here
+    ],
+)
+def test_a_platform_without_a_plugin_is_one_line(monkeypatch, asked, line):
+    finder = types.SimpleNamespace(find_spec=lambda name: None)
+    monkeypatch.setattr(platform, "importlib", types.SimpleNamespace(util=finder))
+    monkeypatch.setenv("JAX_PLATFORMS", asked)
+    if line is None:
+        platform.prepare()
+        return
+    with pytest.raises(ValueError) as error:
+        platform.prepare()
+    assert str(error.value) == line
+
+
 BACKEND = "import jax; print(jax.device_count())"  # that of the CPU, which reads all XLA_FLAGS
 LIBTPU = "from jaxrlhf.plan.topology import find_slice; print(len(find_slice('v5e:2x2').devices))"
 
