@@ -188,11 +188,11 @@ class Trainer:
             platform.fill_holes()
             self.save_at_signals()
             step = self.loop(state, start, programs)
+        self.log.close()  # the bar gives way to the last numbers
         if step < cfg.length:
             name = self.stop.asked or "SIGTERM"  # of another process
             self.log.say(f"{name}: stopped at step {step}; {GOES_ON}")
             return outcome(self.stop)
-        self.log.close()
         self.log.say(announce.closing(cfg, time.perf_counter() - self.began, self.best))
         return DONE
 
