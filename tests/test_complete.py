@@ -93,16 +93,17 @@ def test_samples_of_many_prompts_do_not_depend_on_batches(whole, one_device, mon
 
 
 def test_why_a_response_ended(whole, one_device):
-    cfg = GenerateConfig(max_new_tokens=16, stop=(" and",))
-    writer = complete.Writer(str(whole / "sft"), cfg, samples=16)
-    (found,) = writer([{"prompt": "the film is warm"}])
-    tokenizer = writer.model.tokenizer
-    for text, reason, tokens in found:
-        written = tokenizers.encode_text(tokenizer, text).ids
-        assert (reason == "stop") == text.endswith(" and")
-        assert (reason == "length") <= (tokens == 16)
-        assert tokens >= len(written) + (reason == "eos") - 1
-    assert {"length"} < {response.finish_reason for response in found}
+    """By hand: after a prompt of 1 token an ending token, a stop text, and neither of both."""
+    writer = complete.Writer(str(whole / "sft"), GenerateConfig(max_new_tokens=3, stop=(" film",)))
+    eos = writer.sampler.eos_ids[0]
+    word = tokenizers.encode_text(writer.model.tokenizer, "abc").ids[0]
+    tokens = np.array([[7, word, eos, 0], [7, word, word, 0], [7, word, word, word]])
+    mask = np.array([[0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]], bool)
+    found = writer.responses(Sequences(tokens, mask, mask, ended=np.array([True, True, False])))  # type: ignore[arg-type]
+    assert [response[1:] for response in found] == [("eos", 2), ("stop", 2), ("length", 3)]
+    assert [response.text for response in found] == ["a", "aa", "aaa"]
+    (sampled,) = writer([{"prompt": "the film is warm"}])
+    assert [len(sampled), sampled[0].finish_reason, sampled[0].tokens] == [1, "length", 3]
 
 
 def test_a_prompt_too_long_for_the_model_is_refused(whole, one_device, monkeypatch):
