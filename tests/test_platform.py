@@ -279,7 +279,7 @@ import os, sys, jax
 from jaxrlhf import cli, platform, train
 platform.present = lambda environ: {"gpu"}
 seen = []
-def run(cfg, raw):
+def run(cfg, raw, *more):
     print(os.environ["XLA_FLAGS"])
     return "done"
 train.run = run
