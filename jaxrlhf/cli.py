@@ -260,18 +260,14 @@ def generate(
     check_ranges(cfg, "command line")
     model = name_step(model, step)
     set_flags()
-    from jaxrlhf.complete import Writer, as_record
-    from jaxrlhf.dialogue import converse, print_responses, read_records
+    from jaxrlhf.complete import Writer
+    from jaxrlhf.dialogue import converse, print_responses, read_prompts
 
     if not prompts and not files:
         converse(Writer(model, cfg, seed, width=256), system)
         return
-    records = [as_record(text, chat, system) for text in prompts]
-    records += [record for name in files for record in read_records(name, chat, system)]
-    if not records:
-        where = ", ".join("standard input" if name == "-" else name for name in files)
-        raise ConfigError(f"generate: no prompts in {where}; expected one a line")
-    print_responses(Writer(model, cfg, seed, samples), records, as_json, alone=len(records) == 1)
+    records = read_prompts(prompts, files, chat, system)
+    print_responses(Writer(model, cfg, seed, samples), records, as_json)
 
 
 @app.command()

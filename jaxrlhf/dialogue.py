@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,16 @@ PROMPT, LEAVE = "> ", ("/exit", "/quit")
 
 
 # ---- prompts in -----------------------------------------------------------------------------------------------------
+
+
+def read_prompts(prompts: Sequence[str], files: Sequence[str], chat: bool, system: str | None) -> list[dict[str, Any]]:
+    """The records of prompts and of files. Raises ValueError where there is none."""
+    records = [as_record(text, chat, system) for text in prompts]
+    records += [record for file in files for record in read_records(file, chat, system)]
+    if not records:
+        where = ", ".join("standard input" if file == STDIN else file for file in files)
+        raise ValueError(f"generate: no prompts in {where}; expected one a line")
+    return records
 
 
 def read_records(file: str, chat: bool, system: str | None) -> Iterator[dict[str, Any]]:
@@ -69,23 +79,15 @@ def is_message(value: Any) -> bool:
 # ---- text out -------------------------------------------------------------------------------------------------------
 
 
-def print_responses(writer: Writer, records: Iterable[dict[str, Any]], as_json: bool, alone: bool) -> None:
-    """The responses to each record as they come: a JSON object a line, or for a reader; ``alone``: a single response is
-    printed without its prompt."""
-    shown: list[dict[str, Any]] = []
-
-    def noting() -> Iterator[Mapping[str, Any]]:
-        for record in records:
-            shown.append(record)
-            yield record
-
-    for responses in writer(noting()):
-        record = shown.pop(0)
+def print_responses(writer: Writer, records: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """The responses to each record as they come: a JSON object a line, or for a reader; a single one without its
+    prompt."""
+    for record, responses in zip(records, writer(records), strict=True):
         if as_json:
             print(
                 json.dumps(record | {"responses": [response._asdict() for response in responses]}, ensure_ascii=False)
             )
-        elif alone and len(responses) == 1:
+        elif len(records) == len(responses) == 1:
             print(responses[0].text)
         else:
             print(title(record))

@@ -22,7 +22,7 @@ LAYERS = {
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference", "config_schema"), 5),
     **dict.fromkeys(("origins", "build", "epochs", "questions", "feed", "programs", "score", "normalize"), 6),
-    **dict.fromkeys(("complete", "announce", "resume", "train", "dry_run"), 6),
+    **dict.fromkeys(("complete", "dialogue", "announce", "resume", "train", "dry_run"), 6),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
     **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight", "preflight_inputs"), 6),
     "launch": 6,
