@@ -173,7 +173,20 @@ def load_all(paths: Sequence[os.PathLike | str], overrides: Sequence[str] = ()) 
             raise ConfigError(
                 f"{source}: run_dir: {cfg.run_dir}: already the run_dir of {other}; expected one for each"
             )
+    check_best_starts(list(zip(sources, configs)))
     return configs
+
+
+def check_best_starts(configs: Sequence[tuple[str, Config]]) -> None:
+    """Raises ConfigError where a config starts from RUN@best, and an earlier one, which makes that run, keeps none."""
+    made: dict[str, tuple[str, Config]] = {}
+    for source, cfg in configs:
+        names = {f"models.{role}": model.init_from for role, model in cfg.models.items()}
+        for where, name in (names | {"tokenizer": cfg.tokenizer.init_from}).items():
+            run, _, step = (name or "").rpartition("@")
+            if step == "best" and run in made and not made[run][1].checkpoint.best:
+                raise ConfigError(f"{source}: {where}.init_from: {name}: {made[run][0]} sets no checkpoint.best")
+        made[cfg.run_dir] = source, cfg
 
 
 def load_beside(path: os.PathLike | str) -> list[Config]:

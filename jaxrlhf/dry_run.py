@@ -17,8 +17,9 @@ from jaxrlhf.config_check import check
 from jaxrlhf.data.batches import Stream
 from jaxrlhf.data.encode import Encoded
 from jaxrlhf.epochs import describe_epochs
-from jaxrlhf.evaluate import HeldOut
+from jaxrlhf.evaluate import HeldOut, check_best, describe_best
 from jaxrlhf.feed import Feed, describe_data
+from jaxrlhf.log.run_dir import made_by
 from jaxrlhf.origins import origin
 from jaxrlhf.plan import largest_batch
 from jaxrlhf.plan.calls import models_of, passes_of
@@ -41,7 +42,8 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
     for path, cfg in configs:
         check(cfg, jax.device_count(), path)
         starts = [str(origin(cfg, role).init_from) for role in cfg.models] + [str(cfg.tokenizer.init_from)]
-        waits = [name for name in starts if name in makers and checkpoint.latest_step(name) is None]
+        runs = [run for name in starts if (run := made_by(name, makers)) is not None]
+        waits = [run for run in runs if checkpoint.latest_step(run) is None]
         yield f"# {path}, as it is read; the other keys are at their defaults"
         yield dump(cfg, whole=False).rstrip("\n")
         if waits:
@@ -59,6 +61,7 @@ def describe(cfg: Config) -> Iterator[str]:
     check(cfg, jax.device_count())
     with current(ready.mesh):
         feed, held_out = Feed(ready), HeldOut(ready)
+        check_best(ready, held_out)
         yield announce.opening(ready, start)
         if start and changes:
             yield f"changed since step {start}: {', '.join(changes)}"
@@ -69,7 +72,7 @@ def describe(cfg: Config) -> Iterator[str]:
         yield describe_epochs(cfg, feed.rows())
         yield describe_steps(cfg, feed.rows())
         yield describe_batch(cfg, parts)
-        yield from describe_sharing(cfg, batch_shards(ready.mesh), parts)
+        yield from [*describe_sharing(cfg, batch_shards(ready.mesh), parts), *describe_best(cfg)]
     yield describe_memory(ready)  # no mesh may be set
 
 

@@ -1,12 +1,15 @@
 """Held-out evaluation, during a run and after it: the algorithm's own measure, and what the policy writes."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxrlhf import distributed
-from jaxrlhf.build import Run
+from jaxrlhf.build import Run, abstract_state
+from jaxrlhf.config import Config
 from jaxrlhf.config_batch import KIND_OF, ROWS_KEY
+from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.evaluate_policy import PolicyEvaluation
 from jaxrlhf.feed import counts_of, held_out, put
@@ -48,6 +51,26 @@ class HeldOut:
         measured = self.measure.names(state) if self.measure else []
         written = self.policy.names() if self.policy else []
         return [*measured, *written, *counts_of(self.summaries())]
+
+
+def check_best(ready: Run, held_out: HeldOut) -> None:
+    """Raises ConfigError where checkpoint.best is none of the metrics that an evaluation of the run will give."""
+    if best := ready.cfg.checkpoint.best:
+        names = sorted(f"eval/{name}" for name in held_out.names(abstract_state(ready)))
+        if best not in names:
+            raise ConfigError(f"checkpoint.best: {best}: nothing that is evaluated; {suggest(best, names)}")
+
+
+def describe_best(cfg: Config) -> list[str]:
+    """What to say where no step but the last is both measured and saved, so that it is the best."""
+    evaluated, saved, last = cfg.eval.every, cfg.checkpoint.every, cfg.iterations or 0
+    if not cfg.checkpoint.best or not evaluated or math.lcm(evaluated, saved) < last or min(evaluated, saved) >= last:
+        return []
+    return [
+        f"checkpoint.best: {cfg.checkpoint.best}: evaluations (eval.every: {evaluated}) and saves (checkpoint.every: "
+        f"{saved}) meet at no step before the last, {last}, which will be the best; nearest: checkpoint.every="
+        f"{evaluated}"
+    ]
 
 
 class Measure:

@@ -17,6 +17,7 @@ from jaxrlhf.config import Config, roles_of
 from jaxrlhf.config_check import sections_read
 from jaxrlhf.data.examples import make_examples
 from jaxrlhf.data.sources import Source, open_source
+from jaxrlhf.log.run_dir import made_by
 from jaxrlhf.origins import check_loaded
 from jaxrlhf.rewards.graders import find_graders
 
@@ -49,8 +50,9 @@ class Inputs:
         return read + [name for name in held_out if getattr(self.cfg.data, name) is not None]
 
     def is_made(self, path: str | None) -> bool:
-        """Whether ``path`` is a run that another config of the command makes, and that is not there yet."""
-        return path in self.made and checkpoint.latest_step(path) is None
+        """Whether ``path`` (RUN, RUN@best) is a run that another config of the command makes, not there yet."""
+        run = made_by(path, self.made)
+        return run is not None and checkpoint.latest_step(run) is None
 
     def find_tokenizer(self) -> str:
         size, resumed = self.cfg.tokenizer.train_vocab_size, checkpoint.latest_step(self.cfg.run_dir) is not None
@@ -58,7 +60,7 @@ class Inputs:
             return f"byte-level BPE of {size:,} tokens, trained when the run starts"
         named = self.cfg.run_dir if resumed else tokenizer_origin(self.cfg)[0]
         if self.is_made(named):
-            return f"{named}: made before by {self.made[named]}"
+            return f"{named}: made before by {self.made[str(made_by(named, self.made))]}"
         self.tokenizer = find_tokenizer(self.cfg)
         return f"{named}: {len(self.tokenizer):,} tokens"
 
@@ -70,7 +72,7 @@ class Inputs:
         for role, head in heads.items():
             named = origin(self.cfg, role).init_from
             if self.is_made(named):
-                shown = f"{named} (made before by {self.made[str(named)]})"
+                shown = f"{named} (made before by {self.made[str(made_by(named, self.made))]})"
             else:
                 weights = started[role] = find_weights(self.cfg, role, size, head)
                 shown = "random" if weights.kind == "new" else f"{named or weights.path} ({weights.config.family})"

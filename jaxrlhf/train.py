@@ -16,7 +16,6 @@ from jaxrlhf.build import Run, abstract_state, build, initial_state, kernels_pas
 from jaxrlhf.config import Config, dump, trunks_of, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
-from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.epochs import describe_epochs
 from jaxrlhf.evaluate_policy import sample_rows
@@ -158,13 +157,10 @@ class Trainer:
 
         Raises ConfigError, before anything is compiled, where checkpoint.best is none of the metrics."""
         cfg = self.cfg
-        if best := cfg.checkpoint.best:
-            names = sorted(f"eval/{name}" for name in self.evaluation.names(abstract_state(self.ready)))
-            if best not in names:
-                raise ConfigError(f"checkpoint.best: {best}: nothing that is evaluated; {suggest(best, names)}")
+        evaluate.check_best(self.ready, self.evaluation)
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
         parts = self.ready.recipe.num_micro
-        sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts)
+        sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts) + evaluate.describe_best(cfg)
         with self.log.doing("loading"):
             rows = announce.describe_rows(self.ready, self.feed, self.evaluation)
         lines = [*describe_data(self.ready), *rows, describe_epochs(cfg, self.feed.rows())]

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf import checkpoint
 from jaxrlhf import state as states
 from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.log.run_dir import at_step, split_step
+from jaxrlhf.log.run_dir import at_step, made_by, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -197,6 +197,10 @@ def test_a_folder_may_have_an_at_in_its_name(tmp_path):
     for name in (f"{run}@2", "hub/name", "gguf:a.gguf"):
         with pytest.raises(ValueError, match=r"^--step 3: .*: expected a run directory"):
             at_step(name, "3")
+    made = {"runs/a": 1, "runs/me@2": 2}
+    names = {"runs/a": "runs/a", "runs/a@best": "runs/a", "runs/me@2@7": "runs/me@2", "runs/me@2": "runs/me@2"}
+    assert {name: made_by(name, made) for name in names} == names
+    assert made_by("runs/b@best", made) is made_by(None, made) is None
 
 
 def test_another_measure_of_the_best_does_not_count_what_was_measured_before(tmp_path):

@@ -285,6 +285,18 @@ def test_a_missing_file_names_the_nearest(ppo):
     assert mistake(ppo.parent / "pop.yaml") == f"{ppo.parent / 'pop.yaml'}: no such file; nearest: {ppo}"
 
 
+def test_a_best_that_no_config_of_the_command_keeps_is_refused_before_the_first_runs(ppo, tmp_path):
+    second = tmp_path / "second.yaml"
+    second.write_text(PPO.replace("runs/ppo", "runs/second").replace("runs/sft", "runs/ppo@best"))
+    line = rf"^{second}: models\.policy\.init_from: runs/ppo@best: {ppo} sets no checkpoint\.best$"
+    with pytest.raises(ConfigError, match=line):
+        config.load_all([ppo, second])
+    keeps = "ppo:checkpoint.best=eval/score/mean"
+    text = second.read_text().replace("name: ppo", "name: grpo").replace(", num_epochs: 2, num_minibatches: 2", "")
+    second.write_text(text.replace("  value: {learning_rate: 3e-4}\n", ""))
+    assert len(config.load_all([ppo, second], [keeps])) == 2
+
+
 # ---- hostile YAML ---------------------------------------------------------------------------------------------------
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(

@@ -39,6 +39,17 @@ def last_evaluation(root):
     return find
 
 
+def test_a_best_that_can_only_be_the_last_is_told():
+    """Steps that are both measured and saved."""
+    cfg = SimpleNamespace(eval=SimpleNamespace(every=30), checkpoint=SimpleNamespace(every=50, best="eval/a"))
+    cfg.iterations = 150
+    (line,) = evaluate.describe_best(cfg)  # type: ignore[arg-type]
+    assert line.startswith("checkpoint.best: eval/a: evaluations (eval.every: 30) and saves (checkpoint.every: 50) m")
+    for iterations in (151, 30, 0):  # step 150; one that is short is no mistake
+        cfg.iterations = iterations
+        assert evaluate.describe_best(cfg) == []  # type: ignore[arg-type]
+
+
 # ---- reports --------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Container
 from typing import IO
 
 from etils import epath
@@ -25,6 +26,12 @@ def split_step(name: os.PathLike | str) -> tuple[str, str]:
     if not at or not folder or "/" in step or not (epath.Path(folder) / "config.yaml").exists():
         return whole, ""
     return (whole, "") if epath.Path(whole).exists() else (folder, step)
+
+
+def made_by(name: str | None, made: Container[str]) -> str | None:
+    """The run that ``name`` (RUN, RUN@best, RUN@40) says, where it is among ``made``; it may not be there yet."""
+    whole = name or ""
+    return next((run for run in (whole, whole.rpartition("@")[0]) if run and run in made), None)
 
 
 def at_step(name: str, step: str) -> str:

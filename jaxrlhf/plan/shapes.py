@@ -13,7 +13,7 @@ from jaxrlhf.build import Blueprint, draw, heads_of
 from jaxrlhf.config import Config, parse
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_yaml import read_yaml
-from jaxrlhf.log.run_dir import split_step
+from jaxrlhf.log.run_dir import made_by, split_step
 from jaxrlhf.models import gguf, hf_config, hf_folder
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.published import SHAPES, published, published_file
@@ -77,7 +77,7 @@ def maker_of(run_dir: str, beside: Mapping[str, Config]) -> Config | None:
     written = epath.Path(run_dir) / "config.yaml" if run_dir else None
     if written is not None and written.exists():
         return parse(read_yaml(written.read_text(), str(written)), str(written))
-    return beside.get(run_dir)
+    return beside.get(made_by(run_dir, beside) or "")
 
 
 def shape_of(name: str) -> Found | None:
