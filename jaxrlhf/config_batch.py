@@ -1,5 +1,7 @@
 """The batch arithmetic of a config: prompts, samples, minibatches, micro-batches."""
 
+import math
+
 from jaxrlhf.config import Config, find_algorithm
 
 # field of Batch -> the section of data that holds its rows, and the key of batch that says how many an iteration takes
@@ -39,6 +41,15 @@ def updates_of(cfg: Config) -> tuple[int, int]:
 def minibatch_rows(cfg: Config) -> int:
     """Rows of a minibatch, of the first field that the algorithm reads."""
     return next(iter(rows_of(cfg).values())) // updates_of(cfg)[1]
+
+
+def kept_together(cfg: Config) -> int:
+    """Responses to a prompt that shuffles keep side by side, in one minibatch: all of them, where minibatches have room
+    for whole groups, else as many as divide both. It depends on neither micro-batches nor devices.
+
+    Whole groups, and not single rows: a prompt is then computed once for its responses, and the advantages of a
+    minibatch, which compare responses to a prompt, balance each other."""
+    return math.gcd(cfg.batch.samples_per_prompt, minibatch_rows(cfg)) if "prompts" in fields_read(cfg) else 1
 
 
 def longest_row(cfg: Config) -> tuple[int, str]:

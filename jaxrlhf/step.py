@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.ahead import noting, repeating
-from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffle, split_rows
+from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffled_parts, split_rows
 from jaxrlhf.optim import learning_rate
 from jaxrlhf.packing import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across
@@ -34,6 +34,7 @@ class Recipe(NamedTuple):
     num_micro: int = 1  # parts that a minibatch is computed in; the result does not depend on it
     pack_widths: int = 1  # widths that the responses of such a part may be packed into; 1: they have all columns
     schedules: Mapping[Role, optax.Schedule] = MappingProxyType({})  # whose learning rates are metrics
+    together: int = 1  # responses to a prompt that a shuffle keeps side by side, in one minibatch
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -119,7 +120,10 @@ def make_measure(recipe: Recipe) -> Callable[[TrainState, Batch], dict[str, Mean
 
 
 def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, Mean]]:
-    """Epochs x minibatches of updates, each epoch over a fresh shuffle of all rows."""
+    """Epochs x minibatches of updates, each epoch over a fresh shuffle of all rows.
+
+    What is shuffled are runs of ``recipe.together`` responses to one prompt, also where micro-batches or devices cut
+    them apart afterwards: so a minibatch holds the same rows however it is computed."""
     num_epochs = getattr(recipe.cfg, "num_epochs", 1)
     num_minibatches = getattr(recipe.cfg, "num_minibatches", 1)
     if num_epochs * num_minibatches == 1:
@@ -131,8 +135,8 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
     def minibatches(number: Array) -> Experience:
         if num_minibatches == 1:
             return split(everything, 1)
-        mixed = by_kind(everything, lambda rows, together: shuffle(rows, jax.random.fold_in(key, number), together))
-        return own_rows(split(mixed, num_minibatches), axis=1)
+        mix = lambda rows, together: shuffled_parts(rows, jax.random.fold_in(key, number), num_minibatches, together)
+        return own_rows(by_kind(everything, mix, recipe.together), axis=1)
 
     def epoch(carry, number):
         return jax.lax.scan(guarded, carry, minibatches(number))
@@ -155,7 +159,8 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
 
 def split(experience: Experience, parts: int) -> Experience:
     """Rows [B, ...] as ``parts`` parts [parts, B / parts, ...]."""
-    return by_kind(experience, lambda rows, together: split_rows(rows, parts, together))
+    together = 1 if experience.sequences is None else experience.sequences.copies
+    return by_kind(experience, lambda rows, together: split_rows(rows, parts, together), together)
 
 
 def balanced(recipe: Recipe, experience: Experience) -> Experience:
@@ -167,9 +172,9 @@ def balanced(recipe: Recipe, experience: Experience) -> Experience:
     return responses.replace(preferences=experience.preferences)
 
 
-def by_kind(experience: Experience, rearrange: Callable[[Any, int], Any]) -> Experience:
-    """``rearrange(rows, how many stay together)`` of the responses, those of a prompt together, and of the pairs."""
-    together = 1 if experience.sequences is None else experience.sequences.copies
+def by_kind(experience: Experience, rearrange: Callable[[Any, int], Any], together: int) -> Experience:
+    """``rearrange(rows, how many stay together)`` of the responses, ``together`` of them, and of the pairs, which are
+    alone."""
     pairs = rearrange(experience.preferences, 1)
     return rearrange(experience.replace(preferences=None), together).replace(preferences=pairs)
 

@@ -14,7 +14,14 @@ from jaxrlhf import config
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.config import Config
-from jaxrlhf.config_batch import choose_parts, describe_batch, describe_sharing, shares_prompts, updates_of
+from jaxrlhf.config_batch import (
+    choose_parts,
+    describe_batch,
+    describe_sharing,
+    kept_together,
+    shares_prompts,
+    updates_of,
+)
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_ranges import RANGE_OF, interval_of
@@ -623,6 +630,15 @@ def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     assert shares == (said == "") and shares != (f"read once in micro-batches of a multiple of {2 * devices}" in said)
     alone = config.load(ppo, ["batch.share_prompts=false"])
     assert not shares_prompts(alone, 1, 1) and describe_sharing(alone, 1, 1) == []
+    assert kept_together(cfg) == kept_together(alone) == 2  # whatever cuts them afterwards
+
+
+@pytest.mark.parametrize("samples, minibatches, together", [(8, 2, 8), (8, 16, 8), (8, 64, 2), (3, 8, 3), (3, 6, 1)])
+def test_what_a_shuffle_keeps_together(ppo, samples, minibatches, together):
+    """Whole groups where minibatches have room for them: 16 prompts, so many samples of each, so many minibatches."""
+    edits = [f"batch.samples_per_prompt={samples}", f"algorithm.num_minibatches={minibatches}"]
+    cfg = config.load(ppo, edits)
+    assert 16 * samples // minibatches % together == 0 and kept_together(cfg) == together
 
 
 PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_length=512"]

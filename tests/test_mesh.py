@@ -50,6 +50,9 @@ ODD = "ppo", ODD_MODEL, ODD_PPO, 2, 2  # micro-batches a minibatch, samples a pr
 GROUPS = "grpo", tiny.MODEL, GRPOConfig(num_minibatches=2, aggregation="seq-mean-token-mean"), 2, 4
 # the same where micro-batches cut them apart
 CUT = *GROUPS, {"share_prompts": False}
+# the same of PPO, with epochs
+TWICE = "ppo", tiny.MODEL, PPOConfig(num_epochs=2, num_minibatches=4), 1, 4
+TWICE_CUT = "ppo", tiny.MODEL, PPOConfig(num_epochs=2, num_minibatches=4), 4, 4, {"share_prompts": False}
 # the same where responses end early, and are packed
 PACKED = *GROUPS, {"pack_widths": 3, "eos_ids": tuple(range(1, 16))}
 # the value model is a head on the policy
@@ -65,6 +68,8 @@ CASES: dict[str, tuple] = {
     "odd": ODD,
     "groups": GROUPS,
     "cut": CUT,
+    "twice": TWICE,
+    "twice cut": TWICE_CUT,
     "packed": PACKED,
     "trunk": TRUNK,
     "nine": NINE,
@@ -104,7 +109,7 @@ def layouts(state: TrainState) -> TrainState:
 @functools.cache
 def ran(shape: Shape, which: str) -> Ran:
     name, model, cfg, num_micro, copies, *options = CASES[which]
-    iterations = 2 if which in ("packed", "trunk", "nine", "wide") else ITERATIONS
+    iterations = 2 if which in ("packed", "twice", "twice cut", "trunk", "nine", "wide") else ITERATIONS
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **_):
@@ -154,8 +159,11 @@ COMPARED = ("loss/", "score/", "kl/", "reward/", "policy/entropy", "policy/sampl
 @pytest.mark.parametrize(("shape", "which"), [*RUNS, *MAPPED])
 def test_the_run_is_that_of_one_device(shape, which):
     """A minibatch under pmap is that of the mesh: the same rows, so the same losses to rounding."""
-    alone, split = ran(ALONE, which), ran(shape, which)
-    tolerance = 1e-5 if isinstance(shape, int) else 1e-4
+    compare(ran(ALONE, which), ran(shape, which), 1e-5 if isinstance(shape, int) else 1e-4)
+
+
+def compare(alone: Ran, split: Ran, tolerance: float) -> None:
+    """The same tokens, and the same numbers to rounding, in every iteration."""
     for iteration in range(len(alone.tokens)):
         np.testing.assert_array_equal(
             split.tokens[iteration], alone.tokens[iteration], err_msg=f"iteration {iteration}"
@@ -169,6 +177,14 @@ def test_the_run_is_that_of_one_device(shape, which):
                 )
     changes = [np.abs(a - b).max() for a, b in zip(alone.tokens[:-1], alone.tokens[1:])]
     assert min(changes) > 0 and alone.metrics[0]["loss/policy"] != alone.metrics[-1]["loss/policy"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "cut", "whole"), [(ALONE, "cut", "groups"), (8, "cut", "groups"), (ALONE, "twice cut", "twice")]
+)
+def test_minibatches_are_the_same_where_groups_are_cut(shape, cut, whole):
+    """Micro-batches smaller than a group, or devices that have less of it: the unit of shuffling is the group."""
+    compare(ran(ALONE, whole), ran(shape, cut), 1e-4)
 
 
 @pytest.mark.parametrize(("shape", "which"), RUNS)

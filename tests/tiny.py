@@ -147,7 +147,7 @@ def build(
         sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts),
         trunks,
     )
-    recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro, pack_widths)
+    recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro, pack_widths, together=samples_per_prompt)
     state = states.new_state(0, make(trained), make(slow), optimizers, algorithm.controls(cfg))
     return Tiny(recipe, state, Batch(prompts=prompts(), preferences=preferences()) if batch is None else batch)
 

@@ -8,14 +8,15 @@ from jaxrlhf.sharding import DEVICES, constrain, explicit, mapped, spec, split_o
 from jaxrlhf.types import Array
 
 
-def shuffle(tree, key: Array, together: int = 1):
-    """All rows in a new order, the same for every array of as many rows; every ``together`` stay side by side."""
+def shuffled_parts(tree, key: Array, parts: int, together: int = 1):
+    """[B, ...] -> [parts, B / parts, ...]: all rows in a new order, the same for every array of as many rows; every
+    ``together`` stay side by side, in one part. Which rows are in a part depends on the key alone, not on devices."""
 
     def one(x):
-        order = jax.random.permutation(key, x.shape[0] // together)
-        if together > 1:
-            order = (order[:, None] * together + jnp.arange(together)).reshape(-1)
-        return x.at[order].get(out_sharding=spec("batch", *(None,) * (x.ndim - 1)))
+        runs = x.shape[0] // together
+        order = jax.random.permutation(key, runs).reshape(runs // parts, parts).T
+        order = (order[..., None] * together + jnp.arange(together)).reshape(parts, -1)
+        return x.at[order].get(out_sharding=spec(None, "batch", *(None,) * (x.ndim - 1)))
 
     return jax.tree.map(one, tree)
 
