@@ -150,9 +150,9 @@ def describe_data(ready: Run) -> list[str]:
     return [f"{where}: {text}" for where, text in lines.items() if not same(where)]
 
 
-def training_prompts(ready: Run, size: int) -> batches.FixedBatches:
-    """The first ``size`` training prompts, once."""
-    return fixed_batches(ready, "prompts", "data.prompts", size, min(size, ready.cfg.batch.prompts_per_step))
+def training_prompts(ready: Run, size: int, rows: int) -> batches.FixedBatches:
+    """The first ``size`` training prompts, once, in batches of ``rows`` at most."""
+    return fixed_batches(ready, "prompts", "data.prompts", size, min(size, rows))
 
 
 def held_out(ready: Run, kind: str, size: int, rows: int) -> batches.FixedBatches:

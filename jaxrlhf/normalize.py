@@ -20,9 +20,13 @@ def finish(ready: Run, state: TrainState, say=print) -> TrainState:
     size = getattr(ready.cfg.algorithm, "normalize_samples", 0)
     if not size:
         return state
-    scores = score_policy_samples(ready, state, size)
+    scores, prompts = score_policy_samples(ready, state, size)
     mean, std = float(scores.mean()), float(scores.std(ddof=1))
-    say(f"reward model: scores of {len(scores)} samples of the policy had mean {mean:.3f}, std {std:.3f}; now 0 and 1")
+    which = f" (for the {prompts} usable prompts of data.prompts)" if prompts < size else ""
+    say(
+        f"reward model: scores of {len(scores)} samples of the policy{which} had mean {mean:.3f}, std {std:.3f}; "
+        "now 0 and 1"
+    )
     head = jax.jit(fold)(state.params["reward"]["head"], mean, std)
     return state.replace(params=state.params | {"reward": state.params["reward"] | {"head": head}})
 
@@ -33,23 +37,28 @@ def fold(head: Params, mean: float, std: float) -> Params:
     return {"kernel": head["kernel"] * scale, "bias": (head["bias"] - mean) * scale}
 
 
-def score_policy_samples(ready: Run, state: TrainState, size: int) -> np.ndarray:
-    """f32[size]: what the reward model thinks of responses that models.policy samples for data.prompts."""
+def score_policy_samples(ready: Run, state: TrainState, size: int) -> tuple[np.ndarray, int]:
+    """(f32[size]: what the reward model thinks of responses that models.policy samples for data.prompts, the number of
+    prompts). Where there are fewer prompts than ``size``, each gets several responses, as equally as can be."""
+    rows = ready.cfg.batch.prompts_per_step
+    batches = feed.training_prompts(ready, size, rows)
+    prompts = sum(host.real for host in batches)
+    copies = -(-size // prompts)
+    if copies > 1:
+        batches = feed.training_prompts(ready, size, max(rows // copies, 1))
     policy: dict[Role, Head] = {"policy": "lm"}
     found = build.find_weights(ready.cfg, "policy", len(ready.tokenizer))
-    sampler = build.make_sampler(ready.cfg, ready.tokenizer, {"policy": found})
+    sampler = build.make_sampler(ready.cfg, ready.tokenizer, {"policy": found})._replace(samples_per_prompt=copies)
     whole = build.with_roles(ready, policy, sampler)
     nets, params = whole.recipe.nets, {"policy": build.read_weights(whole, "policy")}
 
     @distributed.jit
     def score(policy, reward, prompts, seed, step):
-        sequences = nets.sample("policy", policy, prompts, seed, step)
-        return nets.scores("reward", reward, sequences), sequences.response_mask.any(-1)
+        return nets.scores("reward", reward, nets.sample("policy", policy, prompts, seed, step))
 
     scores = []
-    for number, host in enumerate(feed.training_prompts(ready, size)):
-        rows = feed.put(ready.mesh, host.batch).prompts
-        answers = score(params, {"reward": state.params["reward"]}, rows, state.seed, jnp.int32(number))
-        found_scores, real = feed.fetch_all(answers)
-        scores.append(found_scores[real])
-    return np.concatenate(scores)
+    for host in batches:
+        given = feed.put(ready.mesh, host.batch).prompts
+        answers = score(params, {"reward": state.params["reward"]}, given, state.seed, jnp.int32(0))
+        scores.append(feed.fetch_all(answers).reshape(-1, copies)[: host.real])
+    return np.concatenate(scores).T.reshape(-1)[:size], prompts  # of every prompt one, before the next of any

@@ -39,7 +39,9 @@ class Prompts(struct.PyTreeNode):
 
     tokens: Array  # i32[B, P]
     valid: Array  # bool[B, P]
-    sample_id: Array  # i32[B]: the row's id in the global batch; sampling noise hangs on it
+    # i32[B]: what keys the row's sampling noise, with seed, step and position: the row of the global batch in training,
+    # of all held-out rows in an evaluation
+    sample_id: Array
 
 
 class Sequences(struct.PyTreeNode):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import build, normalize
+from jaxrlhf import build, feed, normalize
 from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.types import TrainState
 from tests import runs
@@ -49,7 +49,7 @@ def trained(root) -> tuple[build.Run, TrainState]:
 def scores(trained: tuple[build.Run, TrainState], seed: int, size: int = SIZE) -> np.ndarray:
     ready, state = trained
     with jax.set_mesh(ready.mesh):
-        return normalize.score_policy_samples(ready, dataclasses.replace(state, seed=jnp.int32(seed)), size)
+        return normalize.score_policy_samples(ready, dataclasses.replace(state, seed=jnp.int32(seed)), size)[0]
 
 
 def test_the_samples_that_it_was_normalised_on_have_mean_0_and_std_1(trained):
@@ -71,6 +71,17 @@ def test_fresh_samples_have_them_too(trained):
 def test_a_size_that_fills_no_batch(trained):
     """16 prompts a batch: of the last one only what is real counts."""
     np.testing.assert_allclose(scores(trained, 0, 21), scores(trained, 0)[:21], atol=1e-5)
+
+
+def test_more_samples_than_prompts(trained, monkeypatch):
+    """Three to each of 5 prompts, of which 13 are taken: the first of every prompt, then the second, and so on."""
+    ready, state = trained
+    few, asked = feed.training_prompts, []
+    monkeypatch.setattr(feed, "training_prompts", lambda ready, size, rows: asked.append(rows) or few(ready, 5, rows))
+    with jax.set_mesh(ready.mesh):
+        found, prompts = normalize.score_policy_samples(ready, state, 13)
+    assert found.shape == (13,) and prompts == 5 and len(np.unique(found)) > 10
+    assert asked == [16, 16 // 3]  # so many prompts at a time that their responses are no more than a batch
 
 
 def test_what_it_says(root, trained):

@@ -215,7 +215,7 @@ def held_out_batches(
         layout = layout.packed(None)
     used = sum(map(len, layout.units))
     return FixedBatches(
-        (layout.assemble(np.arange(at, min(at + rows, len(layout.units)))) for at in range(0, len(layout.units), rows)),
+        (layout.held_out(at) for at in range(0, len(layout.units), rows)),
         layout.summary()._replace(used=used),
     )
 
@@ -257,6 +257,14 @@ class _Layout:
         truncated = int(self.examples.truncated[records].sum())
         counts = {"rows": len(mine), "examples": len(records), "truncated": truncated}
         return HostBatch(batch, columns, counts, len(units))
+
+    def held_out(self, first: int) -> HostBatch:
+        """The batch that starts with unit ``first``. No two rows of an evaluation have one sample id, so none share
+        noise: not across batches, where prompts are equal, or on several processes."""
+        host = self.assemble(np.arange(first, min(first + self.rows, len(self.units))))
+        if (prompts := host.batch.prompts) is None:
+            return host
+        return host._replace(batch=Batch(prompts=prompts.replace(sample_id=prompts.sample_id + np.int32(first))))
 
     @property
     def local(self) -> int:

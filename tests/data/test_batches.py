@@ -251,6 +251,16 @@ def test_held_out_prompts(letters, config):
     assert second[1].batch.prompts.valid.any(axis=1).tolist() == [True, False]
 
 
+def test_held_out_rows_have_sample_ids_of_their_own(letters, config):
+    """7 rows of one prompt in batches of 4 on two processes, with the row that fills up the last batch."""
+    records, found = in_memory([{"prompt": "xx"}] * 7), []
+    for index in range(2):
+        options: dict[str, Any] = {"size": 7, "rows": 4, "share": Share((index,), 2)}
+        held = held_out("prompts", records, letters, config(prompt_buckets=(4,)), **options)
+        found.append([host.batch.prompts.sample_id.tolist() for host in held])
+    assert found == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+
+
 def test_held_out_process_with_nothing_but_filling(letters, config):
     options = {"size": 5, "rows": 4, "share": Share((1,), 2)}
     for kind, records in (("prompts", PROMPTS), ("preferences", PAIRS), ("demonstrations", TEXTS)):
