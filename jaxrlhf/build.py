@@ -11,7 +11,7 @@ from etils import epath
 from jaxrlhf import checkpoint, generate, state
 from jaxrlhf.algorithms import find
 from jaxrlhf.config import Config, roles_of, trunks_of
-from jaxrlhf.config_batch import choose_parts, divisors, longest_row, shares_prompts, updates_of
+from jaxrlhf.config_batch import choose_parts, divisors, kept_together, longest_row, shares_prompts, updates_of
 from jaxrlhf.config_check import SPLIT, split_by
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data import chat
@@ -49,9 +49,10 @@ class Blueprint:
     def configs(self) -> dict[Role, ModelConfig]:
         return {role: found.config for role, found in self.weights.items()}
 
-    @property
-    def dtype(self):
-        return jnp.dtype(self.cfg.precision.params)
+    def dtype_of(self, role: Role):
+        """Number format of the role's stored weights: precision.params, but float32 where the role learns: in bfloat16
+        an update of less than a 256th of a weight rounds to nothing, and so does Adam's second moment."""
+        return jnp.dtype("float32" if role in self.recipe.optimizers else self.cfg.precision.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +88,17 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     check_shapes(cfg, weights, mesh)
     algorithm, (trained, _) = find(cfg.algorithm_name), roles_of(cfg)
     epochs, minibatches = updates_of(cfg)
-    total = cfg.length * epochs * minibatches
-    optimizers = {role: make_optimizer(cfg.optimizer_of(role), total) for role in trained}
-    schedules = {role: make_schedule(cfg.optimizer_of(role), total) for role in trained}
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
+    steps = {role: (cfg.length - delay) * epochs * minibatches for role, delay in delays.items()}  # the role's own
+    optimizers = {role: make_optimizer(cfg.optimizer_of(role), steps[role]) for role in trained}
+    schedules = {role: make_schedule(cfg.optimizer_of(role), steps[role]) for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
     shards = batch_shards(mesh)
     parts = choose_parts(cfg, shards, mesh.devices.flat[0].platform)
     sampler = sampler._replace(share_prompts=shares_prompts(cfg, shards, parts))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
-    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, cfg.batch.pack_widths, schedules)
+    packing, together = cfg.batch.pack_widths, kept_together(cfg)
+    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, packing, schedules, together)
     return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
 
 
@@ -412,16 +414,16 @@ def read_weights(run: Run, role: Role) -> Params:
     starts, so that roles that start from the same random weights do."""
     found, head, zero = run.weights[role], run.heads[role], role == "value"
     number = sorted(run.cfg.models).index(base_role(run.cfg, role))
-    key = jax.random.fold_in(jax.random.key(run.cfg.seed), number)
+    key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)
     if found.kind == "new":
-        return jax.jit(lambda: transformer.init(found.config, head, key, run.dtype))()
+        return jax.jit(lambda: transformer.init(found.config, head, key, dtype))()
     if head == "bare" and found.head in ("lm", None):  # there is nothing to read
-        return state.scalar_head(found.config, key, run.dtype, zero)
+        return state.scalar_head(found.config, key, dtype, zero)
     if found.kind == "run":
         models = checkpoint.read_extra(found.path, found.step)[1]["models"]
-        params = checkpoint.restore_model(found.path, found.step, models, found.role, run.dtype, run.mesh)
+        params = checkpoint.restore_model(found.path, found.step, models, found.role, dtype, run.mesh)
     else:
-        params = hf.load(found.path or "", found.config, found.head or "scalar", run.dtype)
+        params = hf.load(found.path or "", found.config, found.head or "scalar", dtype)
         if found.head is None:
             del params["head"]  # drawn; that of change_head knows of ``zero``
     return whole(state.change_head(params, found.config, found.head or "lm", head, key, zero), run.mesh)
@@ -430,7 +432,10 @@ def read_weights(run: Run, role: Role) -> Params:
 def abstract_state(drawn: Blueprint) -> TrainState:
     """The state's shapes and layouts, nothing allocated: what a checkpoint is restored into."""
     trained, slow = roles_of(drawn.cfg)
-    describe = lambda role: state.abstract_params(drawn.configs[role], drawn.heads[role], drawn.dtype, drawn.mesh)
+
+    def describe(role: Role) -> Params:
+        return state.abstract_params(drawn.configs[role], drawn.heads[role], drawn.dtype_of(role), drawn.mesh)
+
     params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
     controls = lambda: drawn.algorithm.controls(drawn.cfg.algorithm)
     return state.abstract_state(params, still, drawn.recipe.optimizers, controls, drawn.mesh)

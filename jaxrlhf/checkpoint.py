@@ -160,11 +160,16 @@ def is_run(name) -> bool:
     return (epath.Path(run_dir) / "config.yaml").exists() and directory(run_dir).exists()
 
 
-def models_record(configs: dict[Role, ModelConfig], heads: dict[Role, Head], trunks: dict[Role, Role]) -> dict:
-    """The shapes of a run's models as JSON, saved with every checkpoint; ``trunks``: on whose a bare head stands."""
+def models_record(
+    configs: dict[Role, ModelConfig], heads: dict[Role, Head], trunks: dict[Role, Role], dtypes: Mapping[Role, Any] = {}
+) -> dict:
+    """The shapes of a run's models as JSON, saved with every checkpoint; ``trunks``: on whose a bare head stands;
+    ``dtypes``: of their stored weights."""
     record = {role: {"head": heads[role], "config": dataclasses.asdict(cfg)} for role, cfg in configs.items()}
     for role, trunk in trunks.items():
         record[role]["trunk"] = trunk
+    for role, dtype in dtypes.items():
+        record[role]["dtype"] = jnp.dtype(dtype).name
     return record
 
 
@@ -282,15 +287,16 @@ def export(name, role: Role, to) -> tuple[str, list[str]]:
     if role not in extra["models"]:
         raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")
     cfg, head = model_of(extra["models"][role])
-    folder, dtype = epath.Path(run_dir) / "tokenizer", jnp.dtype(extra["dtype"])
+    dtype = extra["models"][role].get("dtype") or extra["dtype"]  # an older run has one for all roles
+    folder = epath.Path(run_dir) / "tokenizer"
     tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
     ids = hf_config.embedded(token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}), cfg.vocab_size)
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
-        params, notes = restore_model(run_dir, step, extra["models"], role, dtype, mesh), []
+        params, notes = restore_model(run_dir, step, extra["models"], role, jnp.dtype(dtype), mesh), []
         if head == "scalar":
             tokenizer, params, cfg, ids, notes = with_own_pad(tokenizer, params, cfg, ids)
             tokenizers.save_tokenizer(tokenizer, scratch)
             folder = epath.Path(scratch)
-        notes += hf.save(params, cfg, head, to, extra["dtype"], ids=ids, tokenizer_folder=folder)
+        notes += hf.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)
     return describe_step(run_dir, step), notes

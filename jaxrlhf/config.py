@@ -48,9 +48,9 @@ class RoleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats; that of the optimizer's moments is optimizer.<role>.dtype."""
+    """Number formats; that of the optimizer's first moment is optimizer.<role>.dtype."""
 
-    params: Literal["float32", "bfloat16"] = "float32"  # stored weights
+    params: Literal["float32", "bfloat16"] = "float32"  # stored weights of roles that do not learn; others: float32
     compute: Literal["float32", "bfloat16"] = "float32"  # activations and matrix products
 
 
@@ -322,6 +322,17 @@ def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
 
     trained, slow = algorithm.roles(cfg.algorithm)
     return needed(trained), needed(slow)
+
+
+def describe_precision(cfg: Config) -> list[str]:
+    """What to say where precision.params is not float32: whose weights are stored so, and whose are not."""
+    (trained, slow), params = roles_of(cfg), cfg.precision.params
+    if params == "float32":
+        return []
+    return [
+        f"precision.params: {params} for {', '.join(slow) or 'no role'}; {', '.join(trained)} learn in float32: small "
+        "updates would be rounded away"
+    ]
 
 
 def trunks_of(cfg: Config) -> dict[Role, Role]:

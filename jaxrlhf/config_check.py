@@ -11,6 +11,7 @@ from jaxrlhf.data.chat import check_config
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16
 from jaxrlhf.rewards.graders import grader_problems
 from jaxrlhf.sharding import AXES, mesh_shape
 from jaxrlhf.types import Role
@@ -49,7 +50,13 @@ def role_problems(cfg: Config) -> Iterator[str]:
         elif model.init_from in {*ROLES, *cfg.models}:
             yield from origin_problems(cfg, role)
         yield from trunk_problems(cfg, role)
-    for role in cfg.optimizer:
+    for role, row in cfg.optimizer.items():
+        if row.dtype == "bfloat16" and row.b1 > LARGEST_B1_IN_BFLOAT16:
+            yield (
+                f"optimizer.{role}.b1: {show(row.b1)}: dtype bfloat16 is too coarse for a first moment that moves so "
+                f"little; expected dtype float32, or b1 of at most {LARGEST_B1_IN_BFLOAT16}; "
+                f"nearest: {LARGEST_B1_IN_BFLOAT16}"
+            )
         if role != "default" and role not in needed:
             yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
 
@@ -125,6 +132,8 @@ def data_problems(cfg: Config) -> Iterator[str]:
     if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
         nearest = sorted(set(data.prompt_buckets)) or [64, 128, 256]
         yield f"data.prompt_buckets: {show(data.prompt_buckets)}: expected ascending lengths; nearest: {nearest}"
+    if getattr(cfg.algorithm, "normalize_samples", 0) == 1:
+        yield "algorithm.normalize_samples: 1: a score alone has no deviation; expected 0 or 2 and more; nearest: 2"
     if getattr(cfg.algorithm, "normalize_samples", 0) and "policy" not in cfg.models:
         yield "models.policy: missing; algorithm.normalize_samples scores its responses; expected init_from"
 

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+# b1 of a first moment in bfloat16: with more, (1 - b1) of a gradient that is not far from the moment is rounded away
+LARGEST_B1_IN_BFLOAT16 = 0.95
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -22,11 +25,12 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # on matrices only: norms and biases are left alone
     clip_norm: float | None = 1.0  # of this role's gradient alone; null: never
     delay: int = 0  # iterations before this role starts to learn (on policy: value warm-up)
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment; the second is float32
 
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over ``warmup_steps``, then the schedule down to ``final_fraction`` at ``total_steps``."""
+    """Linear warm-up over ``warmup_steps``, then the schedule down to ``final_fraction`` at ``total_steps``. Both
+    count steps of the role's own optimizer, which begin once its ``delay`` is over."""
     decay_steps = max(total_steps - cfg.warmup_steps, 1)
     peak, last = cfg.learning_rate, cfg.learning_rate * cfg.final_fraction
     if cfg.schedule == "constant":

@@ -13,7 +13,7 @@ from etils import epath
 
 from jaxrlhf import announce, checkpoint, distributed, evaluate, normalize, platform
 from jaxrlhf.build import Run, abstract_state, build, initial_state, kernels_passed_over, other_endings, spelled_markers
-from jaxrlhf.config import Config, dump, trunks_of, without_place
+from jaxrlhf.config import Config, describe_precision, dump, trunks_of, without_place
 from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.data.tokenizer import unreadable
@@ -168,6 +168,7 @@ class Trainer:
         lines += [
             describe_batch(cfg, parts),
             *sharing,
+            *describe_precision(cfg),
             *passed_over,
             *other_endings(self.ready),
             *spelled_markers(self.ready),
@@ -336,10 +337,12 @@ class Trainer:
 
     def save(self, step: int, state: TrainState) -> None:
         """The whole state, and what is not an array: data positions, config, model shapes."""
+        ready = self.ready
         extra = {
             "config": dump(self.cfg),
-            "models": checkpoint.models_record(self.ready.configs, self.ready.heads, trunks_of(self.cfg)),
-            "dtype": self.cfg.precision.params,
+            "models": checkpoint.models_record(
+                ready.configs, ready.heads, trunks_of(self.cfg), {role: ready.dtype_of(role) for role in ready.heads}
+            ),
             "eos_ids": list(self.ready.sampler.eos_ids),
             "unreadable": {str(id): why for id, why in unreadable(self.ready.tokenizer).items()},
             "data": self.feed.get_state(),

@@ -33,6 +33,7 @@ from jaxrlhf.sharding import RULES
 from jaxrlhf.types import Head, Role
 
 BYTES = {"float32": 4, "bfloat16": 2}
+MASTER = BYTES["float32"]  # a weight that learns, its gradient and Adam's second moment
 STORED = 12  # bytes moved for each product of a query and a key: f32 written and read, its share bf16 written and read
 
 
@@ -41,7 +42,7 @@ class Setup(NamedTuple):
 
     mesh: Mapping[str, int]  # devices along the axes of sharding.AXES
     compute: int = 2  # bytes of an activation
-    params: int = 4  # bytes of a stored weight
+    params: int = 4  # bytes of a stored weight of a role that does not learn; of others: float32
     moments: Mapping[Role, int] = MappingProxyType({})  # bytes of a weight's two Adam moments, of the roles that learn
     remat: Literal["none", "full", "dots"] = "none"
     stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
@@ -52,6 +53,10 @@ class Setup(NamedTuple):
     def sent(self) -> int:
         """Bytes that are sent to gather or scatter one."""
         return 2 if self.sums else 1
+
+    def stored(self, role: Role) -> int:
+        """Bytes of a stored weight of ``role``."""
+        return MASTER if role in self.moments else self.params
 
     @property
     def decoded(self) -> int:
@@ -211,7 +216,7 @@ def layers_forward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Wor
     gathered = 2 * size * setup.compute if fsdp > 1 else 0
     return Work(
         flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
-        hbm=tokens * moved * setup.compute + products.hbm + size / fsdp * setup.params + gathered,
+        hbm=tokens * moved * setup.compute + products.hbm + size / fsdp * setup.stored(one.role) + gathered,
         ici=setup.sent * size * setup.compute * (fsdp - 1) / fsdp + tensor_sums(cfg, tokens, setup),
     )
 
@@ -260,7 +265,7 @@ def recomputed(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
 def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
     """One step of Adam: the weights that a device stores, their gradient and moments, read and written."""
     stored = held(cfg, head, setup.tensor) / setup.fsdp
-    return Work(hbm=stored * 2 * (2 * setup.params + moments))
+    return Work(hbm=stored * 2 * (2 * MASTER + moments))
 
 
 def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
@@ -268,7 +273,7 @@ def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
     rollout, after decode groups traded parts of it."""
     size, fsdp, group = held(cfg, "lm", setup.decoding().tensor), setup.mesh["fsdp"], setup.mesh.get("decode", 1)
     received = setup.sent * size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group
-    return Work(0, size / fsdp * setup.params + 2 * size * setup.decoded, received * setup.decoded)
+    return Work(0, size / fsdp * setup.stored("policy") + 2 * size * setup.decoded, received * setup.decoded)
 
 
 def prefill(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:

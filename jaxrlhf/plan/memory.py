@@ -13,7 +13,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.transformer import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Models, Pass, Passes
-from jaxrlhf.plan.cost import Setup, cache_bytes, chosen_from, heads_here, held, leaves, local, matrices
+from jaxrlhf.plan.cost import MASTER, Setup, cache_bytes, chosen_from, heads_here, held, leaves, local, matrices
 from jaxrlhf.types import Head
 
 
@@ -51,12 +51,12 @@ def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
     """The memory that the iteration of ``passes`` needs on one device."""
     shards = setup.fsdp, setup.tensor
     arguments = sum(
-        stored(*model, *shards) * (setup.params + setup.moments.get(role, 0)) for role, model in models.items()
+        stored(*model, *shards) * (setup.stored(role) + setup.moments.get(role, 0)) for role, model in models.items()
     )
     rollout = max((rollout_of(one, models[one.role][0], setup) for one in passes.rollout), default=0.0)
     scoring = max((working(one, *models[one.role], setup) for one in passes.prepare), default=0.0)
     copies = 2 if passes.micros > 1 else 1
-    gradients = copies * sum(stored(*models[role], *shards) for role in setup.moments) * setup.params
+    gradients = copies * sum(stored(*models[role], *shards) for role in setup.moments) * MASTER
     saved = sum(kept(one, models[one.role][0], setup) for one in passes.micro if one.role in setup.moments)
     busy = max((working(one, *models[one.role], setup) for one in passes.micro), default=0.0)
     return Memory(arguments, rollout, scoring, gradients + saved + 2 * busy)

@@ -15,9 +15,9 @@ from jaxrlhf.config_batch import asked_parts, divisors, minibatch_rows
 from jaxrlhf.config_check import SPLIT, check
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.models.transformer import padded_vocab
-from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16, OptimizerConfig
 from jaxrlhf.plan.calls import Passes, models_of
-from jaxrlhf.plan.cost import BYTES, Setup, phases, timed
+from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, timed
 from jaxrlhf.plan.memory import Memory, estimate
 from jaxrlhf.plan.topology import Slice
 from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape, sums_whole, torus_axes
@@ -38,7 +38,7 @@ def setup_of(cfg: Config, devices: list, roles) -> Setup:
     """What the counts read of a config; ``roles``: those that learn."""
     sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, len(devices)), strict=True))
     params = BYTES[cfg.precision.params]
-    moments = {role: BYTES[cfg.optimizer_of(role).dtype] + params for role in roles}  # the second is as the weights are
+    moments = {role: BYTES[cfg.optimizer_of(role).dtype] + MASTER for role in roles}
     stored = cfg.attention == "xla"  # on TPUs auto is splash
     sums = torus_axes(np.array(devices)) > 2 and sums_whole(make_mesh(cfg.mesh, devices))
     return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored, cfg.generate.int8, sums)
@@ -99,10 +99,12 @@ def meshes(drawn: Blueprint, num_devices: int, slices: int) -> Iterator[MeshConf
 
 
 def cheaper(cfg: Config) -> Iterator[Config]:
-    """The config, then with fewer bytes a number: Adam's first moment in bfloat16, then also the stored weights."""
+    """The config, then with fewer bytes a number: Adam's first moment in bfloat16, then also the stored weights of
+    roles that do not learn."""
     yield cfg
-    rows = {role: dataclasses.replace(row, dtype="bfloat16") for role, row in cfg.optimizer.items()}
-    rows.setdefault("default", dataclasses.replace(OptimizerConfig(), dtype="bfloat16"))
+    small = lambda row: row if row.b1 > LARGEST_B1_IN_BFLOAT16 else dataclasses.replace(row, dtype="bfloat16")
+    rows = {role: small(row) for role, row in cfg.optimizer.items()}
+    rows.setdefault("default", small(OptimizerConfig()))
     yield dataclasses.replace(cfg, optimizer=rows)
     yield dataclasses.replace(
         cfg, optimizer=rows, precision=dataclasses.replace(cfg.precision, params="bfloat16", compute="bfloat16")

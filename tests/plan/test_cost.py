@@ -154,7 +154,7 @@ def test_heads_that_tensor_does_not_divide():
 
 def test_adam_reads_and_writes_weights_gradient_and_moments():
     assert cost.optimizer(MODEL, "lm", 8, Setup(ALONE)).hbm == ALL * 2 * (4 + 4 + 8)
-    assert cost.optimizer(MODEL, "lm", 4, Setup(ALONE, params=2)).hbm == ALL * 2 * (2 + 2 + 4)
+    assert cost.optimizer(MODEL, "lm", 6, Setup(ALONE, params=2)).hbm == ALL * 2 * (4 + 4 + 6)
 
 
 @pytest.mark.parametrize("remat, layers", [("none", 0), ("full", 1), ("dots", None)])

@@ -1,23 +1,25 @@
 """The estimate of memory against what XLA allocates for tiny models on eight fake devices."""
 
 import dataclasses
+import math
 
 import jax
 import pytest
 
 from jaxrlhf.build import abstract_state
 from jaxrlhf.chips import CHIPS
-from jaxrlhf.config import Config, parse
+from jaxrlhf.config import Config, PrecisionConfig, parse
 from jaxrlhf.config_batch import asked_parts
 from jaxrlhf.config_yaml import read_yaml
 from jaxrlhf.feed import batch_shapes
+from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.calls import Pass, models_of, passes_of
 from jaxrlhf.plan.memory import estimate, rollout_of, stored
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.plan.topology import Slice
 from jaxrlhf.programs import compile_programs
-from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.sharding import MeshConfig, current, make_mesh
 
 EIGHT = Slice("v5e:2x4", CHIPS["v5e"], 8, 1, [None] * 8)
 FACTOR = 2.0  # how far the estimate of the peak may be from XLA's, either way
@@ -114,8 +116,20 @@ def test_no_remat_keeps_a_gathered_weight():
     for remat in ("none", "dots", "full"):
         one = setup._replace(remat=remat)
         kept = lambda fsdp: estimate(passes, models, one._replace(mesh={"data": 8 // fsdp, "fsdp": fsdp, "tensor": 1}))  # noqa: B023
-        gradients = lambda fsdp: stored(*models["policy"], fsdp, 1) * setup.params
+        gradients = lambda fsdp: stored(*models["policy"], fsdp, 1) * 4
         assert kept(8).update - gradients(8) == kept(1).update - gradients(1) > 0
+
+
+@pytest.mark.parametrize("moment", ["float32", "bfloat16"])
+@pytest.mark.parametrize("params", ["float32", "bfloat16"])
+def test_weights_and_moments_are_counted_in_the_formats_of_the_state(params, moment):
+    """What learns keeps float32 weights and a float32 second moment, whatever precision.params says."""
+    more = {"precision": PrecisionConfig(params=params), "optimizer": {"default": OptimizerConfig(dtype=moment)}}
+    drawn, passes, models, setup = drawn_for(config(PPO, MeshConfig(1, 4, 2), **more))
+    with current(drawn.mesh):
+        state = abstract_state(drawn)
+    held = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    assert estimate(passes, models, setup).arguments == pytest.approx(sum(map(held, jax.tree.leaves(state))), rel=0.01)
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
