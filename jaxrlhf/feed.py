@@ -150,9 +150,9 @@ def describe_data(ready: Run) -> list[str]:
     return [f"{where}: {text}" for where, text in lines.items() if not same(where)]
 
 
-def training_prompts(ready: Run, size: int, rows: int) -> batches.FixedBatches:
-    """The first ``size`` training prompts, once, in batches of ``rows`` at most."""
-    return fixed_batches(ready, "prompts", "data.prompts", size, min(size, rows))
+def training_prompts(ready: Run, size: int, rows: int | None = None) -> batches.FixedBatches:
+    """The first ``size`` training prompts, once, in batches of ``rows`` at most; None: of a step's."""
+    return fixed_batches(ready, "prompts", "data.prompts", size, min(size, rows or ready.cfg.batch.prompts_per_step))
 
 
 def held_out(ready: Run, kind: str, size: int, rows: int) -> batches.FixedBatches:

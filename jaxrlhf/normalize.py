@@ -41,7 +41,7 @@ def score_policy_samples(ready: Run, state: TrainState, size: int) -> tuple[np.n
     """(f32[size]: what the reward model thinks of responses that models.policy samples for data.prompts, the number of
     prompts). Where there are fewer prompts than ``size``, each gets several responses, as equally as can be."""
     rows = ready.cfg.batch.prompts_per_step
-    batches = feed.training_prompts(ready, size, rows)
+    batches = feed.training_prompts(ready, size)
     prompts = sum(host.real for host in batches)
     copies = -(-size // prompts)
     if copies > 1:

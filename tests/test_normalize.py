@@ -77,7 +77,9 @@ def test_more_samples_than_prompts(trained, monkeypatch):
     """Three to each of 5 prompts, of which 13 are taken: the first of every prompt, then the second, and so on."""
     ready, state = trained
     few, asked = feed.training_prompts, []
-    monkeypatch.setattr(feed, "training_prompts", lambda ready, size, rows: asked.append(rows) or few(ready, 5, rows))
+    monkeypatch.setattr(
+        feed, "training_prompts", lambda ready, size, rows=16: asked.append(rows) or few(ready, 5, rows)
+    )
     with jax.set_mesh(ready.mesh):
         found, prompts = normalize.score_policy_samples(ready, state, 13)
     assert found.shape == (13,) and prompts == 5 and len(np.unique(found)) > 10
