@@ -56,7 +56,7 @@ class Summary(NamedTuple):
     def lengths(self) -> str:
         return (
             f"tokens: median {self.median:,}, 95th percentile {self.percentile_95:,}, longest {self.longest:,}; "
-            f"limit {self.limit:,} ({self.limit_key})"
+            f"limit {self.limit:,}"
         )
 
     def warnings(self) -> list[str]:

@@ -23,10 +23,8 @@ def test_dropped_and_cut_are_counted(tokenizer, config):
 
 
 def test_nothing_left_is_an_error(tokenizer, config):
-    said = r"^data\.prompts: none of its 2 rows is left \(2 too long; tokens: median 8, .*longest 9; limit 4 "
-    with pytest.raises(
-        ValueError, match=rf"{said}\(data\.prompt_buckets\)\); a last bucket of 64 in data\.prompt_buckets"
-    ):
+    said = r"^data\.prompts: none of its 2 rows is left \(2 too long; tokens: median 8, .*longest 9; limit 4\); "
+    with pytest.raises(ValueError, match=rf"{said}a last bucket of 64 in data\.prompt_buckets"):
         make("prompts", [{"prompt": "x" * 9}, {"prompt": "x" * 8}], tokenizer, config(prompt_buckets=(4,)))
 
 

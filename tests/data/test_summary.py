@@ -19,7 +19,7 @@ def test_most_rows_too_long(letters, config):
     summary = prompt_stream(in_memory(LONG), letters, config(prompt_buckets=(64, 256)), rows=2, seed=0).summary
     assert summary.lines() == [
         "data.prompts: 40 read, 4 kept, 36 dropped (36 too long)",
-        "  tokens: median 500, 95th percentile 500, longest 500; limit 256 (data.prompt_buckets)",
+        "  tokens: median 500, 95th percentile 500, longest 500; limit 256",
         "warning: data.prompts: 90% of its rows are dropped; a last bucket of 512 in data.prompt_buckets keeps 95 %, "
         "data.too_long=truncate cuts them",
     ]
@@ -59,7 +59,7 @@ def test_pairs_say_why(letters, config):
     summary = preference_stream(in_memory(records), letters, config(max_length=16), rows=2, seed=0).summary
     assert summary.lines() == [
         "data.preferences: 40 read, 37 kept, 3 dropped (2 too long, 1 with equal sides)",
-        "  tokens: median 3, 95th percentile 3, longest 32; limit 16 (data.max_length)",
+        "  tokens: median 3, 95th percentile 3, longest 32; limit 16",
         "warning: data.preferences: 8% of its rows are dropped; data.max_length=64 keeps 95 %, data.too_long=truncate "
         "cuts them",
     ]
@@ -99,7 +99,7 @@ def test_nothing_left_is_one_line_with_the_way_out(letters, config):
         prompt_stream(in_memory(LONG[:36]), letters, config(prompt_buckets=(256,)), rows=2, seed=0)
     assert str(error.value) == (
         "data.prompts: none of its 36 rows is left (36 too long; tokens: median 500, 95th percentile 500, longest 500; "
-        "limit 256 (data.prompt_buckets)); a last bucket of 512 in data.prompt_buckets keeps 95 %, "
+        "limit 256); a last bucket of 512 in data.prompt_buckets keeps 95 %, "
         "data.too_long=truncate cuts them"
     )
 
