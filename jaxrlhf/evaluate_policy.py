@@ -139,10 +139,12 @@ class PolicyEvaluation:
     def names(self) -> list[str]:
         """The metrics that an evaluation will give, by what it gives of made-up responses."""
         numbers, roles, made = np.zeros(2), self.ready.heads, copy.copy(self)
-        scored = "reward" in roles or self.ready.reward_function is not None
+        graders = self.ready.graders
+        grades = None if graders is None else dict.fromkeys(graders.names, numbers)
+        scored = "reward" in roles or graders is not None
         known = {"kl": "reference" in roles, "scores": scored, "marks": self.asks_judge}
         given: dict[str, Any] = {name: numbers if there else None for name, there in known.items()}
-        responses = Responses([], numbers, numbers > 0, **given)
+        responses = Responses([], numbers, numbers > 0, **given, grades=grades)
         made.before = responses if "reference" in roles else None
         return [*made.metrics(responses)]
 
