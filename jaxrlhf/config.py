@@ -330,8 +330,8 @@ def describe_precision(cfg: Config) -> list[str]:
     if params == "float32":
         return []
     return [
-        f"precision.params: {params} for {', '.join(slow) or 'no role'}; {', '.join(trained)} learn in float32: small "
-        "updates would be rounded away"
+        f"precision.params: {params} for {', '.join(slow) or 'no role'}; float32 for {', '.join(trained)}: "
+        "small updates to weights would be rounded away"
     ]
 
 

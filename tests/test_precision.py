@@ -89,7 +89,7 @@ def test_a_coarse_first_moment_is_refused_where_it_would_stick():
 def test_what_is_said_of_it():
     assert describe_precision(config()) == []
     (line,) = describe_precision(config(precision=PrecisionConfig(params="bfloat16")))
-    assert line.startswith("precision.params: bfloat16 for reference, reward; policy, value learn in float32: ")
+    assert line.startswith("precision.params: bfloat16 for reference, reward; float32 for policy, value: ")
 
 
 def test_a_checkpoint_whose_weights_were_bfloat16_is_read_as_float32(tmp_path):
