@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 from jaxrlhf.outside import describe
-from jaxrlhf.types import Algorithm, Experience, Head, Mean, Sequences, TrainState
+from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Sequences, TrainState
 from jaxrlhf.wording import cut, nearest, one_line
 
-FIELDS = ("prompts", "sequences", "preferences", "unpaired")  # of Batch: those that data fill
+FIELDS = tuple(field.name for field in dataclasses.fields(Batch) if field.name != "answers")  # those that data fill
 
 
 class AlgorithmError(ValueError):

