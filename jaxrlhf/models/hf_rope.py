@@ -54,6 +54,8 @@ def split_layers(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
     rope, local = (flat(both.get(kind), f"{where}: rope_parameters.{kind}") for kind in (GLOBAL, LOCAL))
     refuse_unsupported(local, {"rope_type": ("default",)}, f"{where}: rope_parameters.{LOCAL}")
     old = flat(raw.get("rope_scaling"), f"{where}: rope_scaling")
+    if "type" in old and "rope_type" not in old:
+        raise ValueError(f"{where}: rope_scaling.type: {old['type']!r} is not read by transformers; expected rope_type")
     return rope | old, local, "rope_scaling" if old else "rope_parameters"
 
 

@@ -129,6 +129,10 @@ def test_the_text_part_that_a_config_leaves_to_defaults():
         ({"architectures": ["LlavaModel"]}, "architectures: .'LlavaModel'. is not supported; expected LlavaForCond"),
         ({"quantization_config": {"bits": 4}}, "here: text_config: quantization_config"),
         ({"text_config": {"model_type": "llama", "is_causal": False}}, "here: text_config: is_causal: False"),
+        (
+            {"text_config": {"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 2.0}}},
+            "text_config: rope_scaling.type: 'linear' is not read by transformers; expected rope_type",
+        ),
     ],
 )
 def test_a_text_part_that_is_not_supported_is_named(changes, pattern):
