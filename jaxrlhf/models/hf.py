@@ -173,7 +173,8 @@ def save(
     sources, notes = find_sources(cfg, head), []
     if head == "scalar":
         params = fold_score_bias(params)
-        if bias := float(fetch(params["head"]["bias"])[0]):
+        raw["score_bias"] = bias = float(fetch(params["head"]["bias"])[0])  # what transformers' scores lack
+        if bias:
             sources["head.bias"] = score_bias(cfg)
             notes = [
                 f"score.bias: {bias:.6g}: {raw['architectures'][0]} has no bias: its scores are ours less {bias:.6g}"

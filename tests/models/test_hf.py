@@ -278,7 +278,9 @@ def test_score_bias_comes_back(tmp_path):
     hf.save(params, LLAMA, "scalar", tmp_path)
     assert load_file(tmp_path / "model.safetensors")["score.weight"].shape == (1, 32)
     np.testing.assert_array_equal(hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"], params["head"]["bias"])
+    assert (hf_folder.read_json(tmp_path, "config.json") or {})["score_bias"] == params["head"]["bias"][0]
     rewrite(tmp_path, lambda tensors: tensors.pop("score.bias"))
+    edit(tmp_path, score_bias=...)
     assert hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 0
     edit(tmp_path, score_bias=2.5)  # as older exports have it
     assert hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 2.5
