@@ -22,7 +22,7 @@ from jaxrlhf.models.config import ModelConfig, row_limit
 from jaxrlhf.models.kernels import hardware_of
 from jaxrlhf.models.transformer import Runtime, padded_vocab
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
-from jaxrlhf.types import Array, Params, Prompts, Sequences
+from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences
 
 ROWS = 64  # responses that are sampled at a time, on one device or on all
 
@@ -37,32 +37,42 @@ class Model(NamedTuple):
     chat: bool = False  # whether it was trained on plain-text prompts as turns of a conversation (data.chat)
 
 
-def read_model(name: str, mesh, dtype=jnp.float32) -> Model:
-    """The policy of a run (RUN, RUN@best, RUN@40), or a HF model. ``mesh`` is the current one.
+def read_model(name: str, mesh, dtype=jnp.float32, role: Role = "policy") -> Model:
+    """A role of a run (RUN, RUN@best, RUN@40), or a HF model: the policy writes, any other role gives scores. ``mesh``
+    is the current one.
 
-    Raises ValueError, in one line, where there is no language model."""
+    Raises ValueError, in one line, where there is no such model."""
+    wanted: Head = "lm" if role == "policy" else "scalar"
     found = checkpoint.read_extra(name) if checkpoint.is_run(name) else None
     tokenizer = tokenizers.load_tokenizer(str(tokenizer_of(name)))
     if found:
         step, extra = found
-        role = checkpoint.find_role(extra["models"], "policy")
+        role = checkpoint.find_role(extra["models"], role)
         cfg, head = checkpoint.model_of(extra["models"][role])
-        if head != "lm":
-            raise ValueError(f"{name}: holds a {role} model with a {head} head, which can't write; expected a policy")
+        check_head(f"{name}: its {role} model", head, wanted)
         params = checkpoint.restore_model(split_step(name)[0], step, extra["models"], role, dtype, mesh)
         ids = checkpoint.token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
         trained = read_yaml(extra["config"], "config").get("data") or {}
         return Model(params, cfg, tokenizer, ids, trained.get("chat") is not None)
     folder = hf_folder.locate(name)
     cfg, head = hf_config.read_config(folder)
-    if head != "lm":
-        raise ValueError(f"{name}: a model with a {head} head can't write; expected a causal language model")
+    check_head(name, head, wanted)
     ids = checkpoint.token_ids(tokenizer, {"eos_token_id": tokenizers.folder_eos(str(folder))})
-    if left := hf_tensors.examine(folder, cfg, head).left:
-        print(f"{name}: not read: {hf_tensors.kinds(left)}", file=sys.stderr)
+    held = hf_tensors.examine(folder, cfg, head)
+    if head == "scalar" and not held.has_score:
+        raise ValueError(f"{name}: its files hold no score head; expected a trained reward model")
+    if held.left:
+        print(f"{name}: not read: {hf_tensors.kinds(held.left)}", file=sys.stderr)
     beyond = [id for id in tokenizer.get_vocab().values() if id >= cfg.vocab_size]
     tokenizers.forbid(tokenizer, dict.fromkeys(beyond, f"its vocab_size is {cfg.vocab_size}"))
     return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, ids)
+
+
+def check_head(what: str, head: Head, wanted: Head) -> None:
+    """Raises ValueError, in one line, where a model can't do what is wanted of it."""
+    if head != wanted:
+        can = "can't write; expected a policy, a causal language model" if wanted == "lm" else "gives no scores"
+        raise ValueError(f"{what}: a model with a {head} head {can}")
 
 
 def export_model(name: str, to: str) -> None:

@@ -34,4 +34,4 @@ def describe_epochs(cfg: Config, rows: int) -> str:
     field = fields_read(cfg)[0]
     each, count = getattr(cfg.batch, ROWS_KEY[field]), cfg.length
     passes = count * each / rows
-    return f"iterations: {count:,} of {each:,} {field} = {passes:.3g} epochs of data.{KIND_OF[field]} ({rows:,} rows)"
+    return f"{count:,} iterations of {each:,} {field} = {passes:.3g} epochs of data.{KIND_OF[field]} ({rows:,} rows)"

@@ -37,17 +37,28 @@ GOES_ON = "the same command goes on from there"
 SHARED = "a directory that all processes share: NFS or gs://"
 
 
-def run(cfg: Config, raw: str = "", stop: Stop | None = None) -> str:
+class Step(NamedTuple):
+    """One iteration as the host knows it."""
+
+    number: int  # from 1; 0: the evaluation before the first
+    metrics: dict[str, float]  # those of the evaluation after it, too: eval/...
+    samples: list[dict[str, Any]]  # prompt, response, score, split; where log.samples_every has some
+
+
+Watch = Callable[[Step], None]
+
+
+def run(cfg: Config, raw: str = "", stop: Stop | None = None, watch: Watch | None = None) -> str:
     """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", "preempted" after SIGTERM, or
     "interrupted" after SIGINT, which both save; a second SIGINT raises KeyboardInterrupt.
 
     ``raw`` is the config as the user wrote it, kept beside the resolved one as source.yaml. ``stop``: who listens to
-    signals, by default for this run alone. Raises ConfigError before any model is built, RunDirBusy where another
-    process writes to the run directory; both leave its config and tokenizer alone.
+    signals, by default for this run alone. ``watch`` is told of every iteration. Raises ConfigError before any model is
+    built, RunDirBusy where another process writes to the run directory; both leave its config and tokenizer alone.
     """
     with Stop(signal.SIGINT, signal.SIGTERM) if stop is None else contextlib.nullcontext(stop) as stop:
         try:
-            return train(cfg, raw, stop)
+            return train(cfg, raw, stop, watch)
         except KeyboardInterrupt:
             if stop.asked is None or stop.saves:
                 raise
@@ -62,7 +73,7 @@ def outcome(stop: Stop) -> str:
     return INTERRUPTED if stop.asked == "Ctrl-C" else PREEMPTED
 
 
-def train(cfg: Config, raw: str, stop: Stop) -> str:
+def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     """``run`` under ``stop``."""
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
     stop.saves = distributed.several()  # all stop after the same iteration, also where there is nothing to save
@@ -102,7 +113,7 @@ def train(cfg: Config, raw: str, stop: Stop) -> str:
             if changes:
                 log.say(f"changed since step {start}: {', '.join(changes)}")
             with log.doing("loading"):
-                trainer = Trainer(ready, saved, log, stop)
+                trainer = Trainer(ready, saved, log, stop, watch)
             return trainer.run(start)
 
 
@@ -135,8 +146,11 @@ class Finished(NamedTuple):
 class Trainer:
     """One run in progress: what the loop needs between iterations."""
 
-    def __init__(self, ready: Run, saved: checkpoint.Checkpoints, log: MetricsLog, stop: Stop):
+    def __init__(
+        self, ready: Run, saved: checkpoint.Checkpoints, log: MetricsLog, stop: Stop, watch: Watch | None = None
+    ):
         self.ready, self.cfg, self.saved, self.log, self.stop = ready, ready.cfg, saved, log, stop
+        self.watch, self.noted = watch, Step(0, {}, [])
         self.feed = Feed(ready)
         if ready.graders:
             try_graders(ready, "data.prompts", self.feed.first_records())
@@ -216,7 +230,7 @@ class Trainer:
                 self.flush()
                 with self.log.doing("normalizing"):
                     state = normalize.finish(self.ready, state, self.log.say)
-            if last or (cfg.eval.every and step % cfg.eval.every == 0):
+            if self.evaluates(step):
                 self.flush()
                 self.evaluate(step, state)
             if last or step % cfg.checkpoint.every == 0:
@@ -309,14 +323,29 @@ class Trainer:
         numbers["time/iteration"], self.last_time = now - self.last_time, now
         if "response/tokens" in numbers:
             numbers["throughput/response_tokens_per_second"] = numbers["response/tokens"] / numbers["time/iteration"]
-        self.log.write(step, numbers | {"data/epoch": self.feed.epoch(step)} | self.feed.counts())
+        numbers |= {"data/epoch": self.feed.epoch(step)} | self.feed.counts()
+        self.log.write(step, numbers)
         vital = [name for name in numbers if name.startswith("loss/") or name.endswith("/grad_norm")]
         bad = [name for name in vital if not np.isfinite(numbers[name])]
         if bad:
             kept = self.saved.latest()
             raise FloatingPointError(f"step {step}: {bad[0]} is {numbers[bad[0]]}; last good checkpoint: step {kept}")
-        if sequences is not None:
-            self.log.samples(step, sample_rows(self.ready, sequences, self.cfg.log.samples, "train"))
+        rows = [] if sequences is None else sample_rows(self.ready, sequences, self.cfg.log.samples, "train")
+        self.log.samples(step, rows)
+        self.note(step, numbers, rows, whole=not self.evaluates(step))
+
+    def note(self, step: int, numbers: dict[str, float], samples: list[dict[str, Any]], whole: bool) -> None:
+        """Tells ``watch`` of an iteration, once all that belongs to it is known (``whole``)."""
+        _, metrics, rows = self.noted
+        self.noted = Step(step, metrics | numbers, [*rows, *samples])
+        if whole:
+            if self.watch and self.noted.metrics:
+                self.watch(self.noted)
+            self.noted = Step(step, {}, [])
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation follows the iteration."""
+        return step == self.cfg.length or bool(self.cfg.eval.every and step % self.cfg.eval.every == 0)
 
     def samples_due(self, step: int) -> bool:
         return self.cfg.log.samples > 0 and step % self.cfg.log.samples_every == 0
@@ -326,11 +355,14 @@ class Trainer:
         with self.log.doing("evaluating"):
             result = self.evaluation.run(state)
         if result is None:
+            self.note(step, {}, [], whole=True)
             return
         scores = {f"eval/{name}": value for name, value in result.metrics.items()}
         self.scores = step, scores
         self.log.write(step, scores)
-        self.log.samples(step, result.samples[: self.cfg.eval.samples])
+        samples = result.samples[: self.cfg.eval.samples]
+        self.log.samples(step, samples)
+        self.note(step, scores, samples, whole=True)
         self.last_time = time.perf_counter()
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_steps_of_an_epoch(checked):
     """By hand: 200 pairs, 32 an iteration."""
     told, _ = checked("dpo")
     assert "an epoch: 200 rows of data.preferences / 32 an iteration = 6.25 iterations" in told
-    assert "iterations: 7 of 32 preferences = 1.12 epochs of data.preferences (200 rows)" in told
+    assert "7 iterations of 32 preferences = 1.12 epochs of data.preferences (200 rows)" in told
 
 
 def test_memory_is_counted_for_the_devices_here(checked, root, tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_run_trains_for_its_epochs_and_goes_on_for_more(root, tmp_path, one_de
     assert train.run(make_config("epochs=1")) == "done"
     out = capsys.readouterr().out
     iterations = len(runs.rows(tmp_path / "sft"))
-    assert f"iterations: {iterations} of 32 sequences = " in out and totals == [iterations] and iterations > 1
+    assert f"{iterations} iterations of 32 sequences = " in out and totals == [iterations] and iterations > 1
     saved = load(tmp_path / "sft" / "config.yaml")
     assert (saved.iterations, saved.epochs) == (iterations, None)
     assert train.run(make_config("epochs=1")) == "done"

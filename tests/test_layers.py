@@ -22,11 +22,11 @@ LAYERS = {
     **dict.fromkeys(("config_types", "config_errors", "config_yaml", "config_ranges"), 5),
     **dict.fromkeys(("config_batch", "config_check", "config_reference", "config_schema"), 5),
     **dict.fromkeys(("origins", "build", "epochs", "questions", "feed", "programs", "score", "normalize"), 6),
-    **dict.fromkeys(("complete", "dialogue", "announce", "resume", "train", "dry_run"), 6),
+    **dict.fromkeys(("complete", "scorer", "dialogue", "announce", "resume", "train", "dry_run"), 6),
     **dict.fromkeys(("evaluate", "evaluate_policy", "evaluate_report"), 6),
     **dict.fromkeys(("plan", "serve", "report", "benchmarks", "preflight", "preflight_inputs"), 6),
     "launch": 6,
-    **dict.fromkeys(("cli", "cli_discover", "__main__"), 7),
+    **dict.fromkeys(("api", "cli", "cli_discover", "__main__"), 7),
 }
 
 # packages that see less than their layer allows
