@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -283,7 +284,7 @@ def tokenizer_origin(cfg: Config) -> tuple[str, str]:
     return named, where
 
 
-def located(find, named: str, where: str, prefix: str = ""):
+def located(find: Callable[[Any], Any], named: Any, where: str, prefix: str = ""):
     """``find(named)``, whose error ("init_from: ..." after ``prefix``) is told as one of the config's section
     ``where``."""
     try:

@@ -427,8 +427,10 @@ def command() -> None:
     except (ValueError, ImportError, FloatingPointError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK") or not (raised_here(error) or by_the_system(error)):
             raise
-        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-        print(f"{place}{error.strerror}" if by_the_system(error) else error, file=sys.stderr)
+        if isinstance(error, OSError) and by_the_system(error):
+            print(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, file=sys.stderr)
+        else:
+            print(error, file=sys.stderr)
         mistake = isinstance(error, (ValueError, ImportError, FileNotFoundError)) and raised_here(error)
         sys.exit(EXIT_MISTAKE if mistake else EXIT_BROKEN)
 

@@ -110,8 +110,9 @@ class PolicyEvaluation:
         """Means over the prompts. win_rate/...: the share of prompts whose response beats the reference's, by the
         reward and by the judge; a tie is half a win. Where functions score, a response without a score counts for the
         judge alone."""
-        on_host = responses.grades is not None and responses.scores is not None
-        known = ~np.isnan(responses.scores) if on_host else np.ones(len(responses.lengths), bool)
+        known, on_host = np.ones(len(responses.lengths), bool), False
+        if responses.grades is not None and responses.scores is not None:
+            known, on_host = ~np.isnan(responses.scores), True
         found = {"response/length_mean": mean(responses.lengths[known]), "response/ended": mean(responses.ended[known])}
         if responses.kl is not None:
             found["kl/reference"] = mean(responses.kl[known])

@@ -385,7 +385,7 @@ def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes]
     pattern = [symbol for part in parts for symbol in ([-1 - part] if isinstance(part, int) else part.encode())]
     if not pattern:
         raise ValueError("generate.stop: '' is empty; a stop sequence has at least one character")
-    codes = {symbol: code for code, symbol in enumerate(dict.fromkeys(pattern))}
+    codes: dict[int | None, int] = {symbol: code for code, symbol in enumerate(dict.fromkeys(pattern))}
     size, other = len(pattern), len(codes)
     step = np.zeros((size + 1, other + 1), np.int32)
     fallback = 0  # the state after pattern[1:state]
@@ -397,7 +397,7 @@ def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes]
     step[size] = size  # found stays found
     table = np.tile(np.arange(size + 1, dtype=np.int32)[:, None], (1, vocab))
     for token, piece in enumerate(token_bytes[:vocab]):
-        symbols = [-1 - token] if token in own else list(piece)
+        symbols: list[int | None] = [-1 - token] if token in own else [*piece]
         if own and not symbols:
             symbols = [None]
         if symbols and not any(symbol in codes for symbol in symbols):

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +82,13 @@ def test_samples_of_many_prompts_do_not_depend_on_batches(whole, one_device, mon
     cfg = GenerateConfig(max_new_tokens=8, stop=(" and",))
     records = [{"prompt": text} for text in ("the film is", "the plot", "the scene is cold and", "the", "a")]
     together = complete.Writer(str(whole / "sft"), cfg, seed=3, samples=2)
+    programs: Any = together.program
     found = list(together(records))
     assert [len(responses) for responses in found] == [2] * 5
     assert len({response.text for responses in found for response in responses}) > 5
-    assert together.program._cache_size() == 1
+    assert programs._cache_size() == 1
     list(together(iter(records[:3])))  # 4 rows of 32 columns instead of 8
-    assert together.program._cache_size() == 2
+    assert programs._cache_size() == 2
     monkeypatch.setattr(complete, "ROWS", 4)
     apart = complete.Writer(str(whole / "sft"), cfg, seed=3, samples=2, width=64)
     assert apart.rows == 2 and list(apart(records)) == found

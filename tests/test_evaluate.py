@@ -229,14 +229,11 @@ def test_accuracy_and_calibration_are_a_loop(monkeypatch):
         for filled, scores in zip(pair, (chosen, rejected)):
             filled[:rows] = scores[at : at + rows]
         batches.append(SimpleNamespace(batch=SimpleNamespace(preferences=pair), real=rows))
-    monkeypatch.setattr(evaluate_report, "held_out", lambda *_: batches)
     monkeypatch.setattr(evaluate_report, "put", lambda mesh, batch: batch)
     monkeypatch.setattr(evaluate_report, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
-    batch = SimpleNamespace(preferences_per_step=8)
-    cfg = SimpleNamespace(eval=SimpleNamespace(size=99), batch=batch)
-    ready: Any = SimpleNamespace(cfg=cfg, mesh=None, recipe=SimpleNamespace(nets=None))
+    ready: Any = SimpleNamespace(mesh=None, recipe=SimpleNamespace(nets=None))
     state: Any = SimpleNamespace(params={"reward": {}}, slow={})
-    found = evaluate_report.pair_report(ready, state)["reward_model"]
+    found = evaluate_report.pair_report(ready, state, batches)["reward_model"]
     assert found["pairs"] == 99
     np.testing.assert_allclose(found["accuracy"], accuracy(chosen, rejected), atol=5e-5)
     np.testing.assert_allclose(found["calibration_error"], calibration_error(chosen, rejected), atol=5e-5)

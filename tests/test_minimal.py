@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def write_models(folder: Path, text: Path) -> dict[str, Path]:
     tokenizer = tokenizers.train_bpe((json.loads(line)["text"] for line in lines), 300)
     tokenizers.save_tokenizer(tokenizer, str(folder / "tokenizer"))
     ids = hf_config.TokenIds((tokenizer.eos_token_id,), tokenizer.bos_token_id, tokenizer.pad_token_id)
-    sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_size": 16, "max_positions": 640}
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "mlp_size": 16, "max_positions": 640}
     shape = resolve(ModelConfig(vocab_size=len(tokenizer), **sizes))
     for seed, head in enumerate(("lm", "scalar")):
         params = tiny.parameters(shape, head, seed)

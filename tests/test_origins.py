@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -319,7 +320,7 @@ def test_what_a_reward_model_cannot_read_is_never_sampled(model, trained, tmp_pa
     ready = build.build(cfg, jax.devices()[:1])
     assert ready.sampler.sampling.banned == (281, 282, 283)
     assert tokenizers.unreadable(ready.tokenizer) == {281: "models.reward: to it the id is '<reserved>'"}
-    logits = np.asarray(shape_logits(np.zeros((1, 284), np.float32), ready.sampler.sampling, np.zeros(1, np.int32)))
+    logits = np.asarray(shape_logits(jnp.zeros((1, 284)), ready.sampler.sampling, jnp.zeros(1, jnp.int32)))
     assert (logits[0, 281:] < -1e29).all() and (logits[0, :281] == 0).all()
     only = changed(ours, eos_token="<tool>")
     roles["policy"] = model("only", shape=wide, tokenizer=only)

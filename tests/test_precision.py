@@ -45,7 +45,7 @@ def formats(tree: Any) -> set[str]:
     return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
 
 
-def start(params: str, **optimizer) -> tuple[Any, TrainState]:
+def start(params: Any, **optimizer) -> tuple[Any, TrainState]:
     """(recipe, shapes of the state) of a run whose precision.params is ``params``."""
     cfg = config(precision=PrecisionConfig(params=params), optimizer={"default": OptimizerConfig(**optimizer)})
     drawn = drawn_for(cfg)
@@ -72,7 +72,7 @@ def test_small_learning_rates_move_weights(params):
     opt_state, first = optimizer.init(weights), np.asarray(weights["kernel"], np.float64)
     for _ in range(50):
         updates, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, weights), opt_state, weights)
-        weights = optax.apply_updates(weights, updates)
+        weights: Any = optax.apply_updates(weights, updates)
     np.testing.assert_allclose(first - np.asarray(weights["kernel"], np.float64), 50e-6, rtol=2e-3)
     second = np.asarray(optax.tree.get(opt_state, "nu")["kernel"], np.float64)
     np.testing.assert_allclose(second, 1 - 0.999**50, rtol=1e-4)
@@ -117,6 +117,7 @@ def test_schedules_of_delayed_roles_finish(schedule, delay):
     optimizer, weights = drawn_for(config(optimizer=rows)).recipe.optimizers["value"], {"kernel": jnp.zeros(1)}
     opt_state, rates = optimizer.init(weights), []
     for _ in range((10 - delay) * 4 + 1):
+        updates: Any
         updates, opt_state = optimizer.update({"kernel": jnp.ones(1)}, opt_state, weights)
         rates.append(-float(updates["kernel"][0]))  # Adam of a constant gradient: the rate
     np.testing.assert_allclose(rates[0], 1e-2, rtol=1e-4)

@@ -371,6 +371,7 @@ def test_a_function_that_fails_on_held_out_records_is_refused_before_anything_is
     rows = [json.loads(line) for line in (text / "eval_prompts.jsonl").read_text().splitlines()]
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     cfg = config(text, tmp_path / "ppo")
+    assert cfg.data.eval_prompts is not None
     held_out = dataclasses.replace(cfg.data.eval_prompts, path=str(tmp_path / "held_out.jsonl"))
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_prompts=held_out))
     line = r"^rewards\.function: my_rewards:f: raised KeyError: 'answer' .* a record of data\.eval_prompts$"

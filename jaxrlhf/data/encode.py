@@ -161,7 +161,8 @@ def _conversation(prompt: Any, side: Any) -> list[Message]:
 
 
 def _encode_texts(prompt: str, response: str, tokenizer: Any, eos: Sequence[int], append_eos: bool) -> Encoded:
-    before, after = _begin(*_encode_pieces([(prompt, False), (response, True)], tokenizer), tokenizer)
+    first, second = _encode_pieces([(prompt, False), (response, True)], tokenizer)
+    before, after = _begin(first, second, tokenizer)
     return _finish([(before, False), (after, True)], eos, append_eos)
 
 

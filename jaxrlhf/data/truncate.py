@@ -110,7 +110,7 @@ def cut(sides: Sides, max_length: int, edges: Edges) -> Sides | None:
     if len(sides) == 2:
         firm = min(int(side.response_mask.argmax()) for side in sides) - edges.tail
         if firm <= max(lead, 1):  # there is no prompt but what both sides begin with
-            firm = _alike(sides[0].tokens, sides[1].tokens)
+            firm = _alike(sides[0].tokens.tolist(), sides[1].tokens.tolist())
     else:
         firm = _start(sides[0]) - edges.tail
     if lead + over > firm - 1:

@@ -39,9 +39,12 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: epath.Path, where: str)
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     named = {f"{ours}_token": tokens[ids[theirs]] for ours, theirs in names.items() if ids[theirs] is not None}
     around = {"bos": get("add_bos_token", add_bos), "eos": get("add_eos_token", False)}
-    for name in (name for name, wanted in around.items() if wanted and ids[name] is None):
-        raise ValueError(f"{where}: tokenizer.ggml.{name}_token_id: is missing, and a text is to have it")
-    surround(backend, *({tokens[ids[name]]: ids[name]} if wanted else {} for name, wanted in around.items()))
+    added: dict[str, dict[str, int]] = {"bos": {}, "eos": {}}
+    for name in (name for name, wanted in around.items() if wanted):
+        if (number := ids[name]) is None:
+            raise ValueError(f"{where}: tokenizer.ggml.{name}_token_id: is missing, and a text is to have it")
+        added[name] = {tokens[number]: number}
+    surround(backend, added["bos"], added["eos"])
     backend.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
     if templates := chat_templates(metadata):

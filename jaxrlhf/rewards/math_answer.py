@@ -31,7 +31,9 @@ def strict(responses: list[str], records: list[dict[str, Any]], column: str = "a
 def lenient(responses: list[str], records: list[dict[str, Any]], column: str = "answer") -> list[float]:
     """f[len(responses)]: as strict, and for a response without a mark 1 where its last number or formula is the answer,
     or for an answer in words, what it says behind "answer is" or in its last line."""
-    answers = [mentioned(response) if (text := marked(response)) is None else [read(text)] for response in responses]
+    answers: list[list[Answer | None]] = [
+        [*mentioned(response)] if (text := marked(response)) is None else [read(text)] for response in responses
+    ]
     return score(answers, records, column)
 
 

@@ -209,7 +209,10 @@ def last_number(text: str) -> Answer | None:
     """The last number in running text, with the percent sign or unit behind it; None where there is none."""
     text = plain(text)
     found = [*LOOSE.finditer(text)]
-    return number(found[-1], *(ending(text[found[-1].end() :][:LONGEST]) or ())) if found else None
+    if not found:
+        return None
+    behind = ending(text[found[-1].end() :][:LONGEST])
+    return number(found[-1], *behind) if behind else number(found[-1])
 
 
 # ---- in running text ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 CPU_SECONDS = 2.0  # of a worker, for one comparison: CPU time, so that the result does not depend on other work
 WALL_SECONDS = 120.0  # to start, or for one comparison, on a machine that hardly gets to it
@@ -52,9 +53,11 @@ class Worker:
     def start(self) -> subprocess.Popen:
         """A process that is ready. Raises RuntimeError, in one line, where it ends before it is."""
         code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # a session of its own: Ctrl-C on the terminal is for the run, not for its workers
-        process = subprocess.Popen([sys.executable, "-c", code], **pipes, start_new_session=True)
+        process: subprocess.Popen[bytes] = subprocess.Popen(
+            [sys.executable, "-c", code], **pipes, start_new_session=True
+        )
         if reply(process) != b"ready\n":
             process.kill()
             said = process.communicate()[1].decode(errors="replace").strip().splitlines()
@@ -162,5 +165,6 @@ def is_equal(right: str, other: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
     boxes = [LatexExtractionConfig(boxed_match_priority=0)]
-    first, second = (parse(rf"\boxed{{{text}}}", boxes, parsing_timeout=None) for text in (right, other))
+    no_limit: Any = None  # which its types don't know
+    first, second = (parse(rf"\boxed{{{text}}}", boxes, parsing_timeout=no_limit) for text in (right, other))
     return bool(first and second) and verify(first, second, timeout_seconds=None)

@@ -1,6 +1,7 @@
 """Algorithms from outside the package: found beside you and beside the config, and every mistake in one line."""
 
 import sys
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -168,10 +169,10 @@ def test_what_a_function_raises_is_one_line_with_its_place():
     def loss(nets, params, slow, minibatch, cfg):
         return {"policy": nets.nothing}, {}
 
-    record = guarded.checked("mine:MINE", sft.ALGORITHM._replace(loss=loss))
+    record, nothing = guarded.checked("mine:MINE", sft.ALGORITHM._replace(loss=loss)), cast(Any, None)
     line = loss.__code__.co_firstlineno + 1
     with pytest.raises(guarded.AlgorithmError) as error:
-        record.loss(None, None, None, None, sft.SFTConfig())
+        record.loss(nothing, nothing, nothing, nothing, sft.SFTConfig())
     where = f"({__file__}:{line})"
     assert str(error.value) == (
         f"mine:MINE: loss raised AttributeError: 'NoneType' object has no attribute 'nothing' {where}"

@@ -2,6 +2,7 @@
 against the NumPy loops of their tests."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def prepare(case: Case, cfg: AnyConfig, lost: list[int], grades=None) -> tuple[E
     scores[lost] = np.nan
     sequences = case.sequences(scores=jnp.array(scores), grades=grades)
     batch = Batch(prompts=prompts_of(len(case.mask) // test_grpo.SIZE), sequences=sequences)
-    module = ppo if isinstance(cfg, PPOConfig) else grpo
+    module: Any = ppo if isinstance(cfg, PPOConfig) else grpo
     experience, means = module.prepare(FAKE, case.state(getattr(cfg, "kl_coef", 0.0)), batch, cfg)
     return experience, {name: float(mean.value()) for name, mean in means.items()}
 
@@ -50,7 +51,7 @@ def without(case: Case, lost: list[int]) -> Case:
 
 def gradients(case: Case, experience: Experience, cfg: AnyConfig) -> tuple[dict, dict[str, float], dict[str, float]]:
     """(of all losses, each its total over its count; counts of the losses; metrics)."""
-    module = ppo if isinstance(cfg, PPOConfig) else grpo
+    module: Any = ppo if isinstance(cfg, PPOConfig) else grpo
 
     def total(params):
         losses, metrics = module.loss(FAKE, params, case.slow(), experience, cfg)

@@ -301,7 +301,7 @@ LABELLED = [{"prompt": f"p{n}", "response": f"r{n}", "label": n % 3 == 0} for n 
 
 def test_unpaired_rows(letters, config):
     """Labels, and each prompt with the response of the next row of the global batch, on any number of processes."""
-    options = {"rows": 4, "seed": 1}
+    options: dict[str, Any] = {"rows": 4, "seed": 1}
     rows = one(unpaired_stream(in_memory(LABELLED), letters, config(max_length=16), **options)).batch.unpaired
     text = lambda sequences: [letters.decode(row[here]) for row, here in zip(sequences.tokens, sequences.valid)]
     numbers = [int(row[1]) for row in text(rows.responses)]

@@ -160,7 +160,7 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
 TALK = [USER("late?"), CALL, {"role": "tool", "content": "9"}, SAID("Yes.")]
 
 
-def call(content="", arguments: object = None) -> dict:
+def call(content: str | None = "", arguments: object = None) -> dict:
     function = {"name": "clock", "arguments": {"zone": "é"} if arguments is None else arguments}
     return {"role": "assistant", "content": content, "tool_calls": [{"function": function}]}
 
@@ -258,16 +258,16 @@ def test_a_dated_template_writes_one_date(tokenizer, tmp_path, monkeypatch):
     from jaxrlhf.data import chat as module
 
     class Clock(real.datetime):
-        day = 2
+        today_is = 2
 
         @classmethod
         def now(cls, tz=None):
-            return real.datetime(2026, 5, cls.day)
+            return real.datetime(2026, 5, cls.today_is)
 
     monkeypatch.setattr(module.datetime, "datetime", Clock)
     chat = speaking(tokenizer, "{{ strftime_now('%d %b %Y') }}" + TURNS, WORDS)
     first = render(ONE, chat)
-    Clock.day = 21
+    Clock.today_is = 21
     assert first.startswith("02 May 2026") and render(ONE, chat) == first
     assert render(ONE, speaking(tokenizer, chat.chat_template, WORDS)).startswith("21 May 2026")
     save_tokenizer(chat, str(tmp_path))

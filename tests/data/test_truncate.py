@@ -44,7 +44,9 @@ def test_cut(prompt, response, limit, lead, tail, tokens, learned):
 
 
 def test_a_pair_loses_the_same_tokens_and_keeps_what_differs():
-    chosen, rejected = cut((side(4, 1), side(4, 3)), 5, Edges(0, 0)) or ()
+    found = cut((side(4, 1), side(4, 3)), 5, Edges(0, 0))
+    assert found is not None
+    chosen, rejected = found
     assert chosen.tokens.tolist() == [2, 3, 4] and rejected.tokens.tolist() == [2, 3, 4, 5, 6]
     # without a prompt both are learnt from the start, and part at token 6
     first, second = np.arange(8), np.r_[0:6, 9, 9]
@@ -56,7 +58,9 @@ def test_a_pair_loses_the_same_tokens_and_keeps_what_differs():
 
 def test_what_is_left_of_an_earlier_response_is_not_learnt():
     mask = np.array([False, True, True, True, False, False, True, True])
-    (found,) = cut((Encoded(np.arange(8), mask),), 6, Edges(0, 0)) or ()
+    sides = cut((Encoded(np.arange(8), mask),), 6, Edges(0, 0))
+    assert sides is not None
+    (found,) = sides
     assert found.tokens.tolist() == [2, 3, 4, 5, 6, 7]
     assert found.response_mask.tolist() == [False, False, False, False, True, True]
 

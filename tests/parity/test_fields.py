@@ -134,7 +134,7 @@ def changes(case: str) -> Iterator[tuple[str, Any]]:
 
 def theirs(raw: dict, folder) -> np.ndarray | str:
     """Logits of transformers with the law's weights, which are left in the folder; or why there are none."""
-    import torch
+    import torch  # type: ignore[import-not-found]
     import transformers
 
     cls = getattr(transformers, raw["architectures"][0])
