@@ -53,11 +53,9 @@ class Worker:
     def start(self) -> subprocess.Popen:
         """A process that is ready. Raises RuntimeError, in one line, where it ends before it is."""
         code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
-        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         # a session of its own: Ctrl-C on the terminal is for the run, not for its workers
-        process: subprocess.Popen[bytes] = subprocess.Popen(
-            [sys.executable, "-c", code], **pipes, start_new_session=True
-        )
+        command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         if reply(process) != b"ready\n":
             process.kill()
             said = process.communicate()[1].decode(errors="replace").strip().splitlines()
