@@ -182,27 +182,32 @@ def by_kind(experience: Experience, rearrange: Callable[[Any, int], Any], togeth
 def update_minibatch(
     recipe: Recipe, state: TrainState, minibatch: Experience
 ) -> tuple[TrainState, dict[str, Mean], Array]:
-    """One optimizer step of every role: (state, metrics as Means, whether the algorithm asks to stop here)."""
-    grads, means = gradients(recipe, state, minibatch)
+    """One optimizer step of every role: (state, metrics as Means, whether the algorithm asks to stop here).
+
+    A role whose loss counts nothing keeps its parameters and its optimizer's state, bit for bit: without a gradient
+    Adam would still move by its old moments. All responses of the minibatch may be unscorable."""
+    grads, means, counts = gradients(recipe, state, minibatch)
     params, opt_state = dict(state.params), dict(state.opt_state)
     for role, optimizer in recipe.optimizers.items():
         means[f"{role}/grad_norm"] = Mean(optax.tree.norm(grads[role]), jnp.float32(1))
         updates, new_opt_state = optimizer.update(grads[role], opt_state[role], params[role])
         new = (optax.apply_updates(params[role], updates), new_opt_state)
-        started = state.step >= recipe.delays.get(role, 0)
+        learns = (counts[role] > 0) & (state.step >= recipe.delays.get(role, 0))
         if role in recipe.schedules:
             rate = learning_rate(recipe.schedules[role], opt_state[role])
-            means[f"{role}/learning_rate"] = Mean(jnp.where(started, rate, 0.0), jnp.float32(1))
-        if recipe.delays.get(role, 0):
-            new = jax.tree.map(lambda a, b: jnp.where(started, a, b), new, (params[role], opt_state[role]))  # noqa: B023
+            means[f"{role}/learning_rate"] = Mean(jnp.where(learns, rate, 0.0), jnp.float32(1))
+        new = jax.tree.map(lambda a, b: jnp.where(learns, a, b), new, (params[role], opt_state[role]))  # noqa: B023
         params[role], opt_state[role] = new
     stop = recipe.algorithm.stop
     stop_now = jnp.array(False) if stop is None else stop({k: m.value() for k, m in means.items()}, recipe.cfg)
     return state.replace(params=params, opt_state=opt_state), means, stop_now
 
 
-def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple[dict[Role, Any], dict[str, Mean]]:
-    """Each role's gradient of its loss's total over the minibatch, divided by the minibatch's count.
+def gradients(
+    recipe: Recipe, state: TrainState, minibatch: Experience
+) -> tuple[dict[Role, Any], dict[str, Mean], dict[Role, Array]]:
+    """Each role's gradient of its loss's total over the minibatch, divided by the minibatch's count: (gradients,
+    metrics as Means, counts f32[]).
 
     Micro-batches and devices add totals and counts, so their number changes rounding only."""
 
@@ -224,4 +229,4 @@ def gradients(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple
         (grads, (losses, means)), _ = jax.lax.scan(add, nothing, parts)
     grads, losses, means = across((grads, losses, means))
     divide = lambda role: jax.tree.map(lambda g: g / jnp.maximum(losses[role].count, 1e-8), grads[role])
-    return {role: divide(role) for role in recipe.optimizers}, means
+    return {role: divide(role) for role in recipe.optimizers}, means, {role: losses[role].count for role in losses}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Container
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -121,13 +122,18 @@ SLOPES = {"policy": 1.0, "value": 1000.0}
 
 
 def pull(nets, params, slow, minibatch, cfg):
-    """A loss with a constant gradient: the role's slope in each of 4 parameters."""
-    rows = jnp.float32(ROWS)
-    return {role: Mean(rows * slope * params[role]["kernel"].sum(), rows) for role, slope in SLOPES.items()}, {}
+    """A loss with a constant gradient, the role's slope in each of 4 parameters. The policy's counts the rows that
+    have a response."""
+    rows = {"policy": minibatch.sequences.response_mask.sum(dtype=jnp.float32), "value": jnp.float32(ROWS)}
+    return {
+        role: Mean(rows[role] * slope * params[role]["kernel"].sum(), rows[role]) for role, slope in SLOPES.items()
+    }, {}
 
 
-def pulled(cfg: Plan, optimizer: OptimizerConfig, delays, iterations: int) -> tuple[list[TrainState], list[dict]]:
-    """The states, from the first on, and the metrics of each iteration."""
+def pulled(
+    cfg: Plan, optimizer: OptimizerConfig, delays, iterations: int, empty: Container[int] = ()
+) -> tuple[list[TrainState], list[dict]]:
+    """The states, from the first on, and the metrics of each iteration. ``empty``: iterations without a response."""
     algorithm = Algorithm(
         config=Plan,
         batch=lambda cfg: ("sequences",),
@@ -141,8 +147,9 @@ def pulled(cfg: Plan, optimizer: OptimizerConfig, delays, iterations: int) -> tu
     schedules = dict.fromkeys(SLOPES, make_schedule(optimizer, 8))
     step = tiny.program(steps.make_iteration(Recipe(algorithm, cfg, NO_NETS, optimizers, delays, schedules=schedules)))
     ones = jnp.ones((ROWS, 1), jnp.int32)
-    for _ in range(iterations):
-        state, numbers, _ = step(found[-1], Batch(sequences=Sequences(ones, ones > 0, ones > 0)))
+    for iteration in range(iterations):
+        responses = Sequences(ones, ones > 0, ones > (1 if iteration in empty else 0))
+        state, numbers, _ = step(found[-1], Batch(sequences=responses))
         found.append(state)
         metrics.append(numbers)
     return found, metrics
@@ -181,6 +188,20 @@ def test_a_delayed_role_waits_that_many_iterations():
         assert set(counts(state, "policy")) == {2 * max(iterations - 2, 0)}
     assert tiny.equal_trees(found[0].params["policy"], found[2].params["policy"])
     assert tiny.equal_trees(found[0].opt_state["policy"], found[2].opt_state["policy"])
+
+
+def test_a_role_without_a_row_to_learn_from_is_left_as_it_is():
+    """Adam's old moments and weight decay would move it: parameters, moments and counts stay, bit for bit."""
+    optimizer = OptimizerConfig(learning_rate=0.1, schedule="linear", weight_decay=0.1)
+    found, metrics = pulled(Plan(num_epochs=2, num_minibatches=2), optimizer, {}, iterations=3, empty=[1])
+    for role, expected in (("policy", [4, 4, 8]), ("value", [4, 8, 12])):
+        assert [set(counts(state, role)) for state in found[1:]] == [{count} for count in expected]
+    before, after, last = found[1:]
+    for record in ("params", "opt_state"):
+        first, second, third = (getattr(state, record)["policy"] for state in (before, after, last))
+        assert tiny.equal_trees(first, second) and not tiny.equal_trees(second, third)
+    assert metrics[1]["policy/learning_rate"] == 0 < metrics[1]["value/learning_rate"]
+    assert after.step == 2
 
 
 def test_each_role_is_clipped_by_its_own_norm():

@@ -24,7 +24,7 @@ METRICS = [
     loss/reward | nats | loss of the reward model, a pair
     loss/kl | nats | KL term of the loss (grpo), before kl_coef
     <role>/grad_norm | - | norm of the role's gradient before clipping
-    <role>/learning_rate | - | mean learning rate of the iteration's updates; 0 while the role is delayed
+    <role>/learning_rate | - | mean learning rate of the updates; 0 while the role is delayed, and where no row counts
     policy/entropy | nats | entropy of the policy, a response token
     policy/clip_fraction | share | response tokens (or responses) whose ratio was clipped
     policy/ratio | - | probability of a response token now over that when it was sampled
