@@ -423,8 +423,9 @@ def command() -> None:
     logging.getLogger("absl").setLevel(logging.ERROR if os.environ.get("JAXRLHF_TRACEBACK") else logging.CRITICAL)
     try:
         app()
-    # FloatingPointError: a loss is not finite; OSError: of the system, or processes that did not come
-    except (ValueError, ImportError, FloatingPointError, OSError) as error:
+    # FloatingPointError: a loss is not finite; OSError: of the system, or processes that did not come; RuntimeError: a
+    # reward function raised
+    except (ValueError, ImportError, FloatingPointError, OSError, RuntimeError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK") or not (raised_here(error) or by_the_system(error)):
             raise
         if isinstance(error, OSError) and by_the_system(error):

@@ -26,6 +26,7 @@ from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_programs
 from jaxrlhf.resume import OF_DATA, OF_STATE, changes_since_saved, explained
+from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.score import joined, try_graders
 from jaxrlhf.sharding import batch_shards, current, whole
 from jaxrlhf.stopping import Stop
@@ -244,16 +245,19 @@ class Trainer:
     def rescue(self, step: int, state: TrainState, error: Exception) -> None:
         """Saves the state before an iteration that raised ``error``, where it is whole: a reward function raised.
 
-        Raises ``error``, but where Ctrl-C was pressed: it reaches the processes that a function has started, too."""
+        Raises ``error`` except where Ctrl-C was pressed: it reaches the processes that a function has started, too."""
         whole_state = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
         if distributed.several() or isinstance(error, FloatingPointError) or not whole_state:
             raise error
         if step > (self.saved.latest() or 0):
             self.flush()
             self.save(step, state)
+        what = str(error) if isinstance(error, GraderError) else f"{type(error).__name__}: {one_line(error)}"
         if self.stop.asked is None:
+            if step:
+                self.log.say(f"stopped at step {step}, which is saved; once the error is mended, {GOES_ON}")
             raise error
-        self.log.say(f"step {step + 1} was left out: {type(error).__name__}: {one_line(error)}")
+        self.log.say(f"step {step + 1} was left out: {what}")
 
     def compile(self, state: TrainState) -> dict[Any, Callable]:
         """The iteration for every shape of batch that can come, before the first is run: (state, batch, records) ->

@@ -30,7 +30,7 @@ from jaxrlhf.data.batches import Share
 from jaxrlhf.feed import fetch, put
 from jaxrlhf.programs import compile_programs
 from jaxrlhf.rewards.functions import RewardFunction, RewardsConfig
-from jaxrlhf.rewards.graders import Graders
+from jaxrlhf.rewards.graders import GraderError, Graders
 from jaxrlhf.score import joined, score
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
 from jaxrlhf.types import Batch, Sequences
@@ -440,7 +440,8 @@ def test_a_signal_in_the_function_and_resuming_change_no_bit(text, tmp_path, cap
     with rewarded_by(stopping):
         assert trainer.run(parts) == ("interrupted" if number == signal.SIGINT else "preempted")
         assert runs.steps_kept(tmp_path / "parts") == [2]  # the iteration that it came in was finished
-        assert ("step 3 was left out: BrokenPipeError: a worker is gone\n" in capsys.readouterr().out) == raises
+        said = "step 3 was left out: rewards.function: my_rewards:f: raised BrokenPipeError: a worker is gone (/"
+        assert (said in capsys.readouterr().out) == raises
         assert trainer.run(parts) == "done"
     expected, found = (runs.read_state(tmp_path / name, 4) for name in ("whole", "parts"))
     assert found.keys() == expected.keys()
@@ -451,8 +452,8 @@ def test_a_signal_in_the_function_and_resuming_change_no_bit(text, tmp_path, cap
 
 
 @pytest.mark.parametrize("mistake", ["raises", "answers"])
-def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, mistake):
-    """What it raises is raised as it is, and with the function mended the run goes on."""
+def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys, mistake):
+    """What it raises is told in one line, with the place in its file, and with it mended the run goes on."""
     calls = []
 
     def breaking(responses, records):
@@ -462,12 +463,16 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, mistak
         return vowels(responses, records)
 
     cfg = config(text, tmp_path / "ppo", checkpoint={"every": 10})
+    named, line = "rewards.function: my_rewards:f", breaking.__code__.co_firstlineno + 3
     expected = {
-        "raises": pytest.raises(KeyError, match="solution"),
-        "answers": pytest.raises(ValueError, match=r"^rewards.function: my_rewards:f: returned 1 scores: expected 16"),
+        "raises": pytest.raises(GraderError, match=rf"^{named}: raised KeyError: 'solution' \({__file__}:{line}\)$"),
+        "answers": pytest.raises(ValueError, match=rf"^{named}: returned 1 scores: expected 16"),
     }
-    with rewarded_by(breaking), expected[mistake]:
+    with rewarded_by(breaking), expected[mistake] as caught:
         trainer.run(cfg)
+    assert cli.raised_here(caught.value)
+    went_on = "stopped at step 2, which is saved; once the error is mended, the same command goes on from there\n"
+    assert went_on in capsys.readouterr().out
     assert runs.steps_kept(tmp_path / "ppo") == [2]
     with rewarded_by(vowels):
         assert trainer.run(dataclasses.replace(cfg, iterations=3)) == "done"

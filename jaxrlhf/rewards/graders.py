@@ -1,6 +1,5 @@
 """Several graders of a response, and the score that they make together."""
 
-import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,13 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrlhf import outside
 from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
 from jaxrlhf.wording import one_line
 
-PACKAGE = Path(__file__).parent.parent
-OTHERS = (str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")))  # not the user's
 RESERVED = ("mean", "std", "unscorable")  # score/... metrics of ours
 SAMPLES = ("This is a sample response.", "The answer is 42.\n#### 42")
+
+
+class GraderError(RuntimeError):
+    """A reward function raised something: one line, with the place in its file."""
 
 
 class Graders(NamedTuple):
@@ -26,8 +28,8 @@ class Graders(NamedTuple):
     required: tuple[bool, ...] = (True,)
 
     def __call__(self, responses: list[str], records: list[dict[str, Any]]) -> np.ndarray:
-        """f32[len(responses), functions]: what each gives a response; NaN where it gives none."""
-        return np.stack([function(responses, records) for function in self.functions], axis=1)
+        """f32[len(responses), functions]: what each gives a response; NaN where none. Raises as ``answers``."""
+        return np.stack([answers(function, responses, records) for function in self.functions], axis=1)
 
     def combine(self, grades: np.ndarray) -> np.ndarray:
         """f32[B]: the score of each row of ``grades`` f32[B, functions]: the sum of weight x number over the functions.
@@ -48,21 +50,23 @@ class Graders(NamedTuple):
         some = [records[at % len(records)] for at in range(len(SAMPLES))]
         for function in self.functions:
             try:
-                function(list(SAMPLES), some)
-            except Exception as error:
-                raise ValueError(explain(function, error, where)) from error
+                answers(function, list(SAMPLES), some)
+            except GraderError as error:
+                raise ValueError(f"{error} on a sample response to a record of {where}") from error
 
 
-def explain(function: RewardFunction, error: Exception, where: str) -> str:
-    """What a function raised on a sample response, and where in its file; as it is where we raised it for the user."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if PACKAGE in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise "):
-        text = one_line(error)
-        return text if text.startswith(str(function)) else f"{function}: {text}"
-    own = [frame for frame in frames if not frame.filename.startswith(("<", *OTHERS))]
-    what = f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
-    place = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    return f"{function}: raised {what}{place} on a sample response to a record of {where}"
+def answers(function: RewardFunction, responses: list[str], records: Sequence[dict[str, Any]]) -> np.ndarray:
+    """What ``function`` gives the responses. Raises, in one line, GraderError where it raises anything (that is the
+    cause of it), ValueError where this package did: what the function gives is no list of numbers, say."""
+    try:
+        return function(responses, list(records))
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not (outside.PACKAGE in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise ")):
+            raise GraderError(f"{function}: raised {outside.describe(error)}") from error
+        if str(error).startswith(str(function)):
+            raise
+        raise ValueError(f"{function}: {one_line(error)}") from error
 
 
 # ---- from the config ------------------------------------------------------------------------------------------------

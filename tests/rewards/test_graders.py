@@ -8,8 +8,9 @@ import threading
 import numpy as np
 import pytest
 
+from jaxrlhf import cli
 from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
-from jaxrlhf.rewards.graders import Graders, find_graders, grader_problems
+from jaxrlhf.rewards.graders import GraderError, Graders, find_graders, grader_problems
 
 MODULE = """
 import functools
@@ -221,7 +222,7 @@ def test_what_can_t_be_one_is_one_line(name, line):
 @pytest.mark.parametrize(
     ("name", "arguments", "line"),
     [
-        ("my_graders:column", {}, "raised KeyError: 'solution' (my_graders.py, line 45)"),
+        ("my_graders:column", {}, "raised KeyError: 'solution' ({module}:45)"),
         ("my_graders:total", {}, "returned 51: expected a list of 2 numbers, one a response"),
         ("my_graders:one", {}, "returned 1 scores: expected 2, one a response"),
         ("my_graders:words", {}, "score 0 is 'good': expected a finite number, or None"),
@@ -245,9 +246,33 @@ def test_a_function_that_fails_on_a_sample_response_is_one_line(name, arguments,
     with pytest.raises(ValueError) as caught:
         graders.try_on(RECORDS[:1], "data.prompts")
     text = str(caught.value)
+    if "{module}" in line:
+        line = line.replace("{module}", str(sys.modules["my_graders"].__file__))
     assert text.startswith(f"rewards.functions.mine.function: {name}: {line}") and "\n" not in text
     if "raised" in line:
         assert text.endswith(" on a sample response to a record of data.prompts")
+
+
+@pytest.mark.parametrize(
+    ("raised", "what"),
+    [
+        (KeyError("answer"), "KeyError: 'answer'"),
+        (ValueError("of two\n lines"), "ValueError: of two lines"),
+        (ConnectionError(), "ConnectionError"),
+        (SystemExit(3), "SystemExit: 3"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_what_a_function_raises_later_is_one_line_with_its_place(raised, what):
+    def broken(responses, records):
+        raise raised
+
+    graders = Graders((RewardFunction("my:f", broken),))
+    with pytest.raises(GraderError) as caught:
+        graders([""], [{}])
+    place = f"{__file__}:{broken.__code__.co_firstlineno + 1}"
+    assert str(caught.value) == f"rewards.function: my:f: raised {what} ({place})"
+    assert caught.value.__cause__ is raised and cli.raised_here(caught.value)
 
 
 def test_one_that_scores_nothing_of_the_sample_is_no_mistake():
