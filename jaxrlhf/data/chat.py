@@ -249,7 +249,7 @@ def _with_arguments(message: dict[str, Any], as_text: bool) -> dict[str, Any]:
     for call in message["tool_calls"]:
         inner = call.get("function", call)
         given = inner.get("arguments", {})
-        value = _parsed(given, "tool_calls: arguments") if isinstance(given, str) and given.strip() else given or {}
+        value = parse_json(given, "tool_calls: arguments") if isinstance(given, str) and given.strip() else given or {}
         changed = {**inner, "arguments": json.dumps(value, ensure_ascii=False) if as_text else value}
         calls.append({**call, "function": changed} if "function" in call else changed)
     return {**message, "tool_calls": calls}
@@ -271,20 +271,21 @@ def _prints_python(text: str, messages: list[dict[str, Any]]) -> bool:
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     """The ``tools`` column: a list of JSON schemas, or JSON text of it; None where there are none."""
     if isinstance(tools, str):
-        tools = _parsed(tools, "tools") if tools.strip() else None
+        tools = parse_json(tools, "tools") if tools.strip() else None
     if isinstance(tools, Mapping):
         tools = [tools]
     if not tools:
         return None
     if not isinstance(tools, list):
         raise BadRecord(f"tools is {type(tools).__name__}, expected a list of JSON schemas, or JSON text of one")
-    found = [_parsed(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
+    found = [parse_json(tool, "tools") if isinstance(tool, str) else tool for tool in tools]
     if not all(isinstance(tool, Mapping) for tool in found):
         raise BadRecord("tools: expected a list of objects, each the JSON schema of a function")
     return [_without_nulls(tool, keep=()) for tool in found]
 
 
-def _parsed(text: str, what: str) -> Any:
+def parse_json(text: str, what: str) -> Any:
+    """The value that a text holds as JSON. Raises BadRecord, in one line, where it is none."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

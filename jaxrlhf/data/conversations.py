@@ -1,7 +1,7 @@
 """Conversations as people write them, in one form: a list of {"role": text, "content": text, ...}.
 
 Read are lists of messages, one message alone, ShareGPT's {"from", "value"}, any of these as JSON text (in CSV, Parquet
-or JSONL), and contents in parts. Other keys of a message (tool_calls, name, ...) stay as they are.
+or JSONL), contents in parts, and calls of tools in all their spellings. Other keys of a message stay as they are.
 """
 
 import ast
@@ -10,16 +10,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrlhf.data.chat import parse_json
 from jaxrlhf.data.kinds import BadRecord, type_name
 
-ROLES = {  # other words for the roles of a chat template
+ROLES = {  # other words for the roles of a chat template, in any case
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
+    **{role: role for role in ("user", "assistant", "system", "developer", "tool")},
 }
-FROM = ROLES | {"user": "user", "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
+FROM = ROLES | {"observation": "tool", "function_response": "tool", "function_call": "assistant"}  # of ShareGPT
 LEADING = ("system", "developer")  # roles that stand before a conversation
 TEXT_PARTS = ("text", "input_text", "output_text")
 SPELLINGS = (("role", "content"), ("from", "value"))
@@ -118,19 +122,49 @@ def _message(message: Any, name: str, notes: set[str]) -> Any:
     if not isinstance(message, Mapping):
         return message
     # null is what Arrow fills absent keys with; a content of null stands beside a tool call
-    message = {key: value for key, value in message.items() if value is not None or key == "content"}
+    message = {key: value for key, value in message.items() if value is not None or key in ("content", "value")}
     if {"from", "value"} <= message.keys() and not {"role", "content"} & message.keys():
-        speaker = message.pop("from")
-        if str(speaker).lower() not in FROM:
-            raise BadRecord(f"{name}.from is {str(speaker)[:40]!r}, expected human, gpt, system or tool")
+        speaker = str(message.pop("from"))
+        if speaker.lower() not in FROM:
+            raise BadRecord(f"{name}.from is {speaker[:40]!r}, expected human, gpt, system, tool or function_call")
         notes.add("from/value")
-        message = {"role": FROM[str(speaker).lower()], "content": message.pop("value"), **message}
+        message = {"role": FROM[speaker.lower()], "content": message.pop("value"), **message}
+        if speaker.lower() == "function_call":
+            message |= {"content": "", "tool_calls": _json_of(message["content"], f"{name}.value")}
     if isinstance(message.get("role"), str):
-        message["role"] = ROLES.get(message["role"], message["role"])
+        message["role"] = ROLES.get(message["role"].lower(), message["role"])
+    _take_calls(message, name)
     if isinstance(message.get("content"), Sequence) and not isinstance(message["content"], str):
         notes.add("content parts")
         message["content"] = "".join(_part(part, f"{name}.content[{at}]") for at, part in enumerate(message["content"]))
     return message
+
+
+def _take_calls(message: dict[str, Any], name: str) -> None:
+    """Makes the calls of tools in a message what templates expect: tool_calls: [{"function": {"name", "arguments"}}].
+
+    Read are also one call alone, JSON text of any of these, and OpenAI's older function_call."""
+    key = next((key for key in ("tool_calls", "function_call") if message.get(key)), None)
+    if key is None:
+        return
+    calls = _json_of(message.pop(key), f"{name}.{key}")
+    message.pop("function_call", None)
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list):
+        raise BadRecord(f"{name}.{key} is {type_name(calls)}, expected a list of calls")
+    message["tool_calls"] = [_call(call, f"{name}.{key}[{at}]") for at, call in enumerate(calls)]
+
+
+def _call(call: Any, name: str) -> dict[str, Any]:
+    call = _json_of(call, name)
+    inner = _json_of(call.get("function", call), f"{name}.function") if isinstance(call, Mapping) else call
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise BadRecord(f"{name} has no name of a function, expected {{function: {{name: text, arguments: object}}}}")
+    return {**call, "function": inner} if "function" in call else {"type": "function", "function": dict(call)}
+
+
+def _json_of(value: Any, name: str) -> Any:
+    return parse_json(value, name) if isinstance(value, str) else value
 
 
 def _part(part: Any, name: str) -> str:
@@ -147,14 +181,14 @@ def _part(part: Any, name: str) -> str:
 # ---- prompts, answers, pairs ----------------------------------------------------------------------------------------
 
 
-def fit_response(taken: dict[str, Any], where: str) -> dict[str, Any]:
+def fit_response(taken: dict[str, Any], where: str, notes: set[str]) -> dict[str, Any]:
     """Prompt and response both as messages where one of them is; the response without the prompt."""
     prompt, response = taken.get("prompt"), taken.get("response")
     if isinstance(prompt, list) and isinstance(response, str):
         response = [{"role": "assistant", "content": response}]
         return taken | {"response": response}
     if not isinstance(response, list) or not response:
-        return taken
+        return taken | _without_prompt(prompt, {"response": response}, notes)
     if prompt is None:
         return {word: value for word, value in taken.items() if word != "response"} | {"messages": response}
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -168,7 +202,7 @@ def fit_pair(taken: dict[str, Any], where: str, notes: set[str]) -> dict[str, An
     if prompt is None and all(isinstance(side, str) and side.startswith(TURN) for side in (chosen, rejected)):
         return _split_transcripts(chosen, rejected, notes)
     if not (isinstance(chosen, list) and isinstance(rejected, list) and chosen and rejected):
-        return taken
+        return taken | _without_prompt(prompt, {"chosen": chosen, "rejected": rejected}, notes)
     if prompt is None or prompt == "":
         notes.update(["implicit prompt"] if _role(chosen[0]) != "assistant" != _role(rejected[0]) else [])
         return {word: value for word, value in taken.items() if word != "prompt"}
@@ -184,6 +218,20 @@ def fit_pair(taken: dict[str, Any], where: str, notes: set[str]) -> dict[str, An
         raise BadRecord("one of chosen and rejected is an answer and the other a whole conversation, expected the same")
     notes.add("implicit prompt")
     return {word: value for word, value in taken.items() if word != "prompt"}
+
+
+def _without_prompt(prompt: Any, answers: dict[str, Any], notes: set[str]) -> dict[str, Any]:
+    """Texts without the prompt that they repeat, where it is a transcript. Any other prompt an answer may well begin
+    with ("Hello" - "Hello there"): then that is only told."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        return {}
+    if not all(isinstance(answer, str) and answer.startswith(prompt) for answer in answers.values()):
+        return {}
+    if not prompt.startswith(TURN):
+        notes.add(f"{' and '.join(answers)} repeat{'s' * (len(answers) == 1)} the prompt")
+        return {}
+    notes.update(["transcript", "implicit prompt"])
+    return {word: answer.removeprefix(prompt) for word, answer in answers.items()}
 
 
 def _prompt_end(prompt: Any, side: list[Any], name: str, where: str) -> int:

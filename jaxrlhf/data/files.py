@@ -18,7 +18,7 @@ from jaxrlhf.data.formats import recognise
 from jaxrlhf.data.kinds import BadRecord, nearest
 from jaxrlhf.data.readers import READERS, Rows, format_of
 
-FORMAT = 4  # of the cache; raise it when the same file would give other records
+FORMAT = 5  # of the cache; raise it when the same file would give other records
 
 
 def find_files(pattern: str, where: str) -> list:

@@ -11,6 +11,13 @@ from jaxrlhf.data.conversations import fit_pair, fit_response, read_value, text_
 from jaxrlhf.data.kinds import KINDS, BadRecord, check_record, closeness, nearest
 
 Words = Mapping[str, str]  # our word -> the column that it is taken from
+# names that are common, and elsewhere mean something beside the response: used where nothing else fits
+USUAL: list[Words] = [
+    {"prompt": "query", "response": "response"},
+    {"prompt": "question", "response": "answer"},
+    {"prompt": "problem", "response": "solution"},
+    {"prompt": "input", "response": "output"},
+]
 
 
 def _answers(**more: str) -> list[Words]:
@@ -24,6 +31,7 @@ def _answers(**more: str) -> list[Words]:
         {"prompt": "instruction", "response": "output", **more},
         {"prompt": "instruction", "response": "response", **more},
         {"prompt": "question", "response": "response", **more},
+        *({**words, **more} for words in USUAL),
     ]
 
 
@@ -46,6 +54,8 @@ FORMATS: dict[str, list[Words]] = {
         {"messages": "conversation"},
         {"prompt": "instruction"},
         {"prompt": "question"},
+        {"prompt": "problem"},
+        {"prompt": "query"},
     ],
     "unpaired": [
         *_answers(label="label"),
@@ -58,6 +68,7 @@ SYSTEM = ("system", "system_prompt")  # columns with a system prompt, beside any
 CONVERSATIONS = ("prompt", "response", "chosen", "rejected", "messages")  # words whose values may be messages
 PARTS = {"instruction": "input"}  # Alpaca: the second part of the prompt that the first column begins
 USED_BY_TEMPLATES = ("tools",)  # beside messages
+WEIGHTS = ("weight", "train", "training")  # of messages: how much they count, in OpenAI's files and axolotl's
 EMPTY_IS_NULL = ("messages", "conversations", "conversation", "tools", "margin", "label", "input")  # of CSV's cells
 
 
@@ -86,7 +97,7 @@ def recognise(row: Mapping[str, Any], kind: str, fields: Words, where: str, from
     words, notes = _choose(row, kind, fields, where), set[str]()
     columns = [*words.values(), *(part for column, part in PARTS.items() if column in words.values() and part in row)]
     taken = _values(row, words, notes)
-    taken = fit_pair(taken, where, notes) if kind == "preferences" else fit_response(taken, where)
+    taken = fit_pair(taken, where, notes) if kind == "preferences" else fit_response(taken, where, notes)
     system = _system_column(row, taken, where)
     if system:
         columns = [system, *columns]
@@ -95,17 +106,22 @@ def recognise(row: Mapping[str, Any], kind: str, fields: Words, where: str, from
         taken["label"] = truth(taken["label"])
     left_out = {word for word in KINDS[kind].checks if word in row and word not in taken and word != "margin"}
     record = {name: value for name, value in row.items() if name not in left_out} | taken
-    check_record(record, KINDS[kind])
+    check_record(record, KINDS[kind], words)
     chat = any(isinstance(taken.get(word), list) for word in CONVERSATIONS)
     used = {*columns, *(USED_BY_TEMPLATES if chat else ()), *(["margin"] if kind == "preferences" else ())}
     unused = left_out - used if kind == "prompts" else row.keys() - used
-    weighted = [f"{words[word]}[].weight" for word in CONVERSATIONS if word in words and _weighted(taken.get(word))]
+    weighted = [
+        f"{words[word]}[].{key}"
+        for word in CONVERSATIONS
+        if word in words
+        for key in WEIGHTS
+        if _has_key(taken.get(word), key)
+    ]
     return Recognised(record, _describe(columns, chat, notes), (*(name for name in row if name in unused), *weighted))
 
 
-def _weighted(messages: Any) -> bool:
-    """Whether some message says how much it counts, as OpenAI's files do."""
-    return isinstance(messages, list) and any(turn.get("weight") is not None for turn in messages)
+def _has_key(messages: Any, key: str) -> bool:
+    return isinstance(messages, list) and any(turn.get(key) is not None for turn in messages)
 
 
 def _describe(columns: Sequence[str], chat: bool, notes: set[str]) -> str:
@@ -183,12 +199,21 @@ def _choose(row: Mapping[str, Any], kind: str, fields: Words, where: str) -> Wor
         return first
     used = {*first.values(), *(PARTS.get(column) for column in first.values())}
     rival = next(
-        (other for other in complete[1:] if set(other) == set(first) and not set(other.values()) <= used), None
+        (
+            other
+            for other in complete[1:]
+            if set(other) == set(first) and not set(other.values()) <= used and not _is_usual(other)
+        ),
+        None,
     )
     if rival:
         word = next(word for word in first if first[word] != rival[word])
         raise BadRecord(f"{word} may be {first[word]!r} or {rival[word]!r}; {where}.fields.{word} says which")
     return first
+
+
+def _is_usual(words: Words) -> bool:
+    return {word: words.get(word) for word in ("prompt", "response")} in USUAL
 
 
 # ---- its values -----------------------------------------------------------------------------------------------------
@@ -228,7 +253,8 @@ def _values(row: Mapping[str, Any], words: Words, notes: set[str]) -> dict[str, 
 def truth(value: Any) -> Any:
     """True or false as data sets write them; anything else as it is, for the check of the record to refuse."""
     if isinstance(value, str):
-        return {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
+        known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+        return known.get(value.strip().lower(), value)
     return bool(value) if not isinstance(value, bool) and value in (0, 1) else value
 
 

@@ -81,7 +81,7 @@ def unanswered(value: Any) -> str | None:
     """Messages that wait for the assistant."""
     wrong = messages(value)
     if not wrong and value[-1]["role"] == "assistant":
-        return "ends with role 'assistant': nothing is left to say"
+        return "ends with role 'assistant', expected a turn that is to be answered"
     return wrong
 
 
@@ -107,7 +107,8 @@ def text_or(check: Check, text_check: Check = filled_text) -> Check:
 
 def boolean(value: Any) -> str | None:
     """True or false."""
-    shown = repr(value[:40]) if isinstance(value, str) else type_name(value)
+    simple = isinstance(value, str | int | float)
+    shown = repr(value)[:40] if simple else type_name(value)
     return None if isinstance(value, bool) else f"is {shown}, expected true or false"
 
 
@@ -179,8 +180,12 @@ def form_of(kind: Kind, record: Mapping[str, Any]) -> tuple[str, ...] | None:
     return next((form for form in kind.forms if all(record.get(field) is not None for field in form)), None)
 
 
-def check_record(record: Mapping[str, Any], kind: Kind) -> None:
-    """Raises BadRecord, in one line, when the record, which has the words of ``kind``, can't be used as one."""
+def check_record(record: Mapping[str, Any], kind: Kind, columns: Mapping[str, str] | None = None) -> None:
+    """Raises BadRecord, in one line, when the record, which has the words of ``kind``, can't be used as one.
+
+    Args:
+        columns: what the fields are called where they come from, for messages.
+    """
     form = form_of(kind, record)
     if form is None:
         empty = next(field for form in kind.forms for field in form if record.get(field) is None)
@@ -190,7 +195,8 @@ def check_record(record: Mapping[str, Any], kind: Kind) -> None:
         value = record.get(field)
         wrong = kind.checks[field](value) if value is not None else None
         if wrong:
-            raise BadRecord(f"{field}{'' if wrong.startswith('[') else ' '}{wrong}")
+            name = (columns or {}).get(field, field)
+            raise BadRecord(f"{name}{'' if wrong.startswith('[') else ' '}{wrong}")
     wrong = kind.whole(record)
     if wrong:
         raise BadRecord(wrong)

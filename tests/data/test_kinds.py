@@ -51,7 +51,7 @@ def test_usable(kind, record):
         ("preferences", {"chosen": "a", "rejected": "b", "margin": float("nan")}, "margin is nan"),
         ("preferences", {"chosen": "a", "rejected": "b", "margin": True}, "margin is true/false"),
         ("preferences", {"chosen": "a", "rejected": "b", "prompt": [ASSISTANT]}, "prompt ends with role 'assistant'"),
-        ("prompts", {"messages": [USER, ASSISTANT]}, "nothing is left to say"),
+        ("prompts", {"messages": [USER, ASSISTANT]}, "expected a turn that is to be answered"),
     ],
 )
 def test_refused_in_one_line(kind, record, message):
