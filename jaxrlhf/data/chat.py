@@ -42,7 +42,7 @@ TEMPLATES = {
 }
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt")  # variables that every template is given
 DATE = "chat_date"  # key of tokenizer_config.json: what a template that asks for the date is told
-DATED = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+STRFTIME = "aAbBcdefHIjmMpSUwWxXyY%"  # the letters of its formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +171,12 @@ def date_of(tokenizer: Any) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _at(template: str, date: str) -> str:
-    """The template with its dates written out."""
+    """The template with a ``strftime_now`` of its own, which writes ``date`` in any format."""
     then = datetime.datetime.fromisoformat(date)
-    return DATED.sub(lambda found: _literal(then.strftime(found["format"])), template)
+    codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in STRFTIME]
+    written = "".join(f" | replace({_literal(code)}, {_literal(then.strftime(code))})" for code in codes)
+    macro = "{% macro strftime_now(format) %}{{ format" + written + " }}{% endmacro %}"
+    return macro + "{{ '' }}" + template  # a line break behind the macro itself would not be written
 
 
 # ---- a conversation as text -----------------------------------------------------------------------------------------

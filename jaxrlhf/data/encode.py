@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrlhf.data.chat import Message, Messages, render
 from jaxrlhf.data.kinds import BadRecord
-from jaxrlhf.data.tokenizer import added_tokens, encode_text, eos_ids, find_added, leading_ids, start_id
+from jaxrlhf.data.tokenizer import added_tokens, encode_text, eos_ids, find_added, leading_ids, start_id, turn_end
 
 Record = Mapping[str, Any]
 Piece = tuple[str, bool]  # text, and whether it is a response
@@ -75,7 +75,7 @@ def encode_prompt(record: Record, tokenizer: Any) -> np.ndarray:
     if isinstance(record.get("prompt"), str):
         before, _ = _begin(encode_text(tokenizer, record["prompt"]).ids, [], tokenizer)
         return np.asarray(before, np.int32)
-    messages = _messages(record) or ()
+    messages = _without_ends(_messages(record) or (), tokenizer)
     ids = encode_text(tokenizer, render(messages, tokenizer, True, record.get("tools"))).ids
     return np.asarray(ids or [start_id(tokenizer)], np.int32)
 
@@ -110,7 +110,7 @@ def encode_demonstration(
         return _encode_chat(Talk(messages, record.get("tools")), learnt, tokenizer, eos, append_eos)
     start, text = [start_id(tokenizer)], encode_text(tokenizer, record["text"]).ids
     text = text[1:] if text[:1] == start else text  # a text that a template has written already
-    return _finish([(start, False), (text, True)], eos, append_eos)
+    return _finish([(start, False), (_to_its_end(text, tokenizer, eos), True)], eos, append_eos)
 
 
 def encode_pair(
@@ -163,7 +163,16 @@ def _conversation(prompt: Any, side: Any) -> list[Message]:
 def _encode_texts(prompt: str, response: str, tokenizer: Any, eos: Sequence[int], append_eos: bool) -> Encoded:
     first, second = _encode_pieces([(prompt, False), (response, True)], tokenizer)
     before, after = _begin(first, second, tokenizer)
-    return _finish([(before, False), (after, True)], eos, append_eos)
+    return _finish([(before, False), (_to_its_end(after, tokenizer, eos), True)], eos, append_eos)
+
+
+def _to_its_end(ids: list[int], tokenizer: Any, eos: Sequence[int]) -> list[int]:
+    """A text up to the EOS that ends it, without what templates write behind that: a line break, or a second EOS."""
+    at = len(ids)
+    while at and (ids[at - 1] in eos or not tokenizer.decode(ids[at - 1]).strip()):
+        at -= 1
+    end = next((place for place in range(at, len(ids)) if ids[place] in eos), None)
+    return ids if end is None else ids[: end + 1]
 
 
 def _begin(before: list[int], after: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -195,12 +204,12 @@ def _encode_chat(talk: Talk, turns: list[int], tokenizer: Any, eos: Sequence[int
 
 def _chat_pieces(talk: Talk, turns: Iterable[int], tokenizer: Any, eos: Sequence[int]) -> list[Piece]:
     """The rendered conversation, cut where the assistant starts and stops. The spans come from rendering prefixes."""
-    messages, tools = talk
+    messages, tools = _without_ends(talk.messages, tokenizer), talk.tools
     added = added_tokens(tokenizer)
     ends = [word for word in tokenizer.convert_ids_to_tokens(list(eos)) if word in added]
     whole, at, pieces = render(messages, tokenizer, tools=tools), 0, []
     for turn in turns:
-        before = render(messages[:turn], tokenizer, True, tools)
+        before = render(messages[:turn], tokenizer, True, tools) if turn else _opening(messages[0], tokenizer, tools)
         after = render(messages[: turn + 1], tokenizer, tools=tools)
         last = turn == len(messages) - 1
         if last and not after.startswith(before) and (said := _thought(before, after, messages[turn])):
@@ -217,6 +226,29 @@ def _chat_pieces(talk: Talk, turns: Iterable[int], tokenizer: Any, eos: Sequence
         pieces += [(whole[at : len(before)], False), (said, True)]
         at = len(before) + len(said)
     return pieces + ([(whole[at:], False)] if not last and at < len(whole) else [])
+
+
+def _without_ends(messages: Messages, tokenizer: Any) -> Messages:
+    """Turns of the assistant without the EOS that the template writes behind them: it would stand there twice."""
+    end = turn_end(tokenizer)
+    word = "" if end is None else tokenizer.convert_ids_to_tokens(end)
+
+    def bare(message: Message) -> Message:
+        content = message.get("content")
+        if message["role"] != "assistant" or not isinstance(content, str) or not content.rstrip().endswith(word):
+            return message
+        while content.rstrip().endswith(word):
+            content = content.rstrip().removesuffix(word)
+        return {**message, "content": content}
+
+    return [bare(message) for message in messages] if word else messages
+
+
+def _opening(first: Message, tokenizer: Any, tools: Any) -> str:
+    """What a template writes before a conversation's first turn, where that is the assistant's."""
+    texts = [render([{**first, "content": word}], tokenizer, tools=tools) for word in ("A probe.", "Or two?")]
+    both = texts[0][: _common(*texts)]
+    return both[: _common(both, render([first], tokenizer, tools=tools))]
 
 
 def _said(whole: str, before: str, after: str, message: Message, ends: Sequence[str]) -> str | None:

@@ -191,6 +191,13 @@ def turn_end(tokenizer: Any) -> int | None:
     None where there is no template, or it ends turns with text."""
     if not tokenizer.chat_template:
         return None
+    kept, key = getattr(tokenizer, "kept_end", None), (json.dumps(tokenizer.chat_template), len(tokenizer))
+    if kept is None or kept[0] != key:  # every row needs it
+        tokenizer.kept_end = kept = key, _find_turn_end(tokenizer)
+    return kept[1]
+
+
+def _find_turn_end(tokenizer: Any) -> int | None:
     content = "The answer."
     try:
         text = render(

@@ -68,6 +68,31 @@ def test_an_eos_within_a_content_does_not_cut_it(tokenizer):
     assert text_of(encoded, chat).endswith("write <|end|> there<|end|>")
 
 
+@pytest.mark.parametrize("behind", ["<|end|>", "<|end|>\n", "<|end|><|end|>"])
+def test_an_eos_that_a_content_brings_along_is_not_doubled(tokenizer, behind):
+    """In what is learnt, in earlier turns, and in the prompt that the sampler sees."""
+    chat = speaking(tokenizer, TURNS + OPENS, WORDS)
+    marked = [turn | {"content": turn["content"] + behind} if turn["role"] == "assistant" else turn for turn in TWO]
+    plain, given = (encode_demonstration({"messages": talk}, chat, "assistant") for talk in (TWO, marked))
+    assert text_of(given, chat) == text_of(plain, chat) and learnt(given, chat) == ["Yes.<|end|>", "No.<|end|>"]
+    assert (
+        encode_prompt({"messages": marked[:-1]}, chat).tolist() == encode_prompt({"messages": TWO[:-1]}, chat).tolist()
+    )
+
+
+def test_the_header_of_a_first_turn_is_not_learnt(tokenizer):
+    """A conversation that the assistant opens; the answers of a pair without a prompt."""
+    chat = speaking(tokenizer, "{{ bos_token or '' }}" + TURNS + OPENS, WORDS)
+    talk = [SAID("Hello."), *TWO]
+    encoded = encode_demonstration({"messages": talk}, chat, "assistant")
+    assert learnt(encoded, chat) == ["Hello.<|end|>", "Yes.<|end|>", "No.<|end|>"]
+    assert text_of(encoded, chat).startswith("<|assistant|>Hello.<|end|>\n<|user|>")
+    sides = encode_pair({"chosen": [SAID("A yes.")], "rejected": [SAID("Or no.")]}, chat)
+    assert [learnt(side, chat) for side in sides] == [["A yes.<|end|>"], ["Or no.<|end|>"]]
+    other = speaking(tokenizer, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert learnt(encode_demonstration({"messages": talk[:1]}, other, "response"), other) == ["Hello.\n<eos>"]
+
+
 def test_an_eos_that_swallows_the_space_behind_it(tokenizer):
     """Phi-3's tokens take the line break along."""
     from tokenizers import AddedToken
@@ -251,7 +276,17 @@ def test_an_empty_turn_without_a_call_is_still_refused():
 # ---- dates ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dated_template_writes_one_date(tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}",
+        "{% macro today(form) %}{{ strftime_now(form) }}{% endmacro %}{{ today('%d ' ~ '%b %Y') }}",
+        "{% if strftime_now is defined %}{{ '%02d' % strftime_now(format='%-d') | int }}{% endif %} "
+        "{{ strftime_now('%b %Y') }}",
+    ],
+)
+def test_a_dated_template_writes_one_date(tokenizer, tmp_path, monkeypatch, asks):
     """That of its first use, on every later day and in what starts from the run."""
     import datetime as real
 
@@ -265,7 +300,7 @@ def test_a_dated_template_writes_one_date(tokenizer, tmp_path, monkeypatch):
             return real.datetime(2026, 5, cls.today_is)
 
     monkeypatch.setattr(module.datetime, "datetime", Clock)
-    chat = speaking(tokenizer, "{{ strftime_now('%d %b %Y') }}" + TURNS, WORDS)
+    chat = speaking(tokenizer, asks + TURNS, WORDS)
     first = render(ONE, chat)
     Clock.today_is = 21
     assert first.startswith("02 May 2026") and render(ONE, chat) == first

@@ -48,6 +48,18 @@ def test_eos_is_not_doubled(tokenizer):
     assert learnt(encoded, tokenizer) == ["b<eos>"]
 
 
+@pytest.mark.parametrize("behind", ["<eos>\n", "<eos> \n\n", "<eos><eos>", "<eos>\n<eos>\n"])
+def test_what_follows_the_eos_that_ends_a_text_is_not_learnt(tokenizer, behind):
+    """A text that a chat template has written ends with a line break; no policy writes on behind its EOS."""
+    encode = lambda record: encode_demonstration(record, tokenizer, "response")
+    assert text_of(encode({"prompt": "a", "response": "b" + behind}), tokenizer) == "ab<eos>"
+    assert text_of(encode({"text": "b<eos>a" + behind}), tokenizer) == "<eos>b<eos>a<eos>"
+    pair = encode_pair({"prompt": "a", "chosen": "b" + behind, "rejected": "c\n"}, tokenizer)
+    assert [text_of(side, tokenizer) for side in pair] == ["ab<eos>", "ac\n<eos>"]
+    bare = encode_demonstration({"prompt": "a", "response": "b" + behind}, tokenizer, "response", append_eos=False)
+    assert text_of(bare, tokenizer) == "ab<eos>"
+
+
 def test_without_append_eos_responses_stay_as_they_are(tokenizer):
     """Only an EOS that the text itself has; on both sides of a pair too."""
     encode = lambda record: encode_demonstration(record, tokenizer, "response", append_eos=False)
