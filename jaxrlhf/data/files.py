@@ -18,7 +18,8 @@ from jaxrlhf.data.formats import recognise
 from jaxrlhf.data.kinds import BadRecord, nearest
 from jaxrlhf.data.readers import READERS, Rows, format_of
 
-FORMAT = 5  # of the cache; raise it when the same file would give other records
+FROM_TEXT = (".csv", ".tsv")  # formats whose values are all text
+FORMAT = 6  # of the cache; raise it when the same file would give other records
 
 
 def find_files(pattern: str, where: str) -> list:
@@ -74,13 +75,13 @@ class Table(NamedTuple):
 
     name: str  # for messages
     rows: Callable[[], Rows]
-    from_text: bool = False  # CSV: all values are text
+    from_text: bool = False  # CSV, TSV: all values are text
 
 
 def tables_of(files: list) -> list[Table]:
     """The rows of files, each read in its own format."""
     return [
-        Table(str(file), functools.partial(READERS[str(format_of(file))], file), format_of(file) == ".csv")
+        Table(str(file), functools.partial(READERS[str(format_of(file))], file), format_of(file) in FROM_TEXT)
         for file in files
     ]
 

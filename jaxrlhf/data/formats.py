@@ -244,7 +244,8 @@ def _values(row: Mapping[str, Any], words: Words, notes: set[str]) -> dict[str, 
             taken[word] = read_value(taken[word], words[word], notes)
     if isinstance(taken.get("text"), str) and text_holds_messages(taken["text"]):
         raise BadRecord("text holds messages as JSON; fields: {messages: text} reads them")
-    second = row.get(PARTS.get(words.get("prompt", ""), ""))
+    part = PARTS.get(words.get("prompt", ""))
+    second = None if part is None else row.get(part)
     if isinstance(taken.get("prompt"), str) and isinstance(second, str) and second.strip():
         taken["prompt"] = f"{taken['prompt']}\n\n{second}"
     return taken

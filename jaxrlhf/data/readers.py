@@ -1,4 +1,4 @@
-"""The rows of local files, each with its line: JSONL, JSON, CSV and Parquet, the text ones also with gzip."""
+"""The rows of local files, each with its line: JSONL, JSON, CSV, TSV and Parquet, the text ones also with gzip."""
 
 import contextlib
 import csv
@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
-from jaxrlhf.data.kinds import type_name
+from jaxrlhf.data.kinds import text, type_name
 
 BOM = b"\xef\xbb\xbf"
 Rows = Iterator[tuple[int, dict[str, Any] | str]]  # line number, and the row or what is wrong with it
@@ -70,12 +70,13 @@ def read_json(path) -> Rows:
         yield number, row if isinstance(row, dict) else f"is {type_name(row)}, expected a JSON object"
 
 
-def read_csv(path) -> Rows:
-    """Comma-separated, quoted with ", the first row names the columns; a quoted cell may hold line breaks."""
+def read_csv(path, separator: str = ",") -> Rows:
+    """Quoted with ", the first row names the columns; a quoted cell may hold line breaks."""
     with _opened(path) as file, _wide_cells():
         # surrogateescape: a byte that is not UTF-8 is reported with its own row, by the check of the text
         lines = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        reader = csv.reader(lines, strict=True)  # not strict, an open quote swallows the rest of the file
+        # not strict, an open quote swallows the rest of the file
+        reader = csv.reader(lines, delimiter=separator, strict=True)
         header: list[str] | None = None
         while True:
             line = reader.line_num + 1
@@ -87,12 +88,18 @@ def read_csv(path) -> Rows:
                 yield line, f"is not CSV: {error}"
                 continue
             if header is None and cells:
-                header = _check_header(cells, path)
+                header = _check_header(cells, path, separator)
             elif cells and header is not None:
                 yield line, _row_of(header, cells)
 
 
-def _check_header(header: list[str], path) -> list[str]:
+def _check_header(header: list[str], path, separator: str) -> list[str]:
+    wrong = next((wrong for name in header if (wrong := text(name))), None)
+    if wrong is not None:
+        raise ValueError(f"{path}:1: the name of a column {wrong}; expected UTF-8 text, columns split by {separator!r}")
+    other = next((mark for mark in ";\t|," if mark in header[0]), None) if len(header) == 1 else None
+    if other is not None:
+        raise ValueError(f"{path}:1: the columns are split by {other!r}, expected {separator!r}")
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{path}:1: two columns are named {twice!r}")
@@ -164,6 +171,7 @@ READERS: dict[str, Callable[[Any], Rows]] = {
     ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
+    ".tsv": lambda path: read_csv(path, "\t"),
     ".parquet": read_parquet,
 }
 PACKED = tuple(f"{name}.gz" for name in READERS if name != ".parquet")

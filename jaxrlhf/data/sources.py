@@ -24,7 +24,7 @@ LAZY_MODULES = ("text", "summarization", "question_answering", "translate", "tex
 class SourceConfig:
     """Where records come from: exactly one of ``path``, ``tfds`` and ``hf``."""
 
-    path: str | None = None  # JSONL, JSON, CSV (also .gz) or Parquet; a file or a glob, local or remote (gs://)
+    path: str | None = None  # JSONL, JSON, CSV, TSV (also .gz) or Parquet; a file or a glob, local or remote (gs://)
     tfds: str | None = None  # a dataset that tensorflow-datasets knows: "name" or "name/config"
     hf: str | None = (
         None  # a Hugging Face data set: "owner/name" or "owner/name/config", or its folder here (extra: hf)
@@ -102,7 +102,8 @@ class Source:
         """What the rows were recognised as, in one line: "messages; columns that are not used: id"."""
         several = len(self.formats) > 1
         found = [f"{name} ({count} rows)" if several else name for name, count in self.formats.items()]
-        unused = f"; columns that are not used: {', '.join(self.unused)}" if self.unused else ""
+        names = ", ".join(name or "one without a name" for name in self.unused)
+        unused = f"; columns that are not used: {names}" if names else ""
         return f"{', '.join(found)}{unused}"
 
 

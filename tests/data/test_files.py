@@ -147,7 +147,7 @@ def test_glob_reads_files_in_order_of_their_names(tmp_path):
         ("{}/dat.jsonl", "does not exist (did you mean 'data.jsonl'?)"),
         ("{}", "is a folder: name its files"),
         ("{}/*.parquet", "no file matches"),
-        ("{}/notes.txt", "ends with '.txt', expected one of .jsonl, .ndjson, .json, .csv, .parquet, or"),
+        ("{}/notes.txt", "ends with '.txt', expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, or"),
     ],
 )
 def test_path_that_names_nothing(tmp_path, path, message):

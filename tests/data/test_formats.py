@@ -582,12 +582,28 @@ def test_json(opened, content):
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: is not gzip that can be read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-9], "a.jsonl.gz: is not gzip that can be read"),
         ("a.parquet.gz", b"", "ends with '.gz', expected one of .jsonl"),
+        ("a.csv", "prompt;completion\na;b\n", "a.csv:1: the columns are split by ';', expected ','"),
+        ("a.csv", "prompt\tcompletion\na\tb\n", "a.csv:1: the columns are split by '\\t', expected ','"),
+        ("a.tsv", "prompt,completion\na,b\n", "a.tsv:1: the columns are split by ',', expected '\\t'"),
+        ("a.csv", "prompt,completion\na,b\n".encode("utf-16"), "a.csv:1: the name of a column"),
     ],
 )
 def test_files_that_cannot_be_read(opened, name, content, message):
     with pytest.raises(ValueError) as error:
         opened(name, content, "demonstrations")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_column_without_a_name_is_no_part_of_the_prompt(opened):
+    """pandas writes the numbers of the rows so."""
+    source = opened("a.csv", ",prompt,completion\n0,a,b\n1,c,d\n", "demonstrations")
+    assert [(record["prompt"], record["response"]) for record in source] == [("a", "b"), ("c", "d")]
+    assert source.describe().endswith("; columns that are not used: one without a name")
+
+
+def test_tsv(opened):
+    source = opened("a.tsv", 'prompt\tcompletion\nhi, "you"\t"b\n\tc"\n', "demonstrations")
+    assert [(record["prompt"], record["response"]) for record in source] == [('hi, "you"', "b\n\tc")]
 
 
 def test_a_tokenizer_is_trained_on_rows_with_null_columns():
