@@ -11,6 +11,7 @@ from jaxrlhf.evaluate import HeldOut
 from jaxrlhf.feed import Feed, training_prompts
 from jaxrlhf.models.transformer import parameter_table
 from jaxrlhf.types import Role
+from jaxrlhf.wording import counted
 
 
 def opening(ready: Run, start: int) -> str:
@@ -23,7 +24,7 @@ def opening(ready: Run, start: int) -> str:
         cfg.algorithm_name,
         f"{shape.family} {short_count(sum(math.prod(leaf.shape) for leaf in leaves))}",
         f"{devices.size} x {devices.flat[0].device_kind}",
-        f"{cfg.iterations} iterations" + (f", going on after {start}" if start else ""),
+        counted(cfg.length, "iteration") + (f", going on after {start}" if start else ""),
         f"seed {cfg.seed}",
     ]
     return f"{cfg.run_dir}: {', '.join(parts)}"

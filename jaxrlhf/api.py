@@ -13,7 +13,7 @@ Mistakes in a config raise ``ConfigError`` (a ValueError) whose text is one line
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf import platform
@@ -29,6 +29,7 @@ from jaxrlhf.scorer import Scorer
 from jaxrlhf.stopping import Stop
 from jaxrlhf.train import Step, run
 from jaxrlhf.types import Role
+from jaxrlhf.wording import cut
 
 __all__ = ["Config", "ConfigError", "Run", "Step", "build", "iterate", "load_config", "sample", "score", "train"]
 
@@ -74,11 +75,26 @@ def named(value: Any, where: str = "") -> Any:
     return f"{value.__module__}:{name}"
 
 
+def checked(cfg: object, function: str) -> Config:
+    """``cfg``. Raises ConfigError where it is no config, but what load_config makes one from, or something else."""
+    if isinstance(cfg, Config):
+        return cfg
+    raise ConfigError(f"{function}: {cut(repr(cfg))}: expected a Config, as load_config(...) gives it")
+
+
+def checked_texts(texts: object, function: str, name: str) -> None:
+    """Raises ValueError where one text stands in the place of a list of them, or one message in that of its list."""
+    if isinstance(texts, (str, Mapping)) or not isinstance(texts, Collection):
+        raise ValueError(f"{function}: {name}: {cut(repr(texts))}: expected a list of them")
+    if any(isinstance(text, Mapping) for text in texts):
+        raise ValueError(f"{function}: {name}: {cut(repr(texts))}: one conversation; expected a list of them")
+
+
 def build(cfg: Config) -> Run:
     """The run without its weights: models' shapes, mesh, tokenizer and the recipe of the step.
 
     Raises ConfigError where models, data and devices do not fit together."""
-    platform.prepare(cfg.deterministic)
+    platform.prepare(checked(cfg, "build").deterministic)
     return find_and_compose(cfg)
 
 
@@ -87,7 +103,7 @@ def train(cfg: Config) -> str:
 
     All three leave a checkpoint in ``cfg.run_dir``, and the same call goes on from it. Raises ConfigError before any
     work, FloatingPointError where a loss is not finite."""
-    platform.prepare(cfg.deterministic)
+    platform.prepare(checked(cfg, "train").deterministic)
     return run(cfg)
 
 
@@ -102,7 +118,7 @@ def iterate(cfg: Config) -> Iterator[Step]:
         follows the iteration; ``samples`` are rows of prompt, response and score where ``log.samples_every`` has some
         (held-out ones too). An evaluation before the first iteration has number 0.
     """
-    platform.prepare(cfg.deterministic)
+    platform.prepare(checked(cfg, "iterate").deterministic)
     steps: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=1)
     stop = Stop()  # hears no signals: it is told
 
@@ -157,6 +173,7 @@ def sample(
         chat: texts are a user's messages, and put into the model's chat template.
 
     The same arguments give the same responses. Raises ValueError where ``model`` can't write."""
+    checked_texts(prompts, "sample", "prompts")
     cfg = GenerateConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop)
     )
@@ -175,6 +192,8 @@ def score(model: str, prompts: Sequence[Prompt], responses: Sequence[str], role:
         role: of a run: whose score.
 
     Raises ValueError where ``model`` gives no scores, or prompts and responses are not as many."""
+    checked_texts(prompts, "score", "prompts")
+    checked_texts(responses, "score", "responses")
     if len(prompts) != len(responses):
         raise ValueError(f"score: {len(prompts)} prompts and {len(responses)} responses: expected as many")
     platform.prepare()

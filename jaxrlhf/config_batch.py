@@ -3,6 +3,7 @@
 import math
 
 from jaxrlhf.config import Config, find_algorithm
+from jaxrlhf.wording import counted
 
 # field of Batch -> the section of data that holds its rows, and the key of batch that says how many an iteration takes
 KIND_OF = {
@@ -115,10 +116,12 @@ def describe_batch(cfg: Config, parts: int) -> str:
     (epochs, minibatches), rows = updates_of(cfg), rows_of(cfg)
     (field, count), *others = rows.items()
     each = cfg.batch.samples_per_prompt
-    start = f"{count // each} prompts x {each} samples = {count} rows" if field == "prompts" else f"{count} {field}"
+    prompts, samples = counted(count // each, "prompt"), counted(each, "sample")
+    start = f"{prompts} x {samples} = {counted(count, 'row')}" if field == "prompts" else f"{count} {field}"
     more = "".join(f" with {number} {name}" for name, number in others)
     size = count // minibatches
-    updates = f"{epochs} epochs x {minibatches} minibatches of {size} = {epochs * minibatches} updates an iteration"
+    split = f"{counted(epochs, 'epoch')} x {counted(minibatches, 'minibatch', 'minibatches')} of {size}"
+    updates = f"{split} = {counted(epochs * minibatches, 'update')} an iteration"
     widths = cfg.batch.pack_widths
     packed = f", packed into the narrowest of {widths} widths" if widths > 1 else ""
     return f"batch: {start}{more} -> {updates}; micro-batches of {size // parts} ({parts} a minibatch){packed}"

@@ -16,7 +16,7 @@ from jaxrlhf.config_batch import KIND_OF, ROWS_KEY, describe_batch, describe_sha
 from jaxrlhf.config_check import check
 from jaxrlhf.data.batches import Stream
 from jaxrlhf.data.encode import Encoded
-from jaxrlhf.epochs import describe_epochs
+from jaxrlhf.epochs import describe_epochs, describe_short_run
 from jaxrlhf.evaluate import HeldOut, check_best, describe_best
 from jaxrlhf.feed import Feed, describe_data
 from jaxrlhf.log.run_dir import made_by
@@ -72,6 +72,7 @@ def describe(cfg: Config) -> Iterator[str]:
         yield describe_epochs(cfg, feed.rows())
         yield describe_steps(cfg, feed.rows())
         yield describe_batch(cfg, parts)
+        yield from describe_short_run(cfg, feed.rows())
         yield from [*describe_sharing(cfg, batch_shards(ready.mesh), parts), *describe_best(cfg)]
     yield describe_memory(ready)  # no mesh may be set
 

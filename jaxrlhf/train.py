@@ -17,7 +17,7 @@ from jaxrlhf.config import Config, describe_precision, dump, trunks_of, without_
 from jaxrlhf.config_batch import describe_batch, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.data.tokenizer import unreadable
-from jaxrlhf.epochs import describe_epochs
+from jaxrlhf.epochs import describe_epochs, describe_short_run
 from jaxrlhf.evaluate_policy import sample_rows
 from jaxrlhf.feed import Feed, describe_data, put
 from jaxrlhf.log.metrics import MetricsLog
@@ -182,6 +182,7 @@ class Trainer:
         notes = dict.fromkeys(note for found in self.ready.weights.values() for note in found.notes)
         lines += [
             describe_batch(cfg, parts),
+            *describe_short_run(cfg, self.feed.rows()),
             *sharing,
             *describe_precision(cfg),
             *passed_over,

@@ -13,6 +13,11 @@ def cut(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """ "1 row", "1,200 rows"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def nearest(word: object, choices: Sequence[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:
     """The choice nearest to ``word``; where none is near, ``otherwise``, or all choices."""
     if close := difflib.get_close_matches(str(word), choices, 1, cutoff):

@@ -72,6 +72,32 @@ def test_a_mistake_is_one_line(overrides, line):
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "line"),
+    [
+        ("train", ["a.yaml"], "train: 'a.yaml': expected a Config, as load_config(...) gives it"),
+        ("build", [{"seed": 1}], "build: {'seed': 1}: expected a Config, as load_config(...) gives it"),
+        ("iterate", [None], "iterate: None: expected a Config, as load_config(...) gives it"),
+        ("sample", ["m", "hello"], "sample: prompts: 'hello': expected a list of them"),
+        ("sample", ["m", None], "sample: prompts: None: expected a list of them"),
+        ("sample", ["m", {"role": "user"}], "sample: prompts: {'role': 'user'}: expected a list of them"),
+        (
+            "sample",
+            ["m", [{"role": "user"}]],
+            "sample: prompts: [{'role': 'user'}]: one conversation; expected a list of them",
+        ),
+        ("score", ["m", "hello", ["a"] * 5], "score: prompts: 'hello': expected a list of them"),
+        ("score", ["m", ["a"] * 5, "hello"], "score: responses: 'hello': expected a list of them"),
+    ],
+)
+def test_an_argument_of_another_kind_is_one_line_before_anything_is_loaded(function, arguments, line):
+    """A text is a list of letters to Python: without this each would be a prompt."""
+    with pytest.raises(ValueError) as error:
+        called = getattr(api, function)(*arguments)
+        next(called)  # iterate begins with its first step
+    assert str(error.value) == line
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 

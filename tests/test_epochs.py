@@ -6,6 +6,7 @@ import pytest
 
 from jaxrlhf import build, epochs, train
 from jaxrlhf.config import load
+from jaxrlhf.config_batch import describe_batch
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import open_source
@@ -66,6 +67,46 @@ def test_packed_rows_are_counted_as_the_stream_makes_them(config):
     assert counted.iterations == -(-3 * stream.rows // 4)
     shown = epochs.describe_epochs(counted, stream.rows)
     assert f"{counted.iterations} of 4 sequences = " in shown and f"data.demonstrations ({stream.rows} rows)" in shown
+
+
+def test_a_run_that_ends_within_its_warm_up_says_so(config):
+    """By hand: 10 rows, 4 an iteration: 3 iterations, the last of which learns at 2 of 10 parts of the rate."""
+    make = lambda name, *more: epochs.with_iterations(config(name, 1, *more), TOKENIZER, eos_ids(TOKENIZER))
+    warm = lambda steps, name="dpo", *more: epochs.describe_short_run(
+        make(name, f"optimizer.default.warmup_steps={steps}", *more), 10
+    )
+    said = (
+        "optimizer.{}.warmup_steps: {}: the {} of {} end within it, at {} of the learning rate; expected less than {}"
+    )
+    assert warm(10) == [said.format("default", 10, "3 updates", "policy", "20%", 3)]
+    assert warm(3) == [said.format("default", 3, "3 updates", "policy", "67%", 3)]
+    assert warm(2) == warm(0) == []
+    assert warm(10, "dpo", "batch.preferences_per_step=10") == [
+        said.format("default", 10, "1 update", "policy", "0%", 1)
+    ]
+    ppo = ["algorithm.num_epochs=2", "algorithm.num_minibatches=2", "optimizer.value.delay=1"]
+    assert warm(0, "ppo", *ppo, "optimizer.value.warmup_steps=8") == [
+        said.format("value", 8, "8 updates", "value", "88%", 8)
+    ]
+    assert warm(0, "ppo", *ppo, "optimizer.value.warmup_steps=7") == []
+
+
+def test_an_iteration_that_takes_rows_more_than_once_says_so(config):
+    one = ["iterations=1", "epochs=null"]
+    said = "batch.{}_per_step: {}: more than data.{}: an iteration takes each {} times; nearest: {}"
+    pairs = said.format("preferences", 40, "preferences has (10 rows)", "4", 10)
+    assert epochs.describe_short_run(config("dpo", 1, "batch.preferences_per_step=40", *one), 10) == [pairs]
+    packed = said.format("sequences", 4, "demonstrations has (3 rows, once packed)", "1.33", 3)
+    assert epochs.describe_short_run(config("sft", 1, *one), 3) == [packed]
+    assert epochs.describe_short_run(config("sft", 1, *one), 4) == []
+
+
+def test_one_is_not_plural(config):
+    cfg = config("sft", 1, "iterations=1", "epochs=null")
+    assert epochs.describe_epochs(cfg, 4) == "1 iteration of 4 sequences = 1 epoch of data.demonstrations (4 rows)"
+    assert epochs.describe_epochs(cfg, 2) == "1 iteration of 4 sequences = 2 epochs of data.demonstrations (2 rows)"
+    updates = "1 epoch x 1 minibatch of 4 = 1 update an iteration"
+    assert describe_batch(cfg, 1) == f"batch: 4 sequences -> {updates}; micro-batches of 4 (1 a minibatch)"
 
 
 def test_as_many_iterations_see_every_row(config):

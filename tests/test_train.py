@@ -239,7 +239,7 @@ def test_a_log_has_plain_lines(process):
     lines = process.outputs[0].splitlines()
     opening = r".*/whole/sft: sft, llama \d+\.\dK, 1 x cpu, 4 iterations, seed 0"
     assert re.fullmatch(opening, lines[0])
-    batch = "batch: 8 sequences -> 1 epochs x 1 minibatches of 8 = 1 updates an iteration"
+    batch = "batch: 8 sequences -> 1 epoch x 1 minibatch of 8 = 1 update an iteration"
     assert any(line.startswith(batch) for line in lines[:8])
     assert "data.demonstrations: text" in lines and "data.preferences: chosen + rejected: text" in lines
     assert sum(line.startswith("compiled 1 program in ") for line in lines) == len(NAMES)
