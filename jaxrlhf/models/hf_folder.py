@@ -23,7 +23,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-READ_FILES = ("*.json", "model*.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja")
+VALUE_HEAD = "value_head.safetensors"  # where LLaMA-Factory puts the head of a reward model
+READ_FILES = ("*.json", "model*.safetensors", VALUE_HEAD, "merges.txt", "tokenizer.model", "chat_template.jinja")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_FILES = ("config.json", "generation_config.json", SINGLE, INDEX, "model-?????-of-?????.safetensors")
 MAX_JSON_BYTES = 64 * 2**20

@@ -15,7 +15,7 @@ from jaxrlhf.models import gguf
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES, HuggingFace
 from jaxrlhf.models.families.wrappers import TEXT_NAMES
-from jaxrlhf.models.hf_folder import INDEX, SINGLE, read_json
+from jaxrlhf.models.hf_folder import INDEX, SINGLE, VALUE_HEAD, read_json
 from jaxrlhf.models.hf_layout import SCORE, Source, find_sources, score_bias
 from jaxrlhf.types import Head
 
@@ -83,10 +83,9 @@ def open_weights(folder: epath.Path) -> dict[str, Any]:
     Raises ValueError, in one line, where there are none or their files are broken."""
     if (folder / gguf.RECORD).exists():
         return dict(gguf.open_tensors(folder))
-    if (folder / SINGLE).exists():
-        return open_file(folder / SINGLE)
-    if (folder / INDEX).exists():
-        return open_shards(folder)
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        model = open_file(folder / SINGLE) if (folder / SINGLE).exists() else open_shards(folder)
+        return model | (open_file(folder / VALUE_HEAD) if (folder / VALUE_HEAD).exists() else {})
     pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt"))
     if pickled:
         raise ValueError(f"{folder}: {pickled[0]}: pickled weights can run code and are never read; expected {SINGLE}")

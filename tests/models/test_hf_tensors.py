@@ -49,13 +49,18 @@ def test_the_heads_of_public_reward_models(tmp_path, name, bias, named):
     assert fresh == []
 
 
-def test_a_value_head_beside_a_language_model(tmp_path):
-    """TRL's: either head is read, and a policy says what it leaves."""
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_value_head_beside_a_language_model(tmp_path, apart):
+    """TRL's, and LLaMA-Factory's in a file of its own: either head is read, and a policy says what it leaves."""
     params = random_params(SHAPE)
     hf.save(params, SHAPE, "lm", tmp_path)
     score = {"v_head.summary.weight": np.ones((1, 32), np.float32), "v_head.summary.bias": np.full(1, 3, np.float32)}
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({f"pretrained_model.{name}": x for name, x in tensors.items()} | score, tmp_path / "model.safetensors")
+    if apart:
+        save_file(score, tmp_path / "value_head.safetensors")
+    else:
+        tensors = {f"pretrained_model.{name}": tensor for name, tensor in tensors.items()} | score
+        save_file(tensors, tmp_path / "model.safetensors")
     assert hf_config.read_config(tmp_path) == (SHAPE, "lm")
     equal(hf.load(tmp_path, SHAPE, "lm"), params)
     assert hf_tensors.kinds(hf_tensors.examine(tmp_path, SHAPE, "lm").left) == "v_head (2 tensors)"
