@@ -347,11 +347,12 @@ def _extents(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray
 
 def _continuation(text: str, tokenizer: Any) -> list[int]:
     """Ids of a text that follows another: some tokenizers write a space before the first word that they see."""
-    after_break = encode_text(tokenizer, "\n" + text)
-    begins, ends = _extents(after_break.offsets)
-    if ((begins < 1) & (ends > 1)).any():
-        return encode_text(tokenizer, text).ids
-    return [token for token, begin in zip(after_break.ids, begins) if begin >= 1]
+    for before in ("\n", "\x01"):  # what the vocabulary may have in one token with the text, and what it has not
+        whole = encode_text(tokenizer, before + text)
+        begins, ends = _extents(whole.offsets)
+        if not ((begins < 1) & (ends > 1)).any():
+            return [token for token, begin in zip(whole.ids, begins) if begin >= 1]
+    return encode_text(tokenizer, text).ids
 
 
 def _finish(parts: Sequence[tuple[list[int], bool]], eos: Sequence[int], append_eos: bool) -> Encoded:

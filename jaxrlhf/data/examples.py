@@ -23,7 +23,7 @@ from jaxrlhf.data.summary import Summary, quantiles
 from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id, unreadable, why_unreadable
 from jaxrlhf.data.truncate import Encoder, Sides, longest, truncate
 
-FORMAT = 7  # of the cached measures; raise it when the same record would give other tokens
+FORMAT = 8  # of the cached measures; raise it when the same record would give other tokens
 TOO_LONG, IDENTICAL, BAD, EMPTY, UNCUTTABLE = 0, -1, -2, -3, -4  # in place of a length
 
 

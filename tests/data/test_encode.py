@@ -125,9 +125,11 @@ def test_no_space_comes_in_where_a_tokenizer_puts_one_before_the_first_word():
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<unk>", "<eos>"], show_progress=False)
-    backend.train_from_iterator([*TEXTS, "\n"], trainer)
+    backend.train_from_iterator([*TEXTS, *["\nis"] * 9], trainer)
     spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-    for prompt, response in (("the film", " is good"), ("the film ", "is good"), ("the fil", "m is good")):
+    assert "\nis" in spaced.get_vocab()
+    cuts = (("the film", " is good"), ("the film ", "is good"), ("the fil", "m is good"), ("the film\n", "is good"))
+    for prompt, response in cuts:
         encoded = encode_demonstration({"prompt": prompt, "response": response}, spaced, "response")
         assert text_of(encoded, spaced) == prompt + response + "<eos>"
         assert learnt(encoded, spaced)[0].endswith(response.strip() + "<eos>")
