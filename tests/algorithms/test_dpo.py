@@ -227,7 +227,7 @@ def gradients(made: tiny.Tiny):
 
     def learn(state, batch):
         experience, _ = dpo.prepare(made.recipe.nets, state, batch, made.recipe.cfg)
-        return steps.gradients(made.recipe, state, experience)
+        return steps.gradients(made.recipe, state, experience)[:2]
 
     grads, means = jax.tree.map(np.asarray, tiny.program(learn)(apart, made.batch))
     return grads["policy"], {name: float(mean.value()) for name, mean in means.items()}

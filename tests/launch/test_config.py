@@ -68,7 +68,8 @@ def test_several_configs_are_one_launch_and_each_starts_from_the_moved_run_of_an
 
 
 def test_a_step_of_a_moved_run_stays_that_step():
-    chain = load("tpu_vm", CHAIN, CHAIN_FITS[:-1] + ", 'ppo:models.policy.init_from=runs/quickstart/sft@best']")
+    best = ", 'sft:checkpoint.best=eval/loss/policy', 'ppo:models.policy.init_from=runs/quickstart/sft@best']"
+    chain = load("tpu_vm", CHAIN, CHAIN_FITS[:-1] + best)
     (start,) = [text for text in chain.arguments if text.startswith("ppo:models.policy.init_from=gs://")]
     assert start.endswith("/first/sft@best")
 

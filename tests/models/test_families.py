@@ -145,7 +145,6 @@ def test_records_of_older_checkpoints():
         ("gemma3_text", {}, (4096, "LLLLLG")),
         ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 7}, (7, "LGLGLG")),
         ("gemma2", {"layer_types": ["full_attention"] * 6}, (0, "GGGGGG")),
-        ("olmo2", {"sliding_window": 7}, (0, "GGGGGG")),  # transformers does not look at it either
     ],
 )
 def test_windows(family, changes, expected):
@@ -211,6 +210,7 @@ def test_longrope_of_phi3(kind):
     "family, changes, line",
     [
         ("mistral", {"layer_types": ["full_attention"] * 6}, "layer_types: .* is not supported; expected None"),
+        ("olmo2", {"sliding_window": 7}, "sliding_window: 7 is not supported; expected None"),
         ("mistral", {"sliding_window": 0}, "sliding_window: 0; expected a positive whole number"),
         ("gemma2", {"sliding_window": None}, "sliding_window: null is not supported"),
         ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation: 'gelu' is not supported"),
