@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jsonschema
 import pytest
@@ -14,6 +15,7 @@ import jaxrlhf
 from jaxrlhf import cli, cli_discover
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import Config, ConfigError, load
+from jaxrlhf.config_check import check
 from jaxrlhf.config_reference import keys_of, select
 from jaxrlhf.config_schema import schema
 from jaxrlhf.config_yaml import read_file, read_yaml
@@ -269,3 +271,46 @@ def test_bash_completes(words, offered):
     asked = {"_JAXRLHF_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
     assert offered <= set(done.stdout.split()), done
+
+
+# ---- the README's way from TRL --------------------------------------------------------------------------------------
+
+
+def own_model_and_data() -> str:
+    readme = (runs.ROOT / "README.md").read_text()
+    return readme.partition("## Your own model and data\n")[2].partition("\n## ")[0]
+
+
+def test_each_key_of_the_table_of_trl_is_one():
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", own_model_and_data(), re.MULTILINE)
+    named = [name for _, ours in rows for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)", ours)]
+    assert len(rows) >= 10 and len(named) >= 25
+    keys = {key.path.replace("<role>", "default") for key in keys_of(Config)}
+    for name in named:
+        assert any(key == name or key.startswith(f"{name}.") for key in keys), name
+    trainers, ours = rows[1]
+    pairs = zip(re.findall(r"`(\w+)Trainer`", trainers), re.findall(r"`(?:algorithm\.name: )?(\w+)`", ours))
+    assert dict(pairs) == {"SFT": "sft", "DPO": "dpo", "KTO": "kto", "Reward": "rm", "GRPO": "grpo"}
+    assert set(re.findall(r"`(?:algorithm\.name: )?(\w+)`", ours)) == set(ALGORITHMS)
+
+
+def test_the_configs_of_the_way_from_trl_load(tmp_path, monkeypatch):
+    graders = types.ModuleType("my_rewards")
+    vars(graders)["exact"] = lambda responses, records: [0.0] * len(responses)
+    vars(graders)["short"] = lambda completions, **columns: [0.0] * len(completions)
+    monkeypatch.setitem(sys.modules, "my_rewards", graders)
+    section = own_model_and_data()
+    starters = cli_discover.starters()
+    edits = re.search(r'^DPO="dpo.yaml (.+)"$', section, re.MULTILINE)
+    assert edits
+    dpo = load(starters["dpo"], edits[1].split())
+    assert (dpo.models["policy"].init_from, dpo.run_dir) == ("my-model", "runs/my-dpo")
+    fragment = section.partition("```yaml\n")[2].partition("```")[0]
+    tree = read_yaml(starters["grpo"].read_text(), "grpo.yaml") | read_yaml(fragment, "README.md")
+    (tmp_path / "grpo.yaml").write_text(json.dumps(tree))
+    grpo = load(tmp_path / "grpo.yaml")
+    assert (grpo.models["policy"].init_from, grpo.run_dir) == (dpo.run_dir, "runs/my-grpo")
+    assert {name: grader.weight for name, grader in grpo.rewards.functions.items()} == {"correct": 1.0, "short": 0.5}
+    assert grpo.checkpoint.best == "eval/score/correct"
+    check(grpo, 1)
+    check(dpo, 1)
