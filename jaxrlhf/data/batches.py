@@ -233,7 +233,7 @@ class _Layout:
     make: "Maker"
 
     def packed(self, seed: int | None) -> "_Layout":
-        """The same records with several in a row, met in an order that hangs on ``seed`` (None: their own)."""
+        """The same records with several in a row, in an order that ``seed`` decides (None: their own)."""
         records = np.concatenate(self.units)
         if seed is not None:
             records = np.random.default_rng(int(_hash("pack", seed)[:8], 16)).permutation(records)

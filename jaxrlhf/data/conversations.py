@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrlhf.data.chat import parse_json
+from jaxrlhf.data.chat import LEADING_ROLES, parse_json
 from jaxrlhf.data.kinds import BadRecord, type_name
 
 ROLES = {  # other words for the roles of a chat template, in any case
@@ -24,7 +24,6 @@ ROLES = {  # other words for the roles of a chat template, in any case
     **{role: role for role in ("user", "assistant", "system", "developer", "tool")},
 }
 FROM = ROLES | {"observation": "tool", "function_response": "tool", "function_call": "assistant"}  # of ShareGPT
-LEADING = ("system", "developer")  # roles that stand before a conversation
 TEXT_PARTS = ("text", "input_text", "output_text")
 SPELLINGS = (("role", "content"), ("from", "value"))
 TURN, ANSWER = "\n\nHuman:", "\n\nAssistant:"  # of transcripts, as in Anthropic's HH
@@ -281,7 +280,7 @@ def with_system(taken: dict[str, Any], system: Any) -> dict[str, Any]:
 
     def begin(value: Any) -> Any:
         messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-        if not isinstance(messages, list) or not messages or _role(messages[0]) not in LEADING:
+        if not isinstance(messages, list) or not messages or _role(messages[0]) not in LEADING_ROLES:
             return [*opening, *messages] if isinstance(messages, list) else messages
         if opening and _said(messages[0]) != _said(opening[0]):
             raise BadRecord('has a system prompt in a column and another in its messages; fields: {system: ""}')

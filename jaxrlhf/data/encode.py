@@ -147,10 +147,7 @@ def pair_turns(record: Record) -> tuple[list[Message], list[Message]] | None:
 
 def shared_turns(chosen: Messages, rejected: Messages) -> int:
     """Messages that both begin with; one is left to differ."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    return shared
+    return max(0, min(count_shared(chosen, rejected), len(chosen) - 1, len(rejected) - 1))
 
 
 def _conversation(prompt: Any, side: Any) -> list[Message]:
@@ -247,8 +244,8 @@ def _without_ends(messages: Messages, tokenizer: Any) -> Messages:
 def _opening(first: Message, tokenizer: Any, tools: Any) -> str:
     """What a template writes before a conversation's first turn, where that is the assistant's."""
     texts = [render([{**first, "content": word}], tokenizer, tools=tools) for word in ("A probe.", "Or two?")]
-    both = texts[0][: _common(*texts)]
-    return both[: _common(both, render([first], tokenizer, tools=tools))]
+    both = texts[0][: count_shared(*texts)]
+    return both[: count_shared(both, render([first], tokenizer, tools=tools))]
 
 
 def _said(whole: str, before: str, after: str, message: Message, ends: Sequence[str]) -> str | None:
@@ -259,7 +256,7 @@ def _said(whole: str, before: str, after: str, message: Message, ends: Sequence[
     """
     if not whole.startswith(before) or not after.startswith(before):
         return None
-    shared = after if whole.startswith(after) else after[: _common(whole, after)]
+    shared = after if whole.startswith(after) else after[: count_shared(whole, after)]
     text, answer = shared[len(before) :], _answer(message)
     found = text.find(answer)
     end = max(found, 0) + (len(answer) if found >= 0 else 0)
@@ -275,8 +272,8 @@ def _answer(message: Message) -> str:
     return content.rpartition("</think>")[2].strip() if isinstance(content, str) else ""
 
 
-def _common(first: str, second: str) -> int:
-    """Characters that both texts begin with."""
+def count_shared(first: Sequence, second: Sequence) -> int:
+    """Items that both begin with: letters of texts, tokens, messages."""
     return next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
 
 

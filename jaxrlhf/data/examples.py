@@ -117,7 +117,7 @@ def _first_bad(source: Source, encode: Encoder, lengths: np.ndarray) -> str:
 
 def _at(source: Source, index: int, error: BadRecord) -> str:
     """What is wrong, with the place in front where it does not say it."""
-    return str(error) if source.name in str(error) else f"{source.name}:{index}: {error}"
+    return str(error) if source.name in str(error) else f"record {index} of {source.name}: {error}"
 
 
 def _longest(kind: str, cfg: DataConfig) -> int:

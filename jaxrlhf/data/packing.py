@@ -9,7 +9,7 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndarray]
     """Best fit, long documents first: each goes into the row that it leaves the least room in.
 
     Every document is in exactly one row, and the plan is a function of the lengths alone, so every process makes the
-    same one without reading a token. Documents of one length are met in their order.
+    same one without reading a token. Documents of one length keep their order.
 
     Args:
         lengths: tokens of each document, each between 1 and ``capacity``.

@@ -58,7 +58,7 @@ def read_reviews() -> list[Review]:
 
 
 def split_corpus(reviews: Iterable[Review]) -> Corpus:
-    """Splits each part by a shuffle that hangs on the texts alone, equally over the labels.
+    """Splits each part by a shuffle that depends on the texts alone, equally over the labels.
 
     Texts that are there twice (94 in IMDB, 2 in Rotten Tomatoes) are never in RT_TEST, and once in the IMDB parts.
     """
@@ -83,7 +83,7 @@ def letters(text: str) -> str:
 
 
 def rank(*parts: object) -> int:
-    """A number that hangs on ``parts`` alone, the same on every machine: sorting by it shuffles."""
+    """A number that depends on ``parts`` alone, the same on every machine: sorting by it shuffles."""
     return int.from_bytes(hashlib.sha256("|".join(map(str, (SEED, *parts))).encode()).digest()[:8], "big")
 
 

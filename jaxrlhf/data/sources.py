@@ -214,7 +214,7 @@ def _fingerprint(*parts: Any) -> str:
 
 def _prepared(make: Callable[[], Any]) -> Any:
     """A builder with its data on disk. Another process may be preparing the same: TFDS writes to a folder of its own
-    and renames it, so that the one who comes second finds the name taken, and reads what is there."""
+    and renames it, so that the second finds the name taken, and reads the data of the first."""
     import tensorflow_datasets as tfds
 
     builder = make()

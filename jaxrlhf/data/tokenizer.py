@@ -213,7 +213,7 @@ def _find_turn_end(tokenizer: Any) -> int | None:
 
 def added_tokens(tokenizer: Any) -> dict[str, int]:
     """Text -> id of the tokens that are found in a text before it is cut into words: special ones, and words added."""
-    kept = getattr(tokenizer, "kept_added", None)  # some vocabularies have thousands, and this is asked for every row
+    kept = getattr(tokenizer, "kept_added", None)  # some vocabularies have thousands, and every row needs them
     if kept is None or kept[0] != len(tokenizer):
         found = {str(token): ident for ident, token in tokenizer.added_tokens_decoder.items()}
         tokenizer.kept_added = kept = len(tokenizer), found

@@ -6,13 +6,13 @@ writes between prompt and response; and the last response to its end, of a pair 
 without a prompt loses its end. A row for which that is not enough can't be cut.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrlhf.data.chat import LEADING_ROLES, Messages, render
-from jaxrlhf.data.encode import Encoded, Record, pair_turns, prompt_turns
+from jaxrlhf.data.encode import Encoded, Record, count_shared, pair_turns, prompt_turns
 from jaxrlhf.data.tokenizer import encode_text, leading_ids, start_id
 
 Sides = tuple[Encoded, ...]  # one row of tokens; of a pair two: chosen, rejected
@@ -83,17 +83,12 @@ def edges_of(record: Record, sides: Sides, tokenizer: Any) -> Edges:
     )
     first, last = _first(prompt), len(prompt) - 1
     one, other = probe(first, "A probe."), probe(first, "Or two?")
-    lead = encode_text(tokenizer, one[: _alike(one, other)]).ids
+    lead = encode_text(tokenizer, one[: count_shared(one, other)]).ids
     one, other = probe(last, "A probe."), probe(last, "Or two?")
-    alike = _alike(one[::-1], other[::-1])
+    alike = count_shared(one[::-1], other[::-1])
     tail = encode_text(tokenizer, one[len(one) - alike :]).ids
     tokens = sides[0].tokens[: _start(sides[0])].tolist()
-    return Edges(_alike(lead, tokens), _alike(tail[::-1], tokens[::-1]))
-
-
-def _alike(first: Sequence, second: Sequence) -> int:
-    """Items that both begin with."""
-    return next((at for at, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    return Edges(count_shared(lead, tokens), count_shared(tail[::-1], tokens[::-1]))
 
 
 def _start(side: Encoded) -> int:
@@ -110,7 +105,7 @@ def cut(sides: Sides, max_length: int, edges: Edges) -> Sides | None:
     if len(sides) == 2:
         firm = min(int(side.response_mask.argmax()) for side in sides) - edges.tail
         if firm <= max(lead, 1):  # there is no prompt but what both sides begin with
-            firm = _alike(sides[0].tokens.tolist(), sides[1].tokens.tolist())
+            firm = count_shared(sides[0].tokens.tolist(), sides[1].tokens.tolist())
     else:
         firm = _start(sides[0]) - edges.tail
     if lead + over > firm - 1:

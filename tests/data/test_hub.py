@@ -10,7 +10,7 @@ from jaxrlhf.data.sources import SourceConfig, open_source
 
 datasets = pytest.importorskip("datasets")
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
-CALL = {"role": "assistant", "content": "so", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+CALL = {"role": "assistant", "content": "so", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
 
 
 def rows(count: int) -> list[dict]:
