@@ -1,9 +1,14 @@
 """Going on with a run: what its config may say otherwise than before, and what to say where its state does not fit."""
 
 import contextlib
+import functools
+
+import jax
+import numpy as np
+from jax import Array
 
 from jaxrlhf import checkpoint
-from jaxrlhf.config import Config, dump, parse
+from jaxrlhf.config import Config, dump, find_algorithm, parse
 from jaxrlhf.config_batch import ROWS_KEY, fields_read
 from jaxrlhf.config_errors import ConfigError, show
 from jaxrlhf.config_yaml import read_yaml
@@ -60,6 +65,19 @@ def explained(cfg: Config, step: int, saved: str, keys: tuple[str, ...], why: st
         raise ConfigError(misfit(cfg, step, changed, why)) from error
 
 
+def with_new_controls(cfg: Config, saved: str, controls: dict[str, Array]) -> dict[str, Array]:
+    """A checkpoint's ``controls`` (PPO's KL coefficient), but those that the config lets begin otherwise than the saved
+    config does: they begin anew, where the config says."""
+    try:
+        before = parse(read_yaml(saved, "config"), "config")
+    except ConfigError:  # of an older version
+        return controls
+    algorithm = find_algorithm(cfg.algorithm_name)
+    old, new = algorithm.controls(before.algorithm), algorithm.controls(cfg.algorithm)
+    changed = {name: new[name] for name in controls if not np.array_equal(old[name], new[name])}
+    return controls | {name: jax.device_put(value, controls[name].sharding) for name, value in changed.items()}
+
+
 def changed_keys(cfg: Config, saved: str) -> dict[str, tuple[object, object]]:
     """Dotted key -> (old, new) of what ``cfg`` says otherwise than the saved config; the run may be moved."""
     old, new = settings(saved), settings(dump(cfg))
@@ -67,6 +85,7 @@ def changed_keys(cfg: Config, saved: str) -> dict[str, tuple[object, object]]:
     return {key: (old.get(key), new.get(key)) for key in keys}
 
 
+@functools.lru_cache(4)
 def settings(text: str) -> dict[str, object]:
     """Dotted key -> value of a config, as it was saved; keys that it is older than are at their defaults."""
     tree = read_yaml(text, "config")

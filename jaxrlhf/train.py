@@ -25,7 +25,7 @@ from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.profiler import Profiler
 from jaxrlhf.programs import compile_programs
-from jaxrlhf.resume import OF_DATA, OF_STATE, changes_since_saved, explained
+from jaxrlhf.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
 from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.score import joined, try_graders
 from jaxrlhf.sharding import batch_shards, current, whole
@@ -395,6 +395,7 @@ class Trainer:
         extra = self.saved.extra(step)
         with explained(self.cfg, step, extra["config"], OF_STATE, "its state does not fit"):
             state = self.saved.restore(step, abstract_state(self.ready))
+        state = state.replace(controls=with_new_controls(self.cfg, extra["config"], state.controls))
         with explained(self.cfg, step, extra["config"], OF_DATA, "its place in the data would mean other rows"):
             self.feed.set_state(extra["data"])
         self.log.say(f"resumed from step {step}")

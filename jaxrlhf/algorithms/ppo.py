@@ -86,7 +86,7 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
     metrics |= value_metrics(mask, rewards, values, returns)
-    metrics["kl/coef"] = Mean(state.controls["kl_coef"], jnp.float32(1))
+    metrics["kl/coef"] = Mean(kl_coef(state, cfg), jnp.float32(1))
     if cfg.whiten_advantages != "no":
         advantages = whiten(advantages, mask, variance=cfg.whiten_advantages)
     advantages, corrected = on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
@@ -101,7 +101,7 @@ def shaped_rewards(
     """f32[B, S]: -kl_coef * KL on every response token, and on the last one the score."""
     mask = sequences.response_mask
     scores = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
-    penalty = state.controls["kl_coef"] * kl_estimate(logprobs, ref_logprobs, cfg.kl_estimator)
+    penalty = kl_coef(state, cfg) * kl_estimate(logprobs, ref_logprobs, cfg.kl_estimator)
     rewards = score_to_rewards(scores, penalty, mask)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, variance="unbiased", shift_mean=False)
@@ -143,6 +143,11 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: PPOConfig) -> tup
     return losses, metrics
 
 
+def kl_coef(state: TrainState, cfg: PPOConfig) -> Array:
+    """f32[]: that of the config, or where the controller has moved it to. A run may go on with another controller."""
+    return state.controls["kl_coef"] if cfg.kl_controller == "adaptive" else jnp.float32(cfg.kl_coef)
+
+
 def controls(cfg: PPOConfig) -> dict[str, Array]:
     return {"kl_coef": jnp.float32(cfg.kl_coef)}
 
@@ -151,10 +156,10 @@ def after(state: TrainState, metrics: Metrics, cfg: PPOConfig) -> TrainState:
     """Adapt the KL coefficient."""
     if cfg.kl_controller == "fixed":
         return state
-    kl_coef = adaptive_kl_coef(
+    adapted = adaptive_kl_coef(
         state.controls["kl_coef"], metrics["kl/reference"], cfg.kl_target, cfg.kl_horizon, metrics["response/count"]
     )
-    return state.replace(controls=state.controls | {"kl_coef": kl_coef})
+    return state.replace(controls=state.controls | {"kl_coef": adapted})
 
 
 ALGORITHM = Algorithm(
