@@ -80,12 +80,19 @@ class Checkpoints:
             raise OSError(f"{run_dir}: a checkpoint could not be written: {why}; once it can be, {then}") from error
 
     def save(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None = None) -> None:
-        """Start to write; returns once the arrays may be donated. ``extra`` is JSON: config, models, data iterators."""
+        """Start to write; returns once the arrays may be donated. ``extra`` is JSON: config, models, data iterators.
+
+        A step that is there already, saved before it was measured, is written anew only for what makes it the best."""
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in parts(state).items()}
         items[EXTRA] = ocp.args.JsonSave(extra)
         value = (metrics or {}).get(self.best, math.nan) if self.best else math.nan
         known = None if math.isnan(value) else {self.best: value}
         with self.writing():
+            if step == self.manager.latest_step():
+                if known is None:
+                    return
+                self.manager.wait_until_finished()
+                self.manager.delete(step)
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
 
     def latest(self) -> int | None:

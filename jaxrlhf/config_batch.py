@@ -2,7 +2,7 @@
 
 import math
 
-from jaxrlhf.config import Config, find_algorithm
+from jaxrlhf.config import Config, find_algorithm, roles_of
 from jaxrlhf.wording import counted
 
 # field of Batch -> the section of data that holds its rows, and the key of batch that says how many an iteration takes
@@ -125,6 +125,23 @@ def describe_batch(cfg: Config, parts: int) -> str:
     widths = cfg.batch.pack_widths
     packed = f", packed into the narrowest of {widths} widths" if widths > 1 else ""
     return f"batch: {start}{more} -> {updates}; micro-batches of {size // parts} ({parts} a minibatch){packed}"
+
+
+def describe_learning(cfg: Config) -> list[str]:
+    """What to say of roles that never learn in the run, or whose learning rate never rises to its peak."""
+    lines, (epochs, minibatches), count = [], updates_of(cfg), cfg.length
+    for role in roles_of(cfg)[0]:
+        row, name = cfg.optimizer_of(role), role if role in cfg.optimizer else "default"
+        updates = (count - row.delay) * epochs * minibatches
+        if updates <= 0:
+            wrong = f"delay: {row.delay}: the run has {count} iterations, so that the {role} model never learns"
+            lines.append(f"optimizer.{name}.{wrong}; nearest: {count - 1}")
+        elif updates <= row.warmup_steps:
+            wrong = (
+                f"warmup_steps: {row.warmup_steps}: the {role} model makes {updates} updates in the run, so that its "
+            )
+            lines.append(f"optimizer.{name}.{wrong}learning rate never rises to its peak")
+    return lines
 
 
 def divisors(number: int) -> list[int]:

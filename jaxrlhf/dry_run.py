@@ -12,7 +12,7 @@ from jaxrlhf import announce, checkpoint
 from jaxrlhf.build import Run, build
 from jaxrlhf.chips import GIB
 from jaxrlhf.config import Config, dump, without_place
-from jaxrlhf.config_batch import KIND_OF, ROWS_KEY, describe_batch, describe_sharing, fields_read
+from jaxrlhf.config_batch import KIND_OF, ROWS_KEY, describe_batch, describe_learning, describe_sharing, fields_read
 from jaxrlhf.config_check import check
 from jaxrlhf.data.batches import Stream
 from jaxrlhf.data.encode import Encoded
@@ -73,7 +73,8 @@ def describe(cfg: Config) -> Iterator[str]:
         yield describe_steps(cfg, feed.rows())
         yield describe_batch(cfg, parts)
         yield from describe_short_run(cfg, feed.rows())
-        yield from [*describe_sharing(cfg, batch_shards(ready.mesh), parts), *describe_best(cfg)]
+        sharing = describe_sharing(cfg, batch_shards(ready.mesh), parts)
+        yield from [*sharing, *describe_best(cfg), *describe_learning(cfg)]
     yield describe_memory(ready)  # no mesh may be set
 
 

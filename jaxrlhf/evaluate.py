@@ -1,6 +1,7 @@
 """Held-out evaluation, during a run and after it: the algorithm's own measure, and what the policy writes."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jaxrlhf.config import Config
 from jaxrlhf.config_batch import KIND_OF, ROWS_KEY
 from jaxrlhf.config_errors import ConfigError, suggest
 from jaxrlhf.data.summary import Summary
-from jaxrlhf.evaluate_policy import PolicyEvaluation
+from jaxrlhf.evaluate_policy import PolicyEvaluation, nothing
 from jaxrlhf.feed import counts_of, held_out, put
 from jaxrlhf.step import make_measure
 from jaxrlhf.types import Mean, TrainState
@@ -32,12 +33,12 @@ class HeldOut:
         self.measure = Measure(ready) if offline else None
         self.policy = PolicyEvaluation(ready, judge) if writes and ready.cfg.data.eval_prompts else None
 
-    def run(self, state: TrainState) -> Result | None:
-        """The metrics, and what the policy wrote. None without held-out data."""
-        metrics = self.measure.run(state) if self.measure else {}
+    def run(self, state: TrainState, between: Callable[[], None] = nothing) -> Result | None:
+        """The metrics, and what the policy wrote. None without held-out data. ``between``: called before each batch."""
+        metrics = self.measure.run(state, between) if self.measure else {}
         if self.policy is None:
             return Result(metrics | counts_of(self.summaries()), []) if metrics else None
-        responses = self.policy.run(state)
+        responses = self.policy.run(state, between)
         metrics |= self.policy.metrics(responses)
         return Result(metrics | counts_of(self.summaries()), responses.rows)
 
@@ -85,10 +86,11 @@ class Measure:
         self.whole = make_measure(ready.recipe)
         self.program = distributed.jit(self.whole)
 
-    def run(self, state: TrainState) -> dict[str, float]:
+    def run(self, state: TrainState, between: Callable[[], None] = nothing) -> dict[str, float]:
         """Means over all held-out batches; nothing where the config names no such data."""
         total: dict[str, Mean] = {}
         for host in self.batches:
+            between()
             means = jax.device_get(self.program(state, put(self.mesh, host.batch)))
             total = {name: total[name] + mean if name in total else mean for name, mean in means.items()}
         return {name: float(mean.total) / max(float(mean.count), 1e-8) for name, mean in total.items()}

@@ -6,6 +6,7 @@ whose response is better.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.feed import fetch_all, held_out, put, read_source
 from jaxrlhf.ops.masked import keep
 from jaxrlhf.rewards.judge import Judge
-from jaxrlhf.score import score
+from jaxrlhf.score import nothing, score
 from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState, sample_policy
 
 
@@ -54,14 +55,15 @@ class PolicyEvaluation:
         self.before: Responses | None = None
         self.program = distributed.jit(self.answer)
 
-    def run(self, state: TrainState) -> Responses:
-        """What the policy writes; at first, and each time where the reward learns, what the reference writes too."""
+    def run(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
+        """What the policy writes; at first, and each time where the reward learns, what the reference writes too.
+        ``between`` is called before each batch."""
         if self.extra is None:
             self.extra = {role: build.read_weights(self.ready, role) for role in self.more}
         reference = (self.extra | state.slow).get("reference")
         if reference is not None and (self.before is None or "reward" in state.params):
-            self.before = self.write(state.replace(params=state.params | {"policy": reference}))
-        return self.write(state)
+            self.before = self.write(state.replace(params=state.params | {"policy": reference}), between)
+        return self.write(state, between)
 
     def answer(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts) -> tuple[Sequences, Array | None]:
         """(responses, with their scores where a reward model gives them; their KL in nats f32[B])."""
@@ -76,11 +78,12 @@ class PolicyEvaluation:
         reference = nets.token_stats("reference", trees, sequences).logprobs
         return sequences, keep(sequences.logprobs - reference, sequences.response_mask).sum(-1)
 
-    def write(self, state: TrainState) -> Responses:
+    def write(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
         """All prompts answered by the policy in ``state``."""
         columns: dict[str, list] = {"rows": [], "lengths": [], "ended": [], "kl": [], "scores": []}
         grades: dict[str, list] = {}
         for host in self.batches:
+            between()
             sequences, kl = self.program(state, self.extra, put(self.ready.mesh, host.batch).prompts)
             if self.ready.graders is not None:
                 sequences = score(self.ready, sequences, host.columns or []).sequences

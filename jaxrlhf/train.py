@@ -14,7 +14,7 @@ from etils import epath
 from jaxrlhf import announce, checkpoint, distributed, evaluate, normalize, platform
 from jaxrlhf.build import Run, abstract_state, build, initial_state, kernels_passed_over, other_endings, spelled_markers
 from jaxrlhf.config import Config, describe_precision, dump, trunks_of, without_place
-from jaxrlhf.config_batch import describe_batch, describe_sharing
+from jaxrlhf.config_batch import describe_batch, describe_learning, describe_sharing
 from jaxrlhf.config_check import check, profiled_steps
 from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.epochs import describe_epochs, describe_short_run
@@ -164,6 +164,7 @@ class Trainer:
         self.pending: Finished | None = None
         self.last_time = time.perf_counter()
         self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation
+        self.unmeasured: int | None = None  # a step that was saved in the midst of its evaluation
         self.agreed = False  # several processes: all of them stop here
         self.began, self.best = time.perf_counter(), None  # best: the step that checkpoint.best kept
 
@@ -185,6 +186,7 @@ class Trainer:
             *describe_short_run(cfg, self.feed.rows()),
             *sharing,
             *describe_precision(cfg),
+            *describe_learning(cfg),
             *passed_over,
             *other_endings(self.ready),
             *spelled_markers(self.ready),
@@ -238,7 +240,7 @@ class Trainer:
             if last or step % cfg.checkpoint.every == 0:
                 self.flush()
                 self.save(step, state)
-        if step > (self.saved.latest() or 0):  # a signal came between two saves
+        if step > (self.saved.latest() or 0) or step == self.unmeasured:  # a signal came between two saves
             self.flush()
             self.save(step, state)
         return step
@@ -356,9 +358,16 @@ class Trainer:
         return self.cfg.log.samples > 0 and step % self.cfg.log.samples_every == 0
 
     def evaluate(self, step: int, state: TrainState) -> None:
-        """Held-out metrics and samples, where the config names held-out data."""
+        """Held-out metrics and samples, where the config names held-out data. A signal in the midst of it saves the
+        state at once, where the evaluation may last longer than whoever sent it waits."""
+
+        def save_at_a_signal() -> None:
+            if self.stop.asked and not distributed.several() and step > (self.saved.latest() or 0):
+                self.save(step, state)
+                self.unmeasured = step
+
         with self.log.doing("evaluating"):
-            result = self.evaluation.run(state)
+            result = self.evaluation.run(state, save_at_a_signal)
         if result is None:
             self.note(step, {}, [], whole=True)
             return
@@ -388,6 +397,7 @@ class Trainer:
         evaluated, scores = self.scores
         with self.log.doing("saving"):
             self.saved.save(step, state, extra, scores if evaluated == step else None)
+        self.unmeasured = None
         self.last_time = time.perf_counter()
 
     def restore(self, step: int) -> TrainState:

@@ -13,6 +13,7 @@ from jaxrlhf import state as states
 from jaxrlhf.build import abstract_state
 from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.config import PrecisionConfig, describe_precision, parse
+from jaxrlhf.config_batch import describe_learning
 from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_yaml import read_yaml
@@ -123,3 +124,23 @@ def test_schedules_of_delayed_roles_finish(schedule, delay):
     np.testing.assert_allclose(rates[0], 1e-2, rtol=1e-4)
     np.testing.assert_allclose(rates[-1], 1e-3, rtol=1e-4)
     assert rates[-2] > 1.0001 * rates[-1], "and not before the end"
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"delay": 9}, None),
+        ({"delay": 10}, "delay: 10: the run has 10 iterations, so that the value model never learns; nearest: 9"),
+        ({"delay": 50, "warmup_steps": 5}, "delay: 50: the run has 10 iterations, so that the value model never lear"),
+        ({"warmup_steps": 39}, None),
+        ({"warmup_steps": 40}, "warmup_steps: 40: the value model makes 40 updates in the run, so that its learning"),
+        ({"warmup_steps": 8, "delay": 8}, "warmup_steps: 8: the value model makes 8 updates in the run, so that its"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["value", "default"])
+def test_a_role_that_never_learns_is_told(row, line, name):
+    """10 iterations of 4 updates."""
+    cfg = config(optimizer={name: OptimizerConfig(**row), "policy": OptimizerConfig()})
+    lines = describe_learning(cfg)
+    assert len(lines) == (line is not None) and all(found.startswith(f"optimizer.{name}.{line}") for found in lines)

@@ -1,6 +1,10 @@
-"""Every key of a config changed on resume: it goes on and says so, or is refused in one line with the way out."""
+"""Every key of a config changed on resume: it goes on and says so, or is refused in one line with the way out; and what
+a signal in an evaluation leaves to go on from."""
 
 import contextlib
+import os
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from jaxrlhf import checkpoint
 from jaxrlhf import train as trainer
 from jaxrlhf.build import build, initial_state
 from jaxrlhf.checkpoint import Checkpoints
@@ -19,12 +24,14 @@ from jaxrlhf.config_check import check
 from jaxrlhf.config_errors import ConfigError
 from jaxrlhf.config_types import bare, type_under
 from jaxrlhf.config_yaml import read_yaml
+from jaxrlhf.evaluate import HeldOut, Result
 from jaxrlhf.resume import changes_since_saved, flat
 from jaxrlhf.sharding import current
 from jaxrlhf.stopping import Stop
 from jaxrlhf.types import TrainState
 from tests import runs
 from tests.test_minimal import write_models
+from tests.test_train import count_steps
 
 STEP = 2
 PPO = """
@@ -223,3 +230,51 @@ def test_a_kl_coefficient_that_the_config_changes_is_taken(saved, monkeypatch, c
     one_device(monkeypatch)
     cfg = saved.config(*changes)
     np.testing.assert_allclose(ppo.kl_coef(saved.restored(cfg), cfg.algorithm), expected, rtol=1e-6)
+
+
+# ---- signals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_signal_in_an_evaluation_saves_at_once(saved, monkeypatch, tmp_path, best):
+    """And not at its end, which may come after that of the machine. What is best is known nevertheless."""
+    one_device(monkeypatch)
+    count_steps(monkeypatch)
+    kept = lambda: checkpoint.latest_step(run_dir)
+    found: list[int | None] = []
+    run_dir = tmp_path / "run"
+
+    def evaluate(self, state, between):
+        between()
+        found.append(kept())
+        if int(state.step) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            between()
+            for _ in range(500):  # it is written in the background
+                if kept() == 2:
+                    break
+                time.sleep(0.02)
+            found.append(kept())
+            between()
+        return Result({"score/mean": 1.0}, [])
+
+    monkeypatch.setattr(HeldOut, "run", evaluate)
+    more = ["batch.prompts_per_step=8", "batch.preferences_per_step=8"]  # there are 8 devices
+    more += ["checkpoint.best=eval/score/mean"] if best else []
+    cfg = saved.config(f"run_dir={run_dir}", "eval.every=2", "log.tensorboard=false", *more)
+    assert trainer.run(cfg) == "preempted"
+    assert found == [None, None, 2] and runs.steps_kept(run_dir) == [2]
+    assert [row["step"] for row in runs.rows(run_dir) if "eval/score/mean" in row] == [0, 2]
+    with contextlib.closing(Checkpoints(run_dir, best="eval/score/mean", read_only=True)) as there:
+        assert there.best_step() == (2 if best else None)
+
+
+def test_an_evaluation_looks_for_signals_before_each_batch(saved, monkeypatch):
+    one_device(monkeypatch)
+    with saved.opened(saved.config("eval.size=16")) as run:
+        policy = run.evaluation.policy
+        calls: list[str] = []
+        monkeypatch.setattr(policy, "program", lambda *_: calls.append("batch") or pytest.fail("no more of it"))
+        with pytest.raises(pytest.fail.Exception):
+            policy.write(initial_state(run.ready), lambda: calls.append("between"))
+    assert calls == ["between", "batch"]

@@ -429,7 +429,7 @@ def test_a_signal_before_the_first_iteration_saves_nothing(root, tmp_path, monke
     fake()
     cfg = runs.config("sft", root, tmp_path, "log.tensorboard=false")
     numbers = trainer.evaluate.Result({"loss/policy": 1.0}, [])
-    monkeypatch.setattr(trainer.evaluate.HeldOut, "run", lambda self, state: numbers)
+    monkeypatch.setattr(trainer.evaluate.HeldOut, "run", lambda *_: numbers)
     signal_when(monkeypatch, method, 1, number)
     name, ended = STOPS[number]
     assert trainer.run(cfg) == ended
@@ -449,7 +449,7 @@ def test_sigterm_in_the_last_iteration_is_no_preemption(root, tmp_path, monkeypa
 def measured(monkeypatch, fake):
     """Evaluations that cost nothing: the loss is 2 at step 0, then 1, 3, 4, ..."""
     numbers = iter([2.0, 1.0, 3.0, 4.0, 5.0, 6.0])
-    make = lambda self, state: trainer.evaluate.Result({"loss/policy": next(numbers)}, [])
+    make = lambda *_: trainer.evaluate.Result({"loss/policy": next(numbers)}, [])
     monkeypatch.setattr(trainer.evaluate.HeldOut, "run", make)
     fake()
 

@@ -187,12 +187,14 @@ def test_the_reward_model_that_learns_is_the_one_that_scores():
         np.testing.assert_allclose(np.asarray(experience.sequences.scores), case.scores + shift, rtol=1e-6)
 
 
-def test_kl_coef_is_the_state_s_not_the_config_s():
-    case, cfg = make_case(), PPOConfig(kl_coef=0.05, whiten_advantages="no")
+@pytest.mark.parametrize(("controller", "coefficient"), [("adaptive", 0.7), ("fixed", 0.05)])
+def test_kl_coef_is_the_state_s_where_it_adapts(controller, coefficient):
+    """Elsewhere the config's, also where the run has had a controller before."""
+    case, cfg = make_case(), PPOConfig(kl_coef=0.05, kl_controller=controller, whiten_advantages="no")
     experience, metrics = prepare(case, cfg, kl_coef=0.7)
-    expected = by_loop(case, replace(cfg, kl_coef=0.7))
+    expected = by_loop(case, replace(cfg, kl_coef=coefficient))
     np.testing.assert_allclose(np.asarray(experience.returns), expected["returns"], atol=1e-5)
-    np.testing.assert_allclose(metrics["kl/coef"], 0.7, rtol=1e-6)
+    np.testing.assert_allclose(metrics["kl/coef"], coefficient, rtol=1e-6)
 
 
 def test_no_response_token_at_all():
