@@ -66,7 +66,10 @@ def test_packed_rows_are_counted_as_the_stream_makes_them(config):
     counted = epochs.with_iterations(cfg, TOKENIZER, eos_ids(TOKENIZER))
     assert counted.iterations == -(-3 * stream.rows // 4)
     shown = epochs.describe_epochs(counted, stream.rows)
-    assert f"{counted.iterations} of 4 sequences = " in shown and f"data.demonstrations ({stream.rows} rows)" in shown
+    assert (
+        f"{counted.iterations} iterations of 4 sequences = " in shown
+        and f"data.demonstrations ({stream.rows} rows)" in shown
+    )
 
 
 def test_a_run_that_ends_within_its_warm_up_says_so(config):

@@ -148,7 +148,7 @@ def _take_calls(message: dict[str, Any], name: str) -> None:
         return
     calls = _json_of(message.pop(key), f"{name}.{key}")
     message.pop("function_call", None)
-    calls = [calls] if isinstance(calls, Mapping) else calls
+    calls = [calls] if isinstance(calls, Mapping) else [] if calls is None else calls
     if not isinstance(calls, list):
         raise BadRecord(f"{name}.{key} is {type_name(calls)}, expected a list of calls")
     message["tool_calls"] = [_call(call, f"{name}.{key}[{at}]") for at, call in enumerate(calls)]
@@ -156,6 +156,8 @@ def _take_calls(message: dict[str, Any], name: str) -> None:
 
 def _call(call: Any, name: str) -> dict[str, Any]:
     call = _json_of(call, name)
+    if isinstance(call, Mapping) and call.get("function") is None:
+        call = {key: value for key, value in call.items() if key != "function"}
     inner = _json_of(call.get("function", call), f"{name}.function") if isinstance(call, Mapping) else call
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
         raise BadRecord(f"{name} has no name of a function, expected {{function: {{name: text, arguments: object}}}}")

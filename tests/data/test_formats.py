@@ -340,8 +340,15 @@ FORMATS = {
             ("one object", {"tool_calls": CALL["tool_calls"][0]}, CALL),
             ("bare functions", {"tool_calls": [TYPED_CALL["tool_calls"][0]["function"]]}, TYPED_CALL),
             ("function_call", {"function_call": {"name": "f", "arguments": {"x": 1}}}, TYPED_CALL),
+            ("null functions", {"tool_calls": [{"function": None, "name": "f", "arguments": {"x": 1}}]}, TYPED_CALL),
         ]
     },
+    "no calls, as text": (
+        "demonstrations",
+        {"messages": [USER, ANSWER | {"tool_calls": "null"}]},
+        {"messages": [USER, ANSWER | {"tool_calls": []}]},
+        "messages",
+    ),
     "a transcript that the sides repeat": (
         "preferences",
         {"prompt": TRANSCRIPT, "chosen": TRANSCRIPT + " a", "rejected": TRANSCRIPT + " b"},
