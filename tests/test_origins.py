@@ -297,8 +297,9 @@ def test_a_token_without_an_embedding_is_refused_in_the_record_that_holds_it(mod
     rows.write_text(rows.read_text() + rows.read_text().replace('"a', '"a <image>'))
     with pytest.raises(ValueError) as error:
         feed.Feed(ready)
-    assert str(error.value).endswith(
-        "rows.jsonl:1: holds token 280, '<image>', which not every model can read: models.policy: its vocab_size is 280"
+    assert str(error.value) == (
+        f"record 1 of {rows}: holds token 280, '<image>', which not every model can read: models.policy: its "
+        "vocab_size is 280; expected weights that have it, or text and a chat template (data.chat.template) without it"
     )
 
 

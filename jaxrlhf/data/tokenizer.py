@@ -250,7 +250,10 @@ def why_unreadable(tokenizer: Any, ids: Iterable[int]) -> str | None:
     id = next((int(id) for id in ids if int(id) in bad), None) if bad else None
     if id is None:
         return None
-    return f"holds token {id}, {tokenizer.convert_ids_to_tokens(id)!r}, which not every model can read: {bad[id]}"
+    return (
+        f"holds token {id}, {tokenizer.convert_ids_to_tokens(id)!r}, which not every model can read: {bad[id]}; "
+        "expected weights that have it, or text and a chat template (data.chat.template) without it"
+    )
 
 
 def start_id(tokenizer: Any) -> int:
