@@ -62,9 +62,14 @@ class Feed:
         return records
 
     def shapes(self) -> Iterator[Batch]:
-        """A batch (of shapes with layouts, global rows) for every shape that can come."""
+        """A batch (of shapes with layouts, global rows) for every shape that can come: no prompts wider than the bucket
+        that holds the longest one."""
         margins = any(stream.margins for stream in self.streams.values())
-        return batch_shapes(self.ready.cfg, self.ready.mesh, margins)
+        longest = self.streams["prompts"].longest if "prompts" in self.streams else 0
+        for batch in batch_shapes(self.ready.cfg, self.ready.mesh, margins):
+            yield batch
+            if batch.prompts is not None and batch.prompts.tokens.shape[1] >= longest:
+                return
 
     def rows(self) -> int:
         """Rows of an epoch: of the source whose passes are counted."""

@@ -67,6 +67,7 @@ class Stream(Iterator[HostBatch]):
         self.rows = len(layout.units)  # of an epoch
         self.examples = layout.examples
         self.batches_per_epoch = self.rows / layout.rows
+        self.longest = int(layout.examples.lengths[layout.examples.kept].max())  # tokens of the longest row
         self.margins = layout.examples.margins  # whether preferences say by how much
         self._where = where
         self._order = _hash(layout.kind, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash())

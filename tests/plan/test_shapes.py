@@ -1,5 +1,6 @@
 """Shapes of models that are not here: from folders, runs, configs of runs to come, the table; what is refused."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -172,3 +173,22 @@ def test_there_is_a_batch_for_every_prompt_bucket():
     mesh = make_mesh(MeshConfig(), jax.devices()[:8])
     widths = [batch.prompts.tokens.shape for batch in batch_shapes(cfg, mesh)]
     assert widths == [(8, 8)]
+
+
+def test_no_bucket_is_compiled_that_no_prompt_of_the_data_needs(root, tmp_path, one_device):
+    """By hand: the longest prompt that is kept has five tokens, BOS and four bytes."""
+    from jaxrlhf.build import build
+
+    texts = ["~" * 4, "~" * 3, "~" * 99]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    more = [f"models.{role}={{architecture: {{hidden_size: 16, max_positions: 128}}}}" for role in ("policy", "reward")]
+    more += [f"data.demonstrations={{path: {runs.text(root)}/demonstrations.jsonl}}", "tokenizer.train_vocab_size=300"]
+    more += [f"data.prompts={{path: {tmp_path}/p.jsonl}}", "data.eval_prompts=null"]
+    more += ["data.too_long=drop"]
+    ready = build(runs.config("ppo", root, tmp_path, *more))
+    buckets = {(8, 16, 64): [8], (4, 16, 64): [4, 16], (5,): [5], (2, 4, 5): [2, 4, 5], (2, 6, 7): [2, 6]}
+    cases = [("drop", given, left) for given, left in buckets.items()]
+    for too_long, widths, compiled in [*cases, ("truncate", (8, 16, 64), [8, 16, 64])]:
+        data = dataclasses.replace(ready.cfg.data, prompt_buckets=widths, too_long=too_long)
+        feed = Feed(dataclasses.replace(ready, cfg=dataclasses.replace(ready.cfg, data=data)))
+        assert [batch.prompts.tokens.shape[1] for batch in feed.shapes()] == compiled
