@@ -21,15 +21,23 @@ class Loader(yaml.SafeLoader):
     dates are text. Keys are words, each once in its section."""
 
     aliases = 0
+    inside: tuple[str, ...] = ()  # anchors of what is being read
 
     def compose_node(self, parent, index):
+        anchor = self.peek_event().anchor
         if self.check_event(yaml.AliasEvent):
+            if anchor in self.inside:
+                problem = f"alias *{anchor} stands inside what it names"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=self.peek_event().start_mark)
             self.aliases += 1
             if self.aliases > MAX_ALIASES:
                 raise yaml.constructor.ConstructorError(
                     problem=f"more than {MAX_ALIASES} aliases", problem_mark=self.peek_event().start_mark
                 )
-        return super().compose_node(parent, index)
+        outer, self.inside = self.inside, (*self.inside, *([anchor] if anchor else []))
+        node = super().compose_node(parent, index)
+        self.inside = outer
+        return node
 
     def construct_mapping(self, node, deep=False):
         seen = set()

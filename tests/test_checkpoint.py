@@ -171,12 +171,11 @@ def test_a_name_says_which_checkpoint(tmp_path, mode, best):
 @pytest.mark.parametrize("wrong", ["7", "bset", "-1", "1.5", "", "latest"])
 def test_a_wrong_step_is_one_line_with_the_steps_there_are(tmp_path, wrong):
     run = measured(tmp_path / "run", "max")
-    if wrong:
-        with pytest.raises(ValueError) as error:
-            checkpoint.find_step(f"{run}@{wrong}")
-        assert str(error.value) == f"{run}@{wrong}: no step {wrong}; {run} has: 1, 2, 3, 4, 5; best: 2 by eval/score"
-    else:
-        assert checkpoint.find_step(f"{run}@") == 5
+    with pytest.raises(ValueError) as error:
+        checkpoint.find_step(f"{run}@{wrong}")
+    there = f"no step {wrong}; {run} has: 1, 2, 3, 4, 5; best: 2 by eval/score"
+    nothing = f"no step behind the @; expected {run}, {run}@best or {run}@STEP"  # "$STEP" of a shell, say
+    assert str(error.value) == f"{run}@{wrong}: {there if wrong else nothing}"
 
 
 def test_a_run_that_measured_nothing_has_no_best(tmp_path):

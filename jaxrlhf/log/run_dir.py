@@ -20,12 +20,18 @@ def is_local(path: os.PathLike | str) -> bool:
 
 
 def split_step(name: os.PathLike | str) -> tuple[str, str]:
-    """("runs/a", "best") of runs/a@best; no step where ``name`` is a folder with an @ in it, or no run."""
+    """("runs/a", "best") of runs/a@best; no step where ``name`` is a folder with an @ in it, or no run.
+
+    Raises ValueError where a run's @ has nothing behind it: a variable of a shell may be empty."""
     whole = os.path.expanduser(name)
     folder, at, step = whole.rpartition("@")
     if not at or not folder or "/" in step or not (epath.Path(folder) / "config.yaml").exists():
         return whole, ""
-    return (whole, "") if epath.Path(whole).exists() else (folder, step)
+    if epath.Path(whole).exists():
+        return whole, ""
+    if not step:
+        raise ValueError(f"{whole}: no step behind the @; expected {folder}, {folder}@best or {folder}@STEP")
+    return folder, step
 
 
 def made_by(name: str | None, made: Container[str]) -> str | None:
