@@ -99,7 +99,8 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     sampler = sampler._replace(share_prompts=shares_prompts(cfg, shards, parts))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
     packing, together = cfg.batch.pack_widths, kept_together(cfg)
-    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, packing, schedules, together)
+    gaps = cfg.rewards.on_host and algorithm.rollout is not None
+    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, packing, schedules, together, gaps)
     return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
 
 

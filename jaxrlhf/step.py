@@ -8,6 +8,7 @@ same two halves (``make_rollout``, ``make_learn``) are two programs, with the ho
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffled_parts, spl
 from jaxrlhf.optim import learning_rate
 from jaxrlhf.packing import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across
-from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Role, Sequences, TrainState
+from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Params, Role, Sequences, TrainState
 
 
 class Recipe(NamedTuple):
@@ -35,6 +36,7 @@ class Recipe(NamedTuple):
     pack_widths: int = 1  # widths that the responses of such a part may be packed into; 1: they have all columns
     schedules: Mapping[Role, optax.Schedule] = MappingProxyType({})  # whose learning rates are metrics
     together: int = 1  # responses to a prompt that a shuffle keeps side by side, in one minibatch
+    gaps: bool = False  # whether a minibatch may have no row that counts: graders on the host may score none of it
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -190,17 +192,28 @@ def update_minibatch(
     params, opt_state = dict(state.params), dict(state.opt_state)
     for role, optimizer in recipe.optimizers.items():
         means[f"{role}/grad_norm"] = Mean(optax.tree.norm(grads[role]), jnp.float32(1))
-        updates, new_opt_state = optimizer.update(grads[role], opt_state[role], params[role])
-        new = (optax.apply_updates(params[role], updates), new_opt_state)
-        learns = (counts[role] > 0) & (state.step >= recipe.delays.get(role, 0))
+        delay = recipe.delays.get(role, 0)
+        learns = (counts[role] > 0) & (state.step >= delay)
         if role in recipe.schedules:
             rate = learning_rate(recipe.schedules[role], opt_state[role])
             means[f"{role}/learning_rate"] = Mean(jnp.where(learns, rate, 0.0), jnp.float32(1))
-        new = jax.tree.map(lambda a, b: jnp.where(learns, a, b), new, (params[role], opt_state[role]))  # noqa: B023
-        params[role], opt_state[role] = new
+        old = (params[role], opt_state[role])
+        updated = partial(apply_optimizer, optimizer, grads[role], *old)
+        if delay or recipe.gaps:  # a branch updates in place; a choice between old and new numbers would hold both
+            params[role], opt_state[role] = jax.lax.cond(learns, updated, lambda old=old: old)
+        else:
+            params[role], opt_state[role] = updated()
     stop = recipe.algorithm.stop
     stop_now = jnp.array(False) if stop is None else stop({k: m.value() for k, m in means.items()}, recipe.cfg)
     return state.replace(params=params, opt_state=opt_state), means, stop_now
+
+
+def apply_optimizer(
+    optimizer: optax.GradientTransformation, grads: Params, params: Params, opt_state: Any
+) -> tuple[Params, Any]:
+    """(parameters, optimizer state) after one step along ``grads``."""
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
 
 
 def gradients(

@@ -102,7 +102,7 @@ def test_what_can_be_asked_before_the_scores(algorithm, cfg, expected):
 def test_where_networks_are_read_while_the_host_scores(asked, platform, expected):
     devices = np.array([SimpleNamespace(platform=platform)], object)
     run: Any = SimpleNamespace(
-        cfg=SimpleNamespace(rewards=RewardsConfig("my:f", asked)), mesh=SimpleNamespace(devices=devices)
+        cfg=SimpleNamespace(rewards=RewardsConfig("my:f", overlap=asked)), mesh=SimpleNamespace(devices=devices)
     )
     assert overlaps(run) is expected
 

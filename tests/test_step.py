@@ -145,7 +145,9 @@ def pulled(
     params = {role: {"kernel": jnp.zeros(4)} for role in SLOPES}
     found, metrics = [states.new_state(0, params, {}, optimizers, {})], []
     schedules = dict.fromkeys(SLOPES, make_schedule(optimizer, 8))
-    step = tiny.program(steps.make_iteration(Recipe(algorithm, cfg, NO_NETS, optimizers, delays, schedules=schedules)))
+    step = tiny.program(
+        steps.make_iteration(Recipe(algorithm, cfg, NO_NETS, optimizers, delays, schedules=schedules, gaps=True))
+    )
     ones = jnp.ones((ROWS, 1), jnp.int32)
     for iteration in range(iterations):
         responses = Sequences(ones, ones > 0, ones > (1 if iteration in empty else 0))
