@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ from jax import Array
 from jaxrlhf import checkpoint
 from jaxrlhf.config import Config, dump, find_algorithm, parse
 from jaxrlhf.config_batch import ROWS_KEY, fields_read
-from jaxrlhf.config_errors import ConfigError, show
+from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config_errors import show as cut_short
 from jaxrlhf.config_yaml import read_yaml
 
 # keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
@@ -47,6 +49,11 @@ def misfit(cfg: Config, step: int, changed: dict[str, tuple], why: str = "") -> 
         f"{key}: {show(new)}: the run in {cfg.run_dir} is at step {step} with {show(old)}{also}{reason}; expected the "
         f"same, or another run_dir (with init_from: {cfg.run_dir} it starts from these weights)"
     )
+
+
+def show(value: object) -> str:
+    """A text whole, since paths often differ at their ends alone; anything else cut short."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else cut_short(value)
 
 
 @contextlib.contextmanager
