@@ -47,7 +47,7 @@ def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, A
     if held.policy and before:
         report["before"] = held.policy.metrics(before)
     if result:
-        report["after"] = result.metrics
+        report["after"] = {name: value for name, value in result.metrics.items() if not name.startswith("data/")}
     if result and result.samples:
         written = {"before": before.rows} if before else {}
         report["samples"] = compare(written | {"after": result.samples}, samples)

@@ -65,7 +65,8 @@ def test_after_is_the_evaluation_at_the_end_of_training(root, reports, last_eval
 
 
 def test_only_a_policy_with_a_reference_has_a_before(reports):
-    has = {name: sorted(report.keys() - {"run", "algorithm", "step"}) for name, report in reports.items()}
+    has = {name: sorted(report.keys() - {"run", "algorithm", "step", "data"}) for name, report in reports.items()}
+    assert all(report["data"] for report in reports.values())
     assert has == {
         "sft": ["after"],
         "rm": ["after", "reward_model"],
