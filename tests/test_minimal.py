@@ -1,6 +1,7 @@
 """Every method with nothing but the keys it needs, and with one row at a time, wherever it runs."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,8 @@ def test_an_iteration_of_one_row_is_traced(name, where):
     mesh = make_mesh(ALONE[where], jax.devices()[: 1 + (where == "tensor")])
     with jax.set_mesh(mesh):
         run = tiny.build(algorithm, cfg, batch=tiny.put(only_row(name)), samples_per_prompt=copies, **more)
-        jax.eval_shape(steps.make_iteration(run.recipe), run.state, run.batch)
+        together = math.gcd(copies, copies // getattr(cfg, "num_minibatches", 1))  # as config_batch.kept_together
+        jax.eval_shape(steps.make_iteration(run.recipe._replace(together=together)), run.state, run.batch)
 
 
 @pytest.mark.parametrize("options", [{}, {"halvings": 1}, {"slots": 1}], ids=str)
