@@ -57,6 +57,9 @@ def test_a_best_that_can_only_be_the_last_is_told():
 def test_after_is_the_evaluation_at_the_end_of_training(root, reports, last_evaluation, name):
     """The same data, the same noise: an evaluation of a run can be repeated."""
     report, expected = reports[name], last_evaluation(name)
+    expected = {
+        key: value for key, value in expected.items() if not key.startswith("data/")
+    }  # which report["data"] has
     assert report["run"] == str(root / "whole" / name)
     assert (report["algorithm"], report["step"]) == ("ppo" if name == "still" else name, 1 if name == "still" else 4)
     assert report["after"].keys() == expected.keys()
