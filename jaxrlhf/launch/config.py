@@ -12,6 +12,7 @@ from jaxrlhf import config, config_check, topologies
 from jaxrlhf.config_errors import ConfigError, dotted
 from jaxrlhf.config_ranges import range_problems
 from jaxrlhf.config_yaml import read_file, read_yaml
+from jaxrlhf.log.run_dir import made_by
 
 PROVIDERS = ("tpu_vm", "gke", "slurm", "skypilot")
 MAX_NAME = 63  # characters of a DNS label
@@ -282,9 +283,8 @@ def moved_runs(cfg: LaunchConfig, trainings: Sequence[config.Config], source: st
     for name, one in zip(names, trainings):
         starts = {f"models.{role}.init_from": model.init_from for role, model in one.models.items()}
         for key, start in (starts | {"tokenizer.init_from": one.tokenizer.init_from}).items():
-            run, at, step = (start or "").partition("@")
-            if run in moved:
-                overrides.append(f"{name}:{key}={moved[run]}{at}{step}")
+            if run := made_by(start, moved):
+                overrides.append(f"{name}:{key}={moved[run]}{(start or '').removeprefix(run)}")
     return overrides
 
 
