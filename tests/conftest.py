@@ -3,8 +3,10 @@ suite."""
 
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -37,3 +39,18 @@ def one_device(monkeypatch) -> None:
 
     for module in (build, checkpoint, complete):
         monkeypatch.setattr(module, "make_mesh", lambda cfg, *_: sharding.make_mesh(cfg, jax.devices()[:1]))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``jaxrlhf args`` as the script does, in this process; gives (stdout, stderr)."""
+    from jaxrlhf import cli
+
+    def call(*args: Any, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxrlhf", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert (stop.value.code or 0) == code
+        return capsys.readouterr()
+
+    return call

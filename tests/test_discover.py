@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 import jaxrlhf
-from jaxrlhf import cli, cli_discover
+from jaxrlhf import cli_discover
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config import Config, ConfigError, load
 from jaxrlhf.config_check import check
@@ -26,20 +26,6 @@ from tests import runs
 
 FILES = sorted((runs.ROOT / "configs").rglob("*.yaml"))
 KEYS = keys_of(Config)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs ``jaxrlhf args`` in this process; gives (stdout, stderr)."""
-
-    def call(*args, code=0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxrlhf", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert (stop.value.code or 0) == code
-        return capsys.readouterr()
-
-    return call
 
 
 # ---- config keys ----------------------------------------------------------------------------------------------------

@@ -12,14 +12,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import build, checkpoint, cli, programs
+from jaxrlhf import build, checkpoint, programs
 from jaxrlhf import train as trainer
 from jaxrlhf.config import dump, load
 from jaxrlhf.config_errors import ConfigError
@@ -36,20 +35,6 @@ def process(root) -> runs.Done:
     (done,) = runs.whole(root)
     assert done.code == 0, done.errors
     return done
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs ``jaxrlhf args`` as the script does, in this process; gives (stdout, stderr)."""
-
-    def call(*args: Any, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxrlhf", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert (stop.value.code or 0) == code
-        return capsys.readouterr()
-
-    return call
 
 
 # ---- the run directory ----------------------------------------------------------------------------------------------
