@@ -1,6 +1,6 @@
 """``python -m jaxrlhf`` is the ``jaxrlhf`` command."""
 
-from jaxrlhf.cli import main
+from jaxrlhf.cli.app import main
 
 if __name__ == "__main__":
     main()

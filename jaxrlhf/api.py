@@ -16,20 +16,21 @@ import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxrlhf import platform
-from jaxrlhf.build import Run
-from jaxrlhf.build import build as find_and_compose
-from jaxrlhf.complete import Writer, as_record
-from jaxrlhf.config import Config, Override, apply_override, parse, split_override
-from jaxrlhf.config_errors import ConfigError
-from jaxrlhf.config_ranges import check_ranges
-from jaxrlhf.config_yaml import read_file, read_yaml
+from jaxrlhf.config.load import parse
+from jaxrlhf.config.overrides import Override, apply_override, split_override
+from jaxrlhf.config.ranges import check_ranges
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.yaml_text import read_file, read_yaml
+from jaxrlhf.errors import ConfigError, cut
 from jaxrlhf.generate import GenerateConfig
-from jaxrlhf.scorer import Scorer
-from jaxrlhf.stopping import Stop
+from jaxrlhf.hosts import compiler_flags
+from jaxrlhf.hosts.signals import Stop
+from jaxrlhf.run.build import Run
+from jaxrlhf.run.build import build as find_and_compose
+from jaxrlhf.serve.scorer import Scorer
+from jaxrlhf.serve.writer import Writer, as_record
 from jaxrlhf.train import Step, run
 from jaxrlhf.types import Role
-from jaxrlhf.wording import cut
 
 __all__ = ["Config", "ConfigError", "Run", "Step", "build", "iterate", "load_config", "sample", "score", "train"]
 
@@ -94,7 +95,7 @@ def build(cfg: Config) -> Run:
     """The run without its weights: models' shapes, mesh, tokenizer and the recipe of the step.
 
     Raises ConfigError where models, data and devices do not fit together."""
-    platform.prepare(checked(cfg, "build").deterministic)
+    compiler_flags.prepare(checked(cfg, "build").deterministic)
     return find_and_compose(cfg)
 
 
@@ -103,7 +104,7 @@ def train(cfg: Config) -> str:
 
     All three leave a checkpoint in ``cfg.run_dir``, and the same call goes on from it. Raises ConfigError before any
     work, FloatingPointError where a loss is not finite."""
-    platform.prepare(checked(cfg, "train").deterministic)
+    compiler_flags.prepare(checked(cfg, "train").deterministic)
     return run(cfg)
 
 
@@ -118,7 +119,7 @@ def iterate(cfg: Config) -> Iterator[Step]:
         follows the iteration; ``samples`` are rows of prompt, response and score where ``log.samples_every`` has some
         (held-out ones too). An evaluation before the first iteration has number 0.
     """
-    platform.prepare(checked(cfg, "iterate").deterministic)
+    compiler_flags.prepare(checked(cfg, "iterate").deterministic)
     steps: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=1)
     stop = Stop()  # hears no signals: it is told
 
@@ -178,7 +179,7 @@ def sample(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop)
     )
     check_ranges(cfg, "sample")
-    platform.prepare()
+    compiler_flags.prepare()
     records = [as_record(prompt, chat) if isinstance(prompt, str) else {"messages": list(prompt)} for prompt in prompts]
     return [[one.text for one in found] for found in Writer(model, cfg, seed, n)(records)]
 
@@ -196,7 +197,7 @@ def score(model: str, prompts: Sequence[Prompt], responses: Sequence[str], role:
     checked_texts(responses, "score", "responses")
     if len(prompts) != len(responses):
         raise ValueError(f"score: {len(prompts)} prompts and {len(responses)} responses: expected as many")
-    platform.prepare()
+    compiler_flags.prepare()
     records = [
         {"prompt": prompt, "response": response}
         if isinstance(prompt, str)

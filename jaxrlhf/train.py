@@ -11,27 +11,39 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxrlhf import announce, checkpoint, distributed, evaluate, normalize, platform
-from jaxrlhf.build import Run, abstract_state, build, initial_state, kernels_passed_over, other_endings, spelled_markers
-from jaxrlhf.config import Config, describe_precision, dump, trunks_of, without_place
-from jaxrlhf.config_batch import describe_batch, describe_learning, describe_sharing
-from jaxrlhf.config_check import check, profiled_steps
+from jaxrlhf.config.batch import describe_batch, describe_learning, describe_sharing
+from jaxrlhf.config.check import check, profiled_steps
+from jaxrlhf.config.load import dump, without_place
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.roles import describe_precision, trunks_of
 from jaxrlhf.data.tokenizer import unreadable
-from jaxrlhf.epochs import describe_epochs, describe_short_run
-from jaxrlhf.evaluate_policy import sample_rows
-from jaxrlhf.feed import Feed, describe_data, put
+from jaxrlhf.errors import one_line
+from jaxrlhf.evaluate import held_out
+from jaxrlhf.evaluate.policy import sample_rows
+from jaxrlhf.hosts import compiler_flags, processes
+from jaxrlhf.hosts.profiler import Profiler
+from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
-from jaxrlhf.profiler import Profiler
-from jaxrlhf.programs import compile_programs
-from jaxrlhf.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
 from jaxrlhf.rewards.graders import GraderError
-from jaxrlhf.score import joined, try_graders
+from jaxrlhf.run import announce, checkpoint, normalize
+from jaxrlhf.run.build import (
+    Run,
+    abstract_state,
+    build,
+    initial_state,
+    kernels_passed_over,
+    other_endings,
+    spelled_markers,
+)
+from jaxrlhf.run.epochs import describe_epochs, describe_short_run
+from jaxrlhf.run.feed import Feed, describe_data, put
+from jaxrlhf.run.programs import compile_programs
+from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
+from jaxrlhf.run.scoring import joined, try_graders
 from jaxrlhf.sharding import batch_shards, current, whole
-from jaxrlhf.stopping import Stop
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
-from jaxrlhf.wording import one_line
 
 DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
 GOES_ON = "the same command goes on from there"
@@ -77,17 +89,17 @@ def outcome(stop: Stop) -> str:
 def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     """``run`` under ``stop``."""
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
-    stop.saves = distributed.several()  # all stop after the same iteration, also where there is nothing to save
+    stop.saves = processes.several()  # all stop after the same iteration, also where there is nothing to save
     stop.last_words = lambda: f"stopped at step {checkpoint.latest_step(cfg.run_dir) or 0}; {GOES_ON}"
     check(cfg, jax.device_count())
-    run_dir, main = epath.Path(cfg.run_dir), distributed.is_main()
-    lock = distributed.on_main(lambda: lock_run_dir(cfg.run_dir))
+    run_dir, main = epath.Path(cfg.run_dir), processes.is_main()
+    lock = processes.on_main(lambda: lock_run_dir(cfg.run_dir))
     start = checkpoint.latest_step(run_dir) or 0
     changes = changes_since_saved(cfg)
-    distributed.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
+    processes.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
     if all_done(cfg, start):
         return DONE
-    platform.use_compilation_cache()
+    compiler_flags.use_compilation_cache()
     progress = open_progress(cfg.iterations or 0, start, cfg.log.every) if main else silent()
     with contextlib.closing(progress):
         with progress.doing("loading"):
@@ -99,14 +111,14 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
             progress.expect(cfg.length)
             if all_done(cfg, start):
                 return DONE
-        distributed.on_main(lambda: write_config(run_dir, cfg, raw))
-        distributed.agree(f"run_dir: {cfg.run_dir}: config.yaml", str((run_dir / "config.yaml").exists()), SHARED)
+        processes.on_main(lambda: write_config(run_dir, cfg, raw))
+        processes.agree(f"run_dir: {cfg.run_dir}: config.yaml", str((run_dir / "config.yaml").exists()), SHARED)
         keep, best, mode = cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode
         saved = checkpoint.Checkpoints(run_dir, keep, best, mode, background=cfg.checkpoint.background)
         with (
             current(ready.mesh),
             MetricsLog(cfg.run_dir, cfg.log, cfg.length, start, lock=lock, main=main, progress=progress) as log,
-            distributed.naming_the_dead(patience),
+            processes.naming_the_dead(patience),
         ):
             log.say(announce.opening(ready, start))
             if not is_local(run_dir):
@@ -121,7 +133,7 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
 def all_done(cfg: Config, start: int) -> bool:
     """Whether no iteration is left, which is said; False where epochs have to be counted first."""
     done = cfg.iterations is not None and start >= cfg.iterations
-    if done and distributed.is_main():
+    if done and processes.is_main():
         some = f"all {start} iterations are done" if start == cfg.iterations else f"{start} iterations are done"
         more = "" if start == cfg.iterations else f", and iterations is {cfg.iterations}"
         print(f"{cfg.run_dir}: {some}{more}; raise iterations= (or epochs=) to go on")
@@ -156,9 +168,9 @@ class Trainer:
         if ready.graders:
             try_graders(ready, "data.prompts", self.feed.first_records())
         # of the first process: JAX writes a perfetto trace where only one process has been
-        steps = profiled_steps(self.cfg.profile) if distributed.is_main() else range(0)
+        steps = profiled_steps(self.cfg.profile) if processes.is_main() else range(0)
         self.profiler = Profiler(epath.Path(self.cfg.run_dir) / "profile", steps)
-        self.evaluation = evaluate.HeldOut(ready)
+        self.evaluation = held_out.HeldOut(ready)
         if self.evaluation.policy:
             try_graders(ready, "data.eval_prompts", self.evaluation.policy.batches[0].columns or [])
         self.pending: Finished | None = None
@@ -173,12 +185,12 @@ class Trainer:
 
         Raises ConfigError, before anything is compiled, where checkpoint.best is none of the metrics."""
         cfg = self.cfg
-        evaluate.check_best(self.ready, self.evaluation)
+        held_out.check_best(self.ready, self.evaluation)
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
         parts = self.ready.recipe.num_micro
-        sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts) + evaluate.describe_best(cfg)
+        sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts) + held_out.describe_best(cfg)
         with self.log.doing("loading"):
-            rows = announce.describe_rows(self.ready, self.feed, self.evaluation)
+            rows = announce.describe_rows(self.ready, self.feed, self.evaluation.summaries())
         lines = [*describe_data(self.ready), *rows, describe_epochs(cfg, self.feed.rows())]
         notes = dict.fromkeys(note for found in self.ready.weights.values() for note in found.notes)
         lines += [
@@ -200,7 +212,7 @@ class Trainer:
         with self.saving(), contextlib.closing(self.profiler):
             if start == 0 and cfg.eval.every:
                 self.evaluate(0, state)
-            platform.fill_holes()
+            compiler_flags.fill_holes()
             self.save_at_signals()
             step = self.loop(state, start, programs)
         self.log.close()  # the bar gives way to the last numbers
@@ -250,7 +262,7 @@ class Trainer:
 
         Raises ``error`` except where Ctrl-C was pressed: it reaches the processes that a function has started, too."""
         whole_state = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-        if distributed.several() or isinstance(error, FloatingPointError) or not whole_state:
+        if processes.several() or isinstance(error, FloatingPointError) or not whole_state:
             raise error
         if step > (self.saved.latest() or 0):
             self.flush()
@@ -270,7 +282,7 @@ class Trainer:
             programs = compile_programs(self.ready, state, batch)
             found[shapes(batch)] = joined(self.ready, programs)
             count += len(programs)
-        distributed.wait()
+        processes.wait()
         self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")
         return found
 
@@ -280,7 +292,7 @@ class Trainer:
         """From here on there is something to save: a signal lets the iteration end. In a run of several processes JAX
         hears SIGTERM and tells all of them, so that SIGINT is passed on as one."""
         self.stop.saves, self.stop.tell = True, self.log.say
-        if distributed.several():
+        if processes.several():
             self.stop.relay = lambda: os.kill(os.getpid(), signal.SIGTERM)
         run_dir = self.cfg.run_dir
 
@@ -293,8 +305,8 @@ class Trainer:
 
     def asked_to_stop(self) -> bool:
         """Whether to stop before the next iteration; all processes answer alike."""
-        if distributed.several():
-            self.agreed = self.agreed or distributed.stop_agreed()
+        if processes.several():
+            self.agreed = self.agreed or processes.stop_agreed()
             return self.agreed
         return self.stop.asked is not None
 
@@ -305,7 +317,7 @@ class Trainer:
         try:
             yield
         except BaseException:
-            if not distributed.several():
+            if not processes.several():
                 self.finish_saving()
             raise
         self.finish_saving()
@@ -362,7 +374,7 @@ class Trainer:
         state at once, where the evaluation may last longer than whoever sent it waits."""
 
         def save_at_a_signal() -> None:
-            if self.stop.asked and not distributed.several() and step > (self.saved.latest() or 0):
+            if self.stop.asked and not processes.several() and step > (self.saved.latest() or 0):
                 self.save(step, state)
                 self.unmeasured = step
 

@@ -35,21 +35,23 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture
 def one_device(monkeypatch) -> None:
     """Runs of this process take the first device alone: their programs compile in a fraction of the time."""
-    from jaxrlhf import build, checkpoint, complete, sharding
+    from jaxrlhf import sharding
+    from jaxrlhf.run import build, checkpoint
+    from jaxrlhf.serve import writer
 
-    for module in (build, checkpoint, complete):
+    for module in (build, checkpoint, writer):
         monkeypatch.setattr(module, "make_mesh", lambda cfg, *_: sharding.make_mesh(cfg, jax.devices()[:1]))
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs ``jaxrlhf args`` as the script does, in this process; gives (stdout, stderr)."""
-    from jaxrlhf import cli
+    from jaxrlhf.cli import app
 
     def call(*args: Any, code: int = 0) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["jaxrlhf", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         assert (stop.value.code or 0) == code
         return capsys.readouterr()
 

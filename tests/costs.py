@@ -22,10 +22,10 @@ import numpy as np
 from jaxrlhf.benchmarks.case import Case, Shape, ready, shaped, without_world
 from jaxrlhf.benchmarks.rows import random_batch, whole_rows
 from jaxrlhf.benchmarks.work import count_work
-from jaxrlhf.build import abstract_state
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.shapes import blueprint
-from jaxrlhf.programs import compile_programs
+from jaxrlhf.run.build import abstract_state
+from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import current, make_mesh, row_layout
 from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout
 from jaxrlhf.types import Batch, TrainState

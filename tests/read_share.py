@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import distributed
-from jaxrlhf.distributed import DistributedConfig
-from jaxrlhf.models import hf, hf_config, hf_folder, hf_tensors
+from jaxrlhf.hosts import processes
+from jaxrlhf.hosts.processes import DistributedConfig
+from jaxrlhf.models.files import hf, hf_config, hf_folder, hf_tensors
 from jaxrlhf.sharding import MeshConfig, make_mesh
 
 
@@ -66,7 +66,7 @@ class Watch:
 
 def main() -> None:
     where, out = sys.argv[1:]
-    distributed.start(DistributedConfig())
+    processes.start(DistributedConfig())
     folder = hf_folder.locate(where)
     cfg, head = hf_config.read_config(folder)
     opened = hf_tensors.open_weights

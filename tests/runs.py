@@ -159,7 +159,7 @@ def train(*arguments: str, configs: Sequence[Path] = tuple(TINY)) -> list[str]:
 def config(name: str, root: Path, folder: Path, *more: str):
     """The Config of sft, rm or ppo: small, on the text of ``root``, writing to ``folder`` / name, starting from
     ``root`` / whole."""
-    from jaxrlhf.config import load
+    from jaxrlhf.config.load import load
 
     mine = train(*overrides(text(root), folder, root / "whole"), *more, configs=[tiny_config(name)])
     return load(mine[1], mine[2:])
@@ -285,7 +285,7 @@ def finish(started: Started, timeout: float) -> Done:
 def main() -> None:
     """The process."""
     plan = json.loads(Path(sys.argv[1]).read_text())
-    from jaxrlhf import cli
+    from jaxrlhf.cli import app
     from tests import fake_gcs
 
     if fake_gcs.ROOT in os.environ:
@@ -298,7 +298,7 @@ def main() -> None:
             print(SEPARATOR, end="", flush=True)
         sys.argv = ["jaxrlhf", *command]
         try:
-            cli.main()
+            app.main()
         except SystemExit as stop:
             code = stop.code
         if code:

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import score as scoring
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.programs import overlaps
-from jaxrlhf.questions import asked_before_scores
 from jaxrlhf.rewards.functions import RewardsConfig
+from jaxrlhf.run import scoring
+from jaxrlhf.run.asks import asked_before_scores
+from jaxrlhf.run.programs import overlaps
 from jaxrlhf.types import Algorithm, Batch, Experience, Sequences, TrainState
 from tests import tiny
 

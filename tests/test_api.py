@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxrlhf import api, build, scorer, sharding
-from jaxrlhf.complete import generate_text
+from jaxrlhf import api, sharding
 from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.run import build
+from jaxrlhf.serve import scorer
+from jaxrlhf.serve.writer import generate_text
 from tests import runs
 
 PROMPTS = ["the film is", "the plot"]

@@ -13,15 +13,18 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf import build, checkpoint, cli, complete, programs
 from jaxrlhf import train as trainer
-from jaxrlhf.config import Config, RoleConfig, parse
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.cli import app
+from jaxrlhf.config.load import parse
+from jaxrlhf.config.record import Config, RoleConfig
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.chat import ChatConfig
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import transformer
+from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.kernels import Hardware
+from jaxrlhf.run import build, checkpoint, programs
+from jaxrlhf.serve import writer
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
 from tests import runs
@@ -153,7 +156,7 @@ def test_the_command_refuses_it_in_one_line_and_starts_nothing(root, whole, fore
     monkeypatch.setattr(sys, "argv", ["jaxrlhf", *command, f"models.reward.init_from={foreign}"])
     monkeypatch.setattr(trainer, "initial_state", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(SystemExit, match="2"):
-        cli.main()
+        app.main()
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "models.reward.init_from" in err
     assert [path.name for path in (tmp_path / "ppo").iterdir()] == [".lock"]
@@ -369,9 +372,9 @@ def test_every_eos_token_stays_one_when_a_run_goes_on(root, folder, tmp_path, pp
     assert build.build(cfg).weights["policy"].kind == "run"
     assert build.build(cfg).sampler.eos_ids == (1, 7)
     assert build.build(ppo(f"models.policy.init_from={cfg.run_dir}")).sampler.eos_ids == (1, 7)
-    mesh = complete.make_mesh(complete.MeshConfig())
+    mesh = writer.make_mesh(writer.MeshConfig())
     with jax.set_mesh(mesh):
-        assert complete.read_model(cfg.run_dir, mesh).ids.eos == (1, 7)
+        assert writer.read_model(cfg.run_dir, mesh).ids.eos == (1, 7)
     checkpoint.export(cfg.run_dir, "policy", tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
 

@@ -14,12 +14,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrlhf import checkpoint
-from jaxrlhf import state as states
-from jaxrlhf.checkpoint import Checkpoints
 from jaxrlhf.log.run_dir import at_step, made_by, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
+from jaxrlhf.run import checkpoint
+from jaxrlhf.run import state as states
+from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxrlhf import cli, outside
+from jaxrlhf import user_code
+from jaxrlhf.cli import app
 
 ROOT = Path(__file__).parent.parent
 SFT = """
@@ -58,12 +59,12 @@ def calls(monkeypatch):
 
     module("jaxrlhf.train", run=train)
     module(
-        "jaxrlhf.evaluate_report",
+        "jaxrlhf.evaluate.report",
         evaluate_run={"eval/score/mean": 1.5},
         print_report=lambda report: print("the report", report),
     )
-    module("jaxrlhf.dry_run", dry_run=lambda configs: [f"looked at {cfg.run_dir}" for _, cfg in configs])
-    module("jaxrlhf.checkpoint", export=("step 4", ["a note"]))
+    module("jaxrlhf.plan.dry_run", dry_run=lambda configs: [f"looked at {cfg.run_dir}" for _, cfg in configs])
+    module("jaxrlhf.run.checkpoint", export=("step 4", ["a note"]))
     return noted
 
 
@@ -133,7 +134,7 @@ def test_what_the_file_system_refuses_is_one_line(sft, calls, monkeypatch, run, 
 
     monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
     if ours:
-        monkeypatch.setattr(outside, "PACKAGE", ROOT)
+        monkeypatch.setattr(user_code, "PACKAGE", ROOT)
         assert run("train", sft, code=1)[1] == "runs/a/metrics.jsonl: No space left on device\n"
         return
     with pytest.raises(OSError, match="No space left"):
@@ -147,7 +148,7 @@ def test_training_that_breaks_down_is_one_line_too(sft, calls, monkeypatch, run)
     monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
     with pytest.raises(FloatingPointError):  # raised outside the package: not its words
         run("train", sft)
-    monkeypatch.setattr(cli, "PACKAGE", Path(__file__).parent)
+    monkeypatch.setattr(app, "PACKAGE", Path(__file__).parent)
     assert run("train", sft, code=1)[1] == "step 3: loss/policy is nan\n"
 
 

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import checkpoint, cli, complete
-from jaxrlhf.complete import generate_text
+from jaxrlhf.cli import app
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate import GenerateConfig
-from jaxrlhf.models import hf, hf_config
+from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.run import checkpoint
+from jaxrlhf.run.state import abstract_params
+from jaxrlhf.serve import writer
+from jaxrlhf.serve.writer import generate_text
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from jaxrlhf.state import abstract_params
 from jaxrlhf.types import Params, Sequences
 from tests import runs
 
@@ -81,7 +83,7 @@ def test_samples_of_many_prompts_do_not_depend_on_batches(whole, one_device, mon
     """Nor on how wide and how many rows the programs are; there is one program a width and number of rows."""
     cfg = GenerateConfig(max_new_tokens=8, stop=(" and",))
     records = [{"prompt": text} for text in ("the film is", "the plot", "the scene is cold and", "the", "a")]
-    together = complete.Writer(str(whole / "sft"), cfg, seed=3, samples=2)
+    together = writer.Writer(str(whole / "sft"), cfg, seed=3, samples=2)
     programs: Any = together.program
     found = list(together(records))
     assert [len(responses) for responses in found] == [2] * 5
@@ -89,35 +91,35 @@ def test_samples_of_many_prompts_do_not_depend_on_batches(whole, one_device, mon
     assert programs._cache_size() == 1
     list(together(iter(records[:3])))  # 4 rows of 32 columns instead of 8
     assert programs._cache_size() == 2
-    monkeypatch.setattr(complete, "ROWS", 4)
-    apart = complete.Writer(str(whole / "sft"), cfg, seed=3, samples=2, width=64)
+    monkeypatch.setattr(writer, "ROWS", 4)
+    apart = writer.Writer(str(whole / "sft"), cfg, seed=3, samples=2, width=64)
     assert apart.rows == 2 and list(apart(records)) == found
 
 
 def test_why_a_response_ended(whole, one_device):
     """By hand: after a prompt of 1 token an ending token, a stop text, and neither of both."""
-    writer = complete.Writer(str(whole / "sft"), GenerateConfig(max_new_tokens=3, stop=(" film",)))
-    eos = writer.sampler.eos_ids[0]
-    word = tokenizers.encode_text(writer.model.tokenizer, "abc").ids[0]
+    made = writer.Writer(str(whole / "sft"), GenerateConfig(max_new_tokens=3, stop=(" film",)))
+    eos = made.sampler.eos_ids[0]
+    word = tokenizers.encode_text(made.model.tokenizer, "abc").ids[0]
     tokens = np.array([[7, word, eos, 0], [7, word, word, 0], [7, word, word, word]])
     mask = np.array([[0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]], bool)
-    found = writer.responses(Sequences(tokens, mask, mask, ended=np.array([True, True, False])))  # type: ignore[arg-type]
+    found = made.responses(Sequences(tokens, mask, mask, ended=np.array([True, True, False])))  # type: ignore[arg-type]
     assert [response[1:] for response in found] == [("eos", 2), ("stop", 2), ("length", 3)]
     assert [response.text for response in found] == ["a", "aa", "aaa"]
-    (sampled,) = writer([{"prompt": "the film is warm"}])
+    (sampled,) = made([{"prompt": "the film is warm"}])
     assert [len(sampled), sampled[0].finish_reason, sampled[0].tokens] == [1, "length", 3]
 
 
 def test_a_prompt_too_long_for_the_model_is_refused(whole, one_device, monkeypatch):
-    monkeypatch.setattr(complete, "row_limit", lambda cfg: 40)
-    writer = complete.Writer(str(whole / "sft"), GREEDY)
+    monkeypatch.setattr(writer, "row_limit", lambda cfg: 40)
+    made = writer.Writer(str(whole / "sft"), GREEDY)
     ids = lambda count: [np.zeros(count, np.int32)]
-    assert [writer.width_of(ids(count)) for count in (1, 20, 32)] == [32, 32, 32]
-    writer.width = 8
-    assert [writer.width_of(ids(count)) for count in (1, 8, 9, 17, 32)] == [8, 8, 16, 32, 32]
+    assert [made.width_of(ids(count)) for count in (1, 20, 32)] == [32, 32, 32]
+    made.width = 8
+    assert [made.width_of(ids(count)) for count in (1, 8, 9, 17, 32)] == [8, 8, 16, 32, 32]
     expected = "a prompt of 33 tokens and a response of 8 are 41 columns; the model computes 40 at most"
     with pytest.raises(ValueError, match=expected):
-        writer.width_of(ids(33))
+        made.width_of(ids(33))
 
 
 def test_an_empty_prompt(whole, one_device):
@@ -200,7 +202,7 @@ def command(monkeypatch, capsys):
     def call(*args) -> str:
         monkeypatch.setattr(sys, "argv", ["jaxrlhf", "export", *map(str, args)])
         with pytest.raises(SystemExit, match="2"):
-            cli.main()
+            app.main()
         return capsys.readouterr().err
 
     return call
@@ -226,11 +228,11 @@ def test_an_earlier_checkpoint_is_exported_and_sampled_from(whole, tmp_path, one
     run, out = whole / "sft", tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["jaxrlhf", "export", str(run), "--step", "2", "--to", str(out)])
     with pytest.raises(SystemExit, match="0"):
-        cli.main()
+        app.main()
     assert capsys.readouterr().out == f"policy of {run}, step 2, written to {out}\n"
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        saved = [complete.read_model(name, mesh).params for name in (f"{run}@2", f"{run}@4", str(run), str(out))]
+        saved = [writer.read_model(name, mesh).params for name in (f"{run}@2", f"{run}@4", str(run), str(out))]
     kernels = [np.asarray(tree["layers"]["mlp"]["up"]["kernel"]) for tree in saved]
     np.testing.assert_array_equal(kernels[0], kernels[3])
     np.testing.assert_array_equal(kernels[1], kernels[2])
@@ -256,7 +258,7 @@ def test_a_folder_that_holds_something_is_not_written_over(whole, tmp_path, comm
     assert command(f"{whole}/sft", "--to", file) == f"--to {file}: a file; expected a folder\n"
     monkeypatch.setattr(sys, "argv", ["jaxrlhf", "export", f"{whole}/sft", "--to", str(out), "--force"])
     with pytest.raises(SystemExit, match="0"):
-        cli.main()
+        app.main()
     assert "chat_template.jinja" not in {path.name for path in out.iterdir()}
 
 

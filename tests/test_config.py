@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxrlhf import config
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.config import Config
-from jaxrlhf.config_batch import (
+from jaxrlhf.config.batch import (
     choose_parts,
     describe_batch,
     describe_sharing,
@@ -22,12 +20,15 @@ from jaxrlhf.config_batch import (
     shares_prompts,
     updates_of,
 )
-from jaxrlhf.config_check import check, profiled_steps
-from jaxrlhf.config_errors import ConfigError
-from jaxrlhf.config_ranges import RANGE_OF, interval_of
-from jaxrlhf.config_reference import reference
-from jaxrlhf.config_types import hints, records
-from jaxrlhf.config_yaml import decode, read_file, read_yaml
+from jaxrlhf.config.check import check, profiled_steps
+from jaxrlhf.config.field_types import hints, records
+from jaxrlhf.config.load import dump, load, load_all
+from jaxrlhf.config.ranges import RANGE_OF, interval_of
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.reference import reference
+from jaxrlhf.config.roles import roles_of
+from jaxrlhf.config.yaml_text import decode, read_file, read_yaml
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.launch.config import LaunchConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig
@@ -62,7 +63,7 @@ def ppo(tmp_path):
 def mistakes(path, *overrides, devices=None) -> list[str]:
     """The lines of the ConfigError that loading (and checking on ``devices``) raises."""
     with pytest.raises(ConfigError) as caught:
-        cfg = config.load(path, overrides)
+        cfg = load(path, overrides)
         if devices:
             check(cfg, devices, str(path))
     return str(caught.value).split("\n")
@@ -79,7 +80,7 @@ def mistake(path, *overrides, devices=None) -> str:
 
 
 def test_yaml_is_laid_over_the_defaults(ppo):
-    cfg = config.load(ppo)
+    cfg = load(ppo)
     assert cfg.algorithm == PPOConfig(num_epochs=2, num_minibatches=2)
     assert cfg.algorithm_name == "ppo"
     assert cfg.data.prompt_buckets == (16, 32)
@@ -88,40 +89,38 @@ def test_yaml_is_laid_over_the_defaults(ppo):
 
 
 def test_command_line_is_laid_over_yaml(ppo):
-    cfg = config.load(
-        ppo, ["algorithm.kl_coef=2e-2", "seed=7", "data.eval_prompts.path=b", "models.policy.init_from=x=y"]
-    )
+    cfg = load(ppo, ["algorithm.kl_coef=2e-2", "seed=7", "data.eval_prompts.path=b", "models.policy.init_from=x=y"])
     assert (cfg.algorithm.kl_coef, cfg.seed, cfg.algorithm.num_epochs) == (0.02, 7, 2)
     assert cfg.data.eval_prompts is not None and cfg.data.eval_prompts.path == "b"
     assert cfg.models["policy"].init_from == "x=y"
 
 
 def test_a_role_takes_its_own_optimizer_row_else_the_default(ppo):
-    cfg = config.load(ppo)
+    cfg = load(ppo)
     assert cfg.optimizer_of("value").learning_rate == 3e-4
     assert cfg.optimizer_of("policy").learning_rate == 1e-4
     assert dataclasses.replace(cfg, optimizer={}).optimizer_of("policy") == OptimizerConfig()
 
 
 def test_reference_and_value_have_default_origins(ppo):
-    models = config.load(ppo).models
+    models = load(ppo).models
     assert (models["reference"].init_from, models["value"].init_from) == ("policy", "reward")
-    assert config.load(ppo, ["models.value.init_from=policy"]).models["value"].init_from == "policy"
+    assert load(ppo, ["models.value.init_from=policy"]).models["value"].init_from == "policy"
 
 
 FUNCTION = ("rewards.function=operator:add", "models={policy: {init_from: runs/sft}}")
 
 
 def test_a_reward_function_takes_the_place_of_the_reward_model(ppo):
-    cfg = config.load(ppo, FUNCTION)
+    cfg = load(ppo, FUNCTION)
     check(cfg, 8)
-    assert config.roles_of(cfg) == ({"policy": "lm", "value": "scalar"}, {"reference": "lm"})
+    assert roles_of(cfg) == ({"policy": "lm", "value": "scalar"}, {"reference": "lm"})
     assert {role: model.init_from for role, model in cfg.models.items()} == {
         "policy": "runs/sft",
         "reference": "policy",
         "value": "policy",
     }
-    assert config.roles_of(config.load(ppo))[1] == {"reference": "lm", "reward": "scalar"}
+    assert roles_of(load(ppo))[1] == {"reference": "lm", "reward": "scalar"}
 
 
 @pytest.mark.parametrize(
@@ -142,10 +141,10 @@ def test_a_reward_function_takes_the_place_of_the_reward_model(ppo):
     ],
 )
 def test_dump_loads_back_equal(ppo, tmp_path, override):
-    cfg = config.load(ppo, [override])
-    (tmp_path / "again.yaml").write_text(config.dump(cfg))
-    assert config.load(tmp_path / "again.yaml") == cfg
-    assert yaml.safe_load(config.dump(cfg))["run_dir"] == cfg.run_dir  # a YAML 1.1 reader sees the same text
+    cfg = load(ppo, [override])
+    (tmp_path / "again.yaml").write_text(dump(cfg))
+    assert load(tmp_path / "again.yaml") == cfg
+    assert yaml.safe_load(dump(cfg))["run_dir"] == cfg.run_dir  # a YAML 1.1 reader sees the same text
 
 
 # ---- several configs ------------------------------------------------------------------------------------------------
@@ -154,10 +153,10 @@ def test_dump_loads_back_equal(ppo, tmp_path, override):
 def test_an_override_can_name_its_config(ppo, tmp_path):
     second = tmp_path / "second.yaml"
     second.write_text(PPO)
-    first, other = config.load_all([ppo, second], ["second:run_dir=runs/b", "second:seed=3", "iterations=2"])
+    first, other = load_all([ppo, second], ["second:run_dir=runs/b", "second:seed=3", "iterations=2"])
     assert (first.run_dir, first.seed, first.iterations) == ("runs/ppo", 0, 2)
     assert (other.run_dir, other.seed, other.iterations) == ("runs/b", 3, 2)
-    both = config.load_all([ppo, second], ["second:run_dir=runs/b", "ppo:seed=5"])  # both run the algorithm ppo
+    both = load_all([ppo, second], ["second:run_dir=runs/b", "ppo:seed=5"])  # both run the algorithm ppo
     assert [cfg.seed for cfg in both] == [5, 5]
 
 
@@ -169,7 +168,7 @@ def test_two_configs_do_not_share_a_run_dir(ppo, tmp_path):
     second = tmp_path / "second.yaml"
     second.write_text(PPO)
     with pytest.raises(ConfigError, match=r"second\.yaml: run_dir: runs/ppo: already the run_dir of .*ppo\.yaml"):
-        config.load_all([ppo, second])
+        load_all([ppo, second])
 
 
 # ---- what is refused, in one line -----------------------------------------------------------------------------------
@@ -248,7 +247,7 @@ def test_a_number_out_of_range_is_one_line(ppo, override, line):
 
 
 def test_zero_is_allowed_where_it_means_something(ppo):
-    cfg = config.load(ppo, ["optimizer.default.learning_rate=0", "eval.every=0", "generate.temperature=0"])
+    cfg = load(ppo, ["optimizer.default.learning_rate=0", "eval.every=0", "generate.temperature=0"])
     assert (cfg.optimizer["default"].learning_rate, cfg.eval.every, cfg.generate.temperature) == (0, 0, 0)
 
 
@@ -297,11 +296,11 @@ def test_a_best_that_no_config_of_the_command_keeps_is_refused_before_the_first_
     second.write_text(PPO.replace("runs/ppo", "runs/second").replace("runs/sft", "runs/ppo@best"))
     line = rf"^{second}: models\.policy\.init_from: runs/ppo@best: {ppo} sets no checkpoint\.best$"
     with pytest.raises(ConfigError, match=line):
-        config.load_all([ppo, second])
+        load_all([ppo, second])
     keeps = "ppo:checkpoint.best=eval/score/mean"
     text = second.read_text().replace("name: ppo", "name: grpo").replace(", num_epochs: 2, num_minibatches: 2", "")
     second.write_text(text.replace("  value: {learning_rate: 3e-4}\n", ""))
-    assert len(config.load_all([ppo, second], [keeps])) == 2
+    assert len(load_all([ppo, second], [keeps])) == 2
 
 
 # ---- hostile YAML ---------------------------------------------------------------------------------------------------
@@ -353,7 +352,7 @@ def test_a_config_may_come_from_any_editor(ppo, tmp_path, encoding, end):
     text = PPO.replace("runs/ppo", "läufe/ppo").replace("\n", end)
     path = tmp_path / "editor.yaml"
     path.write_bytes(text.encode(encoding))
-    assert config.load(path) == dataclasses.replace(config.load(ppo), run_dir="läufe/ppo")
+    assert load(path) == dataclasses.replace(load(ppo), run_dir="läufe/ppo")
     assert decode(read_file(str(path)), "editor.yaml") == text
 
 
@@ -384,7 +383,7 @@ def test_integers_that_devices_do_not_hold_are_refused(ppo, key, value):
 @pytest.mark.parametrize("name", ["", " "])
 def test_no_name_is_no_config(name):
     with pytest.raises(ConfigError, match=r'^" ?": expected the path of a config, as in configs/tiny/ppo\.yaml$'):
-        config.load(name)
+        load(name)
 
 
 def test_a_folder_is_no_config(ppo):
@@ -394,7 +393,7 @@ def test_a_folder_is_no_config(ppo):
 
 def test_run_dir_is_a_directory_that_a_shell_would_find(ppo, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert config.load(ppo, ["run_dir=~/runs/a"]).run_dir == "/home/me/runs/a"
+    assert load(ppo, ["run_dir=~/runs/a"]).run_dir == "/home/me/runs/a"
     assert mistake(ppo, "run_dir=''") == 'command line: run_dir: "": expected a directory, as in runs/mine'
 
 
@@ -403,7 +402,7 @@ def test_a_shared_anchor_is_not_shared_by_overrides(tmp_path):
     path.write_text(
         PPO.replace("default: {l", "default: &row {l").replace("value: {learning_rate: 3e-4}", "value: *row")
     )
-    cfg = config.load(path, ["optimizer.value.learning_rate=1"])
+    cfg = load(path, ["optimizer.value.learning_rate=1"])
     assert (cfg.optimizer["default"].learning_rate, cfg.optimizer["value"].learning_rate) == (1e-4, 1.0)
 
 
@@ -415,7 +414,7 @@ def test_steps_to_trace_are_counted_as_the_log_counts():
 
 
 def test_a_good_config_passes(ppo):
-    cfg = config.load(ppo)
+    cfg = load(ppo)
     for devices in (1, 2, 8):
         check(cfg, devices)
 
@@ -546,8 +545,8 @@ def test_what_cannot_work_is_one_line(ppo, overrides, line):
 def test_a_group_that_cannot_work_is_one_line(tmp_path, overrides, line):
     path = tmp_path / "grpo.yaml"
     path.write_text(PPO.replace("name: ppo", "name: grpo").replace("  value: {learning_rate: 3e-4}\n", ""))
-    check(config.load(path), 8)
-    check(config.load(path, ["algorithm.old_logprobs=recompute", "algorithm.sampler_ratio_cap=0.5"]), 8)
+    check(load(path), 8)
+    check(load(path, ["algorithm.old_logprobs=recompute", "algorithm.sampler_ratio_cap=0.5"]), 8)
     assert mistake(path, *overrides, devices=8).startswith((f"{path}: {line}", f"command line: {line}"))
 
 
@@ -572,14 +571,14 @@ data: {demonstrations: {path: a.jsonl}, max_length: 32}
 def test_an_architecture_that_cannot_work_is_one_line(tmp_path, override, line):
     path = tmp_path / "sft.yaml"
     path.write_text(SFT)
-    check(config.load(path), 8)
+    check(load(path), 8)
     assert mistake(path, override, devices=8) == f"{path}: models.policy.architecture.{line}"
 
 
 def test_a_mesh_divides_all_but_the_heads(tmp_path):
     path = tmp_path / "sft.yaml"
     path.write_text(SFT)
-    check(config.load(path, ["mesh={tensor: 8}"]), 8)  # 4 heads
+    check(load(path, ["mesh={tensor: 8}"]), 8)  # 4 heads
     line = mistake(path, "mesh={tensor: 8}", "models.policy.architecture.mlp_size=100", devices=8)
     assert line.endswith("architecture.mlp_size: 100: mesh.tensor of 8 does not divide it; nearest: 96")
 
@@ -587,7 +586,7 @@ def test_a_mesh_divides_all_but_the_heads(tmp_path):
 def test_a_policy_from_scratch_needs_room_for_prompt_and_response(ppo):
     given = ["models.policy={architecture: {max_positions: 95}}", "tokenizer.init_from=runs/sft"]
     assert "max_positions: 95: less than 96 = the largest of data.prompt_buckets" in mistake(ppo, *given, devices=1)
-    check(config.load(ppo, [*given, "generate.max_new_tokens=63"]), 1)
+    check(load(ppo, [*given, "generate.max_new_tokens=63"]), 1)
 
 
 def test_a_run_from_scratch_needs_a_tokenizer(tmp_path):
@@ -607,7 +606,7 @@ def test_a_reward_function_needs_responses(tmp_path):
 def test_greedy_responses_are_fine_where_none_is_trained_on(tmp_path):
     path = tmp_path / "sft.yaml"
     path.write_text(SFT)
-    check(config.load(path, ["generate.temperature=0"]), 1)
+    check(load(path, ["generate.temperature=0"]), 1)
 
 
 @pytest.mark.parametrize(
@@ -619,7 +618,7 @@ def test_greedy_responses_are_fine_where_none_is_trained_on(tmp_path):
     ],
 )
 def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
-    cfg = config.load(ppo, [f"batch.micro_batch_size={'' if micro is None else micro}"])
+    cfg = load(ppo, [f"batch.micro_batch_size={'' if micro is None else micro}"])
     check(cfg, devices)
     assert choose_parts(cfg, devices, "tpu") == parts
     assert updates_of(cfg) == (2, 2)
@@ -629,7 +628,7 @@ def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     assert shares_prompts(cfg, devices, parts) == shares
     said = "".join(describe_sharing(cfg, devices, parts))
     assert shares == (said == "") and shares != (f"read once in micro-batches of a multiple of {2 * devices}" in said)
-    alone = config.load(ppo, ["batch.share_prompts=false"])
+    alone = load(ppo, ["batch.share_prompts=false"])
     assert not shares_prompts(alone, 1, 1) and describe_sharing(alone, 1, 1) == []
     assert kept_together(cfg) == kept_together(alone) == 2  # whatever cuts them afterwards
 
@@ -638,7 +637,7 @@ def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
 def test_what_a_shuffle_keeps_together(ppo, samples, minibatches, together):
     """Whole groups where minibatches have room for them: 16 prompts, so many samples of each, so many minibatches."""
     edits = [f"batch.samples_per_prompt={samples}", f"algorithm.num_minibatches={minibatches}"]
-    cfg = config.load(ppo, edits)
+    cfg = load(ppo, edits)
     assert 16 * samples // minibatches % together == 0 and kept_together(cfg) == together
 
 
@@ -663,7 +662,7 @@ PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_le
     ],
 )
 def test_a_cpu_computes_a_minibatch_in_parts_that_its_caches_hold(ppo, given, shards, parts):
-    cfg = config.load(ppo, ["generate.max_new_tokens=64", *given])
+    cfg = load(ppo, ["generate.max_new_tokens=64", *given])
     check(cfg, shards)
     assert choose_parts(cfg, shards, "cpu") == parts
     asked = cfg.batch.micro_batch_size
@@ -674,7 +673,7 @@ def test_a_cpu_computes_a_minibatch_in_parts_that_its_caches_hold(ppo, given, sh
 def test_rows_of_data_have_columns_too(tmp_path, name, parts):
     path = tmp_path / f"{name}.yaml"
     path.write_text(SFT.replace("{name: sft}", f"{{name: {name}}}"))
-    cfg = config.load(path, ["batch.sequences_per_step=64", "batch.preferences_per_step=64"])
+    cfg = load(path, ["batch.sequences_per_step=64", "batch.preferences_per_step=64"])
     assert choose_parts(cfg, 1, "cpu") == parts  # of 16 rows, and of 8 pairs, of 32 columns
     assert choose_parts(cfg, 32, "cpu") == 2
 
@@ -685,7 +684,7 @@ def test_the_nearest_batch_really_works(ppo):
         for samples in (1, 2, 3, 8):
             given = [f"batch={{prompts_per_step: {prompts}, samples_per_prompt: {samples}}}"]
             works = lambda n, samples=samples: n % 8 == 0 and n * samples % 16 == 0 and n > 0
-            cfg = config.load(ppo, given)
+            cfg = load(ppo, given)
             if works(prompts):
                 check(cfg, 8)
                 continue
@@ -699,11 +698,11 @@ def test_the_nearest_batch_really_works(ppo):
 
 def test_preferences_divide_like_the_rows_beside_them(ppo):
     given = ["algorithm.reward_update=true", "data.preferences.path=x", "batch.micro_batch_size=2"]
-    check(config.load(ppo, given), 2)  # 32 pairs over 2 minibatches x 8 micro-batches x 2 shards
+    check(load(ppo, given), 2)  # 32 pairs over 2 minibatches x 8 micro-batches x 2 shards
     line = mistake(ppo, *given, "batch.preferences_per_step=36", devices=2)
     rest = "36 rows do not divide over 2 minibatches x 2 batch shards (data 2 x fsdp 1) x 8 micro-batches; nearest: 32"
     assert line == f"{ppo}: batch.preferences_per_step: 36: {rest}"
-    assert "with 32 preferences" in describe_batch(config.load(ppo, given), 8)
+    assert "with 32 preferences" in describe_batch(load(ppo, given), 8)
 
 
 # ---- algorithms from outside, the reference -------------------------------------------------------------------------
@@ -716,10 +715,10 @@ def test_an_algorithm_from_outside_the_package_brings_its_config(ppo, tmp_path, 
         "ALGORITHM = PPO._replace(config=Mine)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    cfg = config.load(ppo, ["algorithm.name=outside:ALGORITHM", "algorithm.twist=2"])
+    cfg = load(ppo, ["algorithm.name=outside:ALGORITHM", "algorithm.twist=2"])
     assert (cfg.algorithm.twist, cfg.algorithm.num_epochs) == (2.0, 2)
-    (tmp_path / "again.yaml").write_text(config.dump(cfg))
-    assert config.load(tmp_path / "again.yaml") == cfg
+    (tmp_path / "again.yaml").write_text(dump(cfg))
+    assert load(tmp_path / "again.yaml") == cfg
 
 
 def test_the_reference_tells_type_default_and_comment():
@@ -744,11 +743,11 @@ def test_readme_holds_the_reference():
     text = readme.read_text()
     assert start in text and end in text
     block = text.partition(start)[2].partition(end)[0]
-    assert block.strip() == reference(Config).strip(), "stale: replace it with what `python -m jaxrlhf.config` prints"
+    assert block.strip() == reference(Config).strip(), "stale; python -m jaxrlhf.config.reference prints it"
 
 
 def test_the_module_prints_the_reference():
     done = subprocess.run(
-        [sys.executable, "-m", "jaxrlhf.config"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "jaxrlhf.config.reference"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == reference(Config).strip()

@@ -6,14 +6,16 @@ import math
 import jax
 import pytest
 
-from jaxrlhf import build
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config import Config, dump, load, roles_of
-from jaxrlhf.config_batch import describe_batch
-from jaxrlhf.config_check import check
+from jaxrlhf.config.batch import describe_batch
+from jaxrlhf.config.check import check
+from jaxrlhf.config.load import dump, load
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.roles import roles_of
 from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.plan import shapes
 from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.run import build
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests import runs
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 import pytest
 
-from jaxrlhf.config_batch import minibatch_rows
+from jaxrlhf.config.batch import minibatch_rows
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan import hlo
 from tests import costs

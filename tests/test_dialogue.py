@@ -10,9 +10,10 @@ from typing import ClassVar
 
 import pytest
 
-from jaxrlhf import cli, complete, dialogue
-from jaxrlhf.complete import Response
+from jaxrlhf.cli import app
 from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.serve import dialogue, writer
+from jaxrlhf.serve.writer import Response
 
 
 class FakeWriter:
@@ -40,14 +41,14 @@ class FakeWriter:
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs ``jaxrlhf generate model ARGS`` with ``stdin``: (stdout, stderr, the writer that was made)."""
-    monkeypatch.setattr(complete, "Writer", FakeWriter)
+    monkeypatch.setattr(writer, "Writer", FakeWriter)
     monkeypatch.setattr(FakeWriter, "made", [])
 
     def call(*args, stdin="", code=0):
         monkeypatch.setattr(sys, "argv", ["jaxrlhf", "generate", "model", *map(str, args)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         assert (stop.value.code or 0) == code, err
         return out, err, FakeWriter.made[-1] if FakeWriter.made else None
@@ -161,7 +162,7 @@ def test_a_line_that_is_no_prompt_is_named_before_the_model_is_loaded(run, tmp_p
 )
 def test_mistakes_are_one_line(run, args, line, monkeypatch):
     if "long" in args:  # raised by the fake, which is outside of the package
-        monkeypatch.setattr(cli, "raised_here", lambda error: True)
+        monkeypatch.setattr(app, "raised_here", lambda error: True)
     out, err, _ = run(*args, code=2)
     assert err.startswith(line) and err.count("\n") == 1 and out == ""
 
@@ -201,6 +202,6 @@ def test_a_turn_that_there_is_no_room_for_is_taken_back(run):
 
 def test_letters_that_the_locale_lacks_do_not_stop_a_command():
     code = "import sys\nfrom jaxrlhf import cli\ncli.app = lambda: print('ü → x')\ncli.main()"
-    environ = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
+    environ = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(app.__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("? ? x\n", "")

@@ -12,13 +12,15 @@ import jsonschema
 import pytest
 
 import jaxrlhf
-from jaxrlhf import cli_discover
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.config import Config, ConfigError, load
-from jaxrlhf.config_check import check
-from jaxrlhf.config_reference import keys_of, select
-from jaxrlhf.config_schema import schema
-from jaxrlhf.config_yaml import read_file, read_yaml
+from jaxrlhf.cli import discover
+from jaxrlhf.config.check import check
+from jaxrlhf.config.load import load
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.reference import keys_of, select
+from jaxrlhf.config.schema import schema
+from jaxrlhf.config.yaml_text import read_file, read_yaml
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.log.metric_names import METRICS, find_metric
 from jaxrlhf.log.rows import read_rows
 from jaxrlhf.optim import OptimizerConfig
@@ -197,7 +199,7 @@ def test_configs_are_listed_with_a_line_each(command):
     out, _ = command("configs")
     for path in FILES:
         name = path.relative_to(runs.ROOT / "configs").with_suffix("").as_posix()
-        assert cli_discover.first_comment(path), path
+        assert discover.first_comment(path), path
         assert f"{name}\n    " in out
 
 
@@ -218,7 +220,7 @@ def test_configs_are_copied(command, tmp_path):
 
 
 def test_there_is_a_starter_config_for_each_method(command):
-    assert set(cli_discover.starters()) == set(ALGORITHMS)
+    assert set(discover.starters()) == set(ALGORITHMS)
     out, _ = command("init")
     assert re.findall(r"^(\w+)\n    \w", out, re.MULTILINE) == sorted(ALGORITHMS)
     assert command("init", "dpoo", code=2)[1] == "init: dpoo: no such method; nearest: dpo\n"
@@ -286,7 +288,7 @@ def test_the_configs_of_the_way_from_trl_load(tmp_path, monkeypatch):
     vars(graders)["short"] = lambda completions, **columns: [0.0] * len(completions)
     monkeypatch.setitem(sys.modules, "my_rewards", graders)
     section = own_model_and_data()
-    starters = cli_discover.starters()
+    starters = discover.starters()
     edits = re.search(r'^DPO="dpo.yaml (.+)"$', section, re.MULTILINE)
     assert edits
     dpo = load(starters["dpo"], edits[1].split())

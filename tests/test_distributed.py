@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrlhf import distributed, rendezvous
-from jaxrlhf.distributed import DistributedConfig
+from jaxrlhf.hosts import processes, rendezvous
+from jaxrlhf.hosts.processes import DistributedConfig
 from tests import runs
 
 FUNCTION = [
@@ -213,7 +213,7 @@ class Device(NamedTuple):
 def test_rows_go_where_the_mesh_has_them(processes, fsdp, tensor, held, share, monkeypatch):
     import jax
 
-    from jaxrlhf import feed
+    from jaxrlhf.run import feed
     from jaxrlhf.sharding import MeshConfig, make_mesh
 
     mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor))
@@ -336,8 +336,8 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMP
     ],
 )
 def test_clusters_are_found_by_what_they_leave_in_the_environment(environment, expected, monkeypatch):
-    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
-    found = distributed.detect(environment)
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: [])
+    found = processes.detect(environment)
     assert (found and (found.name, dict(found.options))) == expected
 
 
@@ -353,9 +353,9 @@ def test_clusters_are_found_by_what_they_leave_in_the_environment(environment, e
     ],
 )
 def test_tpu_hosts_join_their_pod(environment, expected, monkeypatch):
-    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
-    found = distributed.detect(environment)
+    monkeypatch.setattr(processes.glob, "glob", lambda pattern: ["/dev/accel0"] if "accel" in pattern else [])
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
+    found = processes.detect(environment)
     assert (found and found.certain) is expected
 
 
@@ -364,9 +364,9 @@ def test_a_kubernetes_job_needs_its_package(monkeypatch):
     with pytest.raises(
         ValueError, match=r"distributed: Kubernetes \(JOB_COMPLETION_INDEX=0\).*pip install 'jax\[k8s\]'"
     ):
-        distributed.detect(environment)
-    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name)
-    assert distributed.detect(environment) == ("a Kubernetes job", "JOB_COMPLETION_INDEX=0", {}, True)
+        processes.detect(environment)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
+    assert processes.detect(environment) == ("a Kubernetes job", "JOB_COMPLETION_INDEX=0", {}, True)
 
 
 JAX = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
@@ -393,16 +393,16 @@ JAX = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_
 def test_what_the_config_says_goes_before_the_environment(fields, environment, expected):
     cfg = DistributedConfig(**fields)
     if not isinstance(expected, str):
-        assert distributed.explicit(cfg, environment) == expected
+        assert processes.explicit(cfg, environment) == expected
         return
     with pytest.raises(ValueError, match=re.escape(expected)):
-        distributed.explicit(cfg, environment)
+        processes.explicit(cfg, environment)
 
 
 def test_a_plain_run_is_left_alone(monkeypatch):
     import jax
 
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("there is nothing to join"))
-    distributed.start(DistributedConfig(), {})
-    distributed.start(DistributedConfig(auto=False), SLURM)
-    assert not distributed.several() and distributed.on_main(lambda: 5) == 5
+    processes.start(DistributedConfig(), {})
+    processes.start(DistributedConfig(auto=False), SLURM)
+    assert not processes.several() and processes.on_main(lambda: 5) == 5

@@ -6,15 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf import cli_discover, dry_run
 from jaxrlhf.algorithms import ALGORITHMS
-from jaxrlhf.build import build
-from jaxrlhf.chips import GIB
-from jaxrlhf.config import dump, load
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.cli import discover
+from jaxrlhf.config.load import dump, load
 from jaxrlhf.data.encode import Encoded
 from jaxrlhf.data.tokenizer import train_bpe
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.transformer import parameter_table
+from jaxrlhf.plan import dry_run
+from jaxrlhf.run.build import build
+from jaxrlhf.tpu.peaks import GIB
 from tests import runs
 from tests.test_minimal import fill_in, write_models
 
@@ -30,9 +31,7 @@ def checked(root, tmp_path, models, one_device):
 
     def call(method, *more):
         path = tmp_path / f"{method}.yaml"
-        path.write_text(
-            fill_in(cli_discover.starters()[method].read_text(), tmp_path / "runs", runs.text(root), models)
-        )
+        path.write_text(fill_in(discover.starters()[method].read_text(), tmp_path / "runs", runs.text(root), models))
         cfg = load(path, more)
         lines = list(dry_run.dry_run([(str(path), cfg)]))
         assert not (tmp_path / "runs").exists()

@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from jaxrlhf import build, epochs, train
-from jaxrlhf.config import load
-from jaxrlhf.config_batch import describe_batch
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf import train
+from jaxrlhf.config.batch import describe_batch
+from jaxrlhf.config.load import load
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.data.tokenizer import eos_ids, train_bpe
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import Plan, report
 from jaxrlhf.plan.length import with_length
+from jaxrlhf.run import build, epochs
 from tests import runs
 from tests.test_train import count_steps
 

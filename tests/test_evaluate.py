@@ -11,9 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrlhf import build, cli, evaluate, evaluate_report
-from jaxrlhf.evaluate_policy import PolicyEvaluation, Responses, sample_rows
+from jaxrlhf.cli import app
+from jaxrlhf.evaluate import held_out
+from jaxrlhf.evaluate import report as reporting
+from jaxrlhf.evaluate.policy import PolicyEvaluation, Responses, sample_rows
+from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.judge import Judge
+from jaxrlhf.run import build
 from jaxrlhf.types import Sequences
 from tests import runs
 
@@ -43,11 +47,11 @@ def test_a_best_that_can_only_be_the_last_is_told():
     """Steps that are both measured and saved."""
     cfg = SimpleNamespace(eval=SimpleNamespace(every=30), checkpoint=SimpleNamespace(every=50, best="eval/a"))
     cfg.iterations = 150
-    (line,) = evaluate.describe_best(cfg)  # type: ignore[arg-type]
+    (line,) = held_out.describe_best(cfg)  # type: ignore[arg-type]
     assert line.startswith("checkpoint.best: eval/a: evaluations (eval.every: 30) and saves (checkpoint.every: 50) m")
     for iterations in (151, 30, 0):  # step 150; one that is short is no mistake
         cfg.iterations = iterations
-        assert evaluate.describe_best(cfg) == []  # type: ignore[arg-type]
+        assert held_out.describe_best(cfg) == []  # type: ignore[arg-type]
 
 
 # ---- reports --------------------------------------------------------------------------------------------------------
@@ -120,7 +124,7 @@ def test_samples_show_both_policies_on_the_same_prompts(reports):
 
 
 def test_the_report_for_a_reader(reports, capsys):
-    evaluate_report.print_report(reports["ppo"])
+    reporting.print_report(reports["ppo"])
     shown = capsys.readouterr().out
     for words in ("reward", "KL from the reference", "length (tokens)", "outside judge: share positive", "before"):
         assert words in shown
@@ -129,13 +133,13 @@ def test_the_report_for_a_reader(reports, capsys):
     assert f"the outside judge prefers after to before: {wins:.1%}" in shown
     assert f"reward model: {reports['ppo']['reward_model']['accuracy']:.1%} of 32 held-out pairs right" in shown
     assert reports["ppo"]["samples"][0]["prompt"] in shown
-    evaluate_report.print_report(reports["sft"])
+    reporting.print_report(reports["sft"])
     assert f"{reports['sft']['after']['loss/policy']:.3f}" in capsys.readouterr().out
 
 
 def test_prompts_of_brackets_are_no_markup(capsys):
     row = {"prompt": "[bold]is[/bold] this", "after": "[red]text", "score_after": 1.0}
-    evaluate_report.print_report({"run": "r", "algorithm": "ppo", "step": 1, "after": {}, "samples": [row]})
+    reporting.print_report({"run": "r", "algorithm": "ppo", "step": 1, "after": {}, "samples": [row]})
     assert "[bold]is[/bold] this\n   after (+1.00): [red]text" in capsys.readouterr().out
 
 
@@ -144,7 +148,7 @@ def test_a_run_without_a_checkpoint_is_one_line(root, tmp_path, monkeypatch, cap
     run = runs.copy_run(root / "whole" / "sft", tmp_path / "sft", 0)
     monkeypatch.setattr(sys, "argv", ["jaxrlhf", "evaluate", str(run)])
     with pytest.raises(SystemExit, match="2"):
-        cli.main()
+        app.main()
     assert capsys.readouterr().err == f"{run}: no checkpoint in it; a run saves one every checkpoint.every iterations\n"
 
 
@@ -154,7 +158,7 @@ def test_evaluating_leaves_the_run_as_it_is(root, tmp_path, reports, one_device)
     half = run / "checkpoints" / "6.orbax-checkpoint-tmp"
     half.mkdir()
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    report = evaluate_report.evaluate_run(str(run))
+    report = evaluate_run(str(run))
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} and half.exists()
     np.testing.assert_allclose(report["after"]["loss/policy"], reports["sft"]["after"]["loss/policy"], rtol=1e-5)
 
@@ -171,7 +175,7 @@ def test_the_size_of_batches_changes_nothing(root, tmp_path):
         cfg = runs.config("sft", root, tmp_path / str(rows), *more)
         ready = build.build(cfg, jax.devices()[:1])
         with jax.set_mesh(ready.mesh):
-            held = evaluate.HeldOut(ready)
+            held = held_out.HeldOut(ready)
             result = held.run(build.initial_state(ready))
         assert held.measure and len(held.measure.batches) == -(-20 // rows)
         assert result is not None and result.samples == []
@@ -184,7 +188,7 @@ def test_the_size_of_batches_changes_nothing(root, tmp_path):
 def test_no_held_out_data_no_evaluation(root, tmp_path):
     runs.whole(root)
     cfg = runs.config("sft", root, tmp_path, "data.eval_demonstrations=null", "eval.every=0")
-    held = evaluate.HeldOut(build.build(cfg, jax.devices()[:1]))
+    held = held_out.HeldOut(build.build(cfg, jax.devices()[:1]))
     assert held.run(None) is None  # type: ignore[arg-type]
 
 
@@ -233,11 +237,11 @@ def test_accuracy_and_calibration_are_a_loop(monkeypatch):
         for filled, scores in zip(pair, (chosen, rejected)):
             filled[:rows] = scores[at : at + rows]
         batches.append(SimpleNamespace(batch=SimpleNamespace(preferences=pair), real=rows))
-    monkeypatch.setattr(evaluate_report, "put", lambda mesh, batch: batch)
-    monkeypatch.setattr(evaluate_report, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
+    monkeypatch.setattr(reporting, "put", lambda mesh, batch: batch)
+    monkeypatch.setattr(reporting, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
     ready: Any = SimpleNamespace(mesh=None, recipe=SimpleNamespace(nets=None))
     state: Any = SimpleNamespace(params={"reward": {}}, slow={})
-    found = evaluate_report.pair_report(ready, state, batches)["reward_model"]
+    found = reporting.pair_report(ready, state, batches)["reward_model"]
     assert found["pairs"] == 99
     np.testing.assert_allclose(found["accuracy"], accuracy(chosen, rejected), atol=5e-5)
     np.testing.assert_allclose(found["calibration_error"], calibration_error(chosen, rejected), atol=5e-5)
@@ -269,7 +273,7 @@ def calibration_error(chosen: np.ndarray, rejected: np.ndarray) -> float:
 def test_no_reward_model_no_report():
     state: Any = SimpleNamespace(params={"policy": {}}, slow={})
     batches: Any = [object()]
-    assert evaluate_report.pair_report(SimpleNamespace(), state, batches) == {}  # type: ignore[arg-type]
+    assert reporting.pair_report(SimpleNamespace(), state, batches) == {}  # type: ignore[arg-type]
 
 
 # ---- the outside judge ----------------------------------------------------------------------------------------------

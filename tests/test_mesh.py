@@ -16,10 +16,10 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.feed import put
 from jaxrlhf.models.config import resolve
 from jaxrlhf.ops.sampling import uniform_noise
-from jaxrlhf.programs import compile_program
+from jaxrlhf.run.feed import put
+from jaxrlhf.run.programs import compile_program
 from jaxrlhf.sharding import MeshConfig, current, explicit, make_mesh, whole
 from jaxrlhf.types import Batch, TrainState
 from tests import tiny

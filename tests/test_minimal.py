@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import cli_discover, generate
+from jaxrlhf import generate
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.dpo import DPOConfig
@@ -20,15 +20,16 @@ from jaxrlhf.algorithms.kto import KTOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.sft import SFTConfig
-from jaxrlhf.build import abstract_state
-from jaxrlhf.config import load
+from jaxrlhf.cli import discover
+from jaxrlhf.config.load import load
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.feed import batch_shapes
-from jaxrlhf.models import hf, hf_config
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.run.build import abstract_state
+from jaxrlhf.run.feed import batch_shapes
 from jaxrlhf.sharding import MeshConfig, batch_shards, current, is_pmap, make_mesh
 from jaxrlhf.types import Batch
 from tests import runs, tiny
@@ -93,7 +94,7 @@ def started(root, tmp_path_factory) -> tuple[Path, runs.Done]:
     """Each starter config, filled in, trained for a small part of an epoch: one iteration."""
     folder, text = tmp_path_factory.mktemp("started"), runs.text(root)
     models, commands = write_models(folder, text), []
-    for method, path in cli_discover.starters().items():
+    for method, path in discover.starters().items():
         config = folder / f"{method}.yaml"
         config.write_text(fill_in(path.read_text(), folder, text, models))
         more = SHORT if ALGORITHMS[method].rollout else ["data.max_length=64"]
@@ -205,9 +206,9 @@ def test_a_row_a_device_is_traced(name, where):
 def test_one_row_at_a_time_is_traced_for_a_slice(name, tensor):
     """As ``jaxrlhf plan`` does, with the kernels and the scan over layers of TPUs."""
     pytest.importorskip("libtpu")
-    from jaxrlhf.plan.topology import find_slice
+    from jaxrlhf.plan.target import find_target
 
-    mesh = make_mesh(MeshConfig(1, 1, tensor), find_slice("v5e:2x2").devices[:tensor])
+    mesh = make_mesh(MeshConfig(1, 1, tensor), find_target("v5e:2x2").devices[:tensor])
     trace(name, mesh, [])
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import build, feed, normalize
-from jaxrlhf.checkpoint import Checkpoints
+from jaxrlhf.run import build, feed, normalize
+from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.types import TrainState
 from tests import runs
 

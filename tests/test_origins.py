@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf import build, feed, origins
-from jaxrlhf.config import parse
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config.load import parse
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.meaning import foreign_ids
-from jaxrlhf.models import hf
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.files import hf
 from jaxrlhf.models.transformer import Leaf, parameter_table
 from jaxrlhf.ops.sampling import Sampling, shape_logits
+from jaxrlhf.run import build, feed, origins
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, spec
 from jaxrlhf.types import Head
 

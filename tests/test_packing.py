@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.ops.rows import join_rows, reorder, split_rows
-from jaxrlhf.packing import alike_in_parts, at_least_width, can_pack, columns_needed, widths_of
+from jaxrlhf.response_widths import alike_in_parts, at_least_width, can_pack, columns_needed, widths_of
 from jaxrlhf.types import Sequences
 
 

@@ -8,8 +8,8 @@ from platform import libc_ver
 
 import pytest
 
-from jaxrlhf import platform
-from jaxrlhf.platform import GPU, GPU_DETERMINISTIC, TPU, present, set_flags
+from jaxrlhf.hosts import compiler_flags
+from jaxrlhf.hosts.compiler_flags import GPU, GPU_DETERMINISTIC, TPU, present, set_flags
 
 ALL = [*GPU, *GPU_DETERMINISTIC, *TPU]
 
@@ -62,7 +62,7 @@ def test_a_longer_name_is_another_flag():
 )
 def test_platforms_that_are_here(monkeypatch, installed, asked, found):
     finder = types.SimpleNamespace(find_spec=lambda name: object() if name in installed else None)
-    monkeypatch.setattr(platform, "importlib", types.SimpleNamespace(util=finder))
+    monkeypatch.setattr(compiler_flags, "importlib", types.SimpleNamespace(util=finder))
     assert present({"JAX_PLATFORMS": asked} if asked else {}) == found
 
 
@@ -83,12 +83,12 @@ def test_libtpu_is_left_alone_where_there_is_no_tpu(monkeypatch, tmp_path, insta
     for name in files:
         (tmp_path / name).touch()
     finder = types.SimpleNamespace(find_spec=lambda name: object() if name in installed else None)
-    monkeypatch.setattr(platform, "importlib", types.SimpleNamespace(util=finder))
-    monkeypatch.setattr(platform, "TPU_FILES", (f"{tmp_path}/accel*",))
-    monkeypatch.setattr(platform, "GPU_FILES", (f"{tmp_path}/nvidia*",))
-    monkeypatch.setattr(platform, "has_tpu", lambda: platform.has_files(platform.TPU_FILES))
+    monkeypatch.setattr(compiler_flags, "importlib", types.SimpleNamespace(util=finder))
+    monkeypatch.setattr(compiler_flags, "TPU_FILES", (f"{tmp_path}/accel*",))
+    monkeypatch.setattr(compiler_flags, "GPU_FILES", (f"{tmp_path}/nvidia*",))
+    monkeypatch.setattr(compiler_flags, "has_tpu", lambda: compiler_flags.has_files(compiler_flags.TPU_FILES))
     before = dict(environ)
-    assert platform.skip_absent_tpu(environ) == changed
+    assert compiler_flags.skip_absent_tpu(environ) == changed
     assert environ == (before | {"JAX_PLATFORMS": "cpu"} if changed else before)
 
 
@@ -97,11 +97,11 @@ def test_libtpu_is_left_alone_where_there_is_no_tpu(monkeypatch, tmp_path, insta
     [("0x1ae0", "0x0063", True), ("0x1ae0", "0x0042", False), ("0x1ae0", "0x001f", False), ("0x8086", "0x0063", False)],
 )
 def test_a_tpu_is_found_on_the_pci_bus(monkeypatch, tmp_path, vendor, device, tpu):
-    monkeypatch.setattr(platform, "TPU_FILES", ())
+    monkeypatch.setattr(compiler_flags, "TPU_FILES", ())
     (tmp_path / "0000:00:04.0").mkdir()
     (tmp_path / "0000:00:04.0" / "vendor").write_text(vendor + "\n")
     (tmp_path / "0000:00:04.0" / "device").write_text(device + "\n")
-    assert platform.has_tpu(str(tmp_path)) == tpu
+    assert compiler_flags.has_tpu(str(tmp_path)) == tpu
 
 
 @pytest.mark.parametrize(
@@ -122,18 +122,18 @@ def test_a_tpu_is_found_on_the_pci_bus(monkeypatch, tmp_path, vendor, device, tp
 )
 def test_a_platform_without_a_plugin_is_one_line(monkeypatch, asked, line):
     finder = types.SimpleNamespace(find_spec=lambda name: None)
-    monkeypatch.setattr(platform, "importlib", types.SimpleNamespace(util=finder))
+    monkeypatch.setattr(compiler_flags, "importlib", types.SimpleNamespace(util=finder))
     monkeypatch.setenv("JAX_PLATFORMS", asked)
     if line is None:
-        platform.prepare()
+        compiler_flags.prepare()
         return
     with pytest.raises(ValueError) as error:
-        platform.prepare()
+        compiler_flags.prepare()
     assert str(error.value) == line
 
 
 BACKEND = "import jax; print(jax.device_count())"  # that of the CPU, which reads all XLA_FLAGS
-LIBTPU = "from jaxrlhf.plan.topology import find_slice; print(len(find_slice('v5e:2x2').devices))"
+LIBTPU = "from jaxrlhf.plan.target import find_target; print(len(find_target('v5e:2x2').devices))"
 
 
 def started(code: str, **environ: str) -> subprocess.CompletedProcess:
@@ -160,7 +160,7 @@ print(min(after - before for before, after in zip(seen[1:], seen[2:])))
 
 
 @pytest.mark.skipif(
-    libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > platform.FEW_CORES, reason="heaps of each thread"
+    libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > compiler_flags.FEW_CORES, reason="heaps of each thread"
 )
 def test_a_program_that_runs_again_finds_its_memory_where_it_left_it():
     """64 MB are 16,384 pages of 4 kB, of which none is asked for again."""
@@ -185,7 +185,7 @@ print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((500, 500))))
 
 
 @pytest.mark.skipif(
-    libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > platform.FEW_CORES, reason="heaps of each thread"
+    libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > compiler_flags.FEW_CORES, reason="heaps of each thread"
 )
 def test_holes_are_taken_where_there_is_one_heap():
     """200 of 300 kB, whose whole pages the system gets back; what is asked for afterwards is given."""
@@ -198,7 +198,7 @@ def test_holes_are_taken_where_there_is_one_heap():
 
 @pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "LD_PRELOAD"])
 def test_who_has_chosen_what_malloc_does_is_left_alone(name):
-    assert not platform.keep_memory({name: "", "HOME": "/"})
+    assert not compiler_flags.keep_memory({name: "", "HOME": "/"})
     if name == "MALLOC_ARENA_MAX" and libc_ver()[0] == "glibc":  # one that changes nothing of this
         kept, faults = started(FAULTS, MALLOC_ARENA_MAX="4").stdout.split()
         assert kept == "False" and int(faults) > 10_000
@@ -238,10 +238,10 @@ def test_without_them_gathers_are_waited_for():
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from jaxrlhf.plan.topology import find_slice
+    from jaxrlhf.plan.target import find_target
     from jaxrlhf.sharding import MeshConfig, make_mesh
 
-    mesh = make_mesh(MeshConfig(1, 4, 1), find_slice("v5e:2x2").devices)
+    mesh = make_mesh(MeshConfig(1, 4, 1), find_target("v5e:2x2").devices)
     given = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
 
     def layers(weights, x):

@@ -9,16 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf import state as states
-from jaxrlhf.build import abstract_state
-from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.config import PrecisionConfig, describe_precision, parse
-from jaxrlhf.config_batch import describe_learning
-from jaxrlhf.config_check import check
-from jaxrlhf.config_errors import ConfigError
-from jaxrlhf.config_yaml import read_yaml
+from jaxrlhf.config.batch import describe_learning
+from jaxrlhf.config.check import check
+from jaxrlhf.config.load import parse
+from jaxrlhf.config.record import PrecisionConfig
+from jaxrlhf.config.roles import describe_precision
+from jaxrlhf.config.yaml_text import read_yaml
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.run import state as states
+from jaxrlhf.run.build import abstract_state
+from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.sharding import MeshConfig, current, make_mesh
 from jaxrlhf.types import TrainState
 

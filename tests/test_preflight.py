@@ -9,8 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrlhf import cli, preflight
-from jaxrlhf.config import load
+from jaxrlhf.cli import app
+from jaxrlhf.config.load import load
+from jaxrlhf.launch import preflight
 from tests import fake_gcs
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +126,7 @@ def test_memory_of_devices_is_that_of_the_fullest(look, monkeypatch):
 def test_the_command_ends_with_0_or_2(monkeypatch, capsys, tmp_path, override, code):
     monkeypatch.setattr(sys, "argv", ["jaxrlhf", "preflight", SFT, f"run_dir={tmp_path}/run", override])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     assert (stop.value.code or 0) == code
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from jaxrlhf.config import Config, parse
+from jaxrlhf.config.load import parse
+from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.preflight import Line, attempt
-from jaxrlhf.preflight_inputs import Inputs
+from jaxrlhf.launch.preflight import Line, attempt
+from jaxrlhf.launch.preflight_inputs import Inputs
 from tests.test_score import rewarded_by
 
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxrlhf import train as trainer
-from jaxrlhf.profiler import Profiler
+from jaxrlhf.hosts.profiler import Profiler
 from tests import runs
 
 

@@ -15,19 +15,20 @@ import numpy as np
 import pytest
 from etils import epath
 
-from jaxrlhf import checkpoint
 from jaxrlhf import train as trainer
-from jaxrlhf.build import build, initial_state
-from jaxrlhf.checkpoint import Checkpoints
-from jaxrlhf.config import Config, dump, load
-from jaxrlhf.config_check import check
-from jaxrlhf.config_errors import ConfigError
-from jaxrlhf.config_types import bare, type_under
-from jaxrlhf.config_yaml import read_yaml
-from jaxrlhf.evaluate import HeldOut, Result
-from jaxrlhf.resume import changes_since_saved, flat
+from jaxrlhf.config.check import check
+from jaxrlhf.config.field_types import bare, type_under
+from jaxrlhf.config.load import dump, load
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.yaml_text import read_yaml
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.evaluate.held_out import HeldOut, Result
+from jaxrlhf.hosts.signals import Stop
+from jaxrlhf.run import checkpoint
+from jaxrlhf.run.build import build, initial_state
+from jaxrlhf.run.checkpoint import Checkpoints
+from jaxrlhf.run.resume import changes_since_saved, flat
 from jaxrlhf.sharding import current
-from jaxrlhf.stopping import Stop
 from jaxrlhf.types import TrainState
 from tests import runs
 from tests.test_minimal import write_models
@@ -154,7 +155,8 @@ def saved(tmp_path_factory) -> Saved:
 
 
 def one_device(patch: pytest.MonkeyPatch) -> None:
-    from jaxrlhf import build, sharding
+    from jaxrlhf import sharding
+    from jaxrlhf.run import build
 
     patch.setattr(build, "make_mesh", lambda cfg, *_: sharding.make_mesh(cfg, jax.devices()[:1]))
 

@@ -18,20 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import build, checkpoint, cli, evaluate_report, sharding
-from jaxrlhf import score as scoring
+from jaxrlhf import sharding
 from jaxrlhf import step as steps
 from jaxrlhf import train as trainer
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.config import Config, dump, parse
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.cli import app
+from jaxrlhf.config.load import dump, parse
+from jaxrlhf.config.record import Config
 from jaxrlhf.data.batches import Share
-from jaxrlhf.feed import fetch, put
-from jaxrlhf.programs import compile_programs
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.functions import RewardFunction, RewardsConfig
 from jaxrlhf.rewards.graders import GraderError, Graders
-from jaxrlhf.score import joined, score
+from jaxrlhf.run import build, checkpoint, scoring
+from jaxrlhf.run.feed import fetch, put
+from jaxrlhf.run.programs import compile_programs
+from jaxrlhf.run.scoring import joined, score
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
 from jaxrlhf.types import Batch, Sequences
 from tests import runs, tiny
@@ -309,7 +312,7 @@ def test_an_iteration_before_an_evaluation_takes_its_own_time(text, tmp_path):
 
 def test_a_finished_run_is_evaluated_with_its_function(learned):
     with rewarded_by(vowels):
-        report = evaluate_report.evaluate_run(str(learned))
+        report = evaluate_run(str(learned))
     last = [row for row in runs.rows(learned) if "eval/score/mean" in row][-1]
     assert report["after"]["score/mean"] == pytest.approx(last["eval/score/mean"], abs=1e-6)
     first = next(row for row in runs.rows(learned) if "eval/score/mean" in row)
@@ -395,7 +398,7 @@ def test_errors_of_the_function_s_own_are_shown_where_they_are_and_answers_in_on
     for function, one_line in ((broken, False), (lambda *_: ["1"], True)):
         with pytest.raises(ValueError) as caught:
             RewardFunction("my:f", function)([""], [{}])
-        assert cli.raised_here(caught.value) == one_line
+        assert app.raised_here(caught.value) == one_line
 
 
 def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, tmp_path, monkeypatch, capsys):
@@ -404,7 +407,7 @@ def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, 
     (tmp_path / "ppo.yaml").write_text(dump(cfg))
     monkeypatch.setattr(sys, "argv", ["jaxrlhf", "train", str(tmp_path / "ppo.yaml")])
     with pytest.raises(SystemExit, match="2"):
-        cli.main()
+        app.main()
     out, err = capsys.readouterr()
     line = f"{tmp_path}/ppo.yaml: rewards.function: nowhere_at_all:f: no module nowhere_at_all; "
     assert out == "" and err.startswith(line) and err.count("\n") == 1
@@ -413,7 +416,7 @@ def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, 
 
 def test_a_run_whose_function_is_gone_is_refused_in_one_line(learned):
     with pytest.raises(ConfigError, match=r"^rewards\.function: my_rewards:f: no module my_rewards; .*$"):
-        evaluate_report.evaluate_run(str(learned))
+        evaluate_run(str(learned))
 
 
 def test_roles_of_a_run_with_a_function(learned):
@@ -470,7 +473,7 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys
     }
     with rewarded_by(breaking), expected[mistake] as caught:
         trainer.run(cfg)
-    assert cli.raised_here(caught.value)
+    assert app.raised_here(caught.value)
     went_on = "stopped at step 2, which is saved; once the error is mended, the same command goes on from there\n"
     assert went_on in capsys.readouterr().out
     assert runs.steps_kept(tmp_path / "ppo") == [2]

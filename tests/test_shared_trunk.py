@@ -12,7 +12,7 @@ import pytest
 
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.models import hf, hf_config
+from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.nets import Trunk, make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling

@@ -14,11 +14,11 @@ import optax
 import pytest
 from jax.profiler import ProfileData
 
-from jaxrlhf import state as states
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, Preferences, Sequences, TrainState

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from jaxrlhf.stopping import Stop
+from jaxrlhf.hosts.signals import Stop
 from tests import runs
 
 BOTH = (signal.SIGINT, signal.SIGTERM)

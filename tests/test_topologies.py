@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from jaxrlhf import topologies
-from jaxrlhf.topologies import GENERATIONS, Slice, find_slice, slices
+from jaxrlhf.tpu.slices import GENERATIONS, Slice, find_slice, slices, table
 
 # by hand: name, topology, chips, devices, hosts, chips a host
 KNOWN = [
@@ -71,7 +70,7 @@ def test_another_name_is_one_line_with_the_nearest(name, said):
 
 
 def test_the_table_is_printed():
-    rows = topologies.table().splitlines()
+    rows = table().splitlines()
     assert len(rows) == 2 + sum(len(row.layouts) for row in GENERATIONS.values())
     assert "| `v5p-128` | `v5p:4x4x4` | 64 | 64 | 16 | 6080 | `tpu-v5p-slice`, `4x4x4` |" in rows
 

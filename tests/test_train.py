@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import build, checkpoint, programs
 from jaxrlhf import train as trainer
-from jaxrlhf.config import dump, load
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config.load import dump, load
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import lock_run_dir
-from jaxrlhf.resume import changes_since_saved
+from jaxrlhf.run import build, checkpoint, programs
+from jaxrlhf.run.resume import changes_since_saved
 from jaxrlhf.sharding import current
 from tests import runs
 
@@ -413,8 +413,8 @@ def test_a_run_needs_no_main_thread(root, tmp_path, fake):
 def test_a_signal_before_the_first_iteration_saves_nothing(root, tmp_path, monkeypatch, fake, capsys, method, number):
     fake()
     cfg = runs.config("sft", root, tmp_path, "log.tensorboard=false")
-    numbers = trainer.evaluate.Result({"loss/policy": 1.0}, [])
-    monkeypatch.setattr(trainer.evaluate.HeldOut, "run", lambda *_: numbers)
+    numbers = trainer.held_out.Result({"loss/policy": 1.0}, [])
+    monkeypatch.setattr(trainer.held_out.HeldOut, "run", lambda *_: numbers)
     signal_when(monkeypatch, method, 1, number)
     name, ended = STOPS[number]
     assert trainer.run(cfg) == ended
@@ -434,8 +434,8 @@ def test_sigterm_in_the_last_iteration_is_no_preemption(root, tmp_path, monkeypa
 def measured(monkeypatch, fake):
     """Evaluations that cost nothing: the loss is 2 at step 0, then 1, 3, 4, ..."""
     numbers = iter([2.0, 1.0, 3.0, 4.0, 5.0, 6.0])
-    make = lambda *_: trainer.evaluate.Result({"loss/policy": next(numbers)}, [])
-    monkeypatch.setattr(trainer.evaluate.HeldOut, "run", make)
+    make = lambda *_: trainer.held_out.Result({"loss/policy": next(numbers)}, [])
+    monkeypatch.setattr(trainer.held_out.HeldOut, "run", make)
     fake()
 
 
@@ -468,7 +468,7 @@ def test_what_is_shown_is_what_goes_on(root, tmp_path, measured, monkeypatch):
         (trainer, "build"),
         (trainer, "initial_state"),
         (trainer, "compile_programs"),
-        (trainer.evaluate.HeldOut, "run"),
+        (trainer.held_out.HeldOut, "run"),
         (trainer.checkpoint.Checkpoints, "save"),
         (trainer.checkpoint.Checkpoints, "close"),
         (trainer.MetricsLog, "write"),
@@ -498,7 +498,7 @@ def test_what_an_evaluation_will_measure_is_known_before(process, root, tmp_path
     """The names that checkpoint.best may take are those that evaluations give."""
     ready = build.build(runs.config(name, root, tmp_path))
     with current(ready.mesh):
-        names = trainer.evaluate.HeldOut(ready).names(build.abstract_state(ready))
+        names = trainer.held_out.HeldOut(ready).names(build.abstract_state(ready))
     _, evaluations = metric_rows(root / "whole" / name)
     assert {f"eval/{name}" for name in names} == {key for row in evaluations for key in row if "/" in key}
 

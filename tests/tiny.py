@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxrlhf import generate
-from jaxrlhf import state as states
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.int8 import Int8
@@ -16,6 +15,7 @@ from jaxrlhf.models.nets import Trunk, make_nets
 from jaxrlhf.models.transformer import Runtime, parameter_table, weight_spec
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
+from jaxrlhf.run import state as states
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Batch, Params, Preferences, Prompts, Sequences, TrainState, Unpaired

@@ -1,6 +1,6 @@
 """The table of algorithms. To add one: a file with an ALGORITHM, a row here, a YAML, a test file."""
 
-from jaxrlhf import outside
+from jaxrlhf import user_code
 from jaxrlhf.algorithms import dpo, grpo, kto, ppo, rm, sft
 from jaxrlhf.algorithms.guarded import checked
 from jaxrlhf.types import Algorithm
@@ -22,7 +22,7 @@ def find(name: str) -> Algorithm:
     Raises KeyError for a name that is neither; ValueError, in one line, where there is no such Algorithm."""
     if ":" not in name:
         return ALGORITHMS[name]
-    found = outside.find(name)
+    found = user_code.find(name)
     if not isinstance(found, Algorithm):
         what = found.__name__ if isinstance(found, type) else type(found).__name__
         raise ValueError(f"{what}: expected an Algorithm of jaxrlhf.types")

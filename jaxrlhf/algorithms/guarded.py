@@ -5,9 +5,9 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from jaxrlhf.outside import describe
+from jaxrlhf.errors import cut, nearest, one_line
 from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Sequences, TrainState
-from jaxrlhf.wording import cut, nearest, one_line
+from jaxrlhf.user_code import describe
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Batch) if field.name != "answers")  # those that data fill
 

@@ -8,14 +8,17 @@ import jax
 
 from jaxrlhf.benchmarks.reward import FUNCTION
 from jaxrlhf.benchmarks.rows import Lengths, response_lengths
-from jaxrlhf.build import Blueprint, draw
-from jaxrlhf.config import Config, apply_override, load, load_beside, parse, split_override
-from jaxrlhf.config_batch import ROWS_KEY, fields_read
-from jaxrlhf.config_check import check
-from jaxrlhf.config_errors import ConfigError, suggest
-from jaxrlhf.feed import batch_shapes
+from jaxrlhf.config.batch import ROWS_KEY, fields_read
+from jaxrlhf.config.check import check
+from jaxrlhf.config.load import load, load_beside, parse
+from jaxrlhf.config.overrides import apply_override, split_override
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.strict import suggest
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
 from jaxrlhf.rewards.functions import RewardsConfig
+from jaxrlhf.run.build import Blueprint, draw
+from jaxrlhf.run.feed import batch_shapes
 from jaxrlhf.sharding import is_pmap, make_mesh
 from jaxrlhf.types import Batch
 

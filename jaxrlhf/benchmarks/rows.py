@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxrlhf.data.packing import pack
+from jaxrlhf.data.document_packing import pack
 from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
 
 Lengths = Literal["dense", "ragged"]

@@ -8,7 +8,7 @@ from jaxrlhf.benchmarks.case import DOUBLED, Case
 from jaxrlhf.benchmarks.rows import DESCRIBED
 from jaxrlhf.benchmarks.timed import WARM_UP, Iterations, Timed, run, trace
 from jaxrlhf.benchmarks.work import Work, count_work, decode_bytes, decode_steps
-from jaxrlhf.config_batch import describe_batch
+from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.plan.cost import held
 
 Report = dict[str, Any]

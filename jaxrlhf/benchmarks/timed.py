@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import jax
 from jax import monitoring
 
-from jaxrlhf import platform
 from jaxrlhf.benchmarks.case import Case
 from jaxrlhf.benchmarks.reward import Words
 from jaxrlhf.benchmarks.rows import random_batch
-from jaxrlhf.build import Run, abstract_state, initial_state
-from jaxrlhf.feed import fetch_all, put
-from jaxrlhf.programs import compile_program, compile_programs
+from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.rewards.graders import find_graders
-from jaxrlhf.score import scored
+from jaxrlhf.run.build import Run, abstract_state, initial_state
+from jaxrlhf.run.feed import fetch_all, put
+from jaxrlhf.run.programs import compile_program, compile_programs
+from jaxrlhf.run.scoring import scored
 from jaxrlhf.sharding import current, whole
 from jaxrlhf.step import make_rollout
 from jaxrlhf.types import Batch, TrainState
@@ -51,7 +51,7 @@ class Iterations:
                 alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
                 self.programs["rollout"] = alone
             self.state = whole(initial_state(self.run), drawn.mesh)
-        platform.fill_holes()
+        compiler_flags.fill_holes()
 
     def shapes(self) -> TrainState:
         return abstract_state(self.case.drawn)

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrlhf.build import Blueprint
-from jaxrlhf.config_batch import updates_of
+from jaxrlhf.config.batch import updates_of
 from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.plan.calls import models_of
 from jaxrlhf.plan.cost import Setup, matrices
-from jaxrlhf.questions import Kind, blank_state, note_taker
+from jaxrlhf.run.asks import Kind, blank_state, note_taker
+from jaxrlhf.run.build import Blueprint
 from jaxrlhf.types import Batch, Head, Role, Sequences
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrlhf.data.document_packing import pack
 from jaxrlhf.data.encode import Encoded
 from jaxrlhf.data.examples import Examples, make_examples
 from jaxrlhf.data.kinds import find_kind
-from jaxrlhf.data.packing import pack
 from jaxrlhf.data.sources import DataConfig, Source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.data.tokenizer import pad_id

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.errors import ConfigError
 
 
 class LaunchError(ValueError):

@@ -6,13 +6,18 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from jaxrlhf import config, config_check, topologies
-from jaxrlhf.config_errors import ConfigError, dotted
-from jaxrlhf.config_ranges import range_problems
-from jaxrlhf.config_yaml import read_file, read_yaml
+from jaxrlhf.config.overrides import apply_override, split_override
+from jaxrlhf.config.ranges import range_problems
+from jaxrlhf.config.strict import read_record
+from jaxrlhf.config.yaml_text import read_file, read_yaml
+from jaxrlhf.errors import ConfigError, dotted
 from jaxrlhf.log.run_dir import made_by
+from jaxrlhf.tpu.slices import Slice, find_slice
+
+if TYPE_CHECKING:
+    from jaxrlhf.config.record import Config
 
 PROVIDERS = ("tpu_vm", "gke", "slurm", "skypilot")
 MAX_NAME = 63  # characters of a DNS label
@@ -106,7 +111,7 @@ class LaunchConfig:
 class Machines(NamedTuple):
     """What ``accelerator`` and ``slices`` come to."""
 
-    slice: topologies.Slice | None  # None: GPUs
+    slice: Slice | None  # None: GPUs
     kind: str  # h100; of a TPU: the name of its generation
     devices: int  # as many as jax.devices() shows in all
     devices_per_slice: int
@@ -136,11 +141,11 @@ def load_launch(path: os.PathLike | str, provider: str, root: Path, overrides: S
     source = os.fspath(path)
     tree = read_yaml(read_file(source), source)
     for text in overrides:
-        config.apply_override(tree, config.split_override(text))
+        apply_override(tree, split_override(text))
     tree[provider] = {} if tree.get(provider) is None and provider != "gke" else tree.get(provider)
     if isinstance(tree.get("train"), str):
         tree["train"] = [tree["train"]]
-    cfg, problems = config.read_record(LaunchConfig, tree, ())
+    cfg, problems = read_record(LaunchConfig, tree, ())
     problems = problems or [*range_problems(cfg)]
     if problems:
         raise ConfigError("\n".join(f"{source}: {dotted(keys)}: {text}" for keys, text in problems))
@@ -157,7 +162,7 @@ def machines_of(cfg: LaunchConfig) -> Machines:
         if int(count) < 1:
             raise ValueError(f"{cfg.accelerator}: expected at least one device a node, as in {kind}:8")
         return Machines(None, kind, int(count) * cfg.slices, int(count), cfg.slices)
-    found = topologies.find_slice(cfg.accelerator)
+    found = find_slice(cfg.accelerator)
     name = found.generation.name
     return Machines(found, name, found.devices * cfg.slices, found.devices, found.hosts * cfg.slices)
 
@@ -240,6 +245,9 @@ def longest_name(cfg: LaunchConfig, provider: str, machines: Machines) -> str:
 def check_training(cfg: LaunchConfig, root: Path, provider: str, source: str) -> Launch:
     """The launch with the arguments and run directories of its training configs, which are loaded and checked for these
     machines."""
+    from jaxrlhf.config.check import check  # they load JAX
+    from jaxrlhf.config.load import load_all
+
     machines, paths = machines_of(cfg), [root / path for path in cfg.train]
     for path in paths:
         if not path.resolve().is_relative_to(root.resolve()):
@@ -249,13 +257,11 @@ def check_training(cfg: LaunchConfig, root: Path, provider: str, source: str) ->
     several = machines.slice is not None and cfg.slices > 1
     several = several and not any(override.startswith("mesh.slices=") for override in cfg.overrides)
     common = [*([f"mesh.slices={cfg.slices}"] if several else []), *cfg.overrides]
-    overrides = [*common, *moved_runs(cfg, config.load_all(paths, common), source)]
-    trainings = config.load_all(paths, overrides)
+    overrides = [*common, *moved_runs(cfg, load_all(paths, common), source)]
+    trainings = load_all(paths, overrides)
     problems: list[str] = []
     for name, training in zip(cfg.train, trainings):
-        config_check.check(
-            training, machines.devices, f"{name} on {cfg.slices} x {cfg.accelerator}", "in these machines"
-        )
+        check(training, machines.devices, f"{name} on {cfg.slices} x {cfg.accelerator}", "in these machines")
         problems += mesh_problems(cfg, machines, training)
         if provider != "slurm":  # whose nodes share their file system with us
             problems += lost_problems(training)
@@ -264,7 +270,7 @@ def check_training(cfg: LaunchConfig, root: Path, provider: str, source: str) ->
     return Launch(cfg, machines, root, tuple(one.run_dir for one in trainings), [*cfg.train, *overrides])
 
 
-def moved_runs(cfg: LaunchConfig, trainings: Sequence[config.Config], source: str) -> list[str]:
+def moved_runs(cfg: LaunchConfig, trainings: Sequence["Config"], source: str) -> list[str]:
     """The overrides that put the runs below the launch's run_dir, and what starts from one of them with it.
 
     Raises ConfigError where file names do not tell the configs apart."""
@@ -288,13 +294,13 @@ def moved_runs(cfg: LaunchConfig, trainings: Sequence[config.Config], source: st
     return overrides
 
 
-def mesh_problems(cfg: LaunchConfig, machines: Machines, training: config.Config) -> Iterator[str]:
+def mesh_problems(cfg: LaunchConfig, machines: Machines, training: "Config") -> Iterator[str]:
     """The mesh has the slices of the launch: what talks in every layer stays inside one."""
     if machines.slice and training.mesh.slices != cfg.slices:
         yield f"mesh.slices: {training.mesh.slices}: these machines are {cfg.slices} slices; nearest: {cfg.slices}"
 
 
-def lost_problems(training: config.Config) -> Iterator[str]:
+def lost_problems(training: "Config") -> Iterator[str]:
     """Paths of this machine, which others do not have: files that git ignores are not sent."""
     if "://" not in training.run_dir:
         nearest = f"gs://BUCKET/{training.run_dir.lstrip('./~')}"
@@ -318,7 +324,7 @@ def dns_label(text: str) -> str:
 
 
 if __name__ == "__main__":
-    from jaxrlhf.config_reference import reference_of
-    from jaxrlhf.config_types import records
+    from jaxrlhf.config.field_types import records
+    from jaxrlhf.config.reference import reference_of
 
     print("\n".join(reference_of([path], record) for path, record in records(LaunchConfig)))

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from jaxrlhf.config_yaml import Dumper
+from jaxrlhf.config.yaml_text import Dumper
+from jaxrlhf.errors import one_line
 from jaxrlhf.launch.bundle import folder
 from jaxrlhf.launch.commands import LaunchError, must, say, stream
 from jaxrlhf.launch.config import GkeConfig, Launch
-from jaxrlhf.wording import one_line
 
 EXIT_PREEMPTED = 75  # of jaxrlhf train: everything is saved, run it again
 CONTAINER = "train"

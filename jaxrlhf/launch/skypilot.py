@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from jaxrlhf.config_yaml import Dumper
+from jaxrlhf.config.yaml_text import Dumper
 from jaxrlhf.launch.bundle import folder
 from jaxrlhf.launch.commands import stream
 from jaxrlhf.launch.config import Launch, SkyPilotConfig

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.attention import (
+from jaxrlhf.models.attention.products import (
     bias_of,
     branches,
     by_head,

@@ -14,13 +14,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.attention import head_axis, match_heads
+from jaxrlhf.models.attention.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
+from jaxrlhf.models.attention.products import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.int8 import Part
-from jaxrlhf.models.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
 from jaxrlhf.models.linear import PRODUCT, gather, linear
-from jaxrlhf.models.packed import Places, side_by_side
+from jaxrlhf.models.response_packing import Places, side_by_side
 from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate, turns
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec

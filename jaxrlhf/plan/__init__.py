@@ -8,11 +8,9 @@ weights are read.
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from jaxrlhf.build import Blueprint, draw
-from jaxrlhf.config import Config
-from jaxrlhf.config_batch import describe_batch
-from jaxrlhf.config_check import check
-from jaxrlhf.feed import batch_shapes
+from jaxrlhf.config.batch import describe_batch
+from jaxrlhf.config.check import check
+from jaxrlhf.config.record import Config
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.compiled import Compiled, TooBig, compile_for
 from jaxrlhf.plan.cost import Timed, phases, timed
@@ -20,7 +18,9 @@ from jaxrlhf.plan.length import with_length
 from jaxrlhf.plan.memory import Memory, estimate
 from jaxrlhf.plan.search import Candidate, candidates, setup_of
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
-from jaxrlhf.plan.topology import Slice, find_slice
+from jaxrlhf.plan.target import Target, find_target
+from jaxrlhf.run.build import Blueprint, draw
+from jaxrlhf.run.feed import batch_shapes
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.types import Batch
 
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     """All that is known of a config on a slice. Bytes and times are of one device, of one iteration."""
 
     cfg: Config
-    slice: Slice
+    slice: Target
     mesh: Mapping[str, int]
     sources: list[str]  # where the shape of each role was found
     batch: str
@@ -92,7 +92,7 @@ def plan(
     """Plan ``cfg`` for ``slices`` slices of ``topology``. ``others``: configs of runs that it may start from.
 
     Raises ConfigError, in one line, for a wrong topology, mesh or batch, and where a model's shape is not known."""
-    where = find_slice(topology, slices)
+    where = find_target(topology, slices)
     check(cfg, len(where.devices), source, "in the slice" if slices == 1 else f"in the {slices} slices")
     cfg, uncounted = with_length(cfg)
     drawn, sources = blueprint(cfg, make_mesh(cfg.mesh, where.devices), configs_by_run(others))
@@ -120,7 +120,7 @@ def plan(
     return made._replace(advice=confirm(found, drawn, where, compiling))
 
 
-def confirm(found: list[Candidate], drawn: Blueprint, where: Slice, compiling: bool) -> Advice | None:
+def confirm(found: list[Candidate], drawn: Blueprint, where: Target, compiling: bool) -> Advice | None:
     """The first of the settings that XLA agrees fits; the first of all where nothing is compiled, None where none does.
 
     After one that XLA refuses come those that are estimated to need a quarter less."""

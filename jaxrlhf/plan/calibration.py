@@ -10,11 +10,11 @@ and what the steps on v6e offload to the host, and read back while they compute 
 
 from typing import Literal, NamedTuple
 
-from jaxrlhf.chips import CHIPS
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.published import LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_1_70B, shape
+from jaxrlhf.models.files.published import LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_1_70B, shape
 from jaxrlhf.plan.calls import Pass, Passes
 from jaxrlhf.plan.cost import Setup, phases, timed
+from jaxrlhf.tpu.peaks import CHIPS
 
 
 class Step(NamedTuple):

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.build import Blueprint
-from jaxrlhf.config_batch import updates_of
+from jaxrlhf.config.batch import updates_of
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.questions import Kind, blank_state, note_taker
+from jaxrlhf.run.asks import Kind, blank_state, note_taker
+from jaxrlhf.run.build import Blueprint
 from jaxrlhf.step import make_rollout, split
 from jaxrlhf.types import Batch, Head, Prompts, Role, Sequences
 

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 
-from jaxrlhf.build import Blueprint, abstract_state
-from jaxrlhf.chips import GIB
 from jaxrlhf.plan.hlo import Collective, collectives
-from jaxrlhf.programs import compile_programs
+from jaxrlhf.run.build import Blueprint, abstract_state
+from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import current
+from jaxrlhf.tpu.peaks import GIB
 from jaxrlhf.types import Batch
 
 TOO_BIG = re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")

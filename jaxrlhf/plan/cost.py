@@ -24,12 +24,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from jaxrlhf.chips import Chip
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
 from jaxrlhf.plan.calls import Models, Pass, Passes
 from jaxrlhf.sharding import RULES
+from jaxrlhf.tpu.peaks import Chip
 from jaxrlhf.types import Head, Role
 
 BYTES = {"float32": 4, "bfloat16": 2}

@@ -4,12 +4,12 @@ import dataclasses
 import os
 import re
 
-from jaxrlhf import checkpoint
-from jaxrlhf.build import find_tokenizer, tokenizer_origin
-from jaxrlhf.config import Config
-from jaxrlhf.config_batch import KIND_OF, fields_read
+from jaxrlhf.config.batch import KIND_OF, fields_read
+from jaxrlhf.config.record import Config
 from jaxrlhf.data.tokenizer import eos_ids
-from jaxrlhf.epochs import with_iterations
+from jaxrlhf.run import checkpoint
+from jaxrlhf.run.build import find_tokenizer, tokenizer_origin
+from jaxrlhf.run.epochs import with_iterations
 
 
 def with_length(cfg: Config) -> tuple[Config, str]:

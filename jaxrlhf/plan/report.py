@@ -6,10 +6,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jaxrlhf.chips import GIB
 from jaxrlhf.plan import Plan
 from jaxrlhf.plan.calibration import Compared, calibrate, reached
 from jaxrlhf.plan.compiled import Compiled, TooBig
+from jaxrlhf.tpu.peaks import GIB
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

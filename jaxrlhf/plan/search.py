@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxrlhf.build import Blueprint
-from jaxrlhf.config import Config
-from jaxrlhf.config_batch import asked_parts, divisors, minibatch_rows
-from jaxrlhf.config_check import SPLIT, check
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config.batch import asked_parts, divisors, minibatch_rows
+from jaxrlhf.config.check import SPLIT, check
+from jaxrlhf.config.record import Config
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16, OptimizerConfig
 from jaxrlhf.plan.calls import Passes, models_of
 from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, timed
 from jaxrlhf.plan.memory import Memory, estimate
-from jaxrlhf.plan.topology import Slice
+from jaxrlhf.plan.target import Target
+from jaxrlhf.run.build import Blueprint
 from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape, sums_whole, torus_axes
 
 ROOM = 0.9  # of the memory that there is: estimates are no better
@@ -44,7 +44,7 @@ def setup_of(cfg: Config, devices: list, roles) -> Setup:
     return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored, cfg.generate.int8, sums)
 
 
-def candidates(drawn: Blueprint, passes: Passes, where: Slice, available: float) -> list[Candidate]:
+def candidates(drawn: Blueprint, passes: Passes, where: Target, available: float) -> list[Candidate]:
     """Settings that should fit into ``available`` bytes a device: first those that leave number formats as they are,
     and of equals the fastest."""
     found = []

@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from jaxrlhf import checkpoint, generate
-from jaxrlhf.build import Blueprint, draw, heads_of
-from jaxrlhf.config import Config, parse
-from jaxrlhf.config_errors import ConfigError
-from jaxrlhf.config_yaml import read_yaml
+from jaxrlhf import generate
+from jaxrlhf.config.load import parse
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.yaml_text import read_yaml
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.log.run_dir import made_by, split_step
-from jaxrlhf.models import gguf, hf_config, hf_folder
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.published import SHAPES, published, published_file
+from jaxrlhf.models.files import gguf, hf_config, hf_folder
+from jaxrlhf.models.files.published import SHAPES, published, published_file
 from jaxrlhf.models.transformer import padded_vocab
-from jaxrlhf.origins import Weights, base_role, origin
+from jaxrlhf.run import checkpoint
+from jaxrlhf.run.build import Blueprint, draw, heads_of
+from jaxrlhf.run.origins import Weights, base_role, origin
 from jaxrlhf.types import Role
 
 HUB_SECONDS = 5  # for the hub to answer

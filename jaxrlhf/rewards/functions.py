@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrlhf import outside
+from jaxrlhf import user_code
+from jaxrlhf.errors import cut, nearest, one_line
 from jaxrlhf.rewards import trl
-from jaxrlhf.wording import cut, nearest, one_line
 
 LARGEST = float(np.finfo(np.float32).max)
 SHAPE = 'expected "package.module:name"'
@@ -171,14 +171,14 @@ def import_module(name: str, module_name: str):
     """The module, found in the working directory and beside the config last.
 
     Raises ValueError where it, or what it imports, is missing."""
-    outside.extend_path()
+    user_code.extend_path()
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):  # it is there; what it imports is not
             raise ValueError(f"function: {name}: importing {module_name}: {one_line(error)}") from error
-        beside = [path.stem for folder in outside.folders() for path in Path(folder).glob("*.py")]
-        hint = f"{SHAPE}, of an installed module or of one in {', '.join(outside.folders())}"
+        beside = [path.stem for folder in user_code.folders() for path in Path(folder).glob("*.py")]
+        hint = f"{SHAPE}, of an installed module or of one in {', '.join(user_code.folders())}"
         raise ValueError(f"function: {name}: no module {error.name}; {nearest(module_name, beside, hint)}") from None
     except ImportError as error:
         raise ValueError(f"function: {name}: importing {module_name}: {one_line(error)}") from error

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrlhf import outside
+from jaxrlhf import user_code
+from jaxrlhf.errors import one_line
 from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
-from jaxrlhf.wording import one_line
 
 RESERVED = ("mean", "std", "unscorable")  # score/... metrics of ours
 SAMPLES = ("This is a sample response.", "The answer is 42.\n#### 42")
@@ -62,8 +62,10 @@ def answers(function: RewardFunction, responses: list[str], records: Sequence[di
         return function(responses, list(records))
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if not (outside.PACKAGE in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise ")):
-            raise GraderError(f"{function}: raised {outside.describe(error)}") from error
+        if not (
+            user_code.PACKAGE in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise ")
+        ):
+            raise GraderError(f"{function}: raised {user_code.describe(error)}") from error
         if str(error).startswith(str(function)):
             raise
         raise ValueError(f"{function}: {one_line(error)}") from error

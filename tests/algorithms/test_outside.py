@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf import outside
+from jaxrlhf import user_code
 from jaxrlhf.algorithms import ALGORITHMS, find, guarded, sft
-from jaxrlhf.config import load
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config.load import load
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.step import make_iteration
 from jaxrlhf.types import Batch, Experience, Mean
 from tests import tiny
@@ -42,7 +42,7 @@ def folders(tmp_path, monkeypatch):
         folder.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(outside, "FOLDERS", [])
+    monkeypatch.setattr(user_code, "FOLDERS", [])
     before = {*sys.modules}
     yield here, there
     for name in {*sys.modules} - before:
@@ -62,8 +62,8 @@ def test_a_run_directory_is_no_place_for_modules(folders):
     """Its folders (tensorboard) would pass for packages."""
     (folders[1] / "checkpoints").mkdir()
     (folders[1] / "config.yaml").write_text("")
-    outside.look_beside(folders[1] / "config.yaml")
-    assert outside.FOLDERS == []
+    user_code.look_beside(folders[1] / "config.yaml")
+    assert user_code.FOLDERS == []
 
 
 BROKEN = {
@@ -117,7 +117,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("module", BROKEN)
 def test_a_mistake_in_the_record_is_one_line_before_anything_is_built(folders, module):
-    from jaxrlhf.config_check import check
+    from jaxrlhf.config.check import check
 
     here, _ = folders
     text, expected = BROKEN[module]

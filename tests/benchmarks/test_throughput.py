@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from jaxrlhf import cli
 from jaxrlhf.benchmarks import machine
+from jaxrlhf.cli import app
 from tests import runs
 
 TINY = ["--layers", "1", "--hidden", "64", "--prompt-tokens", "4", "--new-tokens", "4", "--prompts", "4"]
@@ -29,7 +29,7 @@ def command(monkeypatch, capsys):
     def call(*args, code: int = 0) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["jaxrlhf", "benchmark", "throughput", *map(str, args)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            app.main()
         assert (stop.value.code or 0) == code
         return capsys.readouterr()
 

@@ -6,14 +6,14 @@ import json
 import jax
 import pytest
 
-from jaxrlhf import build
-from jaxrlhf.config import parse
-from jaxrlhf.config_check import check
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config.check import check
+from jaxrlhf.config.load import parse
 from jaxrlhf.data.chat import TEMPLATES, ChatConfig, apply_config, markers, render
 from jaxrlhf.data.encode import encode_demonstration
 from jaxrlhf.data.tokenizer import eos_ids, load_tokenizer, save_tokenizer, train_bpe
-from jaxrlhf.feed import Feed
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.run import build
+from jaxrlhf.run.feed import Feed
 
 from .conftest import speaking
 from .test_chat import OPENS, SAID, TURNS, USER, WORDS

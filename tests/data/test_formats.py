@@ -651,7 +651,7 @@ def test_what_was_recognised_is_announced_once(tmp_path, opened):
     """A line a section; held-out data are named where they are something else than the training data."""
     from types import SimpleNamespace
 
-    from jaxrlhf import feed
+    from jaxrlhf.run import feed
 
     pairs = json.dumps({**WHOLE, "id": 1, "score": 2}) + "\n"
     opened("a.jsonl", pairs, "preferences")

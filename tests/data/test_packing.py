@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxrlhf.data.packing import pack
+from jaxrlhf.data.document_packing import pack
 
 
 def test_best_fit_by_hand():

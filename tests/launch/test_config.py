@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from jaxrlhf.config import load_all
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config.load import load_all
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.launch.cli import PROVIDERS
 from jaxrlhf.launch.config import RetryConfig, load_launch
 from tests.launch.cases import CASES, GOLDEN, ROOT, rendered

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf import checkpoint
-from jaxrlhf.models import hf, hf_config
 from jaxrlhf.models.config import ModelConfig, local_layers, resolve, row_limit
 from jaxrlhf.models.decoding import prefill
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.models.transformer import Runtime, forward, parameter_table
+from jaxrlhf.run import checkpoint
 from tests import tiny
 
 SMALL: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32, "mlp_size": 48}

@@ -14,11 +14,11 @@ from jaxrlhf import sharding
 from jaxrlhf.benchmarks.work import decode_steps
 from jaxrlhf.generate import Sampler, Slots, begin_next, sample, stop_automaton
 from jaxrlhf.models import decoding
+from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.decoding import prompts_abreast
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.int8 import quantized
-from jaxrlhf.models.kernels import Hardware
 from jaxrlhf.models.linear import inputs
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Leaf, Runtime, forward, parameter_table, weight_spec

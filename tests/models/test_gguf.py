@@ -13,10 +13,10 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.data.tokenizer import load_tokenizer, train_bpe
-from jaxrlhf.models import gguf as ours
-from jaxrlhf.models import hf, hf_config, hf_folder
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.gguf_tokenizer import merges_of
+from jaxrlhf.models.files import gguf as ours
+from jaxrlhf.models.files import hf, hf_config, hf_folder
+from jaxrlhf.models.files.gguf_tokenizer import merges_of
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig
 
@@ -307,7 +307,7 @@ def test_sentence_piece(tmp_path):
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
     }
-    from jaxrlhf.models.gguf_tokenizer import write_tokenizer
+    from jaxrlhf.models.files.gguf_tokenizer import write_tokenizer
 
     write_tokenizer(metadata, hf_folder.epath.Path(tmp_path), "here")
     tokenizer = load_tokenizer(str(tmp_path))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from jaxrlhf.data.tokenizer import encode_text, eos_ids, leading_ids, load_tokenizer
-from jaxrlhf.models.gguf_tokenizer import ending_ids, write_tokenizer
+from jaxrlhf.models.files.gguf_tokenizer import ending_ids, write_tokenizer
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]
 LETTERS = [chr(letter) for letter in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]

@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import sharding
-from jaxrlhf.models import hf, hf_config, hf_folder, hf_layout, hf_tensors
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.families import FAMILIES, Module
+from jaxrlhf.models.files import hf, hf_config, hf_folder, hf_layout, hf_tensors
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_spec
 from jaxrlhf.sharding import MeshConfig

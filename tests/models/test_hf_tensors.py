@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf.models import hf, hf_config, hf_tensors
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.files import hf, hf_config, hf_tensors
 from tests.models.test_hf import MINIMAL, equal, random_params, refused, rewrite
 
 SHAPE = resolve(ModelConfig(vocab_size=101, hidden_size=32, mlp_size=48, max_positions=64, tie_embeddings=False))

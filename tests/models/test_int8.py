@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models.attention import branches
+from jaxrlhf.models.attention.products import branches
 from jaxrlhf.models.int8 import quantized
 from jaxrlhf.models.linear import in_int8, linear
 from tests.tiny import wide

@@ -11,12 +11,21 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.models import kernels
-from jaxrlhf.models.attention import head_axis, match_heads
+from jaxrlhf.models.attention import kernels
+from jaxrlhf.models.attention.kernels import (
+    Hardware,
+    blocks,
+    choose,
+    hardware_of,
+    passed_over,
+    tree,
+    within_groups,
+    within_rows,
+)
+from jaxrlhf.models.attention.products import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.decoding import Cache, decode_layout, decode_step, prefill
 from jaxrlhf.models.heads import lm_logits
-from jaxrlhf.models.kernels import Hardware, blocks, choose, hardware_of, passed_over, tree, within_groups, within_rows
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.sharding import MeshConfig
 from tests import tiny

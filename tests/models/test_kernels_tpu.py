@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from jaxrlhf.models.attention.kernels import Hardware, blocks, hardware_of
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.decoding import decode_layout, decode_step, prefill
 from jaxrlhf.models.heads import lm_logits
-from jaxrlhf.models.kernels import Hardware, blocks, hardware_of
 from jaxrlhf.models.transformer import Leaf, Runtime, forward, forward_responses, parameter_table, weight_axes
-from jaxrlhf.plan.topology import find_slice
+from jaxrlhf.plan.target import find_target
 from jaxrlhf.sharding import MeshConfig, make_mesh, partition
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
@@ -30,7 +30,7 @@ ONE_KV_HEAD = dataclasses.replace(LLAMA, num_kv_heads=1, head_dim=64)
 
 @functools.cache
 def mesh_of(topology: str):
-    return make_mesh(MeshConfig(1, 2, 2), find_slice(topology).devices)
+    return make_mesh(MeshConfig(1, 2, 2), find_target(topology).devices)
 
 
 def abstract(cfg: ModelConfig, mesh, dtype):

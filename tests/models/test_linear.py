@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf import state as states
 from jaxrlhf.models import linear
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import gathered_head, lm_logits
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.logprobs import chunked_token_stats
 from jaxrlhf.plan import hlo
+from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, row_layout
 from tests import tiny
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.models import hf
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.files import hf
 from jaxrlhf.sharding import MeshConfig
 from tests import runs
 from tests.models import test_gguf

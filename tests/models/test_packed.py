@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models import packed
-from jaxrlhf.models.kernels import Hardware
+from jaxrlhf.models import response_packing
+from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
@@ -21,18 +21,20 @@ LENGTHS = [[2, 0, 3], [4, 1, 2]]  # of three responses to two prompts, of 4 toke
 
 def test_places():
     valid = np.arange(4) < np.array(LENGTHS)[..., None]
-    where = packed.places(jnp.array(valid), 8)
+    where = response_packing.places(jnp.array(valid), 8)
     assert where.owner.tolist() == [[0, 0, 2, 2, 2, 3, 3, 3], [0, 0, 0, 0, 1, 2, 2, 3]]
     assert where.index.tolist() == [[0, 1, 0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 0, 0, 1, 0]]
     tokens = jnp.arange(24).reshape(6, 4)
-    together = packed.side_by_side(tokens, where)
+    together = response_packing.side_by_side(tokens, where)
     assert together[0, :5].tolist() == [0, 1, 8, 9, 10]
     assert together[1, :7].tolist() == [12, 13, 14, 15, 16, 20, 21]
-    np.testing.assert_array_equal(packed.apart(together, where)[valid.reshape(6, 4)], tokens[valid.reshape(6, 4)])
+    np.testing.assert_array_equal(
+        response_packing.apart(together, where)[valid.reshape(6, 4)], tokens[valid.reshape(6, 4)]
+    )
 
 
 def test_a_full_row_has_no_column_left():
-    where = packed.places(jnp.ones((1, 2, 3), bool), 6)
+    where = response_packing.places(jnp.ones((1, 2, 3), bool), 6)
     assert where.owner.tolist() == [[0, 0, 0, 1, 1, 1]] and where.column.tolist() == [[[0, 1, 2], [3, 4, 5]]]
 
 

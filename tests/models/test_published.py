@@ -5,7 +5,7 @@ import math
 import pytest
 
 from jaxrlhf.models.config import resolve
-from jaxrlhf.models.published import SHAPES, published, published_file
+from jaxrlhf.models.files.published import SHAPES, published, published_file
 from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
 
 # parameters of the files on the hub (safetensors metadata), embeddings counted once where they are tied

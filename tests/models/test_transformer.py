@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from jaxrlhf import sharding
-from jaxrlhf.models.attention import (
+from jaxrlhf.models.attention.kernels import Hardware
+from jaxrlhf.models.attention.products import (
     attention,
     bias_of,
     branches,
@@ -23,7 +24,6 @@ from jaxrlhf.models.attention import (
 )
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
-from jaxrlhf.models.kernels import Hardware
 from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate, turns
 from jaxrlhf.models.transformer import (
     SHALLOW,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.generate import Sampler, sample
-from jaxrlhf.models import hf, hf_config
+from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.heads import lm_logits, scalar
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import Sampling
@@ -57,7 +57,7 @@ def write_by_law(folder: Path, raw: dict) -> None:
     """A folder with this config.json and the law's weights, written without torch."""
     from safetensors.numpy import save_file
 
-    from jaxrlhf.models.hf_layout import find_sources
+    from jaxrlhf.models.files.hf_layout import find_sources
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(raw))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models import hf, hf_config, hf_layout
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.files import hf, hf_config, hf_layout
 from jaxrlhf.models.transformer import Leaf, Runtime, padded_vocab, parameter_table
 from tests.parity.both import (
     compute,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models import hf, hf_config
+from jaxrlhf.models.files import hf, hf_config
 from tests.parity import checks, table
 from tests.parity.both import (
     compute,

@@ -6,16 +6,17 @@ from typing import Literal
 import jax
 import pytest
 
-from jaxrlhf.chips import CHIPS
-from jaxrlhf.config import Config, parse
-from jaxrlhf.feed import batch_shapes
+from jaxrlhf.config.load import parse
+from jaxrlhf.config.record import Config
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.plan import cost
 from jaxrlhf.plan.calibration import STEPS, calibrate, reached
 from jaxrlhf.plan.calls import Models, Pass, Passes, passes_of
 from jaxrlhf.plan.cost import Phase, Setup, Work, phases, timed
 from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.run.feed import batch_shapes
 from jaxrlhf.sharding import make_mesh
+from jaxrlhf.tpu.peaks import CHIPS
 from jaxrlhf.types import Head
 
 REMATS: tuple[Literal["none", "full", "dots"], ...] = ("none", "full", "dots")

@@ -7,7 +7,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrlhf import generate
-from jaxrlhf import state as states
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.sft import SFTConfig
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -18,7 +17,8 @@ from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.compiled import describe
-from jaxrlhf.plan.topology import find_slice
+from jaxrlhf.plan.target import find_target
+from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, constrain, current, in_steps, make_mesh, row_layout, spec
 from jaxrlhf.step import Recipe, make_learn
 from jaxrlhf.types import Batch, Prompts, Sequences
@@ -53,7 +53,7 @@ def sent(program) -> list[tuple[int, str, int, str]]:
 def test_the_decode_loop_of_a_slice_sends_activations_alone(decode):
     """On v5e:8x8 the weights are laid out once, before the loop: in it are sums of one token's activations, and the
     logits of its rows, which devices that share them trade."""
-    mesh = make_mesh(MeshConfig(data=1, fsdp=32, tensor=2, decode=decode), find_slice("v5e:8x8").devices)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=32, tensor=2, decode=decode), find_target("v5e:8x8").devices)
     sampler = generate.Sampler(Sampling(eos_ids=(2,)), ROOM, (2,), 0)
     prompts = Prompts(rows_of(mesh, ROWS, 32), rows_of(mesh, ROWS, 32, dtype=bool), rows_of(mesh, ROWS))  # type: ignore[arg-type]
 
@@ -78,7 +78,7 @@ def test_the_decode_loop_of_a_slice_sends_activations_alone(decode):
 def test_between_slices_only_what_is_scattered_is_summed():
     """Two v5e:2x2 as (slices 2, fsdp 4): gradients are scattered within a slice first, so that the data-center network
     carries a quarter of them; weights are gathered within a slice."""
-    where = find_slice("v5e:2x2", 2)
+    where = find_target("v5e:2x2", 2)
     mesh = make_mesh(MeshConfig(slices=2, data=1, fsdp=4), where.devices)
     nets = make_nets({"policy": MODEL}, BF16, Sampling(), lambda *_: None)  # type: ignore[arg-type]
     optimizers = {"policy": make_optimizer(OptimizerConfig(), 10)}
@@ -116,7 +116,7 @@ def gradients_of_an_mlp(mesh, dim: int, mlp: int) -> jax.stages.Compiled:
 
 def test_gradients_are_scattered_whichever_axis_is_split():
     """On v5e:4x4, into pieces of 128: neither is summed whole."""
-    mesh, dim, mlp = make_mesh(MeshConfig(1, 8, 2), find_slice("v5e:4x4").devices), 1024, 4096
+    mesh, dim, mlp = make_mesh(MeshConfig(1, 8, 2), find_target("v5e:4x4").devices), 1024, 4096
     program = gradients_of_an_mlp(mesh, dim, mlp)
     found = {one.kind: one.bytes for one in hlo.collectives(program.as_text() or "")}
     both = 2 * dim * mlp // 2 * 2  # bytes of a device's halves in bfloat16
@@ -127,7 +127,7 @@ def test_gradients_are_scattered_whichever_axis_is_split():
 def test_along_three_axes_of_a_torus_weights_move_in_two_steps(decode):
     """64 chips of a v5p share the weights. In one step XLA sums whole ones, twice the bytes; in two it gathers within
     decode groups of 4, then over the others, and scatters gradients over those, then within a group."""
-    mesh, dim, mlp = make_mesh(MeshConfig(1, 64, 1, decode=decode), find_slice("v5p:4x4x4").devices), 4096, 8192
+    mesh, dim, mlp = make_mesh(MeshConfig(1, 64, 1, decode=decode), find_target("v5p:4x4x4").devices), 4096, 8192
     assert in_steps(mesh) == (decode == 4)
     program = gradients_of_an_mlp(mesh, dim, mlp)
     found = {one.kind: one.wire for one in hlo.collectives(program.as_text() or "")}
@@ -142,7 +142,7 @@ def test_along_three_axes_of_a_torus_weights_move_in_two_steps(decode):
 def test_a_program_for_v5p_that_jaxlib_cannot_print_is_described():
     """The gradient of an embedding that fsdp splits: jaxlib 0.10.2 refuses to read an async-update that libtpu 0.0.52
     made, with async collective fusion or without. Where both agree again, the collectives are read."""
-    mesh = make_mesh(MeshConfig(1, 4, 1), find_slice("v5p:2x2x1").devices)
+    mesh = make_mesh(MeshConfig(1, 4, 1), find_target("v5p:2x2x1").devices)
     vocab, dim = 4096, 2048
 
     def gradient(table, tokens, kernel):

@@ -6,22 +6,23 @@ import math
 import jax
 import pytest
 
-from jaxrlhf.build import abstract_state
-from jaxrlhf.chips import CHIPS
-from jaxrlhf.config import Config, PrecisionConfig, parse
-from jaxrlhf.config_batch import asked_parts
-from jaxrlhf.config_yaml import read_yaml
-from jaxrlhf.feed import batch_shapes
+from jaxrlhf.config.batch import asked_parts
+from jaxrlhf.config.load import parse
+from jaxrlhf.config.record import Config, PrecisionConfig
+from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.calls import Pass, models_of, passes_of
 from jaxrlhf.plan.memory import estimate, rollout_of, stored
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
-from jaxrlhf.plan.topology import Slice
-from jaxrlhf.programs import compile_programs
+from jaxrlhf.plan.target import Target
+from jaxrlhf.run.build import abstract_state
+from jaxrlhf.run.feed import batch_shapes
+from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import MeshConfig, current, make_mesh
+from jaxrlhf.tpu.peaks import CHIPS
 
-EIGHT = Slice("v5e:2x4", CHIPS["v5e"], 8, 1, [None] * 8)
+EIGHT = Target("v5e:2x4", CHIPS["v5e"], 8, 1, [None] * 8)
 FACTOR = 2.0  # how far the estimate of the peak may be from XLA's, either way
 MODEL = "{vocab_size: 4096, hidden_size: 128, num_layers: 4, num_heads: 4, mlp_size: 384, max_positions: 512}"
 PPO = f"""

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf.chips import CHIPS, GIB
-from jaxrlhf.config import load, load_beside
-from jaxrlhf.config_errors import ConfigError
+from jaxrlhf.config.load import load, load_beside
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import Plan, report
 from jaxrlhf.plan.compiled import TooBig, describe
 from jaxrlhf.plan.memory import Memory
-from jaxrlhf.plan.topology import Slice, find_slice
+from jaxrlhf.plan.target import Target, find_target
 from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.tpu.peaks import CHIPS, GIB
 from tests import runs
 
 TINY = runs.ROOT / "configs" / "tiny" / "ppo.yaml"
@@ -61,14 +61,14 @@ def test_a_tiny_run_fits_four_chips(libtpu):
     [("v5e:4x4", 16, 1), ("v5litepod-16", 16, 1), ("v5p:2x2x1", 4, 1), ("v4:2x2x1", 4, 1), ("tpu7x:2x2x1", 8, 2)],
 )
 def test_devices_are_counted_against_chips(libtpu, name, devices, each):
-    found = find_slice(name)
+    found = find_target(name)
     assert (len(found.devices), found.devices_per_chip, found.chips * each) == (devices, each, devices)
 
 
 @pytest.mark.plan
 def test_a_mesh_may_split_an_axis_of_the_torus(libtpu):
     """8 is no product of 4, 4 and 4: half of one axis and another."""
-    mesh = make_mesh(MeshConfig(1, 8, 8), find_slice("v5p:4x4x4").devices)
+    mesh = make_mesh(MeshConfig(1, 8, 8), find_target("v5p:4x4x4").devices)
     assert len({device.id for device in mesh.devices.flat}) == 64 and mesh.shape["fsdp"] == mesh.shape["tensor"] == 8
 
 
@@ -91,7 +91,7 @@ def test_two_slices_are_timed_by_the_network_between_them(libtpu):
 
 @pytest.mark.plan
 def test_several_slices(libtpu):
-    found = find_slice("v5e:2x2", 2)
+    found = find_target("v5e:2x2", 2)
     assert (found.chips, len(found.devices), str(found)) == (8, 8, "2 x v5e:2x2: 8 chips")
     mesh = make_mesh(MeshConfig(1, 2, 2, slices=2), found.devices)
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}], "a row is a slice"
@@ -103,7 +103,7 @@ def test_several_slices(libtpu):
 @pytest.mark.parametrize("name", ["v5e:3x3", "v5p:3x5x7"])
 def test_a_layout_that_there_is_not_is_one_line(libtpu, name):
     with pytest.raises(ConfigError) as error:
-        find_slice(name)
+        find_target(name)
     assert str(error.value).startswith(f"--topology: {name}: no slice of this layout; nearest: {name[:4]}")
     assert "\n" not in str(error.value)
 
@@ -134,7 +134,7 @@ def test_what_is_too_big_is_told_what_to_change(libtpu):
 )
 def test_a_name_that_is_no_topology_is_one_line(name, near):
     with pytest.raises(ConfigError) as error:
-        find_slice(name)
+        find_target(name)
     text = str(error.value)
     assert text.startswith(f"--topology: {name}: ") and near in text and "\n" not in text
 
@@ -143,11 +143,11 @@ def test_no_libtpu_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'^jaxrlhf plan: libtpu.*pip install "jaxrlhf\[plan\]"$'):
-        find_slice("v5e:2x2")
+        find_target("v5e:2x2")
     with pytest.raises(ConfigError, match=r"^--slices: 0: expected 1 or more"):
-        find_slice("v5e:2x2", 0)
+        find_target("v5e:2x2", 0)
     with pytest.raises(ConfigError, match=r"^--slices: 2: how fast v4 slices are joined is not published; nearest: 1$"):
-        find_slice("v4:2x2x1", 2)
+        find_target("v4:2x2x1", 2)
 
 
 def test_configs_beside_are_those_that_load(tmp_path):
@@ -159,7 +159,7 @@ def test_configs_beside_are_those_that_load(tmp_path):
 
 def test_the_report_of_what_does_not_fit(capsys):
     """The numbers of XLA's refusal, a chip with two devices, and no setting that helps."""
-    where = Slice("tpu7x:2x2x1", CHIPS["tpu7x"], 4, 1, [None] * 8)
+    where = Target("tpu7x:2x2x1", CHIPS["tpu7x"], 4, 1, [None] * 8)
     plan = Plan(load(TINY), where, {"data": 8}, ["policy: random"], "batch", 8, Memory(1, 2, 3, 4), None, [], None)
     big = plan._replace(programs=TooBig(100 * GIB, 94 * GIB))
     assert not big.fits and (big.needed, big.available) == (100 * GIB, 94 * GIB)
@@ -172,7 +172,7 @@ def test_the_report_of_what_does_not_fit(capsys):
 
 def test_the_whole_run_in_hours_and_chip_hours(monkeypatch):
     """Worked by hand: 400 iterations of 9 s at best take 1 h; at half the speed 2 h; on 4 chips 4 and 8 chip-hours."""
-    where = Slice("v5e:2x2", CHIPS["v5e"], 4, 1, [None] * 4)
+    where = Target("v5e:2x2", CHIPS["v5e"], 4, 1, [None] * 4)
     cfg = load(TINY, ["iterations=400"])
     plan = Plan(cfg, where, {"data": 4}, [], "batch", 8, Memory(1, 2, 3, 4), None, [], None)
     monkeypatch.setattr(Plan, "seconds", 9.0)
@@ -203,7 +203,7 @@ def test_a_program_that_cannot_be_printed_keeps_its_memory(monkeypatch, capsys, 
     monkeypatch.setattr(type(program), "as_text", as_text)
     found = describe("iteration", program)
     assert found == readable._replace(collectives=None, unread=why)
-    where = Slice("v5e:1x1", CHIPS["v5e"], 1, 1, [None])
+    where = Target("v5e:1x1", CHIPS["v5e"], 1, 1, [None])
     plan = Plan(load(TINY), where, {"data": 1}, [], "batch", 8, Memory(1, 2, 3, 4), [found], [], None)
     monkeypatch.setattr(Plan, "mfu", 0.5)
     report.print_plan(plan)

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxrlhf.config import Config, parse
-from jaxrlhf.config_errors import ConfigError
-from jaxrlhf.config_yaml import read_yaml
-from jaxrlhf.feed import Feed, batch_shapes
+from jaxrlhf.config.load import parse
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.yaml_text import read_yaml
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.hf_config import describe
-from jaxrlhf.models.published import LLAMA_3_1_8B
+from jaxrlhf.models.files.hf_config import describe
+from jaxrlhf.models.files.published import LLAMA_3_1_8B
 from jaxrlhf.plan import shapes
+from jaxrlhf.run.feed import Feed, batch_shapes
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests import runs
 
@@ -153,7 +154,7 @@ def test_a_vocabulary_that_is_not_given_is_the_tokenizer_s():
 @pytest.mark.parametrize("name", ["sft", "rm", "ppo"])
 def test_batches_are_shaped_as_the_data_makes_them(root, tmp_path, name, one_device):
     """What a plan compiles for is what training is given."""
-    from jaxrlhf.build import build
+    from jaxrlhf.run.build import build
 
     text = f"data.demonstrations={{path: {runs.text(root)}/demonstrations.jsonl}}"
     random = [
@@ -177,7 +178,7 @@ def test_there_is_a_batch_for_every_prompt_bucket():
 
 def test_no_bucket_is_compiled_that_no_prompt_of_the_data_needs(root, tmp_path, one_device):
     """By hand: the longest prompt that is kept has five tokens, BOS and four bytes."""
-    from jaxrlhf.build import build
+    from jaxrlhf.run.build import build
 
     texts = ["~" * 4, "~" * 3, "~" * 99]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))

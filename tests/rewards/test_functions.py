@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import outside
+from jaxrlhf import user_code
 from jaxrlhf.rewards.functions import RewardFunction, resolve
 
 
@@ -42,7 +42,7 @@ def test_a_module_beside_the_config_is_found_behind_one_of_the_working_directory
         (tmp_path / "configs").mkdir(exist_ok=True)
         (tmp_path / "configs" / f"{name}.py").write_text(LENGTHS)
     here("both", LENGTHS.replace("len(text)", "-1"))
-    monkeypatch.setattr(outside, "FOLDERS", [str(tmp_path / "configs")])
+    monkeypatch.setattr(user_code, "FOLDERS", [str(tmp_path / "configs")])
     assert [resolve(f"{name}:lengths")(["ab"], [{}])[0] for name in ("theirs", "both")] == [2, -1]
 
 

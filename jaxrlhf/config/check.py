@@ -1,0 +1,312 @@
+"""Does a config make sense on these devices? What no single key shows: roles, data, batch arithmetic, the mesh."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from jaxrlhf.config.batch import KIND_OF, ROWS_KEY, divisors, fields_read, longest_row, rows_of, updates_of
+from jaxrlhf.config.field_types import hints
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.roles import find_algorithm, roles_of
+from jaxrlhf.config.strict import suggest
+from jaxrlhf.data.chat import check_config
+from jaxrlhf.data.sources import DataConfig, SourceConfig
+from jaxrlhf.errors import ConfigError, show
+from jaxrlhf.log.run_dir import is_local
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16
+from jaxrlhf.rewards.graders import grader_problems
+from jaxrlhf.sharding import AXES, mesh_shape
+from jaxrlhf.types import Role
+
+ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q")
+# what of a model some mesh axes must divide; heads need not be
+SPLIT = {"mlp_size": ("decode", "tensor"), "hidden_size": ("fsdp", "decode")}
+
+
+def check(cfg: Config, num_devices: int, source: str = "config", place: str = "here") -> None:
+    """Raises ConfigError, a line a mistake, for what no single key shows: roles, data, batch arithmetic, the mesh.
+
+    Nothing is built or read, but for the module of rewards.function, which is imported; ``source`` is what the lines
+    start with (the config's path), ``place`` where the devices are ("in the slice")."""
+    problems = [*role_problems(cfg), *reward_problems(cfg), *data_problems(cfg), *generate_problems(cfg)]
+    problems += [*tokenizer_problems(cfg), *evaluation_problems(cfg), *model_problems(cfg)]
+    problems += [*profile_problems(cfg), *device_problems(cfg, num_devices, place)]
+    if problems:
+        raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+
+
+def role_problems(cfg: Config) -> Iterator[str]:
+    """Every role that is needed has one origin, and no origin goes round in a circle."""
+    (trained, slow), name = roles_of(cfg), cfg.algorithm_name
+    needed = [*trained, *slow]
+    for role in needed:
+        if role not in cfg.models:
+            yield f"models.{role}: missing; {name} needs it; expected init_from or architecture"
+    for role, model in cfg.models.items():
+        if role not in needed and role not in ROLES:
+            yield f"models.{role}: unknown role; {suggest(role, needed)}"
+        if model.init_from is None and model.architecture is None:
+            yield f"models.{role}: neither init_from nor architecture is given; expected one of them"
+        elif model.init_from is not None and model.architecture is not None:
+            yield f"models.{role}: init_from {model.init_from} and architecture are both given; expected one of them"
+        elif model.init_from in {*ROLES, *cfg.models}:
+            yield from origin_problems(cfg, role)
+        yield from trunk_problems(cfg, role)
+    for role, row in cfg.optimizer.items():
+        if row.dtype == "bfloat16" and row.b1 > LARGEST_B1_IN_BFLOAT16:
+            yield (
+                f"optimizer.{role}.b1: {show(row.b1)}: dtype bfloat16 is too coarse for a first moment that moves so "
+                f"little; expected dtype float32, or b1 of at most {LARGEST_B1_IN_BFLOAT16}; "
+                f"nearest: {LARGEST_B1_IN_BFLOAT16}"
+            )
+        if role != "default" and role not in needed:
+            yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
+
+
+def trunk_problems(cfg: Config, role: Role) -> Iterator[str]:
+    """Only the value model shares a trunk, and only the policy's: no algorithm reads others side by side."""
+    model, (trained, _) = cfg.models[role], roles_of(cfg)
+    where, default = f"models.{role}.share_trunk: true", type(model).trunk_gradient
+    if not model.share_trunk:
+        if model.trunk_gradient != default:
+            wrong = f"{show(model.trunk_gradient)}: share_trunk is false, so there is no such gradient"
+            yield f"models.{role}.trunk_gradient: {wrong}; nearest: {show(default)}"
+    elif role != "value" or role not in trained:
+        yield f"{where}: only a value model that learns beside the policy shares its trunk; expected false"
+    elif model.init_from != "policy" or trained.get("policy") != "lm":
+        start = f"init_from {model.init_from}" if model.init_from else "an architecture of its own"
+        yield f"{where}: {start} is given; expected init_from policy, whose trunk it is"
+
+
+def reward_problems(cfg: Config) -> Iterator[str]:
+    """Reward functions can be found, have something to score, and no reward model scores beside them."""
+    name, rewards = cfg.algorithm_name, cfg.rewards
+    if not rewards.on_host:
+        yield from grader_problems(rewards)
+        return
+    given, shown = ("functions", ", ".join(rewards.functions)) if rewards.functions else ("function", rewards.function)
+    if find_algorithm(name).rollout is None:
+        expected = "{}" if rewards.functions else "null"
+        yield f"rewards.{given}: {shown}: {name} samples no responses to score; expected {expected}"
+        return
+    if "reward" in cfg.models:
+        yield f"models.reward: rewards.{given} {shown} is given too; expected one of them"
+    if getattr(cfg.algorithm, "reward_update", False):
+        yield f"algorithm.reward_update: true: rewards.{given} {shown} is no model that can learn; expected false"
+    yield from grader_problems(rewards)
+
+
+def origin_problems(cfg: Config, role: Role) -> Iterator[str]:
+    """Follows init_from from role to role."""
+    path = [role]
+    while (origin := cfg.models[path[-1]].init_from) in {*ROLES, *cfg.models}:
+        where = f"models.{role}.init_from: {cfg.models[role].init_from}"
+        if origin not in cfg.models:
+            if len(path) == 1:
+                others = [other for other in cfg.models if other != role]
+                yield f"{where}: a role that models does not give; {suggest(origin, others)}"
+            return
+        if origin in path:
+            if role == min(path) == origin:  # once a circle
+                yield f"{where}: goes in a circle ({' -> '.join([*path, origin])}); expected one that ends at weights"
+            return
+        path.append(origin)
+
+
+def data_problems(cfg: Config) -> Iterator[str]:
+    """What the algorithm reads is given, each source as one thing, and lengths make sense."""
+    name, data = cfg.algorithm_name, cfg.data
+    for section in sections_read(cfg):
+        if getattr(data, section, None) is None:
+            yield f"data.{section}: missing; {name} reads it; expected path, tfds or hf"
+    if "unpaired" in fields_read(cfg) and cfg.batch.unpaired_per_step < 2:
+        count = cfg.batch.unpaired_per_step
+        yield f"batch.unpaired_per_step: {count}: {name} needs responses of other rows; expected 2 or more; nearest: 2"
+    sources = {f"data.{name}": getattr(data, name) for name in hints(DataConfig)} | {"eval.judge": cfg.eval.judge}
+    for key, given in sources.items():
+        if isinstance(given, SourceConfig) and (wrong := given.wrong_origin()):
+            yield f"{key}: {wrong}"
+    if data.chat is not None:
+        try:
+            check_config(data.chat)
+        except ValueError as error:
+            yield str(error)
+    if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
+        nearest = sorted(set(data.prompt_buckets)) or [64, 128, 256]
+        yield f"data.prompt_buckets: {show(data.prompt_buckets)}: expected ascending lengths; nearest: {nearest}"
+    if getattr(cfg.algorithm, "normalize_samples", 0) == 1:
+        yield "algorithm.normalize_samples: 1: a score alone has no deviation; expected 0 or 2 and more; nearest: 2"
+    if getattr(cfg.algorithm, "normalize_samples", 0) and "policy" not in cfg.models:
+        yield "models.policy: missing; algorithm.normalize_samples scores its responses; expected init_from"
+
+
+def generate_problems(cfg: Config) -> Iterator[str]:
+    """Responses can be as long as asked for; training has a distribution to sample them from, and enough of them; the
+    sampler's probabilities are corrected only where there are others."""
+    generate, name = cfg.generate, cfg.algorithm_name
+    algorithm, samples = find_algorithm(name), cfg.batch.samples_per_prompt
+    if generate.min_new_tokens > generate.max_new_tokens:
+        most = generate.max_new_tokens
+        yield f"generate.min_new_tokens: {generate.min_new_tokens}: more than max_new_tokens; nearest: {most}"
+    if generate.temperature == 0 and algorithm.rollout is not None:
+        default = type(generate).temperature
+        yield (
+            f"generate.temperature: {show(generate.temperature)}: greedy, and {name} learns from the probabilities of "
+            f"what it samples; expected more than 0; nearest: {show(default)}"
+        )
+    if (slots := generate.slots) >= samples and slots:
+        yield f"generate.slots: {slots}: batch.samples_per_prompt is {samples}; expected fewer, or 0 for all at a time"
+    if slots and generate.halvings:
+        yield f"generate.halvings: {generate.halvings}: generate.slots is {slots}; expected 0: slots are filled again"
+    cap = getattr(cfg.algorithm, "sampler_ratio_cap", None)
+    if cap is not None and getattr(cfg.algorithm, "old_logprobs", None) == "sampler":
+        yield (
+            f"algorithm.sampler_ratio_cap: {show(cap)}: old_logprobs is sampler, so there is no ratio to cap; expected "
+            "null or old_logprobs recompute"
+        )
+    if samples < (least := algorithm.min_samples_per_prompt):
+        yield (
+            f"batch.samples_per_prompt: {samples}: {name} compares the responses to a prompt with each other; "
+            f"expected {least} or more; nearest: {least}"
+        )
+
+
+def evaluation_problems(cfg: Config) -> Iterator[str]:
+    """An evaluation that is asked for can be made."""
+    best, sections = cfg.checkpoint.best, sections_read(cfg)
+    sections += ["prompts"] if "policy" in roles_of(cfg)[0] and "prompts" not in sections else []
+    if cfg.eval.every and not any(getattr(cfg.data, f"eval_{section}", None) for section in sections):
+        yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path, tfds or hf"
+    if best and not best.startswith("eval/"):
+        yield f"checkpoint.best: {best}: expected a metric of the evaluation; nearest: eval/{best}"
+    if best and not cfg.eval.every:
+        yield f"checkpoint.best: {best}: never measured, as eval.every is 0; expected eval.every of 1 or more"
+
+
+def tokenizer_problems(cfg: Config) -> Iterator[str]:
+    """The tokenizer has exactly one origin."""
+    tokenizer, size = cfg.tokenizer, cfg.tokenizer.train_vocab_size
+    if size and tokenizer.init_from:
+        yield f"tokenizer.train_vocab_size: {size}: init_from {tokenizer.init_from} is given too; expected one of them"
+    elif size and cfg.data.demonstrations is None:
+        yield f"tokenizer.train_vocab_size: {size}: there is no text to train on; expected data.demonstrations"
+    from_scratch = all(model.init_from in {None, *cfg.models} for model in cfg.models.values())
+    if from_scratch and not size and not tokenizer.init_from:
+        yield "tokenizer: null: no model is given that has one; expected init_from or train_vocab_size"
+
+
+def model_problems(cfg: Config) -> Iterator[str]:
+    """Architectures whose heads divide, and which are long enough for the rows."""
+    longest, what = longest_row(cfg)
+    for role, shape in architectures(cfg):
+        key = f"models.{role}.architecture"
+        if not shape.head_dim and shape.hidden_size % shape.num_heads:
+            nearest = min(divisors(shape.hidden_size), key=lambda heads: abs(heads - shape.num_heads))
+            wrong = f"{shape.num_heads}: does not divide hidden_size {shape.hidden_size}"
+            yield f"{key}.num_heads: {wrong}; nearest: {nearest}"
+        else:
+            try:
+                resolve(shape)
+            except ValueError as error:
+                yield f"{key}.{error}"
+        if shape.max_positions < longest:
+            yield f"{key}.max_positions: {shape.max_positions}: less than {longest} = {what}; nearest: {longest}"
+
+
+def profiled_steps(text: str | None) -> range:
+    """The steps that ``profile`` names, counted as the log counts them. Raises ValueError where it names none."""
+    if text is None:
+        return range(0)
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
+        raise ValueError('expected FIRST:END with 1 <= FIRST < END, as in "10:13" for steps 10, 11 and 12')
+    return range(int(first), int(end))
+
+
+def profile_problems(cfg: Config) -> Iterator[str]:
+    """The steps to trace are steps of the run, and a trace can be written."""
+    try:
+        steps = profiled_steps(cfg.profile)
+    except ValueError as error:
+        yield f"profile: {show(cfg.profile)}: {error}"
+        return
+    last = cfg.iterations
+    if steps and last is not None and steps[-1] > last:
+        nearest = f"{min(steps[0], last)}:{last + 1}"
+        yield f"profile: {show(cfg.profile)}: the run has {last} iterations; nearest: {show(nearest)}"
+    if steps and not is_local(cfg.run_dir):
+        where = f"a trace can't be written to {cfg.run_dir}"
+        yield f"profile: {show(cfg.profile)}: {where}; expected null or a local run_dir"
+
+
+def device_problems(cfg: Config, num_devices: int, place: str) -> Iterator[str]:
+    """The mesh fits the devices, and rows and models divide over the mesh."""
+    try:
+        sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices, place), strict=True))
+    except ValueError as error:
+        yield str(error)
+        return
+    yield from batch_problems(cfg, sizes)
+    for role, shape in architectures(cfg):
+        for name, keys in SPLIT.items():
+            value, (axes, devices) = getattr(shape, name), split_by(keys, sizes)
+            if value % devices:
+                key, nearest = f"models.{role}.architecture.{name}", nearest_multiple(value, devices)
+                yield f"{key}: {value}: {axes} of {devices} does not divide it; nearest: {nearest}"
+
+
+def split_by(keys: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, int]:
+    """Which of the mesh axes split something, and over how many devices; pmap's mesh has none of them."""
+    real = [key for key in keys if sizes.get(key, 1) > 1]
+    return f"mesh.{' x '.join(real)}", math.prod(sizes[key] for key in real)
+
+
+def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Rows divide into minibatches, micro-batches and shards; ``sizes``: devices along each mesh axis."""
+    axes = {"slices": sizes["slice"], "data": sizes["data"], "fsdp": sizes["fsdp"] * sizes["decode"]}
+    shards, (_, minibatches) = math.prod(axes.values()), updates_of(cfg)
+    shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis != "slices" or size > 1)
+    over = f"{minibatches} minibatches x {shards} batch shards ({shown})"
+    undivided = [*divided(cfg, fields_read(cfg), minibatches, shards, over)]
+    yield from undivided
+    micro = cfg.batch.micro_batch_size
+    if undivided or micro is None:
+        return
+    main, *others = fields_read(cfg)
+    rows = rows_of(cfg)[main]
+    fits = [size for size in divisors(rows // minibatches) if size % shards == 0]
+    if micro not in fits:
+        nearest = min(fits, key=lambda size: abs(size - micro))
+        yield (
+            f"batch.micro_batch_size: {micro}: a minibatch has {rows} / {minibatches} = {rows // minibatches} rows "
+            f"on {shards} batch shards; expected a divisor of it that the shards divide; nearest: {nearest}"
+        )
+        return
+    parts = rows // minibatches // micro
+    yield from divided(cfg, others, minibatches * parts, shards, f"{over} x {parts} micro-batches")
+
+
+def divided(cfg: Config, fields: Sequence[str], parts: int, shards: int, over: str) -> Iterator[str]:
+    """What to say of the fields' rows where ``parts`` parts on ``shards`` shards do not divide them."""
+    for field in fields:
+        key, each = ROWS_KEY[field], cfg.batch.samples_per_prompt if field == "prompts" else 1
+        count = getattr(cfg.batch, key)
+        # prompts lie on the shards themselves, before each of them becomes several rows
+        unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards)
+        if count % unit:
+            rows = f"{count} prompts x {each} samples = {count * each} rows" if each > 1 else f"{count} rows"
+            yield f"batch.{key}: {count}: {rows} do not divide over {over}; nearest: {nearest_multiple(count, unit)}"
+
+
+def sections_read(cfg: Config) -> list[str]:
+    """The sections of ``data`` that hold them."""
+    return [KIND_OF.get(field, field) for field in fields_read(cfg)]
+
+
+def architectures(cfg: Config) -> list[tuple[Role, ModelConfig]]:
+    """The roles that start from random weights, with their shapes."""
+    return [(role, model.architecture) for role, model in cfg.models.items() if model.architecture]
+
+
+def nearest_multiple(number: int, unit: int) -> int:
+    return max(unit, round(number / unit) * unit)

@@ -1,0 +1,116 @@
+"""One run as one record: the configs of its parts, composed."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxrlhf.data.sources import DataConfig, SourceConfig
+from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.hosts.processes import DistributedConfig
+from jaxrlhf.log.metrics import LogConfig
+from jaxrlhf.models.attention.kernels import Asked
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.rewards.functions import RewardsConfig
+from jaxrlhf.sharding import MeshConfig
+from jaxrlhf.types import Role
+
+
+@dataclasses.dataclass(frozen=True)
+class RoleConfig:
+    """Where the weights of one role come from: init_from or architecture."""
+
+    init_from: str | None = None  # a Hugging Face folder, gguf:FILE, a hub name, RUN, RUN@best, RUN@STEP, or a role
+    architecture: ModelConfig | None = None  # random weights of this shape
+    share_trunk: bool = False  # value: no model of its own but a head on the policy, whose pass serves both
+    trunk_gradient: float = 0.1  # share_trunk: the policy learns from its loss + this x the value loss (vf_coef)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats; that of the optimizer's first moment is optimizer.<role>.dtype."""
+
+    params: Literal["float32", "bfloat16"] = "float32"  # stored weights of roles that do not learn; others: float32
+    compute: Literal["float32", "bfloat16"] = "float32"  # activations and matrix products
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where the tokenizer comes from."""
+
+    init_from: str | None = None  # a Hugging Face folder, a hub name or a run; null: that of the policy or reward model
+    train_vocab_size: int | None = None  # train a byte-level BPE of this size on the demonstrations instead
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """Rows of one iteration, over all devices. algorithm.num_minibatches splits them."""
+
+    prompts_per_step: int = 64  # prompts of an on-policy iteration
+    samples_per_prompt: int = 1  # responses to each of them
+    share_prompts: bool = True  # read a prompt once for all of them in scoring and training, not only in sampling
+    sequences_per_step: int = 64  # rows of demonstrations (sft)
+    preferences_per_step: int = 32  # pairs
+    unpaired_per_step: int = 32  # responses with a label
+    micro_batch_size: int | None = None  # rows whose activations are held at once; null: all, fewer on CPUs
+    pack_widths: int = 1  # widths, each compiled, that a micro-batch's responses may be packed into; 1: no packing
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the whole state is saved, and which saves stay."""
+
+    every: int = 50  # iterations; the last one is saved too
+    background: bool = True  # write while training goes on, which takes a copy of the state in host memory
+    keep: int = 2  # latest checkpoints that stay
+    best: str | None = None  # a metric of the evaluation ("eval/score/mean") whose best checkpoint stays too
+    mode: Literal["max", "min"] = "max"  # which value of it is best
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out data."""
+
+    every: int = 0  # iterations; 0: only at the end
+    size: int = 256  # held-out examples
+    samples: int = 8  # responses that go to samples.jsonl
+    judge: SourceConfig | None = None  # labelled texts to train an outside judge on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    run_dir: str  # where everything that the run writes goes; may be gs://
+    iterations: int | None = None  # updates of sft, rm and dpo; on policy rounds of sampling and updates; or epochs
+    epochs: float | None = None  # in place of iterations: passes over the rows of the training data
+    seed: int = 0  # of weights, data order and sampling
+    algorithm_name: str  # algorithm.name in YAML: a name of the table, or "package.module:NAME" of an Algorithm
+    algorithm: Any  # the config of that algorithm
+    models: dict[Role, RoleConfig] = dataclasses.field(default_factory=dict)
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    remat: Literal["none", "full", "dots"] = "none"  # what is recomputed backward: nothing, layers, all but matmuls
+    scan_layers: bool | None = None  # one compiled body for all layers; null: unless they are few, on a CPU
+    attention: Asked = "auto"  # the kernel: splash on TPUs and cudnn on GPUs where they can compute the model, else xla
+    deterministic: bool = False  # GPUs: the same bits in every run, as TPUs and CPUs give anyway; slower
+    optimizer: dict[Role, OptimizerConfig] = dataclasses.field(default_factory=dict)  # "default" serves the other roles
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    generate: GenerateConfig = GenerateConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    profile: str | None = None  # "10:13": steps 10, 11 and 12 are traced into RUN_DIR/profile, for perfetto
+
+    @property
+    def length(self) -> int:
+        """The iterations of the run, where its epochs have been counted."""
+        assert self.iterations is not None, "epochs have not been counted"
+        return self.iterations
+
+    def optimizer_of(self, role: Role) -> OptimizerConfig:
+        """The role's own row of ``optimizer``, else the row "default", else the defaults."""
+        return self.optimizer.get(role) or self.optimizer.get("default") or OptimizerConfig()

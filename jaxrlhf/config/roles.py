@@ -1,0 +1,68 @@
+"""The roles that a config's algorithm needs, and where each starts from."""
+
+import dataclasses
+from typing import Any
+
+from jaxrlhf.algorithms import ALGORITHMS, find
+from jaxrlhf.config.record import Config, RoleConfig
+from jaxrlhf.config.strict import suggest
+from jaxrlhf.errors import ConfigError, show
+from jaxrlhf.types import Algorithm, Head, Role
+
+
+def find_algorithm(name: Any) -> Algorithm:
+    """The record of this name: a row of the table, or "package.module:NAME". Raises ConfigError."""
+    names = sorted(ALGORITHMS)
+    if not isinstance(name, str):
+        raise ConfigError(f"{show(name)}: expected a name; choices: {', '.join(names)}, package.module:NAME")
+    try:
+        return find(name)
+    except KeyError:
+        raise ConfigError(f"{name}: unknown algorithm; {suggest(name, names)}") from None
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def with_default_roles(cfg: Config) -> Config:
+    """Fills in the roles that the algorithm needs and the config leaves out: the reference starts as the policy, the
+    value model as the reward model, or where there is none, or it shares a trunk, as the policy. A policy that learns
+    from its own responses always has a reference: an evaluation compares with it."""
+    trained, slow = roles_of(cfg)
+    needed = {*trained, *slow} | ({"reference"} if find_algorithm(cfg.algorithm_name).rollout else set())
+    origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
+    left_out = [role for role in origins if role in needed and role not in cfg.models]
+    models = cfg.models | {role: RoleConfig(init_from=origins[role]) for role in left_out}
+    for role, model in models.items():
+        if model.share_trunk and model.init_from is None and model.architecture is None:
+            models[role] = dataclasses.replace(model, init_from="policy")
+    return dataclasses.replace(cfg, models=models)
+
+
+def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
+    """(trained, slow): the roles that the run needs. A reward function takes the place of the reward model; what shares
+    a trunk is a bare head."""
+    algorithm = find_algorithm(cfg.algorithm_name)
+    scored = cfg.rewards.on_host and algorithm.rollout is not None  # offline there is nothing to score
+    bare: dict[Role, Head] = {role: "bare" for role, model in cfg.models.items() if model.share_trunk}
+
+    def needed(heads: dict[Role, Head]) -> dict[Role, Head]:
+        return {role: bare.get(role, head) for role, head in heads.items() if not (scored and role == "reward")}
+
+    trained, slow = algorithm.roles(cfg.algorithm)
+    return needed(trained), needed(slow)
+
+
+def trunks_of(cfg: Config) -> dict[Role, Role]:
+    """The roles that are a bare head -> the role on whose trunk it stands."""
+    return {role: model.init_from for role, model in cfg.models.items() if model.share_trunk and model.init_from}
+
+
+def describe_precision(cfg: Config) -> list[str]:
+    """What to say where precision.params is not float32: whose weights are stored so, and whose are not."""
+    (trained, slow), params = roles_of(cfg), cfg.precision.params
+    if params == "float32":
+        return []
+    return [
+        f"precision.params: {params} for {', '.join(slow) or 'no role'}; float32 for {', '.join(trained)}: "
+        "small updates to weights would be rounded away"
+    ]

@@ -1,0 +1,1 @@
+"""Held-out evaluation: metrics, a comparison of policies, a report."""

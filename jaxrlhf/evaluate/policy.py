@@ -1,0 +1,181 @@
+"""What a policy writes for held-out prompts: reward, KL, length, and how often it beats the reference.
+
+It is the same for every algorithm with a policy, on policy or offline. Policy and reference answer the same prompts
+under the same sampling noise, one response each; the reward model (or the user's function) and an outside judge say
+whose response is better.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.data.tokenizer import decode_rows
+from jaxrlhf.hosts import processes
+from jaxrlhf.ops.masked import keep
+from jaxrlhf.rewards.judge import Judge
+from jaxrlhf.run import build
+from jaxrlhf.run.build import Run
+from jaxrlhf.run.feed import fetch_all, held_out, put, read_source
+from jaxrlhf.run.scoring import nothing, score
+from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState, sample_policy
+
+
+class Responses(NamedTuple):
+    """What one policy wrote: an entry a held-out prompt. None: nothing measures it in this run."""
+
+    rows: list[dict[str, Any]]  # prompt, response, score, split
+    lengths: np.ndarray  # f32, tokens
+    ended: np.ndarray  # bool, by itself
+    kl: np.ndarray | None  # f32, nats from the reference, of the sampled tokens
+    scores: np.ndarray | None  # f32; NaN where the reward functions give none
+    marks: np.ndarray | None  # f64: the judge's probability that the text is positive
+    grades: dict[str, np.ndarray] | None = None  # what each of several functions gives; None: no function scores
+
+
+class PolicyEvaluation:
+    """The held-out prompts of a run, and the program that has them answered and scored.
+
+    A reference or a reward model that the config names and the algorithm does without is read at the first evaluation
+    and kept."""
+
+    def __init__(self, ready: Run, judge: bool = True):
+        cfg = ready.cfg
+        heads: dict[Role, Head] = {"reference": "lm", "reward": "scalar"}
+        more = [role for role in heads if role in cfg.models and role not in ready.heads]
+        self.more: dict[Role, Head] = {role: heads[role] for role in more}
+        self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=1))
+        rows = min(cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt, cfg.eval.size)
+        self.batches = held_out(ready, "prompts", cfg.eval.size, rows)
+        self.asks_judge = judge and cfg.eval.judge is not None
+        self.judge: Judge | None = None
+        self.extra: dict[Role, Params] | None = None
+        self.before: Responses | None = None
+        self.program = processes.jit(self.answer)
+
+    def run(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
+        """What the policy writes; at first, and each time where the reward learns, what the reference writes too.
+        ``between`` is called before each batch."""
+        if self.extra is None:
+            self.extra = {role: build.read_weights(self.ready, role) for role in self.more}
+        reference = (self.extra | state.slow).get("reference")
+        if reference is not None and (self.before is None or "reward" in state.params):
+            self.before = self.write(state.replace(params=state.params | {"policy": reference}), between)
+        return self.write(state, between)
+
+    def answer(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts) -> tuple[Sequences, Array | None]:
+        """(responses, with their scores where a reward model gives them; their KL in nats f32[B])."""
+        nets, trees = self.ready.recipe.nets, extra | state.slow | state.params
+        rollout = self.ready.algorithm.rollout or sample_policy
+        # under step 0, so that all evaluations share their noise
+        sequences = rollout(nets, state.replace(step=jnp.int32(0)), prompts)
+        if "reward" in trees and self.ready.graders is None:
+            sequences = sequences.replace(scores=nets.scores("reward", trees, sequences))
+        if "reference" not in trees:
+            return sequences, None
+        reference = nets.token_stats("reference", trees, sequences).logprobs
+        return sequences, keep(sequences.logprobs - reference, sequences.response_mask).sum(-1)
+
+    def write(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
+        """All prompts answered by the policy in ``state``."""
+        columns: dict[str, list] = {"rows": [], "lengths": [], "ended": [], "kl": [], "scores": []}
+        grades: dict[str, list] = {}
+        for host in self.batches:
+            between()
+            sequences, kl = self.program(state, self.extra, put(self.ready.mesh, host.batch).prompts)
+            if self.ready.graders is not None:
+                sequences = score(self.ready, sequences, host.columns or []).sequences
+            sequences, kl, real = *fetch_all((sequences, kl)), host.real
+            mask = sequences.response_mask
+            columns["rows"] += sample_rows(self.ready, sequences, real, "eval")
+            values = {"lengths": mask.sum(1, dtype=np.float32), "ended": sequences.ended}
+            values |= {"kl": kl, "scores": sequences.scores}
+            for name, value in values.items():
+                columns[name] += [] if value is None else [value[:real]]
+            for name, value in (sequences.grades or {}).items():
+                grades.setdefault(name, []).append(value[:real])
+        rows = columns.pop("rows")
+        arrays: dict[str, Any] = {name: np.concatenate(parts) if parts else None for name, parts in columns.items()}
+        each = {name: np.concatenate(parts) for name, parts in grades.items()}
+        return Responses(rows=rows, marks=self.marks(rows), grades=each if self.ready.graders else None, **arrays)
+
+    def marks(self, rows: list[dict[str, Any]]) -> np.ndarray | None:
+        """What the judge thinks of prompt + response. It is trained when it is first asked."""
+        if not self.asks_judge:
+            return None
+        if self.judge is None:
+            self.judge = Judge(read_source(self.ready, "labels", self.ready.cfg.eval.judge, "eval.judge"))  # type: ignore[arg-type]
+        return self.judge([row["prompt"] + row["response"] for row in rows])
+
+    def metrics(self, responses: Responses) -> dict[str, float]:
+        """Means over the prompts. win_rate/...: the share of prompts whose response beats the reference's, by the
+        reward and by the judge; a tie is half a win. Where functions score, a response without a score counts for the
+        judge alone."""
+        known, on_host = np.ones(len(responses.lengths), bool), False
+        if responses.grades is not None and responses.scores is not None:
+            known, on_host = ~np.isnan(responses.scores), True
+        found = {"response/length_mean": mean(responses.lengths[known]), "response/ended": mean(responses.ended[known])}
+        if responses.kl is not None:
+            found["kl/reference"] = mean(responses.kl[known])
+        scores = None if responses.scores is None else responses.scores[known]
+        for name, values in (("score", scores), ("judge", responses.marks)):
+            if values is not None:
+                spread = values.std(ddof=len(values) > 1) if len(values) else np.nan
+                found |= {f"{name}/mean": mean(values), f"{name}/std": spread}
+        if on_host:
+            found["score/unscorable"] = (~known).sum()
+        for name, grade in (responses.grades or {}).items():
+            found[f"score/{name}"] = mean(grade[known & ~np.isnan(grade)])
+            found[f"score/unscorable/{name}"] = np.isnan(grade).sum()
+        if self.before is not None:
+            pairs = {
+                "reward": (responses.scores, self.before.scores),
+                "judge": (responses.marks, self.before.marks),
+            }
+            for name, (ours, theirs) in pairs.items():
+                if ours is not None and theirs is not None:
+                    both = ~(np.isnan(ours) | np.isnan(theirs)) if on_host else slice(None)
+                    found[f"win_rate/{name}"] = win_rate(ours[both], theirs[both])
+        return {name: float(value) for name, value in found.items()}
+
+    def names(self) -> list[str]:
+        """The metrics that an evaluation will give, by what it gives of made-up responses."""
+        numbers, roles, made = np.zeros(2), self.ready.heads, copy.copy(self)
+        graders = self.ready.graders
+        grades = None if graders is None else dict.fromkeys(graders.names, numbers)
+        scored = "reward" in roles or graders is not None
+        known = {"kl": "reference" in roles, "scores": scored, "marks": self.asks_judge}
+        given: dict[str, Any] = {name: numbers if there else None for name, there in known.items()}
+        responses = Responses([], numbers, numbers > 0, **given, grades=grades)
+        made.before = responses if "reference" in roles else None
+        return [*made.metrics(responses)]
+
+
+def mean(values: np.ndarray) -> float:
+    """NaN of nothing, without a warning."""
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The share of places where ours is more; equal ones count half."""
+    return mean((ours > theirs) + 0.5 * (ours == theirs))
+
+
+def sample_rows(ready: Run, sequences: Sequences, count: int, split: str) -> list[dict[str, Any]]:
+    """The first ``count`` rows as text: prompt, response, score, score/NAME of each of several graders (null: it gave
+    none), split. All processes have to call it."""
+    rows = jax.tree.map(lambda x: x[:count], fetch_all(sequences))
+    prompts, responses = (
+        decode_rows(ready.tokenizer, rows.tokens, mask)
+        for mask in (rows.valid & ~rows.response_mask, rows.response_mask)
+    )
+    texts = [{"prompt": prompt, "response": response} for prompt, response in zip(prompts, responses, strict=True)]
+    numbers = {} if rows.scores is None else {"score": rows.scores}
+    numbers |= {f"score/{name}": grade for name, grade in (rows.grades or {}).items()}
+    for name, values in numbers.items():
+        shown = [None if np.isnan(value) else round(float(value), 4) for value in values]
+        texts = [text | {name: value} for text, value in zip(texts, shown, strict=True)]
+    return [text | {"split": split} for text in texts]

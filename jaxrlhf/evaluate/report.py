@@ -1,0 +1,132 @@
+"""`jaxrlhf evaluate`: a finished run measured on its held-out data, before and after, as JSON and for a reader."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from etils import epath
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jaxrlhf.algorithms.rm import score_pairs
+from jaxrlhf.config.load import load
+from jaxrlhf.data.batches import HostBatch
+from jaxrlhf.data.summary import Summary
+from jaxrlhf.evaluate.held_out import HeldOut
+from jaxrlhf.hosts import compiler_flags, processes
+from jaxrlhf.log.run_dir import split_step
+from jaxrlhf.run import checkpoint
+from jaxrlhf.run.build import Run, abstract_state, build
+from jaxrlhf.run.feed import fetch_all, held_out, put
+from jaxrlhf.sharding import current
+from jaxrlhf.types import TrainState
+
+
+def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, Any]:
+    """A run (RUN: its latest checkpoint, RUN@best, RUN@40) on its held-out data, as JSON: ``after``; for a policy with
+    a reference also ``before`` (the reference, under the same sampling noise) and ``samples`` of both; and
+    ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too.
+
+    Raises FileNotFoundError, in one line, where there is no checkpoint."""
+    step, (run_dir, _) = checkpoint.find_step(name), split_step(name)
+    compiler_flags.use_compilation_cache()
+    cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
+    ready = build(cfg)
+    report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}
+    with current(ready.mesh):
+        saved = checkpoint.Checkpoints(run_dir, read_only=True)
+        state = saved.restore(step, abstract_state(ready))
+        saved.close()
+        held = HeldOut(ready, judge)
+        result = held.run(state)
+        pairs = held_out(ready, "preferences", cfg.eval.size, cfg.batch.preferences_per_step)
+        report |= pair_report(ready, state, pairs)
+    told = {row.where: row._asdict() for row in (*held.summaries(), pairs.summary) if row}
+    report["data"] = list(told.values())
+    before = held.policy.before if held.policy else None
+    if held.policy and before:
+        report["before"] = held.policy.metrics(before)
+    if result:
+        report["after"] = {name: value for name, value in result.metrics.items() if not name.startswith("data/")}
+    if result and result.samples:
+        written = {"before": before.rows} if before else {}
+        report["samples"] = compare(written | {"after": result.samples}, samples)
+    return report
+
+
+def pair_report(ready: Run, state: TrainState, batches: list[HostBatch]) -> dict[str, Any]:
+    """{"reward_model": accuracy and calibration on held-out pairs}, where the run has a reward model and such pairs.
+
+    The expected calibration error is over 10 bins of the probability of the predicted preference (Guo et al. 2017).
+    """
+    trees = state.params if "reward" in state.params else state.slow
+    if "reward" not in trees or not batches:
+        return {}
+    score = processes.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
+    differences = []
+    for host in batches:
+        chosen, rejected = fetch_all(score(trees, put(ready.mesh, host.batch).preferences))
+        differences.append((chosen - rejected)[: host.real])
+    difference = np.concatenate(differences)
+    confidence = 1 / (1 + np.exp(-np.abs(difference)))
+    right = (difference > 0) + 0.5 * (difference == 0)
+    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    gaps = [abs((confidence - right)[bins == b].sum()) for b in range(10)]
+    found = {"accuracy": right.mean(), "calibration_error": sum(gaps) / len(difference)}
+    rounded = {name: round(float(value), 4) for name, value in found.items()}
+    return {"reward_model": {"pairs": len(difference), **rounded}}
+
+
+def compare(responses: dict[str, list[dict[str, Any]]], count: int) -> list[dict[str, Any]]:
+    """The first ``count`` prompts with their response and score under each name."""
+    rows = []
+    for group in zip(*responses.values(), strict=True):
+        row: dict[str, Any] = {"prompt": group[0]["prompt"]}
+        for name, sample in zip(responses, group, strict=True):
+            row |= {name: sample["response"], f"score_{name}": sample.get("score")}
+        rows.append(row)
+    return rows[:count]
+
+
+SHOWN = {  # metric -> what a reader calls it
+    "score/mean": "reward",
+    "score/std": "its standard deviation",
+    "kl/reference": "KL from the reference (nats a response)",
+    "response/length_mean": "length (tokens)",
+    "response/ended": "share that ended by itself",
+    "judge/mean": "outside judge: share positive",
+    "loss/policy": "loss",
+    "implicit_reward/accuracy": "accuracy on pairs, by the policy itself",
+    "reward/accuracy": "accuracy on pairs",
+    "loss/reward": "loss (nats a pair)",
+}
+WINS = {"win_rate/reward": "the reward", "win_rate/judge": "the outside judge"}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The report for a reader: a table of before and after, then the samples."""
+    console = Console(soft_wrap=True)
+    console.print(f"[bold]{report['run']}[/bold]: {report['algorithm']}, step {report['step']}", highlight=False)
+    for line in (line for row in report.get("data", []) for line in Summary(**row).lines()):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    names = [name for name in ("before", "after") if name in report]
+    table = Table("held out", *names)
+    graders = sorted({key for name in names for key in report[name] if key.startswith("score/")} - SHOWN.keys())
+    for metric, label in (SHOWN | {key: key for key in graders}).items():
+        cells = [f"{report[name][metric]:.3f}" if metric in report[name] else "" for name in names]
+        if any(cells):
+            table.add_row(label, *cells)
+    console.print(table)
+    for metric, who in WINS.items():
+        if metric in report.get("after", {}) and "before" in report:
+            console.print(f"{who} prefers after to before: {report['after'][metric]:.1%}", highlight=False)
+    if "reward_model" in report:
+        pairs = report["reward_model"]
+        text = f"reward model: {pairs['accuracy']:.1%} of {pairs['pairs']:.0f} held-out pairs right, "
+        console.print(text + f"calibration error {pairs['calibration_error']:.3f}", highlight=False)
+    for row in report.get("samples", []):
+        console.print(f"\n[bold]{escape(row['prompt'])}[/bold]", highlight=False)
+        for name in names:
+            score = "" if row.get(f"score_{name}") is None else f" ({row[f'score_{name}']:+.2f})"
+            console.print(f"  {name:>6}{score}: {escape(row[name].strip())}", highlight=False)

@@ -1,0 +1,1 @@
+"""The host's side: several processes, signals, compiler flags, profiler."""

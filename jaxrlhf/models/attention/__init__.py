@@ -1,0 +1,1 @@
+"""Attention: products, kernels, masks."""

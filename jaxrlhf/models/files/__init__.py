@@ -1,0 +1,1 @@
+"""Weights in files, in and out: Hugging Face folders, GGUF."""

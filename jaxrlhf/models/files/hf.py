@@ -1,0 +1,316 @@
+"""Weights of Hugging Face folders: read into arrays laid out on the mesh, and written so that transformers loads them.
+
+They go through safetensors alone, shard by shard; neither torch nor transformers is needed. What a family's tensors
+are called is in models/families; nothing here knows a family.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.files.hf_config import NO_IDS, TokenIds, describe, describe_ids
+from jaxrlhf.models.files.hf_folder import INDEX, SINGLE, clear, read_json, tokenizer_files, write_json
+from jaxrlhf.models.files.hf_layout import Source, dotted, find_sources, leaves_of, score_bias
+from jaxrlhf.models.files.hf_tensors import check_tied, examine
+from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_axes
+from jaxrlhf.sharding import explicit, partition
+from jaxrlhf.types import Array, Head, Params
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def load(
+    folder: epath.PathLike,
+    cfg: ModelConfig,
+    head: Head,
+    dtype=jnp.float32,
+    *,
+    key: Array | None = None,
+    fresh: list[str] | None = None,
+) -> Params:
+    """The weights of a folder as the parameters of transformer.parameter_table, laid out on the current mesh.
+
+    Every device's part is read by itself, so that no whole copy is ever held besides. A scalar head that the folder
+    lacks is drawn with ``key`` (by default that of 0) as transformer.init does; the paths of such leaves are added to
+    ``fresh``. Raises ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite.
+    """
+    folder = epath.Path(folder)
+    tensors, sources, has_score, _ = examine(folder, cfg, head)
+    lm_head = f"{FAMILIES[cfg.family].hf.modules['head'].name}.weight"
+    if head == "lm" and cfg.tie_embeddings and lm_head in tensors:
+        check_tied(tensors[lm_head], tensors[next(sources["embed.tokens.embedding"].names())], f"{folder}: {lm_head}")
+    drawn = {}
+    if head == "scalar" and not has_score:
+        key = jax.random.key(0) if key is None else key
+        head_leaves = jax.jit(lambda key: init(cfg, head, key, dtype)["head"])(key)  # the rest is never computed
+        drawn = {f"head.{name}": value for name, value in head_leaves.items()}
+        if fresh is not None:
+            fresh.extend(sorted(drawn))
+
+    def one(path, leaf: Leaf) -> Array:
+        path = dotted(path)
+        if path in drawn:
+            return drawn[path]
+        if path == "head.bias" and path not in sources:
+            return place(leaf, lambda index: np.full(leaf.shape, read_score_bias(folder), jnp.dtype(dtype)))
+        return place(leaf, lambda index: read_shard(sources[path], tensors, leaf.shape, index, dtype, str(folder)))
+
+    table = parameter_table(cfg, head)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(table, is_leaf=lambda x: isinstance(x, Leaf))
+    # the largest first: a leaf is held twice while it moves to its devices, and then the fewest others are there
+    order = sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape))
+    arrays = {i: one(*leaves[i]) for i in order}
+    return jax.tree.unflatten(tree, [arrays[i] for i in range(len(leaves))])
+
+
+def read_score_bias(folder: epath.Path) -> float:
+    """The score's bias where no tensor holds it: ``score_bias`` in config.json, as older exports have it; else 0."""
+    bias = (read_json(folder, "config.json") or {}).get("score_bias", 0.0)
+    if type(bias) not in (int, float) or not math.isfinite(bias):
+        raise ValueError(f"{folder}/config.json: score_bias: {bias!r}; expected a number")
+    return bias
+
+
+def place(leaf: Leaf, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Array:
+    """The array whose parts ``read`` gives, laid out as the leaf is.
+
+    A part that several devices hold is read once, and the host holds one part at a time."""
+    if not explicit():
+        return jax.block_until_ready(jax.device_put(read((slice(None),) * len(leaf.shape))))
+    sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), partition(weight_axes(leaf)))
+    holders: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(one.indices(size) for one, size in zip(index or (), leaf.shape))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        part = read(tuple(slice(*bound) for bound in bounds))
+        arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def read_shard(
+    source: Source, tensors: Mapping[str, Any], shape: tuple[int, ...], index: tuple[slice, ...], dtype, where: str
+) -> np.ndarray:
+    """``index`` of the leaf whose shape is ``shape``: layers stacked, vocabulary padded with zeros."""
+    bounds = [one.indices(size)[:2] for one, size in zip(index, shape)]
+    shard = np.zeros([stop - start for start, stop in bounds], jnp.dtype(dtype))
+    layers, inner = (range(*bounds[0]), bounds[1:]) if source.layers else ([None], bounds)
+    window = {
+        axis: tuple(min(bound, source.sizes[axis]) for bound in pair)
+        for axis, pair in zip(source.axes, inner, strict=True)
+    }
+    if any(start == stop for start, stop in window.values()):
+        return shard  # beyond the vocabulary: all padding
+    for row, layer in enumerate(layers):
+        name = source.name.format(layer=layer)
+        value = read_tensor(source, tensors[name], window)
+        if not np.isfinite(value).all():
+            raise ValueError(f"{where}: {name}: holds weights that are NaN or infinite")
+        target = shard if layer is None else shard[row]
+        target[tuple(slice(size) for size in value.shape)] = value
+    return shard
+
+
+def read_tensor(source: Source, tensor: Any, window: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+    """The part of the leaf that ``window`` (axis -> start, stop) says, its axes in the leaf's order; no more is read
+    than the slice of each dimension's slowest axis."""
+    picked, fused, mine, split, wanted, order = [], [], [], [], [], []
+    for dim in source.dims:
+        lead, *rest = (axis for axis in dim if axis != "part")
+        start, stop = window[lead]
+        inner = math.prod(source.sizes[axis] for axis in rest)
+        offset, width, share = 0, inner, slice(None)
+        if dim[0] == "part":  # all queries, all keys, all values
+            offset = source.before
+        elif "part" in dim:  # query, key, value in every head
+            width, share = source.total, slice(source.before, source.before + inner)
+        picked.append(slice(offset + start * width, offset + stop * width))
+        fused += [stop - start, width]
+        mine += [slice(None), share]
+        split += [stop - start, *(source.sizes[axis] for axis in rest)]
+        wanted += [slice(None), *(slice(*window[axis]) for axis in rest)]
+        order += [lead, *rest]
+    value = tensor[tuple(picked)].reshape(fused)[tuple(mine)].reshape(split)[tuple(wanted)]
+    return value.transpose([order.index(axis) for axis in source.axes])
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def save(
+    params: Params,
+    cfg: ModelConfig,
+    head: Head,
+    folder: epath.PathLike,
+    dtype="float32",
+    *,
+    ids: TokenIds = NO_IDS,
+    tokenizer_folder: epath.PathLike | None = None,
+    max_shard_bytes: float = 5e9,
+) -> list[str]:
+    """Write ``folder`` so that transformers (and ``load``) reads the same model from it; config.json comes last.
+
+    transformers' classes take the score at the last token that is not ``ids.pad``, and have no bias there: it moves
+    into the last norm where that has one; elsewhere it is a tensor of the file, score.bias. In a run of several
+    processes all call this, and the first writes. Returns what transformers computes otherwise. Raises ValueError, in
+    one line, where the family cannot say the model.
+    """
+    folder = epath.Path(folder)
+    raw = describe(cfg, head, ids) | {"dtype": jnp.dtype(dtype).name}
+    check_params(params, cfg, head)
+    check_ids(ids, cfg)
+    tokenizer = tokenizer_files(tokenizer_folder)
+    sources, notes = find_sources(cfg, head), []
+    if head == "scalar":
+        params = fold_score_bias(params)
+        raw["score_bias"] = bias = float(fetch(params["head"]["bias"])[0])  # what transformers' scores lack
+        if bias:
+            sources["head.bias"] = score_bias(cfg)
+            notes = [
+                f"score.bias: {bias:.6g}: {raw['architectures'][0]} has no bias: its scores are ours less {bias:.6g}"
+            ]
+    writes = jax.process_index() == 0
+    if writes:
+        clear(folder, {path.name for path in tokenizer})
+    shards = plan_shards(sources, jnp.dtype(dtype).itemsize, max_shard_bytes)
+    for name, tensors in shards.items():
+        values = {tensor: join(params, parts).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()}
+        if writes:
+            write_weights(folder / name, values)
+    if not writes:
+        return notes
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+        size = weight_bytes(sources, dtype)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    for path in tokenizer:
+        if path != folder / path.name:
+            path.copy(folder / path.name, overwrite=True)
+    if ids.eos:
+        write_json(folder / "generation_config.json", describe_ids(ids))
+    write_json(folder / "config.json", raw)
+    return notes
+
+
+def fold_score_bias(params: Params) -> Params:
+    """The same scores without a bias, where the last norm has one: moved along the score's direction w, its own bias
+    adds (b + bias w / |w|^2) . w = b . w + bias."""
+    if "bias" not in params["final_norm"]:
+        return params
+    kernel, bias = (np.asarray(fetch(params["head"][name]), np.float64) for name in ("kernel", "bias"))
+    norm = np.asarray(fetch(params["final_norm"]["bias"]), np.float64)
+    length = (kernel**2).sum()
+    if not length:
+        return params
+    moved = (norm + bias * kernel[:, 0] / length).astype(np.float32)
+    head = params["head"] | {"bias": np.zeros(1, np.float32)}
+    return params | {"final_norm": params["final_norm"] | {"bias": moved}, "head": head}
+
+
+class Part(NamedTuple):
+    """One layer of a leaf, which is all or a part of a tensor."""
+
+    path: str
+    source: Source
+    layer: int | None
+
+
+def plan_shards(sources: dict[str, Source], itemsize: int, max_bytes: float) -> dict[str, dict[str, list[Part]]]:
+    """File name -> tensor -> its parts; a file is as full as ``max_bytes`` allows, and holds one tensor at least."""
+    tensors: dict[str, list[Part]] = {}
+    for path, source in sources.items():
+        for layer, name in enumerate(source.names()):
+            tensors.setdefault(name, []).append(Part(path, source, layer if source.layers else None))
+    groups, room = [{}], max_bytes
+    for name, parts in tensors.items():
+        size = math.prod(parts[0].source.shape()) * itemsize
+        if size > room and groups[-1]:
+            groups.append({})
+            room = max_bytes
+        groups[-1][name] = parts
+        room -= size
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
+
+
+def join(params: Params, parts: list[Part]) -> np.ndarray:
+    """The tensor as files have it: the inverse of read_tensor, for all the leaves that share it."""
+    blocks, at = [], 0
+    for path, source, layer in parts:
+        leaf = leaf_at(params, path)
+        value = fetch(leaf if layer is None else leaf[layer])[tuple(slice(source.sizes[axis]) for axis in source.axes)]
+        order = [axis for dim in source.dims for axis in dim if axis != "part"]
+        shape = []
+        for dim, size in zip(source.dims, source.shape()):
+            if "part" in dim:
+                shape += [size // source.total, source.own()]
+                at = len(shape) - 1
+            else:
+                shape.append(size)
+        blocks.append(value.transpose([source.axes.index(axis) for axis in order]).reshape(shape))
+    return np.concatenate(blocks, axis=at).reshape(parts[0].source.shape())
+
+
+def leaf_at(params: Params, path: str) -> Any:
+    for name in path.split("."):
+        params = params[name]
+    return params
+
+
+def fetch(x: Any) -> np.ndarray:
+    """The whole of a sharded array on this host, whichever hosts hold it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+def check_params(params: Params, cfg: ModelConfig, head: Head) -> None:
+    """``params`` are those of this config and head, or a ValueError says where they are not."""
+    flat = {dotted(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    expected = {path: leaf.shape for path, leaf in leaves_of(cfg, head).items()}
+    wrong = sorted(path for path in flat.keys() | expected if flat.get(path) != expected.get(path))
+    if wrong:
+        shapes = f"{flat.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'absent')}"
+        raise ValueError(f"export: {len(wrong)} parameters do not fit the config: {wrong[0]}: {shapes}")
+
+
+def check_ids(ids: TokenIds, cfg: ModelConfig) -> None:
+    for name, value in (("eos", max(ids.eos, default=None)), ("bos", ids.bos), ("pad", ids.pad)):
+        if value is not None and cfg.vocab_size and value >= cfg.vocab_size:
+            raise ValueError(f"export: {name} token {value} is outside the vocabulary of {cfg.vocab_size}")
+
+
+def weight_bytes(sources: dict[str, Source], dtype) -> int:
+    """Of all tensors in the files."""
+    shapes = {name: source.shape() for source in sources.values() for name in source.names()}
+    return sum(map(math.prod, shapes.values())) * jnp.dtype(dtype).itemsize
+
+
+def write_weights(path: epath.Path, values: dict[str, np.ndarray]) -> None:
+    """One safetensors file; by way of a local one where ``path`` is remote."""
+    from safetensors.numpy import save_file
+
+    values = {name: np.ascontiguousarray(value) for name, value in values.items()}
+    if "://" not in os.fspath(path):
+        path.write_bytes(b"")
+        mode = os.stat(path).st_mode & 0o777  # by the umask; safetensors makes files for the user alone
+        save_file(values, os.fspath(path), metadata={"format": "pt"})
+        os.chmod(path, mode)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        local = epath.Path(scratch) / path.name
+        save_file(values, os.fspath(local), metadata={"format": "pt"})
+        local.copy(path, overwrite=True)

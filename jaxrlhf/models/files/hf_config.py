@@ -1,0 +1,235 @@
+"""config.json of a Hugging Face folder: read into a ModelConfig, and written so that transformers computes the same.
+
+What a family's fields are called is in models/families; nothing here knows a family.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from etils import epath
+
+from jaxrlhf.models.config import LayerTypes, ModelConfig, resolve
+from jaxrlhf.models.families import FAMILIES, Windows
+from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS
+from jaxrlhf.models.files.hf_fields import checked, parse_field, refuse_unsupported
+from jaxrlhf.models.files.hf_folder import SINGLE, read_json
+from jaxrlhf.models.files.hf_rope import GLOBAL, LOCAL, describe_rope, parse_rope
+from jaxrlhf.models.files.hf_tensors import has_score, has_tensor
+from jaxrlhf.types import Head
+
+# fixed in every family
+ALWAYS: dict[str, tuple] = {"quantization_config": (None,), "is_encoder_decoder": (False,), "is_causal": (True,)}
+LAYER_TYPES: dict[Literal["local", "global"], str] = {"local": LOCAL, "global": GLOBAL}
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: epath.PathLike) -> tuple[ModelConfig, Head]:
+    """The architecture (resolved) and the head of a folder, by config.json and the names of its tensors.
+
+    Raises ValueError, in one line, for a family, a class or a field that changes the maths and is not supported."""
+    raw, where = read_json(folder, "config.json"), f"{folder}/config.json"
+    if raw is None:
+        raise ValueError(f"{where}: there is no such file; expected a Hugging Face folder: config.json and {SINGLE}")
+    if raw.get("model_type") in WRAPPERS and "tie_word_embeddings" not in raw | (raw.get("text_config") or {}):
+        raw = raw | {"tie_word_embeddings": not has_tensor(folder, "lm_head.weight")}
+    return parse_config(raw, where, lambda: has_score(folder))
+
+
+def parse_config(
+    raw: Mapping[str, Any], where: str, scored: Callable[[], bool] = lambda: False
+) -> tuple[ModelConfig, Head]:
+    """read_config of an object already read; errors begin with ``where``.
+
+    ``scored``: whether the weights hold a scalar head, which makes a class that transformers lacks a reward model."""
+    families = {family.hf.model_type: name for name, family in FAMILIES.items()}
+    raw, where = unwrap(raw, where), f"{where}: text_config" if raw.get("model_type") in WRAPPERS else where
+    kind = raw.get("model_type")
+    if kind not in families:
+        known = ", ".join([*families, *WRAPPERS])
+        raise ValueError(f"{where}: model_type: {kind!r} is not supported; expected one of {known}")
+    family = FAMILIES[families[kind]]
+    names = family.hf
+    check_auto_map(raw.get("auto_map"), names.classes, where)
+    refuse_unsupported(raw, ALWAYS | names.fixed, where)
+    head = parse_head(raw, names.classes, where, scored)
+    found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
+    if family.positions == "rope":
+        found |= parse_rope(raw, names.rope, found["max_positions"], where)
+    if names.windows:
+        found |= parse_windows(raw, names.windows, family.global_every, found["num_layers"], where)
+    else:
+        refuse_windows(raw, where)
+    if not found.get("head_dim") and found["hidden_size"] % found["num_heads"]:
+        raise ValueError(f"{where}: hidden size {found['hidden_size']} is not a multiple of {found['num_heads']} heads")
+    try:
+        return resolve(ModelConfig(**{"family": families[kind], **found})), head
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def unwrap(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The config of the text part of a model of text and images, as a plain model says it; any other as it is."""
+    wrapper = WRAPPERS.get(str(raw.get("model_type")))
+    if wrapper is None:
+        return raw
+    text, shown = raw.get("text_config"), raw.get("architectures")
+    if not isinstance(text, dict):
+        raise ValueError(f"{where}: text_config: {text!r}; expected an object")
+    heads: list[Head] = [head for head, name in wrapper.classes.items() if shown == [name]]
+    if not heads:
+        expected = " or ".join(wrapper.classes.values())
+        raise ValueError(f"{where}: architectures: {shown!r} is not supported; expected {expected}")
+    kind = text.get("model_type", wrapper.text)
+    classes = next((family.hf.classes for family in FAMILIES.values() if family.hf.model_type == kind), {})
+    above = {name: raw[name] for name in (*ALWAYS, "auto_map", "id2label", "num_labels") if name in raw}
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", wrapper.tied))
+    own = {"model_type": kind, "architectures": [classes.get(heads[0])], "tie_word_embeddings": tied}
+    return {**SIZES.get(kind, {}), **text, **above, **own}
+
+
+def check_auto_map(auto_map: Any, classes: Mapping[Head, str], where: str) -> None:
+    """Code of a folder is never run: it may name the classes alone that transformers has itself. Raises ValueError."""
+    stem = classes["lm"].partition("For")[0].removesuffix("LMHeadModel")
+    known = {f"{stem}{ending}" for ending in ("Config", "Model", "PreTrainedModel", "ForTokenClassification")}
+    for auto, target in (auto_map or {}).items():
+        if auto.startswith(("AutoConfig", "AutoModel")) and str(target).rpartition(".")[2] not in {
+            *known,
+            *classes.values(),
+        }:
+            raise ValueError(
+                f"{where}: auto_map: {auto}: {target!r}: remote code is never run; expected classes of transformers: "
+                f"{', '.join(classes.values())}"
+            )
+
+
+def parse_head(
+    raw: Mapping[str, Any], classes: Mapping[Head, str], where: str, scored: Callable[[], bool] = lambda: False
+) -> Head:
+    """The head that ``architectures`` names; a classifier has to have one label."""
+    heads: list[Head] = [head for head, name in classes.items() if raw.get("architectures") == [name]]
+    if not heads and scored():
+        return "scalar"  # the shape of the head says how many labels there are
+    if not heads:
+        shown = raw.get("architectures")
+        raise ValueError(
+            f"{where}: architectures: {shown!r} is not supported; expected {' or '.join(classes.values())}"
+        )
+    labels = raw.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else raw.get("num_labels", 2)
+    if heads[0] == "scalar" and count != 1:
+        raise ValueError(f"{where}: num_labels: {count} is not supported; expected 1, a score")
+    return heads[0]
+
+
+def parse_windows(raw: Mapping[str, Any], names: Windows, every: int, num_layers: int, where: str) -> dict[str, Any]:
+    """sliding_window and layer_types of ModelConfig; ``every``: as Family.global_every."""
+    consent = raw.get(names.switch, False) if names.switch else True
+    if not isinstance(consent, bool):
+        raise ValueError(f"{where}: {names.switch}: {consent!r}; expected true or false")
+    window = raw.get("sliding_window", names.size) if consent else None
+    if window is None and not names.optional:
+        raise ValueError(f"{where}: sliding_window: null is not supported; expected a positive whole number")
+    window = 0 if window is None else checked(window, int, f"{where}: sliding_window")
+    if names.types and raw.get("layer_types") is not None:
+        return {"sliding_window": window, "layer_types": parse_types(raw["layer_types"], where)}
+    if not window:
+        return {"sliding_window": 0}
+    if names.global_every:
+        every = checked(raw.get(names.global_every, every), int, f"{where}: {names.global_every}")
+    first = 0
+    if names.first_global:
+        field, default = names.first_global
+        first = raw.get(field, default)
+        if type(first) is not int or first < 0:
+            raise ValueError(f"{where}: {field}: {first!r}; expected a whole number")
+    is_global = lambda i: i < first or (every and (i + 1) % every == 0)
+    types: LayerTypes = tuple("global" if is_global(i) else "local" for i in range(num_layers))
+    return {"sliding_window": window, "layer_types": types}
+
+
+def refuse_windows(raw: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where a family without windows has one: transformers' cache would drop what is before it."""
+    refuse_unsupported(raw, {"sliding_window": (None,)}, where)
+    given = raw.get("layer_types")
+    if given is not None and (not isinstance(given, list) or set(given) - {GLOBAL}):
+        raise ValueError(f"{where}: layer_types: {given!r} is not supported; expected {GLOBAL} alone")
+
+
+def parse_types(given: Any, where: str) -> LayerTypes:
+    """layer_types in our words."""
+    names: dict[Any, Literal["local", "global"]] = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
+    if not isinstance(given, list):
+        raise ValueError(f"{where}: layer_types: {given!r}; expected a list")
+    for kind in given:
+        if kind not in names:
+            raise ValueError(f"{where}: layer_types: {kind!r} is not supported; expected {' or '.join(names)}")
+    return tuple(names[kind] for kind in given)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class TokenIds(NamedTuple):
+    """Special tokens that an exported folder's configs name."""
+
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    pad: int | None = None
+
+
+NO_IDS = TokenIds()
+
+
+def embedded(ids: TokenIds, vocab: int) -> TokenIds:
+    """Those that a model of ``vocab`` tokens has embeddings for; the EOS tokens stay where none of them has."""
+    eos = tuple(id for id in ids.eos if id < vocab)
+    inside = lambda id: id if id is None or id < vocab else None
+    return TokenIds(eos or ids.eos, inside(ids.bos), inside(ids.pad))
+
+
+def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, Any]:
+    """The config.json with which transformers computes what we do: all that parse_config reads.
+
+    Raises ValueError, in one line, for a model that the family's class in transformers cannot be."""
+    family = FAMILIES[cfg.family]
+    names = family.hf
+    raw = {"architectures": [names.classes[head]], "model_type": names.model_type}
+    said = dataclasses.replace(cfg, query_pre_attn_scalar=cfg.query_pre_attn_scalar or cfg.head_dim)
+    raw |= {theirs: getattr(said, ours) for ours, (theirs, _) in names.fields.items()}
+    raw |= {name: allowed[0] for name, allowed in names.fixed.items() if allowed[0] is not None}
+    raw |= describe_rope(cfg, names.rope) if family.positions == "rope" else {}
+    raw |= describe_windows(cfg, names.windows) if names.windows else {}
+    raw |= describe_ids(ids)
+    if head == "scalar":
+        raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    if cfg.hidden_size % cfg.num_heads:
+        what = f"hidden_size: {cfg.hidden_size} is not a multiple of num_heads: {cfg.num_heads}"
+        raise ValueError(f"export: {what}, and transformers loads no such {names.model_type} model")
+    back = parse_config(raw, "export")[0]
+    for field in dataclasses.fields(cfg):
+        ours, theirs = getattr(cfg, field.name), getattr(back, field.name)
+        if ours != theirs:
+            what = f"{field.name}: {ours!r} cannot be said in the config.json of {names.model_type}"
+            raise ValueError(f"export: {what}, where it is {theirs!r}")
+    return raw
+
+
+def describe_windows(cfg: ModelConfig, names: Windows) -> dict[str, Any]:
+    """The config.json fields that parse_windows reads."""
+    none = None if names.optional else cfg.max_positions  # where no layer looks at it a number has to stand
+    raw: dict[str, Any] = {"sliding_window": cfg.sliding_window or none}
+    if names.switch:
+        raw[names.switch] = cfg.sliding_window > 0
+    if names.types:
+        types = cfg.layer_types or ("global",) * cfg.num_layers
+        raw["layer_types"] = [LAYER_TYPES[kind] for kind in types]
+    return raw
+
+
+def describe_ids(ids: TokenIds) -> dict[str, Any]:
+    """Null where there is none: what is left out, transformers fills in with numbers of its own."""
+    eos = ids.eos[0] if len(ids.eos) == 1 else list(ids.eos) or None
+    return {"bos_token_id": ids.bos, "eos_token_id": eos, "pad_token_id": ids.pad}

@@ -1,0 +1,1 @@
+"""From a config to a running job: weights, tokenizer, programs, data, state, checkpoints."""

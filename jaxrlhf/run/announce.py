@@ -1,0 +1,80 @@
+"""The first lines of a run, and the last: what is trained on what, what it made, and what to do with it."""
+
+import math
+import shlex
+from collections.abc import Sequence
+
+import jax
+
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.roles import roles_of
+from jaxrlhf.data.summary import Summary
+from jaxrlhf.errors import counted
+from jaxrlhf.models.transformer import parameter_table
+from jaxrlhf.run.build import Run
+from jaxrlhf.run.feed import Feed, training_prompts
+from jaxrlhf.types import Role
+
+
+def opening(ready: Run, start: int) -> str:
+    """ "runs/x: ppo, llama 1.2M, 1 x cpu, 44 iterations, seed 0"; the model is the policy, or the role that learns."""
+    cfg, role = ready.cfg, trained_role(ready.cfg)
+    shape, devices = ready.configs[role], ready.mesh.devices
+    table = parameter_table(shape, ready.heads[role])
+    leaves = jax.tree.leaves(table, is_leaf=lambda x: hasattr(x, "init"))
+    parts = [
+        cfg.algorithm_name,
+        f"{shape.family} {short_count(sum(math.prod(leaf.shape) for leaf in leaves))}",
+        f"{devices.size} x {devices.flat[0].device_kind}",
+        counted(cfg.length, "iteration") + (f", going on after {start}" if start else ""),
+        f"seed {cfg.seed}",
+    ]
+    return f"{cfg.run_dir}: {', '.join(parts)}"
+
+
+def describe_rows(ready: Run, feed: Feed, held_out: Sequence[Summary]) -> list[str]:
+    """What became of the rows of every source that the run reads, at the end of it too."""
+    summaries = [*feed.summaries(), *held_out]
+    if size := getattr(ready.cfg.algorithm, "normalize_samples", 0):
+        prompts = training_prompts(ready, size).summary
+        summaries += [prompts] if prompts else []
+    return [line for summary in summaries for line in summary.lines()]
+
+
+def trained_role(cfg: Config) -> Role:
+    """The policy, or else the first role that learns."""
+    trained, _ = roles_of(cfg)
+    return "policy" if "policy" in trained else next(iter(trained))
+
+
+def short_count(number: float) -> str:
+    """ "1.2M" of 1,234,567; at least two digits."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit * 0.9995:
+            return f"{number / unit:.3g}{name}" if number >= 100 * unit else f"{number / unit:.1f}{name}"
+    return str(round(number))
+
+
+def duration(seconds: float) -> str:
+    """ "0:03:12"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def closing(cfg: Config, seconds: float, best: int | None) -> str:
+    """What a finished run made, and what to do next. ``best``: the step that checkpoint.best kept, where it did."""
+    kept = f"checkpoint of step {cfg.iterations}"
+    if best is not None and best != cfg.iterations:
+        kept += f" (best {cfg.checkpoint.best}: step {best})"
+    files = ["metrics.jsonl", "samples.jsonl"] + ["tensorboard/"] * cfg.log.tensorboard
+    return "\n".join([f"{cfg.run_dir}: done in {duration(seconds)}: {kept}, {', '.join(files)}", *next_steps(cfg)])
+
+
+def next_steps(cfg: Config) -> list[str]:
+    """The commands that take up a finished run."""
+    run, to, role = shlex.quote(cfg.run_dir), shlex.quote(f"{cfg.run_dir}-hf"), trained_role(cfg)
+    held_out = [name for name in vars(cfg.data) if name.startswith("eval_") and getattr(cfg.data, name) is not None]
+    commands = [f"jaxrlhf evaluate {run}"] if held_out else []
+    commands += [f"jaxrlhf generate {run} --prompt TEXT"] if role == "policy" else []
+    commands += [f"jaxrlhf export {run}{'' if role == 'policy' else f' --role {role}'} --to {to}"]
+    return [f"{'next:' if index == 0 else '':5} {command}" for index, command in enumerate(commands)]

@@ -1,0 +1,108 @@
+"""From functions of (state, batch) to the compiled programs of an iteration: jit on a mesh, or a literal pmap.
+
+Arguments may be arrays or shapes with layouts (jax.ShapeDtypeStruct), so that what trains and what plans compile alike.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf.run.asks import asked_before_scores
+from jaxrlhf.run.build import Blueprint
+from jaxrlhf.sharding import DEVICES, is_pmap, row_layout
+from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout
+from jaxrlhf.types import Batch, TrainState
+
+
+class Program(NamedTuple):
+    """A compiled function of (state, batch)."""
+
+    run: Callable[[TrainState, Batch], Any]
+    out: Any  # what it returns, as ShapeDtypeStructs laid out as there
+    compiled: jax.stages.Compiled  # what XLA made of it
+
+
+def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
+    """What an iteration runs, by name, in order: "iteration"; or "rollout", "read" where networks can be read while
+    the host scores the responses (rewards.overlap), and "learn"."""
+    if not drawn.cfg.rewards.on_host or drawn.recipe.algorithm.rollout is None:
+        return {"iteration": compile_whole(drawn, state, batch)}
+    return compile_parts(drawn, state, batch)
+
+
+def compile_whole(drawn: Blueprint, state: TrainState, batch: Batch) -> Program:
+    """The iteration as one program that the state is donated to: (state, metrics, responses or None)."""
+    iteration = make_iteration(drawn.recipe)
+    return compile_program(iteration, drawn.mesh, state, batch, rows=(False, False, True), donate=True)
+
+
+def compile_parts(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
+    """The programs around the host's scores: the last is given the first's responses, scores f32[B] laid out as their
+    rows, and the answers of the one between them.
+
+    The state is donated to the last only: the others leave it whole, should a reward function raise."""
+    rollout = compile_program(make_rollout(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
+    found, batch = {"rollout": rollout}, batch.replace(sequences=rollout.out)
+    if overlaps(drawn) and asked_before_scores(drawn, state, batch):
+        found["read"] = compile_program(make_read(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
+        batch = batch.replace(answers=found["read"].out)
+    scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(drawn.mesh, 1))
+    grades = dict.fromkeys(drawn.cfg.rewards.functions, scores) or None
+    batch = batch.replace(sequences=rollout.out.replace(scores=scores, grades=grades))
+    learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, batch, rows=(False, False), donate=True)
+    return found | {"learn": learn}
+
+
+def overlaps(drawn: Blueprint) -> bool:
+    """Whether networks are to be read while the host scores. Where the run does not say: not on CPUs, whose cores the
+    function shares (with one that takes no time, iterations took 1.04 of the time)."""
+    asked = drawn.cfg.rewards.overlap
+    return drawn.mesh.devices.flat[0].platform != "cpu" if asked is None else asked
+
+
+def compile_program(
+    function: Callable[[TrainState, Batch], Any], mesh: Mesh, state: TrainState, batch: Batch, rows: Any, donate: bool
+) -> Program:
+    """``function`` compiled for these arguments, the state donated if so asked.
+
+    ``rows``: a prefix of what it returns, True where that has a row for each row of the batch; the rest is the same on
+    every device. The mesh of ``make_mesh`` says which way to go."""
+    donated = (0,) if donate else ()
+    if is_pmap(mesh):
+        return map_program(function, mesh, state, batch, rows, donated)
+    lowered = jax.jit(function, donate_argnums=donated).lower(state, batch)
+    compiled = lowered.compile()
+    described = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return Program(compiled, jax.tree.map(described, lowered.out_info, compiled.output_shardings), compiled)
+
+
+def map_program(function, mesh: Mesh, state: TrainState, batch: Batch, rows: Any, donated: tuple[int, ...]) -> Program:
+    """compile_program by jax.pmap: the state is whole on every device, which sees its own part of the rows."""
+    out_axes = jax.tree.map(lambda is_rows: 0 if is_rows else None, rows)
+    options: dict[str, Any] = {"devices": mesh.devices.flatten().tolist(), "donate_argnums": donated}
+    program = jax.pmap(function, DEVICES, in_axes=(None, 0), out_axes=out_axes, **options)
+    lowered = program.lower(state, split(batch, mesh.size))
+    compiled = lowered.compile()
+
+    def run(state: TrainState, batch: Batch):
+        return join(compiled(state, split(batch, mesh.size)), rows)
+
+    return Program(run, join(lowered.out_info, rows), compiled)
+
+
+def split(batch: Batch, parts: int) -> Batch:
+    """[B, ...] -> [parts, B / parts, ...], of arrays or of ShapeDtypeStructs."""
+    return jax.tree.map(lambda x: reshaped(x, (parts, x.shape[0] // parts, *x.shape[1:])), batch)
+
+
+def join(out: Any, rows: Any) -> Any:
+    """The inverse, where ``rows`` says so."""
+    one = lambda x: reshaped(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
+    return jax.tree.map(lambda is_rows, part: jax.tree.map(one, part) if is_rows else part, rows, out)
+
+
+def reshaped(x: Any, shape: tuple[int, ...]) -> Any:
+    return x.reshape(shape) if isinstance(x, jax.Array) else jax.ShapeDtypeStruct(shape, x.dtype)

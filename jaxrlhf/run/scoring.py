@@ -1,0 +1,109 @@
+"""An iteration whose scores only the host can compute: two programs, with the user's reward function between them."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxrlhf.data.tokenizer import decode_rows
+from jaxrlhf.run.build import Run
+from jaxrlhf.run.feed import fetch, holders, put, share_of
+from jaxrlhf.run.programs import Program
+from jaxrlhf.types import Batch, Sequences, TrainState
+
+Records = list[dict[str, Any]]
+
+
+class Scored(NamedTuple):
+    """Responses that the host has scored."""
+
+    sequences: Sequences  # with scores, and grades of several functions, f32[B], laid out as rows
+    seconds: float  # spent in the functions
+
+
+def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
+    """The run's reward functions on this process's responses, special tokens left out.
+
+    ``records``: those of this process's prompts, without the ones that fill up; the samples of a prompt are contiguous.
+    Raises ValueError, in one line, where a function does not answer with numbers."""
+    graders = ready.graders
+    assert graders is not None, "the reward model scores"
+    tokens, masks = fetch((sequences.tokens, sequences.response_mask))
+    each = ready.sampler.samples_per_prompt
+    copies = [record for record in records for _ in range(each)]
+    mine = [row for row, is_mine in zip(range(len(copies)), scored_here(ready.mesh, len(tokens))) if is_mine]
+    responses = decode_rows(ready.tokenizer, tokens[mine], masks[mine])
+    grades = np.zeros((len(tokens), len(graders.functions)), np.float32)  # 0 in rows that fill up a batch
+    started = time.perf_counter()
+    if responses:  # a process may have none in the last batch of an evaluation
+        grades[mine] = graders(responses, [copies[row] for row in mine])
+    seconds = time.perf_counter() - started
+    grades = exchange(ready.mesh, grades)
+    each_grade = {name: grades[:, column] for column, name in enumerate(graders.names)}
+    scores, named = put(ready.mesh, (graders.combine(grades), each_grade))
+    return Scored(sequences.replace(scores=scores, grades=named or None), seconds)
+
+
+def try_graders(ready: Run, where: str, records: Records) -> None:
+    """Calls the run's reward functions once, before anything is compiled. ``records``: some of the data section
+    ``where``. Raises ValueError, in one line, where one fails."""
+    if ready.graders is not None and records:
+        ready.graders.try_on(records, where)
+
+
+def scored_here(mesh: Mesh, rows: int) -> np.ndarray:
+    """bool[rows of this process]: those that no earlier process holds too. A function may answer otherwise when it is
+    asked again, and copies of a row that differ would be two models."""
+    share, held = share_of(mesh), holders(mesh)
+    return np.repeat([held[block][0] == jax.process_index() for block in share.blocks], rows // len(share.blocks))
+
+
+def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
+    """f32[rows of this process, ...] with the scores of rows that another process scored, where there are such."""
+    if all(len(processes) == 1 for processes in holders(mesh)):
+        return scores
+    share = share_of(mesh)
+    rows = len(scores) // len(share.blocks) * share.total
+    here, everything = share.positions(rows), np.zeros((rows, *scores.shape[1:]), np.float32)
+    everything[here] = scores
+    return np.asarray(multihost_utils.process_allgather(everything)).sum(0)[here]  # 0 but for one process a row
+
+
+def scored(
+    ready: Run, programs: dict[str, Program], state: TrainState, batch: Batch, records: Records
+) -> tuple[Batch, float]:
+    """(batch with the scores of its responses, seconds spent in the functions); the program "read", where there is one,
+    is under way while the host works."""
+    if "read" in programs:
+        batch = batch.replace(answers=programs["read"].run(state, batch))
+    sequences, seconds = score(ready, batch.sequences, records)
+    return batch.replace(sequences=sequences), seconds
+
+
+def joined(ready: Run, programs: dict[str, Program]) -> Callable:
+    """programs.compile_programs as one function: (state, batch, records, meanwhile) -> (state, metrics, responses or
+    None). ``meanwhile`` is called once the first program is under way.
+
+    Where there are several, the host scores the responses between them; ``records`` are for that alone."""
+
+    def whole(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
+        found = programs["iteration"].run(state, batch)
+        meanwhile()
+        return found
+
+    def parts(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
+        batch = batch.replace(sequences=programs["rollout"].run(state, batch))
+        meanwhile()
+        batch, seconds = scored(ready, programs, state, batch, records)
+        state, metrics = programs["learn"].run(state, batch)
+        return state, metrics | {"time/rewards": seconds}, batch.sequences
+
+    return whole if "iteration" in programs else parts
+
+
+def nothing() -> None:
+    """Done while a program runs."""

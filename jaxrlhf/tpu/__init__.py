@@ -1,0 +1,1 @@
+"""TPU slices by all of their names, and what their chips can do."""
