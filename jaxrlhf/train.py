@@ -20,7 +20,7 @@ from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.errors import one_line
 from jaxrlhf.evaluate import held_out
 from jaxrlhf.evaluate.policy import sample_rows
-from jaxrlhf.hosts import compiler_flags, processes
+from jaxrlhf.hosts import compiler_flags, heap, processes
 from jaxrlhf.hosts.profiler import Profiler
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log.metrics import MetricsLog
@@ -212,7 +212,7 @@ class Trainer:
         with self.saving(), contextlib.closing(self.profiler):
             if start == 0 and cfg.eval.every:
                 self.evaluate(0, state)
-            compiler_flags.fill_holes()
+            heap.fill_holes()
             self.save_at_signals()
             step = self.loop(state, start, programs)
         self.log.close()  # the bar gives way to the last numbers

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import pytest
 
+from tests.support import compiler
+
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "jaxrlhf-test-xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+        compiler.use_cheap_compiler()
 
 
 @pytest.fixture(scope="session")

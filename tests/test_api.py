@@ -15,7 +15,7 @@ from jaxrlhf.generate import GenerateConfig
 from jaxrlhf.run import build
 from jaxrlhf.serve import scorer
 from jaxrlhf.serve.writer import generate_text
-from tests import runs
+from tests.support import runs
 
 PROMPTS = ["the film is", "the plot"]
 

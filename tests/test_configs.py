@@ -17,7 +17,7 @@ from jaxrlhf.plan import shapes
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run import build
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from tests import runs
+from tests.support import runs
 
 FILES = sorted((runs.ROOT / "configs").rglob("*.yaml"))
 IDS = [str(path.relative_to(runs.ROOT / "configs").with_suffix("")) for path in FILES]

@@ -2,7 +2,7 @@
 
 FLOPs of the traced programs (within 1 %), temporaries of one CPU device (within 5 %), and collectives of eight, loop by
 loop (exactly): counts, so that they are the same on every machine. Cheaper fails too, so that a gain is kept. Who means
-it writes the file anew, by ``python -m tests.costs``, and shows by how much it changed.
+it writes the file anew, by ``python -m tests.support.costs``, and shows by how much it changed.
 
 How many programs an iteration dispatches and whether one is compiled again is counted in tests/test_step.py and
 tests/test_train.py, and on meshes in tests/test_mesh.py.
@@ -17,8 +17,8 @@ import pytest
 from jaxrlhf.config.batch import minibatch_rows
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan import hlo
-from tests import costs
-from tests.costs import CASES, NEW, VOCAB
+from tests.support import costs
+from tests.support.costs import CASES, NEW, VOCAB
 
 GOLDEN = json.loads(costs.GOLDEN.read_text())
 WIDE = 2**17  # a vocabulary whose logits are computed in chunks
@@ -30,7 +30,9 @@ def hold(what: str, found: int, expected: int, tolerance: float) -> None:
     change = found / expected - 1
     if abs(change) > tolerance:
         consequence = "costlier; if that is meant" if change > 0 else "cheaper; to keep the gain"
-        pytest.fail(f"{what}: {found:,}, expected {expected:,} ({change:+.1%}): {consequence}: python -m tests.costs")
+        pytest.fail(
+            f"{what}: {found:,}, expected {expected:,} ({change:+.1%}): {consequence}: python -m tests.support.costs"
+        )
 
 
 def skip_other_jaxlib() -> None:
@@ -99,7 +101,7 @@ def differences(found: dict, expected: dict) -> str:
     count = lambda counts, loop, kind: counts.get(loop, {}).get(kind, 0)
     both = [(*key, count(found, *key), count(expected, *key)) for key in sorted(kinds)]
     lines = [f"loop {loop}: {now} {kind}, expected {then}" for loop, kind, now, then in both if now != then]
-    return f"a trip sends {'; '.join(lines)}; if that is meant: python -m tests.costs"
+    return f"a trip sends {'; '.join(lines)}; if that is meant: python -m tests.support.costs"
 
 
 def test_logits_of_a_wide_vocabulary_are_never_stored_whole():

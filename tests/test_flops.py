@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from tests.flops import flops
+from tests.support.flops import flops
 
 ROWS, SIZE, LENGTH = 3, 4, 5
 ONCE = 2 * ROWS * SIZE * SIZE  # x [3, 4] times a weight [4, 4]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import runs
 from tests.models import test_kernels
+from tests.support import runs
 
 pytestmark = pytest.mark.gpu
 BF16 = jnp.bfloat16

@@ -22,7 +22,7 @@ from jaxrlhf.run.feed import put
 from jaxrlhf.run.programs import compile_program
 from jaxrlhf.sharding import MeshConfig, current, explicit, make_mesh, whole
 from jaxrlhf.types import Batch, TrainState
-from tests import tiny
+from tests.support import tiny
 
 ALONE = (1, 1, 1)
 MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 2, 2), (1, 8, 1, 1, 4)]  # data, fsdp, tensor, slices, decode

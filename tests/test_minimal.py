@@ -32,7 +32,7 @@ from jaxrlhf.run.build import abstract_state
 from jaxrlhf.run.feed import batch_shapes
 from jaxrlhf.sharding import MeshConfig, batch_shards, current, is_pmap, make_mesh
 from jaxrlhf.types import Batch
-from tests import runs, tiny
+from tests.support import runs, tiny
 
 METHODS = ["sft", "rm", "dpo", "kto", "ppo", "grpo"]
 
@@ -82,7 +82,7 @@ def fill_in(starter: str, folder: Path, text: Path, models: dict[str, Path]) -> 
         r"HuggingFaceTB/[\w-]+": str(models["lm"]),
         r"init_from: runs/my-rm": f"init_from: {models['scalar']}",
         r"path: (\w+)\.jsonl": rf"path: {text}/\1.jsonl",
-        r"jaxrlhf\.rewards\.math_answer:strict": "tests.runs:praise",
+        r"jaxrlhf\.rewards\.math_answer:strict": "tests.support.runs:praise",
         r"runs/my-": f"{folder}/my-",
     }.items():
         starter = re.sub(old, new, starter)

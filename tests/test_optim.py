@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import OptimizerConfig, is_matrix, make_optimizer, make_schedule
-from tests.tiny import parameters
+from tests.support.tiny import parameters
 
 RATE = 0.1
 

@@ -111,7 +111,7 @@ def test_the_wheel_ships_the_configs(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "import jaxrlhf.cli_discover as found; print(found.__file__, *found.find_configs())"
+    code = "import jaxrlhf.cli.discover as found; print(found.__file__, *found.find_configs())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     file, *names = done.stdout.split()

@@ -18,8 +18,8 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Nets, Role, Sequences, TrainState
-from tests import runs, tiny
-from tests.flops import flops
+from tests.support import runs, tiny
+from tests.support.flops import flops
 from tests.test_step import experience_of
 
 SHARE = 0.25

@@ -22,7 +22,7 @@ from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, Preferences, Sequences, TrainState
-from tests import tiny
+from tests.support import tiny
 
 NO_NETS = Nets(*[lambda *args: pytest.fail("no network is asked")] * 5)
 

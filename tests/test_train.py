@@ -26,7 +26,7 @@ from jaxrlhf.log.run_dir import lock_run_dir
 from jaxrlhf.run import build, checkpoint, programs
 from jaxrlhf.run.resume import changes_since_saved
 from jaxrlhf.sharding import current
-from tests import runs
+from tests.support import runs
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from jax import monitoring
 from jaxrlhf.benchmarks.case import Case
 from jaxrlhf.benchmarks.reward import Words
 from jaxrlhf.benchmarks.rows import random_batch
-from jaxrlhf.hosts import compiler_flags
+from jaxrlhf.hosts import heap
 from jaxrlhf.rewards.graders import find_graders
 from jaxrlhf.run.build import Run, abstract_state, initial_state
 from jaxrlhf.run.feed import fetch_all, put
@@ -51,7 +51,7 @@ class Iterations:
                 alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
                 self.programs["rollout"] = alone
             self.state = whole(initial_state(self.run), drawn.mesh)
-        compiler_flags.fill_holes()
+        heap.fill_holes()
 
     def shapes(self) -> TrainState:
         return abstract_state(self.case.drawn)

@@ -414,13 +414,13 @@ def abandon(code: int) -> None:
 
 def command() -> None:
     """The command; what this package itself refuses is told in one line (JAXRLHF_TRACEBACK=1 shows where it was)."""
-    from jaxrlhf.hosts import compiler_flags
+    from jaxrlhf.hosts import heap, platforms
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without these letters gets "?", not an error
             stream.reconfigure(errors="replace")
-    compiler_flags.skip_absent_tpu(os.environ)
-    compiler_flags.keep_memory(os.environ)
+    platforms.skip_absent_tpu(os.environ)
+    heap.keep_memory(os.environ)
     # orbax and TFDS warn of what is meant, and print the tracebacks of errors that they raise too
     logging.getLogger("absl").setLevel(logging.ERROR if os.environ.get("JAXRLHF_TRACEBACK") else logging.CRITICAL)
     try:

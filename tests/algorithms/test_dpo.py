@@ -15,7 +15,7 @@ from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Batch, Experience, Nets, Preferences, Sequences, TokenStats, TrainState
-from tests import tiny
+from tests.support import tiny
 
 COLUMNS = 4  # the first is prompt
 

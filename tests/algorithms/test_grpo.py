@@ -12,8 +12,8 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import grpo
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.types import Batch, Experience, Mean
-from tests import tiny
-from tests.fake import FAKE, LENGTHS, PROMPT, Case, make_case, prompts_of
+from tests.support import tiny
+from tests.support.fake import FAKE, LENGTHS, PROMPT, Case, make_case, prompts_of
 
 SIZE = 3  # of a group: rows 0 to 2, of which the last has no response, and rows 3 to 5
 

@@ -15,9 +15,9 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import grpo
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.types import Batch, Nets, Sequences, TokenStats, TrainState
-from tests import tiny
-from tests.enumerated import run as enumerated_run
-from tests.fake import prompts_of
+from tests.support import tiny
+from tests.support.enumerated import run as enumerated_run
+from tests.support.fake import prompts_of
 
 VOCAB, STOP = 3, 0  # token 0 ends a response; at most 2 tokens
 RESPONSES = [(STOP,)] + [(first, second) for first in (1, 2) for second in range(VOCAB)]

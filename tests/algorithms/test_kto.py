@@ -13,7 +13,7 @@ from jaxrlhf.algorithms.kto import KTOConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Batch, Nets, Sequences, TokenStats, TrainState, Unpaired
-from tests import tiny
+from tests.support import tiny
 
 COLUMNS = 4  # the first is prompt
 

@@ -11,8 +11,8 @@ from jaxrlhf.algorithms import grpo, on_policy, ppo
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.types import Batch, Experience, Sequences
-from tests import tiny
-from tests.fake import FAKE, Case, make_case, prompts_of
+from tests.support import tiny
+from tests.support.fake import FAKE, Case, make_case, prompts_of
 
 AnyConfig = PPOConfig | GRPOConfig
 

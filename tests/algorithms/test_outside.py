@@ -13,7 +13,7 @@ from jaxrlhf.config.load import load
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.step import make_iteration
 from jaxrlhf.types import Batch, Experience, Mean
-from tests import tiny
+from tests.support import tiny
 
 CONFIG = """
 run_dir: run

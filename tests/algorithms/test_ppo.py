@@ -11,9 +11,9 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.types import Batch, Experience, Mean, Preferences, Sequences
-from tests import tiny
-from tests.enumerated import run as enumerated_run
-from tests.fake import FAKE, LENGTHS, PROMPT, Case, make_case
+from tests.support import tiny
+from tests.support.enumerated import run as enumerated_run
+from tests.support.fake import FAKE, LENGTHS, PROMPT, Case, make_case
 
 
 def prepare(case: Case, cfg: PPOConfig, kl_coef: float | None = None) -> tuple[Experience, dict[str, float]]:

@@ -13,7 +13,7 @@ from jaxrlhf.algorithms import rm
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.types import Batch, Experience, Mean, Nets, Preferences, Sequences
-from tests import tiny
+from tests.support import tiny
 
 
 def nothing(*args) -> Any:

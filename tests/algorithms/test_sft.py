@@ -17,7 +17,7 @@ from jaxrlhf.models.nets import segments
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.types import Batch, Experience, Nets, Sequences, TokenStats
-from tests import tiny
+from tests.support import tiny
 
 WIDTH = 12
 

@@ -13,9 +13,9 @@ from jaxrlhf.algorithms import grpo, ppo
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.types import Batch, Experience
-from tests import tiny
 from tests.algorithms import test_grpo, test_ppo
-from tests.fake import FAKE, Case, make_case, prompts_of
+from tests.support import tiny
+from tests.support.fake import FAKE, Case, make_case, prompts_of
 
 AnyConfig = PPOConfig | GRPOConfig
 LOST = [1, 4]  # rows: one of two responses of the first group (the third is empty), one of three of the second

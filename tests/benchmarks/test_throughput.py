@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf.benchmarks import machine
 from jaxrlhf.cli import app
-from tests import runs
+from tests.support import runs
 
 TINY = ["--layers", "1", "--hidden", "64", "--prompt-tokens", "4", "--new-tokens", "4", "--prompts", "4"]
 QUICK = [*TINY, "--steps", "3", "--json"]

@@ -16,7 +16,7 @@ from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.models.transformer import Runtime, forward, parameter_table
 from jaxrlhf.run import checkpoint
-from tests import tiny
+from tests.support import tiny
 
 SMALL: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32, "mlp_size": 48}
 COMMON: dict[str, Any] = {

@@ -25,7 +25,7 @@ from jaxrlhf.models.transformer import Leaf, Runtime, forward, parameter_table, 
 from jaxrlhf.ops.sampling import IMPOSSIBLE, Sampling, choose, support, uniform_noise
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Prompts
-from tests.tiny import wide
+from tests.support.tiny import wide
 
 CONFIGS = {
     "llama": resolve(

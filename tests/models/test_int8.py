@@ -7,7 +7,7 @@ import pytest
 from jaxrlhf.models.attention.products import branches
 from jaxrlhf.models.int8 import quantized
 from jaxrlhf.models.linear import in_int8, linear
-from tests.tiny import wide
+from tests.support.tiny import wide
 
 RNG = np.random.default_rng(4)
 

@@ -28,7 +28,7 @@ from jaxrlhf.models.decoding import Cache, decode_layout, decode_step, prefill
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.sharding import MeshConfig
-from tests import tiny
+from tests.support import tiny
 
 CPU, TPU = Hardware(), Hardware("tpu")
 A100, H100, V100 = Hardware("gpu", 8.0), Hardware("gpu", 9.0), Hardware("gpu", 7.0)

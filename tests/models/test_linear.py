@@ -16,7 +16,7 @@ from jaxrlhf.ops.logprobs import chunked_token_stats
 from jaxrlhf.plan import hlo
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, row_layout
-from tests import tiny
+from tests.support import tiny
 
 ROWS, COLUMNS, WIDTH = 8, 8, 128
 LAYER = 4 * WIDTH**2 + 3 * WIDTH * 4 * WIDTH  # elements of the seven kernels

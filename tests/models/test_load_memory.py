@@ -15,9 +15,9 @@ from jaxrlhf import sharding
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf
 from jaxrlhf.sharding import MeshConfig
-from tests import runs
 from tests.models import test_gguf
-from tests.tiny import parameters
+from tests.support import runs
+from tests.support.tiny import parameters
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 SHAPE = resolve(ModelConfig(vocab_size=8192, hidden_size=512, num_layers=16, num_heads=8, mlp_size=1536))  # 59M
@@ -64,11 +64,11 @@ def quantised(folder):
 
 
 def told(where: str, out: Path, processes: int, devices: int) -> list[dict]:
-    """What tests.read_share notes in each of ``processes``, which share the model."""
+    """What tests.support.read_share notes in each of ``processes``, which share the model."""
     joint = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(runs.ROOT)}
     if processes > 1:
         joint |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{runs.free_port()}", "JAX_NUM_PROCESSES": str(processes)}
-    command = [sys.executable, "-m", "tests.read_share", where]
+    command = [sys.executable, "-m", "tests.support.read_share", where]
     started = [
         subprocess.Popen([*command, f"{out}{number}"], env=os.environ | joint | {"JAX_PROCESS_ID": str(number)})
         for number in range(processes)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf.ops import advantages as ops
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from tests.tiny import program, put
+from tests.support.tiny import program, put
 
 gae, missing_eos, score_to_rewards = map(jax.jit, (ops.gae, ops.missing_eos, ops.score_to_rewards))
 group_advantages = jax.jit(ops.group_advantages, static_argnums=(2, 3))

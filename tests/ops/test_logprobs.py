@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.ops import logprobs as ops
-from tests.tiny import program
+from tests.support.tiny import program
 
 ROWS, COLUMNS, WIDTH, VOCAB = 3, 7, 5, 11
 

@@ -18,7 +18,7 @@ from jaxrlhf.ops.rows import (
     ungroup_rows,
 )
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from tests.tiny import program, put
+from tests.support.tiny import program, put
 
 ROWS = PartitionSpec(("slice", "data", "fsdp", "decode"), None)
 

@@ -16,7 +16,7 @@ from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.types import Prompts
 from tests.parity.cases import NEW_TOKENS, POSITIONS, TOKENS, VALID, config_of, law
-from tests.tiny import FAST
+from tests.support.tiny import FAST
 
 FLOAT32 = Runtime()
 

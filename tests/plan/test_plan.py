@@ -17,7 +17,7 @@ from jaxrlhf.plan.memory import Memory
 from jaxrlhf.plan.target import Target, find_target
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.tpu.peaks import CHIPS, GIB
-from tests import runs
+from tests.support import runs
 
 TINY = runs.ROOT / "configs" / "tiny" / "ppo.yaml"
 

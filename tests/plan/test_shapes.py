@@ -17,7 +17,7 @@ from jaxrlhf.models.files.published import LLAMA_3_1_8B
 from jaxrlhf.plan import shapes
 from jaxrlhf.run.feed import Feed, batch_shapes
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from tests import runs
+from tests.support import runs
 
 ON_THE_HUB = shapes.on_the_hub
 SHAPE = resolve(ModelConfig(vocab_size=100, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32))

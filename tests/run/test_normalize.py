@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf.run import build, feed, normalize
 from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.types import TrainState
-from tests import runs
+from tests.support import runs
 
 SIZE = 200  # rm: algorithm.normalize_samples
 

@@ -1,7 +1,7 @@
 """What an iteration of each algorithm costs, counted in its programs; nothing is run or timed.
 
-``python -m tests.costs`` counts and writes tests/golden/costs.json, which tests/test_costs.py holds all later programs
-to: whoever makes one costlier, or cheaper, runs it, and the diff says by how much.
+``python -m tests.support.costs`` counts and writes tests/golden/costs.json, which tests/test_costs.py holds all later
+programs to: whoever makes one costlier, or cheaper, runs it, and the diff says by how much.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import current, make_mesh, row_layout
 from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout
 from jaxrlhf.types import Batch, TrainState
-from tests import tiny
-from tests.flops import flops
+from tests.support import tiny
+from tests.support.flops import flops
 
-GOLDEN = Path(__file__).parent / "golden" / "costs.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "costs.json"
 NEW, VOCAB = 7, 512  # tokens
 # loops of different things are of different lengths: layers 3, new tokens 7, epochs 4, minibatches and micro-batches 2
 SMALL = Shape(layers=3, hidden=64, prompts=8, prompt_tokens=12, new_tokens=NEW)
@@ -202,7 +202,7 @@ def golden() -> dict[str, Any]:
     counted = {name: count_flops(name) for name in CASES}
     each = lambda count, programs: {name: count(program) for name, program in programs.items()}
     return {
-        "about": "Counted and written by python -m tests.costs, which says of what.",
+        "about": "Counted and written by python -m tests.support.costs, which says of what.",
         "jaxlib": version("jaxlib"),
         "flops": {name: found | {"ratio": round(ratio(found), 3)} for name, found in counted.items()},
         "memory": {name: each(count_memory, one) for name, (one, _) in made.items()},

@@ -13,8 +13,8 @@ from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.types import Sequences
-from tests import tiny
 from tests.models.test_transformer import GEMMA3, LLAMA, weights
+from tests.support import tiny
 
 LENGTHS = [[2, 0, 3], [4, 1, 2]]  # of three responses to two prompts, of 4 tokens at most
 

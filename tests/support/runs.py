@@ -1,8 +1,8 @@
 """Real runs for the end-to-end tests: tiny text, the configs of configs/tiny made smaller, and processes to run them.
 
-``python -m tests.runs PLAN`` is such a process: it runs commands of ``jaxrlhf`` one after the other in one interpreter
-(imports and compiled programs are paid for once), notes what is compiled and dispatched when, and may send itself a
-signal at a step that the plan names, where a signal from outside would come at any time.
+``python -m tests.support.runs PLAN`` is such a process: it runs commands of ``jaxrlhf`` one after the other in one
+interpreter (imports and compiled programs are paid for once), notes what is compiled and dispatched when, and may send
+itself a signal at a step that the plan names, where a signal from outside would come at any time.
 """
 
 import atexit
@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
+from tests.support import compiler
+
+ROOT = Path(__file__).parents[2]
 TINY = [ROOT / "configs" / "tiny" / f"{name}.yaml" for name in ("sft", "rm", "ppo")]
 # what the shared processes train: dpo, kto and grpo before ppo, which is killed
 ALL = [*TINY[:2], *(ROOT / "configs" / "tiny" / f"{name}.yaml" for name in ("dpo", "kto", "grpo")), TINY[2]]
@@ -259,10 +261,9 @@ def start(
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),  # type: ignore[attr-defined]
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        # they run for milliseconds: what counts is to compile them
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": compiler.CHEAP,
     }
-    command = [sys.executable, "-m", "tests.runs", str(folder / "plan.json")]
+    command = [sys.executable, "-m", "tests.support.runs", str(folder / "plan.json")]
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as errors:
         running = subprocess.Popen(command, cwd=folder, env={**environment, **more}, stdout=out, stderr=errors)
     return Started(running, folder)
@@ -286,7 +287,7 @@ def main() -> None:
     """The process."""
     plan = json.loads(Path(sys.argv[1]).read_text())
     from jaxrlhf.cli import app
-    from tests import fake_gcs
+    from tests.support import fake_gcs
 
     if fake_gcs.ROOT in os.environ:
         fake_gcs.install()

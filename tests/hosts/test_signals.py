@@ -12,7 +12,7 @@ import time
 import pytest
 
 from jaxrlhf.hosts.signals import Stop
-from tests import runs
+from tests.support import runs
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 
@@ -102,7 +102,7 @@ def test_a_forked_child_is_no_part_of_it():
 
 BUSY = """
 import hashlib, signal, sys
-from jaxrlhf.stopping import Stop
+from jaxrlhf.hosts.signals import Stop
 if __name__ == "__main__":
     with Stop(signal.SIGINT, leaves=True) as stop:
         stop.saves = {saves}
@@ -135,7 +135,7 @@ def test_a_signal_in_a_callback_is_not_swallowed():
     """Python prints and forgets what is raised in one."""
     script = """
         import gc, os, signal, time
-        from jaxrlhf.stopping import Stop
+        from jaxrlhf.hosts.signals import Stop
         def callback(*_):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
@@ -161,7 +161,7 @@ def test_commands_end_without_a_traceback(command):
                 os.kill(os.getpid(), signal.SIGINT)
             return real(name, *more)
         builtins.__import__ = importing
-        from jaxrlhf.cli import main
+        from jaxrlhf.cli.app import main
         main()
     """
     process = begin([sys.executable, "-c", textwrap.dedent(script), *command])

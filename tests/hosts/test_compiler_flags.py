@@ -8,7 +8,7 @@ from platform import libc_ver
 
 import pytest
 
-from jaxrlhf.hosts import compiler_flags
+from jaxrlhf.hosts import compiler_flags, heap, platforms
 from jaxrlhf.hosts.compiler_flags import GPU, GPU_DETERMINISTIC, TPU, present, set_flags
 
 ALL = [*GPU, *GPU_DETERMINISTIC, *TPU]
@@ -62,7 +62,7 @@ def test_a_longer_name_is_another_flag():
 )
 def test_platforms_that_are_here(monkeypatch, installed, asked, found):
     finder = types.SimpleNamespace(find_spec=lambda name: object() if name in installed else None)
-    monkeypatch.setattr(compiler_flags, "importlib", types.SimpleNamespace(util=finder))
+    monkeypatch.setattr(platforms, "importlib", types.SimpleNamespace(util=finder))
     assert present({"JAX_PLATFORMS": asked} if asked else {}) == found
 
 
@@ -83,12 +83,12 @@ def test_libtpu_is_left_alone_where_there_is_no_tpu(monkeypatch, tmp_path, insta
     for name in files:
         (tmp_path / name).touch()
     finder = types.SimpleNamespace(find_spec=lambda name: object() if name in installed else None)
-    monkeypatch.setattr(compiler_flags, "importlib", types.SimpleNamespace(util=finder))
-    monkeypatch.setattr(compiler_flags, "TPU_FILES", (f"{tmp_path}/accel*",))
-    monkeypatch.setattr(compiler_flags, "GPU_FILES", (f"{tmp_path}/nvidia*",))
-    monkeypatch.setattr(compiler_flags, "has_tpu", lambda: compiler_flags.has_files(compiler_flags.TPU_FILES))
+    monkeypatch.setattr(platforms, "importlib", types.SimpleNamespace(util=finder))
+    monkeypatch.setattr(platforms, "TPU_FILES", (f"{tmp_path}/accel*",))
+    monkeypatch.setattr(platforms, "GPU_FILES", (f"{tmp_path}/nvidia*",))
+    monkeypatch.setattr(platforms, "has_tpu", lambda: platforms.has_files(platforms.TPU_FILES))
     before = dict(environ)
-    assert compiler_flags.skip_absent_tpu(environ) == changed
+    assert platforms.skip_absent_tpu(environ) == changed
     assert environ == (before | {"JAX_PLATFORMS": "cpu"} if changed else before)
 
 
@@ -97,11 +97,11 @@ def test_libtpu_is_left_alone_where_there_is_no_tpu(monkeypatch, tmp_path, insta
     [("0x1ae0", "0x0063", True), ("0x1ae0", "0x0042", False), ("0x1ae0", "0x001f", False), ("0x8086", "0x0063", False)],
 )
 def test_a_tpu_is_found_on_the_pci_bus(monkeypatch, tmp_path, vendor, device, tpu):
-    monkeypatch.setattr(compiler_flags, "TPU_FILES", ())
+    monkeypatch.setattr(platforms, "TPU_FILES", ())
     (tmp_path / "0000:00:04.0").mkdir()
     (tmp_path / "0000:00:04.0" / "vendor").write_text(vendor + "\n")
     (tmp_path / "0000:00:04.0" / "device").write_text(device + "\n")
-    assert compiler_flags.has_tpu(str(tmp_path)) == tpu
+    assert platforms.has_tpu(str(tmp_path)) == tpu
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_tpu_is_found_on_the_pci_bus(monkeypatch, tmp_path, vendor, device, tp
 )
 def test_a_platform_without_a_plugin_is_one_line(monkeypatch, asked, line):
     finder = types.SimpleNamespace(find_spec=lambda name: None)
-    monkeypatch.setattr(compiler_flags, "importlib", types.SimpleNamespace(util=finder))
+    monkeypatch.setattr(platforms, "importlib", types.SimpleNamespace(util=finder))
     monkeypatch.setenv("JAX_PLATFORMS", asked)
     if line is None:
         compiler_flags.prepare()
@@ -145,8 +145,8 @@ def started(code: str, **environ: str) -> subprocess.CompletedProcess:
 
 FAULTS = """
 import os, resource
-from jaxrlhf import platform
-print(platform.keep_memory(os.environ))
+from jaxrlhf.hosts import heap
+print(heap.keep_memory(os.environ))
 import jax
 stored = lambda x: jax.numpy.full((8192, 8), x) @ jax.numpy.full((8, 2048), x)
 program = jax.jit(lambda x: jax.numpy.sort(stored(x), axis=0)[0].sum())
@@ -159,9 +159,7 @@ print(min(after - before for before, after in zip(seen[1:], seen[2:])))
 """
 
 
-@pytest.mark.skipif(
-    libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > compiler_flags.FEW_CORES, reason="heaps of each thread"
-)
+@pytest.mark.skipif(libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > heap.FEW_CORES, reason="heaps of each thread")
 def test_a_program_that_runs_again_finds_its_memory_where_it_left_it():
     """64 MB are 16,384 pages of 4 kB, of which none is asked for again."""
     kept, faults = started(FAULTS).stdout.split()
@@ -170,26 +168,28 @@ def test_a_program_that_runs_again_finds_its_memory_where_it_left_it():
 
 HOLES = """
 import os, sys
-from jaxrlhf import platform
+from jaxrlhf.hosts import heap
 if sys.argv[1:]:
-    platform.keep_memory(os.environ)
+    heap.keep_memory(os.environ)
 blocks = [bytearray(300_000) for _ in range(400)]
 del blocks[::2]
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 before = resident()
-print(platform.fill_holes(), before - resident())
+print(heap.fill_holes(), before - resident())
 blocks += [bytearray(300_000) for _ in range(100)]
 import jax
 print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((500, 500))))
 """
 
 
-@pytest.mark.skipif(
-    libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > compiler_flags.FEW_CORES, reason="heaps of each thread"
-)
+@pytest.mark.skipif(libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > heap.FEW_CORES, reason="heaps of each thread")
 def test_holes_are_taken_where_there_is_one_heap():
     """200 of 300 kB, whose whole pages the system gets back; what is asked for afterwards is given."""
-    run = lambda *asked: subprocess.run([sys.executable, "-c", HOLES, *asked], capture_output=True, text=True).stdout
+    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = lambda *asked: subprocess.run(
+        [sys.executable, "-c", HOLES, *asked], capture_output=True, text=True, env=environ
+    )
+    run = lambda *asked: process(*asked).stdout
     taken, given_back, total = run("kept").split()
     assert int(taken) > 0.9 * 200 * 300_000 and float(total) == 500**3
     assert int(given_back) > 0.8 * 200 * 300_000
@@ -198,7 +198,7 @@ def test_holes_are_taken_where_there_is_one_heap():
 
 @pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "LD_PRELOAD"])
 def test_who_has_chosen_what_malloc_does_is_left_alone(name):
-    assert not compiler_flags.keep_memory({name: "", "HOME": "/"})
+    assert not heap.keep_memory({name: "", "HOME": "/"})
     if name == "MALLOC_ARENA_MAX" and libc_ver()[0] == "glibc":  # one that changes nothing of this
         kept, faults = started(FAULTS, MALLOC_ARENA_MAX="4").stdout.split()
         assert kept == "False" and int(faults) > 10_000
@@ -207,10 +207,11 @@ def test_who_has_chosen_what_malloc_does_is_left_alone(name):
 def test_the_command_line_asks_for_it_before_numpy_starts_its_threads():
     code = """
 import sys
-from jaxrlhf import cli, platform
-platform.keep_memory = lambda environ: print("numpy" in sys.modules, "HOME" in environ)
+from jaxrlhf.cli import app
+from jaxrlhf.hosts import heap
+heap.keep_memory = lambda environ: print("numpy" in sys.modules, "HOME" in environ)
 sys.argv = ["jaxrlhf", "plan", "--help"]
-cli.main()
+app.main()
 """
     assert started(code).stdout.splitlines()[0] == "False True"
 
@@ -276,8 +277,10 @@ batch: {sequences_per_step: 8}
     (tmp_path / "a.yaml").write_text(config)
     code = """
 import os, sys, jax
-from jaxrlhf import cli, platform, train
-platform.present = lambda environ: {"gpu"}
+from jaxrlhf import train
+from jaxrlhf.cli import app
+from jaxrlhf.hosts import compiler_flags
+compiler_flags.present = lambda environ: {"gpu"}
 seen = []
 def run(cfg, raw, *more):
     print(os.environ["XLA_FLAGS"])
@@ -289,7 +292,7 @@ def count():
     return counted()
 jax.device_count = count
 sys.argv = ["jaxrlhf", "train", sys.argv[1]]
-cli.main()
+app.main()
 """
     environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     ran = subprocess.run(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import runs
+from tests.support import runs
 
 NAMES = ("sft", "rm", "dpo", "grpo", "ppo")
 

@@ -16,7 +16,7 @@ from jaxrlhf.models.transformer import parameter_table
 from jaxrlhf.plan import dry_run
 from jaxrlhf.run.build import build
 from jaxrlhf.tpu.peaks import GIB
-from tests import runs
+from tests.support import runs
 from tests.test_minimal import fill_in, write_models
 
 

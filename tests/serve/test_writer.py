@@ -24,7 +24,7 @@ from jaxrlhf.serve import writer
 from jaxrlhf.serve.writer import generate_text
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Params, Sequences
-from tests import runs
+from tests.support import runs
 
 PROMPTS = ["the film is", "the plot"]  # those of runs.whole
 GREEDY = GenerateConfig(max_new_tokens=8, temperature=0.0)

@@ -201,7 +201,7 @@ def test_a_turn_that_there_is_no_room_for_is_taken_back(run):
 
 
 def test_letters_that_the_locale_lacks_do_not_stop_a_command():
-    code = "import sys\nfrom jaxrlhf import cli\ncli.app = lambda: print('ü → x')\ncli.main()"
-    environ = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(app.__file__).parent.parent)}
+    code = "import sys\nfrom jaxrlhf.cli import app\napp.app = lambda: print('ü → x')\napp.main()"
+    environ = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path(app.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("? ? x\n", "")

@@ -37,7 +37,7 @@ from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.scoring import joined, score
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
 from jaxrlhf.types import Batch, Sequences
-from tests import runs, tiny
+from tests.support import runs, tiny
 
 MESHES = [(1, 1, 1), (2, 2, 2), (8, 1, 1)]  # data, fsdp, tensor
 

@@ -24,7 +24,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.log.metric_names import METRICS, find_metric
 from jaxrlhf.log.rows import read_rows
 from jaxrlhf.optim import OptimizerConfig
-from tests import runs
+from tests.support import runs
 
 FILES = sorted((runs.ROOT / "configs").rglob("*.yaml"))
 KEYS = keys_of(Config)
@@ -136,7 +136,7 @@ def test_an_editor_shows_meanings(command):
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
-WRITERS = ["step", "train", "score", "feed", "evaluate", "evaluate_policy"]
+WRITERS = ["step", "train", "run/scoring", "run/feed", "evaluate/held_out", "evaluate/policy"]
 PATTERNS = {"{name}/mean": "score/mean", "{name}/std": "score/std", "{role}/grad_norm": "<role>/grad_norm"}
 
 
@@ -255,7 +255,7 @@ def test_the_version_is_printed(command):
     ],
 )
 def test_bash_completes(words, offered):
-    code = "import sys; sys.argv = ['jaxrlhf']; from jaxrlhf.cli import main; main()"
+    code = "import sys; sys.argv = ['jaxrlhf']; from jaxrlhf.cli.app import main; main()"
     asked = {"_JAXRLHF_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
     assert offered <= set(done.stdout.split()), done

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 
 from jaxrlhf.hosts import processes, rendezvous
 from jaxrlhf.hosts.processes import DistributedConfig
-from tests import runs
+from tests.support import runs
 
 FUNCTION = [
     "ppo:models={policy: {init_from: SFT}, value: {init_from: SFT}}",
-    "ppo:rewards.function=tests.runs:praise",
+    "ppo:rewards.function=tests.support.runs:praise",
     "ppo:algorithm.reward_update=false",
 ]
 SHORT = ["mesh.fsdp=2", "ppo:batch.prompts_per_step=16", "checkpoint.every=4", "ppo:algorithm.num_epochs=1"]
@@ -183,7 +183,7 @@ def test_a_process_that_breaks_down_ends_the_others(root):
     """It does not wait for them, who wait for it; and what it raised is seen."""
     pair(root)
     command = ppo(root, "refused", "iterations=8")
-    command = [text.replace("tests.runs:praise", "tests.runs:refuse") for text in command]
+    command = [text.replace("tests.support.runs:praise", "tests.support.runs:refuse") for text in command]
     command += ["distributed.heartbeat_timeout=10"]
     first, second = runs.together(root / "distributed/refused", [command], timeout=300)
     assert second.code == 1 and "RuntimeError: the judge is gone" in second.errors

@@ -18,7 +18,7 @@ from jaxrlhf.run import scoring
 from jaxrlhf.run.asks import asked_before_scores
 from jaxrlhf.run.programs import overlaps
 from jaxrlhf.types import Algorithm, Batch, Experience, Sequences, TrainState
-from tests import tiny
+from tests.support import tiny
 
 
 def drawn(algorithm: Algorithm, cfg: Any) -> Any:

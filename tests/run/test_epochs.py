@@ -14,7 +14,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import Plan, report
 from jaxrlhf.plan.length import with_length
 from jaxrlhf.run import build, epochs
-from tests import runs
+from tests.support import runs
 from tests.test_train import count_steps
 
 TOKENIZER = train_bpe(["the film is warm"], 260)

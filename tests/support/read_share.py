@@ -1,5 +1,5 @@
-"""``python -m tests.read_share FOLDER OUT``: reads a Hugging Face folder onto a mesh of all devices, which several
-processes may share, and notes what that took: bytes of the file, memory; and the sums of the weights."""
+"""``python -m tests.support.read_share FOLDER OUT``: reads a Hugging Face folder onto a mesh of all devices, which
+several processes may share, and notes what that took: bytes of the file, memory; and the sums of the weights."""
 
 import json
 import re

@@ -30,7 +30,7 @@ from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.run.resume import changes_since_saved, flat
 from jaxrlhf.sharding import current
 from jaxrlhf.types import TrainState
-from tests import runs
+from tests.support import runs
 from tests.test_minimal import write_models
 from tests.test_train import count_steps
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxrlhf import train as trainer
 from jaxrlhf.hosts.profiler import Profiler
-from tests import runs
+from tests.support import runs
 
 
 @pytest.fixture

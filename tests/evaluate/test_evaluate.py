@@ -19,7 +19,7 @@ from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
 from jaxrlhf.types import Sequences
-from tests import runs
+from tests.support import runs
 
 NAMES = ("sft", "rm", "dpo", "grpo", "ppo", "still")
 

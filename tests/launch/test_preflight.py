@@ -12,9 +12,9 @@ import pytest
 from jaxrlhf.cli import app
 from jaxrlhf.config.load import load
 from jaxrlhf.launch import preflight
-from tests import fake_gcs
+from tests.support import fake_gcs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SFT = str(ROOT / "configs" / "tiny" / "sft.yaml")
 
 
@@ -80,7 +80,7 @@ def test_storage_that_gives_back_something_else_fails(look, monkeypatch):
 
 def test_a_bucket_is_written_to_as_a_folder_is(tmp_path):
     """In a process of its own, as the stand-in for gs:// stays where it is installed."""
-    code = "from tests import fake_gcs; fake_gcs.install(); from jaxrlhf.cli import main; main()"
+    code = "from tests.support import fake_gcs; fake_gcs.install(); from jaxrlhf.cli.app import main; main()"
     environment = {**os.environ, fake_gcs.ROOT: str(tmp_path), "JAX_PLATFORMS": "cpu"}
     (tmp_path / "bucket").mkdir()
     command = [sys.executable, "-c", code, "preflight", SFT, "run_dir=gs://bucket/runs/new"]

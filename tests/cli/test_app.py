@@ -13,7 +13,7 @@ import pytest
 from jaxrlhf import user_code
 from jaxrlhf.cli import app
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SFT = """
 run_dir: {name}
 iterations: 2
@@ -195,7 +195,7 @@ def test_a_missing_run_names_the_nearest(words, run_dir, calls, run):
 HELP = """
 import sys
 sys.argv = ["jaxrlhf", *sys.argv[1:], "--help"]
-from jaxrlhf.cli import main
+from jaxrlhf.cli.app import main
 try:
     main()
 except SystemExit as stop:
@@ -219,6 +219,13 @@ def test_help_is_quick_and_loads_nothing_heavy():
         allowed = ("HEAVY []", "HEAVY ['pydantic']") if command else ("HEAVY []",)  # typer imports it for arguments
         assert done.stdout.splitlines()[-1] in allowed
     assert min(seconds) < 2
+
+
+@pytest.mark.parametrize("module", ["launch.config", "launch", "tpu.slices", "tpu.peaks", "errors", "cli.app"])
+def test_what_runs_on_a_small_machine_loads_no_jax(module):
+    code = f"import sys, jaxrlhf.{module}; print(sorted({{'jax', 'flax', 'transformers'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_python_m_is_the_same_command(tmp_path):

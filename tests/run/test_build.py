@@ -27,7 +27,7 @@ from jaxrlhf.run import build, checkpoint, programs
 from jaxrlhf.serve import writer
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
-from tests import runs
+from tests.support import runs
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.types import Batch, Nets, Prompts, Sequences
-from tests import tiny
+from tests.support import tiny
 
 LETTERS = resolve(ModelConfig(vocab_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32))
 LAST, LONGEST = 1, 3  # token 1 ends a response; at most 3 tokens

@@ -33,7 +33,7 @@ from jaxrlhf.launch.config import LaunchConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 PPO = """
 run_dir: runs/ppo
