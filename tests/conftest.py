@@ -28,6 +28,30 @@ def pytest_configure(config: pytest.Config) -> None:
         compiler.use_cheap_compiler()
 
 
+# what compiles no model: the tier -m fast
+FAST = ("config", "data", "log", "ops", "rewards", "tpu", "test_layers.py", "test_optim.py", "test_sharding.py")
+FAST += tuple(f"models/test_{name}.py" for name in ("families", "gguf_tokenizer", "hf_tensors", "published"))
+FAST += (
+    "launch/test_config.py",
+    "launch/test_gke.py",
+    "plan/test_hlo.py",
+    "plan/test_cost.py",
+    "serve/test_dialogue.py",
+)
+# but for what takes seconds there
+SLOWER = ("test_movie_reviews", "test_math_answer", "the_nearest_batch_really", "the_module_prints", "libtpu_counts")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of the files and folders of FAST, but for those of SLOWER and the nightly ones."""
+    here = Path(__file__).parent
+    for item in items:
+        name = item.path.relative_to(here).as_posix()
+        slower = any(item.iter_markers("nightly")) or any(word in item.nodeid for word in SLOWER)
+        if name.startswith(FAST) and not slower:
+            item.add_marker("fast")
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
     """The folder of the real runs that end-to-end tests share, among the workers of one session too."""

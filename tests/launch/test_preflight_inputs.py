@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_score import rewarded_by
 
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.launch.preflight import Line, attempt
 from jaxrlhf.launch.preflight_inputs import Inputs
+from tests.run.test_scoring import rewarded_by
 
 
 @pytest.fixture(scope="module")

@@ -424,7 +424,14 @@ def test_roles_of_a_run_with_a_function(learned):
     assert extra["models"].keys() == {"policy", "value", "reference"}
 
 
-@pytest.mark.parametrize(("number", "raises"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize(
+    ("number", "raises"),
+    [
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.nightly),
+        (signal.SIGINT, True),
+    ],
+)
 def test_a_signal_in_the_function_and_resuming_change_no_bit(text, tmp_path, capsys, number, raises):
     """Ctrl-C ends processes that the function has started, too, so that it raises: its iteration is left out."""
     calls = []
