@@ -44,7 +44,7 @@ def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainS
 
     Jit it and donate the state."""
     update = make_update(recipe)
-    if recipe.algorithm.rollout is None:
+    if not recipe.algorithm.online:
         return lambda state, batch: (*update(state, batch)[:2], None)
     rollout = make_rollout(recipe)
 
@@ -57,8 +57,8 @@ def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainS
 
 def make_rollout(recipe: Recipe) -> Callable[[TrainState, Batch], Sequences]:
     """(state, batch with prompts) -> sampled sequences."""
+    assert recipe.algorithm.online, "an offline algorithm samples nothing"
     rollout = recipe.algorithm.rollout
-    assert rollout is not None, "an offline algorithm samples nothing"
     return lambda state, batch: rollout(recipe.nets, state, batch.prompts)
 
 
@@ -87,7 +87,7 @@ def preparing_nets(recipe: Recipe) -> Nets:
     """The networks of ``prepare``: they read all rows, in parts as an update does where responses are packed."""
     if recipe.pack_widths == 1:
         return recipe.nets
-    parts = getattr(recipe.cfg, "num_minibatches", 1) * recipe.num_micro
+    parts = recipe.algorithm.updates(recipe.cfg).minibatches * recipe.num_micro
     return packed_nets(recipe.nets, parts, recipe.pack_widths)
 
 
@@ -126,11 +126,9 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
 
     What is shuffled are runs of ``recipe.together`` responses to one prompt, also where micro-batches or devices cut
     them apart afterwards: so a minibatch holds the same rows however it is computed."""
-    num_epochs = getattr(recipe.cfg, "num_epochs", 1)
-    num_minibatches = getattr(recipe.cfg, "num_minibatches", 1)
+    num_epochs, num_minibatches, stop = recipe.algorithm.updates(recipe.cfg)
     if num_epochs * num_minibatches == 1:
-        state, means, _ = update_minibatch(recipe, state, experience)
-        return state, means
+        return update_minibatch(recipe, state, experience)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.step), 1)
     everything = gather_rows(experience) if num_minibatches > 1 else experience  # so that a shuffle is of all rows
 
@@ -145,10 +143,14 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
 
     def guarded(carry, minibatch):
         state, stopped = carry
-        if getattr(recipe.cfg, "stop_kl", None) is None:
-            state, means, _ = update_minibatch(recipe, state, minibatch)
+        if stop is None:
+            state, means = update_minibatch(recipe, state, minibatch)
             return (state, stopped), means
-        updated = lambda: update_minibatch(recipe, state, minibatch)
+
+        def updated(stop=stop):
+            state_after, means = update_minibatch(recipe, state, minibatch)
+            return state_after, means, stop({name: mean.value() for name, mean in means.items()})
+
         shape = jax.eval_shape(updated)
         nothing = lambda: (state, jax.tree.map(jnp.zeros_like, shape[1]), jnp.array(True))
         state, means, stop_now = jax.lax.cond(stopped, nothing, updated)
@@ -181,10 +183,8 @@ def by_kind(experience: Experience, rearrange: Callable[[Any, int], Any], togeth
     return rearrange(experience.replace(preferences=None), together).replace(preferences=pairs)
 
 
-def update_minibatch(
-    recipe: Recipe, state: TrainState, minibatch: Experience
-) -> tuple[TrainState, dict[str, Mean], Array]:
-    """One optimizer step of every role: (state, metrics as Means, whether the algorithm asks to stop here).
+def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple[TrainState, dict[str, Mean]]:
+    """One optimizer step of every role, and what the algorithm does after it: (state, metrics as Means).
 
     A role whose loss counts nothing keeps its parameters and its optimizer's state, bit for bit: without a gradient
     Adam would still move by its old moments. All responses of the minibatch may be unscorable."""
@@ -203,9 +203,8 @@ def update_minibatch(
             params[role], opt_state[role] = jax.lax.cond(learns, updated, lambda old=old: old)
         else:
             params[role], opt_state[role] = updated()
-    stop = recipe.algorithm.stop
-    stop_now = jnp.array(False) if stop is None else stop({k: m.value() for k, m in means.items()}, recipe.cfg)
-    return state.replace(params=params, opt_state=opt_state), means, stop_now
+    state, after_update = state.replace(params=params, opt_state=opt_state), recipe.algorithm.after_update
+    return (state if after_update is None else after_update(state, recipe.cfg)), means
 
 
 def apply_optimizer(

@@ -5,8 +5,8 @@ log p(token t | tokens before t) and ``values[:, t]`` is V(state before token t)
 Prompts are left-padded to P columns, so every sampled response starts at column P.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -134,37 +134,238 @@ class Nets(NamedTuple):
 READING = ("token_stats", "values", "policy_and_value", "scores")  # of Nets: those that read sequences
 
 
-def sample_policy(nets: Nets, state: TrainState, prompts: Prompts) -> Sequences:
-    """The default rollout: sample responses from the policy as it is."""
+class Updates(NamedTuple):
+    """How one iteration learns from its experience. Every epoch shuffles all rows and splits them into minibatches."""
+
+    epochs: int = 1  # passes over the experience
+    minibatches: int = 1  # optimizer steps an epoch
+    stop: Callable[[Metrics], Array] | None = None  # metrics of a minibatch -> bool[]: skip the rest of the iteration
+
+
+class Normalization(NamedTuple):
+    """Once, after the last iteration: give one role's scores of the policy's responses mean 0 and deviation 1."""
+
+    role: Role  # a trained role with a scalar head
+    samples: int  # responses of models.policy that it scores; at least 2
+    fold: Callable[[Params, float, float], Params]  # (its head, mean, deviation) -> the head of normalised scores
+
+
+# ---- the callables of an algorithm ----------------------------------------------------------------------------------
+
+
+class ReadBatch(Protocol):
+    def __call__(self, cfg: Any, /) -> tuple[str, ...]:
+        """Name the fields of Batch that the algorithm reads from data.
+
+        Args:
+            cfg: the algorithm's config.
+
+        Returns:
+            Names of fields, the one whose rows are learned from first; "prompts" is one of them if it is online.
+        """
+        ...
+
+
+class NeedRoles(Protocol):
+    def __call__(self, cfg: Any, /) -> tuple[dict[Role, Head], dict[Role, Head]]:
+        """Name the models of the algorithm.
+
+        Args:
+            cfg: the algorithm's config.
+
+        Returns:
+            (trained, slow): the head of each role. TrainState.params holds trained roles, TrainState.slow the others.
+        """
+        ...
+
+
+class PlanUpdates(Protocol):
+    def __call__(self, cfg: Any, /) -> Updates:
+        """Say how often the algorithm learns from one iteration's experience.
+
+        Args:
+            cfg: the algorithm's config.
+
+        Returns:
+            Updates; the product of its epochs and minibatches is the number of optimizer steps.
+        """
+        ...
+
+
+class Prepare(Protocol):
+    def __call__(
+        self, nets: "Nets", state: TrainState, batch: Batch, cfg: Any, /
+    ) -> tuple[Experience, dict[str, Mean]]:
+        """Compute what the updates learn from, once an iteration. No gradient flows through it.
+
+        Args:
+            nets: the run's networks.
+            state: as it is before the updates.
+            batch: B rows, as data give them; ``batch.sequences`` holds the responses if the algorithm is online.
+            cfg: the algorithm's config.
+
+        Returns:
+            (experience, metrics as Means). Every array of the experience has B rows.
+        """
+        ...
+
+
+class Loss(Protocol):
+    def __call__(
+        self,
+        nets: "Nets",
+        params: dict[Role, Params],
+        slow: dict[Role, Params],
+        minibatch: Experience,
+        cfg: Any,
+        /,
+    ) -> tuple[dict[Role, Mean], dict[str, Mean]]:
+        """Compute the loss of each trained role over some rows.
+
+        Args:
+            nets: the run's networks.
+            params: of the trained roles.
+            slow: of the others.
+            minibatch: rows of the experience; a micro-batch of them where gradients are accumulated.
+            cfg: the algorithm's config.
+
+        Returns:
+            (losses, metrics), both Means. The step differentiates the sum of the totals and divides each role's
+            gradient by that role's count over the whole minibatch.
+        """
+        ...
+
+
+class Rollout(Protocol):
+    def __call__(self, nets: "Nets", state: TrainState, prompts: Prompts, /) -> Sequences:
+        """Sample the responses of one iteration.
+
+        Args:
+            nets: the run's networks.
+            state: as it is before the updates.
+            prompts: [B, P].
+
+        Returns:
+            Sequences [B * samples_per_prompt, P + max_new_tokens]; the responses to a prompt are contiguous.
+        """
+        ...
+
+
+class MakeControls(Protocol):
+    def __call__(self, cfg: Any, /) -> dict[str, Array]:
+        """Give the first values of the scalars that the algorithm adapts.
+
+        Args:
+            cfg: the algorithm's config.
+
+        Returns:
+            f32[] by name: TrainState.controls.
+        """
+        ...
+
+
+class AfterUpdate(Protocol):
+    def __call__(self, state: TrainState, cfg: Any, /) -> TrainState:
+        """Change the state after every optimizer step: a Polyak average of a slow role, for instance.
+
+        Args:
+            state: after the optimizer step of one minibatch; ``state.step`` counts iterations.
+            cfg: the algorithm's config.
+
+        Returns:
+            The state, with the same shapes, dtypes and layouts. Skipped minibatches (Updates.stop) change nothing.
+        """
+        ...
+
+
+class After(Protocol):
+    def __call__(self, state: TrainState, metrics: Metrics, cfg: Any, /) -> TrainState:
+        """Change the state once an iteration, after its updates: an adaptive KL coefficient, for instance.
+
+        Args:
+            state: after the last update; ``state.step`` is not yet increased.
+            metrics: of the whole iteration, f32[] by name.
+            cfg: the algorithm's config.
+
+        Returns:
+            The state, with the same shapes, dtypes and layouts.
+        """
+        ...
+
+
+class Finish(Protocol):
+    def __call__(self, cfg: Any, /) -> Normalization | None:
+        """Say how the run ends.
+
+        Args:
+            cfg: the algorithm's config.
+
+        Returns:
+            The normalisation of a role's scores after the last iteration; None: the state stays as it is.
+        """
+        ...
+
+
+class FindProblems(Protocol):
+    def __call__(self, cfg: Any, /) -> Iterable[str]:
+        """Check values of the config against each other.
+
+        Args:
+            cfg: the algorithm's config, whose fields are each in range.
+
+        Returns:
+            A line a problem, "key: value: reason; expected ...", without the section's name.
+        """
+        ...
+
+
+# ---- what most algorithms do ----------------------------------------------------------------------------------------
+
+
+def sample_policy(nets: "Nets", state: TrainState, prompts: Prompts) -> Sequences:
+    """Sample responses from the policy as it is."""
     return nets.sample("policy", state.params, prompts, state.seed, state.step)
 
 
+def update_once(cfg: Any) -> Updates:
+    """One optimizer step an iteration, on all of its rows."""
+    return Updates()
+
+
 def no_controls(cfg: Any) -> dict[str, Array]:
-    """An algorithm that adapts no scalar."""
+    """Adapt no scalar."""
     return {}
 
 
 def keep_state(state: TrainState, metrics: Metrics, cfg: Any) -> TrainState:
-    """An algorithm with nothing to do after its updates."""
+    """Change nothing after the updates."""
     return state
 
 
-class Algorithm(NamedTuple):
-    """A record of pure functions, as optax.GradientTransformation is one: no base class.
+def finish_at_once(cfg: Any) -> None:
+    """Normalise nothing after the last iteration."""
+    return None
 
-    ``loss`` returns, for each trained role, the Mean whose total is differentiated in that role's own params only
-    (the step divides the gradient by the count of the whole minibatch), and the metrics as Means.
-    """
+
+def no_problems(cfg: Any) -> tuple[str, ...]:
+    """Accept all values that are in range."""
+    return ()
+
+
+class Algorithm(NamedTuple):
+    """An algorithm as a record of pure functions, like optax.GradientTransformation. The first seven are required."""
 
     config: type  # frozen dataclass; its YAML section is ``algorithm``
-    batch: Callable[[Any], tuple[str, ...]]  # cfg -> the fields of Batch that it reads from data
-    roles: Callable[[Any], tuple[dict[Role, Head], dict[Role, Head]]]  # cfg -> (trained, slow)
-    prepare: Callable[[Nets, TrainState, Batch, Any], tuple[Experience, dict[str, Mean]]]  # no gradient
-    loss: Callable[
-        [Nets, dict[Role, Params], dict[Role, Params], Experience, Any], tuple[dict[Role, Mean], dict[str, Mean]]
-    ]
-    rollout: Callable[[Nets, TrainState, Prompts], Sequences] | None = None  # None: offline
-    controls: Callable[[Any], dict[str, Array]] = no_controls
-    stop: Callable[[Metrics, Any], Array] | None = None  # metrics of one minibatch -> bool[]: skip the rest
-    after: Callable[[TrainState, Metrics, Any], TrainState] = keep_state
-    min_samples_per_prompt: int = 1  # fewer responses to a prompt teach it nothing
+    online: bool  # it learns from responses that the run samples; else from data alone, and ``rollout`` is not called
+    batch: ReadBatch
+    roles: NeedRoles
+    updates: PlanUpdates
+    prepare: Prepare
+    loss: Loss
+    rollout: Rollout = sample_policy
+    controls: MakeControls = no_controls
+    after_update: AfterUpdate | None = None  # None: nothing is done between the optimizer steps of an iteration
+    after: After = keep_state
+    finish: Finish = finish_at_once
+    problems: FindProblems = no_problems
+    min_samples_per_prompt: int = 1  # with fewer responses to a prompt there is nothing to learn

@@ -85,7 +85,7 @@ def test_collectives_of_eight_devices(name):
 
 def check_decoding(made: costs.Made) -> None:
     """What is gathered for every token is the token, and logits are traded; weights are gathered before the loop."""
-    if made.case.drawn.algorithm.rollout is None:
+    if not made.case.drawn.algorithm.online:
         return
     first, *_ = made.programs.values()
     inside = [sent for sent in costs.collectives(first.as_text() or "") if str(NEW) in sent.loop.split(" x ")]

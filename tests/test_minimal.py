@@ -21,6 +21,7 @@ from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.sft import SFTConfig
 from jaxrlhf.cli import discover
+from jaxrlhf.config.batch import updates_of
 from jaxrlhf.config.load import load
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -72,7 +73,7 @@ def train_all(folder: Path, text: Path, names: list[str], more: list[str]) -> ru
         needed = REQUIRED[name].format(text=text, **models)
         config = folder / f"{name}.yaml"
         config.write_text(f"run_dir: {folder}/{name}\niterations: 1\nalgorithm: {{name: {name}}}\n{needed}\n")
-        commands.append(["train", str(config), *(more if ALGORITHMS[name].rollout else [])])
+        commands.append(["train", str(config), *(more if ALGORITHMS[name].online else [])])
     return runs.process(folder / "process", commands)
 
 
@@ -97,7 +98,7 @@ def started(root, tmp_path_factory) -> tuple[Path, runs.Done]:
     for method, path in discover.starters().items():
         config = folder / f"{method}.yaml"
         config.write_text(fill_in(path.read_text(), folder, text, models))
-        more = SHORT if ALGORITHMS[method].rollout else ["data.max_length=64"]
+        more = SHORT if ALGORITHMS[method].online else ["data.max_length=64"]
         commands.append(["train", str(config), "epochs=0.01", *more])
     return folder, runs.process(folder / "process", commands)
 
@@ -171,7 +172,9 @@ def test_an_iteration_of_one_row_is_traced(name, where):
     mesh = make_mesh(ALONE[where], jax.devices()[: 1 + (where == "tensor")])
     with jax.set_mesh(mesh):
         run = tiny.build(algorithm, cfg, batch=tiny.put(only_row(name)), samples_per_prompt=copies, **more)
-        together = math.gcd(copies, copies // getattr(cfg, "num_minibatches", 1))  # as config_batch.kept_together
+        together = math.gcd(
+            copies, copies // ALGORITHMS[algorithm].updates(cfg).minibatches
+        )  # as config_batch.kept_together
         jax.eval_shape(steps.make_iteration(run.recipe._replace(together=together)), run.state, run.batch)
 
 
@@ -219,7 +222,7 @@ def trace(name: str, mesh, more: list[str]) -> None:
     beside = {f"runs/tiny/{one.stem}": load(one) for one in runs.ALL}
     cfg = load(path, [f"batch.micro_batch_size={smallest}", "data.prompt_buckets=[16]", *more])
     drawn, _ = blueprint(cfg, mesh, beside)
-    assert drawn.recipe.num_micro * smallest * getattr(cfg.algorithm, "num_minibatches", 1) >= 8
+    assert drawn.recipe.num_micro * smallest * updates_of(cfg)[1] >= 8
     iteration = steps.make_iteration(drawn.recipe)
     with current(mesh):
         state, (batch,) = abstract_state(drawn), batch_shapes(cfg, mesh)

@@ -21,7 +21,7 @@ from jaxrlhf.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, Preferences, Sequences, TrainState
+from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, Preferences, Sequences, TrainState, Updates
 from tests.support import tiny
 
 NO_NETS = Nets(*[lambda *args: pytest.fail("no network is asked")] * 5)
@@ -34,11 +34,16 @@ ROWS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The fields that the step reads of any algorithm's config."""
+    """How often, and until when."""
 
     num_epochs: int = 1
     num_minibatches: int = 1
     stop_kl: float | None = None
+
+
+def plan_updates(cfg: Plan) -> Updates:
+    stop = None if cfg.stop_kl is None else lambda metrics: metrics["updates"] > cfg.stop_kl
+    return Updates(cfg.num_epochs, cfg.num_minibatches, stop)
 
 
 def rows_seen(nets, params, slow, minibatch: Experience, cfg: Plan):
@@ -64,24 +69,34 @@ def write_down(steps: int) -> Any:
 
 def record(cfg: Plan, iterations: int = 1, seed: int = 0, room: int = 16):
     """(which rows each update saw: bool[room, ROWS], metrics of each iteration, optimizer steps)."""
+    state, metrics = run_plan(cfg, iterations, seed, room)
+    return np.asarray(state.params["policy"]["seen"]) > 0, metrics, int(state.opt_state["policy"])
+
+
+def run_plan(cfg: Plan, iterations: int = 1, seed: int = 0, room: int = 16, **more) -> tuple[TrainState, list[dict]]:
+    """The last state and the metrics of each iteration. ``more``: fields of the algorithm."""
     algorithm = Algorithm(
         config=Plan,
+        online=False,
+        updates=plan_updates,
         batch=lambda cfg: ("sequences",),
         roles=lambda cfg: ({"policy": "lm"}, {}),
         prepare=lambda nets, state, batch, cfg: (Experience(sequences=batch.sequences), {}),
         loss=rows_seen,
-        stop=lambda metrics, cfg: metrics["updates"] > (jnp.inf if cfg.stop_kl is None else cfg.stop_kl),
+        **more,
     )
     recipe = Recipe(algorithm, cfg, NO_NETS, {"policy": write_down(room)}, {})
     params = {"policy": {"seen": jnp.zeros((room, ROWS))}}
-    state = TrainState(jnp.int32(0), jnp.int32(seed), params, {}, {"policy": jnp.int32(0)}, {})
+    state = TrainState(
+        jnp.int32(0), jnp.int32(seed), params, jax.tree.map(jnp.copy, params), {"policy": jnp.int32(0)}, {}
+    )
     column = jnp.arange(ROWS, dtype=jnp.int32)[:, None]
     batch = Batch(sequences=Sequences(column, jnp.ones_like(column, bool), jnp.ones_like(column, bool)))
     step, metrics = tiny.program(steps.make_iteration(recipe)), []
     for _ in range(iterations):
         state, numbers, _ = step(state, batch)
         metrics.append(numbers)
-    return np.asarray(state.params["policy"]["seen"]) > 0, metrics, int(state.opt_state["policy"])
+    return state, metrics
 
 
 def test_every_epoch_sees_every_row_once_in_a_fresh_order():
@@ -136,6 +151,8 @@ def pulled(
     """The states, from the first on, and the metrics of each iteration. ``empty``: iterations without a response."""
     algorithm = Algorithm(
         config=Plan,
+        online=False,
+        updates=plan_updates,
         batch=lambda cfg: ("sequences",),
         roles=lambda cfg: (dict.fromkeys(SLOPES, "lm"), {}),
         prepare=lambda nets, state, batch, cfg: (Experience(sequences=batch.sequences), {}),
@@ -155,6 +172,24 @@ def pulled(
         found.append(state)
         metrics.append(numbers)
     return found, metrics
+
+
+def test_after_update_runs_after_every_optimizer_step_that_is_not_skipped():
+    """A Polyak average of the parameters, as a NumPy loop has it; a skipped minibatch leaves it."""
+    rate, plan = 0.25, Plan(num_epochs=2, num_minibatches=4, stop_kl=1.5)
+
+    def follow(state: TrainState, cfg: Plan) -> TrainState:
+        move = lambda new, old: rate * new + (1 - rate) * old
+        return state.replace(slow={"policy": jax.tree.map(move, state.params["policy"], state.slow["policy"])})
+
+    state, _ = run_plan(plan, after_update=follow)
+    updates, count = np.asarray(state.params["policy"]["seen"]), int(state.opt_state["policy"])
+    expected, shown = np.zeros_like(updates), np.zeros_like(updates)
+    for row in range(count):
+        shown[row] = updates[row]
+        expected = rate * shown + (1 - rate) * expected
+    assert count == 3 and expected.any()
+    np.testing.assert_allclose(state.slow["policy"]["seen"], expected, rtol=1e-6)
 
 
 def counts(state: TrainState, role: str) -> list[int]:

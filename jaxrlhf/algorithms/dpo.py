@@ -11,7 +11,19 @@ from typing import Literal
 from jaxrlhf.ops.losses import bradley_terry, ipo
 from jaxrlhf.ops.masked import keep, sums
 from jaxrlhf.ops.rows import deinterleave, interleave
-from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Nets, Params, Preferences, Role, TrainState
+from jaxrlhf.types import (
+    Algorithm,
+    Array,
+    Batch,
+    Experience,
+    Mean,
+    Nets,
+    Params,
+    Preferences,
+    Role,
+    TrainState,
+    update_once,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +72,10 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: DPOConfig) -> tup
 
 ALGORITHM = Algorithm(
     config=DPOConfig,
+    online=False,
     batch=lambda cfg: ("preferences",),
     roles=lambda cfg: ({"policy": "lm"}, {"reference": "lm"}),
+    updates=update_once,
     prepare=prepare,
     loss=loss,
 )

@@ -22,7 +22,7 @@ from jaxrlhf.ops.advantages import GroupBaseline, group_advantages
 from jaxrlhf.ops.kl import kl_estimate
 from jaxrlhf.ops.losses import Aggregation, aggregate, clipped_policy_terms
 from jaxrlhf.ops.masked import keep, row_means
-from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Nets, Role, TrainState, sample_policy
+from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Nets, Role, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +101,12 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: GRPOConfig) -> tu
 
 ALGORITHM = Algorithm(
     config=GRPOConfig,
+    online=True,
     batch=lambda cfg: ("prompts",),
     roles=roles,
+    updates=on_policy.updates,
     prepare=prepare,
     loss=loss,
-    rollout=sample_policy,
-    stop=on_policy.stop,
+    problems=on_policy.problems,
     min_samples_per_prompt=2,
 )

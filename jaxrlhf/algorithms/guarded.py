@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
+import jax
+
 from jaxrlhf.errors import cut, nearest, one_line
-from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Sequences, TrainState
+from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Normalization, Sequences, TrainState, Updates
 from jaxrlhf.user_code import describe
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Batch) if field.name != "answers")  # those that data fill
@@ -16,7 +18,19 @@ class AlgorithmError(ValueError):
     """What is wrong with an algorithm from outside, in one line."""
 
 
-PARTS = ("batch", "roles", "prepare", "loss", "rollout", "controls", "stop", "after")
+PARTS = (
+    "batch",
+    "roles",
+    "updates",
+    "prepare",
+    "loss",
+    "rollout",
+    "controls",
+    "after_update",
+    "after",
+    "finish",
+    "problems",
+)
 
 
 def checked(name: str, record: Algorithm) -> Algorithm:
@@ -29,8 +43,10 @@ def checked(name: str, record: Algorithm) -> Algorithm:
         raise ValueError(f"its config is {show(config)}; expected a class under @dataclasses.dataclass(frozen=True)")
     for part in PARTS:
         function = getattr(record, part)
-        if not (callable(function) or (function is None and part in ("rollout", "stop"))):
+        if not (callable(function) or (function is None and part == "after_update")):
             raise ValueError(f"its {part} is {show(function)}; expected a function")
+    if not isinstance(record.online, bool):
+        raise ValueError(f"its online is {show(record.online)}; expected True or False")
     return with_checks(name, record)
 
 
@@ -38,17 +54,35 @@ def checked(name: str, record: Algorithm) -> Algorithm:
 def with_checks(name: str, record: Algorithm) -> Algorithm:
     """``checked`` of a record of functions: one for each, as programs are compiled once for each."""
     checks: dict[str, Callable[..., str | None]] = {
-        "batch": wrong_fields,
+        "batch": lambda found, *_: wrong_fields(found, record.online),
         "roles": wrong_roles,
         "prepare": wrong_experience,
         "loss": lambda found, *given: wrong_losses(found, sorted(record.roles(given[-1])[0])),
         "rollout": lambda found, *_: wrong_type(found, Sequences),
         "controls": lambda found, *_: wrong_scalars(found),
-        "stop": lambda found, *_: None if shape(found) == () else f"returned {show(found)}; expected one bool",
-        "after": lambda found, *_: wrong_type(found, TrainState),
+        "updates": lambda found, *_: wrong_updates(found),
+        "after_update": lambda found, state, *_: wrong_state(found, state),
+        "after": lambda found, state, *_: wrong_state(found, state),
+        "finish": lambda found, *_: None if found is None else wrong_type(found, Normalization),
+        "problems": lambda found, *_: wrong_lines(found),
     }
     parts = {part: function for part in PARTS if (function := getattr(record, part)) is not None}
-    return record._replace(**{part: guard(name, part, function, checks[part]) for part, function in parts.items()})
+    guarded = {part: guard(name, part, function, checks[part]) for part, function in parts.items()}
+    return record._replace(**guarded | {"updates": with_guarded_stop(name, guarded["updates"])})
+
+
+def with_guarded_stop(name: str, updates: Callable[..., Updates]) -> Callable[..., Updates]:
+    """``updates`` whose ``stop`` is checked too."""
+
+    @functools.wraps(updates)
+    def call(*given: Any) -> Updates:
+        found = updates(*given)
+        if found.stop is None:
+            return found
+        one_bool = lambda stop, *_: None if shape(stop) == () else f"returned {show(stop)}; expected one bool"
+        return found._replace(stop=guard(name, "stop", found.stop, one_bool))
+
+    return call
 
 
 def guard(name: str, part: str, function: Callable, check: Callable[..., str | None]) -> Callable:
@@ -72,13 +106,15 @@ def guard(name: str, part: str, function: Callable, check: Callable[..., str | N
 # ---- what may be wrong: None, or what to say ------------------------------------------------------------------------
 
 
-def wrong_fields(found: Any, *_: Any) -> str | None:
+def wrong_fields(found: Any, online: bool) -> str | None:
     if not isinstance(found, (tuple, list)) or not found or not all(isinstance(field, str) for field in found):
         return f"returned {show(found)}; expected a tuple of fields of Batch: {', '.join(FIELDS)}"
     unknown = [field for field in found if field not in FIELDS]
-    return (
-        f"returned the field {unknown[0]}, which data do not fill; {nearest(unknown[0], FIELDS)}" if unknown else None
-    )
+    if unknown:
+        return f"returned the field {unknown[0]}, which data do not fill; {nearest(unknown[0], FIELDS)}"
+    if online and "prompts" not in found:
+        return f"returned {show(found)}; expected prompts among them, as it is online"
+    return None
 
 
 def wrong_roles(found: Any, *_: Any) -> str | None:
@@ -120,6 +156,37 @@ def wrong_means(found: Any, which: str) -> str | None:
 def wrong_scalars(found: Any) -> str | None:
     if not isinstance(found, Mapping) or any(shape(value) != () for value in found.values()):
         return f"returned {show(found)}; expected a dict of f32[] by name"
+    return None
+
+
+def wrong_updates(found: Any) -> str | None:
+    if not isinstance(found, Updates):
+        return f"returned {show(found)}; expected Updates(epochs, minibatches, stop)"
+    for field in ("epochs", "minibatches"):
+        if not isinstance(number := getattr(found, field), int) or number < 1:
+            return f"returned {field} {show(number)}; expected an integer of 1 or more"
+    return None if found.stop is None or callable(found.stop) else f"returned the stop {show(found.stop)}"
+
+
+def wrong_state(found: Any, given: Any) -> str | None:
+    """A loop carries the state: what a leaf is may not change."""
+    if problem := wrong_type(found, TrainState):
+        return problem
+    kind = lambda tree: {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    ours, theirs = kind(found), kind(given)
+    for path in sorted({*ours, *theirs}):
+        if ours.get(path) != theirs.get(path):
+            was, now = theirs.get(path, "nothing"), ours.get(path, "nothing")
+            return f"returned a state whose {path.lstrip('.')} is {now}; expected {was}, as it was"
+    return None
+
+
+def wrong_lines(found: Any) -> str | None:
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        return f"returned {show(found)}; expected lines of text"
     return None
 
 

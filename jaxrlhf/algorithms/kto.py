@@ -18,7 +18,19 @@ import jax.numpy as jnp
 from jaxrlhf.ops import masked
 from jaxrlhf.ops.masked import keep, sums
 from jaxrlhf.ops.rows import deinterleave, interleave
-from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Nets, Params, Role, Sequences, TrainState
+from jaxrlhf.types import (
+    Algorithm,
+    Array,
+    Batch,
+    Experience,
+    Mean,
+    Nets,
+    Params,
+    Role,
+    Sequences,
+    TrainState,
+    update_once,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +85,10 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: KTOConfig) -> tup
 
 ALGORITHM = Algorithm(
     config=KTOConfig,
+    online=False,
     batch=lambda cfg: ("unpaired",),
     roles=lambda cfg: ({"policy": "lm"}, {"reference": "lm"}),
+    updates=update_once,
     prepare=prepare,
     loss=loss,
 )

@@ -1,6 +1,7 @@
 """What algorithms that learn from the policy's own responses share: scores, old log-probs, the sampler's correction,
 what they report."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxrlhf.ops.advantages import missing_eos
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
-from jaxrlhf.types import Array, Mean, Metrics, Nets, Params, Role, Sequences, TrainState
+from jaxrlhf.types import Array, Mean, Nets, Params, Role, Sequences, TrainState, Updates
 
 
 def scores_of(nets: Nets, trees: dict[Role, Params], sequences: Sequences) -> Array:
@@ -129,6 +130,16 @@ def update_metrics(
     }
 
 
-def stop(metrics: Metrics, cfg: Any) -> Array:
-    """Whether the policy has moved further than ``cfg.stop_kl`` from the one that sampled."""
-    return metrics["policy/kl_old"] > (jnp.inf if cfg.stop_kl is None else cfg.stop_kl)
+def updates(cfg: Any) -> Updates:
+    """Epochs x minibatches, until the policy has moved further than ``cfg.stop_kl`` from the one that sampled."""
+    stop = None if cfg.stop_kl is None else lambda metrics: metrics["policy/kl_old"] > cfg.stop_kl
+    return Updates(cfg.num_epochs, cfg.num_minibatches, stop)
+
+
+def problems(cfg: Any) -> Iterator[str]:
+    """The sampler's probabilities are corrected only where the trainer computes its own."""
+    if cfg.sampler_ratio_cap is not None and cfg.old_logprobs == "sampler":
+        yield (
+            f"sampler_ratio_cap: {cfg.sampler_ratio_cap}: old_logprobs is sampler, so there is no ratio to cap; "
+            "expected null or old_logprobs recompute"
+        )

@@ -29,7 +29,6 @@ from jaxrlhf.types import (
     Role,
     Sequences,
     TrainState,
-    sample_policy,
 )
 
 
@@ -164,12 +163,13 @@ def after(state: TrainState, metrics: Metrics, cfg: PPOConfig) -> TrainState:
 
 ALGORITHM = Algorithm(
     config=PPOConfig,
+    online=True,
     batch=lambda cfg: ("prompts", "preferences") if cfg.reward_update else ("prompts",),
     roles=roles,
+    updates=on_policy.updates,
     prepare=prepare,
     loss=loss,
-    rollout=sample_policy,
     controls=controls,
-    stop=on_policy.stop,
     after=after,
+    problems=on_policy.problems,
 )

@@ -1,6 +1,7 @@
 """A reward model from preference pairs (Bradley and Terry 1952; Ouyang et al. 2022, equation 1)."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,19 @@ import jax.numpy as jnp
 from jaxrlhf.ops.losses import bradley_terry, centering
 from jaxrlhf.ops.masked import sums
 from jaxrlhf.ops.rows import deinterleave, interleave
-from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Nets, Preferences, TrainState
+from jaxrlhf.types import (
+    Algorithm,
+    Array,
+    Batch,
+    Experience,
+    Mean,
+    Nets,
+    Normalization,
+    Params,
+    Preferences,
+    TrainState,
+    update_once,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +78,32 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: RMConfig) -> tupl
     return {"reward": total}, metrics
 
 
+def fold(head: Params, mean: float, std: float) -> Params:
+    """The head whose scores are (old scores - mean) / std: kernel / std and (bias - mean) / std."""
+    scale = 1.0 / jnp.maximum(std, 1e-6)
+    return {"kernel": head["kernel"] * scale, "bias": (head["bias"] - mean) * scale}
+
+
+def finish(cfg: RMConfig) -> Normalization | None:
+    """Normalise the scores on ``normalize_samples`` responses, so that a nat of KL costs the same against every reward
+    model (Ziegler et al. 2019; Stiennon et al. 2020)."""
+    return Normalization("reward", cfg.normalize_samples, fold) if cfg.normalize_samples else None
+
+
+def problems(cfg: RMConfig) -> Iterator[str]:
+    """A standard deviation needs two scores."""
+    if cfg.normalize_samples == 1:
+        yield "normalize_samples: 1: a score alone has no deviation; expected 0 or 2 and more; nearest: 2"
+
+
 ALGORITHM = Algorithm(
     config=RMConfig,
+    online=False,
     batch=lambda cfg: ("preferences",),
     roles=lambda cfg: ({"reward": "scalar"}, {}),
+    updates=update_once,
     prepare=prepare,
     loss=loss,
+    finish=finish,
+    problems=problems,
 )

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, TrainState
+from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, TrainState, update_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,10 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: SFTConfig) -> tup
 
 ALGORITHM = Algorithm(
     config=SFTConfig,
+    online=False,
     batch=lambda cfg: ("sequences",),
     roles=lambda cfg: ({"policy": "lm"}, {}),
+    updates=update_once,
     prepare=prepare,
     loss=loss,
 )

@@ -94,7 +94,7 @@ def ready(drawn: Blueprint, sources: list[str], lengths: Lengths) -> Case:
     """The case of a drawn config: its longest prompts, and responses of the lengths asked for."""
     cfg = drawn.cfg
     shapes = list(batch_shapes(cfg, drawn.mesh))[-1]
-    sampling = drawn.algorithm.rollout is not None
+    sampling = drawn.algorithm.online
     if shapes.prompts is None:
         prompt = min(max(cfg.data.prompt_buckets), cfg.data.max_length // 2)
     else:
@@ -112,7 +112,7 @@ def ready(drawn: Blueprint, sources: list[str], lengths: Lengths) -> Case:
 def doubled(case: Case, what: str) -> Case:
     """``case`` with twice as many samples (offline: rows), new tokens (offline: those behind the prompt) or layers."""
     drawn, cfg, weights = case.drawn, case.drawn.cfg, case.drawn.weights
-    sampling = drawn.algorithm.rollout is not None
+    sampling = drawn.algorithm.online
     batch, generate, data = cfg.batch, cfg.generate, cfg.data
     if what == "samples":
         keys = ["samples_per_prompt"] if sampling else [ROWS_KEY[field] for field in fields_read(cfg)]

@@ -48,7 +48,7 @@ def measure(cases: list[Case], steps: int, profile: str | None = None) -> Report
 def describe(case: Case, steps: int) -> Report:
     """What was run."""
     drawn, cfg = case.drawn, case.drawn.cfg
-    sampling = drawn.algorithm.rollout is not None
+    sampling = drawn.algorithm.online
     reward = "host" if cfg.rewards.on_host else "model"
     return {
         "algorithm": cfg.algorithm_name,

@@ -46,7 +46,7 @@ class Iterations:
             started = time.perf_counter()
             self.programs = compile_programs(drawn, self.shapes(), case.shapes)
             self.compile_seconds = time.perf_counter() - started
-            if "iteration" in self.programs and drawn.algorithm.rollout is not None:
+            if "iteration" in self.programs and drawn.algorithm.online:
                 rollout = make_rollout(drawn.recipe)
                 alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
                 self.programs["rollout"] = alone

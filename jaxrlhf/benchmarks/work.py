@@ -133,7 +133,7 @@ def count_work(drawn: Blueprint, batch: Batch) -> Work:
     flops = lambda call: forward_flops(*models[call.role], call.kind, documents(call.rows))
     share = lambda role: 3 if role in drawn.recipe.optimizers else 1
     rollout, tokens, row_steps = 0.0, 0, 0
-    if drawn.algorithm.rollout is not None:
+    if drawn.algorithm.online:
         mask, sampler = batch.sequences.response_mask, drawn.sampler
         rollout = forward_flops(*models["policy"], "sample", documents(batch.sequences))
         decoded = len(mask) // sampler.samples_per_prompt * sampler.together

@@ -37,7 +37,8 @@ def rows_of(cfg: Config) -> dict[str, int]:
 
 def updates_of(cfg: Config) -> tuple[int, int]:
     """(epochs, minibatches) of one iteration; their product is its optimizer steps."""
-    return getattr(cfg.algorithm, "num_epochs", 1), getattr(cfg.algorithm, "num_minibatches", 1)
+    updates = find_algorithm(cfg.algorithm_name).updates(cfg.algorithm)
+    return updates.epochs, updates.minibatches
 
 
 def minibatch_rows(cfg: Config) -> int:

@@ -85,14 +85,15 @@ def reward_problems(cfg: Config) -> Iterator[str]:
         yield from grader_problems(rewards)
         return
     given, shown = ("functions", ", ".join(rewards.functions)) if rewards.functions else ("function", rewards.function)
-    if find_algorithm(name).rollout is None:
+    if not find_algorithm(name).online:
         expected = "{}" if rewards.functions else "null"
         yield f"rewards.{given}: {shown}: {name} samples no responses to score; expected {expected}"
         return
     if "reward" in cfg.models:
         yield f"models.reward: rewards.{given} {shown} is given too; expected one of them"
-    if getattr(cfg.algorithm, "reward_update", False):
-        yield f"algorithm.reward_update: true: rewards.{given} {shown} is no model that can learn; expected false"
+    if "reward" in find_algorithm(name).roles(cfg.algorithm)[0]:
+        expected = "{}" if rewards.functions else "null"
+        yield f"rewards.{given}: {shown}: no model that can learn, and {name} trains one; expected {expected}"
     yield from grader_problems(rewards)
 
 
@@ -134,21 +135,19 @@ def data_problems(cfg: Config) -> Iterator[str]:
     if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
         nearest = sorted(set(data.prompt_buckets)) or [64, 128, 256]
         yield f"data.prompt_buckets: {show(data.prompt_buckets)}: expected ascending lengths; nearest: {nearest}"
-    if getattr(cfg.algorithm, "normalize_samples", 0) == 1:
-        yield "algorithm.normalize_samples: 1: a score alone has no deviation; expected 0 or 2 and more; nearest: 2"
-    if getattr(cfg.algorithm, "normalize_samples", 0) and "policy" not in cfg.models:
-        yield "models.policy: missing; algorithm.normalize_samples scores its responses; expected init_from"
+    yield from (f"algorithm.{problem}" for problem in find_algorithm(name).problems(cfg.algorithm))
+    if find_algorithm(name).finish(cfg.algorithm) and "policy" not in cfg.models:
+        yield f"models.policy: missing; {name} normalises scores of its responses at the end; expected init_from"
 
 
 def generate_problems(cfg: Config) -> Iterator[str]:
-    """Responses can be as long as asked for; training has a distribution to sample them from, and enough of them; the
-    sampler's probabilities are corrected only where there are others."""
+    """Responses can be as long as asked for; training has a distribution to sample them from, and enough of them."""
     generate, name = cfg.generate, cfg.algorithm_name
     algorithm, samples = find_algorithm(name), cfg.batch.samples_per_prompt
     if generate.min_new_tokens > generate.max_new_tokens:
         most = generate.max_new_tokens
         yield f"generate.min_new_tokens: {generate.min_new_tokens}: more than max_new_tokens; nearest: {most}"
-    if generate.temperature == 0 and algorithm.rollout is not None:
+    if generate.temperature == 0 and algorithm.online:
         default = type(generate).temperature
         yield (
             f"generate.temperature: {show(generate.temperature)}: greedy, and {name} learns from the probabilities of "
@@ -158,12 +157,6 @@ def generate_problems(cfg: Config) -> Iterator[str]:
         yield f"generate.slots: {slots}: batch.samples_per_prompt is {samples}; expected fewer, or 0 for all at a time"
     if slots and generate.halvings:
         yield f"generate.halvings: {generate.halvings}: generate.slots is {slots}; expected 0: slots are filled again"
-    cap = getattr(cfg.algorithm, "sampler_ratio_cap", None)
-    if cap is not None and getattr(cfg.algorithm, "old_logprobs", None) == "sampler":
-        yield (
-            f"algorithm.sampler_ratio_cap: {show(cap)}: old_logprobs is sampler, so there is no ratio to cap; expected "
-            "null or old_logprobs recompute"
-        )
     if samples < (least := algorithm.min_samples_per_prompt):
         yield (
             f"batch.samples_per_prompt: {samples}: {name} compares the responses to a prompt with each other; "

@@ -28,7 +28,7 @@ def with_default_roles(cfg: Config) -> Config:
     value model as the reward model, or where there is none, or it shares a trunk, as the policy. A policy that learns
     from its own responses always has a reference: an evaluation compares with it."""
     trained, slow = roles_of(cfg)
-    needed = {*trained, *slow} | ({"reference"} if find_algorithm(cfg.algorithm_name).rollout else set())
+    needed = {*trained, *slow} | ({"reference"} if find_algorithm(cfg.algorithm_name).online else set())
     origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
     left_out = [role for role in origins if role in needed and role not in cfg.models]
     models = cfg.models | {role: RoleConfig(init_from=origins[role]) for role in left_out}
@@ -42,7 +42,7 @@ def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
     """(trained, slow): the roles that the run needs. A reward function takes the place of the reward model; what shares
     a trunk is a bare head."""
     algorithm = find_algorithm(cfg.algorithm_name)
-    scored = cfg.rewards.on_host and algorithm.rollout is not None  # offline there is nothing to score
+    scored = cfg.rewards.on_host and algorithm.online  # offline there is nothing to score
     bare: dict[Role, Head] = {role: "bare" for role, model in cfg.models.items() if model.share_trunk}
 
     def needed(heads: dict[Role, Head]) -> dict[Role, Head]:

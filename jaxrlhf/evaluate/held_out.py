@@ -30,7 +30,7 @@ class HeldOut:
     """All that is evaluated of a run. ``judge``: whether the outside judge is asked too, where the config has one."""
 
     def __init__(self, ready: Run, judge: bool = True):
-        offline, writes = ready.algorithm.rollout is None, "policy" in ready.recipe.optimizers
+        offline, writes = not ready.algorithm.online, "policy" in ready.recipe.optimizers
         self.measure = Measure(ready) if offline else None
         self.policy = PolicyEvaluation(ready, judge) if writes and ready.cfg.data.eval_prompts else None
 

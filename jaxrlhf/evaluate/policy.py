@@ -21,7 +21,7 @@ from jaxrlhf.run import build
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.feed import fetch_all, held_out, put, read_source
 from jaxrlhf.run.scoring import nothing, score
-from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState, sample_policy
+from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState
 
 
 class Responses(NamedTuple):
@@ -69,7 +69,7 @@ class PolicyEvaluation:
     def answer(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts) -> tuple[Sequences, Array | None]:
         """(responses, with their scores where a reward model gives them; their KL in nats f32[B])."""
         nets, trees = self.ready.recipe.nets, extra | state.slow | state.params
-        rollout = self.ready.algorithm.rollout or sample_policy
+        rollout = self.ready.algorithm.rollout
         # under step 0, so that all evaluations share their noise
         sequences = rollout(nets, state.replace(step=jnp.int32(0)), prompts)
         if "reward" in trees and self.ready.graders is None:

@@ -76,7 +76,7 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     recipe = drawn.recipe._replace(nets=nets)
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     state, batch = jax.eval_shape(lambda: blank_state(drawn)), bare(batch)
-    if drawn.algorithm.rollout is not None:
+    if drawn.algorithm.online:
         sequences = jax.eval_shape(make_rollout(recipe), state, batch)
         if drawn.cfg.rewards.on_host:
             sequences = sequences.replace(scores=jax.ShapeDtypeStruct(sequences.ended.shape, jnp.float32))

@@ -35,8 +35,8 @@ def opening(ready: Run, start: int) -> str:
 def describe_rows(ready: Run, feed: Feed, held_out: Sequence[Summary]) -> list[str]:
     """What became of the rows of every source that the run reads, at the end of it too."""
     summaries = [*feed.summaries(), *held_out]
-    if size := getattr(ready.cfg.algorithm, "normalize_samples", 0):
-        prompts = training_prompts(ready, size).summary
+    if last := ready.algorithm.finish(ready.cfg.algorithm):
+        prompts = training_prompts(ready, last.samples).summary
         summaries += [prompts] if prompts else []
     return [line for summary in summaries for line in summary.lines()]
 

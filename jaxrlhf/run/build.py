@@ -100,9 +100,9 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     shards = batch_shards(mesh)
     parts = choose_parts(cfg, shards, mesh.devices.flat[0].platform)
     sampler = sampler._replace(share_prompts=shares_prompts(cfg, shards, parts))
-    bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.rollout else Sampling())
+    bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.online else Sampling())
     packing, together = cfg.batch.pack_widths, kept_together(cfg)
-    gaps = cfg.rewards.on_host and algorithm.rollout is not None
+    gaps = cfg.rewards.on_host and algorithm.online
     recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, packing, schedules, together, gaps)
     return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
 

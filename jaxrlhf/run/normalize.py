@@ -1,8 +1,5 @@
-"""The last touch to a reward model: scores of mean 0 and standard deviation 1 on the responses of the SFT policy.
-
-The head is affine, so the normalisation is folded into it: kernel / std and (bias - mean) / std. A nat of KL then costs
-the same against every reward model (Ziegler et al. 2019; Stiennon et al. 2020).
-"""
+"""The end of a run whose algorithm asks for it (Algorithm.finish): scores of one role get mean 0 and standard deviation
+1 on the responses of models.policy. Its head is affine, so the normalisation is folded into it."""
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +8,31 @@ import numpy as np
 from jaxrlhf.hosts import processes
 from jaxrlhf.run import build, feed
 from jaxrlhf.run.build import Run
-from jaxrlhf.types import Head, Params, Role, TrainState
+from jaxrlhf.types import Head, Role, TrainState
 
 
 def finish(ready: Run, state: TrainState, say=print) -> TrainState:
-    """Normalise the reward head where the algorithm's config asks for it; else the state as it is.
+    """The state with the head that Algorithm.finish asks for; as it is where it asks for none.
 
-    ``normalize_samples`` responses to data.prompts are sampled from models.policy, which is read for this alone."""
-    size = getattr(ready.cfg.algorithm, "normalize_samples", 0)
-    if not size:
+    The responses to data.prompts are sampled from models.policy, which is loaded for this alone."""
+    asked = ready.algorithm.finish(ready.cfg.algorithm)
+    if asked is None:
         return state
-    scores, prompts = score_policy_samples(ready, state, size)
+    role = asked.role
+    scores, prompts = score_policy_samples(ready, state, role, asked.samples)
     mean, std = float(scores.mean()), float(scores.std(ddof=1))
-    which = f" (for the {prompts} usable prompts of data.prompts)" if prompts < size else ""
+    which = f" (for the {prompts} usable prompts of data.prompts)" if prompts < asked.samples else ""
     say(
-        f"reward model: scores of {len(scores)} samples of the policy{which} had mean {mean:.3f}, std {std:.3f}; "
+        f"{role} model: scores of {len(scores)} samples of the policy{which} had mean {mean:.3f}, std {std:.3f}; "
         "now 0 and 1"
     )
-    head = jax.jit(fold)(state.params["reward"]["head"], mean, std)
-    return state.replace(params=state.params | {"reward": state.params["reward"] | {"head": head}})
+    head = jax.jit(asked.fold)(state.params[role]["head"], mean, std)
+    return state.replace(params=state.params | {role: state.params[role] | {"head": head}})
 
 
-def fold(head: Params, mean: float, std: float) -> Params:
-    """The head whose scores are (old scores - mean) / std."""
-    scale = 1.0 / jnp.maximum(std, 1e-6)
-    return {"kernel": head["kernel"] * scale, "bias": (head["bias"] - mean) * scale}
-
-
-def score_policy_samples(ready: Run, state: TrainState, size: int) -> tuple[np.ndarray, int]:
-    """(f32[size]: what the reward model thinks of responses that models.policy samples for data.prompts, the number of
-    prompts). Where there are fewer prompts than ``size``, each gets several responses, as equally as can be."""
+def score_policy_samples(ready: Run, state: TrainState, role: Role, size: int) -> tuple[np.ndarray, int]:
+    """(f32[size]: the scores that ``role`` gives to responses of models.policy to data.prompts, the number of prompts).
+    Where there are fewer prompts than ``size``, each gets several responses, as equally as can be."""
     rows = ready.cfg.batch.prompts_per_step
     batches = feed.training_prompts(ready, size)
     prompts = sum(host.real for host in batches)
@@ -54,12 +46,12 @@ def score_policy_samples(ready: Run, state: TrainState, size: int) -> tuple[np.n
     nets, params = whole.recipe.nets, {"policy": build.read_weights(whole, "policy")}
 
     @processes.jit
-    def score(policy, reward, prompts, seed, step):
-        return nets.scores("reward", reward, nets.sample("policy", policy, prompts, seed, step))
+    def score(policy, scorer, prompts, seed, step):
+        return nets.scores(role, scorer, nets.sample("policy", policy, prompts, seed, step))
 
     scores = []
     for host in batches:
         given = feed.put(ready.mesh, host.batch).prompts
-        answers = score(params, {"reward": state.params["reward"]}, given, state.seed, jnp.int32(0))
+        answers = score(params, {role: state.params[role]}, given, state.seed, jnp.int32(0))
         scores.append(feed.fetch_all(answers).reshape(-1, copies)[: host.real])
     return np.concatenate(scores).T.reshape(-1)[:size], prompts  # of every prompt one, before the next of any

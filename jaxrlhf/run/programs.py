@@ -28,7 +28,7 @@ class Program(NamedTuple):
 def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
     """What an iteration runs, by name, in order: "iteration"; or "rollout", "read" where networks can be read while
     the host scores the responses (rewards.overlap), and "learn"."""
-    if not drawn.cfg.rewards.on_host or drawn.recipe.algorithm.rollout is None:
+    if not drawn.cfg.rewards.on_host or not drawn.recipe.algorithm.online:
         return {"iteration": compile_whole(drawn, state, batch)}
     return compile_parts(drawn, state, batch)
 

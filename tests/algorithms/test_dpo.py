@@ -204,7 +204,7 @@ def test_long_responses_are_summed_in_float32():
 def test_the_record():
     assert dpo.ALGORITHM.batch(DPOConfig()) == ("preferences",)
     assert dpo.ALGORITHM.roles(DPOConfig()) == ({"policy": "lm"}, {"reference": "lm"})
-    assert dpo.ALGORITHM.rollout is None
+    assert not dpo.ALGORITHM.online
 
 
 @pytest.mark.parametrize("cfg", [DPOConfig(), DPOConfig(objective="ipo")], ids=str)

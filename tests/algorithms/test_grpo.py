@@ -267,9 +267,10 @@ def test_the_record():
     assert grpo.roles(GRPOConfig(kl_coef=0.0)) == ({"policy": "lm"}, {"reward": "scalar"})
     record = grpo.ALGORITHM
     assert record.batch(GRPOConfig()) == ("prompts",) and record.min_samples_per_prompt == 2
-    assert record.stop is not None
-    for stop_kl, stops in ((None, False), (0.1, True), (0.2, False)):
-        assert bool(record.stop({"policy/kl_old": jnp.float32(0.15)}, GRPOConfig(stop_kl=stop_kl))) is stops
+    assert record.online and record.updates(GRPOConfig(num_epochs=3, num_minibatches=5)) == (3, 5, None)
+    for stop_kl, stops in ((0.1, True), (0.2, False)):
+        stop = record.updates(GRPOConfig(stop_kl=stop_kl)).stop
+        assert stop is not None and bool(stop({"policy/kl_old": jnp.float32(0.15)})) is stops
 
 
 # ---- a real model ---------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_padding_rows_count_for_nothing():
 def test_the_record():
     assert kto.ALGORITHM.batch(KTOConfig()) == ("unpaired",)
     assert kto.ALGORITHM.roles(KTOConfig()) == ({"policy": "lm"}, {"reference": "lm"})
-    assert kto.ALGORITHM.rollout is None
+    assert not kto.ALGORITHM.online
 
 
 def apart(made: tiny.Tiny) -> TrainState:

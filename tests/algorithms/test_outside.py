@@ -12,7 +12,7 @@ from jaxrlhf.algorithms import ALGORITHMS, find, guarded, sft
 from jaxrlhf.config.load import load
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.step import make_iteration
-from jaxrlhf.types import Batch, Experience, Mean
+from jaxrlhf.types import Batch, Experience, Mean, TrainState, Updates
 from tests.support import tiny
 
 CONFIG = """
@@ -31,6 +31,11 @@ class Mine:
     bonus: float = 1.0
 
 MINE = sft.ALGORITHM._replace(config=Mine)
+"""
+OWN = """
+old = sft.ALGORITHM
+MINE = sft.Algorithm(config=Mine, online=False, batch=old.batch, roles=old.roles, updates=old.updates,
+    prepare=old.prepare, loss=old.loss)
 """
 
 
@@ -92,6 +97,28 @@ BROKEN = {
         GOOD.replace("config=Mine", "config=Mine, loss=None"),
         "no_loss:MINE: its loss is None; expected a fun",
     ),
+    "without_updates": (
+        GOOD.replace("MINE = sft.ALGORITHM._replace(config=Mine)", OWN.replace(" updates=old.updates,", "")),
+        "without_updates:MINE: importing without_updates: TypeError: Algorithm.__new__() missing 1 required positional "
+        "argument: 'updates'",
+    ),
+    "without_online": (
+        GOOD.replace("MINE = sft.ALGORITHM._replace(config=Mine)", OWN.replace("online=False, ", "")),
+        "without_online:MINE: importing without_online: TypeError: Algorithm.__new__() missing 1 required positional "
+        "argument: 'online'",
+    ),
+    "no_updates": (
+        GOOD.replace("config=Mine", "config=Mine, updates=None"),
+        "no_updates:MINE: its updates is None; expected a function",
+    ),
+    "perhaps_online": (
+        GOOD.replace("config=Mine", "config=Mine, online='no'"),
+        "perhaps_online:MINE: its online is 'no'; expected True or False",
+    ),
+    "online_without_prompts": (
+        GOOD.replace("config=Mine", "config=Mine, online=True"),
+        "online_without_prompts:MINE: batch returned ('sequences',); expected prompts among them, as it is online",
+    ),
     "a_text": (
         GOOD.replace("config=Mine", "config=Mine, batch=lambda cfg: 'sequences'"),
         "a_text:MINE: batch returned 'sequences'; expected a tuple of fields of Batch: prompts, sequences, ",
@@ -151,8 +178,13 @@ WRONG = {
     "prepare returned 1.0 as 'score'; expected a Mean": ("prepare", (Experience(), {"score": 1.0})),
     "rollout returned a Batch; expected Sequences": ("rollout", Batch()),
     "controls returned {'kl': 'x'}; expected a dict of f32[] by name": ("controls", {"kl": "x"}),
-    "stop returned an ArrayImpl; expected one bool": ("stop", jnp.ones(2)),
+    "updates returned (1, 2); expected Updates(epochs, minibatches, stop)": ("updates", (1, 2)),
+    "updates returned minibatches 0; expected an integer of 1 or more": ("updates", Updates(1, 0)),
+    "updates returned the stop 0.1": ("updates", Updates(1, 1, cast(Any, 0.1))),
+    "after_update returned None; expected TrainState": ("after_update", None),
     "after returned None; expected TrainState": ("after", None),
+    "finish returned 'reward'; expected Normalization": ("finish", "reward"),
+    "problems returned 'bonus: 1'; expected lines of text": ("problems", "bonus: 1"),
 }
 
 
@@ -163,6 +195,34 @@ def test_a_wrong_answer_is_one_line(expected):
     with pytest.raises(guarded.AlgorithmError) as error:
         getattr(record, part)(None, sft.SFTConfig())
     assert str(error.value).startswith(f"mine:MINE: {expected}") and "\n" not in str(error.value)
+
+
+def test_a_stop_that_is_not_one_bool_is_one_line():
+    updates = lambda cfg: Updates(stop=lambda metrics: jnp.ones(2))
+    stop = guarded.checked("mine:MINE", sft.ALGORITHM._replace(updates=updates)).updates(sft.SFTConfig()).stop
+    assert stop is not None
+    with pytest.raises(guarded.AlgorithmError, match=r"^mine:MINE: stop returned an ArrayImpl; expected one bool$"):
+        stop({})
+
+
+@pytest.mark.parametrize("part", ["after", "after_update"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda x: x.astype(jnp.bfloat16), "slow['policy'] is bfloat16[3]; expected float32[3], as it was"),
+        (lambda x: x[:2], "slow['policy'] is float32[2]; expected float32[3], as it was"),
+        (lambda x: None, "slow['policy'] is nothing; expected float32[3], as it was"),
+    ],
+)
+def test_a_state_of_another_shape_is_one_line(part, change, expected):
+    """The loop over minibatches carries it: JAX would say so in forty lines."""
+    state = TrainState(jnp.int32(0), jnp.int32(0), {}, {"policy": jnp.ones(3)}, {}, {})
+    broken = lambda state, *_: state.replace(slow={"policy": change(state.slow["policy"])})
+    record = guarded.checked("mine:MINE", sft.ALGORITHM._replace(**{part: broken}))
+    given = (state, {}, sft.SFTConfig()) if part == "after" else (state, sft.SFTConfig())
+    with pytest.raises(guarded.AlgorithmError) as error:
+        getattr(record, part)(*given)
+    assert str(error.value) == f"mine:MINE: {part} returned a state whose {expected}"
 
 
 def test_what_a_function_raises_is_one_line_with_its_place():

@@ -321,11 +321,14 @@ def test_roles():
     assert ppo.ALGORITHM.batch(PPOConfig(reward_update=True)) == ("prompts", "preferences")
 
 
-@pytest.mark.parametrize(("stop_kl", "measured", "stops"), [(None, 1e9, False), (0.1, 0.09, False), (0.1, 0.11, True)])
-def test_stop(stop_kl, measured, stops):
-    assert ppo.ALGORITHM.stop is not None
-    stop = ppo.ALGORITHM.stop({"policy/kl_old": jnp.float32(measured)}, PPOConfig(stop_kl=stop_kl))
-    assert bool(stop) is stops
+@pytest.mark.parametrize(("measured", "stops"), [(0.09, False), (0.11, True)])
+def test_stop(measured, stops):
+    stop = ppo.ALGORITHM.updates(PPOConfig(stop_kl=0.1)).stop
+    assert stop is not None and bool(stop({"policy/kl_old": jnp.float32(measured)})) is stops
+
+
+def test_nothing_stops_unless_it_is_asked_for():
+    assert ppo.ALGORITHM.updates(PPOConfig(num_epochs=3, num_minibatches=2)) == (3, 2, None)
 
 
 @pytest.mark.parametrize(

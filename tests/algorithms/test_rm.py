@@ -139,7 +139,7 @@ def test_nothing_but_padding_is_finite():
 
 
 def test_the_record():
-    assert rm.ALGORITHM.roles(RMConfig()) == ({"reward": "scalar"}, {}) and rm.ALGORITHM.rollout is None
+    assert rm.ALGORITHM.roles(RMConfig()) == ({"reward": "scalar"}, {}) and not rm.ALGORITHM.online
     assert rm.ALGORITHM.batch(RMConfig()) == ("preferences",)
 
 

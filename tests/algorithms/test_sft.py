@@ -142,5 +142,5 @@ def test_a_step_learns_the_responses(run):
 
 
 def test_the_record():
-    assert sft.ALGORITHM.roles(SFTConfig()) == ({"policy": "lm"}, {}) and sft.ALGORITHM.rollout is None
+    assert sft.ALGORITHM.roles(SFTConfig()) == ({"policy": "lm"}, {}) and not sft.ALGORITHM.online
     assert sft.ALGORITHM.batch(SFTConfig()) == ("sequences",)

@@ -477,7 +477,7 @@ def test_a_good_config_passes(ppo):
         (["rewards.function=operator:add"], "models.reward: rewards.function operator:add is given too; expected one"),
         (
             [*FUNCTION, "algorithm.reward_update=true", "data.preferences.path=x"],
-            "algorithm.reward_update: true: rewards.function operator:add is no model that can learn; expected false",
+            "rewards.function: operator:add: no model that can learn, and ppo trains one; expected null",
         ),
         (
             ["generate.slots=2"],

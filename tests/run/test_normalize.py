@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.algorithms import rm
 from jaxrlhf.run import build, feed, normalize
 from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.types import TrainState
@@ -22,7 +23,7 @@ def test_the_fold_is_exact(mean, std):
     """(x k + b - mean) / std, as numpy has it in double precision."""
     rng = np.random.default_rng(0)
     hidden, kernel, bias = rng.normal(size=(50, 16)), rng.normal(size=(16, 1)), rng.normal(size=1)
-    head = normalize.fold({"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}, mean, std)
+    head = rm.fold({"kernel": jnp.float32(kernel), "bias": jnp.float32(bias)}, mean, std)
     found = hidden @ np.asarray(head["kernel"], np.float64) + np.asarray(head["bias"], np.float64)
     np.testing.assert_allclose(
         found, (hidden @ kernel + bias - mean) / std, rtol=1e-5, atol=1e-5 * abs(mean / std) + 1e-6
@@ -31,7 +32,7 @@ def test_the_fold_is_exact(mean, std):
 
 def test_the_fold_keeps_the_dtype_and_survives_equal_scores():
     head = {"kernel": jnp.ones((4, 1), jnp.bfloat16), "bias": jnp.ones(1, jnp.bfloat16)}
-    found = jax.jit(normalize.fold)(head, 1.0, 0.0)
+    found = jax.jit(rm.fold)(head, 1.0, 0.0)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"bfloat16"}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)) and found["bias"] == 0
 
@@ -49,7 +50,9 @@ def trained(root) -> tuple[build.Run, TrainState]:
 def scores(trained: tuple[build.Run, TrainState], seed: int, size: int = SIZE) -> np.ndarray:
     ready, state = trained
     with jax.set_mesh(ready.mesh):
-        return normalize.score_policy_samples(ready, dataclasses.replace(state, seed=jnp.int32(seed)), size)[0]
+        return normalize.score_policy_samples(ready, dataclasses.replace(state, seed=jnp.int32(seed)), "reward", size)[
+            0
+        ]
 
 
 def test_the_samples_that_it_was_normalised_on_have_mean_0_and_std_1(trained):
@@ -81,7 +84,7 @@ def test_more_samples_than_prompts(trained, monkeypatch):
         feed, "training_prompts", lambda ready, size, rows=16: asked.append(rows) or few(ready, 5, rows)
     )
     with jax.set_mesh(ready.mesh):
-        found, prompts = normalize.score_policy_samples(ready, state, 13)
+        found, prompts = normalize.score_policy_samples(ready, state, "reward", 13)
     assert found.shape == (13,) and prompts == 5 and len(np.unique(found)) > 10
     assert asked == [16, 16 // 3]  # so many prompts at a time that their responses are no more than a batch
 

@@ -100,7 +100,7 @@ def traced(case: Case) -> dict[str, Any]:
     drawn, batch = case.drawn, case.shapes
     with current(drawn.mesh):
         state = abstract_state(drawn)
-        if drawn.cfg.rewards.function is None or drawn.algorithm.rollout is None:
+        if drawn.cfg.rewards.function is None or not drawn.algorithm.online:
             return {"iteration": jax.make_jaxpr(make_iteration(drawn.recipe))(state, batch)}
         rollout, sequences = jax.make_jaxpr(make_rollout(drawn.recipe), return_shape=True)(state, batch)
         batch = batch.replace(sequences=sequences)
@@ -114,7 +114,7 @@ def answered(case: Case) -> Batch:
     """Rows (NumPy) as an iteration leaves them: every response fills its room."""
     cfg, columns = case.drawn.cfg, case.prompt + case.room
     batch = random_batch(case.shapes, VOCAB, case.prompt, case.lengths, cfg.seed, 0)
-    if case.drawn.algorithm.rollout is None:
+    if not case.drawn.algorithm.online:
         return batch
     prompts = np.repeat(batch.prompts.tokens, cfg.batch.samples_per_prompt, 0)
     count = len(prompts)
