@@ -173,7 +173,7 @@ def sample(
         prompts: texts, or lists of messages.
         chat: texts are a user's messages, and put into the model's chat template.
 
-    The same arguments give the same responses. Raises ValueError where ``model`` can't write."""
+    The same arguments give the same responses. Raises ValueError where ``model`` is not a language model."""
     checked_texts(prompts, "sample", "prompts")
     cfg = GenerateConfig(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop)

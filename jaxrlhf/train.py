@@ -46,7 +46,7 @@ from jaxrlhf.sharding import batch_shards, current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
-GOES_ON = "the same command goes on from there"
+GOES_ON = "the same command resumes"
 SHARED = "a directory that all processes share: NFS or gs://"
 
 

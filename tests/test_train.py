@@ -379,7 +379,7 @@ def test_a_signal_is_heard_wherever_the_loop_is(root, tmp_path, monkeypatch, fak
     cfg = bare(root, tmp_path, "iterations=6", "checkpoint.every=3")
     name, ended = STOPS[number]
     assert trainer.run(cfg) == ended
-    assert f"{name}: stopped at step {at}; the same command goes on from there\n" in capsys.readouterr().out
+    assert f"{name}: stopped at step {at}; the same command resumes\n" in capsys.readouterr().out
     assert signal.getsignal(number) == handler
     assert checkpoint.latest_step(tmp_path / "sft") == at
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == list(range(1, at + 1))

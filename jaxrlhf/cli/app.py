@@ -37,7 +37,7 @@ app.add_typer(discover.config, name="config")
 app.add_typer(discover.configs, name="configs")
 
 Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config): RUN, RUN@best or RUN@40.")]
-Step = Annotated[str, typer.Option(help="Which checkpoint of a run: a step, or best; by default the latest.")]
+Step = Annotated[str, typer.Option(help="Which checkpoint of a run: a step, or best. Default: the latest.")]
 
 
 Arguments = Annotated[
@@ -73,7 +73,7 @@ def train(
         typer.Option("--check", help="Train nothing and write nothing: show config, rows, steps and memory."),
     ] = False,
 ) -> None:
-    """Train. Ctrl-C or SIGTERM saves and stops; the same command goes on from there."""
+    """Train. Ctrl-C or SIGTERM saves and stops; the same command resumes."""
     if check_only:
         configs = load_joined(arguments)
         from jaxrlhf.hosts import processes
@@ -100,7 +100,7 @@ def train(
         for number, (path, cfg) in enumerate(configs):
             # several processes stop together, in the next run
             if number and stop.asked and not processes.several():
-                typer.echo(f"{stop.asked}: stopped before {path}; the same command goes on from there")
+                typer.echo(f"{stop.asked}: stopped before {path}; the same command resumes")
                 raise typer.Exit(stop.code)
             if run(cfg, decode(read_file(path), path), stop) != "done":
                 raise typer.Exit(stop.code)
@@ -108,8 +108,8 @@ def train(
 
 @app.command()
 def preflight(arguments: Arguments) -> None:
-    """Check a run before it: devices, mesh, run directory, network, memory, tokenizer, weights, data, reward functions.
-    Exit code 2 where one is wrong."""
+    """Check what a run needs before it starts: devices, mesh, run directory, network, memory, tokenizer, weights, data,
+    reward functions. Exit code 2 if a check fails."""
     configs = load_joined(arguments)
     from jaxrlhf.launch.preflight import preflight as look
 
@@ -128,14 +128,14 @@ def plan(
             help="A slice by its chip and layout, in chips (v5e:8x8, v5p:4x4x4), or by its name (v5litepod-64)."
         ),
     ] = "",
-    slices: Annotated[int | None, typer.Option(help="How many of them; by default mesh.slices.")] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Compile nothing: what is counted alone.")] = False,
+    slices: Annotated[int | None, typer.Option(help="Number of slices. Default: mesh.slices.")] = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only count FLOPs, bytes and memory.")] = False,
     calibration: Annotated[
         bool, typer.Option("--calibration", help="Show predictions beside published training speeds.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compile a config for a TPU slice that is not here: does it fit, and how fast can it be?"""
+    """Predict memory and speed of a config on a TPU slice, without the TPU: it is compiled ahead of time."""
     paths = [argument for argument in arguments or [] if "=" not in argument]
     if not calibration and (len(paths) != 1 or not topology):
         raise typer.BadParameter("expected one config and a TPU slice: configs/tiny/ppo.yaml --topology v5e:2x2")
@@ -155,7 +155,7 @@ def plan(
     typer.echo(json.dumps(report.as_json(made))) if as_json else report.print_plan(made)
 
 
-benchmarks = typer.Typer(help="How fast is it on this machine?", no_args_is_help=True)
+benchmarks = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 app.add_typer(benchmarks, name="benchmark")
 
 
@@ -165,20 +165,25 @@ def throughput(
         list[str] | None,
         typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="The shapes of a YAML file, and overrides."),
     ] = None,
-    algorithm: Annotated[str | None, typer.Option(help="grpo, ppo, dpo, kto, rm or sft; grpo by default.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Of each model; by default 4.")] = None,
-    hidden: Annotated[int | None, typer.Option(help="Features, a multiple of 64; by default 256.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="An iteration; offline: pairs or demonstrations.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Responses to a prompt.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help="By default 32.")] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="Of a response, at most; by default 32.")] = None,
-    reward: Annotated[
-        str | None, typer.Option(help="host: a function between two programs; model: in the one program.")
+    algorithm: Annotated[str | None, typer.Option(help="grpo, ppo, dpo, kto, rm or sft. Default: grpo.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of each model. Default: 4.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size, a multiple of 64. Default: 256.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="Prompts (offline: pairs or demonstrations) an iteration.")
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Of responses: dense (the longest) or ragged (lognormal).")] = "dense",
-    steps: Annotated[int, typer.Option(help="Iterations that are timed.")] = 5,
+    samples: Annotated[int | None, typer.Option(help="Responses per prompt.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt. Default: 32.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Maximum tokens of a response. Default: 32.")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(help="host: a function between two programs; model: in the one program."),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Response lengths: dense (all maximal) or ragged (lognormal).")
+    ] = "dense",
+    steps: Annotated[int, typer.Option(help="Timed iterations.")] = 5,
     cost_growth: Annotated[
-        bool, typer.Option("--cost-growth", help="Also with twice the samples, new tokens, layers.")
+        bool, typer.Option("--cost-growth", help="Also time twice the samples, new tokens, layers.")
     ] = False,
     profile: Annotated[str | None, typer.Option(help="A folder for a perfetto trace of one more iteration.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -219,16 +224,16 @@ def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A run, RUN@best, a Hugging Face folder, gguf:FILE or a hub name.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")] = None,
     file: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt a line, or JSONL with prompt or messages; - is standard input. May be repeated."),
+        typer.Option(help="One prompt per line, or JSONL with prompt or messages; - is standard input. Repeatable."),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Responses to each prompt.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Responses per prompt.")] = 1,
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this probability.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this total probability.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a response; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
     system: Annotated[str | None, typer.Option(help="A system message, in the model's chat template.")] = None,
@@ -236,7 +241,7 @@ def generate(
         bool,
         typer.Option("--chat", help="Put prompts into the model's chat template; without prompts: a conversation."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a prompt, one a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt, one per line.")] = False,
     step: Step = "",
 ) -> None:
     """Sample responses to prompts, or hold a conversation (--chat)."""
@@ -274,7 +279,7 @@ def generate(
 @app.command()
 def evaluate(
     run: Run,
-    judge: Annotated[bool, typer.Option(help="Ask a judge that training never saw.")] = True,
+    judge: Annotated[bool, typer.Option(help="Also score with the outside judge, which training never uses.")] = True,
     samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     step: Step = "",
@@ -301,7 +306,7 @@ def export(
     to: Annotated[str, typer.Option(help="The folder to write.")],
     role: Annotated[str, typer.Option(help="Whose weights: policy, reward, value, ...")] = "policy",
     step: Step = "",
-    force: Annotated[bool, typer.Option("--force", help="Write over what a folder holds, without asking.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a folder that is not empty; do not ask.")] = False,
 ) -> None:
     """Write the weights of one role, or of a GGUF file, as a Hugging Face folder, which transformers loads."""
     name = name_step(run, step)

@@ -10,14 +10,14 @@ from typing import Annotated
 
 import typer
 
-config = typer.Typer(help="What a config can say.", no_args_is_help=True)
+config = typer.Typer(help="Show config keys and the JSON schema.", no_args_is_help=True)
 configs = typer.Typer(help="List the configs that come with the package, and copy them.", invoke_without_command=True)
 
 
 @config.command()
 def keys(
     which: Annotated[
-        str, typer.Argument(metavar="[WHICH]", help="An algorithm, a section, a dotted prefix or a key; else all.")
+        str, typer.Argument(metavar="[WHICH]", help="An algorithm, a section, a dotted prefix or a key. Default: all.")
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array.")] = False,
 ) -> None:
@@ -55,7 +55,7 @@ def schema() -> None:
 
 
 def metrics(
-    which: Annotated[str, typer.Argument(metavar="[WHICH]", help="A part of the names; else all.")] = "",
+    which: Annotated[str, typer.Argument(metavar="[WHICH]", help="Part of a metric name. Default: all.")] = "",
 ) -> None:
     """List the metrics that runs write, with unit and meaning."""
     from jaxrlhf.errors import ConfigError, nearest
@@ -79,7 +79,7 @@ def init(
         ),
     ] = "",
 ) -> None:
-    """Print a config to begin with (jaxrlhf init dpo > dpo.yaml); without a method, list the methods."""
+    """Print a commented starter config (jaxrlhf init dpo > dpo.yaml); without a method, list the methods."""
     from jaxrlhf.errors import ConfigError, nearest
 
     known = starters()
@@ -117,7 +117,7 @@ def copy(
     ],
     to: Annotated[str, typer.Argument(help="The folder to write to.")] = ".",
 ) -> None:
-    """Copy configs; files that exist already are left alone."""
+    """Copy configs; existing files are kept."""
     from jaxrlhf.errors import ConfigError, nearest
 
     found, wanted = find_configs(), name.removesuffix(".yaml").strip("/")

@@ -10,7 +10,7 @@ from jaxrlhf.config.roles import find_algorithm, roles_of
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.chat import check_config
 from jaxrlhf.data.sources import DataConfig, SourceConfig
-from jaxrlhf.errors import ConfigError, show
+from jaxrlhf.errors import ConfigError, counted, show
 from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16
@@ -259,7 +259,7 @@ def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
     axes = {"slices": sizes["slice"], "data": sizes["data"], "fsdp": sizes["fsdp"] * sizes["decode"]}
     shards, (_, minibatches) = math.prod(axes.values()), updates_of(cfg)
     shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis != "slices" or size > 1)
-    over = f"{minibatches} minibatches x {shards} batch shards ({shown})"
+    over = f"{counted(minibatches, 'minibatch', 'minibatches')} x {counted(shards, 'batch shard')} ({shown})"
     undivided = [*divided(cfg, fields_read(cfg), minibatches, shards, over)]
     yield from undivided
     micro = cfg.batch.micro_batch_size
@@ -272,11 +272,13 @@ def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
         nearest = min(fits, key=lambda size: abs(size - micro))
         yield (
             f"batch.micro_batch_size: {micro}: a minibatch has {rows} / {minibatches} = {rows // minibatches} rows "
-            f"on {shards} batch shards; expected a divisor of it that the shards divide; nearest: {nearest}"
+            f"on {counted(shards, 'batch shard')}; expected a divisor of it that the shards divide; nearest: {nearest}"
         )
         return
     parts = rows // minibatches // micro
-    yield from divided(cfg, others, minibatches * parts, shards, f"{over} x {parts} micro-batches")
+    yield from divided(
+        cfg, others, minibatches * parts, shards, f"{over} x {counted(parts, 'micro-batch', 'micro-batches')}"
+    )
 
 
 def divided(cfg: Config, fields: Sequence[str], parts: int, shards: int, over: str) -> Iterator[str]:

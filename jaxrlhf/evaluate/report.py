@@ -91,13 +91,13 @@ def compare(responses: dict[str, list[dict[str, Any]]], count: int) -> list[dict
 
 SHOWN = {  # metric -> what a reader calls it
     "score/mean": "reward",
-    "score/std": "its standard deviation",
+    "score/std": "standard deviation of the reward",
     "kl/reference": "KL from the reference (nats a response)",
     "response/length_mean": "length (tokens)",
-    "response/ended": "share that ended by itself",
-    "judge/mean": "outside judge: share positive",
+    "response/ended": "responses that ended with EOS or a stop text",
+    "judge/mean": "share positive, by the outside judge",
     "loss/policy": "loss",
-    "implicit_reward/accuracy": "accuracy on pairs, by the policy itself",
+    "implicit_reward/accuracy": "accuracy on pairs, by the policy's log-probs",
     "reward/accuracy": "accuracy on pairs",
     "loss/reward": "loss (nats a pair)",
 }
@@ -120,10 +120,10 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(table)
     for metric, who in WINS.items():
         if metric in report.get("after", {}) and "before" in report:
-            console.print(f"{who} prefers after to before: {report['after'][metric]:.1%}", highlight=False)
+            console.print(f"win rate of after over before, by {who}: {report['after'][metric]:.1%}", highlight=False)
     if "reward_model" in report:
         pairs = report["reward_model"]
-        text = f"reward model: {pairs['accuracy']:.1%} of {pairs['pairs']:.0f} held-out pairs right, "
+        text = f"reward model: {pairs['accuracy']:.1%} of {pairs['pairs']:.0f} held-out pairs ranked correctly, "
         console.print(text + f"calibration error {pairs['calibration_error']:.3f}", highlight=False)
     for row in report.get("samples", []):
         console.print(f"\n[bold]{escape(row['prompt'])}[/bold]", highlight=False)

@@ -137,7 +137,7 @@ def device_memory() -> str:
     """Of the devices here, the one with least room."""
     stats = [stats for device in jax.local_devices() if (stats := device.memory_stats())]
     if not stats or "bytes_limit" not in stats[0]:
-        return "not told by these devices"
+        return "not reported by these devices"
     free, limit = min((row["bytes_limit"] - row.get("bytes_in_use", 0), row["bytes_limit"]) for row in stats)
     return f"{free / GB:.1f} GB free of {limit / GB:.1f} on each device"
 

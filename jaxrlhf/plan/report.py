@@ -120,7 +120,7 @@ def verdict(plan: Plan) -> str:
     if plan.fits:
         return f"{how}fits: {needed} of {there} GiB a chip, {gib((plan.available - plan.needed) * each)} to spare"
     which = "temporaries alone need" if isinstance(plan.programs, TooBig) else "needs"
-    return f"{how}DOES NOT FIT: {which} {needed} GiB a chip, {there} are there"
+    return f"{how}DOES NOT FIT: {which} {needed} GiB a chip, has {there}"
 
 
 def speed(plan: Plan) -> str:

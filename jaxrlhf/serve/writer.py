@@ -73,7 +73,9 @@ def read_model(name: str, mesh, dtype=jnp.float32, role: Role = "policy") -> Mod
 def check_head(what: str, head: Head, wanted: Head) -> None:
     """Raises ValueError, in one line, where a model can't do what is wanted of it."""
     if head != wanted:
-        can = "can't write; expected a policy, a causal language model" if wanted == "lm" else "gives no scores"
+        can = (
+            "can't generate text; expected a policy (a causal language model)" if wanted == "lm" else "gives no scores"
+        )
         raise ValueError(f"{what}: a model with a {head} head {can}")
 
 

@@ -103,7 +103,7 @@ def test_preemption_exits_with_75_and_leaves_the_rest(sft, calls, run):
 def test_ctrl_c_in_the_last_iteration_of_a_run_stops_before_the_next(sft, calls, run):
     out, _ = run("train", sft, sft.parent / "second.yaml", "first:run_dir=last", code=130)
     assert [cfg.run_dir for _, cfg, *_ in calls] == ["last"]
-    assert out == f"Ctrl-C: stopped before {sft.parent / 'second.yaml'}; the same command goes on from there\n"
+    assert out == f"Ctrl-C: stopped before {sft.parent / 'second.yaml'}; the same command resumes\n"
 
 
 def test_check_looks_and_trains_nothing(sft, calls, run):

@@ -126,12 +126,20 @@ def test_samples_show_both_policies_on_the_same_prompts(reports):
 def test_the_report_for_a_reader(reports, capsys):
     reporting.print_report(reports["ppo"])
     shown = capsys.readouterr().out
-    for words in ("reward", "KL from the reference", "length (tokens)", "outside judge: share positive", "before"):
+    for words in (
+        "reward",
+        "KL from the reference",
+        "length (tokens)",
+        "share positive, by the outside judge",
+        "before",
+    ):
         assert words in shown
     assert f"{reports['ppo']['after']['score/mean']:.3f}" in shown
     wins = reports["ppo"]["after"]["win_rate/judge"]
-    assert f"the outside judge prefers after to before: {wins:.1%}" in shown
-    assert f"reward model: {reports['ppo']['reward_model']['accuracy']:.1%} of 32 held-out pairs right" in shown
+    assert f"win rate of after over before, by the outside judge: {wins:.1%}" in shown
+    assert (
+        f"reward model: {reports['ppo']['reward_model']['accuracy']:.1%} of 32 held-out pairs ranked correctly" in shown
+    )
     assert reports["ppo"]["samples"][0]["prompt"] in shown
     reporting.print_report(reports["sft"])
     assert f"{reports['sft']['after']['loss/policy']:.3f}" in capsys.readouterr().out

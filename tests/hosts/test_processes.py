@@ -140,7 +140,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_run_goes_on_bitwise(root):
         environment={"JAXRLHF_TEST_PACE": "1"},
     )
     assert [one.code for one in stopped] == [75, 130], stopped[0].errors + stopped[1].errors
-    said = re.search(r"SIGTERM: stopped at step (\d+); the same command goes on from there", stopped[0].outputs[0])
+    said = re.search(r"SIGTERM: stopped at step (\d+); the same command resumes", stopped[0].outputs[0])
     assert said is not None
     step, run = int(said[1]), base(root) / "parts" / "ppo"
     assert 1 <= step < 8 and runs.steps_kept(run)[-1] == step

@@ -166,7 +166,7 @@ FITS = "batch.sequences_per_step=64"
             ["overrides=[mesh.data=8, mesh.fsdp=4]"],
             "mesh: (data=8, fsdp=4, tensor=1) needs 32 devices; there are 16 in these",
         ),
-        (["overrides=[]"], "batch.sequences_per_step: 8: 8 rows do not divide over 1 minibatches x 16 batch shards"),
+        (["overrides=[]"], "batch.sequences_per_step: 8: 8 rows do not divide over 1 minibatch x 16 batch shards"),
         (["overrides=[batch.sequences_per_step=16, iterations=0]"], "iterations: 0: expected a number in [1, inf)"),
     ],
 )

@@ -94,7 +94,7 @@ def test_a_bucket_is_written_to_as_a_folder_is(tmp_path):
     ("overrides", "text"),
     [
         (["mesh.fsdp=3"], "mesh: (data=-1, fsdp=3, tensor=1) needs a multiple of 3 devices; there are 8 here"),
-        (["batch.sequences_per_step=12"], "batch.sequences_per_step: 12: 12 rows do not divide over 1 minibatches x 8"),
+        (["batch.sequences_per_step=12"], "batch.sequences_per_step: 12: 12 rows do not divide over 1 minibatch x 8"),
     ],
 )
 def test_a_mesh_or_batch_that_does_not_fit_fails_alone(look, overrides, text):

@@ -163,7 +163,7 @@ def test_the_report_of_what_does_not_fit(capsys):
     plan = Plan(load(TINY), where, {"data": 8}, ["policy: random"], "batch", 8, Memory(1, 2, 3, 4), None, [], None)
     big = plan._replace(programs=TooBig(100 * GIB, 94 * GIB))
     assert not big.fits and (big.needed, big.available) == (100 * GIB, 94 * GIB)
-    assert report.verdict(big) == "DOES NOT FIT: temporaries alone need 200.00 GiB a chip, 188.00 are there"
+    assert report.verdict(big) == "DOES NOT FIT: temporaries alone need 200.00 GiB a chip, has 188.00"
     assert report.advice_lines(big) == [
         "no setting of mesh, micro-batch, remat and number formats was found that fits: more chips are needed"
     ]

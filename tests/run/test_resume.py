@@ -96,7 +96,7 @@ def test_sigterm_saves_and_says_so(root):
     first, second, *_ = runs.parts(root)
     for done, folder, name in ((first, "parts-1", "rm"), (second, "parts-2", "ppo")):
         assert done.code == 75
-        assert done.outputs[-1].endswith("SIGTERM: stopped at step 2; the same command goes on from there\n")
+        assert done.outputs[-1].endswith("SIGTERM: stopped at step 2; the same command resumes\n")
         # checkpoint.every is 3: this one is there because of the signal
         assert runs.steps_kept(root / folder / name) == [2]
     assert not (root / "parts-1" / "ppo").exists()  # the command went no further

@@ -481,7 +481,7 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys
     with rewarded_by(breaking), expected[mistake] as caught:
         trainer.run(cfg)
     assert app.raised_here(caught.value)
-    went_on = "stopped at step 2, which is saved; once the error is mended, the same command goes on from there\n"
+    went_on = "stopped at step 2, which is saved; once the error is mended, the same command resumes\n"
     assert went_on in capsys.readouterr().out
     assert runs.steps_kept(tmp_path / "ppo") == [2]
     with rewarded_by(vowels):
