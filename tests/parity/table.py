@@ -1,4 +1,4 @@
-"""The table of README.md about parity with transformers, a row a family: ``python -m tests.parity.table`` prints it."""
+"""The table of parity with transformers in jaxrlhf/models/README.md: ``python -m tests.parity.table`` prints it."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from tests.parity.cases import CASES, family_of
 from tests.parity.checks import CHECKS
 
 BEGIN, END = "<!-- parity table -->", "<!-- /parity table -->"
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "jaxrlhf" / "models" / "README.md"
 COLUMNS = {
     "logits": "logits, float32",
     "greedy": "greedy text",
@@ -43,8 +43,11 @@ def table() -> str:
 
 
 def table_in_readme() -> str:
-    """What stands between the markers."""
-    return README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+    """What is between the markers. Raises ValueError where they are missing."""
+    text = README.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{README}: expected {BEGIN} and {END} once")
+    return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
 if __name__ == "__main__":
