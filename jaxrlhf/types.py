@@ -54,7 +54,7 @@ class Sequences(struct.PyTreeNode):
     logprobs: Maybe = None  # f32[B, S] under the distribution that they were sampled from
     scores: Maybe = None  # f32[B]: one number a sequence; NaN: graders on the host could not score it
     grades: Maybe = None  # {name: f32[B]}: what each of several graders on the host gave; NaN: it could not
-    ended: Maybe = None  # bool[B]: the response ended by itself (EOS or a stop sequence), not by its length
+    ended: Maybe = None  # bool[B]: the response ended with EOS or a stop text, not by its length
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
     copies: int = struct.field(pytree_node=False, default=1)  # every so many rows have the same prompt: it is read once
     width: Maybe = struct.field(

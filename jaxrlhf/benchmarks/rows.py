@@ -31,7 +31,7 @@ def response_lengths(count: int, room: int, lengths: Lengths, seed: int) -> np.n
 def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, seed: int, step: int) -> Batch:
     """NumPy rows of the shapes in ``shapes``: prompts that fill their columns; sequences and pairs with prompts of
     ``prompt`` tokens (the same for both of a pair), and responses that have the room behind them. Tokens are new in
-    every step; lengths hang on the seed alone, so that all iterations are the same work."""
+    every step; lengths depend on the seed alone, so that all iterations are the same work."""
     batch, rng = Batch(), np.random.default_rng((seed, step))
     if shapes.prompts is not None:
         rows, columns = shapes.prompts.tokens.shape

@@ -95,8 +95,8 @@ def columns_of(cfg: Config, field: str, rows: int, shared: bool) -> int:
 
 
 def shares_prompts(cfg: Config, shards: int, parts: int) -> bool:
-    """Whether a prompt is read once for all its responses, in what is learned from too: so that they stay together, and
-    on one of the ``shards`` devices that split a batch, in each of the ``parts`` that an update is computed in."""
+    """Whether training too computes a prompt once for all its responses. They then stay together on one of the
+    ``shards`` devices that split a batch, in each of the ``parts`` that an update is computed in."""
     rows = minibatch_rows(cfg) // parts % (cfg.batch.samples_per_prompt * shards)
     return "prompts" in fields_read(cfg) and cfg.batch.share_prompts and rows == 0
 

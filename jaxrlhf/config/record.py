@@ -47,7 +47,7 @@ class BatchConfig:
 
     prompts_per_step: int = 64  # prompts of an on-policy iteration
     samples_per_prompt: int = 1  # responses to each of them
-    share_prompts: bool = True  # read a prompt once for all of them in scoring and training, not only in sampling
+    share_prompts: bool = True  # compute a prompt once for all of them in scoring and training, not only in sampling
     sequences_per_step: int = 64  # rows of demonstrations (sft)
     preferences_per_step: int = 32  # pairs
     unpaired_per_step: int = 32  # responses with a label

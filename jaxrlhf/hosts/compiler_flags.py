@@ -38,7 +38,7 @@ GPU_DETERMINISTIC = (
     ),
 )
 # libtpu 0.0.52 does both without being told, and nothing else that schedules collectives changed a program whose
-# weights are gathered in a scan; they are said so that a run does not hang on the defaults of a version
+# weights are gathered in a scan; they are said so that a run does not depend on the defaults of a version
 TPU = (
     Flag(
         "LIBTPU_INIT_ARGS",

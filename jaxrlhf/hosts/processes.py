@@ -123,7 +123,7 @@ def detect(environment: Mapping[str, str]) -> Cluster | None:
     """The cluster that started this process as one of several; None where it stands alone.
 
     Looks at the environment and at device files only, so that a laptop never waits for an answer. The names are those
-    that jax.distributed.initialize() goes by. Raises ValueError where it could not go on from what is there."""
+    that jax.distributed.initialize() goes by. Raises ValueError where they name it incompletely."""
     number = lambda name: int(environment[name]) if environment.get(name, "").isdigit() else 0
     if tpu := detect_tpu(environment):
         return tpu

@@ -148,7 +148,7 @@ def prompts_abreast(prompts: int, copies: int, runtime: Runtime) -> int:
     """How many prompts stand in a row while their responses are decoded, as ``abreast`` lays them.
 
     Two on a CPU where each has one response. Products with no more batch dimensions than (prompt, head) go another way
-    through XLA, which turns all the keys round for every token (0.61 ms a layer and token; this way 0.25)."""
+    through XLA, which transposes all the keys for every token (0.61 ms a layer and token; this way 0.25)."""
     alone = copies == 1 and runtime.hardware.platform == "cpu"
     return 2 if alone and prompts % (2 * split_over("batch")) == 0 else 1
 

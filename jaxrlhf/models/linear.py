@@ -91,7 +91,7 @@ def times(x: Array, kernel: Array, equation: str, where: Any, axes: Axes, dtype:
     """einsum(equation, x, kernel), both of one dtype, in ``dtype`` (None: theirs), laid out as ``where``; the kernel,
     of logical ``axes``, is gathered here, and its gradient comes scattered out of the product that makes it, x^T dy.
 
-    What JAX derives is dy^T x, or its transpose. On CPUs XLA then turns dy round element by element, inside whatever
+    What JAX derives is dy^T x, or its transpose. On CPUs XLA then transposes dy element by element, inside whatever
     computed it (without that, updates of layers 256 wide took 0.85 of the time, and 0.88 of that for the logits).
     Elsewhere the two are the same product. XLA:TPU scatters a sum along the first axis, but along the last, where
     pieces are 128 wide, it sums the whole on every device and splits that, twice the bytes: so the gradient is made
@@ -118,7 +118,7 @@ def times_backward(
     rows = [name for name in left if name in out]
     if [name for name in left + out if name in right] != list(right):
         # logits of tied embeddings: what the softmax sends back is computed once for both products, not in each of
-        # them, and of the three arrays it is the product that is turned round
+        # them, and of the three arrays the product is the one to transpose
         dy = jax.lax.optimization_barrier(dy)
     factors = [(left, x), (out, dy)]
     if axes[-1] == "embed" and right[-1] in out and is_split(kernel):
@@ -170,7 +170,7 @@ def by_output(kernel: Array, x: Array, equation: str, out_axes: Axes, dtype=None
     y = jax.lax.dot_general(
         kernel.astype(x.dtype), x, (theirs, ((), ())), preferred_element_type=dtype, out_sharding=where
     )
-    # without the barrier XLA would turn the product round, and save itself this small transposition
+    # without the barrier XLA would transpose the product instead, and save this small transposition
     return jnp.transpose(jax.lax.optimization_barrier(y), [made.index(name) for name in out])
 
 

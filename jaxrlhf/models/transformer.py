@@ -138,7 +138,7 @@ def linear_table(sizes: dict[str, int], fan_in: int, bias: bool, bias_rank: int,
 
 
 def init(cfg: ModelConfig, head: Head, key: Array, dtype=jnp.float32) -> Params:
-    """Random parameters, each laid out by its logical axes. A leaf's noise hangs on its path alone, not on the mesh."""
+    """Random parameters, each sharded by its logical axes. A leaf's noise depends on its path only, not on the mesh."""
     table = parameter_table(cfg, head)
 
     def one(path, leaf: Leaf):

@@ -38,7 +38,7 @@ STORED = 12  # bytes moved for each product of a query and a key: f32 written an
 
 
 class Setup(NamedTuple):
-    """What the counts hang on, besides the models."""
+    """What the counts depend on, besides the models."""
 
     mesh: Mapping[str, int]  # devices along the axes of sharding.AXES
     compute: int = 2  # bytes of an activation

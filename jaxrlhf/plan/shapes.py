@@ -38,7 +38,7 @@ def blueprint(cfg: Config, mesh, beside: Mapping[str, Config]) -> tuple[Blueprin
     """The config ready to compile, and what to tell of where shapes come from.
 
     ``beside``: run directory -> the config that makes it, of runs that may not be there yet. Token ids are made up:
-    a program hangs on their number only. Raises ConfigError where a shape is known nowhere, or does not fit."""
+    a program depends on their number only. Raises ConfigError where a shape is known nowhere, or does not fit."""
     if cfg.iterations is None:  # programs have the same shapes whenever their schedules end
         cfg = dataclasses.replace(cfg, iterations=1, epochs=None)
     found = {role: find_shape(cfg, base_role(cfg, role), beside) for role in heads_of(cfg)}

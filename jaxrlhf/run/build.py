@@ -415,8 +415,8 @@ def initial_state(run: Run) -> TrainState:
 
 
 def read_weights(run: Run, role: Role) -> Params:
-    """One role's parameters on the mesh, under the head it needs. What is drawn hangs on the seed and on where the role
-    starts, so that roles that start from the same random weights do."""
+    """One role's parameters on the mesh, under the head it needs. Random weights depend on the seed and on where the
+    role starts, so that roles that start from the same random weights do."""
     found, head, zero = run.weights[role], run.heads[role], role == "value"
     number = sorted(run.cfg.models).index(base_role(run.cfg, role))
     key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)

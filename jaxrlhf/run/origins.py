@@ -18,7 +18,7 @@ class Weights(NamedTuple):
     kind: str  # "new", "run" or "hf"
     path: str | None
     config: ModelConfig
-    head: Head | None  # what is there; another may be needed; None: a reward model's class without its head
+    head: Head | None  # of the source; another may be needed; None: a reward model's class without its head
     step: int = 0  # run: of the checkpoint
     role: Role = ""  # run: as what they are saved there
     notes: tuple[str, ...] = ()  # what to tell of it

@@ -38,7 +38,7 @@ def test_save_and_load(trained, tmp_path):
     assert loaded.chat_template == tokenizer.chat_template
     assert tk.leading_ids(loaded) == [2]
     assert loaded.decode(loaded(" a ,b")["input_ids"]) == "<bos> a ,b"
-    tk.save_tokenizer(loaded, str(tmp_path / "new" / "tok"))  # over what is there
+    tk.save_tokenizer(loaded, str(tmp_path / "new" / "tok"))  # over the one saved before
 
 
 def test_fingerprint(tokenizer):

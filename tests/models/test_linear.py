@@ -165,7 +165,7 @@ EQUATIONS = {
 
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_gradients_of_a_product_are_those_that_jax_derives(equation):
-    """And nothing is turned round on the way but the kernel's gradient, where the kernel begins with what is made."""
+    """And nothing is transposed on the way but the kernel's gradient, where the kernel begins with what is made."""
     (x_shape, kernel_shape, axes), rng = EQUATIONS[equation], np.random.default_rng(0)
     x, kernel = rng.normal(size=x_shape).astype(np.float32), rng.normal(size=kernel_shape).astype(np.float32)
     weight = rng.normal(size=jnp.einsum(equation, x, kernel).shape).astype(np.float32)

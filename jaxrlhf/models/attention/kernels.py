@@ -141,9 +141,9 @@ def within_groups(
 ) -> Attend:
     """``within_rows`` where a row is a group: a prompt, then ``copies`` responses that branch from it.
 
-    A response reads the prompt and itself, as if it stood right behind it. readable bool[G, P]: the columns of the
-    prompt that hold tokens, all behind the padding. The responses have ``room`` columns each, and what stands behind
-    their end is read by no token of theirs, since it lies ahead; or they are packed, as ``where`` says (xla only)."""
+    A response attends to the prompt and to itself, as if it came right after it. readable bool[G, P]: the columns of
+    the prompt that hold tokens, all behind the padding. The responses have ``room`` columns each, and no token of
+    theirs attends to what follows their end, by causality; or they are packed, as ``where`` says (xla only)."""
     if kernel == "splash":
         ids = lambda columns: jnp.pad(readable, ((0, 0), (0, columns - readable.shape[1])), constant_values=True)
         mask_of = functools.partial(tree, prompt=readable.shape[1], copies=copies, window=window)

@@ -113,7 +113,7 @@ def split_copies(x: Array, kv_heads: int, copies: int) -> Array:
 
 
 def merge_copies(x: Array) -> Array:
-    """The inverse."""
+    """The inverse of split_copies."""
     rows, kv_heads, copies, group, columns, dim = x.shape
     layout = spec("batch", "seq", head_axis("heads", kv_heads * group), "head_dim")
     shape = (rows, copies * columns, kv_heads * group, dim)

@@ -12,8 +12,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 @dataclasses.dataclass(frozen=True)
 class TreeMask(masks.Mask):
-    """A token reads the prompt and its own response, up to itself; with ``window``, that many columns at most, as if
-    the response stood right behind the prompt.
+    """A token attends to the prompt and its own response, up to itself; with ``window``, to that many columns at most,
+    as if the response came right after the prompt.
 
     Blocks of it are computed where they are asked for, in NumPy while tracing and in the kernel while running: the
     whole would be a byte for each pair of columns. Of a query the kernel hands ``mask_function`` one number, which so

@@ -77,4 +77,4 @@ class Family(NamedTuple):
     query_key_norm: Literal["none", "head", "all"] = "none"  # over the features of each head, or of all of them
     scaled_embeddings: bool = False  # multiplied by sqrt(hidden_size)
     parallel_residual: bool = False  # x + attention(x) + mlp(x), unless the config says
-    global_every: int = 0  # where there is a window, each so manieth layer is global; 0: none is
+    global_every: int = 0  # where there is a window, every n-th layer is global; 0: none
