@@ -131,7 +131,7 @@ def plan(
     slices: Annotated[int | None, typer.Option(help="Number of slices. Default: mesh.slices.")] = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Only count FLOPs, bytes and memory.")] = False,
     calibration: Annotated[
-        bool, typer.Option("--calibration", help="Show predictions beside published training speeds.")
+        bool, typer.Option("--calibration", help="Show predictions beside published speeds.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

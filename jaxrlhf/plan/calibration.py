@@ -6,6 +6,9 @@ scripts whose batch, mesh and remat these rows repeat) and in https://github.com
 Both attend with a kernel that keeps products of queries and keys out of HBM; shares of the peak are of attention in
 full, as plan/cost.py counts it. Their remat is the nearest that there is here: "minimal" keeps matrix products (dots),
 and what the steps on v6e offload to the host, and read back while they compute again, is computed again (full).
+
+Decoding: milliseconds between tokens from the benchmark documentation of SGL-JAX
+(https://github.com/sgl-project/sglang-jax). Its cache grows with the text, so the count is of the mean length of a row.
 """
 
 from typing import Literal, NamedTuple
@@ -13,7 +16,7 @@ from typing import Literal, NamedTuple
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files.published import LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_1_70B, shape
 from jaxrlhf.plan.calls import Pass, Passes
-from jaxrlhf.plan.cost import Setup, phases, timed
+from jaxrlhf.plan.cost import Phase, Setup, decode_step, phases, timed
 from jaxrlhf.tpu.peaks import CHIPS
 
 
@@ -84,7 +87,57 @@ def calibrate() -> list[Compared]:
     return [compare(step) for step in STEPS]
 
 
+class Decode(NamedTuple):
+    """Decoding as it is published: ``rows`` at a time, ``prompt`` and ``new`` tokens each, tensor = ``chips``."""
+
+    name: str
+    topology: str
+    chips: int
+    model: ModelConfig
+    rows: int
+    prompt: int
+    new: int
+    seconds: float  # between two tokens of a row
+
+
+QWEN3 = {"family": "qwen3", "vocab": 151936, "kv": 8, "positions": 40960, "head_dim": 128}
+QWEN3_8B = shape(hidden=4096, layers=36, heads=32, mlp=12288, **QWEN3)
+QWEN3_32B = shape(hidden=5120, layers=64, heads=64, mlp=25600, **QWEN3)
+DECODES = (
+    Decode("SGL-JAX, Qwen3 8B", "v6e-4", 4, QWEN3_8B, 64, 1024, 1024, 11.11e-3),
+    Decode("SGL-JAX, Qwen3 8B", "v6e-4", 4, QWEN3_8B, 256, 1024, 1024, 30.0e-3),
+    Decode("SGL-JAX, Qwen3 8B", "v6e-4", 4, QWEN3_8B, 64, 4096, 1024, 21.13e-3),
+    Decode("SGL-JAX, Qwen3 32B", "v6e-4", 4, QWEN3_32B, 64, 1024, 1024, 29.48e-3),
+)
+
+
+class DecodeCompared(NamedTuple):
+    """Seconds a token: as counted, at best, and as published."""
+
+    decode: Decode
+    predicted: float
+    published: float
+
+    @property
+    def ratio(self) -> float:
+        """Share of the predicted speed that the published one reaches."""
+        return self.predicted / self.published
+
+
+def compare_decode(decode: Decode) -> DecodeCompared:
+    """One token of every row, by the roofline of plan/cost.py, halfway through the responses."""
+    chip = CHIPS[decode.topology.split("-")[0]]
+    setup = Setup({"data": 1, "fsdp": 1, "tensor": decode.chips})
+    half = Pass("policy", "sample", decode.rows, decode.prompt, decode.new // 2)
+    work = decode_step(resolve(decode.model), half, setup)
+    return DecodeCompared(decode, timed(Phase("decode", work, work.flops), chip).seconds, decode.seconds)
+
+
+def calibrate_decoding() -> list[DecodeCompared]:
+    return [compare_decode(decode) for decode in DECODES]
+
+
 def reached() -> tuple[float, float]:
-    """The least and the most of a predicted speed that published steps reach."""
+    """The least and the most of a predicted speed that published training steps reach."""
     ratios = [row.ratio for row in calibrate()]
     return min(ratios), max(ratios)

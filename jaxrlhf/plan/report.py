@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrlhf.plan import Plan
-from jaxrlhf.plan.calibration import Compared, calibrate, reached
+from jaxrlhf.plan.calibration import Compared, calibrate, calibrate_decoding, reached
 from jaxrlhf.plan.compiled import Compiled, TooBig
 from jaxrlhf.tpu.peaks import GIB
 
@@ -173,11 +173,15 @@ def advice_lines(plan: Plan) -> list[str]:
 
 
 def print_calibration() -> None:
-    """Published training steps beside what is predicted of them."""
+    """Published training steps and decoding beside what is predicted of them."""
     table = Table("training step", "slice", "rows a chip", "published", "predicted", "ratio", title="share of the peak")
     for row in calibrate():
         table.add_row(*calibration_row(row))
-    Console().print(table)
+    decoding = Table("decoding", "slice", "rows", "published", "predicted", "ratio", title="milliseconds a token")
+    for row in calibrate_decoding():
+        of, times = row.decode, [f"{seconds * 1e3:.2f}" for seconds in (row.published, row.predicted)]
+        decoding.add_row(of.name, of.topology, f"{of.rows} x ({of.prompt} + {of.new})", *times, f"{row.ratio:.2f}")
+    Console().print(table, decoding)
 
 
 def calibration_row(row: Compared) -> list[str]:
@@ -186,9 +190,16 @@ def calibration_row(row: Compared) -> list[str]:
     return [step.name, step.topology, rows, f"{row.published:.1%}", f"{row.predicted:.1%}", f"{row.ratio:.2f}"]
 
 
-def calibration_json() -> list[dict[str, Any]]:
-    return [
+def calibration_json() -> dict[str, list[dict[str, Any]]]:
+    """{"training": shares of the peak, "decoding": seconds a token}; ratio: of published speed to predicted."""
+    training = [
         {"name": row.step.name, "slice": row.step.topology, "model": dataclasses.asdict(row.step.model)}
         | {"published": row.published, "predicted": row.predicted, "ratio": row.ratio}
         for row in calibrate()
     ]
+    decoding = [
+        {"name": row.decode.name, "slice": row.decode.topology, "model": dataclasses.asdict(row.decode.model)}
+        | {"published": row.published, "predicted": row.predicted, "ratio": row.ratio}
+        for row in calibrate_decoding()
+    ]
+    return {"training": training, "decoding": decoding}

@@ -10,7 +10,7 @@ from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.plan import cost
-from jaxrlhf.plan.calibration import STEPS, calibrate, reached
+from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reached
 from jaxrlhf.plan.calls import Models, Pass, Passes, passes_of
 from jaxrlhf.plan.cost import Phase, Setup, Work, phases, timed
 from jaxrlhf.plan.shapes import blueprint
@@ -301,3 +301,13 @@ def test_a_published_step_by_hand():
     row = next(row for row in calibrate() if row.step.name == "MaxText 32B" and row.step.topology == "v5e-256")
     assert row.predicted == pytest.approx(0.75, abs=0.005)
     assert row.ratio == pytest.approx(0.669 / 0.75, abs=0.01)
+
+
+def test_published_decoding_by_hand():
+    """Qwen3 8B on 4 chips of v6e, 64 rows of 1024 + 512 tokens: weights without embeddings, and cache."""
+    row = calibrate_decoding()[0]
+    layer = 4096 * (32 + 2 * 8 + 32) * 128 + 3 * 4096 * 12288
+    weights = 2 * (36 * layer + 151936 * 4096) / 4
+    cache = 2 * 36 * 2 * 8 / 4 * 128 * 64 * (1024 + 512)
+    assert row.predicted == pytest.approx((weights + cache) / 1638e9, rel=0.02)
+    assert all(0.35 < row.ratio < 0.55 for row in calibrate_decoding())

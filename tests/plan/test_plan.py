@@ -214,9 +214,12 @@ def test_a_program_that_cannot_be_printed_keeps_its_memory(monkeypatch, capsys, 
 
 def test_the_command_shows_its_calibration():
     out, _ = command("--calibration", "--json")
-    rows = json.loads(out)
-    assert len(rows) >= 8 and all(row["ratio"] == pytest.approx(row["published"] / row["predicted"]) for row in rows)
-    assert "MaxText 16B" in command("--calibration")[0]
+    found = json.loads(out)
+    training, decoding = found["training"], found["decoding"]
+    assert len(training) >= 8 and len(decoding) >= 4
+    assert all(row["ratio"] == pytest.approx(row["published"] / row["predicted"]) for row in training)
+    assert all(row["ratio"] == pytest.approx(row["predicted"] / row["published"]) for row in decoding)
+    assert all(name in command("--calibration")[0] for name in ("MaxText 16B", "SGL-JAX"))
 
 
 def test_the_command_needs_a_config_and_a_slice():
