@@ -27,21 +27,17 @@ from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.rewards.graders import GraderError
-from jaxrlhf.run import announce, checkpoint, normalize
-from jaxrlhf.run.build import (
-    Run,
-    abstract_state,
-    build,
-    initial_state,
-    kernels_passed_over,
-    other_endings,
-    spelled_markers,
-)
+from jaxrlhf.run import announce, checkpoint, normalize, saved_run
+from jaxrlhf.run.announce import other_endings, spelled_markers
+from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
-from jaxrlhf.run.feed import Feed, describe_data, put
+from jaxrlhf.run.feed import Feed, describe_data
+from jaxrlhf.run.initial_state import abstract_state, initial_state
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
+from jaxrlhf.run.runtime import kernels_passed_over
 from jaxrlhf.run.scoring import joined, try_graders
+from jaxrlhf.run.transfer import put
 from jaxrlhf.sharding import batch_shards, current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
@@ -90,11 +86,11 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     """``run`` under ``stop``."""
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
     stop.saves = processes.several()  # all stop after the same iteration, also where there is nothing to save
-    stop.last_words = lambda: f"stopped at step {checkpoint.latest_step(cfg.run_dir) or 0}; {GOES_ON}"
+    stop.last_words = lambda: f"stopped at step {saved_run.latest_step(cfg.run_dir) or 0}; {GOES_ON}"
     check(cfg, jax.device_count())
     run_dir, main = epath.Path(cfg.run_dir), processes.is_main()
     lock = processes.on_main(lambda: lock_run_dir(cfg.run_dir))
-    start = checkpoint.latest_step(run_dir) or 0
+    start = saved_run.latest_step(run_dir) or 0
     changes = changes_since_saved(cfg)
     processes.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
     if all_done(cfg, start):
@@ -297,7 +293,7 @@ class Trainer:
         run_dir = self.cfg.run_dir
 
         def last_words() -> str:
-            kept = checkpoint.latest_step(run_dir)
+            kept = saved_run.latest_step(run_dir)
             where = "starts again" if kept is None else f"goes on from step {kept}, the last one that was saved whole"
             return f"stopped at once; the same command {where}"
 
@@ -398,7 +394,7 @@ class Trainer:
         ready = self.ready
         extra = {
             "config": dump(self.cfg),
-            "models": checkpoint.models_record(
+            "models": saved_run.models_record(
                 ready.configs, ready.heads, trunks_of(self.cfg), {role: ready.dtype_of(role) for role in ready.heads}
             ),
             "eos_ids": list(self.ready.sampler.eos_ids),

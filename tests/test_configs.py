@@ -15,7 +15,7 @@ from jaxrlhf.config.roles import roles_of
 from jaxrlhf.models.transformer import padded_vocab
 from jaxrlhf.plan import shapes
 from jaxrlhf.plan.shapes import blueprint
-from jaxrlhf.run import build
+from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support import runs
 
@@ -68,7 +68,7 @@ def test_its_abstract_state_builds(path, offline):
     mesh = make_mesh(cfg.mesh, jax.devices()[:1])
     drawn, _ = blueprint(cfg, mesh, ORIGINS)
     with jax.set_mesh(mesh):
-        state = build.abstract_state(drawn)
+        state = abstract_state(drawn)
     trained, slow = roles_of(cfg)
     assert (state.params.keys(), state.slow.keys()) == (trained.keys(), slow.keys())
     assert state.opt_state.keys() == trained.keys()

@@ -24,11 +24,12 @@ FLOORS = (
 LAYERS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # inside run/: what a run is made of, the run, and what is done with it
 IN_RUN = (
-    ("state", "own_pad", "epochs"),
-    ("checkpoint",),
-    ("origins", "resume"),
+    ("state", "own_pad", "epochs", "transfer", "batch_shapes"),
+    ("saved_run",),
+    ("checkpoint", "export", "origins", "resume"),
+    ("weights", "tokenizer", "sampler", "runtime"),
     ("build",),
-    ("asks", "feed"),
+    ("initial_state", "asks", "feed"),
     ("programs", "normalize", "announce"),
     ("scoring",),
 )

@@ -18,8 +18,8 @@ from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.models.config import resolve
 from jaxrlhf.ops.sampling import uniform_noise
-from jaxrlhf.run.feed import put
 from jaxrlhf.run.programs import compile_program
+from jaxrlhf.run.transfer import put
 from jaxrlhf.sharding import MeshConfig, current, explicit, make_mesh, whole
 from jaxrlhf.types import Batch, TrainState
 from tests.support import tiny

@@ -29,8 +29,8 @@ from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.plan.shapes import blueprint
-from jaxrlhf.run.build import abstract_state
-from jaxrlhf.run.feed import batch_shapes
+from jaxrlhf.run.batch_shapes import batch_shapes
+from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.sharding import MeshConfig, batch_shards, current, is_pmap, make_mesh
 from jaxrlhf.types import Batch
 from tests.support import runs, tiny

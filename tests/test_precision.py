@@ -19,8 +19,8 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run import state as states
-from jaxrlhf.run.build import abstract_state
 from jaxrlhf.run.checkpoint import Checkpoints
+from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.sharding import MeshConfig, current, make_mesh
 from jaxrlhf.types import TrainState
 

@@ -23,7 +23,8 @@ from jaxrlhf.config.load import dump, load
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import lock_run_dir
-from jaxrlhf.run import build, checkpoint, programs
+from jaxrlhf.run import build, programs, saved_run
+from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.resume import changes_since_saved
 from jaxrlhf.sharding import current
 from tests.support import runs
@@ -381,7 +382,7 @@ def test_a_signal_is_heard_wherever_the_loop_is(root, tmp_path, monkeypatch, fak
     assert trainer.run(cfg) == ended
     assert f"{name}: stopped at step {at}; the same command resumes\n" in capsys.readouterr().out
     assert signal.getsignal(number) == handler
-    assert checkpoint.latest_step(tmp_path / "sft") == at
+    assert saved_run.latest_step(tmp_path / "sft") == at
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == list(range(1, at + 1))
     assert trainer.run(cfg) == "done"
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [1, 2, 3, 4, 5, 6]
@@ -419,7 +420,7 @@ def test_a_signal_before_the_first_iteration_saves_nothing(root, tmp_path, monke
     name, ended = STOPS[number]
     assert trainer.run(cfg) == ended
     assert f"{name}: stopped at step 0" in capsys.readouterr().out
-    assert checkpoint.latest_step(tmp_path / "sft") is None
+    assert saved_run.latest_step(tmp_path / "sft") is None
     assert trainer.run(cfg) == "done"
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [0, 1, 2, 2, 3, 4, 4]
 
@@ -498,7 +499,7 @@ def test_what_an_evaluation_will_measure_is_known_before(process, root, tmp_path
     """The names that checkpoint.best may take are those that evaluations give."""
     ready = build.build(runs.config(name, root, tmp_path))
     with current(ready.mesh):
-        names = trainer.held_out.HeldOut(ready).names(build.abstract_state(ready))
+        names = trainer.held_out.HeldOut(ready).names(abstract_state(ready))
     _, evaluations = metric_rows(root / "whole" / name)
     assert {f"eval/{name}" for name in names} == {key for row in evaluations for key in row if "/" in key}
 

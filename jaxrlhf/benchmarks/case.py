@@ -17,8 +17,8 @@ from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
 from jaxrlhf.rewards.functions import RewardsConfig
+from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.run.build import Blueprint, draw
-from jaxrlhf.run.feed import batch_shapes
 from jaxrlhf.sharding import is_pmap, make_mesh
 from jaxrlhf.types import Batch
 

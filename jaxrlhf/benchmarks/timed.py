@@ -13,10 +13,11 @@ from jaxrlhf.benchmarks.reward import Words
 from jaxrlhf.benchmarks.rows import random_batch
 from jaxrlhf.hosts import heap
 from jaxrlhf.rewards.graders import find_graders
-from jaxrlhf.run.build import Run, abstract_state, initial_state
-from jaxrlhf.run.feed import fetch_all, put
+from jaxrlhf.run.build import Run
+from jaxrlhf.run.initial_state import abstract_state, initial_state
 from jaxrlhf.run.programs import compile_program, compile_programs
 from jaxrlhf.run.scoring import scored
+from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import current, whole
 from jaxrlhf.step import make_rollout
 from jaxrlhf.types import Batch, TrainState

@@ -320,7 +320,7 @@ def export(
     need_run(run)
     main = join()
     from jaxrlhf.hosts import processes
-    from jaxrlhf.run.checkpoint import export as export_role
+    from jaxrlhf.run.export import export as export_role
 
     processes.on_main(lambda: need_room(to, force))
     which, notes = export_role(name, role, to)

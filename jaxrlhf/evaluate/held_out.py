@@ -13,8 +13,10 @@ from jaxrlhf.data.summary import Summary
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.policy import PolicyEvaluation, nothing
 from jaxrlhf.hosts import processes
-from jaxrlhf.run.build import Run, abstract_state
-from jaxrlhf.run.feed import counts_of, held_out, put
+from jaxrlhf.run.build import Run
+from jaxrlhf.run.feed import counts_of, held_out
+from jaxrlhf.run.initial_state import abstract_state
+from jaxrlhf.run.transfer import put
 from jaxrlhf.step import make_measure
 from jaxrlhf.types import Mean, TrainState
 

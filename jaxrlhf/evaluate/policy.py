@@ -19,8 +19,10 @@ from jaxrlhf.ops.masked import keep
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
 from jaxrlhf.run.build import Run
-from jaxrlhf.run.feed import fetch_all, held_out, put, read_source
+from jaxrlhf.run.feed import held_out, read_source
+from jaxrlhf.run.initial_state import read_weights
 from jaxrlhf.run.scoring import nothing, score
+from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState
 
 
@@ -60,7 +62,7 @@ class PolicyEvaluation:
         """What the policy writes; at first, and each time where the reward learns, what the reference writes too.
         ``between`` is called before each batch."""
         if self.extra is None:
-            self.extra = {role: build.read_weights(self.ready, role) for role in self.more}
+            self.extra = {role: read_weights(self.ready, role) for role in self.more}
         reference = (self.extra | state.slow).get("reference")
         if reference is not None and (self.before is None or "reward" in state.params):
             self.before = self.write(state.replace(params=state.params | {"policy": reference}), between)

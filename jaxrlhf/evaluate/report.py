@@ -16,9 +16,11 @@ from jaxrlhf.data.summary import Summary
 from jaxrlhf.evaluate.held_out import HeldOut
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
-from jaxrlhf.run import checkpoint
-from jaxrlhf.run.build import Run, abstract_state, build
-from jaxrlhf.run.feed import fetch_all, held_out, put
+from jaxrlhf.run import checkpoint, saved_run
+from jaxrlhf.run.build import Run, build
+from jaxrlhf.run.feed import held_out
+from jaxrlhf.run.initial_state import abstract_state
+from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import current
 from jaxrlhf.types import TrainState
 
@@ -29,7 +31,7 @@ def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, A
     ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
-    step, (run_dir, _) = checkpoint.find_step(name), split_step(name)
+    step, (run_dir, _) = saved_run.find_step(name), split_step(name)
     compiler_flags.use_compilation_cache()
     cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
     ready = build(cfg)

@@ -11,9 +11,11 @@ from jaxrlhf.data.examples import make_examples
 from jaxrlhf.data.sources import Source, open_source
 from jaxrlhf.log.run_dir import made_by
 from jaxrlhf.rewards.graders import find_graders
-from jaxrlhf.run import checkpoint
-from jaxrlhf.run.build import find_tokenizer, find_weights, foreign_tokens, heads_of, origin, tokenizer_origin
-from jaxrlhf.run.origins import check_loaded
+from jaxrlhf.run import saved_run
+from jaxrlhf.run.build import heads_of
+from jaxrlhf.run.origins import check_loaded, origin
+from jaxrlhf.run.tokenizer import find_tokenizer, foreign_tokens, tokenizer_origin
+from jaxrlhf.run.weights import find_weights
 
 FEW = 32  # records of a section that are encoded
 Look = Callable[[], str]
@@ -46,10 +48,10 @@ class Inputs:
     def is_made(self, path: str | None) -> bool:
         """Whether ``path`` (RUN, RUN@best) is a run that another config of the command makes, not there yet."""
         run = made_by(path, self.made)
-        return run is not None and checkpoint.latest_step(run) is None
+        return run is not None and saved_run.latest_step(run) is None
 
     def find_tokenizer(self) -> str:
-        size, resumed = self.cfg.tokenizer.train_vocab_size, checkpoint.latest_step(self.cfg.run_dir) is not None
+        size, resumed = self.cfg.tokenizer.train_vocab_size, saved_run.latest_step(self.cfg.run_dir) is not None
         if size and not resumed:
             return f"byte-level BPE of {size:,} tokens, trained when the run starts"
         named = self.cfg.run_dir if resumed else tokenizer_origin(self.cfg)[0]

@@ -19,8 +19,8 @@ from jaxrlhf.plan.memory import Memory, estimate
 from jaxrlhf.plan.search import Candidate, candidates, setup_of
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
 from jaxrlhf.plan.target import Target, find_target
+from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.run.build import Blueprint, draw
-from jaxrlhf.run.feed import batch_shapes
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.types import Batch
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 
 from jaxrlhf.plan.hlo import Collective, collectives
-from jaxrlhf.run.build import Blueprint, abstract_state
+from jaxrlhf.run.build import Blueprint
+from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import current
 from jaxrlhf.tpu.peaks import GIB

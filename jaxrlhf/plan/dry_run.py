@@ -20,7 +20,7 @@ from jaxrlhf.plan import largest_batch
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.memory import estimate
 from jaxrlhf.plan.search import setup_of
-from jaxrlhf.run import announce, checkpoint
+from jaxrlhf.run import announce, saved_run
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
 from jaxrlhf.run.feed import Feed, describe_data
@@ -44,7 +44,7 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
         check(cfg, jax.device_count(), path)
         starts = [str(origin(cfg, role).init_from) for role in cfg.models] + [str(cfg.tokenizer.init_from)]
         runs = [run for name in starts if (run := made_by(name, makers)) is not None]
-        waits = [run for run in runs if checkpoint.latest_step(run) is None]
+        waits = [run for run in runs if saved_run.latest_step(run) is None]
         yield f"# {path}, as it is read; the other keys are at their defaults"
         yield dump(cfg, whole=False).rstrip("\n")
         if waits:
@@ -56,7 +56,7 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
 
 def describe(cfg: Config) -> Iterator[str]:
     """Data, three rows, steps, batch and memory of one run."""
-    start, changes = checkpoint.latest_step(cfg.run_dir) or 0, changes_since_saved(cfg)
+    start, changes = saved_run.latest_step(cfg.run_dir) or 0, changes_since_saved(cfg)
     ready = build(cfg, keep=False)
     cfg, parts = ready.cfg, ready.recipe.num_micro
     check(cfg, jax.device_count())

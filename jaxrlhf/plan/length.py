@@ -7,9 +7,9 @@ import re
 from jaxrlhf.config.batch import KIND_OF, fields_read
 from jaxrlhf.config.record import Config
 from jaxrlhf.data.tokenizer import eos_ids
-from jaxrlhf.run import checkpoint
-from jaxrlhf.run.build import find_tokenizer, tokenizer_origin
+from jaxrlhf.run import saved_run
 from jaxrlhf.run.epochs import with_iterations
+from jaxrlhf.run.tokenizer import find_tokenizer, tokenizer_origin
 
 
 def with_length(cfg: Config) -> tuple[Config, str]:
@@ -33,6 +33,6 @@ def missing(cfg: Config) -> str:
     if path is None or re.match(r"\w+://", path):
         return f"data.{where} is no local file"
     named = None if cfg.tokenizer.train_vocab_size else tokenizer_origin(cfg)[0]
-    if named and not (os.path.isdir(os.path.expanduser(named)) or checkpoint.is_run(named)):
+    if named and not (os.path.isdir(os.path.expanduser(named)) or saved_run.is_run(named)):
         return f"the tokenizer of {named} is not here"
     return ""

@@ -18,7 +18,7 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import gguf, hf_config, hf_folder
 from jaxrlhf.models.files.published import SHAPES, published, published_file
 from jaxrlhf.models.transformer import padded_vocab
-from jaxrlhf.run import checkpoint
+from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import Blueprint, draw, heads_of
 from jaxrlhf.run.origins import Weights, base_role, origin
 from jaxrlhf.types import Role
@@ -54,12 +54,12 @@ def find_shape(cfg: Config, role: Role, beside: Mapping[str, Config], seen: tupl
     model, path = origin(cfg, role), origin(cfg, role).init_from or ""
     if model.architecture is not None:
         return Found(resolve(model.architecture, model.architecture.vocab_size or vocabulary(cfg, beside)), "random")
-    if checkpoint.is_run(path) and checkpoint.steps_of(split_step(path)[0]):
-        step, extra = checkpoint.read_extra(path)
-        there = checkpoint.find_role(extra["models"], role)
-        return Found(checkpoint.model_of(extra["models"][there])[0], f"{path}, step {step}")
+    if saved_run.is_run(path) and saved_run.steps_of(split_step(path)[0]):
+        step, extra = saved_run.read_extra(path)
+        there = saved_run.find_role(extra["models"], role)
+        return Found(saved_run.model_of(extra["models"][there])[0], f"{path}, step {step}")
     if (maker := maker_of(path, beside)) is not None and path not in seen:
-        there = checkpoint.find_role(dict.fromkeys(maker.models), role)
+        there = saved_run.find_role(dict.fromkeys(maker.models), role)
         made = find_shape(maker, base_role(maker, there), beside, (*seen, path))
         return Found(made.config, f"{path}, not there yet, which starts from {made.source}")
     if (shape := shape_of(path)) is not None:

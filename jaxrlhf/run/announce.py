@@ -8,11 +8,15 @@ import jax
 
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import roles_of
+from jaxrlhf.data import chat
+from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.errors import counted
 from jaxrlhf.models.transformer import parameter_table
+from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.feed import Feed, training_prompts
+from jaxrlhf.run.origins import base_role
 from jaxrlhf.types import Role
 
 
@@ -78,3 +82,30 @@ def next_steps(cfg: Config) -> list[str]:
     commands += [f"jaxrlhf generate {run} --prompt TEXT"] if role == "policy" else []
     commands += [f"jaxrlhf export {run}{'' if role == 'policy' else f' --role {role}'} --to {to}"]
     return [f"{'next:' if index == 0 else '':5} {command}" for index, command in enumerate(commands)]
+
+
+def other_endings(run: "Run") -> list[str]:
+    """What to say of reward models that were trained on rows that end otherwise than the run's responses do."""
+    ours, lines = run.sampler.eos_ids, []
+    words = lambda ids: ", ".join(map(repr, run.tokenizer.convert_ids_to_tokens(list(ids))))
+    for role, found in run.weights.items():
+        if role == "policy" or found.kind != "run" or found.path == run.cfg.run_dir or run.heads[role] == "lm":
+            continue
+        theirs = saved_run.read_extra(found.path)[1].get("eos_ids") or ours
+        if set(theirs) != set(ours):
+            lines.append(
+                f"warning: models.{base_role(run.cfg, role)}: {found.path}: was trained on rows that end with "
+                f"{words(theirs)}, and responses here end with {words(ours)}; train it on this policy's tokenizer"
+            )
+    return lines
+
+
+def spelled_markers(run: "Run") -> list[str]:
+    """What to say of a chat template by name whose special tokens the tokenizer doesn't have."""
+    missing = [word for word in chat.markers(run.cfg.data.chat) if word not in tokenizers.added_tokens(run.tokenizer)]
+    if not missing:
+        return []
+    return [
+        f"warning: data.chat.template: the tokenizer has no token {', '.join(missing)}: they are written in letters; "
+        "zephyr and plain do without"
+    ]

@@ -4,34 +4,20 @@ Each role is an item of its own, so that another run can take one role and read 
 """
 
 import contextlib
-import dataclasses
-import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import yaml
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.errors import one_line
-from jaxrlhf.log.run_dir import split_step
-from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.files import hf, hf_config
-from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.run.own_pad import with_own_pad
-from jaxrlhf.run.state import abstract_params
-from jaxrlhf.sharding import MeshConfig, make_mesh
-from jaxrlhf.types import Head, Params, Role, TrainState
+from jaxrlhf.run.saved_run import EXTRA, directory, latest_step
+from jaxrlhf.types import TrainState
 
-STATE, EXTRA = "state", "extra"  # items beside the roles'
+STATE = "state"  # an item beside the roles', as EXTRA is
 
 
 class Checkpoints:
@@ -130,12 +116,6 @@ class Checkpoints:
         self.manager.close()
 
 
-def directory(run_dir) -> epath.Path:
-    """Where a run keeps its checkpoints (orbax wants absolute paths; to resolve gs://... would make it a local one)."""
-    path = epath.Path(run_dir)
-    return (path if "://" in os.fspath(path) else path.resolve()) / "checkpoints"
-
-
 def parts(state: TrainState) -> dict[str, Any]:
     """The state as items: one a role, and the rest."""
     rest = {"step": state.step, "seed": state.seed, "opt_state": state.opt_state, "controls": state.controls}
@@ -159,151 +139,3 @@ def assemble(abstract: TrainState, items) -> TrainState:
 
 
 # ---- what other runs take from a run ------------------------------------------------------------------------------
-
-
-def is_run(name) -> bool:
-    """Whether ``name`` (RUN, RUN@best, RUN@40) is a run directory with at least one checkpoint."""
-    run_dir, _ = split_step(name)
-    return (epath.Path(run_dir) / "config.yaml").exists() and directory(run_dir).exists()
-
-
-def models_record(
-    configs: dict[Role, ModelConfig], heads: dict[Role, Head], trunks: dict[Role, Role], dtypes: Mapping[Role, Any] = {}
-) -> dict:
-    """The shapes of a run's models as JSON, saved with every checkpoint; ``trunks``: on whose a bare head stands;
-    ``dtypes``: of their stored weights."""
-    record = {role: {"head": heads[role], "config": dataclasses.asdict(cfg)} for role, cfg in configs.items()}
-    for role, trunk in trunks.items():
-        record[role]["trunk"] = trunk
-    for role, dtype in dtypes.items():
-        record[role]["dtype"] = jnp.dtype(dtype).name
-    return record
-
-
-def model_of(record: dict) -> tuple[ModelConfig, Head]:
-    """One role's (config, head) from models_record, of this version or an older one that lacked some fields. A bare
-    head is restored with its trunk, as a model of its own."""
-    fields = with_tuples(record["config"])
-    if fields.get("rope_scaling"):
-        fields["rope_scaling"] = RopeScaling(**with_tuples(fields["rope_scaling"]))
-    return resolve(ModelConfig(**fields)), "scalar" if "trunk" in record else record["head"]
-
-
-def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists only."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
-
-
-def steps_of(run_dir) -> list[int]:
-    """The steps of a run's whole checkpoints, ascending."""
-    there = directory(run_dir)
-    return sorted(ocp.utils.checkpoint_steps(there)) if there.exists() else []
-
-
-def latest_step(run_dir) -> int | None:
-    """The newest whole checkpoint of a run, or None."""
-    return max(steps_of(run_dir), default=None)
-
-
-def best_step(run_dir) -> tuple[int, str] | None:
-    """(step, metric) of the best checkpoint by checkpoint.best of the run's config; None where none was measured."""
-    config = epath.Path(run_dir) / "config.yaml"
-    tree = yaml.safe_load(config.read_text()) if config.exists() else None
-    wanted = tree.get("checkpoint") or {} if isinstance(tree, dict) else {}
-    found = []
-    for step in steps_of(run_dir) if wanted.get("best") else []:
-        file = directory(run_dir) / str(step) / "metrics" / "metrics"
-        value = json.loads(file.read_text()).get(wanted["best"]) if file.exists() else None
-        if value is not None and math.isfinite(value):
-            found.append((-value if wanted.get("mode") == "min" else value, step))
-    return (max(found)[1], wanted["best"]) if found else None
-
-
-def find_step(name) -> int:
-    """The step that ``name`` says: of RUN the latest, of RUN@best and RUN@40 that one.
-
-    Raises FileNotFoundError where the run has no checkpoint, ValueError, with the steps there are, where it has not
-    this one."""
-    run_dir, wanted = split_step(name)
-    steps = steps_of(run_dir)
-    if not steps:
-        raise FileNotFoundError(f"{run_dir}: no checkpoint in it; a run saves one every checkpoint.every iterations")
-    if not wanted:
-        return steps[-1]
-    best = best_step(run_dir)
-    if wanted == "best" and best:
-        return best[0]
-    if wanted.isdecimal() and int(wanted) in steps:
-        return int(wanted)
-    there = f"{run_dir} has: {', '.join(map(str, steps))}" + (f"; best: {best[0]} by {best[1]}" if best else "")
-    if wanted == "best":
-        raise ValueError(f"{name}: no step of it was measured by checkpoint.best of its config; {there}")
-    raise ValueError(f"{name}: no step {wanted}; {there}")
-
-
-def describe_step(run_dir, step: int) -> str:
-    """Which step it is, in words, and whether it is the best one."""
-    best = best_step(run_dir)
-    return f"step {step}, the best by {best[1]}" if best and best[0] == step else f"step {step}"
-
-
-def read_extra(name, step: int | None = None) -> tuple[int, dict]:
-    """(step, its JSON) of a run: the step that ``name`` says, or this one. Raises as ``find_step``."""
-    step = find_step(name) if step is None else step
-    path = directory(split_step(name)[0]) / str(step) / EXTRA
-    return step, ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)
-
-
-def find_role(record: dict, role: Role) -> Role:
-    """The role of a run's ``models`` that another run's ``role`` starts from: its namesake, the policy, or any."""
-    for name in (role, "policy", *record):
-        if name in record:
-            return name
-    raise ValueError(f"a run without models has nothing to start {role} from")
-
-
-def restore_role(run_dir, step: int, role: Role, abstract: Params) -> Params:
-    """One role's parameters of a run, laid out as ``abstract`` says."""
-    there = directory(run_dir) / str(step)
-    item = next(there / f"{kind}.{role}" for kind in ("params", "slow") if (there / f"{kind}.{role}").exists())
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(item, abstract)
-
-
-def restore_model(run_dir, step: int, models: dict, role: Role, dtype, mesh) -> Params:
-    """One role's model of a run that recorded ``models``, on ``mesh``; a bare head gets a copy of its trunk."""
-    record = models[role]
-    params = restore_role(run_dir, step, role, abstract_params(model_of(record)[0], record["head"], dtype, mesh))
-    if "trunk" not in record:
-        return params
-    return restore_model(run_dir, step, models, record["trunk"], dtype, mesh) | params
-
-
-def token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None) -> hf_config.TokenIds:
-    """The special tokens of a tokenizer, and those that ``generation_config`` says end a response."""
-    eos = tokenizers.eos_ids(tokenizer, generation_config)
-    return hf_config.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
-
-
-def export(name, role: Role, to) -> tuple[str, list[str]]:
-    """Write one role of a run (RUN, RUN@best, RUN@40) as a HF folder, tokenizer included. A reward model gets a pad
-    token of its own. Returns which step it was, in words, and what differs from the run, or in transformers.
-
-    Raises FileNotFoundError for a run without checkpoints, ValueError for a step or a role that it does not have."""
-    (step, extra), (run_dir, _) = read_extra(name), split_step(name)
-    if role not in extra["models"]:
-        raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")
-    cfg, head = model_of(extra["models"][role])
-    dtype = extra["models"][role].get("dtype") or extra["dtype"]  # an older run has one for all roles
-    folder = epath.Path(run_dir) / "tokenizer"
-    tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
-    ids = hf_config.embedded(token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}), cfg.vocab_size)
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
-        params, notes = restore_model(run_dir, step, extra["models"], role, jnp.dtype(dtype), mesh), []
-        if head == "scalar":
-            tokenizer, params, cfg, ids, notes = with_own_pad(tokenizer, params, cfg, ids)
-            tokenizers.save_tokenizer(tokenizer, scratch)
-            folder = epath.Path(scratch)
-        notes += hf.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)
-    return describe_step(run_dir, step), notes

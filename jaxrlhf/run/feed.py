@@ -1,24 +1,19 @@
 """What a run is fed: the algorithm's data as one batch an iteration, and held-out data as a fixed list."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
-from jaxrlhf.config.batch import KIND_OF, ROWS_KEY, fields_read
-from jaxrlhf.config.record import Config
+from jaxrlhf.config.batch import KIND_OF, ROWS_KEY
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.hosts import processes
-from jaxrlhf.models.files import hf
+from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.run.build import Run
-from jaxrlhf.sharding import batch_shards, row_layout
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
+from jaxrlhf.run.transfer import share_of
+from jaxrlhf.sharding import batch_shards
+from jaxrlhf.types import Batch
 
-Rows = TypeVar("Rows")
 STREAMS: dict[str, Callable[..., batches.Stream]] = {
     "prompts": batches.prompt_stream,
     "demonstrations": batches.demonstration_stream,
@@ -104,38 +99,6 @@ def counts_of(summaries: Iterable[Summary]) -> dict[str, float]:
     return found
 
 
-def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Batch]:
-    """What one iteration can be given, as shapes with layouts: one a prompt bucket, the smallest first.
-
-    ``margins``: whether the preferences say by how much."""
-
-    def rows(dtype, *shape: int):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=row_layout(mesh, len(shape)))
-
-    def whole(count: int, packed: bool = False) -> Sequences:
-        shape = (count, cfg.data.max_length)
-        segments = rows(np.int32, *shape) if packed else None
-        return Sequences(rows(np.int32, *shape), rows(bool, *shape), rows(bool, *shape), segments)  # type: ignore[arg-type]
-
-    fields, batch = fields_read(cfg), Batch()
-    if "sequences" in fields:
-        batch = batch.replace(sequences=whole(cfg.batch.sequences_per_step, cfg.data.pack))
-    if "preferences" in fields:
-        count = cfg.batch.preferences_per_step
-        margin = rows(np.float32, count) if margins else None
-        batch = batch.replace(preferences=Preferences(whole(count), whole(count), margin))
-    if "unpaired" in fields:
-        count = cfg.batch.unpaired_per_step
-        batch = batch.replace(unpaired=Unpaired(whole(count), rows(bool, count), whole(count)))  # type: ignore[arg-type]
-    if "prompts" not in fields:
-        yield batch
-        return
-    count = cfg.batch.prompts_per_step
-    for width in cfg.data.prompt_buckets:
-        prompts = Prompts(rows(np.int32, count, width), rows(bool, count, width), rows(np.int32, count))  # type: ignore[arg-type]
-        yield batch.replace(prompts=prompts)
-
-
 def read_source(ready: Run, kind: str, source: SourceConfig, where: str):
     """The records of one data section, the same on all processes, or a ValueError says where they are not.
 
@@ -181,48 +144,3 @@ def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> ba
         where=where,
         **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids}),
     )
-
-
-def holders(mesh: Mesh) -> list[list[int]]:
-    """The processes, ascending, whose devices hold each block of a batch's rows: one a block, but several where other
-    axes of the mesh go over processes too."""
-    total = batch_shards(mesh)
-    found: list[set[int]] = [set() for _ in range(total)]
-    for device, index in row_layout(mesh, 1).devices_indices_map((total,)).items():
-        found[index[0].start or 0].add(device.process_index)
-    return [sorted(processes) for processes in found]
-
-
-def share_of(mesh: Mesh) -> batches.Share:
-    """The rows of a batch that lie on this process's devices."""
-    held, me = holders(mesh), jax.process_index()
-    return batches.Share(tuple(block for block, processes in enumerate(held) if me in processes), len(held))
-
-
-def put(mesh: Mesh, batch: Rows) -> Rows:
-    """Host rows (a record of arrays) onto the mesh; every process brings its share."""
-    share = share_of(mesh)
-
-    def one(x):
-        x = np.asarray(x)
-        size = len(x) // len(share.blocks)
-        block = lambda index: share.blocks.index((index[0].start or 0) // size)
-        part = lambda index: x[block(index) * size : (block(index) + 1) * size]
-        return jax.make_array_from_callback((size * share.total, *x.shape[1:]), row_layout(mesh, x.ndim), part)
-
-    return jax.tree.map(one, batch)
-
-
-def fetch(rows: Rows) -> Rows:
-    """The inverse of ``put``: this process's rows as NumPy arrays."""
-
-    def one(x) -> np.ndarray:
-        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}  # once where it is replicated
-        return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
-
-    return jax.tree.map(one, rows)
-
-
-def fetch_all(rows: Rows) -> Rows:
-    """All processes' rows as NumPy arrays, on each of them; all have to call it."""
-    return jax.tree.map(hf.fetch, rows)

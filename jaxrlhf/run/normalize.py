@@ -8,6 +8,10 @@ import numpy as np
 from jaxrlhf.hosts import processes
 from jaxrlhf.run import build, feed
 from jaxrlhf.run.build import Run
+from jaxrlhf.run.initial_state import read_weights
+from jaxrlhf.run.sampler import make_sampler
+from jaxrlhf.run.transfer import fetch_all, put
+from jaxrlhf.run.weights import find_weights
 from jaxrlhf.types import Head, Role, TrainState
 
 
@@ -40,10 +44,10 @@ def score_policy_samples(ready: Run, state: TrainState, role: Role, size: int) -
     if copies > 1:
         batches = feed.training_prompts(ready, size, max(rows // copies, 1))
     policy: dict[Role, Head] = {"policy": "lm"}
-    found = build.find_weights(ready.cfg, "policy", len(ready.tokenizer))
-    sampler = build.make_sampler(ready.cfg, ready.tokenizer, {"policy": found})._replace(samples_per_prompt=copies)
+    found = find_weights(ready.cfg, "policy", len(ready.tokenizer))
+    sampler = make_sampler(ready.cfg, ready.tokenizer, {"policy": found})._replace(samples_per_prompt=copies)
     whole = build.with_roles(ready, policy, sampler)
-    nets, params = whole.recipe.nets, {"policy": build.read_weights(whole, "policy")}
+    nets, params = whole.recipe.nets, {"policy": read_weights(whole, "policy")}
 
     @processes.jit
     def score(policy, scorer, prompts, seed, step):
@@ -51,7 +55,7 @@ def score_policy_samples(ready: Run, state: TrainState, role: Role, size: int) -
 
     scores = []
     for host in batches:
-        given = feed.put(ready.mesh, host.batch).prompts
+        given = put(ready.mesh, host.batch).prompts
         answers = score(params, {role: state.params[role]}, given, state.seed, jnp.int32(0))
-        scores.append(feed.fetch_all(answers).reshape(-1, copies)[: host.real])
+        scores.append(fetch_all(answers).reshape(-1, copies)[: host.real])
     return np.concatenate(scores).T.reshape(-1)[:size], prompts  # of every prompt one, before the next of any

@@ -1,7 +1,7 @@
 """What the roles of a run start from, and whether they fit together: all loaded, and all of one vocabulary."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxrlhf.config.record import Config
@@ -9,6 +9,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.meaning import added_ids, foreign_ids
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.run import saved_run
 from jaxrlhf.types import Head, Role
 
 
@@ -110,3 +111,20 @@ def check_tokenizers(cfg: Config, weights: Mapping[Role, Weights], tokenizer: An
             ) from None
         foreign |= {id: f"{where}: to it the id is {what}" for id, what in others.items()}
     return foreign
+
+
+def located(find: Callable[[Any], Any], named: Any, where: str, prefix: str = ""):
+    """``find(named)``, whose error ("init_from: ..." after ``prefix``) is told as one of the config's section
+    ``where``."""
+    try:
+        return find(named)
+    except ValueError as error:
+        raise ConfigError(f"{where}.{prefix}{error}") from None
+
+
+def start_step(named: str) -> int:
+    """The step that the run ``named`` says (RUN, RUN@best, RUN@40). Raises ValueError, as hf_folder.locate says it."""
+    try:
+        return saved_run.find_step(named)
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from None

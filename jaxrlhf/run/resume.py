@@ -15,7 +15,7 @@ from jaxrlhf.config.roles import find_algorithm
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.errors import show as cut_short
-from jaxrlhf.run import checkpoint
+from jaxrlhf.run import saved_run
 
 # keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
 FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.", "data.chat")
@@ -28,9 +28,9 @@ def changes_since_saved(cfg: Config) -> list[str]:
     """What the config says otherwise than at the run's last checkpoint, as "key: old -> new".
 
     Raises ConfigError where one of the keys is FIXED, or says how many rows of its data an iteration takes."""
-    if checkpoint.latest_step(cfg.run_dir) is None:
+    if saved_run.latest_step(cfg.run_dir) is None:
         return []
-    step, extra = checkpoint.read_extra(cfg.run_dir)
+    step, extra = saved_run.read_extra(cfg.run_dir)
     changed = changed_keys(cfg, extra["config"])
     rows = tuple(f"batch.{ROWS_KEY[field]}" for field in fields_read(cfg))
     for key in changed:

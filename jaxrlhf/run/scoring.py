@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.run.build import Run
-from jaxrlhf.run.feed import fetch, holders, put, share_of
 from jaxrlhf.run.programs import Program
+from jaxrlhf.run.transfer import fetch, holders, put, share_of
 from jaxrlhf.types import Batch, Sequences, TrainState
 
 Records = list[dict[str, Any]]

@@ -14,7 +14,7 @@ from jaxrlhf.models.attention.kernels import hardware_of
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
-from jaxrlhf.run.feed import put
+from jaxrlhf.run.transfer import put
 from jaxrlhf.serve.writer import read_model
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
 from jaxrlhf.types import Params, Role, Sequences

@@ -20,9 +20,11 @@ from jaxrlhf.models.attention.kernels import hardware_of
 from jaxrlhf.models.config import ModelConfig, row_limit
 from jaxrlhf.models.files import hf, hf_config, hf_folder, hf_tensors
 from jaxrlhf.models.transformer import Runtime, padded_vocab
-from jaxrlhf.run import checkpoint
-from jaxrlhf.run.build import sampler_of, tokenizer_of
-from jaxrlhf.run.feed import put
+from jaxrlhf.run import saved_run
+from jaxrlhf.run.export import token_ids
+from jaxrlhf.run.sampler import sampler_of
+from jaxrlhf.run.tokenizer import tokenizer_of
+from jaxrlhf.run.transfer import put
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
 from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences
 
@@ -45,21 +47,21 @@ def read_model(name: str, mesh, dtype=jnp.float32, role: Role = "policy") -> Mod
 
     Raises ValueError, in one line, where there is no such model."""
     wanted: Head = "lm" if role == "policy" else "scalar"
-    found = checkpoint.read_extra(name) if checkpoint.is_run(name) else None
+    found = saved_run.read_extra(name) if saved_run.is_run(name) else None
     tokenizer = tokenizers.load_tokenizer(str(tokenizer_of(name)))
     if found:
         step, extra = found
-        role = checkpoint.find_role(extra["models"], role)
-        cfg, head = checkpoint.model_of(extra["models"][role])
+        role = saved_run.find_role(extra["models"], role)
+        cfg, head = saved_run.model_of(extra["models"][role])
         check_head(f"{name}: its {role} model", head, wanted)
-        params = checkpoint.restore_model(split_step(name)[0], step, extra["models"], role, dtype, mesh)
-        ids = checkpoint.token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
+        params = saved_run.restore_model(split_step(name)[0], step, extra["models"], role, dtype, mesh)
+        ids = token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
         trained = read_yaml(extra["config"], "config").get("data") or {}
         return Model(params, cfg, tokenizer, ids, trained.get("chat") is not None)
     folder = hf_folder.locate(name)
     cfg, head = hf_config.read_config(folder)
     check_head(name, head, wanted)
-    ids = checkpoint.token_ids(tokenizer, {"eos_token_id": tokenizers.folder_eos(str(folder))})
+    ids = token_ids(tokenizer, {"eos_token_id": tokenizers.folder_eos(str(folder))})
     held = hf_tensors.examine(folder, cfg, head)
     if head == "scalar" and not held.has_score:
         raise ValueError(f"{name}: its files hold no score head; expected a trained reward model")

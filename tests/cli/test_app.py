@@ -64,7 +64,7 @@ def calls(monkeypatch):
         print_report=lambda report: print("the report", report),
     )
     module("jaxrlhf.plan.dry_run", dry_run=lambda configs: [f"looked at {cfg.run_dir}" for _, cfg in configs])
-    module("jaxrlhf.run.checkpoint", export=("step 4", ["a note"]))
+    module("jaxrlhf.run.export", export=("step 4", ["a note"]))
     return noted
 
 

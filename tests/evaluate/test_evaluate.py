@@ -18,6 +18,7 @@ from jaxrlhf.evaluate.policy import PolicyEvaluation, Responses, sample_rows
 from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
+from jaxrlhf.run.initial_state import initial_state
 from jaxrlhf.types import Sequences
 from tests.support import runs
 
@@ -184,7 +185,7 @@ def test_the_size_of_batches_changes_nothing(root, tmp_path):
         ready = build.build(cfg, jax.devices()[:1])
         with jax.set_mesh(ready.mesh):
             held = held_out.HeldOut(ready)
-            result = held.run(build.initial_state(ready))
+            result = held.run(initial_state(ready))
         assert held.measure and len(held.measure.batches) == -(-20 // rows)
         assert result is not None and result.samples == []
         found.append(result.metrics)

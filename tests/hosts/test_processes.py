@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from jaxrlhf.hosts import processes, rendezvous
 from jaxrlhf.hosts.processes import DistributedConfig
+from jaxrlhf.run.transfer import fetch, holders, put, share_of
 from tests.support import runs
 
 FUNCTION = [
@@ -213,20 +214,20 @@ class Device(NamedTuple):
 def test_rows_go_where_the_mesh_has_them(processes, fsdp, tensor, held, share, monkeypatch):
     import jax
 
-    from jaxrlhf.run import feed
+    from jaxrlhf.run import transfer
     from jaxrlhf.sharding import MeshConfig, make_mesh
 
     mesh = make_mesh(MeshConfig(fsdp=fsdp, tensor=tensor))
-    real = feed.row_layout(mesh, 1)
+    real = transfer.row_layout(mesh, 1)
     places = lambda shape: {
         Device(one.id, processes[one.id]): index for one, index in real.devices_indices_map(shape).items()
     }
     with monkeypatch.context() as patch:
-        patch.setattr(feed, "row_layout", lambda mesh, ndim: SimpleNamespace(devices_indices_map=places))
-        assert feed.holders(mesh) == held and feed.share_of(mesh) == share
+        patch.setattr(transfer, "row_layout", lambda mesh, ndim: SimpleNamespace(devices_indices_map=places))
+        assert holders(mesh) == held and share_of(mesh) == share
     rows = np.arange(16, dtype=np.int32).reshape(16, 1)
-    whole = feed.put(mesh, rows)  # by the one process that there is
-    assert (np.asarray(whole) == rows).all() and (feed.fetch(whole) == rows).all() and jax.process_count() == 1
+    whole = put(mesh, rows)  # by the one process that there is
+    assert (np.asarray(whole) == rows).all() and (fetch(whole) == rows).all() and jax.process_count() == 1
 
 
 # ---- meeting --------------------------------------------------------------------------------------------------------

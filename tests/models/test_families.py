@@ -15,7 +15,7 @@ from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.models.transformer import Runtime, forward, parameter_table
-from jaxrlhf.run import checkpoint
+from jaxrlhf.run import saved_run
 from tests.support import tiny
 
 SMALL: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32, "mlp_size": 48}
@@ -118,13 +118,13 @@ def test_records_of_older_checkpoints():
     """ModelConfig as it was saved before it had most fields, and as it is saved now: through JSON."""
     old = {**SMALL, "family": "gpt2", "num_layers": 2, "num_heads": 4, "num_kv_heads": 4, "head_dim": 8}
     old |= {"max_positions": 16, "norm_eps": 1e-5, "rope_theta": 1e4, "rope_scaling": None, "attention_bias": True}
-    cfg, head = checkpoint.model_of({"head": "lm", "config": {**old, "mlp_bias": True, "tie_embeddings": True}})
+    cfg, head = saved_run.model_of({"head": "lm", "config": {**old, "mlp_bias": True, "tie_embeddings": True}})
     assert (cfg, head) == (resolve(ModelConfig(**SMALL, family="gpt2", max_positions=16)), "lm")
     window: dict[str, Any] = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
     new = resolve(ModelConfig(**SMALL, family="gemma2", num_heads=2, rope_scaling=LONGROPE, **window))
-    record = json.loads(json.dumps(checkpoint.models_record({"policy": new}, {"policy": "lm"}, {})))
-    assert checkpoint.model_of(record["policy"]) == (new, "lm")
-    hash(checkpoint.model_of(record["policy"])[0])
+    record = json.loads(json.dumps(saved_run.models_record({"policy": new}, {"policy": "lm"}, {})))
+    assert saved_run.model_of(record["policy"]) == (new, "lm")
+    hash(saved_run.model_of(record["policy"])[0])
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------

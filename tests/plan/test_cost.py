@@ -14,7 +14,7 @@ from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reach
 from jaxrlhf.plan.calls import Models, Pass, Passes, passes_of
 from jaxrlhf.plan.cost import Phase, Setup, Work, phases, timed
 from jaxrlhf.plan.shapes import blueprint
-from jaxrlhf.run.feed import batch_shapes
+from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.tpu.peaks import CHIPS
 from jaxrlhf.types import Head

@@ -16,8 +16,8 @@ from jaxrlhf.plan.memory import estimate, rollout_of, stored
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.plan.target import Target
-from jaxrlhf.run.build import abstract_state
-from jaxrlhf.run.feed import batch_shapes
+from jaxrlhf.run.batch_shapes import batch_shapes
+from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import MeshConfig, current, make_mesh
 from jaxrlhf.tpu.peaks import CHIPS

@@ -15,7 +15,8 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files.hf_config import describe
 from jaxrlhf.models.files.published import LLAMA_3_1_8B
 from jaxrlhf.plan import shapes
-from jaxrlhf.run.feed import Feed, batch_shapes
+from jaxrlhf.run.batch_shapes import batch_shapes
+from jaxrlhf.run.feed import Feed
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support import runs
 

@@ -23,7 +23,12 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import transformer
 from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.run import build, checkpoint, programs
+from jaxrlhf.run import build, origins, programs, runtime, saved_run
+from jaxrlhf.run.announce import other_endings, spelled_markers
+from jaxrlhf.run.export import export
+from jaxrlhf.run.initial_state import abstract_state, initial_state
+from jaxrlhf.run.runtime import check_shapes, kernels_passed_over
+from jaxrlhf.run.sampler import make_sampler
 from jaxrlhf.serve import writer
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
@@ -63,7 +68,7 @@ def foreign(whole, tmp_path) -> Path:
 def test_models_from_files_must_fit_the_mesh_and_the_rows(ppo, changes, pattern):
     shape = resolve(ModelConfig(**{"vocab_size": 300, "hidden_size": 32, "mlp_size": 48} | changes))
     mesh = make_mesh(MeshConfig(1, 2, 4), jax.devices()[:8])
-    check = lambda: build.check_shapes(ppo(), {"policy": build.Weights("hf", "some/folder", shape, "lm")}, mesh)
+    check = lambda: check_shapes(ppo(), {"policy": build.Weights("hf", "some/folder", shape, "lm")}, mesh)
     if pattern is None:
         return check()
     with pytest.raises(ConfigError, match=r"^models\.policy: some/folder: " + pattern) as error:
@@ -83,7 +88,7 @@ def test_models_from_files_must_fit_the_mesh_and_the_rows(ppo, changes, pattern)
     ],
 )
 def test_a_kernel_is_refused_or_passed_over_in_one_line(monkeypatch, asked, hardware, line, said):
-    monkeypatch.setattr(build, "hardware_of", lambda device: hardware)
+    monkeypatch.setattr(runtime, "hardware_of", lambda device: hardware)
     tree = {"run_dir": "r", "iterations": 1, "attention": asked, "algorithm": {"name": "sft"}}
     cfg, mesh = (
         parse(tree | {"models": {"policy": {"init_from": "x"}}}, "test"),
@@ -92,20 +97,20 @@ def test_a_kernel_is_refused_or_passed_over_in_one_line(monkeypatch, asked, hard
     weights = {"policy": build.Weights("hf", "some/folder", resolve(ModelConfig(vocab_size=300)), "lm")}
     if line:
         with pytest.raises(ConfigError, match=f"^{line}.* \\(models.policy: some/folder\\)$"):
-            build.check_shapes(cfg, weights, mesh)
+            check_shapes(cfg, weights, mesh)
         return
-    build.check_shapes(cfg, weights, mesh)
-    notes = build.kernels_passed_over(cfg, mesh, {"policy": weights["policy"].config})
+    check_shapes(cfg, weights, mesh)
+    notes = kernels_passed_over(cfg, mesh, {"policy": weights["policy"].config})
     assert len(notes) == len(said) and all(map(re.match, said, notes))
 
 
 @pytest.mark.parametrize("platform, refused", [("tpu", True), ("cpu", False)])
 def test_packed_responses_want_a_kernel_that_computes_them(monkeypatch, platform, refused):
-    monkeypatch.setattr(build, "hardware_of", lambda device: Hardware(platform))
+    monkeypatch.setattr(runtime, "hardware_of", lambda device: Hardware(platform))
     tree = {"run_dir": "r", "iterations": 1, "algorithm": {"name": "sft"}, "batch": {"pack_widths": 4}}
     cfg = parse(tree | {"models": {"policy": {"init_from": "x"}}}, "test")
     weights = {"policy": build.Weights("hf", "some/folder", resolve(ModelConfig(vocab_size=300)), "lm")}
-    check = lambda: build.check_shapes(cfg, weights, make_mesh(MeshConfig(), jax.devices()[:1]))
+    check = lambda: check_shapes(cfg, weights, make_mesh(MeshConfig(), jax.devices()[:1]))
     if not refused:
         return check()
     with pytest.raises(ConfigError) as error:
@@ -121,7 +126,7 @@ def tokenizer_of(run: Path) -> str:
 def started(cfg: Config) -> tuple[build.Run, TrainState]:
     ready = build.build(cfg, jax.devices()[:1])
     with jax.set_mesh(ready.mesh):
-        return ready, build.initial_state(ready)
+        return ready, initial_state(ready)
 
 
 def named(tree: Any) -> dict[str, np.ndarray]:
@@ -198,9 +203,9 @@ def test_a_reward_model_s_rows_end_as_the_policy_s_responses(tmp_path, role):
     tree = {"run_dir": str(tmp_path / "run"), "iterations": 1, "algorithm": {"name": "rm"}}
     cfg = parse(tree | {"models": {"reward": {"init_from": str(origin)}}}, "test")
     weights = {role: build.Weights("hf", str(origin), resolve(ModelConfig(vocab_size=300)), "lm")}
-    assert build.make_sampler(cfg, tokenizer, weights).eos_ids == (1, 7)
+    assert make_sampler(cfg, tokenizer, weights).eos_ids == (1, 7)
     new = {role: build.Weights("new", None, resolve(ModelConfig(vocab_size=300)), "lm")}
-    assert build.make_sampler(cfg, tokenizers.load_tokenizer(str(origin)), new).eos_ids == (1, 7)
+    assert make_sampler(cfg, tokenizers.load_tokenizer(str(origin)), new).eos_ids == (1, 7)
 
 
 @pytest.mark.parametrize("theirs, warned", [([1], True), ([7, 1], False), (None, False)])
@@ -208,13 +213,13 @@ def test_a_reward_model_of_other_endings_is_told(monkeypatch, theirs, warned):
     from types import SimpleNamespace
 
     tokenizer = tokenizers.train_bpe(["a b"], 300)
-    monkeypatch.setattr(checkpoint, "read_extra", lambda path: (4, {"eos_ids": theirs}))
+    monkeypatch.setattr(saved_run, "read_extra", lambda path: (4, {"eos_ids": theirs}))
     tree = {"run_dir": "run", "iterations": 1, "algorithm": {"name": "grpo"}}
     cfg = parse(tree | {"models": {role: {"init_from": f"runs/{role}"} for role in ("policy", "reward")}}, "test")
     weights = {role: build.Weights("run", f"runs/{role}", resolve(ModelConfig()), "lm") for role in cfg.models}
     sampler, heads = SimpleNamespace(eos_ids=(1, 7)), {"policy": "lm", "reward": "scalar", "reference": "lm"}
     run: Any = SimpleNamespace(cfg=cfg, sampler=sampler, heads=heads, weights=weights, tokenizer=tokenizer)
-    said = build.other_endings(run)
+    said = other_endings(run)
     assert len(said) == warned
     if warned:
         assert said[0].startswith(
@@ -229,13 +234,13 @@ def test_a_template_whose_tokens_are_missing_is_told(template, special, warned):
     words = ["<|im_start|>", "<|im_end|>"] if special else []
     cfg = SimpleNamespace(data=SimpleNamespace(chat=ChatConfig(template=template)))
     run: Any = SimpleNamespace(cfg=cfg, tokenizer=tokenizers.train_bpe(["a b"], 300, words))
-    said = build.spelled_markers(run)
+    said = spelled_markers(run)
     assert len(said) == warned and all("has no token <|im_start|>, <|im_end|>: they are" in line for line in said)
 
 
 def test_a_run_s_tokenizer_names_its_endings(whole):
     ends = json.loads((whole / "rm" / "tokenizer" / "generation_config.json").read_text())
-    assert ends == {"eos_token_id": checkpoint.read_extra(whole / "rm")[1]["eos_ids"]}
+    assert ends == {"eos_token_id": saved_run.read_extra(whole / "rm")[1]["eos_ids"]}
 
 
 # ---- where things come from -----------------------------------------------------------------------------------------
@@ -258,10 +263,10 @@ def test_a_run_that_has_saved_nothing_yet_is_one_line(ppo, whole, tmp_path):
 
 def test_roles_that_start_from_roles(ppo):
     cfg = ppo("models.reference={init_from: policy}", "models.value={init_from: reference}")
-    assert [build.base_role(cfg, role) for role in ("policy", "reference", "value")] == ["policy"] * 3
+    assert [origins.base_role(cfg, role) for role in ("policy", "reference", "value")] == ["policy"] * 3
     circle = {"policy": RoleConfig(init_from="value"), "value": RoleConfig(init_from="policy")}
     with pytest.raises(ConfigError, match="goes round in a circle"):
-        build.origin(runs.dataclasses.replace(cfg, models=circle), "policy")
+        origins.origin(runs.dataclasses.replace(cfg, models=circle), "policy")
 
 
 def test_ppo_starts_from_both_runs(ppo, whole):
@@ -332,7 +337,7 @@ def test_weights_are_cast_to_the_run_s_precision(ppo, whole):
 def test_the_abstract_state_is_the_state_with_nothing_in_it(root, whole, tmp_path, name):
     ready, state = started(runs.config(name, root, tmp_path))
     with jax.set_mesh(ready.mesh):
-        described = build.abstract_state(ready)
+        described = abstract_state(ready)
     assert jax.tree.structure(described) == jax.tree.structure(state)
     for shape, leaf in zip(jax.tree.leaves(described), jax.tree.leaves(state)):
         assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
@@ -375,7 +380,7 @@ def test_every_eos_token_stays_one_when_a_run_goes_on(root, folder, tmp_path, pp
     mesh = writer.make_mesh(writer.MeshConfig())
     with jax.set_mesh(mesh):
         assert writer.read_model(cfg.run_dir, mesh).ids.eos == (1, 7)
-    checkpoint.export(cfg.run_dir, "policy", tmp_path / "again")
+    export(cfg.run_dir, "policy", tmp_path / "again")
     assert json.loads((tmp_path / "again" / "generation_config.json").read_text())["eos_token_id"] == [1, 7]
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.log.run_dir import at_step, made_by, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.run import checkpoint
+from jaxrlhf.run import saved_run
 from jaxrlhf.run import state as states
 from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -127,7 +127,7 @@ def test_other_roles_than_the_saved_ones_are_one_line(tmp_path):
 def test_the_last_ones_stay(tmp_path):
     save(tmp_path, range(1, 6), keep=2)
     assert steps_of(tmp_path) == [4, 5]
-    assert checkpoint.latest_step(tmp_path) == 5
+    assert saved_run.latest_step(tmp_path) == 5
 
 
 @pytest.mark.parametrize(("mode", "stay"), [("max", [2, 5]), ("min", [3, 5])])
@@ -162,17 +162,17 @@ def measured(run: Path, mode: str, best: str | None = "eval/score") -> str:
 def test_a_name_says_which_checkpoint(tmp_path, mode, best):
     """Of equal ones the later is the best, as for what stays."""
     run = measured(tmp_path / "run", mode)
-    assert [checkpoint.find_step(name) for name in (run, f"{run}@best", f"{run}@3")] == [5, best, 3]
-    assert checkpoint.read_extra(f"{run}@3") == (3, {"number": 3}) and checkpoint.is_run(f"{run}@best")
-    assert checkpoint.describe_step(run, best) == f"step {best}, the best by eval/score"
-    assert checkpoint.describe_step(run, 5) == "step 5"
+    assert [saved_run.find_step(name) for name in (run, f"{run}@best", f"{run}@3")] == [5, best, 3]
+    assert saved_run.read_extra(f"{run}@3") == (3, {"number": 3}) and saved_run.is_run(f"{run}@best")
+    assert saved_run.describe_step(run, best) == f"step {best}, the best by eval/score"
+    assert saved_run.describe_step(run, 5) == "step 5"
 
 
 @pytest.mark.parametrize("wrong", ["7", "bset", "-1", "1.5", "", "latest"])
 def test_a_wrong_step_is_one_line_with_the_steps_there_are(tmp_path, wrong):
     run = measured(tmp_path / "run", "max")
     with pytest.raises(ValueError) as error:
-        checkpoint.find_step(f"{run}@{wrong}")
+        saved_run.find_step(f"{run}@{wrong}")
     there = f"no step {wrong}; {run} has: 1, 2, 3, 4, 5; best: 2 by eval/score"
     nothing = f"no step behind the @; expected {run}, {run}@best or {run}@STEP"  # "$STEP" of a shell, say
     assert str(error.value) == f"{run}@{wrong}: {there if wrong else nothing}"
@@ -183,13 +183,13 @@ def test_a_run_that_measured_nothing_has_no_best(tmp_path):
     with pytest.raises(
         ValueError, match=r"@best: no step of it was measured by checkpoint\.best .* has: 1, 2, 3, 4, 5$"
     ):
-        checkpoint.find_step(f"{run}@best")
+        saved_run.find_step(f"{run}@best")
 
 
 def test_a_folder_may_have_an_at_in_its_name(tmp_path):
     run = measured(tmp_path / "me@2", "max")
     other = measured(tmp_path / "me", "max")
-    assert split_step(run) == (run, "") and checkpoint.find_step(run) == 5
+    assert split_step(run) == (run, "") and saved_run.find_step(run) == 5
     assert split_step(f"{run}@best") == (run, "best") and split_step(f"{other}@3") == (other, "3")
     assert split_step("me@example.com/run") == ("me@example.com/run", "")
     assert at_step(run, "3") == f"{run}@3" and at_step("hub/name", "") == "hub/name"
@@ -219,7 +219,7 @@ def test_what_a_crash_left_half_written_is_no_checkpoint_and_goes(tmp_path):
     half = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "2", half)
     (half / "commit_success.txt").unlink(missing_ok=True)
-    assert checkpoint.latest_step(tmp_path) == 2
+    assert saved_run.latest_step(tmp_path) == 2
     reader = Checkpoints(tmp_path, read_only=True)  # for a reader it may be one that is being written
     same(reader.restore(2, describe(new_state(2))), new_state(2))
     reader.close()
@@ -248,15 +248,15 @@ def test_a_full_disk_is_one_line(tmp_path):
         f"{tmp_path}/run: a checkpoint could not be written: File too large; once it can be, the same command starts "
     )
     assert str(error.value).startswith(said) and "\n" not in str(error.value)
-    assert checkpoint.latest_step(tmp_path / "run") is None
+    assert saved_run.latest_step(tmp_path / "run") is None
 
 
 def test_a_run_without_a_checkpoint_is_one_line(tmp_path):
-    assert checkpoint.latest_step(tmp_path) is None
+    assert saved_run.latest_step(tmp_path) is None
     for make in (lambda: None, lambda: Checkpoints(tmp_path).close()):
         make()
         with pytest.raises(FileNotFoundError, match=r"no checkpoint in it; a run saves one every checkpoint\.every"):
-            checkpoint.read_extra(tmp_path)
+            saved_run.read_extra(tmp_path)
 
 
 # ---- what other runs take -------------------------------------------------------------------------------------------
@@ -267,12 +267,12 @@ def test_one_role_is_read_alone(tmp_path):
     saved = Checkpoints(tmp_path)
     saved.save(5, state, {"number": 5})
     saved.close()
-    assert checkpoint.read_extra(tmp_path) == (5, {"number": 5})
+    assert saved_run.read_extra(tmp_path) == (5, {"number": 5})
     for role in ("policy", "value"):  # nothing else is needed on disk
         shutil.rmtree(tmp_path / "checkpoints" / "5" / "state", ignore_errors=True)
-        found = checkpoint.restore_role(tmp_path, 5, role, describe(state).params[role])
+        found = saved_run.restore_role(tmp_path, 5, role, describe(state).params[role])
         np.testing.assert_array_equal(found["kernel"], state.params[role]["kernel"])
-    found = checkpoint.restore_role(tmp_path, 5, "reference", describe(state).slow["reference"])
+    found = saved_run.restore_role(tmp_path, 5, "reference", describe(state).slow["reference"])
     np.testing.assert_array_equal(found["kernel"], state.slow["reference"]["kernel"])
 
 
@@ -287,12 +287,12 @@ def test_one_role_is_read_alone(tmp_path):
 )
 def test_shapes_of_models_go_through_json(cfg):
     cfg = resolve(cfg)
-    record = json.loads(json.dumps(checkpoint.models_record({"reward": cfg}, {"reward": "scalar"}, {})))
-    assert checkpoint.model_of(record["reward"]) == (cfg, "scalar")
+    record = json.loads(json.dumps(saved_run.models_record({"reward": cfg}, {"reward": "scalar"}, {})))
+    assert saved_run.model_of(record["reward"]) == (cfg, "scalar")
     changed = replace(cfg, num_layers=7)
-    assert checkpoint.models_record({"reward": changed}, {"reward": "scalar"}, {}) != record
-    bare = checkpoint.models_record({"value": cfg}, {"value": "bare"}, {"value": "policy"})
-    assert bare["value"]["trunk"] == "policy" and checkpoint.model_of(bare["value"]) == (cfg, "scalar")
+    assert saved_run.models_record({"reward": changed}, {"reward": "scalar"}, {}) != record
+    bare = saved_run.models_record({"value": cfg}, {"value": "bare"}, {"value": "policy"})
+    assert bare["value"]["trunk"] == "policy" and saved_run.model_of(bare["value"]) == (cfg, "scalar")
 
 
 @pytest.mark.parametrize(
@@ -305,17 +305,17 @@ def test_shapes_of_models_go_through_json(cfg):
     ],
 )
 def test_which_role_another_starts_from(role, held, found):
-    assert checkpoint.find_role(dict.fromkeys(held), role) == found
+    assert saved_run.find_role(dict.fromkeys(held), role) == found
 
 
 def test_no_role_to_start_from():
     with pytest.raises(ValueError, match="a run without models has nothing to start policy from"):
-        checkpoint.find_role({}, "policy")
+        saved_run.find_role({}, "policy")
 
 
 def test_a_run_is_a_config_and_checkpoints(tmp_path):
-    assert not checkpoint.is_run(tmp_path)
+    assert not saved_run.is_run(tmp_path)
     (tmp_path / "config.yaml").write_text("")
-    assert not checkpoint.is_run(tmp_path)
+    assert not saved_run.is_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    assert checkpoint.is_run(tmp_path)
+    assert saved_run.is_run(tmp_path)

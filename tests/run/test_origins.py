@@ -20,6 +20,7 @@ from jaxrlhf.models.files import hf
 from jaxrlhf.models.transformer import Leaf, parameter_table
 from jaxrlhf.ops.sampling import Sampling, shape_logits
 from jaxrlhf.run import build, feed, origins
+from jaxrlhf.run.initial_state import read_weights
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, spec
 from jaxrlhf.types import Head
 
@@ -124,7 +125,7 @@ def test_roles_that_learn_may_start_without_a_head(model, tmp_path):
     for reward in (model("lm"), model("headless", "scalar", change=drop("score.weight"))):
         ready = build.build(config(tmp_path, "rm", reward=reward), jax.devices()[:1])
         with current(ready.mesh):
-            head = build.read_weights(ready, "reward")["head"]
+            head = read_weights(ready, "reward")["head"]
         assert np.std(np.asarray(head["kernel"])) > 0.05 and not np.any(head["bias"])
 
 

@@ -24,9 +24,10 @@ from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.held_out import HeldOut, Result
 from jaxrlhf.hosts.signals import Stop
-from jaxrlhf.run import checkpoint
-from jaxrlhf.run.build import build, initial_state
+from jaxrlhf.run import saved_run
+from jaxrlhf.run.build import build
 from jaxrlhf.run.checkpoint import Checkpoints
+from jaxrlhf.run.initial_state import initial_state
 from jaxrlhf.run.resume import changes_since_saved, flat
 from jaxrlhf.sharding import current
 from jaxrlhf.types import TrainState
@@ -242,7 +243,7 @@ def test_a_signal_in_an_evaluation_saves_at_once(saved, monkeypatch, tmp_path, b
     """And not at its end, which may come after that of the machine. What is best is known nevertheless."""
     one_device(monkeypatch)
     count_steps(monkeypatch)
-    kept = lambda: checkpoint.latest_step(run_dir)
+    kept = lambda: saved_run.latest_step(run_dir)
     found: list[int | None] = []
     run_dir = tmp_path / "run"
 

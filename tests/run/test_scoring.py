@@ -31,10 +31,10 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.functions import RewardFunction, RewardsConfig
 from jaxrlhf.rewards.graders import GraderError, Graders
-from jaxrlhf.run import build, checkpoint, scoring
-from jaxrlhf.run.feed import fetch, put
+from jaxrlhf.run import build, saved_run, scoring
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.scoring import joined, score
+from jaxrlhf.run.transfer import fetch, put
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
 from jaxrlhf.types import Batch, Sequences
 from tests.support import runs, tiny
@@ -420,7 +420,7 @@ def test_a_run_whose_function_is_gone_is_refused_in_one_line(learned):
 
 
 def test_roles_of_a_run_with_a_function(learned):
-    _, extra = checkpoint.read_extra(str(learned))
+    _, extra = saved_run.read_extra(str(learned))
     assert extra["models"].keys() == {"policy", "value", "reference"}
 
 

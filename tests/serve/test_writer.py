@@ -18,7 +18,8 @@ from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
-from jaxrlhf.run import checkpoint
+from jaxrlhf.run import saved_run
+from jaxrlhf.run.export import export
 from jaxrlhf.run.state import abstract_params
 from jaxrlhf.serve import writer
 from jaxrlhf.serve.writer import generate_text
@@ -147,17 +148,17 @@ def both(whole: Path, name: str) -> tuple[Params, Params]:
     """(of the run, of its export)."""
     run, role, head = EXPORTS[name]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    cfg, _ = checkpoint.model_of(checkpoint.read_extra(whole / run)[1]["models"][role])
+    cfg, _ = saved_run.model_of(saved_run.read_extra(whole / run)[1]["models"][role])
     with jax.set_mesh(mesh):
-        ours = checkpoint.restore_role(whole / run, 4, role, abstract_params(cfg, head, jnp.float32, mesh))  # type: ignore[arg-type]
+        ours = saved_run.restore_role(whole / run, 4, role, abstract_params(cfg, head, jnp.float32, mesh))  # type: ignore[arg-type]
         return ours, hf.load(whole / name, *hf_config.read_config(whole / name), jnp.float32)
 
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_an_export_holds_the_same_bits(whole, name):
     run, role, _ = EXPORTS[name]
-    assert hf_config.read_config(whole / name) == checkpoint.model_of(
-        checkpoint.read_extra(whole / run)[1]["models"][role]
+    assert hf_config.read_config(whole / name) == saved_run.model_of(
+        saved_run.read_extra(whole / run)[1]["models"][role]
     )
     ours, theirs = both(whole, name)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
@@ -266,7 +267,7 @@ def test_a_folder_that_holds_something_is_not_written_over(whole, tmp_path, comm
 def test_files_have_the_mode_of_the_umask(whole, tmp_path, one_device, umask):
     before = os.umask(umask)
     try:
-        checkpoint.export(f"{whole}/sft", "policy", tmp_path / "out")
+        export(f"{whole}/sft", "policy", tmp_path / "out")
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}

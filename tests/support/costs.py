@@ -24,7 +24,7 @@ from jaxrlhf.benchmarks.rows import random_batch, whole_rows
 from jaxrlhf.benchmarks.work import count_work
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.shapes import blueprint
-from jaxrlhf.run.build import abstract_state
+from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import current, make_mesh, row_layout
 from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout

@@ -1,0 +1,48 @@
+"""A role of a run as a Hugging Face folder."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.log.run_dir import split_step
+from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.run.own_pad import with_own_pad
+from jaxrlhf.run.saved_run import describe_step, model_of, read_extra, restore_model
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.types import Role
+
+
+def token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None) -> hf_config.TokenIds:
+    """The special tokens of a tokenizer, and those that ``generation_config`` says end a response."""
+    eos = tokenizers.eos_ids(tokenizer, generation_config)
+    return hf_config.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
+
+
+def export(name, role: Role, to) -> tuple[str, list[str]]:
+    """Write one role of a run (RUN, RUN@best, RUN@40) as a HF folder, tokenizer included. A reward model gets a pad
+    token of its own. Returns which step it was, in words, and what differs from the run, or in transformers.
+
+    Raises FileNotFoundError for a run without checkpoints, ValueError for a step or a role that it does not have."""
+    (step, extra), (run_dir, _) = read_extra(name), split_step(name)
+    if role not in extra["models"]:
+        raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")
+    cfg, head = model_of(extra["models"][role])
+    dtype = extra["models"][role].get("dtype") or extra["dtype"]  # an older run has one for all roles
+    folder = epath.Path(run_dir) / "tokenizer"
+    tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
+    ids = hf_config.embedded(token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}), cfg.vocab_size)
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
+        params, notes = restore_model(run_dir, step, extra["models"], role, jnp.dtype(dtype), mesh), []
+        if head == "scalar":
+            tokenizer, params, cfg, ids, notes = with_own_pad(tokenizer, params, cfg, ids)
+            tokenizers.save_tokenizer(tokenizer, scratch)
+            folder = epath.Path(scratch)
+        notes += hf.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)
+    return describe_step(run_dir, step), notes

@@ -1,0 +1,53 @@
+"""The state that a run starts from: its weights read or drawn, or its shapes alone."""
+
+import jax
+
+from jaxrlhf.config.roles import roles_of
+from jaxrlhf.models import transformer
+from jaxrlhf.models.files import hf
+from jaxrlhf.run import saved_run, state
+from jaxrlhf.run.build import Blueprint, Run
+from jaxrlhf.run.origins import base_role
+from jaxrlhf.sharding import whole
+from jaxrlhf.types import Params, Role, TrainState
+
+
+def initial_state(run: Run) -> TrainState:
+    """Read or draw every role's weights. A role that starts from another is a copy of it: nothing is aliased."""
+    trees: dict[Role, Params] = {role: read_weights(run, role) for role in run.heads}
+    trained, slow = roles_of(run.cfg)
+    controls = run.algorithm.controls(run.cfg.algorithm)
+    params, still = {role: trees[role] for role in trained}, {role: trees[role] for role in slow}
+    return state.new_state(run.cfg.seed, params, still, run.recipe.optimizers, controls)
+
+
+def read_weights(run: Run, role: Role) -> Params:
+    """One role's parameters on the mesh, under the head it needs. Random weights depend on the seed and on where the
+    role starts, so that roles that start from the same random weights do."""
+    found, head, zero = run.weights[role], run.heads[role], role == "value"
+    number = sorted(run.cfg.models).index(base_role(run.cfg, role))
+    key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)
+    if found.kind == "new":
+        return jax.jit(lambda: transformer.init(found.config, head, key, dtype))()
+    if head == "bare" and found.head in ("lm", None):  # there is nothing to read
+        return state.scalar_head(found.config, key, dtype, zero)
+    if found.kind == "run":
+        models = saved_run.read_extra(found.path, found.step)[1]["models"]
+        params = saved_run.restore_model(found.path, found.step, models, found.role, dtype, run.mesh)
+    else:
+        params = hf.load(found.path or "", found.config, found.head or "scalar", dtype)
+        if found.head is None:
+            del params["head"]  # drawn; that of change_head knows of ``zero``
+    return whole(state.change_head(params, found.config, found.head or "lm", head, key, zero), run.mesh)
+
+
+def abstract_state(drawn: Blueprint) -> TrainState:
+    """The state's shapes and layouts, nothing allocated: what a checkpoint is restored into."""
+    trained, slow = roles_of(drawn.cfg)
+
+    def describe(role: Role) -> Params:
+        return state.abstract_params(drawn.configs[role], drawn.heads[role], drawn.dtype_of(role), drawn.mesh)
+
+    params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
+    controls = lambda: drawn.algorithm.controls(drawn.cfg.algorithm)
+    return state.abstract_state(params, still, drawn.recipe.optimizers, controls, drawn.mesh)

@@ -1,0 +1,85 @@
+"""How the run's models are computed on its devices: mesh, kernels, networks."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf import generate
+from jaxrlhf.config.batch import divisors, longest_row
+from jaxrlhf.config.check import SPLIT, split_by
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.roles import trunks_of
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import nets, transformer
+from jaxrlhf.models.attention.kernels import choose, hardware_of, passed_over
+from jaxrlhf.models.config import ModelConfig, row_limit
+from jaxrlhf.models.transformer import Runtime
+from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.run.origins import Weights, base_role
+from jaxrlhf.types import Nets, Params, Prompts, Role, Sequences
+
+
+def runtime_of(cfg: Config, mesh: jax.sharding.Mesh) -> Runtime:
+    """How the run's models are computed on the devices of ``mesh``."""
+    compute, hardware = jnp.dtype(cfg.precision.compute), hardware_of(mesh.devices.flat[0])
+    return Runtime(compute, cfg.remat, cfg.attention, hardware, cfg.scan_layers, cfg.generate.int8)
+
+
+def bind_nets(
+    cfg: Config,
+    mesh: jax.sharding.Mesh,
+    weights: dict[Role, Weights],
+    sampler: generate.Sampler,
+    sampling: Sampling,
+) -> Nets:
+    """What algorithms may ask of the run's models; log-probs are of the distribution that ``sampling`` shapes."""
+    configs = {role: found.config for role, found in weights.items()}
+    runtime = runtime_of(cfg, mesh)
+
+    def sample(role: Role, trees: dict[Role, Params], prompts: Prompts, seed, step) -> Sequences:
+        return generate.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
+
+    trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
+    return nets.make_nets(configs, runtime, sampling, sample, trunks)
+
+
+def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.Mesh) -> None:
+    """The mesh divides every model, wherever it comes from, no row is longer than it computes, and the attention kernel
+    that is asked for can compute it.
+
+    Raises ConfigError for the first that is not so."""
+    (longest, what), runtime = longest_row(cfg), runtime_of(cfg, mesh)
+    for role, found in weights.items():
+        where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
+        padded = transformer.padded_vocab(found.config)
+        values = {name: getattr(found.config, name) for name in SPLIT} | {"padded vocabulary": padded}
+        for name, value in values.items():
+            axes, devices = split_by(SPLIT.get(name, SPLIT["mlp_size"]), mesh.shape)
+            if value % devices:
+                nearest = min(divisors(value), key=lambda size: abs(size - devices))
+                raise ConfigError(
+                    f"{where}: its {name} {value} is not divided by {axes}: {devices}; nearest: {nearest}"
+                )
+        limit = row_limit(found.config)
+        if limit is not None and longest > limit:
+            raise ConfigError(f"{where}: computes rows of {limit} columns at most; expected that of {longest} = {what}")
+        try:
+            kernel = choose(runtime.attention, runtime.hardware, found.config, runtime.compute)
+        except ValueError as error:
+            raise ConfigError(f"{error} ({where})") from None
+        widths = cfg.batch.pack_widths
+        if widths > 1 and kernel != "xla":
+            raise ConfigError(
+                f"batch.pack_widths: {widths}: {kernel} attention ({where}) can't compute packed responses; "
+                "expected 1, or attention: xla"
+            )
+
+
+def kernels_passed_over(cfg: Config, mesh: jax.sharding.Mesh, shapes: dict[Role, ModelConfig]) -> list[str]:
+    """What to say of the models whose attention XLA computes although the devices have a kernel for it."""
+    runtime = runtime_of(cfg, mesh)
+    reasons: dict[str, list[Role]] = {}
+    for role, shape in shapes.items():
+        why = passed_over(runtime.hardware, shape, runtime.compute)
+        if runtime.attention == "auto" and why:
+            reasons.setdefault(why, []).append(role)
+    return [f"attention: xla for {', '.join(roles)}: {why}" for why, roles in reasons.items()]

@@ -1,0 +1,62 @@
+"""The run's sampler, and what ends a response."""
+
+from jaxrlhf import generate
+from jaxrlhf.config.record import Config
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.models import transformer
+from jaxrlhf.run import saved_run
+from jaxrlhf.run.origins import Weights
+from jaxrlhf.types import Role
+
+
+def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
+    """The sampler that ``generate`` asks for; its EOS tokens end all the run's rows, learnt or sampled."""
+    ask = cfg.generate
+    policy, eos_ids = weights.get("policy"), find_eos(cfg, tokenizer, weights)
+    size = transformer.padded_vocab(policy.config) if policy else len(tokenizer)
+    sampler = sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)
+    sampler = sampler._replace(share_prompts=cfg.batch.share_prompts)
+    return readable_by_all(sampler, tokenizer, weights) if policy else sampler
+
+
+def readable_by_all(sampler: generate.Sampler, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
+    """``sampler``, which never samples a token that another model of the run could not read.
+
+    Raises ConfigError where no response could end."""
+    sizes = [found.config.vocab_size for found in weights.values()]
+    own = weights["policy"].config.vocab_size
+    unread = tokenizers.unreadable(tokenizer)
+    banned = sorted({id for id in unread if id < own} | set(range(min(sizes), own)))
+    if banned and set(sampler.eos_ids) <= {*banned, *range(own, max(sampler.eos_ids) + 1)}:
+        id = sampler.eos_ids[0]
+        why = unread.get(id, f"a model's vocab_size is {min(sizes)}")
+        raise ConfigError(f"tokenizer: token {id}, which ends responses, is not known to every model: {why}")
+    return sampler._replace(sampling=sampler.sampling._replace(banned=tuple(banned)))
+
+
+def sampler_of(
+    ask: generate.GenerateConfig, tokenizer, eos_ids: tuple[int, ...], vocab: int, samples_per_prompt: int = 1
+) -> generate.Sampler:
+    """The sampler for a model whose (padded) vocabulary has ``vocab`` rows, with its ending tokens and stop texts."""
+    pieces = tokenizers.token_bytes(tokenizer) if ask.stop else []
+    stops = [stop for text in ask.stop for stop in tokenizers.stop_forms(tokenizer, text)]
+    return generate.make_sampler(ask, eos_ids, tokenizers.pad_id(tokenizer), pieces, vocab, samples_per_prompt, stops)
+
+
+def find_eos(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int, ...]:
+    """What ends a response: of a run with a checkpoint as it was decided; else what the tokenizer, its folder, its chat
+    template say, and where the policy, or the reward model, starts."""
+    if saved_run.latest_step(cfg.run_dir) is not None:
+        saved = saved_run.read_extra(cfg.run_dir)[1].get("eos_ids")
+        if saved:
+            return tuple(saved)
+    first = next((weights[role] for role in ("policy", "reward", *weights) if role in weights), None)
+    return tokenizers.eos_ids(tokenizer, generation_config(first) if first else None)
+
+
+def generation_config(start: Weights) -> dict | None:
+    """What a model's folder says of the ends of responses; of a run, the EOS tokens that it was trained with."""
+    if start.kind == "run":
+        return {"eos_token_id": saved_run.read_extra(start.path, start.step)[1].get("eos_ids")}
+    return {"eos_token_id": tokenizers.folder_eos(start.path)} if start.path else None

@@ -1,0 +1,46 @@
+"""What each role's weights start from: the run's own checkpoint, another run, files, or a draw."""
+
+import os
+
+from jaxrlhf.config.record import Config
+from jaxrlhf.log.run_dir import split_step
+from jaxrlhf.models.config import resolve
+from jaxrlhf.models.files import hf_config, hf_folder, hf_tensors
+from jaxrlhf.run import saved_run
+from jaxrlhf.run.origins import Weights, base_role, located, origin, start_step
+from jaxrlhf.types import Head, Role
+
+
+def find_weights(cfg: Config, role: Role, vocab_size: int, wanted: Head = "lm") -> Weights:
+    """What ``role`` starts from: the run's own checkpoint if there is one, else what the config names. Of two heads in
+    a folder the one that is ``wanted`` is taken.
+
+    Raises ConfigError where there is nothing, or a folder does not hold all of a model."""
+    if saved_run.latest_step(cfg.run_dir) is not None:
+        step, extra = saved_run.read_extra(cfg.run_dir)
+        if role in extra["models"]:
+            return Weights("run", cfg.run_dir, *saved_run.model_of(extra["models"][role]), step, role)
+    start = origin(cfg, role)
+    if start.architecture is not None:
+        shape = resolve(start.architecture, vocab_size)
+        return Weights("new", None, shape, "lm")
+    path = start.init_from or ""
+    if saved_run.is_run(path):
+        step, extra = saved_run.read_extra(path, located(start_step, path, f"models.{base_role(cfg, role)}"))
+        named = next(name for name, model in cfg.models.items() if model is start)
+        there = saved_run.find_role(extra["models"], named)
+        run_dir, _ = split_step(path)
+        return Weights("run", run_dir, *saved_run.model_of(extra["models"][there]), step, there)
+    where = f"models.{base_role(cfg, role)}"
+    folder = os.fspath(located(hf_folder.locate, path, where))
+    return located(lambda folder: in_folder(folder, wanted), folder, where, "init_from: ")
+
+
+def in_folder(folder: str, wanted: Head) -> Weights:
+    """The Weights of a Hugging Face folder. Raises ValueError where its files are not those of a whole model."""
+    shape, head = hf_config.read_config(folder)
+    if wanted != "lm" and head == "lm" and hf_tensors.has_score(folder):
+        head = "scalar"
+    held = hf_tensors.examine(folder, shape, head)
+    notes = (f"{folder}: not read: {hf_tensors.kinds(held.left)}",) if held.left else ()
+    return Weights("hf", folder, shape, None if head == "scalar" and not held.has_score else head, notes=notes)
