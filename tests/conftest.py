@@ -63,10 +63,10 @@ def root(tmp_path_factory) -> Path:
 def one_device(monkeypatch) -> None:
     """Runs of this process take the first device alone: their programs compile in a fraction of the time."""
     from jaxrlhf import sharding
-    from jaxrlhf.run import build, checkpoint
+    from jaxrlhf.run import build, export
     from jaxrlhf.serve import writer
 
-    for module in (build, checkpoint, writer):
+    for module in (build, export, writer):
         monkeypatch.setattr(module, "make_mesh", lambda cfg, *_: sharding.make_mesh(cfg, jax.devices()[:1]))
 
 
