@@ -115,9 +115,3 @@ def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> R
     nets = bind_nets(run.cfg, run.mesh, weights, sampler, sampler.sampling)
     recipe = run.recipe._replace(nets=nets)
     return dataclasses.replace(run, weights=weights, heads=run.heads | more, recipe=recipe, sampler=sampler)
-
-
-# ---- tokenizer ------------------------------------------------------------------------------------------------------
-
-
-# ---- weights --------------------------------------------------------------------------------------------------------

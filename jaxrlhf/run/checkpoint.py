@@ -136,6 +136,3 @@ def assemble(abstract: TrainState, items) -> TrainState:
         opt_state=rest["opt_state"],
         controls=rest.get("controls", {}),
     )
-
-
-# ---- what other runs take from a run ------------------------------------------------------------------------------
