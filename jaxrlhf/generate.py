@@ -32,7 +32,6 @@ class GenerateConfig:
     stop: tuple[str, ...] = ()  # texts that end a response, besides the EOS tokens
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits: weights, cache; the trainer's log-probs are not its
     halvings: int = 0  # times, each compiled, that half of the responses (to a prompt; on a device) go on alone
-    slots: int = 0  # samples of a prompt that are decoded at a time: where one has ended the next begins. 0: all
 
 
 class Sampler(NamedTuple):
@@ -47,12 +46,6 @@ class Sampler(NamedTuple):
     share_prompts: bool = True  # what learns from the samples computes a prompt once for all of them
     limits: np.ndarray | None = None  # i32[rows of the batch]: the longest response of each; None: max_new_tokens
     halvings: int = 0  # see GenerateConfig
-    slots: int = 0
-
-    @property
-    def together(self) -> int:
-        """Samples of a prompt that are decoded at a time."""
-        return min(self.slots or self.samples_per_prompt, self.samples_per_prompt)
 
     @property
     def copies(self) -> int:
@@ -79,7 +72,7 @@ def make_sampler(
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
     automata = tuple(stop_automaton(stop, pieces, vocab) for stop in (ask.stop if stops is None else stops))
     sampler = Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, automata, samples_per_prompt)
-    return sampler._replace(halvings=ask.halvings, slots=ask.slots)
+    return sampler._replace(halvings=ask.halvings)
 
 
 class Rows(NamedTuple):
@@ -103,14 +96,6 @@ class Decoding(NamedTuple):
     rows: Rows
 
 
-class Slots(NamedTuple):
-    """What stands in the m slots of each prompt, which its samples go through: i32[G, m]."""
-
-    sample: Array  # which of the prompt's samples; n or more: none, all have begun
-    tokens: Array  # of it so far
-    begun: Array  # i32[G]: samples of the prompt that have begun
-
-
 def sample(
     params: Params, cfg: ModelConfig, prompts: Prompts, seed: Array, step: Array, sampler: Sampler, runtime: Runtime
 ) -> Sequences:
@@ -128,20 +113,20 @@ def respond(
     params: Params, cfg: ModelConfig, prompts: Prompts, seed: Array, step: Array, sampler: Sampler, runtime: Runtime
 ) -> Sequences:
     """``sample`` in the layout of decoding."""
-    copies, room, together = sampler.samples_per_prompt, sampler.max_new_tokens, sampler.together
+    copies, room = sampler.samples_per_prompt, sampler.max_new_tokens
     prompt_size = prompts.tokens.shape[1]
-    params = decode_layout(params, cfg, "lm", runtime, prompts.tokens.shape[0] * together)
-    hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, together, room, runtime)
+    params = decode_layout(params, cfg, "lm", runtime, prompts.tokens.shape[0] * copies)
+    hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime)
     each = repeat_rows(prompts, copies)
     tokens, valid = each.tokens, each.valid
     sample_id = each.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
     positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
     rows = blank_rows(valid, uniform_noise(seed, step, sample_id, positions), sampler)
-    hidden, read = jnp.broadcast_to(hidden, (hidden.shape[0], together, hidden.shape[2])), prompts.valid[:, None]
+    hidden, read = jnp.broadcast_to(hidden, (hidden.shape[0], copies, hidden.shape[2])), prompts.valid[:, None]
     if (width := prompts_abreast(hidden.shape[0], copies, runtime)) > 1:
         hidden, read, caches = group_rows(hidden[:, 0], width), group_rows(read[:, 0], width), abreast(caches, width)
     state = Decoding(jnp.int32(0), hidden, caches, rows)
-    rows = (decode_slots if together < copies else decode)(params, cfg, state, read, sampler, runtime)
+    rows = decode(params, cfg, state, read, sampler, runtime)
     everything = jnp.concatenate([tokens, rows.tokens], 1)
     pad = lambda x: jnp.pad(x, ((0, 0), (prompt_size, 0)))
     return Sequences(
@@ -260,7 +245,7 @@ def decode_token(
 
 def next_tokens(logits: Array, index: Array, rows: Rows, sampler: Sampler) -> Rows:
     """``rows``, of which only the column of their next tokens is given, [B, 1], with what is chosen for it. logits
-    [G, n, V]; ``index`` i32[] or i32[B]: tokens of each response so far."""
+    [G, n, V]; ``index`` i32[]: tokens of each response so far."""
     token, logprob = choose_tokens(logits, rows.noise[:, 0], index, sampler.sampling)
     live = ~rows.done
     token = jnp.where(live, token, sampler.pad_id)
@@ -277,7 +262,7 @@ def next_tokens(logits: Array, index: Array, rows: Rows, sampler: Sampler) -> Ro
 
 def choose_tokens(logits: Array, uniform: Array, index: Array, sampling: Sampling) -> tuple[Array, Array]:
     """Tokens i32[B] and their log-probs f32[B]: logits [G, n, V] of the responses' next tokens, ``uniform`` f32[B] what
-    they are chosen by, ``index`` i32[] or i32[B].
+    they are chosen by, ``index`` i32[].
 
     Each device has a part of the vocabulary. They trade it for whole rows, and those that share rows take a part of
     them each, where they divide: so a row is gathered, shaped and searched once, not by all of them."""
@@ -287,71 +272,6 @@ def choose_tokens(logits: Array, uniform: Array, index: Array, sampling: Samplin
     logits = shape_logits(logits, sampling, constrain(jnp.broadcast_to(index, uniform.shape), axis))
     token, logprob = choose(logits, constrain(uniform, axis), greedy=sampling.temperature == 0.0)
     return constrain(token, "batch"), constrain(logprob, "batch")
-
-
-# ---- fewer slots than samples ---------------------------------------------------------------------------------------
-
-
-def decode_slots(
-    params: Params, cfg: ModelConfig, state: Decoding, prompt: Array, sampler: Sampler, runtime: Runtime
-) -> Rows:
-    """``decode`` with m slots a prompt, [G, m, ...] but for the rows: where a sample has ended, the prompt's next one
-    begins, until all have.
-
-    So the samples of a prompt wait for each other at the end only, and the caches hold m of them. All slots write to
-    one column of the caches, the first again after the last; of a slot a sample sees the columns since it began."""
-    first, room, width = state.hidden, sampler.max_new_tokens, sampler.together
-
-    def unfinished(carried: tuple[Decoding, Slots]) -> Array:
-        return (carried[1].sample < sampler.samples_per_prompt).any()
-
-    def one_token(carried: tuple[Decoding, Slots]) -> tuple[Decoding, Slots]:
-        state, slots = carried
-        rows = read_slots(state.rows, slots, sampler.samples_per_prompt)
-        rows = next_tokens(lm_logits(params, cfg, state.hidden), ungroup_rows(slots.tokens), rows, sampler)
-        token, done = (group_rows(x, width) for x in (rows.tokens[:, 0], rows.done))
-        over, column = done | (slots.tokens + 1 >= room), state.index % room
-        hidden, caches = decode_step(params, cfg, token, slots.tokens, prompt, state.caches, runtime, column)
-        hidden = jnp.where(over[:, :, None], first, hidden)
-        rows = write_slots(state.rows, rows, slots, sampler.samples_per_prompt)
-        return Decoding(state.index + 1, hidden, caches, rows), begin_next(slots, over)
-
-    each = constrain(jnp.broadcast_to(jnp.arange(width), (first.shape[0], width)), "batch", None)
-    slots = Slots(each, jnp.zeros_like(each), constrain(jnp.full(first.shape[0], width), "batch"))
-    return jax.lax.while_loop(unfinished, one_token, (state, slots))[0].rows
-
-
-def read_slots(rows: Rows, slots: Slots, samples: int) -> Rows:
-    """The rows that stand in the slots, [G * m], and of what has columns the next one, [G * m, 1]; slots without a
-    sample are done."""
-
-    def one(x: Array) -> Array:
-        take = lambda x, *at: x.at[at].get(mode="clip")
-        at = (slots.sample, slots.tokens)[: x.ndim]
-        found = ungroup_rows(jax.vmap(take)(group_rows(x, samples), *at))
-        return found if x.ndim == 1 else found[:, None]
-
-    found = jax.tree.map(one, rows)
-    return found._replace(done=found.done | ungroup_rows(slots.sample >= samples))
-
-
-def write_slots(rows: Rows, new: Rows, slots: Slots, samples: int) -> Rows:
-    """``rows`` with those of ``read_slots`` as they have become."""
-
-    def one(old: Array, new: Array) -> Array:
-        put = lambda x, new, *at: x.at[at].set(new, mode="drop")
-        at = (slots.sample, slots.tokens)[: old.ndim]
-        new = group_rows(new if new.ndim == 1 else new[:, 0], slots.sample.shape[1])
-        return ungroup_rows(jax.vmap(put)(group_rows(old, samples), new, *at))
-
-    return jax.tree.map(one, rows, new)._replace(noise=rows.noise, limits=rows.limits)
-
-
-def begin_next(slots: Slots, over: Array) -> Slots:
-    """``slots`` after one more token, with the next samples in those whose sample is ``over``, bool[G, m]."""
-    begins = jnp.cumsum(over, axis=1)
-    sample = jnp.where(over, slots.begun[:, None] + begins - 1, slots.sample)
-    return Slots(sample, jnp.where(over, 0, slots.tokens + 1), slots.begun + begins[:, -1])
 
 
 # ---- what ends a response -------------------------------------------------------------------------------------------

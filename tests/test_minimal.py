@@ -178,7 +178,7 @@ def test_an_iteration_of_one_row_is_traced(name, where):
         jax.eval_shape(steps.make_iteration(run.recipe._replace(together=together)), run.state, run.batch)
 
 
-@pytest.mark.parametrize("options", [{}, {"halvings": 1}, {"slots": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"halvings": 1}], ids=str)
 @pytest.mark.parametrize("copies", [1, 3])
 def test_one_prompt_is_sampled_from(copies, options):
     """Also with a vocabulary of one block of the token search."""

@@ -110,7 +110,7 @@ def limits(case: Case, timed: Timed, work: Work) -> Report:
     }
     if "rollout" in timed.seconds:
         sequences = timed.batch.sequences
-        steps = decode_steps(case.drawn, sequences)
+        steps = decode_steps(sequences)
         size = decode_bytes(case.drawn, sequences)
         found["decode"] = {
             "steps": steps,

@@ -134,10 +134,9 @@ def count_work(drawn: Blueprint, batch: Batch) -> Work:
     share = lambda role: 3 if role in drawn.recipe.optimizers else 1
     rollout, tokens, row_steps = 0.0, 0, 0
     if drawn.algorithm.online:
-        mask, sampler = batch.sequences.response_mask, drawn.sampler
+        mask = batch.sequences.response_mask
         rollout = forward_flops(*models["policy"], "sample", documents(batch.sequences))
-        decoded = len(mask) // sampler.samples_per_prompt * sampler.together
-        tokens, row_steps = int(mask.sum()), decoded * decode_steps(drawn, batch.sequences)
+        tokens, row_steps = int(mask.sum()), len(mask) * decode_steps(batch.sequences)
     first = next(call.role for call in learned if call.role in drawn.recipe.optimizers)
     main = [call.rows for call in learned if call.role == first]
     columns, found = sum(rows.tokens.size for rows in main), [documents(rows) for rows in main]
@@ -161,15 +160,9 @@ def repeats(found: list[Document]) -> int:
     return sum(one.prompt_tokens for one in found) - sum(distinct.values())
 
 
-def decode_steps(drawn: Blueprint, sequences: Sequences) -> int:
-    """Tokens that the sampler chose one after the other: those of the longest response, or of the slot that was the
-    last to be done with its responses."""
-    sampler = drawn.sampler
-    lengths = sequences.response_mask.sum(1).reshape(-1, sampler.samples_per_prompt)
-    busy = np.zeros((len(lengths), sampler.together), int)
-    for tokens in lengths.T:
-        busy[np.arange(len(busy)), busy.argmin(1)] += tokens
-    return int(busy.max())
+def decode_steps(sequences: Sequences) -> int:
+    """Tokens that the sampler chose one after the other: those of the longest response."""
+    return int(sequences.response_mask.sum(1).max())
 
 
 def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
@@ -179,7 +172,7 @@ def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     setup = Setup({}, np.dtype(asked.precision.compute).itemsize, int8=asked.generate.int8)
     found = [one for one in documents(sequences) if one.response_tokens]
     seen = products(cfg, [(one.prompt_tokens, one.response_tokens) for one in found])
-    steps = decode_steps(drawn, sequences)
+    steps = decode_steps(sequences)
     weights = sum(weight.size for weight in matrices(cfg, "lm", 1))
     numbers = seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps
     return weights * setup.decoded + numbers * setup.cached(cfg.head_dim)

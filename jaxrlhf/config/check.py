@@ -153,10 +153,6 @@ def generate_problems(cfg: Config) -> Iterator[str]:
             f"generate.temperature: {show(generate.temperature)}: greedy, and {name} learns from the probabilities of "
             f"what it samples; expected more than 0; nearest: {show(default)}"
         )
-    if (slots := generate.slots) >= samples and slots:
-        yield f"generate.slots: {slots}: batch.samples_per_prompt is {samples}; expected fewer, or 0 for all at a time"
-    if slots and generate.halvings:
-        yield f"generate.halvings: {generate.halvings}: generate.slots is {slots}; expected 0: slots are filled again"
     if samples < (least := algorithm.min_samples_per_prompt):
         yield (
             f"batch.samples_per_prompt: {samples}: {name} compares the responses to a prompt with each other; "

@@ -25,6 +25,9 @@ from jaxrlhf.config.yaml_text import Dumper, read_file, read_yaml
 from jaxrlhf.errors import ConfigError, dotted, show
 from jaxrlhf.hosts.processes import DistributedConfig
 
+# keys that no longer exist -> the value at which they did nothing: the config.yaml of older runs holds every key
+REMOVED = {("generate", "slots"): 0}
+
 
 def load(path: os.PathLike | str, overrides: Sequence[str] = ()) -> Config:
     """The config in the YAML file ``path`` with ``a.b.c=value`` overrides applied. Raises ConfigError."""
@@ -93,7 +96,7 @@ def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, 
         origin = lambda keys: "command line" if given(tuple(map(str, keys))) else source
         return ConfigError("\n".join(f"{origin(keys)}: {dotted(keys)}: {text}" for keys, text in problems))
 
-    name = algorithm_name(tree)
+    tree, name = without_removed(tree), algorithm_name(tree)
     try:
         algorithm = find_algorithm(name)
     except ConfigError as error:
@@ -113,6 +116,16 @@ def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, 
     if outside := [*range_problems(cfg)]:
         raise fail(outside)
     return cfg
+
+
+def without_removed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` without the keys in REMOVED where they have no effect; with another value they stay, as unknown keys."""
+    kept = dict(tree)
+    for (section, key), neutral in REMOVED.items():
+        inside = kept.get(section)
+        if isinstance(inside, dict) and inside.get(key) == neutral:
+            kept[section] = {name: value for name, value in inside.items() if name != key}
+    return kept
 
 
 def length_problems(tree: Mapping[str, Any]) -> list[tuple[tuple, str]]:

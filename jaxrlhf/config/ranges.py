@@ -9,7 +9,7 @@ from jaxrlhf.errors import ConfigError, dotted, show
 # Interval -> the fields that lie in it, wherever they stand (Class.field where a name means two things). A record may
 # instead write Annotated[float, Gt(0)] beside its field.
 RANGES = {
-    "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings slots temperature top_k size
+    "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings temperature top_k size
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
         desirable_weight undesirable_weight
         EvalConfig.every process_id

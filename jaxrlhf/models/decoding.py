@@ -173,24 +173,20 @@ def decode_step(
     prompt: Array,
     caches: list[Cache],
     runtime: Runtime,
-    column: Array | None = None,
 ) -> tuple[Array, list[Cache]]:
     """Read the token of each response, i32[G, n], that follows ``index`` (i32[]) others, where the caches are written.
-
-    With ``column`` (i32[]) they are written there, the first again after the last, and index is i32[G, n]: a response's
-    own columns are the last so many before it.
 
     prompt bool[G, 1, P]: the columns of the prompts that hold tokens. The n responses of a prompt stand as the columns
     of a row, so that what they share is read once; or n prompts do, each with its response, and it is bool[G, n, P].
     Returns (final hidden states [G, n, D], a Cache a layer)."""
     size, room = prompt.shape[-1], caches[0].shape[3]
     position = jnp.broadcast_to(prompt.sum(axis=-1, dtype=jnp.int32) + index, token.shape)
-    near_by = functools.partial(behind, index, column, size, room)
-    column = index if column is None else column
 
     def attend_to(window: int | None) -> Callable[[Array, Cache], Array]:
-        of_prompt, own = near_by(window)
-        biases = bias_of(prompt & of_prompt)[:, :, None], bias_of(own)[:, :, None]
+        columns = jnp.arange(size + room)
+        seen = columns <= size + index
+        seen = seen if window is None else seen & (size + index - columns < window)
+        biases = bias_of(prompt & seen[:size])[:, :, None], bias_of(seen[None, None, size:])[:, :, None]
 
         def attend(query: Array, cache: Cache) -> Array:
             parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
@@ -203,7 +199,7 @@ def decode_step(
     def attend(sight: Sight, query, key, value):
         cache = next(layers)
         grow = lambda new: stored(by_head(match_heads(new, cfg.num_heads))[:, :, :, None], runtime)
-        put = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, column, 0))
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, index, 0))
         write = lambda old, new: jax.tree.map(put, old, grow(new))
         cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
         updated.append(cache)
@@ -214,18 +210,3 @@ def decode_step(
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
         x = block(layer_params, cfg, x, turn[local], functools.partial(attend, seen[local]))
     return normalize(params["final_norm"], x, cfg), updated
-
-
-def behind(index: Array, column: Array | None, size: int, room: int, window: int | None) -> tuple[Array, Array]:
-    """Which columns of prompts of ``size`` and of the ``room`` behind them a token of decode_step sees, itself and
-    ``window`` - 1 others at most: bool, broadcastable to [G, n, size] and [G, n, room]."""
-    if column is None:
-        columns = jnp.arange(size + room)
-        seen = columns <= size + index
-        seen = seen if window is None else seen & (size + index - columns < window)
-        return seen[:size], seen[None, None, size:]
-    ago, index = (column - jnp.arange(room)) % room, index[:, :, None]
-    own = ago <= index
-    if window is None:
-        return jnp.bool_(True), own
-    return size + index - jnp.arange(size) < window, own & (ago < window)

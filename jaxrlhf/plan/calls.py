@@ -3,7 +3,6 @@
 So a plan knows no algorithm, and one from outside the package is planned like those of the table.
 """
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -28,17 +27,6 @@ class Pass(NamedTuple):
     read: int  # columns that logits (values, scores, head: a number) are computed of; sample: tokens that are sampled
     copies: int = 1  # rows that have the same prompt; sample: responses a prompt
     prompt: int = 0  # columns of a row in front of its response, read once for all copies; 0: it is one text
-    slots: int = 0  # sample: responses to a prompt that are decoded at a time; 0: all
-
-    @property
-    def together(self) -> int:
-        """sample: responses to a prompt that are decoded at a time."""
-        return min(self.slots or self.copies, self.copies)
-
-    @property
-    def rounds(self) -> int:
-        """sample: responses that a slot decodes one after the other, where all are as long."""
-        return math.ceil(self.copies / self.together)
 
     @property
     def tokens(self) -> float:
@@ -97,8 +85,7 @@ def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Pr
     """The Pass of a network that was asked for ``kind`` of ``rows``."""
     count, columns = rows.tokens.shape
     if isinstance(rows, Prompts):
-        sampler, copies = drawn.sampler, drawn.sampler.samples_per_prompt
-        return Pass(role, kind, count, columns, sampler.max_new_tokens, copies, slots=sampler.slots)
+        return Pass(role, kind, count, columns, drawn.sampler.max_new_tokens, drawn.sampler.samples_per_prompt)
     start = rows.response_start
     read = columns - start + (kind == "scores")  # a score is read at the last token, which may be the prompt's
     if kind == "head":

@@ -282,10 +282,10 @@ def prefill(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
 
 
 def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
-    """One token of each response of a round: all weights and caches are read, a prompt's once for all its responses."""
+    """One token of each response: all weights and caches are read, a prompt's once for all its responses."""
     setup = setup.decoding()
     tensor, prompts = setup.tensor, one.rows / setup.shards
-    tokens = prompts * one.together
+    tokens = prompts * one.copies
     heads, _ = heads_here(cfg, tensor)
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
     pairs = tokens * (one.columns + one.read) * heads * cfg.num_layers
@@ -300,13 +300,13 @@ def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
 def chosen_from(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
     """Bytes of the logits that a device chooses tokens from: whole rows, which it shares with those that have the rest
     of the vocabulary where they divide (generate.choose_tokens); ``setup`` is decoding's."""
-    rows, spread = one.rows * one.together, setup.shards * setup.tensor
+    rows, spread = one.rows * one.copies, setup.shards * setup.tensor
     return rows / (setup.shards if rows % spread else spread) * padded_vocab(cfg) * 4
 
 
 def cache_bytes(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
     """The keys and values that a device holds while it samples; ``setup`` is decoding's."""
-    columns = one.rows / setup.shards * (one.columns + one.together * one.read)
+    columns = one.rows / setup.shards * (one.columns + one.copies * one.read)
     numbers = columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * cfg.num_layers
     return numbers * setup.cached(cfg.head_dim)
 
@@ -322,7 +322,7 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
         cfg, _ = models[one.role]
         add("gather weights for decoding", gather_for_decoding(cfg, setup))
         add("read prompts", prefill(cfg, one, setup))
-        add(f"decode {one.read} tokens", decode_step(cfg, one, setup).times(one.read * one.rounds))
+        add(f"decode {one.read} tokens", decode_step(cfg, one, setup).times(one.read))
     for one in passes.prepare:
         add(f"{NAMES[one.kind]} {one.role}", forward(*models[one.role], one, setup))
     count = passes.updates * passes.micros

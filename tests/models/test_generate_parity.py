@@ -1,7 +1,6 @@
 """The sampler against the whole-row forward pass, NumPy oracles of the distribution, and the law of its noise."""
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,8 +10,7 @@ import pytest
 from scipy import stats
 
 from jaxrlhf import sharding
-from jaxrlhf.benchmarks.work import decode_steps
-from jaxrlhf.generate import Sampler, Slots, begin_next, sample, stop_automaton
+from jaxrlhf.generate import Sampler, sample, stop_automaton
 from jaxrlhf.models import decoding
 from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -65,10 +63,6 @@ FEW_LAST = np.stack([np.roll([16, 9, 4, 2, 1, 12], shift) for shift in range(8)]
 SAMPLERS["six"] = SAMPLERS["shaped"]._replace(samples_per_prompt=6, limits=FEW_LAST)
 SAMPLERS["halved"] = SAMPLERS["six"]._replace(halvings=4)  # 6, 3, 1; 4 and 2 of the eight prompts
 SAMPLERS["limited, halved"] = SAMPLERS["limited"]._replace(halvings=9)  # 8, 4, 2, 1 and, there being no half of it, 1
-SAMPLERS["six, free"] = SAMPLERS["six"]._replace(limits=None)
-for slots in (1, 2, 5):
-    SAMPLERS[f"{slots} slots"] = SAMPLERS["six"]._replace(slots=slots)
-SAMPLERS["4 slots, free"] = SAMPLERS["six, free"]._replace(slots=4)
 FLOAT32, BFLOAT16 = Runtime(), Runtime(compute=jnp.bfloat16)
 
 
@@ -135,8 +129,6 @@ def same_samples(one, other):
     np.testing.assert_allclose(one.logprobs[:, -NEW:], other.logprobs[:, -NEW:], atol=1e-5)
 
 
-SLOTTED = [("llama", f"{slots} slots", "six") for slots in (1, 2, 5)]
-SLOTTED += [(model, "4 slots, free", "six, free") for model in ("llama", "gemma3_text", "gpt2")]
 MODELS = [("llama", "plain"), ("llama", "shaped"), ("gpt2", "shaped"), ("gemma3_text", "shaped")]
 
 # ---- the sampler and the trainer agree ------------------------------------------------------------------------------
@@ -188,9 +180,9 @@ def test_int8_weights_are_what_their_scales_make_of_them():
     assert 1e-3 < np.abs(sequences.logprobs - exact)[mask].mean() < 0.05
 
 
-@pytest.mark.parametrize("name", ["plain", "shaped", "halved", "2 slots"])
+@pytest.mark.parametrize("name", ["plain", "shaped", "halved"])
 def test_an_int8_cache_is_near_full_forward(name):
-    """Of one response to a prompt (on CPUs two prompts stand abreast), of two, of fewer and fewer, and in slots; with a
+    """Of one response to a prompt (on CPUs two prompts stand abreast), of two, and of fewer and fewer; with a
     scale for each token and head the log-probs differ by 0.02 nats a token on average, and 0.3 at most."""
     sequences = draw("llama", name, runtime=FLOAT32._replace(int8=("cache",)))
     mask = sequences.response_mask
@@ -326,51 +318,6 @@ def test_half_of_the_prompts_go_on_one_by_one_and_by_twos():
     for runtime in (FLOAT32, FLOAT32._replace(hardware=Hardware("gpu"), attention="xla")):
         whole, halved = (draw("gemma3_text", name, runtime=runtime) for name in ("limited", "limited, halved"))
         same_samples(halved, whole)
-
-
-@pytest.mark.parametrize("model, slots, all_at_once", SLOTTED)
-def test_a_sample_is_the_same_in_a_slot_that_another_has_left(model, slots, all_at_once):
-    """Whatever stood in its columns of the cache before, and wherever they begin; in local layers too."""
-    whole, filled = draw(model, all_at_once), draw(model, slots)
-    lengths = whole.response_mask.sum(1)
-    assert len(set(lengths)) > 4 and lengths.max() == NEW
-    same_samples(filled, whole)
-    np.testing.assert_array_equal(filled.tokens, whole.tokens)
-
-
-def test_slots_on_a_mesh_equal_one_device():
-    same_samples(draw_on_mesh("2 slots", MeshConfig(data=2, fsdp=2, tensor=2)), draw("llama", "2 slots"))
-
-
-def test_slots_of_prompts_without_tokens_stay_empty():
-    """A batch that rows without a prompt fill up."""
-    prompts = make_prompts()
-    prompts.valid[3:] = False
-    made = draw("llama", "2 slots", prompts)
-    assert made.ended[3 * 6 :].all() and not made.response_mask[3 * 6 :].any()
-    assert responses(made)[: 3 * 6] == responses(draw("llama", "2 slots"))[: 3 * 6]
-
-
-def test_every_sample_stands_in_one_slot_until_it_is_over():
-    """The schedule by itself: the next sample begins where one is over, and no slot waits while there is one."""
-    rng = np.random.default_rng(0)
-    for samples, width in ((6, 2), (6, 1), (7, 3), (5, 4)):
-        lengths = rng.integers(1, 10, (3, samples))
-        each = jnp.broadcast_to(jnp.arange(width), (3, width))
-        slots, stood, steps = Slots(each, jnp.zeros_like(each), jnp.full(3, width)), np.zeros((3, samples), int), 0
-        while (np.asarray(slots.sample) < samples).any():
-            sample, steps = np.asarray(slots.sample), steps + 1
-            over = np.ones((3, width), bool)
-            for prompt, slot in zip(*np.nonzero(sample < samples)):
-                at = prompt, sample[prompt, slot]
-                assert slots.tokens[prompt, slot] == stood[at], "it stays where it began"
-                stood[at] += 1
-                over[prompt, slot] = stood[at] == lengths[at]
-            slots = begin_next(slots, jnp.asarray(over))
-        np.testing.assert_array_equal(stood, lengths)
-        drawn = SimpleNamespace(sampler=SAMPLERS["plain"]._replace(samples_per_prompt=samples, slots=width))
-        mask = np.arange(10) < lengths.reshape(-1, 1)
-        assert decode_steps(drawn, SimpleNamespace(response_mask=mask)) == steps  # pyright: ignore[reportArgumentType]
 
 
 def test_prompts_with_one_response_stand_abreast_in_twos():

@@ -93,16 +93,6 @@ def test_rows_are_chosen_from_once_by_the_devices_that_share_them():
     assert cost.decode_step(MODEL, ASKED, two).ici == sums + 4 * 64 * 4 / 2
 
 
-def test_slots_are_decoded_in_rounds():
-    """4 responses to a prompt, 2 at a time: a step is one of 2, of which there are twice as many; of 5 three times."""
-    setup, many, few = Setup(ALONE), ASKED._replace(copies=4, slots=2), ASKED._replace(copies=2)
-    for part in (cost.decode_step, cost.cache_bytes, cost.chosen_from):
-        assert part(MODEL, many, setup) == part(MODEL, few, setup) != part(MODEL, many._replace(slots=0), setup)
-    decoded = lambda one: phases(Passes([one], [], [], 0, 0), {one.role: (MODEL, "lm")}, setup)[2].work
-    assert decoded(many) == decoded(few).times(2)
-    assert decoded(many._replace(copies=5)) == decoded(few).times(3)
-
-
 def test_decoding_in_int8_reads_a_byte_a_number():
     """And a scale of 4 bytes for the 2 features of each key and value; its weights are gathered so too."""
     setup = Setup({**ALONE, "fsdp": 4})
