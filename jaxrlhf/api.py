@@ -22,7 +22,7 @@ from jaxrlhf.config.ranges import check_ranges
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.yaml_text import read_file, read_yaml
 from jaxrlhf.errors import ConfigError, cut
-from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.run.build import Run

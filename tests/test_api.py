@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jaxrlhf import api, sharding
-from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.run import build
 from jaxrlhf.serve import scorer
 from jaxrlhf.serve.writer import generate_text

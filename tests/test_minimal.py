@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf import generate
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.dpo import DPOConfig
@@ -24,6 +23,8 @@ from jaxrlhf.cli import discover
 from jaxrlhf.config.batch import updates_of
 from jaxrlhf.config.load import load
 from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.generate import loop
+from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.transformer import Runtime
@@ -182,10 +183,10 @@ def test_an_iteration_of_one_row_is_traced(name, where):
 @pytest.mark.parametrize("copies", [1, 3])
 def test_one_prompt_is_sampled_from(copies, options):
     """Also with a vocabulary of one block of the token search."""
-    sampler = generate.Sampler(Sampling(eos_ids=(1,), top_k=4), 6, (1,), 0, (), copies, **options)
+    sampler = Sampler(Sampling(eos_ids=(1,), top_k=4), 6, (1,), 0, (), copies, **options)
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
         params, prompts = tiny.parameters(tiny.MODEL, "lm", 0), tiny.prompts(rows=1)
-        sample = lambda params, prompts: generate.sample(
+        sample = lambda params, prompts: loop.sample(
             params, tiny.MODEL, prompts, jnp.int32(0), jnp.int32(0), sampler, Runtime()
         )
         assert jax.eval_shape(sample, params, prompts).tokens.shape == (copies, 4 + 6)

@@ -247,7 +247,7 @@ def generate(
     """Sample responses to prompts, or hold a conversation (--chat)."""
     from jaxrlhf.config.ranges import check_ranges
     from jaxrlhf.errors import ConfigError
-    from jaxrlhf.generate import GenerateConfig
+    from jaxrlhf.generate.config import GenerateConfig
 
     chat, prompts, files = chat or system is not None, prompt or [], file or []
     if not prompts and not files and (not chat or as_json):

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxrlhf.data.sources import DataConfig, SourceConfig
-from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.hosts.processes import DistributedConfig
 from jaxrlhf.log.metrics import LogConfig
 from jaxrlhf.models.attention.kernels import Asked

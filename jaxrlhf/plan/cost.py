@@ -299,7 +299,7 @@ def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
 
 def chosen_from(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
     """Bytes of the logits that a device chooses tokens from: whole rows, which it shares with those that have the rest
-    of the vocabulary where they divide (generate.choose_tokens); ``setup`` is decoding's."""
+    of the vocabulary where they divide (generate.loop.choose_tokens); ``setup`` is decoding's."""
     rows, spread = one.rows * one.copies, setup.shards * setup.tensor
     return rows / (setup.shards if rows % spread else spread) * padded_vocab(cfg) * 4
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from jaxrlhf import generate
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.generate import sampler as samplers
 from jaxrlhf.log.run_dir import made_by, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import gguf, hf_config, hf_folder
@@ -45,7 +45,7 @@ def blueprint(cfg: Config, mesh, beside: Mapping[str, Config]) -> tuple[Blueprin
     weights = {role: Weights("new", None, shape.config, "lm") for role, shape in found.items()}
     first = found.get("policy") or next(iter(found.values()))
     rows, copies = padded_vocab(first.config), cfg.batch.samples_per_prompt
-    sampler = generate.make_sampler(cfg.generate, (1,), 0, [], rows, copies)
+    sampler = samplers.make_sampler(cfg.generate, (1,), 0, [], rows, copies)
     return draw(cfg, mesh, weights, sampler), [f"{role}: {shape.source}" for role, shape in found.items()]
 
 

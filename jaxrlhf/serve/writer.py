@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf import generate
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.data import encode
 from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.generate import loop
+from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.attention.kernels import hardware_of
@@ -106,7 +107,7 @@ class Writer:
 
     Raises ValueError, in one line, where ``name`` holds no language model."""
 
-    def __init__(self, name: str, cfg: generate.GenerateConfig, seed: int = 0, samples: int = 1, width: int = 32):
+    def __init__(self, name: str, cfg: GenerateConfig, seed: int = 0, samples: int = 1, width: int = 32):
         compiler_flags.use_compilation_cache()
         self.cfg, self.width, self.seed = cfg, width, jnp.int32(seed)
         self.mesh = make_mesh(MeshConfig())
@@ -119,7 +120,7 @@ class Writer:
         self.sampler = sampler_of(cfg, model.tokenizer, model.ids.eos, vocab, samples)
 
         def sample(params: Params, prompts: Prompts, seed: Array) -> Sequences:
-            return generate.sample(params, model.config, prompts, seed, jnp.int32(0), self.sampler, runtime)
+            return loop.sample(params, model.config, prompts, seed, jnp.int32(0), self.sampler, runtime)
 
         self.program = jax.jit(sample)
 
@@ -189,7 +190,7 @@ def title(record: Mapping[str, Any]) -> str:
 
 
 def generate_text(
-    name: str, prompts: Sequence[str], cfg: generate.GenerateConfig, seed: int = 0, chat: bool = False
+    name: str, prompts: Sequence[str], cfg: GenerateConfig, seed: int = 0, chat: bool = False
 ) -> list[str]:
     """A continuation of each prompt. ``chat``: each is a user's message, put into the model's chat template; so it is
     for a run with data.chat too."""

@@ -124,7 +124,7 @@ def test_code_of_a_tokenizer_is_not_run(tmp_path):
 
 def stopped(tokenizer, stop: str, *parts) -> bool:
     """Whether a policy that writes ``parts`` (text, or a token's id) one after the other is stopped by ``stop``."""
-    from jaxrlhf.generate import stop_automaton
+    from jaxrlhf.generate.stop_texts import stop_automaton
 
     pieces, vocab = tk.token_bytes(tokenizer), len(tokenizer)
     tables = [stop_automaton(form, pieces, vocab) for form in tk.stop_forms(tokenizer, stop)]

@@ -10,7 +10,9 @@ import pytest
 from scipy import stats
 
 from jaxrlhf import sharding
-from jaxrlhf.generate import Sampler, sample, stop_automaton
+from jaxrlhf.generate.loop import sample
+from jaxrlhf.generate.sampler import Sampler
+from jaxrlhf.generate.stop_texts import stop_automaton
 from jaxrlhf.models import decoding
 from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.generate import Sampler, sample
+from jaxrlhf.generate.loop import sample
+from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.heads import lm_logits, scalar
 from jaxrlhf.models.transformer import Runtime, forward

@@ -6,9 +6,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrlhf import generate
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.sft import SFTConfig
+from jaxrlhf.generate import loop
+from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.linear import linear
 from jaxrlhf.models.nets import make_nets
@@ -54,11 +55,11 @@ def test_the_decode_loop_of_a_slice_sends_activations_alone(decode):
     """On v5e:8x8 the weights are laid out once, before the loop: in it are sums of one token's activations, and the
     logits of its rows, which devices that share them trade."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=32, tensor=2, decode=decode), find_target("v5e:8x8").devices)
-    sampler = generate.Sampler(Sampling(eos_ids=(2,)), ROOM, (2,), 0)
+    sampler = Sampler(Sampling(eos_ids=(2,)), ROOM, (2,), 0)
     prompts = Prompts(rows_of(mesh, ROWS, 32), rows_of(mesh, ROWS, 32, dtype=bool), rows_of(mesh, ROWS))  # type: ignore[arg-type]
 
     def rollout(params, prompts):
-        return generate.sample(params, MODEL, prompts, jnp.int32(0), jnp.int32(0), sampler, BF16)
+        return loop.sample(params, MODEL, prompts, jnp.int32(0), jnp.int32(0), sampler, BF16)
 
     with jax.set_mesh(mesh):
         params = states.abstract_params(MODEL, "lm", jnp.float32, mesh)

@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from jaxrlhf.cli import app
-from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.serve import dialogue, writer
 from jaxrlhf.serve.writer import Response
 

@@ -13,7 +13,7 @@ import pytest
 
 from jaxrlhf.cli import app
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.generate import GenerateConfig
+from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime

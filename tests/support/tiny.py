@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxrlhf import generate
 from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.generate import loop
+from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.int8 import Int8
 from jaxrlhf.models.nets import Trunk, make_nets
@@ -156,10 +157,10 @@ def sampler_of(
     model: ModelConfig, sampling: Sampling, room: int, samples_per_prompt: int = 1, pad_id: int = 0, share: bool = True
 ):
     """Nets.sample for a model of this shape."""
-    sampler = generate.Sampler(sampling, room, sampling.eos_ids, pad_id, (), samples_per_prompt, share)
+    sampler = Sampler(sampling, room, sampling.eos_ids, pad_id, (), samples_per_prompt, share)
 
     def sample(role, trees, prompts, seed, step):
-        return generate.sample(trees[role], model, prompts, seed, step, sampler, Runtime())
+        return loop.sample(trees[role], model, prompts, seed, step, sampler, Runtime())
 
     return sample
 

@@ -1,0 +1,132 @@
+"""The jitted sampler: Prompts -> Sequences."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.generate.compaction import half_of
+from jaxrlhf.generate.sampler import Sampler
+from jaxrlhf.generate.state import Decoding, Rows, blank_rows
+from jaxrlhf.generate.stop_texts import follow_stops, is_any
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.decoding import abreast, decode_layout, decode_step, prefill, prompts_abreast
+from jaxrlhf.models.heads import lm_logits
+from jaxrlhf.models.transformer import Runtime
+from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows
+from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
+from jaxrlhf.sharding import constrain, decoding, spec, split_over
+from jaxrlhf.types import Array, Params, Prompts, Sequences
+
+
+def sample(
+    params: Params, cfg: ModelConfig, prompts: Prompts, seed: Array, step: Array, sampler: Sampler, runtime: Runtime
+) -> Sequences:
+    """Sample ``samples_per_prompt`` responses to each prompt, [B * n, P + T], stopping when all rows have ended.
+
+    Logprobs are of the distribution sampled from (after temperature, top-k, top-p), and the noise of a token depends on
+    (seed, step, sample id, position) only. One prefill a prompt is shared by its samples.
+    """
+    with decoding():
+        sequences = respond(params, cfg, lay_rows(prompts), seed, step, sampler, runtime)
+    return lay_rows(sequences)
+
+
+def respond(
+    params: Params, cfg: ModelConfig, prompts: Prompts, seed: Array, step: Array, sampler: Sampler, runtime: Runtime
+) -> Sequences:
+    """``sample`` in the layout of decoding."""
+    copies, room = sampler.samples_per_prompt, sampler.max_new_tokens
+    prompt_size = prompts.tokens.shape[1]
+    params = decode_layout(params, cfg, "lm", runtime, prompts.tokens.shape[0] * copies)
+    hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime)
+    each = repeat_rows(prompts, copies)
+    tokens, valid = each.tokens, each.valid
+    sample_id = each.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
+    positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
+    rows = blank_rows(valid, uniform_noise(seed, step, sample_id, positions), sampler)
+    hidden, read = jnp.broadcast_to(hidden, (hidden.shape[0], copies, hidden.shape[2])), prompts.valid[:, None]
+    if (width := prompts_abreast(hidden.shape[0], copies, runtime)) > 1:
+        hidden, read, caches = group_rows(hidden[:, 0], width), group_rows(read[:, 0], width), abreast(caches, width)
+    state = Decoding(jnp.int32(0), hidden, caches, rows)
+    rows = decode(params, cfg, state, read, sampler, runtime)
+    everything = jnp.concatenate([tokens, rows.tokens], 1)
+    pad = lambda x: jnp.pad(x, ((0, 0), (prompt_size, 0)))
+    return Sequences(
+        tokens=everything,
+        valid=jnp.concatenate([valid, rows.mask], 1),
+        response_mask=pad(rows.mask),
+        logprobs=pad(rows.logprobs),
+        ended=rows.done,
+        response_start=prompt_size,
+        copies=sampler.copies,
+    )
+
+
+def decode(
+    params: Params, cfg: ModelConfig, state: Decoding, prompt: Array, sampler: Sampler, runtime: Runtime
+) -> Rows:
+    """Sample, read, repeat, until every row has ended or the room is used up. ``prompt``: see decode_step.
+
+    With halvings left, it goes on with half of the rows once no more are needed: half of each prompt's samples, and
+    where it has one, half of each device's prompts. So nothing moves between devices."""
+    half = half_of(state, sampler)
+
+    def unfinished(state: Decoding) -> Array:
+        busy = ~state.rows.done.all() if half is None else (~half.done(state.rows)).sum(1).max() > half.few
+        return (state.index < sampler.max_new_tokens) & busy
+
+    one_token = functools.partial(decode_token, params, cfg, prompt, sampler, runtime)
+    state = jax.lax.while_loop(unfinished, one_token, state)
+    if half is None:
+        return state.rows
+    live = jnp.argsort(half.done(state.rows), axis=1, stable=True)[:, : half.few]  # what has not ended comes first
+    some, its_prompt = half.keep(state, prompt, live)
+    rest = decode(params, cfg, some, its_prompt, sampler._replace(halvings=sampler.halvings - 1), runtime)
+    put = jax.vmap(lambda x, at, new: x.at[at].set(new, unique_indices=True))
+    return jax.tree.map(lambda x, new: half.rows(put(half.lines(x), live, half.lines(new))), state.rows, rest)
+
+
+def decode_token(
+    params: Params, cfg: ModelConfig, prompt: Array, sampler: Sampler, runtime: Runtime, state: Decoding
+) -> Decoding:
+    """Choose the next token of every row, and read it."""
+    every, copies = state.rows, state.hidden.shape[1]
+    read = lambda x: jax.lax.dynamic_slice_in_dim(x, state.index, 1, axis=1) if x.ndim == 2 else x
+    write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, state.index)) if old.ndim == 2 else new
+    rows = next_tokens(lm_logits(params, cfg, state.hidden), state.index, jax.tree.map(read, every), sampler)
+    token = group_rows(rows.tokens[:, 0], copies)
+    hidden, caches = decode_step(params, cfg, token, state.index, prompt, state.caches, runtime)
+    rows = jax.tree.map(write, every, rows)._replace(noise=every.noise)
+    return Decoding(state.index + 1, hidden, caches, rows)
+
+
+def next_tokens(logits: Array, index: Array, rows: Rows, sampler: Sampler) -> Rows:
+    """``rows``, of which only the column of their next tokens is given, [B, 1], with what is chosen for it. logits
+    [G, n, V]; ``index`` i32[]: tokens of each response so far."""
+    token, logprob = choose_tokens(logits, rows.noise[:, 0], index, sampler.sampling)
+    live = ~rows.done
+    token = jnp.where(live, token, sampler.pad_id)
+    stop_states, stopped = follow_stops(sampler.stops, rows.stop_states, token)
+    ended = is_any(token, sampler.eos_ids) | stopped | (index + 1 >= rows.limits)
+    return rows._replace(
+        tokens=token[:, None],
+        logprobs=jnp.where(live, logprob, 0.0)[:, None],
+        mask=live[:, None],
+        done=rows.done | ended,
+        stop_states=stop_states,
+    )
+
+
+def choose_tokens(logits: Array, uniform: Array, index: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """Tokens i32[B] and their log-probs f32[B]: logits [G, n, V] of the responses' next tokens, ``uniform`` f32[B] what
+    they are chosen by, ``index`` i32[].
+
+    Each device has a part of the vocabulary. They trade it for whole rows, and those that share rows take a part of
+    them each, where they divide: so a row is gathered, shaped and searched once, not by all of them."""
+    axis = "rows" if len(uniform) % split_over("rows") == 0 else "batch"
+    flat = (len(uniform), logits.shape[-1])
+    logits = constrain(jax.lax.reshape(logits, flat, out_sharding=spec("batch", "vocab")), axis, None)
+    logits = shape_logits(logits, sampling, constrain(jnp.broadcast_to(index, uniform.shape), axis))
+    token, logprob = choose(logits, constrain(uniform, axis), greedy=sampling.temperature == 0.0)
+    return constrain(token, "batch"), constrain(logprob, "batch")

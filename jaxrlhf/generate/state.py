@@ -1,0 +1,47 @@
+"""What the decode loop carries."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from jaxrlhf.generate.sampler import Sampler
+from jaxrlhf.models.decoding import Cache
+from jaxrlhf.sharding import constrain
+from jaxrlhf.types import Array
+
+
+class Rows(NamedTuple):
+    """What belongs to the rows of the decode loop: B = G prompts x n samples."""
+
+    tokens: Array  # i32[B, T]
+    logprobs: Array  # f32[B, T]
+    mask: Array  # bool[B, T]: sampled before the row ended, the ending token included
+    done: Array  # bool[B]
+    stop_states: tuple[Array, ...]  # i32[B] a stop text
+    noise: Array  # f32[B, T]: what tokens are chosen by
+    limits: Array  # i32[B]: tokens of the longest response
+
+
+class Decoding(NamedTuple):
+    """What the decode loop carries."""
+
+    index: Array  # i32[]: response tokens sampled so far
+    hidden: Array  # [G, n, D]: state before the next token of each response
+    caches: list[Cache]
+    rows: Rows
+
+
+def blank_rows(prompt: Array, noise: Array, sampler: Sampler) -> Rows:
+    """The rows before their first tokens: prompt bool[B, P], the columns that hold tokens; noise f32[B, T]."""
+    size, room = noise.shape
+    empty = lambda dtype: constrain(jnp.zeros((size, room), dtype), "batch", None)
+    row = lambda value: constrain(jnp.full((size,), value, jnp.int32), "batch")
+    return Rows(
+        tokens=empty(jnp.int32) + sampler.pad_id,
+        logprobs=empty(jnp.float32),
+        mask=empty(bool),
+        done=~prompt.any(axis=1),  # a row without a prompt fills up a batch: no response
+        stop_states=tuple(row(0) for _ in sampler.stops),
+        noise=noise,
+        limits=row(room + 1) if sampler.limits is None else constrain(jnp.asarray(sampler.limits), "batch"),
+    )
