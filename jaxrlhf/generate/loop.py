@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.generate.compaction import half_of
+from jaxrlhf.generate.compaction import Lines, all_ended, compact, lines_of, live_places, put_back
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.generate.state import Decoding, Rows, blank_rows
 from jaxrlhf.generate.stop_texts import follow_stops, is_any
@@ -66,25 +66,32 @@ def respond(
 def decode(
     params: Params, cfg: ModelConfig, state: Decoding, prompt: Array, sampler: Sampler, runtime: Runtime
 ) -> Rows:
-    """Sample, read, repeat, until every row has ended or the room is used up. ``prompt``: see decode_step.
+    """The rows after the decode loop: until every row has ended or ``max_new_tokens`` are sampled. ``prompt``: see
+    decode_step.
 
-    With halvings left, it goes on with half of the rows once no more are needed: half of each prompt's samples, and
-    where it has one, half of each device's prompts. So nothing moves between devices."""
-    half = half_of(state, sampler)
+    With ``halvings`` there are several loops, each compiled. A loop ends once at most half of its places (see
+    compaction.Lines) are live, and the next one computes these alone. At the end the rows of each loop are put back
+    among those of the loop before it."""
 
-    def unfinished(state: Decoding) -> Array:
-        busy = ~state.rows.done.all() if half is None else (~half.done(state.rows)).sum(1).max() > half.few
-        return (state.index < sampler.max_new_tokens) & busy
+    def loop(state: Decoding, prompt: Array, lines: Lines | None) -> Decoding:
+        def unfinished(state: Decoding) -> Array:
+            live = (
+                ~state.rows.done.all() if lines is None else (~all_ended(state.rows, lines)).sum(1).max() > lines.kept
+            )
+            return (state.index < sampler.max_new_tokens) & live
 
-    one_token = functools.partial(decode_token, params, cfg, prompt, sampler, runtime)
-    state = jax.lax.while_loop(unfinished, one_token, state)
-    if half is None:
-        return state.rows
-    live = jnp.argsort(half.done(state.rows), axis=1, stable=True)[:, : half.few]  # what has not ended comes first
-    some, its_prompt = half.keep(state, prompt, live)
-    rest = decode(params, cfg, some, its_prompt, sampler._replace(halvings=sampler.halvings - 1), runtime)
-    put = jax.vmap(lambda x, at, new: x.at[at].set(new, unique_indices=True))
-    return jax.tree.map(lambda x, new: half.rows(put(half.lines(x), live, half.lines(new))), state.rows, rest)
+        one_token = functools.partial(decode_token, params, cfg, prompt, sampler, runtime)
+        return jax.lax.while_loop(unfinished, one_token, state)
+
+    compacted: list[tuple[Rows, Array, Lines]] = []
+    while len(compacted) < sampler.halvings and (lines := lines_of(state, sampler)):
+        state = loop(state, prompt, lines)
+        compacted.append((state.rows, places := live_places(state.rows, lines), lines))
+        state, prompt = compact(state, prompt, places, lines)
+    rows = loop(state, prompt, None).rows
+    for before, places, lines in reversed(compacted):
+        rows = put_back(before, rows, places, lines)
+    return rows
 
 
 def decode_token(
