@@ -12,7 +12,7 @@ from jaxrlhf.config.check import check
 from jaxrlhf.config.load import dump, load
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import roles_of
-from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.plan import shapes
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run.initial_state import abstract_state

@@ -23,21 +23,19 @@ from jaxrlhf.models.attention.products import (
 from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.models.int8 import Int8, quantized
 from jaxrlhf.models.linear import OUT_FIRST, gathered, in_int8, out_first
+from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
 from jaxrlhf.models.transformer import (
-    Leaf,
     Runtime,
     Sight,
     block,
     check_length,
     embed,
     normalize,
-    parameter_table,
     positions_of,
     product,
     row_sights,
     sights,
     turners,
-    weight_axes,
 )
 from jaxrlhf.sharding import constrain, spec, split_over
 from jaxrlhf.types import Array, Head, Params

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.heads import gathered_head, lm_logits, scalar, scale_gradient
+from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.models.response_packing import Places, apart, places, side_by_side
-from jaxrlhf.models.transformer import Runtime, forward, forward_responses, padded_vocab
+from jaxrlhf.models.transformer import Runtime, forward, forward_responses
 from jaxrlhf.ops.logprobs import chunked_token_stats, stored_logits
 from jaxrlhf.ops.masked import at_last
 from jaxrlhf.ops.rows import group_rows, repeat_rows

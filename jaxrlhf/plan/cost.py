@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.int8 import Part
-from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
+from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
 from jaxrlhf.plan.calls import Models, Pass, Passes
 from jaxrlhf.sharding import RULES
 from jaxrlhf.tpu.peaks import Chip

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.transformer import padded_vocab, parameter_table
+from jaxrlhf.models.parameters import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Models, Pass, Passes
 from jaxrlhf.plan.cost import MASTER, Setup, cache_bytes, chosen_from, heads_here, held, leaves, local, matrices

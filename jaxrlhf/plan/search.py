@@ -13,7 +13,7 @@ from jaxrlhf.config.batch import asked_parts, divisors, minibatch_rows
 from jaxrlhf.config.check import SPLIT, check
 from jaxrlhf.config.record import Config
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16, OptimizerConfig
 from jaxrlhf.plan.calls import Passes, models_of
 from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, timed

@@ -16,7 +16,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files import hf, hf_config
-from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.types import Params
 
 NAME = "<|pad|>"

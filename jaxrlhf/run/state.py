@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.transformer import init
+from jaxrlhf.models.parameters import init
 from jaxrlhf.sharding import concrete
 from jaxrlhf.types import Array, Head, Params, Role, TrainState
 
@@ -42,7 +42,7 @@ def abstract_state(
 
 
 def scalar_head(cfg: ModelConfig, key: Array, dtype, zero: bool) -> Params:
-    """A bare head as transformer.init would have it, or at 0 (``zero``: a value model that knows nothing)."""
+    """A bare head as parameters.init would have it, or at 0 (``zero``: a value model that knows nothing)."""
     params = jax.jit(lambda: init(cfg, "bare", key, dtype))()
     return jax.tree.map(jnp.zeros_like, params) if zero else params
 

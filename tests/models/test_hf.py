@@ -18,8 +18,8 @@ from jaxrlhf import sharding
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.files import hf, hf_config, hf_folder, hf_layout, hf_tensors
+from jaxrlhf.models.parameters import Leaf, init, parameter_table, weight_spec
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_spec
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Head
 
@@ -259,7 +259,7 @@ def test_a_part_of_nothing_but_padding(folder):
 
 
 def test_fresh_scalar_head(folder):
-    """A language model asked for scores gets the head of transformer.init; everything else is the file's."""
+    """A language model asked for scores gets the head of parameters.init; everything else is the file's."""
     fresh = []
     loaded = hf.load(folder, LLAMA, "scalar", key=jax.random.key(5), fresh=fresh)
     assert fresh == ["head.bias", "head.kernel"]

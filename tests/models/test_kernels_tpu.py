@@ -14,7 +14,8 @@ from jaxrlhf.models.attention.kernels import Hardware, blocks, hardware_of
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.decoding import decode_layout, decode_step, prefill
 from jaxrlhf.models.heads import lm_logits
-from jaxrlhf.models.transformer import Leaf, Runtime, forward, forward_responses, parameter_table, weight_axes
+from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
+from jaxrlhf.models.transformer import Runtime, forward, forward_responses
 from jaxrlhf.plan.target import find_target
 from jaxrlhf.sharding import MeshConfig, make_mesh, partition
 

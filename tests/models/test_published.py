@@ -6,7 +6,7 @@ import pytest
 
 from jaxrlhf.models.config import resolve
 from jaxrlhf.models.files.published import SHAPES, published, published_file
-from jaxrlhf.models.transformer import Leaf, padded_vocab, parameter_table
+from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
 
 # parameters of the files on the hub (safetensors metadata), embeddings counted once where they are tied
 COUNTS = {

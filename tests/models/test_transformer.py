@@ -24,20 +24,9 @@ from jaxrlhf.models.attention.products import (
 )
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
+from jaxrlhf.models.parameters import Leaf, init, padded_vocab, parameter_table, weight_spec
 from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate, turns
-from jaxrlhf.models.transformer import (
-    SHALLOW,
-    Leaf,
-    Runtime,
-    forward,
-    forward_responses,
-    init,
-    padded_vocab,
-    parameter_table,
-    positions_of,
-    scans,
-    weight_spec,
-)
+from jaxrlhf.models.transformer import SHALLOW, Runtime, forward, forward_responses, positions_of, scans
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Head
 from tests.models.test_kernels import equations

@@ -14,7 +14,8 @@ import pytest
 
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files import hf, hf_config, hf_layout
-from jaxrlhf.models.transformer import Leaf, Runtime, padded_vocab, parameter_table
+from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
+from jaxrlhf.models.transformer import Runtime
 from tests.parity.both import (
     compute,
     our_greedy,

@@ -12,7 +12,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf, hf_config, hf_tensors
 from jaxrlhf.models.files.hf_config import TokenIds
-from jaxrlhf.models.transformer import Leaf, parameter_table
+from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.run import own_pad
 from tests.parity.both import compute, read
 from tests.parity.cases import VOCAB, law

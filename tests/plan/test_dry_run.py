@@ -12,7 +12,7 @@ from jaxrlhf.config.load import dump, load
 from jaxrlhf.data.encode import Encoded
 from jaxrlhf.data.tokenizer import train_bpe
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models.transformer import parameter_table
+from jaxrlhf.models.parameters import parameter_table
 from jaxrlhf.plan import dry_run
 from jaxrlhf.run.build import build
 from jaxrlhf.tpu.peaks import GIB

@@ -20,7 +20,7 @@ from jaxrlhf.config.record import Config, RoleConfig
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.chat import ChatConfig
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import transformer
+from jaxrlhf.models import parameters
 from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.run import build, origins, programs, runtime, saved_run
@@ -403,5 +403,5 @@ def test_schedules_end_with_the_run(root, tmp_path, monkeypatch):
 def test_the_vocabulary_is_the_tokenizer_s(root, tmp_path):
     ready = build.build(runs.config("sft", root, tmp_path))
     assert ready.configs["policy"].vocab_size == len(ready.tokenizer) == 300
-    assert transformer.padded_vocab(ready.configs["policy"]) >= 300
+    assert parameters.padded_vocab(ready.configs["policy"]) >= 300
     assert os.path.exists(tmp_path / "sft" / "tokenizer" / "tokenizer.json")

@@ -17,7 +17,7 @@ from jaxrlhf.data.meaning import foreign_ids
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf
-from jaxrlhf.models.transformer import Leaf, parameter_table
+from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.ops.sampling import Sampling, shape_logits
 from jaxrlhf.run import build, feed, origins
 from jaxrlhf.run.initial_state import read_weights

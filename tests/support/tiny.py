@@ -13,7 +13,8 @@ from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.int8 import Int8
 from jaxrlhf.models.nets import Trunk, make_nets
-from jaxrlhf.models.transformer import Runtime, parameter_table, weight_spec
+from jaxrlhf.models.parameters import parameter_table, weight_spec
+from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.run import state as states
@@ -44,7 +45,7 @@ def put(tree):
 
 
 def parameters(cfg: ModelConfig, head, seed: int) -> Params:
-    """What ``transformer.init`` makes, drawn by NumPy: the jitted init takes seconds to compile, on every mesh."""
+    """What ``parameters.init`` makes, drawn by NumPy: the jitted init takes seconds to compile, on every mesh."""
     rng = np.random.default_rng(seed)
 
     def one(leaf):

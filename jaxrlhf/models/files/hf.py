@@ -21,7 +21,7 @@ from jaxrlhf.models.files.hf_config import NO_IDS, TokenIds, describe, describe_
 from jaxrlhf.models.files.hf_folder import INDEX, SINGLE, clear, read_json, tokenizer_files, write_json
 from jaxrlhf.models.files.hf_layout import Source, dotted, find_sources, leaves_of, score_bias
 from jaxrlhf.models.files.hf_tensors import check_tied, examine
-from jaxrlhf.models.transformer import Leaf, init, parameter_table, weight_axes
+from jaxrlhf.models.parameters import Leaf, init, parameter_table, weight_axes
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array, Head, Params
 
@@ -37,10 +37,10 @@ def load(
     key: Array | None = None,
     fresh: list[str] | None = None,
 ) -> Params:
-    """The weights of a folder as the parameters of transformer.parameter_table, laid out on the current mesh.
+    """The weights of a folder as the parameters of parameters.parameter_table, laid out on the current mesh.
 
     Every device's part is read by itself, so that no whole copy is ever held besides. A scalar head that the folder
-    lacks is drawn with ``key`` (by default that of 0) as transformer.init does; the paths of such leaves are added to
+    lacks is drawn with ``key`` (by default that of 0) as parameters.init does; the paths of such leaves are added to
     ``fresh``. Raises ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite.
     """
     folder = epath.Path(folder)

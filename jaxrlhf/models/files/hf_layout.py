@@ -8,7 +8,7 @@ import jax
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES, Module
-from jaxrlhf.models.transformer import Leaf, parameter_table
+from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.types import Head
 
 SCORE = Module("score", "score embed")  # the scalar head, in every family; classes of transformers have no bias there

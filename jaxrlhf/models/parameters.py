@@ -1,0 +1,131 @@
+"""The table of a model's parameters: shapes, logical axes and initialisation."""
+
+import math
+import zlib
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.models.attention.products import head_axis
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.sharding import spec
+from jaxrlhf.types import Array, Head, Params
+
+VOCAB_MULTIPLE = 64  # embeddings are padded up to it, whatever the mesh, so that a checkpoint fits every mesh
+
+
+class Leaf(NamedTuple):
+    """One parameter: its shape, logical axes, and the deviation it starts with ("ones" and "zeros" are constants)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init: float | Literal["ones", "zeros"]
+
+
+def padded_vocab(cfg: ModelConfig) -> int:
+    """Rows of the embedding: the vocabulary rounded up to VOCAB_MULTIPLE."""
+    return -(-cfg.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def parameter_table(cfg: ModelConfig, head: Head) -> dict:
+    """The pytree of Leafs of a model with this head. ``cfg`` is resolved."""
+    dim, vocab = cfg.hidden_size, padded_vocab(cfg)
+    if head == "bare":
+        return {"head": scalar_table(cfg)}
+    table = {
+        "embed": {"tokens": {"embedding": Leaf((vocab, dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
+        "layers": {"attention": attention_table(cfg) | branch_norms(cfg), "mlp": mlp_table(cfg) | branch_norms(cfg)},
+        "final_norm": norm_table(cfg, {"embed": dim}),
+    }
+    if FAMILIES[cfg.family].positions == "learned":
+        table["embed"]["positions"] = {"embedding": Leaf((cfg.max_positions, dim), ("positions", "embed"), 0.01)}
+    if head == "scalar":
+        table["head"] = scalar_table(cfg)
+    elif not cfg.tie_embeddings:
+        table["head"] = {"kernel": Leaf((dim, vocab), ("embed", "vocab"), 0.02)}
+    return table
+
+
+def scalar_table(cfg: ModelConfig) -> dict:
+    """Leafs of a head that gives one number a token."""
+    dim = cfg.hidden_size
+    kernel = Leaf((dim, 1), ("embed", "score"), 1 / math.sqrt(dim + 1))
+    return {"kernel": kernel, "bias": Leaf((1,), ("score",), "zeros")}
+
+
+def attention_table(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' attention, but for the norms of the branch."""
+    family, bias, layers = FAMILIES[cfg.family], bool(cfg.attention_bias), {"layers": cfg.num_layers}
+    dim, width = {"embed": cfg.hidden_size}, {"head_dim": cfg.head_dim}
+    heads, kv = {"heads": cfg.num_heads}, {"kv_heads": cfg.num_kv_heads}
+    project = lambda n: linear_table(layers | dim | n | width, cfg.hidden_size, bias, 2)
+    out = linear_table(
+        layers | heads | width | dim, cfg.num_heads * cfg.head_dim, bias and family.out_bias, 1, small(cfg)
+    )
+    table = {"query": project(heads), "key": project(kv), "value": project(kv), "out": out}
+    if family.query_key_norm == "none":
+        return table
+    norm = lambda n: norm_table(cfg, layers | (n if family.query_key_norm == "all" else {}) | width)
+    return table | {"query_norm": norm(heads), "key_norm": norm(kv)}
+
+
+def mlp_table(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' mlps, but for the norms of the branch."""
+    layers, dim, mlp = {"layers": cfg.num_layers}, {"embed": cfg.hidden_size}, {"mlp": cfg.mlp_size}
+    up = lambda: linear_table(layers | dim | mlp, cfg.hidden_size, bool(cfg.mlp_bias), 1)
+    down = linear_table(layers | mlp | dim, cfg.mlp_size, bool(cfg.mlp_bias), 1, small(cfg))
+    return {"up": up(), "down": down} | ({"gate": up()} if FAMILIES[cfg.family].gated else {})
+
+
+def small(cfg: ModelConfig) -> float:
+    """Residual branches start small (GPT-2)."""
+    return 1.0 / math.sqrt(2 * cfg.num_layers)
+
+
+def branch_norms(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' norms before and after a residual branch, as the family has them."""
+    places = {"pre": ["norm"], "post": ["post_norm"], "sandwich": ["norm", "post_norm"]}[FAMILIES[cfg.family].norms]
+    return {place: norm_table(cfg, {"layers": cfg.num_layers, "embed": cfg.hidden_size}) for place in places}
+
+
+def norm_table(cfg: ModelConfig, sizes: dict[str, int]) -> dict:
+    """Leafs of a norm: ``sizes`` of its logical axes, in their order."""
+    family, leaf = FAMILIES[cfg.family], lambda init: Leaf(tuple(sizes.values()), tuple(sizes), init)
+    scale = {"scale": leaf("zeros" if family.norm_offset else "ones")}
+    return scale | ({"bias": leaf("zeros")} if family.norm == "layer" else {})
+
+
+def linear_table(sizes: dict[str, int], fan_in: int, bias: bool, bias_rank: int, gain: float = 1.0) -> dict:
+    """Leafs of a linear map: ``sizes`` of its kernel's logical axes; its bias has layers and the last ``bias_rank``."""
+    axes, shape = tuple(sizes), tuple(sizes.values())
+    table = {"kernel": Leaf(shape, axes, gain / math.sqrt(fan_in))}
+    if bias:
+        table["bias"] = Leaf(shape[:1] + shape[-bias_rank:], axes[:1] + axes[-bias_rank:], "zeros")
+    return table
+
+
+def init(cfg: ModelConfig, head: Head, key: Array, dtype=jnp.float32) -> Params:
+    """Random parameters, each sharded by its logical axes. A leaf's noise depends on its path only, not on the mesh."""
+    table = parameter_table(cfg, head)
+
+    def one(path, leaf: Leaf):
+        if leaf.init in ("ones", "zeros"):
+            value = 1.0 if leaf.init == "ones" else 0.0
+            return jnp.full(leaf.shape, value, dtype, out_sharding=weight_spec(leaf))
+        noise_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+        noise = jax.random.normal(noise_key, leaf.shape, jnp.float32, out_sharding=weight_spec(leaf))
+        return (noise * leaf.init).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, table, is_leaf=lambda x: isinstance(x, Leaf))
+
+
+def weight_axes(leaf: Leaf) -> tuple[str | None, ...]:
+    """The leaf's axes as this mesh can split them: heads that ``tensor`` does not divide stay whole."""
+    one = lambda name, size: head_axis(name, size) if name in ("heads", "kv_heads") else name
+    return tuple(one(name, size) for name, size in zip(leaf.axes, leaf.shape, strict=True))
+
+
+def weight_spec(leaf: Leaf):
+    return spec(*weight_axes(leaf))
