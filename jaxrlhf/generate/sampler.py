@@ -19,7 +19,7 @@ class Sampler(NamedTuple):
     pad_id: int
     stops: tuple[np.ndarray, ...] = ()  # one automaton a stop text: i32[states, V]; the last state has seen it all
     samples_per_prompt: int = 1
-    share_prompts: bool = True  # what learns from the samples reads a prompt once for all of them
+    share_prompts: bool = True  # what learns from the samples computes a prompt once for all of them
     limits: np.ndarray | None = None  # i32[rows of the batch]: the longest response of each; None: max_new_tokens
     halvings: int = 0  # see GenerateConfig
 
