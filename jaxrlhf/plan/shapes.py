@@ -17,7 +17,7 @@ from jaxrlhf.log.run_dir import made_by, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import gguf, hf_config, hf_folder
 from jaxrlhf.models.files.published import SHAPES, published, published_file
-from jaxrlhf.models.transformer import padded_vocab
+from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import Blueprint, draw, heads_of
 from jaxrlhf.run.origins import Weights, base_role, origin

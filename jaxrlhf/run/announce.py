@@ -12,7 +12,7 @@ from jaxrlhf.data import chat
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.errors import counted
-from jaxrlhf.models.transformer import parameter_table
+from jaxrlhf.models.parameters import parameter_table
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.feed import Feed, training_prompts

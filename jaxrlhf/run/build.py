@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import generate
 from jaxrlhf.algorithms import find
 from jaxrlhf.config.batch import choose_parts, kept_together, shares_prompts, updates_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import roles_of
 from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer, make_schedule
@@ -37,7 +37,7 @@ class Blueprint:
     weights: dict[Role, Weights]
     heads: dict[Role, Head]  # trained roles first
     recipe: Recipe
-    sampler: generate.Sampler
+    sampler: Sampler
 
     @property
     def configs(self) -> dict[Role, ModelConfig]:
@@ -77,7 +77,7 @@ def build(cfg: Config, devices: list | None = None, keep: bool = True) -> Run:
     return Run(**vars(drawn), tokenizer=tokenizer, graders=graders)
 
 
-def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sampler: generate.Sampler) -> Blueprint:
+def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sampler: Sampler) -> Blueprint:
     """Compose the step for models of these shapes. Raises ConfigError where they do not fit the mesh or the rows."""
     check_shapes(cfg, weights, mesh)
     algorithm, (trained, _) = find(cfg.algorithm_name), roles_of(cfg)
@@ -103,7 +103,7 @@ def heads_of(cfg: Config) -> dict[Role, Head]:
     return {**trained, **slow}
 
 
-def with_roles(run: Run, more: dict[Role, Head], sampler: generate.Sampler) -> Run:
+def with_roles(run: Run, more: dict[Role, Head], sampler: Sampler) -> Run:
     """``run`` with roles that its algorithm does without (an evaluation's), and responses sampled by ``sampler``."""
     weights = {role: find_weights(run.cfg, role, len(run.tokenizer), head) for role, head in more.items()}
     check_loaded(run.cfg, run.weights | weights, run.heads | more, roles_of(run.cfg)[0])

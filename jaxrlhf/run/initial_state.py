@@ -3,7 +3,7 @@
 import jax
 
 from jaxrlhf.config.roles import roles_of
-from jaxrlhf.models import transformer
+from jaxrlhf.models import parameters
 from jaxrlhf.models.files import hf
 from jaxrlhf.run import saved_run, state
 from jaxrlhf.run.build import Blueprint, Run
@@ -28,7 +28,7 @@ def read_weights(run: Run, role: Role) -> Params:
     number = sorted(run.cfg.models).index(base_role(run.cfg, role))
     key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)
     if found.kind == "new":
-        return jax.jit(lambda: transformer.init(found.config, head, key, dtype))()
+        return jax.jit(lambda: parameters.init(found.config, head, key, dtype))()
     if head == "bare" and found.head in ("lm", None):  # there is nothing to read
         return state.scalar_head(found.config, key, dtype, zero)
     if found.kind == "run":

@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf import generate
 from jaxrlhf.config.batch import divisors, longest_row
 from jaxrlhf.config.check import SPLIT, split_by
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import trunks_of
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import nets, transformer
+from jaxrlhf.generate import loop
+from jaxrlhf.generate.sampler import Sampler
+from jaxrlhf.models import nets, parameters
 from jaxrlhf.models.attention.kernels import choose, hardware_of, passed_over
 from jaxrlhf.models.config import ModelConfig, row_limit
 from jaxrlhf.models.transformer import Runtime
@@ -28,7 +29,7 @@ def bind_nets(
     cfg: Config,
     mesh: jax.sharding.Mesh,
     weights: dict[Role, Weights],
-    sampler: generate.Sampler,
+    sampler: Sampler,
     sampling: Sampling,
 ) -> Nets:
     """What algorithms may ask of the run's models; log-probs are of the distribution that ``sampling`` shapes."""
@@ -36,7 +37,7 @@ def bind_nets(
     runtime = runtime_of(cfg, mesh)
 
     def sample(role: Role, trees: dict[Role, Params], prompts: Prompts, seed, step) -> Sequences:
-        return generate.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
+        return loop.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
 
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
     return nets.make_nets(configs, runtime, sampling, sample, trunks)
@@ -50,7 +51,7 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
     (longest, what), runtime = longest_row(cfg), runtime_of(cfg, mesh)
     for role, found in weights.items():
         where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
-        padded = transformer.padded_vocab(found.config)
+        padded = parameters.padded_vocab(found.config)
         values = {name: getattr(found.config, name) for name in SPLIT} | {"padded vocabulary": padded}
         for name, value in values.items():
             axes, devices = split_by(SPLIT.get(name, SPLIT["mlp_size"]), mesh.shape)

@@ -1,26 +1,28 @@
 """The run's sampler, and what ends a response."""
 
-from jaxrlhf import generate
 from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.models import transformer
+from jaxrlhf.generate import sampler as samplers
+from jaxrlhf.generate.config import GenerateConfig
+from jaxrlhf.generate.sampler import Sampler
+from jaxrlhf.models import parameters
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.origins import Weights
 from jaxrlhf.types import Role
 
 
-def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
+def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> Sampler:
     """The sampler that ``generate`` asks for; its EOS tokens end all the run's rows, learnt or sampled."""
     ask = cfg.generate
     policy, eos_ids = weights.get("policy"), find_eos(cfg, tokenizer, weights)
-    size = transformer.padded_vocab(policy.config) if policy else len(tokenizer)
+    size = parameters.padded_vocab(policy.config) if policy else len(tokenizer)
     sampler = sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)
     sampler = sampler._replace(share_prompts=cfg.batch.share_prompts)
     return readable_by_all(sampler, tokenizer, weights) if policy else sampler
 
 
-def readable_by_all(sampler: generate.Sampler, tokenizer, weights: dict[Role, Weights]) -> generate.Sampler:
+def readable_by_all(sampler: Sampler, tokenizer, weights: dict[Role, Weights]) -> Sampler:
     """``sampler``, which never samples a token that another model of the run could not read.
 
     Raises ConfigError where no response could end."""
@@ -36,12 +38,12 @@ def readable_by_all(sampler: generate.Sampler, tokenizer, weights: dict[Role, We
 
 
 def sampler_of(
-    ask: generate.GenerateConfig, tokenizer, eos_ids: tuple[int, ...], vocab: int, samples_per_prompt: int = 1
-) -> generate.Sampler:
+    ask: GenerateConfig, tokenizer, eos_ids: tuple[int, ...], vocab: int, samples_per_prompt: int = 1
+) -> Sampler:
     """The sampler for a model whose (padded) vocabulary has ``vocab`` rows, with its ending tokens and stop texts."""
     pieces = tokenizers.token_bytes(tokenizer) if ask.stop else []
     stops = [stop for text in ask.stop for stop in tokenizers.stop_forms(tokenizer, text)]
-    return generate.make_sampler(ask, eos_ids, tokenizers.pad_id(tokenizer), pieces, vocab, samples_per_prompt, stops)
+    return samplers.make_sampler(ask, eos_ids, tokenizers.pad_id(tokenizer), pieces, vocab, samples_per_prompt, stops)
 
 
 def find_eos(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int, ...]:

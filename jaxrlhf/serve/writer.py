@@ -20,7 +20,8 @@ from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.attention.kernels import hardware_of
 from jaxrlhf.models.config import ModelConfig, row_limit
 from jaxrlhf.models.files import hf, hf_config, hf_folder, hf_tensors
-from jaxrlhf.models.transformer import Runtime, padded_vocab
+from jaxrlhf.models.parameters import padded_vocab
+from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.export import token_ids
 from jaxrlhf.run.sampler import sampler_of

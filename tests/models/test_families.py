@@ -13,8 +13,9 @@ from jaxrlhf.models.config import ModelConfig, local_layers, resolve, row_limit
 from jaxrlhf.models.decoding import prefill
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.parameters import parameter_table
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.models.transformer import Runtime, forward, parameter_table
+from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.run import saved_run
 from tests.support import tiny
 
