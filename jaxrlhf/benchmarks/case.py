@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 
 from jaxrlhf.benchmarks.reward import FUNCTION
-from jaxrlhf.benchmarks.rows import Lengths, response_lengths
+from jaxrlhf.benchmarks.rows import Lengths, countdown, response_lengths
 from jaxrlhf.config.batch import ROWS_KEY, fields_read
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import load, load_beside, parse
@@ -104,8 +104,8 @@ def ready(drawn: Blueprint, sources: list[str], lengths: Lengths) -> Case:
         if is_pmap(drawn.mesh):
             raise ConfigError("--lengths: ragged: mesh.style pmap has no rows of its own to end; expected dense")
         rows = cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt
-        limits = response_lengths(rows, room, lengths, cfg.seed)
-        drawn = draw(cfg, drawn.mesh, drawn.weights, drawn.sampler._replace(limits=limits))
+        ends = countdown(response_lengths(rows, room, lengths, cfg.seed))
+        drawn = draw(cfg, drawn.mesh, drawn.weights, drawn.sampler._replace(stops=(*drawn.sampler.stops, ends)))
     return Case(drawn, sources, shapes, prompt, room, lengths)
 
 
@@ -130,7 +130,8 @@ def doubled(case: Case, what: str) -> Case:
     check(cfg, jax.device_count(), f"--cost-growth: twice the {what}")
     copies, room = batch.samples_per_prompt, generate.max_new_tokens
     sampling_now = drawn.sampler.sampling._replace(min_new_tokens=room)
-    sampler = drawn.sampler._replace(sampling=sampling_now, max_new_tokens=room, samples_per_prompt=copies, limits=None)
+    sampler = drawn.sampler._replace(sampling=sampling_now, max_new_tokens=room, samples_per_prompt=copies)
+    sampler = sampler._replace(stops=sampler.stops[: len(generate.stop)])  # without the countdown of the case itself
     again = ready(draw(cfg, drawn.mesh, weights, sampler), case.sources, case.lengths)
     return again._replace(prompt=case.prompt, room=again.room + again.prompt - case.prompt)
 

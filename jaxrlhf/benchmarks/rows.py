@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from jaxrlhf.data.document_packing import pack
+from jaxrlhf.generate.stop_texts import Automaton
 from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
 
 Lengths = Literal["dense", "ragged"]
@@ -26,6 +27,13 @@ def response_lengths(count: int, room: int, lengths: Lengths, seed: int) -> np.n
         return np.full(count, room, np.int32)
     drawn = np.random.default_rng(seed).lognormal(math.log(MEAN * room) - SIGMA**2 / 2, SIGMA, count)
     return np.clip(np.rint(drawn), 1, room).astype(np.int32)
+
+
+def countdown(lengths: np.ndarray) -> Automaton:
+    """Ends the response of row i after lengths[i] tokens, whatever they are: lengths i32[rows of the batch]."""
+    most = int(lengths.max())
+    following = np.minimum(np.arange(1, most + 2, dtype=np.int32), most)
+    return Automaton(following[:, None], most - lengths)
 
 
 def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, seed: int, step: int) -> Batch:

@@ -115,7 +115,7 @@ def next_tokens(logits: Array, index: Array, rows: Rows, sampler: Sampler) -> Ro
     live = ~rows.done
     token = jnp.where(live, token, sampler.pad_id)
     stop_states, stopped = follow_stops(sampler.stops, rows.stop_states, token)
-    ended = is_any(token, sampler.eos_ids) | stopped | (index + 1 >= rows.limits)
+    ended = is_any(token, sampler.eos_ids) | stopped
     return rows._replace(
         tokens=token[:, None],
         logprobs=jnp.where(live, logprob, 0.0)[:, None],

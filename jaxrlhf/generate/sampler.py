@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from jaxrlhf.generate.config import GenerateConfig
-from jaxrlhf.generate.stop_texts import stop_automaton
+from jaxrlhf.generate.stop_texts import Automaton, stop_automaton
 from jaxrlhf.ops.sampling import Sampling
 
 
@@ -17,10 +15,9 @@ class Sampler(NamedTuple):
     max_new_tokens: int
     eos_ids: tuple[int, ...]
     pad_id: int
-    stops: tuple[np.ndarray, ...] = ()  # one automaton a stop text: i32[states, V]; the last state has seen it all
+    stops: tuple[Automaton, ...] = ()  # what ends a response besides eos_ids: the stop texts
     samples_per_prompt: int = 1
     share_prompts: bool = True  # what learns from the samples computes a prompt once for all of them
-    limits: np.ndarray | None = None  # i32[rows of the batch]: the longest response of each; None: max_new_tokens
     halvings: int = 0  # see GenerateConfig
 
     @property

@@ -19,7 +19,6 @@ class Rows(NamedTuple):
     done: Array  # bool[B]
     stop_states: tuple[Array, ...]  # i32[B] a stop text
     noise: Array  # f32[B, T]: what tokens are chosen by
-    limits: Array  # i32[B]: tokens of the longest response
 
 
 class Decoding(NamedTuple):
@@ -35,13 +34,12 @@ def blank_rows(prompt: Array, noise: Array, sampler: Sampler) -> Rows:
     """The rows before their first tokens: prompt bool[B, P], the columns that hold tokens; noise f32[B, T]."""
     size, room = noise.shape
     empty = lambda dtype: constrain(jnp.zeros((size, room), dtype), "batch", None)
-    row = lambda value: constrain(jnp.full((size,), value, jnp.int32), "batch")
+    row = lambda start: constrain(jnp.broadcast_to(jnp.asarray(start, jnp.int32), size), "batch")
     return Rows(
         tokens=empty(jnp.int32) + sampler.pad_id,
         logprobs=empty(jnp.float32),
         mask=empty(bool),
         done=~prompt.any(axis=1),  # a row without a prompt fills up a batch: no response
-        stop_states=tuple(row(0) for _ in sampler.stops),
+        stop_states=tuple(row(stop.start) for stop in sampler.stops),
         noise=noise,
-        limits=row(room + 1) if sampler.limits is None else constrain(jnp.asarray(sampler.limits), "batch"),
     )

@@ -1,12 +1,20 @@
 """What ends a response: EOS tokens, and stop texts, each an automaton over tokens."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.sharding import spec
 from jaxrlhf.types import Array
+
+
+class Automaton(NamedTuple):
+    """A finite automaton over the tokens of a response, which ends where the last state is reached."""
+
+    table: np.ndarray  # i32[states, V]: the state after each token; [states, 1]: the same after every token
+    start: int | np.ndarray = 0  # the state before the first token: of all rows, or i32[rows of the batch]
 
 
 def is_any(token: Array, ids: tuple[int, ...]) -> Array:
@@ -17,18 +25,19 @@ def is_any(token: Array, ids: tuple[int, ...]) -> Array:
     return found
 
 
-def follow_stops(stops: tuple[np.ndarray, ...], states: tuple[Array, ...], token: Array):
-    """Advance each stop text's automaton by one token: (new states, bool[B] where one has been completed)."""
+def follow_stops(stops: tuple[Automaton, ...], states: tuple[Array, ...], token: Array):
+    """Advance each automaton by one token: (new states, bool[B] where one has reached its last state)."""
     found, after = jnp.zeros_like(token, bool), []
-    for table, state in zip(stops, states, strict=True):
-        state = jnp.asarray(table).at[state, token].get(out_sharding=spec("batch"))
+    for (table, _), state in zip(stops, states, strict=True):
+        column = token if table.shape[1] > 1 else jnp.zeros_like(token)
+        state = jnp.asarray(table).at[state, column].get(out_sharding=spec("batch"))
         found = found | (state == table.shape[0] - 1)
         after.append(state)
     return tuple(after), found
 
 
-def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes], vocab: int) -> np.ndarray:
-    """i32[states, vocab]: the Knuth-Morris-Pratt automaton of a stop text run over what each token writes.
+def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes], vocab: int) -> Automaton:
+    """The Knuth-Morris-Pratt automaton of a stop text, over what each of ``vocab`` tokens writes.
 
     A stop text is found however the tokenizer cuts it, also across tokens. Of one that is given in parts, ids are found
     as these tokens, and other tokens that write nothing are no part of it. Raises ValueError for an empty text."""
@@ -56,4 +65,4 @@ def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes]
             symbols = symbols[:1]  # one that the pattern lacks is enough
         for symbol in symbols:
             table[:, token] = step[table[:, token], codes.get(symbol, other)]
-    return table
+    return Automaton(table)

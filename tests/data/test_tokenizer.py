@@ -127,7 +127,7 @@ def stopped(tokenizer, stop: str, *parts) -> bool:
     from jaxrlhf.generate.stop_texts import stop_automaton
 
     pieces, vocab = tk.token_bytes(tokenizer), len(tokenizer)
-    tables = [stop_automaton(form, pieces, vocab) for form in tk.stop_forms(tokenizer, stop)]
+    tables = [stop_automaton(form, pieces, vocab).table for form in tk.stop_forms(tokenizer, stop)]
     ids = [id for part in parts for id in ([part] if isinstance(part, int) else tk.encode_text(tokenizer, part).ids)]
     states = [0] * len(tables)
     for id in ids:

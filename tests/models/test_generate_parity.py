@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from jaxrlhf import sharding
+from jaxrlhf.benchmarks.rows import countdown
 from jaxrlhf.generate.loop import sample
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.generate.stop_texts import stop_automaton
@@ -61,9 +62,10 @@ SAMPLERS = {
 }
 SAMPLERS["pad is eos"] = SAMPLERS["shaped"]._replace(samples_per_prompt=1, pad_id=EOS[0])
 LIMITS = np.array([4, 16, 1, 7, 99, 2, 16, 3], np.int32)  # of the responses to the eight prompts
-SAMPLERS["limited"] = SAMPLERS["plain"]._replace(limits=LIMITS)
+SAMPLERS["limited"] = SAMPLERS["plain"]._replace(stops=(countdown(LIMITS),))
 FEW_LAST = np.stack([np.roll([16, 9, 4, 2, 1, 12], shift) for shift in range(8)]).reshape(-1).astype(np.int32)
-SAMPLERS["six"] = SAMPLERS["shaped"]._replace(samples_per_prompt=6, limits=FEW_LAST)
+SAMPLERS["six"] = SAMPLERS["shaped"]._replace(samples_per_prompt=6)
+SAMPLERS["six"] = SAMPLERS["six"]._replace(stops=(*SAMPLERS["six"].stops, countdown(FEW_LAST)))
 SAMPLERS["halved"] = SAMPLERS["six"]._replace(halvings=4)  # 6, 3, 1; 4 and 2 of the eight prompts
 SAMPLERS["limited, halved"] = SAMPLERS["limited"]._replace(halvings=9)  # 8, 4, 2, 1 and, there being no half of it, 1
 FLOAT32, BFLOAT16 = Runtime(), Runtime(compute=jnp.bfloat16)
