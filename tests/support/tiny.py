@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.algorithms import find
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -132,9 +132,10 @@ def build(
     pack_widths: int = 1,
     trunk_gradient: float | None = None,
 ) -> Tiny:
-    """The algorithm called ``name`` on models of this shape, on the current mesh. Policy and reference start equal.
+    """The algorithm called ``name`` (of the table, or module:NAME) on models of this shape, on the current mesh.
+    Policy and reference start equal.
     With ``trunk_gradient`` the value model is a head on the policy."""
-    algorithm = ALGORITHMS[name]
+    algorithm = find(name)
     trained, slow = algorithm.roles(cfg)
     trunks = {} if trunk_gradient is None else {"value": Trunk("policy", trunk_gradient)}
     trained = trained | dict.fromkeys(trunks, "bare")

@@ -1,0 +1,51 @@
+"""An algorithm outside the package, in the shape of KTO: responses that are each good or bad, against a reference."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.ops.masked import keep, sums
+from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, Sequences, TrainState, Updates
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Good responses should be likelier than under the reference, bad ones less likely."""
+
+    beta: float = 0.1  # implicit reward for each nat between policy and reference
+    passes: int = 2  # over the rows of an iteration; a name that the step does not know
+
+
+def response_logprobs(nets: Nets, role, trees, rows: Sequences):
+    """log p of the whole responses, nats f32[B]."""
+    return keep(nets.token_stats(role, trees, rows).logprobs, rows.response_mask).sum(-1)
+
+
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: Config) -> tuple[Experience, dict[str, Mean]]:
+    rows = batch.unpaired
+    reference = response_logprobs(nets, "reference", state.slow, rows.responses)
+    return Experience(unpaired=rows.replace(mismatched=None), ref_logprobs=reference), {}
+
+
+def loss(nets: Nets, params, slow, minibatch: Experience, cfg: Config) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    rows = minibatch.unpaired
+    ratio = response_logprobs(nets, "policy", params, rows.responses) - minibatch.ref_logprobs
+    gain = jnp.where(rows.desirable, 1.0, -1.0) * cfg.beta * ratio
+    total = sums(jax.nn.sigmoid(-gain), rows.responses.valid.any(-1))
+    return {"policy": total}, {
+        "loss/policy": total,
+        "ratio/good": sums(ratio, rows.desirable),
+        "ratio/bad": sums(ratio, ~rows.desirable),
+    }
+
+
+ALGORITHM = Algorithm(
+    config=Config,
+    online=False,
+    batch=lambda cfg: ("unpaired",),
+    roles=lambda cfg: ({"policy": "lm"}, {"reference": "lm"}),
+    updates=lambda cfg: Updates(epochs=cfg.passes),
+    prepare=prepare,
+    loss=loss,
+)
