@@ -45,7 +45,7 @@ ONLY = {
 }
 
 LIGHT = {"typer", "jaxrlhf"}  # what the command may import before one runs, besides the standard library
-COMMANDS = {"", "cli", "cli.app", "cli.discover"}  # of jaxrlhf itself, these
+COMMANDS = {"", "cli", "cli.app", "cli.discover", "cli.exits", "cli.setup"}  # of jaxrlhf itself, these
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:
@@ -119,6 +119,16 @@ def test_every_name_of_the_order_is_a_module():
     assert {name.partition(".")[0] for name in MODULES} == set(LAYERS)
     assert {name for name in MODULES if name.startswith("run.")} == set(RUN_LAYERS) - {"run"}
     assert len(FLOORS) <= 10
+
+
+def test_no_file_and_no_function_is_too_long():
+    sources = {name: path.read_text() for name, path in MODULES.items()}
+    assert {name: n for name, text in sources.items() if (n := text.count("\n")) > 450} == {}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [(name, node) for name, text in sources.items() for node in ast.walk(ast.parse(text))]
+    spans = {f"{name}.{n.name}": (n.end_lineno or 0) - n.lineno + 1 for name, n in functions if isinstance(n, kinds)}
+    assert {name: lines for name, lines in spans.items() if lines > 60} == {}
+    assert len(list(PACKAGE.glob("*.py"))) <= 14  # beside the folders
 
 
 def test_imports_never_go_in_a_circle():

@@ -5,29 +5,28 @@ broke down, 2 a mistake in the config or the input (both one line on stderr), 75
 saved: launchers run the same command again), 130 stopped by Ctrl-C (``train`` saves too; a second one stops at once).
 """
 
-import errno
 import io
 import json
 import logging
 import os
 import signal
 import sys
-import traceback
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from jaxrlhf import __version__
 from jaxrlhf.cli import discover
-
-PACKAGE = Path(__file__).parent.parent
-EXIT_BROKEN = 1
-EXIT_MISTAKE = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
-WORDS = ("NOSPC", "DQUOT", "FBIG", "ROFS", "ACCES", "PERM", "IO", "NOTDIR", "ISDIR", "NAMETOOLONG", "MFILE")
-REFUSED = {getattr(errno, f"E{word}") for word in WORDS}
+from jaxrlhf.cli.exits import (
+    EXIT_BROKEN,
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    EXIT_PREEMPTED,
+    abandon,
+    by_the_system,
+    raised_here,
+)
+from jaxrlhf.cli.setup import Arguments, Run, Step, join, load_joined, name_step, need_room, need_run, set_flags
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,19 +34,6 @@ app = typer.Typer(
 )
 app.add_typer(discover.config, name="config")
 app.add_typer(discover.configs, name="configs")
-
-Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config): RUN, RUN@best or RUN@40.")]
-Step = Annotated[str, typer.Option(help="Which checkpoint of a run: a step, or best. Default: the latest.")]
-
-
-Arguments = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="CONFIG... [KEY=VALUE]...",
-        help="YAML files, run in order, and overrides. KEY=VALUE (algorithm.kl_coef=0.1) is for every config; "
-        "NAME:KEY=VALUE only for the one whose file or algorithm is called NAME.",
-    ),
-]
 
 
 def show_version(wanted: bool) -> None:
@@ -208,19 +194,6 @@ def throughput(
     typer.echo(json.dumps(report)) if as_json else print_report(report)
 
 
-def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
-    """(path, Config) of the arguments; the other processes of the run have been joined when it returns."""
-    paths = [argument for argument in arguments if "=" not in argument]
-    if not paths:
-        raise typer.BadParameter("no config file: expected at least one, as in configs/tiny/ppo.yaml")
-    from jaxrlhf.config.load import load_all
-
-    configs = load_all(paths, [argument for argument in arguments if "=" in argument])
-    set_flags(any(cfg.deterministic for cfg in configs))
-    join(configs[0].distributed)
-    return list(zip(paths, configs))
-
-
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="A run, RUN@best, a Hugging Face folder, gguf:FILE or a hub name.")],
@@ -332,64 +305,6 @@ app.command()(discover.init)
 app.command()(discover.metrics)  # after the commands that run something: help lists them in this order
 
 
-def set_flags(deterministic: bool = False) -> None:
-    """The compiler flags of this machine, before anything touches a device."""
-    from jaxrlhf.hosts import compiler_flags
-
-    compiler_flags.prepare(deterministic)
-
-
-def need_run(run: str) -> None:
-    """Raises ConfigError where there is no run directory; the nearest one beside it is named."""
-    from etils import epath
-
-    from jaxrlhf.config.strict import suggest
-    from jaxrlhf.errors import ConfigError
-    from jaxrlhf.log.run_dir import split_step
-
-    path = epath.Path(split_step(run)[0])
-    if not (path / "config.yaml").exists():
-        runs = sorted(os.fspath(file.parent) for file in path.parent.glob("*/config.yaml"))
-        raise ConfigError(
-            f"{run}: no run directory (config.yaml is not in it){'; ' + suggest(run, runs) if runs else ''}"
-        )
-
-
-def name_step(run: str, step: str) -> str:
-    """RUN@STEP where --step is given. Raises ValueError where that is no run."""
-    from jaxrlhf.log.run_dir import at_step
-
-    return at_step(run, step)
-
-
-def need_room(folder: str, force: bool) -> None:
-    """Raises ConfigError where ``folder`` holds something that is not to be written over; on a terminal it asks."""
-    from etils import epath
-
-    from jaxrlhf.errors import ConfigError
-
-    path = epath.Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"--to {folder}: a file; expected a folder")
-    held = sorted(file.name for file in path.iterdir()) if path.exists() else []
-    if not held or force:
-        return
-    what = f"--to {folder}: holds {held[0]}" + (f" and {len(held) - 1} more" if len(held) > 1 else "")
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ConfigError(f"{what}; expected a new folder, or --force to write over it")
-    if not typer.confirm(f"{what}. Write over it?", err=True):
-        raise ConfigError(f"--to {folder}: nothing was written")
-
-
-def join(cfg: Any = None) -> bool:
-    """Joins the run's other processes, where there are any, before anything touches a device: whether this process is
-    the one that speaks. ``cfg``: a DistributedConfig; without it, as the environment says."""
-    from jaxrlhf.hosts import processes
-
-    processes.start(cfg or processes.DistributedConfig())
-    return processes.is_main()
-
-
 def main() -> None:
     """The command, which Ctrl-C ends without a traceback. A process that breaks down doesn't wait for the others of its
     run, which may be waiting for it."""
@@ -405,16 +320,6 @@ def main() -> None:
         except BaseException:
             abandon(EXIT_BROKEN)
             raise
-
-
-def abandon(code: int) -> None:
-    """Ends the process if it is one of several."""
-    processes = sys.modules.get("jaxrlhf.hosts.processes")
-    if processes is None or not processes.several():
-        return
-    if not isinstance(sys.exc_info()[1], SystemExit):
-        traceback.print_exc()
-    processes.abandon(code)
 
 
 def command() -> None:
@@ -441,18 +346,3 @@ def command() -> None:
             print(error, file=sys.stderr)
         mistake = isinstance(error, (ValueError, ImportError, FileNotFoundError)) and raised_here(error)
         sys.exit(EXIT_MISTAKE if mistake else EXIT_BROKEN)
-
-
-def raised_here(error: BaseException) -> bool:
-    """Whether a raise statement of this package raised ``error``, so that its message was written for the user."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return PACKAGE in Path(last.filename).parents and (last.line or "").startswith("raise ")
-
-
-def by_the_system(error: BaseException) -> bool:
-    """Whether the file system refused what this package, or a library for it, wanted: a full disk, missing rights. What
-    a user's own function opens is shown with its traceback."""
-    from jaxrlhf.user_code import frames_outside
-
-    refused = isinstance(error, OSError) and error.errno in REFUSED
-    return refused and not raised_here(error) and not frames_outside(error)

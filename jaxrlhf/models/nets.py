@@ -65,6 +65,11 @@ class Trunk(NamedTuple):
     gradient: float = 1.0  # share of the head's gradient that reaches it
 
 
+def widen(x: Array, sequences: Sequences) -> Array:
+    """f32[B, S] of the responses' columns alone; the prompts' are 0."""
+    return jnp.pad(x, ((0, 0), (sequences.response_start, 0)))
+
+
 def make_nets(
     configs: dict[Role, ModelConfig],
     runtime: Runtime,
@@ -88,9 +93,6 @@ def make_nets(
         where = places(group_rows(valid[:, start:], copies), sequences.width)
         states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, where)
         return Reading(states, side_by_side(tokens[:, start:], where), where)
-
-    def widen(x: Array, sequences: Sequences) -> Array:
-        return jnp.pad(x, ((0, 0), (sequences.response_start, 0)))
 
     def token_stats(role, trees, sequences: Sequences) -> TokenStats:
         return stats_of(read(role, trees, sequences), role, trees, sequences)

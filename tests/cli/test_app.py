@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jaxrlhf import user_code
-from jaxrlhf.cli import app
+from jaxrlhf.cli import exits
 
 ROOT = Path(__file__).parents[2]
 SFT = """
@@ -148,7 +148,7 @@ def test_training_that_breaks_down_is_one_line_too(sft, calls, monkeypatch, run)
     monkeypatch.setattr(sys.modules["jaxrlhf.train"], "run", broken)
     with pytest.raises(FloatingPointError):  # raised outside the package: not its words
         run("train", sft)
-    monkeypatch.setattr(app, "PACKAGE", Path(__file__).parent)
+    monkeypatch.setattr(exits, "PACKAGE", Path(__file__).parent)
     assert run("train", sft, code=1)[1] == "step 3: loss/policy is nan\n"
 
 

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from jaxrlhf.cli import app
+from jaxrlhf.cli.exits import raised_here
 from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
 from jaxrlhf.rewards.graders import GraderError, Graders, find_graders, grader_problems
 
@@ -272,7 +272,7 @@ def test_what_a_function_raises_later_is_one_line_with_its_place(raised, what):
         graders([""], [{}])
     place = f"{__file__}:{broken.__code__.co_firstlineno + 1}"
     assert str(caught.value) == f"rewards.function: my:f: raised {what} ({place})"
-    assert caught.value.__cause__ is raised and app.raised_here(caught.value)
+    assert caught.value.__cause__ is raised and raised_here(caught.value)
 
 
 def test_one_that_scores_nothing_of_the_sample_is_no_mistake():

@@ -24,6 +24,7 @@ from jaxrlhf import train as trainer
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.cli import app
+from jaxrlhf.cli.exits import raised_here
 from jaxrlhf.config.load import dump, parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.data.batches import Share
@@ -398,7 +399,7 @@ def test_errors_of_the_function_s_own_are_shown_where_they_are_and_answers_in_on
     for function, one_line in ((broken, False), (lambda *_: ["1"], True)):
         with pytest.raises(ValueError) as caught:
             RewardFunction("my:f", function)([""], [{}])
-        assert app.raised_here(caught.value) == one_line
+        assert raised_here(caught.value) == one_line
 
 
 def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, tmp_path, monkeypatch, capsys):
@@ -480,7 +481,7 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys
     }
     with rewarded_by(breaking), expected[mistake] as caught:
         trainer.run(cfg)
-    assert app.raised_here(caught.value)
+    assert raised_here(caught.value)
     went_on = "stopped at step 2, which is saved; once the error is mended, the same command resumes\n"
     assert went_on in capsys.readouterr().out
     assert runs.steps_kept(tmp_path / "ppo") == [2]
