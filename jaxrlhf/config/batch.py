@@ -5,6 +5,7 @@ import math
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import find_algorithm, roles_of
 from jaxrlhf.errors import counted
+from jaxrlhf.models.cpu import MICRO_BATCH_COLUMNS
 
 # field of Batch -> the section of data that holds its rows, and the key of batch that says how many an iteration takes
 KIND_OF = {
@@ -19,7 +20,6 @@ ROWS_KEY = {
     "preferences": "preferences_per_step",
     "unpaired": "unpaired_per_step",
 }
-CPU_COLUMNS = 640  # of a micro-batch: activations of more leave a core's caches (fastest at hidden sizes 128 to 576)
 
 
 def fields_read(cfg: Config) -> tuple[str, ...]:
@@ -71,8 +71,8 @@ def asked_parts(cfg: Config) -> int:
 
 def choose_parts(cfg: Config, shards: int, platform: str) -> int:
     """Parts that a minibatch is computed in, its rows split over ``shards`` devices of ``platform``: as
-    batch.micro_batch_size asks; on CPUs, where it is null, as many as bring a part down to CPU_COLUMNS, twice as many
-    where they are packed, if the shards divide them and they leave the responses to a prompt together."""
+    batch.micro_batch_size asks. Where it is null, one; on a CPU as many as bring a part down to MICRO_BATCH_COLUMNS
+    (twice as many where rows are packed), if the shards divide them and leave the responses to a prompt together."""
     minibatch, minibatches = minibatch_rows(cfg), updates_of(cfg)[1]
     if cfg.batch.micro_batch_size or platform != "cpu":
         return asked_parts(cfg)
@@ -82,7 +82,7 @@ def choose_parts(cfg: Config, shards: int, platform: str) -> int:
     divides = lambda parts: all(rows[field] % (parts * shards * together.get(field, 1)) == 0 for field in rows)
     columns = sum(columns_of(cfg, field, count, shared) for field, count in rows.items())
     fits = [parts for parts in divisors(minibatch) if divides(parts)]
-    most = CPU_COLUMNS * (2 if cfg.batch.pack_widths > 1 else 1)  # about half of what is packed holds no token
+    most = MICRO_BATCH_COLUMNS * (2 if cfg.batch.pack_widths > 1 else 1)  # about half of what is packed holds no token
     return next((parts for parts in fits if columns <= parts * most), fits[-1])
 
 

@@ -10,7 +10,8 @@ from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.generate.state import Decoding, Rows, blank_rows
 from jaxrlhf.generate.stop_texts import follow_stops, is_any
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.decoding import abreast, decode_layout, decode_step, prefill, prompts_abreast
+from jaxrlhf.models.cpu import prompts_abreast
+from jaxrlhf.models.decoding import abreast, decode_layout, decode_step, prefill
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows
@@ -46,7 +47,7 @@ def respond(
     positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
     rows = blank_rows(valid, uniform_noise(seed, step, sample_id, positions), sampler)
     hidden, read = jnp.broadcast_to(hidden, (hidden.shape[0], copies, hidden.shape[2])), prompts.valid[:, None]
-    if (width := prompts_abreast(hidden.shape[0], copies, runtime)) > 1:
+    if (width := prompts_abreast(hidden.shape[0], copies, runtime.hardware)) > 1:
         hidden, read, caches = group_rows(hidden[:, 0], width), group_rows(read[:, 0], width), abreast(caches, width)
     state = Decoding(jnp.int32(0), hidden, caches, rows)
     rows = decode(params, cfg, state, read, sampler, runtime)

@@ -21,6 +21,7 @@ from jaxrlhf.models.attention.products import (
     split_copies,
 )
 from jaxrlhf.models.config import ModelConfig, local_layers
+from jaxrlhf.models.cpu import decodes_by_output
 from jaxrlhf.models.int8 import Int8, quantized
 from jaxrlhf.models.linear import OUT_FIRST, gathered, in_int8, out_first
 from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
@@ -37,10 +38,8 @@ from jaxrlhf.models.transformer import (
     sights,
     turners,
 )
-from jaxrlhf.sharding import constrain, spec, split_over
+from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
-
-FEW_ROWS = 32  # of a CPU: with 64, rollouts took 1.04 to 1.35 of the time
 
 
 class Cache(NamedTuple):
@@ -89,8 +88,7 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     laid: Params = rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
     if int8:
         return laid if "head" in laid else laid | {"head": {"kernel": tied_in_int8(laid["embed"]["tokens"])}}
-    few = rows <= FEW_ROWS * split_over("batch")
-    return by_outputs(laid, table) if few and runtime.hardware.platform == "cpu" else laid
+    return by_outputs(laid, table) if decodes_by_output(rows, runtime.hardware) else laid
 
 
 def tied_in_int8(tokens: Params) -> Int8:
@@ -140,15 +138,6 @@ def prefill(
         since = tokens.shape[1] - 1 if i == cfg.num_layers - 1 else 0
         x = block(params["layers"][i], cfg, x, turn[local], functools.partial(attend, seen[local]), since)
     return normalize(params["final_norm"], x, cfg), caches
-
-
-def prompts_abreast(prompts: int, copies: int, runtime: Runtime) -> int:
-    """How many prompts stand in a row while their responses are decoded, as ``abreast`` lays them.
-
-    Two on a CPU where each has one response. Products with no more batch dimensions than (prompt, head) go another way
-    through XLA, which transposes all the keys for every token (0.61 ms a layer and token; this way 0.25)."""
-    alone = copies == 1 and runtime.hardware.platform == "cpu"
-    return 2 if alone and prompts % (2 * split_over("batch")) == 0 else 1
 
 
 def abreast(caches: list[Cache], width: int) -> list[Cache]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxrlhf.models.attention.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
 from jaxrlhf.models.attention.products import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
+from jaxrlhf.models.cpu import scans_layers
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.linear import PRODUCT, gather, linear
@@ -24,8 +25,6 @@ from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate, turns
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Params
-
-SHALLOW = 12  # layers: models of no more are not scanned over on CPUs (they compile as fast, and update in 0.8 to 0.9)
 
 
 class Runtime(NamedTuple):
@@ -285,11 +284,10 @@ def hidden_states(
 
 
 def scans(cfg: ModelConfig, runtime: Runtime) -> bool:
-    """Whether one compiled body serves all layers. Where the run does not say: not those of a shallow model on a CPU,
-    where a layer's work is small beside copying what is kept of it."""
+    """Whether one compiled body serves all layers: as the run says, else as is fastest on its hardware."""
     if runtime.scan_layers is not None:
         return runtime.scan_layers
-    return runtime.hardware.platform != "cpu" or cfg.num_layers > SHALLOW
+    return scans_layers(cfg.num_layers, runtime.hardware)
 
 
 def through_layers(

@@ -14,10 +14,10 @@ from jaxrlhf.benchmarks.rows import countdown
 from jaxrlhf.generate.loop import sample
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.generate.stop_texts import stop_automaton
-from jaxrlhf.models import decoding
+from jaxrlhf.models import cpu
 from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.decoding import prompts_abreast
+from jaxrlhf.models.cpu import prompts_abreast
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.int8 import quantized
 from jaxrlhf.models.linear import inputs
@@ -329,7 +329,7 @@ def test_prompts_with_one_response_stand_abreast_in_twos():
     """Where they can, on CPUs: eight do and seven do not, and their responses are the same; on a mesh too."""
     tpu = FLOAT32._replace(hardware=Hardware("tpu"))
     asked = [(8, 1, FLOAT32), (7, 1, FLOAT32), (8, 2, FLOAT32), (8, 1, tpu)]
-    assert [prompts_abreast(*one) for one in asked] == [2, 1, 1, 1]
+    assert [prompts_abreast(prompts, copies, runtime.hardware) for prompts, copies, runtime in asked] == [2, 1, 1, 1]
     eight, seven = draw("llama", "plain"), draw("llama", "plain", jax.tree.map(lambda x: x[:7], make_prompts()))
     assert responses(eight)[:7] == responses(seven)
     same_samples(draw_on_mesh("plain", MeshConfig(2, 2, 2)), eight)
@@ -339,7 +339,7 @@ def test_prompts_with_one_response_stand_abreast_in_twos():
 def test_kernels_of_either_order(model, monkeypatch):
     """Few rows read kernels that begin with what they make, many those of training; tied heads and biases too."""
     few = draw(model, "shaped")
-    monkeypatch.setattr(decoding, "FEW_ROWS", 0)
+    monkeypatch.setattr(cpu, "FEW_ROWS", 0)
     sampling_program.cache_clear()
     same_samples(few, draw(model, "shaped"))
     if model == "llama":

@@ -23,10 +23,11 @@ from jaxrlhf.models.attention.products import (
     split_copies,
 )
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.cpu import SHALLOW
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
 from jaxrlhf.models.parameters import Leaf, init, padded_vocab, parameter_table, weight_spec
 from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate, turns
-from jaxrlhf.models.transformer import SHALLOW, Runtime, forward, forward_responses, positions_of, scans
+from jaxrlhf.models.transformer import Runtime, forward, forward_responses, positions_of, scans
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Head
 from tests.models.test_kernels import equations
