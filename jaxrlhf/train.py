@@ -19,7 +19,7 @@ from jaxrlhf.config.roles import describe_precision, trunks_of
 from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.errors import one_line
 from jaxrlhf.evaluate import held_out
-from jaxrlhf.evaluate.policy import sample_rows
+from jaxrlhf.evaluate.against_reference import sample_rows
 from jaxrlhf.hosts import compiler_flags, heap, processes
 from jaxrlhf.hosts.profiler import Profiler
 from jaxrlhf.hosts.signals import Stop

@@ -11,7 +11,7 @@ from jaxrlhf.config.record import Config
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.evaluate.policy import PolicyEvaluation, nothing
+from jaxrlhf.evaluate.against_reference import PolicyEvaluation, nothing
 from jaxrlhf.hosts import processes
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.feed import counts_of, held_out

@@ -14,7 +14,7 @@ import pytest
 from jaxrlhf.cli import app
 from jaxrlhf.evaluate import held_out
 from jaxrlhf.evaluate import report as reporting
-from jaxrlhf.evaluate.policy import PolicyEvaluation, Responses, sample_rows
+from jaxrlhf.evaluate.against_reference import PolicyEvaluation, Responses, sample_rows
 from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
