@@ -615,5 +615,5 @@ def test_mirror_follows_the_remote_folder(folder, tmp_path, monkeypatch):
 def test_no_heavy_imports():
     """Reading and writing need neither torch nor transformers, and importing this needs no safetensors either."""
     heavy = ("torch", "transformers", "safetensors", "huggingface_hub")
-    code = f"import sys, jaxrlhf.models.hf; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, jaxrlhf.models.files.hf; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
