@@ -251,10 +251,11 @@ def test_a_prompt_read_once_for_its_responses(cfg, copies, runtime):
     def alone(params):
         return forward(params, cfg, jnp.array(tokens), jnp.array(valid, jnp.int32), Runtime())[:, start - 1 :]
 
+    # the tolerance is made for the rounding of the default compiler, which the largest case comes near
+    jit = functools.partial(jax.jit, compiler_options=compiler.DEFAULT if cfg is GEMMA3 and copies == 3 else None)
     both = []
     for states in (together, alone):
         loss = lambda params, states=states: (weight * states(params)).sum()
-        jit = functools.partial(jax.jit, compiler_options=compiler.DEFAULT)  # whose rounding the tolerance is made for
         both.append((jnp.where(wanted, jit(states)(weights(cfg)), 0), jit(jax.grad(loss))(weights(cfg))))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *both)
 

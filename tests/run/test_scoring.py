@@ -62,9 +62,14 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
 
 
 # under pmap the one program to compare with is split by XLA, the two are not
-@pytest.mark.parametrize("overlap", [True, None], ids=["overlap", "in turn"])
 @pytest.mark.parametrize(
-    ("mesh", "atol"), [(MeshConfig(2, 2, 2), 1e-6), (MeshConfig(style="pmap"), 1e-5)], ids=["mesh", "pmap"]
+    ("mesh", "atol", "overlap"),
+    [
+        pytest.param(MeshConfig(2, 2, 2), 1e-6, True, id="mesh-overlap"),
+        pytest.param(MeshConfig(2, 2, 2), 1e-6, None, id="mesh-in turn", marks=pytest.mark.nightly),
+        pytest.param(MeshConfig(style="pmap"), 1e-5, True, id="pmap-overlap", marks=pytest.mark.nightly),
+        pytest.param(MeshConfig(style="pmap"), 1e-5, None, id="pmap-in turn"),
+    ],
 )
 def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol, overlap):
     """It reads text and records, makes tokens of them again, and asks the reward model of the one program."""
