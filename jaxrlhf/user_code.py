@@ -17,6 +17,12 @@ PACKAGE = Path(__file__).parent
 FOLDERS: list[str] = []  # of the configs
 
 
+def raised_in(package: Path, error: BaseException) -> bool:
+    """Whether a raise statement of ``package`` raised ``error``, so that its message was written for the user."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return package in Path(last.filename).parents and (last.line or "").startswith("raise ")
+
+
 def look_beside(config: os.PathLike | str) -> None:
     """Modules beside this config file can be imported from now on. Not those of a run directory: its folders
     (tensorboard, tokenizer) would pass for packages."""

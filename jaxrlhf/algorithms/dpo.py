@@ -8,8 +8,9 @@ it as they teach a reward model.
 import dataclasses
 from typing import Literal
 
+from jaxrlhf.algorithms.offline import response_logprobs
 from jaxrlhf.ops.losses import bradley_terry, ipo
-from jaxrlhf.ops.masked import keep, sums
+from jaxrlhf.ops.masked import sums
 from jaxrlhf.ops.rows import deinterleave, interleave
 from jaxrlhf.types import (
     Algorithm,
@@ -35,24 +36,22 @@ class DPOConfig:
     label_smoothing: float = 0.0  # the share of pairs taken to be labelled the wrong way round
 
 
-def response_logprobs(nets: Nets, role: Role, trees: dict[Role, Params], pairs: Preferences) -> tuple[Array, Array]:
+def pair_logprobs(nets: Nets, role: Role, trees: dict[Role, Params], pairs: Preferences) -> tuple[Array, Array]:
     """log p of the whole chosen and rejected responses, nats f32[B] each, in one pass of the model."""
-    rows = interleave(pairs.chosen, pairs.rejected)
-    logprobs = nets.token_stats(role, trees, rows).logprobs
-    return deinterleave(keep(logprobs, rows.response_mask).sum(-1))
+    return deinterleave(response_logprobs(nets, role, trees, interleave(pairs.chosen, pairs.rejected)))
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: DPOConfig) -> tuple[Experience, dict[str, Mean]]:
     """Pairs are learned from as they come; what the reference says of them is asked once."""
     pairs = batch.preferences
-    return Experience(preferences=pairs, ref_logprobs=response_logprobs(nets, "reference", state.slow, pairs)), {}
+    return Experience(preferences=pairs, ref_logprobs=pair_logprobs(nets, "reference", state.slow, pairs)), {}
 
 
 def loss(nets: Nets, params, slow, minibatch: Experience, cfg: DPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Mean loss of a pair; a margin is in units of implicit reward. Padding pairs count for nothing."""
     pairs = minibatch.preferences
     real = pairs.chosen.valid.any(-1)
-    logprobs = response_logprobs(nets, "policy", params, pairs)
+    logprobs = pair_logprobs(nets, "policy", params, pairs)
     chosen, rejected = (cfg.beta * (ours - ref) for ours, ref in zip(logprobs, minibatch.ref_logprobs, strict=True))
     if cfg.objective == "sigmoid":
         terms = bradley_terry(chosen, rejected, pairs.margin, cfg.label_smoothing)

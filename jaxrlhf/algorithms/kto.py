@@ -15,19 +15,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.algorithms.offline import response_logprobs
 from jaxrlhf.ops import masked
-from jaxrlhf.ops.masked import keep, sums
+from jaxrlhf.ops.masked import sums
 from jaxrlhf.ops.rows import deinterleave, interleave
 from jaxrlhf.types import (
     Algorithm,
-    Array,
     Batch,
     Experience,
     Mean,
     Nets,
-    Params,
-    Role,
-    Sequences,
     TrainState,
     update_once,
 )
@@ -40,11 +37,6 @@ class KTOConfig:
     beta: float = 0.1  # implicit reward for each nat between policy and reference
     desirable_weight: float = 1.0  # of good responses; times their number: 1 to 4/3 of the same of the bad ones
     undesirable_weight: float = 1.0  # of bad responses
-
-
-def response_logprobs(nets: Nets, role: Role, trees: dict[Role, Params], rows: Sequences) -> Array:
-    """log p of the whole responses, nats f32[B]."""
-    return keep(nets.token_stats(role, trees, rows).logprobs, rows.response_mask).sum(-1)
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: KTOConfig) -> tuple[Experience, dict[str, Mean]]:

@@ -26,8 +26,9 @@ def abandon(code: int) -> None:
 
 def raised_here(error: BaseException) -> bool:
     """Whether a raise statement of this package raised ``error``, so that its message was written for the user."""
-    *_, last = traceback.extract_tb(error.__traceback__)
-    return PACKAGE in Path(last.filename).parents and (last.line or "").startswith("raise ")
+    from jaxrlhf.user_code import raised_in
+
+    return raised_in(PACKAGE, error)
 
 
 def by_the_system(error: BaseException) -> bool:

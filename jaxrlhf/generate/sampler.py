@@ -44,5 +44,4 @@ def make_sampler(
     """
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
     automata = tuple(stop_automaton(stop, pieces, vocab) for stop in (ask.stop if stops is None else stops))
-    sampler = Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, automata, samples_per_prompt)
-    return sampler._replace(halvings=ask.halvings)
+    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, automata, samples_per_prompt, halvings=ask.halvings)

@@ -1,8 +1,6 @@
 """Several graders of a response, and the score that they make together."""
 
-import traceback
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,10 +59,7 @@ def answers(function: RewardFunction, responses: list[str], records: Sequence[di
     try:
         return function(responses, list(records))
     except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if not (
-            user_code.PACKAGE in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise ")
-        ):
+        if not user_code.raised_in(user_code.PACKAGE, error):
             raise GraderError(f"{function}: raised {user_code.describe(error)}") from error
         if str(error).startswith(str(function)):
             raise
