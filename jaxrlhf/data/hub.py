@@ -27,7 +27,7 @@ def find_splits(name: str, split: str, where: str) -> dict[str, Any]:
         ValueError: in one line, where the library, the data set or the split is not to be had.
     """
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(f'{where}.hf: {name!r} needs the datasets library: pip install "jaxrlhf[hf]"') from None
     place, config = _locate(name, where)
