@@ -90,8 +90,9 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     check(cfg, jax.device_count())
     run_dir, main = epath.Path(cfg.run_dir), processes.is_main()
     lock = processes.on_main(lambda: lock_run_dir(cfg.run_dir))
-    start = saved_run.latest_step(run_dir) or 0
-    changes = changes_since_saved(cfg)
+    saved_runs = saved_run.SavedRuns()
+    start = saved_runs.latest_step(cfg.run_dir) or 0
+    changes = changes_since_saved(saved_runs, cfg)
     processes.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
     if all_done(cfg, start):
         return DONE
@@ -99,11 +100,11 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     progress = open_progress(cfg.iterations or 0, start, cfg.log.every) if main else silent()
     with contextlib.closing(progress):
         with progress.doing("loading"):
-            ready = build(cfg)
+            ready = build(cfg, saved_runs=saved_runs)
         if cfg.epochs is not None:  # counted by now
             cfg = ready.cfg
             check(cfg, jax.device_count())
-            changes = changes_since_saved(cfg)
+            changes = changes_since_saved(saved_runs, cfg)
             progress.expect(cfg.length)
             if all_done(cfg, start):
                 return DONE
@@ -410,7 +411,7 @@ class Trainer:
 
     def restore(self, step: int) -> TrainState:
         """The state and the data positions of ``step``."""
-        extra = self.saved.extra(step)
+        _, extra = self.ready.saved_runs.read_step(self.cfg.run_dir, step)
         with explained(self.cfg, step, extra["config"], OF_STATE, "its state does not fit"):
             state = self.saved.restore(step, abstract_state(self.ready))
         state = state.replace(controls=with_new_controls(self.cfg, extra["config"], state.controls))

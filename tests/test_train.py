@@ -690,10 +690,10 @@ def test_a_key_that_the_saved_config_is_older_than_is_no_change(root, half_done)
     saved, line = json.loads(file.read_text()), "    share_trunk: false\n"
     assert saved["config"].count(line) == 1
     file.write_text(json.dumps(saved | {"config": saved["config"].replace(line, "")}))
-    assert changes_since_saved(cfg) == []
+    assert changes_since_saved(saved_run.SavedRuns(), cfg) == []
     gone = saved["config"].replace("deterministic: false\n", "deterministic: false\nfrozen: 1\n")
     file.write_text(json.dumps(saved | {"config": gone}))
-    assert changes_since_saved(cfg) == ["frozen: 1 -> null"]
+    assert changes_since_saved(saved_run.SavedRuns(), cfg) == ["frozen: 1 -> null"]
 
 
 def test_other_data_is_refused(root, half_done, tmp_path, one_device):

@@ -27,6 +27,7 @@ class Inputs:
 
     def __init__(self, cfg: Config, made: Mapping[str, str]):
         self.cfg, self.made = cfg, made
+        self.saved_runs = saved_run.SavedRuns()
         self.tokenizer: Any = None  # once it is found
         self.sources: dict[str, Source] = {}  # those that were opened
 
@@ -57,7 +58,7 @@ class Inputs:
         named = self.cfg.run_dir if resumed else tokenizer_origin(self.cfg)[0]
         if self.is_made(named):
             return f"{named}: made before by {self.made[str(made_by(named, self.made))]}"
-        self.tokenizer = find_tokenizer(self.cfg)
+        self.tokenizer = find_tokenizer(self.saved_runs, self.cfg)
         return f"{named}: {len(self.tokenizer):,} tokens"
 
     def find_weights(self) -> str:
@@ -70,12 +71,12 @@ class Inputs:
             if self.is_made(named):
                 shown = f"{named} (made before by {self.made[str(made_by(named, self.made))]})"
             else:
-                weights = started[role] = find_weights(self.cfg, role, size, head)
+                weights = started[role] = find_weights(self.saved_runs, self.cfg, role, size, head)
                 shown = "random" if weights.kind == "new" else f"{named or weights.path} ({weights.config.family})"
             found.setdefault(shown, []).append(role)
         check_loaded(self.cfg, started, {role: heads[role] for role in started}, roles_of(self.cfg)[0])
         if self.tokenizer:
-            foreign_tokens(self.cfg, started, self.tokenizer)
+            foreign_tokens(self.saved_runs, self.cfg, started, self.tokenizer)
         return "; ".join(f"{', '.join(roles)}: {shown}" for shown, roles in found.items())
 
     def open_data(self, section: str) -> str:

@@ -56,8 +56,9 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
 
 def describe(cfg: Config) -> Iterator[str]:
     """Data, three rows, steps, batch and memory of one run."""
-    start, changes = saved_run.latest_step(cfg.run_dir) or 0, changes_since_saved(cfg)
-    ready = build(cfg, keep=False)
+    saved_runs = saved_run.SavedRuns()
+    start, changes = saved_runs.latest_step(cfg.run_dir) or 0, changes_since_saved(saved_runs, cfg)
+    ready = build(cfg, keep=False, saved_runs=saved_runs)
     cfg, parts = ready.cfg, ready.recipe.num_micro
     check(cfg, jax.device_count())
     with current(ready.mesh):

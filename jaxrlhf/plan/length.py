@@ -19,7 +19,7 @@ def with_length(cfg: Config) -> tuple[Config, str]:
     why = missing(cfg)
     if not why:
         try:
-            tokenizer = find_tokenizer(cfg)
+            tokenizer = find_tokenizer(saved_run.SavedRuns(), cfg)
             return with_iterations(cfg, tokenizer, eos_ids(tokenizer)), ""
         except ValueError as error:
             why = str(error)

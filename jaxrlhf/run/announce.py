@@ -13,7 +13,6 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.errors import counted
 from jaxrlhf.models.parameters import parameter_table
-from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.feed import Feed, training_prompts
 from jaxrlhf.run.origins import base_role
@@ -91,7 +90,7 @@ def other_endings(run: "Run") -> list[str]:
     for role, found in run.weights.items():
         if role == "policy" or found.kind != "run" or found.path == run.cfg.run_dir or run.heads[role] == "lm":
             continue
-        theirs = saved_run.read_extra(found.path)[1].get("eos_ids") or ours
+        theirs = found.record.get("eos_ids") or ours
         if set(theirs) != set(ours):
             lines.append(
                 f"warning: models.{base_role(run.cfg, role)}: {found.path}: was trained on rows that end with "

@@ -20,6 +20,7 @@ from jaxrlhf.run.epochs import with_iterations
 from jaxrlhf.run.origins import Weights, check_loaded, located
 from jaxrlhf.run.runtime import bind_nets, check_shapes
 from jaxrlhf.run.sampler import make_sampler, readable_by_all
+from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.run.tokenizer import find_tokenizer, foreign_tokens, keep_tokenizer
 from jaxrlhf.run.weights import find_weights
 from jaxrlhf.sharding import batch_shards, make_mesh
@@ -55,26 +56,29 @@ class Run(Blueprint):
 
     tokenizer: Any  # a transformers fast tokenizer
     graders: Graders | None  # functions that score on the host; None: the reward model scores, or nothing is sampled
+    saved_runs: SavedRuns  # what was read of the run's checkpoint, and of other runs that it starts from
     recognised: dict[str, str] = dataclasses.field(default_factory=dict)  # section of data -> what its rows are
 
 
-def build(cfg: Config, devices: list | None = None, keep: bool = True) -> Run:
+def build(cfg: Config, devices: list | None = None, keep: bool = True, saved_runs: SavedRuns | None = None) -> Run:
     """Find weights and tokenizer, count the rows where the config gives epochs, and compose the step. Reads no weights;
-    raises ConfigError for what does not fit. ``keep``: the tokenizer is saved in the run directory."""
+    raises ConfigError for what does not fit. ``keep``: the tokenizer is saved in the run directory.
+    ``saved_runs``: what has been read of saved runs already."""
+    saved_runs = saved_runs or SavedRuns()
     graders = located(find_graders, cfg.rewards, "rewards")
     mesh = make_mesh(cfg.mesh, devices)
-    tokenizer = find_tokenizer(cfg)
+    tokenizer = find_tokenizer(saved_runs, cfg)
     heads = heads_of(cfg)
-    weights = {role: find_weights(cfg, role, len(tokenizer), head) for role, head in heads.items()}
+    weights = {role: find_weights(saved_runs, cfg, role, len(tokenizer), head) for role, head in heads.items()}
     check_loaded(cfg, weights, heads, roles_of(cfg)[0])
-    tokenizers.forbid(tokenizer, foreign_tokens(cfg, weights, tokenizer))
-    sampler = make_sampler(cfg, tokenizer, weights)
+    tokenizers.forbid(tokenizer, foreign_tokens(saved_runs, cfg, weights, tokenizer))
+    sampler = make_sampler(saved_runs, cfg, tokenizer, weights)
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
     cfg = with_iterations(cfg, tokenizer, sampler.eos_ids)
     drawn = draw(cfg, mesh, weights, sampler)
     if keep:
-        keep_tokenizer(cfg, tokenizer)
-    return Run(**vars(drawn), tokenizer=tokenizer, graders=graders)
+        keep_tokenizer(saved_runs, cfg, tokenizer)
+    return Run(**vars(drawn), tokenizer=tokenizer, graders=graders, saved_runs=saved_runs)
 
 
 def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sampler: Sampler) -> Blueprint:
@@ -105,9 +109,11 @@ def heads_of(cfg: Config) -> dict[Role, Head]:
 
 def with_roles(run: Run, more: dict[Role, Head], sampler: Sampler) -> Run:
     """``run`` with roles that its algorithm does without (an evaluation's), and responses sampled by ``sampler``."""
-    weights = {role: find_weights(run.cfg, role, len(run.tokenizer), head) for role, head in more.items()}
+    weights = {
+        role: find_weights(run.saved_runs, run.cfg, role, len(run.tokenizer), head) for role, head in more.items()
+    }
     check_loaded(run.cfg, run.weights | weights, run.heads | more, roles_of(run.cfg)[0])
-    tokenizers.forbid(run.tokenizer, foreign_tokens(run.cfg, weights, run.tokenizer))
+    tokenizers.forbid(run.tokenizer, foreign_tokens(run.saved_runs, run.cfg, weights, run.tokenizer))
     check_shapes(run.cfg, weights, run.mesh)
     weights = run.weights | weights
     if "policy" in weights:

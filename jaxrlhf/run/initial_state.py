@@ -32,7 +32,7 @@ def read_weights(run: Run, role: Role) -> Params:
     if head == "bare" and found.head in ("lm", None):  # there is nothing to read
         return state.scalar_head(found.config, key, dtype, zero)
     if found.kind == "run":
-        models = saved_run.read_extra(found.path, found.step)[1]["models"]
+        models = found.record["models"]
         params = saved_run.restore_model(found.path, found.step, models, found.role, dtype, run.mesh)
     else:
         params = hf.load(found.path or "", found.config, found.head or "scalar", dtype)

@@ -1,6 +1,8 @@
 """The end of a run whose algorithm asks for it (Algorithm.finish): scores of one role get mean 0 and standard deviation
 1 on the responses of models.policy. Its head is affine, so the normalisation is folded into it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxrlhf.run import build, feed
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.initial_state import read_weights
 from jaxrlhf.run.sampler import make_sampler
+from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.run.weights import find_weights
 from jaxrlhf.types import Head, Role, TrainState
@@ -37,15 +40,16 @@ def finish(ready: Run, state: TrainState, say=print) -> TrainState:
 def score_policy_samples(ready: Run, state: TrainState, role: Role, size: int) -> tuple[np.ndarray, int]:
     """(f32[size]: the scores that ``role`` gives to responses of models.policy to data.prompts, the number of prompts).
     Where there are fewer prompts than ``size``, each gets several responses, as equally as can be."""
-    rows = ready.cfg.batch.prompts_per_step
+    rows, ready = ready.cfg.batch.prompts_per_step, dataclasses.replace(ready, saved_runs=SavedRuns())
     batches = feed.training_prompts(ready, size)
     prompts = sum(host.real for host in batches)
     copies = -(-size // prompts)
     if copies > 1:
         batches = feed.training_prompts(ready, size, max(rows // copies, 1))
     policy: dict[Role, Head] = {"policy": "lm"}
-    found = find_weights(ready.cfg, "policy", len(ready.tokenizer))
-    sampler = make_sampler(ready.cfg, ready.tokenizer, {"policy": found})._replace(samples_per_prompt=copies)
+    found = find_weights(ready.saved_runs, ready.cfg, "policy", len(ready.tokenizer))
+    sampler = make_sampler(ready.saved_runs, ready.cfg, ready.tokenizer, {"policy": found})
+    sampler = sampler._replace(samples_per_prompt=copies)
     whole = build.with_roles(ready, policy, sampler)
     nets, params = whole.recipe.nets, {"policy": read_weights(whole, "policy")}
 

@@ -1,7 +1,9 @@
 """What the roles of a run start from, and whether they fit together: all loaded, and all of one vocabulary."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxrlhf.config.record import Config
@@ -9,7 +11,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.meaning import added_ids, foreign_ids
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.run import saved_run
+from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.types import Head, Role
 
 
@@ -22,6 +24,7 @@ class Weights(NamedTuple):
     head: Head | None  # of the source; another may be needed; None: a reward model's class without its head
     step: int = 0  # run: of the checkpoint
     role: Role = ""  # run: as what they are saved there
+    record: Mapping[str, Any] = MappingProxyType({})  # run: the JSON saved with that checkpoint
     notes: tuple[str, ...] = ()  # what to tell of it
 
 
@@ -91,6 +94,7 @@ def check_tokenizers(cfg: Config, weights: Mapping[Role, Weights], tokenizer: An
     foreign: dict[int, str] = {}
     hash, added = tokenizers.fingerprint(tokenizer), added_ids(tokenizer)
     ids = set(tokenizer.get_vocab().values())
+    load = functools.cache(lambda path: tokenizers.load_tokenizer(os.fspath(folder_of(path))))  # of several roles
     for role, found in weights.items():
         role = base_role(cfg, role)  # where the config names the weights
         size, where = found.config.vocab_size, f"models.{role}"
@@ -99,7 +103,7 @@ def check_tokenizers(cfg: Config, weights: Mapping[Role, Weights], tokenizer: An
         foreign |= {id: f"{where}: its vocab_size is {size}" for id in ids if id >= size}
         if found.kind == "new" or found.path is None:
             continue
-        theirs = tokenizers.load_tokenizer(os.fspath(folder_of(found.path)))
+        theirs = load(found.path)
         if tokenizers.fingerprint(theirs) == hash:
             continue
         try:
@@ -122,9 +126,10 @@ def located(find: Callable[[Any], Any], named: Any, where: str, prefix: str = ""
         raise ConfigError(f"{where}.{prefix}{error}") from None
 
 
-def start_step(named: str) -> int:
-    """The step that the run ``named`` says (RUN, RUN@best, RUN@40). Raises ValueError, as hf_folder.locate says it."""
+def read_start(saved_runs: SavedRuns, named: str) -> tuple[int, dict]:
+    """(step, its JSON) that the run ``named`` says (RUN, RUN@best, RUN@40). Raises ValueError, as hf_folder.locate says
+    it."""
     try:
-        return saved_run.find_step(named)
+        return saved_runs.read_extra(named)
     except ValueError as error:
         raise ValueError(f"init_from: {error}") from None

@@ -15,7 +15,7 @@ from jaxrlhf.config.roles import find_algorithm
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.errors import show as cut_short
-from jaxrlhf.run import saved_run
+from jaxrlhf.run.saved_run import SavedRuns
 
 # keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
 FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.", "data.chat")
@@ -24,13 +24,13 @@ OF_DATA = ("data.", "batch.")  # keys that decide, with the data, which rows com
 OF_STATE = ("algorithm.", "optimizer.", "precision.")  # keys that decide which arrays a state has
 
 
-def changes_since_saved(cfg: Config) -> list[str]:
+def changes_since_saved(saved_runs: SavedRuns, cfg: Config) -> list[str]:
     """What the config says otherwise than at the run's last checkpoint, as "key: old -> new".
 
     Raises ConfigError where one of the keys is FIXED, or says how many rows of its data an iteration takes."""
-    if saved_run.latest_step(cfg.run_dir) is None:
+    if (own := saved_runs.own_extra(cfg.run_dir)) is None:
         return []
-    step, extra = saved_run.read_extra(cfg.run_dir)
+    step, extra = own
     changed = changed_keys(cfg, extra["config"])
     rows = tuple(f"batch.{ROWS_KEY[field]}" for field in fields_read(cfg))
     for key in changed:

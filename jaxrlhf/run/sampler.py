@@ -7,15 +7,15 @@ from jaxrlhf.generate import sampler as samplers
 from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models import parameters
-from jaxrlhf.run import saved_run
 from jaxrlhf.run.origins import Weights
+from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.types import Role
 
 
-def make_sampler(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> Sampler:
+def make_sampler(saved_runs: SavedRuns, cfg: Config, tokenizer, weights: dict[Role, Weights]) -> Sampler:
     """The sampler that ``generate`` asks for; its EOS tokens end all the run's rows, learnt or sampled."""
     ask = cfg.generate
-    policy, eos_ids = weights.get("policy"), find_eos(cfg, tokenizer, weights)
+    policy, eos_ids = weights.get("policy"), find_eos(saved_runs, cfg, tokenizer, weights)
     size = parameters.padded_vocab(policy.config) if policy else len(tokenizer)
     sampler = sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)
     sampler = sampler._replace(share_prompts=cfg.batch.share_prompts)
@@ -46,13 +46,12 @@ def sampler_of(
     return samplers.make_sampler(ask, eos_ids, tokenizers.pad_id(tokenizer), pieces, vocab, samples_per_prompt, stops)
 
 
-def find_eos(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int, ...]:
+def find_eos(saved_runs: SavedRuns, cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int, ...]:
     """What ends a response: of a run with a checkpoint as it was decided; else what the tokenizer, its folder, its chat
     template say, and where the policy, or the reward model, starts."""
-    if saved_run.latest_step(cfg.run_dir) is not None:
-        saved = saved_run.read_extra(cfg.run_dir)[1].get("eos_ids")
-        if saved:
-            return tuple(saved)
+    _, extra = saved_runs.own_extra(cfg.run_dir) or (0, {})
+    if saved := extra.get("eos_ids"):
+        return tuple(saved)
     first = next((weights[role] for role in ("policy", "reward", *weights) if role in weights), None)
     return tokenizers.eos_ids(tokenizer, generation_config(first) if first else None)
 
@@ -60,5 +59,5 @@ def find_eos(cfg: Config, tokenizer, weights: dict[Role, Weights]) -> tuple[int,
 def generation_config(start: Weights) -> dict | None:
     """What a model's folder says of the ends of responses; of a run, the EOS tokens that it was trained with."""
     if start.kind == "run":
-        return {"eos_token_id": saved_run.read_extra(start.path, start.step)[1].get("eos_ids")}
+        return {"eos_token_id": start.record.get("eos_ids")}
     return {"eos_token_id": tokenizers.folder_eos(start.path)} if start.path else None

@@ -1,6 +1,7 @@
 """What a run directory's checkpoints hold: its steps, its record, its models; what other runs take from it."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -118,6 +119,26 @@ def read_extra(name, step: int | None = None) -> tuple[int, dict]:
     step = find_step(name) if step is None else step
     path = directory(split_step(name)[0]) / str(step) / EXTRA
     return step, ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(path)
+
+
+class SavedRuns:
+    """What a start learns of saved runs, of the one that it resumes and of those that it starts from: each is read
+    once, however many roles ask. Whoever starts makes one and passes it down.
+
+    A checkpoint that is written afterwards is not seen: ``latest_step`` and ``read_extra`` of this module look anew."""
+
+    def __init__(self):
+        self.latest_step, self.find_step = functools.cache(latest_step), functools.cache(find_step)
+        self.read_step = functools.cache(read_extra)
+
+    def read_extra(self, name) -> tuple[int, dict]:
+        """(step, its JSON) of the step that ``name`` says. Raises as ``find_step``."""
+        return self.read_step(split_step(name)[0], self.find_step(name))
+
+    def own_extra(self, run_dir) -> tuple[int, dict] | None:
+        """(step, its JSON) of the checkpoint that a run goes on from; None where it has none."""
+        step = self.latest_step(run_dir)
+        return None if step is None else self.read_step(run_dir, step)
 
 
 def find_role(record: dict, role: Role) -> Role:

@@ -1,5 +1,6 @@
 """The run's tokenizer: loaded, trained, kept, and the tokens that a model cannot read."""
 
+import functools
 import os
 
 from etils import epath
@@ -13,29 +14,31 @@ from jaxrlhf.hosts.processes import agree, is_main
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.files import hf_folder
 from jaxrlhf.run import saved_run
-from jaxrlhf.run.origins import Weights, base_role, check_tokenizers, located, origin, start_step
+from jaxrlhf.run.origins import Weights, base_role, check_tokenizers, located, origin, read_start
+from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.types import Role
 
 
-def find_tokenizer(cfg: Config):
+def find_tokenizer(saved_runs: SavedRuns, cfg: Config):
     """The run's own tokenizer if it has a checkpoint; else the one the config names or asks to train, with the chat
     template of data.chat."""
-    if saved_run.latest_step(cfg.run_dir) is not None:
+    if saved_runs.latest_step(cfg.run_dir) is not None:
         return tokenizers.load_tokenizer(os.fspath(epath.Path(cfg.run_dir) / "tokenizer"))
     if cfg.tokenizer.train_vocab_size:
         tokenizer = train_tokenizer(cfg, cfg.tokenizer.train_vocab_size)
     else:
-        tokenizer = tokenizers.load_tokenizer(os.fspath(located(tokenizer_of, *tokenizer_origin(cfg))))
+        folder = located(functools.partial(tokenizer_of, saved_runs), *tokenizer_origin(cfg))
+        tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
     if cfg.data.chat is not None:
         chat.apply_config(tokenizer, cfg.data.chat, adds_bos=bool(tokenizers.leading_ids(tokenizer)))
     return tokenizer
 
 
-def keep_tokenizer(cfg: Config, tokenizer) -> None:
+def keep_tokenizer(saved_runs: SavedRuns, cfg: Config, tokenizer) -> None:
     """Save it in the run, where it isn't the run's own already; what a start that came to nothing left is replaced."""
     own = epath.Path(cfg.run_dir) / "tokenizer"
     agree("tokenizer: its hash", tokenizers.fingerprint(tokenizer)[:12], "the same on all hosts")
-    if saved_run.latest_step(cfg.run_dir) is not None or not is_main():
+    if saved_runs.latest_step(cfg.run_dir) is not None or not is_main():
         return
     if own.exists():
         own.rmtree()
@@ -72,20 +75,18 @@ def tokenizer_origin(cfg: Config) -> tuple[str, str]:
     return named, where
 
 
-def tokenizer_of(named: str):
+def tokenizer_of(saved_runs: SavedRuns, named: str):
     """The folder with the tokenizer of a run, a HF folder or a hub name."""
     run_dir, step = split_step(named)
     if not saved_run.is_run(named):
         return hf_folder.locate(named)
     if step:
-        start_step(named)
+        read_start(saved_runs, named)
     return epath.Path(run_dir) / "tokenizer"
 
 
-def foreign_tokens(cfg: Config, weights: dict[Role, Weights], tokenizer) -> dict[int, str]:
+def foreign_tokens(saved_runs: SavedRuns, cfg: Config, weights: dict[Role, Weights], tokenizer) -> dict[int, str]:
     """Tokens that some model cannot read -> why: as check_tokenizers finds, and as the run's own checkpoint says."""
-    found = check_tokenizers(cfg, weights, tokenizer, tokenizer_of)
-    if any(start.path == cfg.run_dir for start in weights.values()):
-        kept = saved_run.read_extra(cfg.run_dir)[1].get("unreadable", {})
-        found |= {int(id): why for id, why in kept.items()}
-    return found
+    found = check_tokenizers(cfg, weights, tokenizer, functools.partial(tokenizer_of, saved_runs))
+    own = (start.record.get("unreadable", {}) for start in weights.values() if start.path == cfg.run_dir)
+    return found | {int(id): why for kept in own for id, why in kept.items()}

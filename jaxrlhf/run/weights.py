@@ -1,5 +1,6 @@
 """What each role's weights start from: the run's own checkpoint, another run, files, or a draw."""
 
+import functools
 import os
 
 from jaxrlhf.config.record import Config
@@ -7,33 +8,36 @@ from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import resolve
 from jaxrlhf.models.files import hf_config, hf_folder, hf_tensors
 from jaxrlhf.run import saved_run
-from jaxrlhf.run.origins import Weights, base_role, located, origin, start_step
+from jaxrlhf.run.origins import Weights, base_role, located, origin, read_start
+from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.types import Head, Role
 
 
-def find_weights(cfg: Config, role: Role, vocab_size: int, wanted: Head = "lm") -> Weights:
+def find_weights(saved_runs: SavedRuns, cfg: Config, role: Role, vocab_size: int, wanted: Head = "lm") -> Weights:
     """What ``role`` starts from: the run's own checkpoint if there is one, else what the config names. Of two heads in
     a folder the one that is ``wanted`` is taken.
 
     Raises ConfigError where there is nothing, or a folder does not hold all of a model."""
-    if saved_run.latest_step(cfg.run_dir) is not None:
-        step, extra = saved_run.read_extra(cfg.run_dir)
-        if role in extra["models"]:
-            return Weights("run", cfg.run_dir, *saved_run.model_of(extra["models"][role]), step, role)
-    start = origin(cfg, role)
+    step, extra = saved_runs.own_extra(cfg.run_dir) or (0, {"models": {}})
+    if role in extra["models"]:
+        return of_run(cfg.run_dir, step, extra, role)
+    start, base = origin(cfg, role), base_role(cfg, role)
     if start.architecture is not None:
         shape = resolve(start.architecture, vocab_size)
         return Weights("new", None, shape, "lm")
     path = start.init_from or ""
     if saved_run.is_run(path):
-        step, extra = saved_run.read_extra(path, located(start_step, path, f"models.{base_role(cfg, role)}"))
-        named = next(name for name, model in cfg.models.items() if model is start)
-        there = saved_run.find_role(extra["models"], named)
-        run_dir, _ = split_step(path)
-        return Weights("run", run_dir, *saved_run.model_of(extra["models"][there]), step, there)
-    where = f"models.{base_role(cfg, role)}"
+        step, extra = located(functools.partial(read_start, saved_runs), path, f"models.{base}")
+        return of_run(split_step(path)[0], step, extra, saved_run.find_role(extra["models"], base))
+    where = f"models.{base}"
     folder = os.fspath(located(hf_folder.locate, path, where))
     return located(lambda folder: in_folder(folder, wanted), folder, where, "init_from: ")
+
+
+def of_run(run_dir: str, step: int, extra: dict, role: Role) -> Weights:
+    """The Weights of a role that a run saved with ``step``; ``extra``: the JSON beside it."""
+    shape, head = saved_run.model_of(extra["models"][role])
+    return Weights("run", run_dir, shape, head, step, role, record=extra)
 
 
 def in_folder(folder: str, wanted: Head) -> Weights:

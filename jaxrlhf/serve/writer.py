@@ -49,8 +49,9 @@ def read_model(name: str, mesh, dtype=jnp.float32, role: Role = "policy") -> Mod
 
     Raises ValueError, in one line, where there is no such model."""
     wanted: Head = "lm" if role == "policy" else "scalar"
-    found = saved_run.read_extra(name) if saved_run.is_run(name) else None
-    tokenizer = tokenizers.load_tokenizer(str(tokenizer_of(name)))
+    saved_runs = saved_run.SavedRuns()
+    found = saved_runs.read_extra(name) if saved_run.is_run(name) else None
+    tokenizer = tokenizers.load_tokenizer(str(tokenizer_of(saved_runs, name)))
     if found:
         step, extra = found
         role = saved_run.find_role(extra["models"], role)
@@ -85,11 +86,11 @@ def check_head(what: str, head: Head, wanted: Head) -> None:
 
 def export_model(name: str, to: str) -> None:
     """Write the language model ``name`` (gguf:FILE, say) as a Hugging Face folder in float32, tokenizer included."""
-    mesh = make_mesh(MeshConfig())
+    mesh, folder = make_mesh(MeshConfig()), tokenizer_of(saved_run.SavedRuns(), name)
     with jax.set_mesh(mesh):
         model = read_model(name, mesh)
         ids = hf_config.embedded(model.ids, model.config.vocab_size)
-        hf.save(model.params, model.config, "lm", to, ids=ids, tokenizer_folder=tokenizer_of(name))
+        hf.save(model.params, model.config, "lm", to, ids=ids, tokenizer_folder=folder)
 
 
 class Response(NamedTuple):

@@ -203,20 +203,22 @@ def test_a_reward_model_s_rows_end_as_the_policy_s_responses(tmp_path, role):
     tree = {"run_dir": str(tmp_path / "run"), "iterations": 1, "algorithm": {"name": "rm"}}
     cfg = parse(tree | {"models": {"reward": {"init_from": str(origin)}}}, "test")
     weights = {role: build.Weights("hf", str(origin), resolve(ModelConfig(vocab_size=300)), "lm")}
-    assert make_sampler(cfg, tokenizer, weights).eos_ids == (1, 7)
+    assert make_sampler(saved_run.SavedRuns(), cfg, tokenizer, weights).eos_ids == (1, 7)
     new = {role: build.Weights("new", None, resolve(ModelConfig(vocab_size=300)), "lm")}
-    assert make_sampler(cfg, tokenizers.load_tokenizer(str(origin)), new).eos_ids == (1, 7)
+    assert make_sampler(saved_run.SavedRuns(), cfg, tokenizers.load_tokenizer(str(origin)), new).eos_ids == (1, 7)
 
 
 @pytest.mark.parametrize("theirs, warned", [([1], True), ([7, 1], False), (None, False)])
-def test_a_reward_model_of_other_endings_is_told(monkeypatch, theirs, warned):
+def test_a_reward_model_of_other_endings_is_told(theirs, warned):
     from types import SimpleNamespace
 
     tokenizer = tokenizers.train_bpe(["a b"], 300)
-    monkeypatch.setattr(saved_run, "read_extra", lambda path: (4, {"eos_ids": theirs}))
     tree = {"run_dir": "run", "iterations": 1, "algorithm": {"name": "grpo"}}
     cfg = parse(tree | {"models": {role: {"init_from": f"runs/{role}"} for role in ("policy", "reward")}}, "test")
-    weights = {role: build.Weights("run", f"runs/{role}", resolve(ModelConfig()), "lm") for role in cfg.models}
+    started = lambda role: build.Weights(
+        "run", f"runs/{role}", resolve(ModelConfig()), "lm", record={"eos_ids": theirs}
+    )
+    weights = {role: started(role) for role in cfg.models}
     sampler, heads = SimpleNamespace(eos_ids=(1, 7)), {"policy": "lm", "reward": "scalar", "reference": "lm"}
     run: Any = SimpleNamespace(cfg=cfg, sampler=sampler, heads=heads, weights=weights, tokenizer=tokenizer)
     said = other_endings(run)

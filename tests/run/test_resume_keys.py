@@ -177,7 +177,7 @@ def test_every_key_is_told_or_refused(saved):
             continue
         check(cfg, 1)
         try:
-            lines = changes_since_saved(cfg)
+            lines = changes_since_saved(saved_run.SavedRuns(), cfg)
         except ConfigError as error:
             check_refusal(error, key, cfg.run_dir)
             refused.add(key)
@@ -202,7 +202,7 @@ def test_what_is_told_can_be_restored_or_is_refused_then(saved, monkeypatch, key
     for key in keys or saved.keys:
         cfg = saved.changed(key)
         with contextlib.suppress(ConfigError):
-            if cfg is None or not changes_since_saved(cfg):
+            if cfg is None or not changes_since_saved(saved_run.SavedRuns(), cfg):
                 continue
             try:
                 state = saved.restored(cfg)
