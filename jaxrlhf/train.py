@@ -14,6 +14,7 @@ from etils import epath
 from jaxrlhf.config.batch import describe_batch, describe_learning, describe_sharing
 from jaxrlhf.config.check import check, profiled_steps
 from jaxrlhf.config.load import dump, without_place
+from jaxrlhf.config.places import check_places
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import describe_precision, trunks_of
 from jaxrlhf.data.tokenizer import unreadable
@@ -26,6 +27,7 @@ from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
+from jaxrlhf.plan.room import need_room
 from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run import announce, checkpoint, normalize, saved_run
 from jaxrlhf.run.announce import other_endings, spelled_markers
@@ -88,6 +90,7 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     stop.saves = processes.several()  # all stop after the same iteration, also where there is nothing to save
     stop.last_words = lambda: f"stopped at step {saved_run.latest_step(cfg.run_dir) or 0}; {GOES_ON}"
     check(cfg, jax.device_count())
+    check_places(cfg)
     run_dir, main = epath.Path(cfg.run_dir), processes.is_main()
     lock = processes.on_main(lambda: lock_run_dir(cfg.run_dir))
     saved_runs = saved_run.SavedRuns()
@@ -108,6 +111,7 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
             progress.expect(cfg.length)
             if all_done(cfg, start):
                 return DONE
+        need_room(ready)
         processes.on_main(lambda: write_config(run_dir, cfg, raw))
         processes.agree(f"run_dir: {cfg.run_dir}: config.yaml", str((run_dir / "config.yaml").exists()), SHARED)
         keep, best, mode = cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode

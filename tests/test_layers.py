@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 
 # floors, lowest first: the first part of a module's name below jaxrlhf, or inside run/ the second
 FLOORS = (
-    ("", "errors", "types", "tpu"),
+    ("", "errors", "paths", "types", "tpu"),
     ("sharding", "optim", "hosts", "log", "user_code"),
     ("ops",),
     ("models", "algorithms", "data", "rewards"),
@@ -40,7 +40,7 @@ ONLY = {
     "ops": {"types", "sharding", "ops"},  # pure array maths
     # an algorithm reaches networks through Nets alone
     "algorithms": {"types", "ops", "user_code", "errors", "algorithms"},
-    "data": {"types", "sharding", "data"},  # text to tokens on the host
+    "data": {"types", "sharding", "errors", "paths", "data"},  # text to tokens on the host
     "rewards": {"types", "user_code", "errors", "rewards"},
 }
 

@@ -44,16 +44,13 @@ def need_run(run: str) -> None:
     """Raises ConfigError where there is no run directory; the nearest one beside it is named."""
     from etils import epath
 
-    from jaxrlhf.config.strict import suggest
-    from jaxrlhf.errors import ConfigError
+    from jaxrlhf.errors import ConfigError, nearest
     from jaxrlhf.log.run_dir import split_step
 
     path = epath.Path(split_step(run)[0])
     if not (path / "config.yaml").exists():
-        runs = sorted(os.fspath(file.parent) for file in path.parent.glob("*/config.yaml"))
-        raise ConfigError(
-            f"{run}: no run directory (config.yaml is not in it){'; ' + suggest(run, runs) if runs else ''}"
-        )
+        near = nearest(run, sorted(os.fspath(file.parent) for file in path.parent.glob("*/config.yaml")), "")
+        raise ConfigError(f"{run}: no run directory (config.yaml is not in it){f'; {near}' if near else ''}")
 
 
 def name_step(run: str, step: str) -> str:
@@ -68,7 +65,10 @@ def need_room(folder: str, force: bool) -> None:
     from etils import epath
 
     from jaxrlhf.errors import ConfigError
+    from jaxrlhf.paths import unreachable
 
+    if why := unreachable(folder):
+        raise ConfigError(f"--to {folder}: {why}")
     path = epath.Path(folder)
     if path.exists() and not path.is_dir():
         raise ConfigError(f"--to {folder}: a file; expected a folder")

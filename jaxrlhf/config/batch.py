@@ -147,4 +147,6 @@ def describe_learning(cfg: Config) -> list[str]:
 
 
 def divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    """In ascending order; a batch of 10^9 rows is refused later, and its divisors have to be found by then."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from jaxrlhf.config.batch import KIND_OF, ROWS_KEY, divisors, fields_read, longest_row, rows_of, updates_of
 from jaxrlhf.config.field_types import hints
+from jaxrlhf.config.places import place_problems
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import find_algorithm, roles_of
 from jaxrlhf.config.strict import suggest
@@ -30,7 +31,7 @@ def check(cfg: Config, num_devices: int, source: str = "config", place: str = "h
     start with (the config's path), ``place`` where the devices are ("in the slice")."""
     problems = [*role_problems(cfg), *reward_problems(cfg), *data_problems(cfg), *generate_problems(cfg)]
     problems += [*tokenizer_problems(cfg), *evaluation_problems(cfg), *model_problems(cfg)]
-    problems += [*profile_problems(cfg), *device_problems(cfg, num_devices, place)]
+    problems += [*place_problems(cfg), *profile_problems(cfg), *device_problems(cfg, num_devices, place)]
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 

@@ -27,7 +27,7 @@ RANGES = {
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",
     "[120, inf)": "grace_seconds",
-    "[259, inf)": "train_vocab_size",
+    "[259, 1048576]": "train_vocab_size",
     "[0, 1]": "final_fraction gamma gae_lambda",
     "(0, 1]": "top_p rotary_fraction",
     "[0, 1)": "b1 b2",

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from etils import epath
 
-from jaxrlhf.config.strict import suggest
-from jaxrlhf.errors import ConfigError, one_line, show
+from jaxrlhf.errors import ConfigError, nearest, one_line, show
+from jaxrlhf.paths import unreachable
 
 MAX_YAML_BYTES = 64 * 1024
 MAX_ALIASES = 16  # with aliases of aliases a few lines can stand for gigabytes
@@ -78,9 +78,11 @@ Loader.yaml_constructors = {
 
 def read_file(source: str) -> bytes:
     """The bytes of a config file, at most MAX_YAML_BYTES of them."""
-    path = epath.Path(source)
     if not source.strip():
         raise ConfigError(f"{show(source)}: expected the path of a config, as in configs/tiny/ppo.yaml")
+    if why := unreachable(source):
+        raise ConfigError(f"{show(source)}: {why}")
+    path = epath.Path(source)
     try:
         if path.is_dir():
             inside = sorted(os.fspath(p) for p in path.glob("*.y*ml"))
@@ -89,7 +91,8 @@ def read_file(source: str) -> bytes:
             data = file.read(MAX_YAML_BYTES + 1)
     except FileNotFoundError:
         beside = sorted(os.fspath(p) for p in path.parent.glob("*.y*ml")) if path.parent.exists() else []
-        raise ConfigError(f"{source}: no such file{'; ' + suggest(source, beside) if beside else ''}") from None
+        near = nearest(source, beside, "")
+        raise ConfigError(f"{source}: no such file{f'; {near}' if near else ''}") from None
     except OSError as error:
         raise ConfigError(f"{show(source)}: {error.strerror or error}") from None
     if len(data) > MAX_YAML_BYTES:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.data.kinds import BadRecord, nearest
+from jaxrlhf.paths import need_reachable
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
@@ -104,6 +105,7 @@ def find_template(named: str, adds_bos: bool) -> str:
         return ("{{ bos_token }}" if adds_bos else "") + TEMPLATES[named]
     if "{{" in named or "{%" in named:
         return named
+    need_reachable(named, "data.chat.template")
     path = epath.Path(named).expanduser()
     if not path.is_file():
         raise ValueError(

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -17,8 +18,10 @@ from typing import Any, NamedTuple
 from jaxrlhf.data.formats import recognise
 from jaxrlhf.data.kinds import BadRecord, nearest
 from jaxrlhf.data.readers import READERS, Rows, format_of
+from jaxrlhf.paths import need_reachable
 
 FROM_TEXT = (".csv", ".tsv")  # formats whose values are all text
+WILD = re.compile(r"[*?\[]")
 FORMAT = 6  # of the cache; raise it when the same file would give other records
 
 
@@ -26,12 +29,15 @@ def find_files(pattern: str, where: str) -> list:
     """The files that a path or a glob names, sorted. Raises ValueError when there is none, or for an unknown format."""
     from etils import epath
 
+    need_reachable(pattern, f"{where}.path")
     path = epath.Path(pattern).expanduser()
-    if re.search(r"[*?\[]", pattern) and not path.exists():
+    if WILD.search(pattern) and not path.exists():
+        if "**" in pattern:
+            raise ValueError(f"{where}.path: {pattern!r}: ** is not supported; expected * for the files of a folder")
         parts = path.parts
-        first = next(i for i, part in enumerate(parts) if re.search(r"[*?\[]", part))
+        first = next(i for i, part in enumerate(parts) if WILD.search(part))
         root = epath.Path(*parts[:first]) if first else epath.Path(".")
-        files = sorted(root.glob("/".join(parts[first:])))
+        files = sorted(file for file in root.glob("/".join(parts[first:])) if not os.path.isdir(file))
     else:
         files = [path]
         if path.is_dir():
@@ -40,8 +46,9 @@ def find_files(pattern: str, where: str) -> list:
                 "hf: for a data set of Hugging Face"
             )
         if not path.exists():
-            beside = [other.name for other in path.parent.iterdir()] if path.parent.exists() else []
-            raise ValueError(f"{where}.path: {pattern!r} does not exist{nearest(path.name, beside)}")
+            there = path.parent.iterdir() if path.parent.is_dir() else []
+            beside = [other.name for other in there if format_of(other) is not None]
+            raise ValueError(f"{where}.path: {pattern!r} does not exist{nearest(path.name, beside, listed=False)}")
     if not files:
         raise ValueError(f"{where}.path: no file matches {pattern!r}")
     for file in files:
@@ -53,14 +60,17 @@ def find_files(pattern: str, where: str) -> list:
     return files
 
 
-def content_hash(files: list) -> str:
-    """sha256 of the files' bytes and formats."""
+def content_hash(files: list, where: str) -> str:
+    """sha256 of the files' bytes and formats. Raises ValueError for one that can't be read."""
     digest = hashlib.sha256()
     for file in files:
         content = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                content.update(chunk)
+        try:
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    content.update(chunk)
+        except OSError as error:
+            raise ValueError(f"{where}.path: {file}: {error.strerror or error}; expected a file to read") from error
         digest.update(str(format_of(file)).encode() + content.digest())
     return digest.hexdigest()
 

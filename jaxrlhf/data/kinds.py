@@ -16,12 +16,15 @@ class BadRecord(ValueError):
     """One record that can't be used; ``skip_bad`` counts it instead of raising."""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """The end of an error message: " (did you mean 'x'?)", or the choices when none is near."""
+def nearest(word: str, choices: Iterable[str], listed: bool = True) -> str:
+    """The end of an error message: " (did you mean 'x'?)", or the choices when none is near; nothing then where they
+    are not to be ``listed``."""
     choices = sorted(choices)
     near = difflib.get_close_matches(str(word), choices, n=3, cutoff=0.6)
     if near:
         return f" (did you mean {' or '.join(map(repr, near))}?)"
+    if not listed:
+        return ""
     shown = ", ".join(map(repr, choices[:20])) + (", ..." if len(choices) > 20 else "")
     return f" (there is {shown})" if choices else " (there is none)"
 

@@ -16,6 +16,27 @@ BOM = b"\xef\xbb\xbf"
 Rows = Iterator[tuple[int, dict[str, Any] | str]]  # line number, and the row or what is wrong with it
 
 
+def load_json(content: str | bytes) -> Any:
+    """The value of a JSON text. Raises JSONDecodeError and UnicodeDecodeError, or ValueError for what can't be used:
+    nested too deeply, a key twice in an object, an integer that Python refuses to read."""
+    try:
+        return json.loads(content, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's own limit: longer ones take quadratic time
+            raise ValueError("an integer of more than 4,300 digits") from None
+        raise
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    keys = [key for key, _ in pairs]
+    raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:40]!r} appears twice in an object")
+
+
 def read_jsonl(path) -> Rows:
     """One JSON object a line. Blank lines are nothing."""
     with _opened(path) as file:
@@ -33,13 +54,13 @@ def _parse_json(raw: bytes) -> dict[str, Any] | str:
     if b"\0" in raw:
         return "holds a NUL byte"
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = load_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"is not UTF-8 (byte {error.start} of the line)"
     except json.JSONDecodeError as error:
         return f"is not JSON: {error.msg} at column {error.pos + 1}"
-    except RecursionError:
-        return "is not usable JSON: nested too deeply"
+    except ValueError as error:
+        return f"is not usable JSON: {error}"
     return row if isinstance(row, dict) else f"is not a JSON object: {raw[:40].decode(errors='replace').strip()}"
 
 
@@ -48,8 +69,8 @@ def read_json(path) -> Rows:
     with _opened(path) as file:
         content = file.read().removeprefix(BOM)
     try:
-        whole = json.loads(content)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, and UnicodeDecodeError
+        whole = load_json(content)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
         extra = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
         if extra and content.lstrip()[:1] == b"{":
             yield from _json_lines(content.split(b"\n"))
@@ -100,9 +121,7 @@ def _check_header(header: list[str], path, separator: str) -> list[str]:
     other = next((mark for mark in ";\t|," if mark in header[0]), None) if len(header) == 1 else None
     if other is not None:
         raise ValueError(f"{path}:1: the columns are split by {other!r}, expected {separator!r}")
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{path}:1: two columns are named {twice!r}")
+    check_twice(header, f"{path}:1")
     return header
 
 
@@ -130,12 +149,23 @@ def read_parquet(path) -> Rows:
     try:
         with path.open("rb") as file:
             row = 0
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            table = pyarrow.parquet.ParquetFile(file)
+            check_twice(table.schema_arrow.names, path)
+            for batch in table.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     row += 1
                     yield row, from_arrow(values)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is not Parquet that can be read: {str(error).splitlines()[0]}") from None
+    # OSError, MemoryError, ValueError: what pyarrow raises for pages that are damaged
+    except (pyarrow.ArrowException, OSError, MemoryError, OverflowError, UnicodeDecodeError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: is not Parquet that can be read: {why}") from None
+
+
+def check_twice(names: list[str], where: Any) -> None:
+    """Raises ValueError where two columns have one name: either could be meant."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{where}: two columns are named {twice!r}")
 
 
 def from_arrow(row: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jaxrlhf.data import files, hub
 from jaxrlhf.data.chat import ChatConfig
 from jaxrlhf.data.formats import check_columns, check_fields, recognise, take_fields
 from jaxrlhf.data.kinds import BadRecord, find_kind, nearest
+from jaxrlhf.paths import need_reachable
 
 DEFAULT_CACHE_DIR = "~/.cache/jaxrlhf/data"
 OWN_DATASETS = {"jaxrlhf_movie_reviews": "jaxrlhf.data.movie_reviews"}  # importing the module registers the dataset
@@ -112,7 +113,17 @@ def cache_folder(cache_dir: str | None) -> str:
     folder = DEFAULT_CACHE_DIR if cache_dir is None else cache_dir
     if "://" in folder:
         raise ValueError(f"data.cache_dir: {folder!r} is remote, expected a local folder (records are read at random)")
+    need_reachable(folder, "data.cache_dir")
     return os.path.abspath(os.path.expanduser(folder))
+
+
+def make_cache(folder: str) -> None:
+    """Raises ValueError where there is no such folder, and none can be made."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        why = "a file" if isinstance(error, FileExistsError) else error.strerror
+        raise ValueError(f"data.cache_dir: {folder!r}: {why}; expected a folder that can be written") from error
 
 
 def open_source(
@@ -140,12 +151,13 @@ def open_source(
         raise ValueError(f"{path_in_config}: {wrong}")
     check_fields(cfg.fields, kind, path_in_config)
     folder = cache_folder(cache_dir)
+    make_cache(folder)
     if cfg.tfds is not None:
         return _open_tfds(cfg, cfg.tfds, kind, folder, path_in_config)
     read_as = {"kind": kind, "fields": cfg.fields, "skip_bad": skip_bad}
     if cfg.path is not None:
         found = files.find_files(cfg.path, path_in_config)
-        digest = files.records_hash(files.content_hash(found), **read_as)
+        digest = files.records_hash(files.content_hash(found, path_in_config), **read_as)
         parsers = {"train": files.Parser(files.tables_of(found), **read_as, where=path_in_config)}
         return _open_parsed(cfg, cfg.path, digest, parsers, folder, path_in_config)
     name = str(cfg.hf)
@@ -272,9 +284,26 @@ def _data_source(builder: Any, split: str, name: str, where: str) -> Any:
         base = split.split("[")[0]
         message = str(error).splitlines()[0] if base in splits else f"is unknown{nearest(base, splits)}"
         raise ValueError(f"{where}.split: {split!r} of {name}: {message}") from None
+    if empty := _empty_part(split, splits):
+        raise ValueError(f"{where}.split: {split!r} of {name}: {empty}")
     if not size:
         raise ValueError(f"{where}.split: {split!r} of {name} holds no records")
     return builder.as_data_source(split=split)
+
+
+def _empty_part(split: str, splits: Mapping[str, Any]) -> str:
+    """What is wrong with a slice that holds nothing, or ends before it begins: TFDS counts less than no records in it,
+    and takes them off the other slices."""
+    import tensorflow_datasets as tfds
+
+    if split == "all":
+        return ""
+    for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(dict(splits)):
+        rows = splits[part.splitname].num_examples
+        first, end = part.from_ or 0, rows if part.to is None else part.to
+        if first >= end:
+            return f"no records from {first} to {end}; expected FIRST < END"
+    return ""
 
 
 def to_python(value: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import IO
 
 from etils import epath
 
+from jaxrlhf.paths import unreachable
+
 
 class RunDirBusy(ValueError):
     """Another process writes to the run directory."""
@@ -22,8 +24,11 @@ def is_local(path: os.PathLike | str) -> bool:
 def split_step(name: os.PathLike | str) -> tuple[str, str]:
     """("runs/a", "best") of runs/a@best; no step where ``name`` is a folder with an @ in it, or no run.
 
-    Raises ValueError where a run's @ has nothing behind it: a variable of a shell may be empty."""
+    Raises ValueError where a run's @ has nothing behind it: a variable of a shell may be empty; and for a path that
+    can't be opened."""
     whole = os.path.expanduser(name)
+    if why := unreachable(whole):
+        raise ValueError(f"{whole!r}: {why}")
     folder, at, step = whole.rpartition("@")
     if not at or not folder or "/" in step or not (epath.Path(folder) / "config.yaml").exists():
         return whole, ""

@@ -1,9 +1,7 @@
 """`jaxrlhf train CONFIG --check`: what can be told of a run without training, and without writing to its folder."""
 
-import contextlib
-import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +9,7 @@ import numpy as np
 from jaxrlhf.config.batch import KIND_OF, ROWS_KEY, describe_batch, describe_learning, describe_sharing, fields_read
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import dump, without_place
+from jaxrlhf.config.places import check_places
 from jaxrlhf.config.record import Config
 from jaxrlhf.data.batches import Stream
 from jaxrlhf.data.encode import Encoded
@@ -19,6 +18,7 @@ from jaxrlhf.log.run_dir import made_by
 from jaxrlhf.plan import largest_batch
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.memory import estimate
+from jaxrlhf.plan.room import need_room_for_batch, room_of
 from jaxrlhf.plan.search import setup_of
 from jaxrlhf.run import announce, saved_run
 from jaxrlhf.run.build import Run, build
@@ -42,6 +42,7 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
     makers: dict[str, str] = {}
     for path, cfg in configs:
         check(cfg, jax.device_count(), path)
+        check_places(cfg, path)
         starts = [str(origin(cfg, role).init_from) for role in cfg.models] + [str(cfg.tokenizer.init_from)]
         runs = [run for name in starts if (run := made_by(name, makers)) is not None]
         waits = [run for run in runs if saved_run.latest_step(run) is None]
@@ -61,6 +62,7 @@ def describe(cfg: Config) -> Iterator[str]:
     ready = build(cfg, keep=False, saved_runs=saved_runs)
     cfg, parts = ready.cfg, ready.recipe.num_micro
     check(cfg, jax.device_count())
+    need_room_for_batch(ready)
     with current(ready.mesh):
         feed, held_out = Feed(ready), HeldOut(ready)
         check_best(ready, held_out)
@@ -124,14 +126,6 @@ def shortened(text: str) -> str:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-class Room(NamedTuple):
-    """Bytes that a device has, or that all devices share."""
-
-    bytes: int
-    shared: bool
-    name: str
-
-
 def describe_memory(ready: Run) -> str:
     """What a device needs, by the count of `jaxrlhf plan`, and what the devices here have."""
     devices = list(ready.mesh.devices.flat)
@@ -148,13 +142,3 @@ def describe_memory(ready: Run) -> str:
     over = " MORE THAN THERE IS:" if total > room.bytes else ""
     each = f"{len(devices)} devices share {total / GIB:.2f} of" if room.shared and len(devices) > 1 else "of"
     return f"{shown};{over} {each} {room.bytes / GIB:.1f} GiB {room.name}"
-
-
-def room_of(device: Any) -> Room | None:
-    """The memory of the device; of CPUs that of the machine. None where it is not known."""
-    if device.platform == "cpu":
-        with contextlib.suppress(ValueError, OSError):
-            return Room(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), True, "of the machine")
-        return None
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return Room(limit, False, f"of a {device.device_kind}") if limit else None

@@ -1,12 +1,14 @@
 """Rewards from Python functions of the user's: text and data records in, one number a response out."""
 
 import asyncio
+import copy
 import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set, Sized
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +57,19 @@ class RewardFunction:
         self.name, self.function, self.where = name, function, where
 
     def __call__(self, responses: list[str], records: list[dict[str, Any]]) -> np.ndarray:
-        """f32[len(responses)]: the score of each response, NaN where the function gives None or NaN: it can't be
-        scored. ``records[i]`` is the data record of its prompt; the function has its own copies, and may change them.
-        """
-        found, count = self.function(list(responses), [dict(record) for record in records]), len(responses)
+        """f32[len(responses)]: the score of each response, NaN where the function gives None, NaN or a masked number of
+        NumPy's: it can't be scored.
+
+        ``records[i]`` is the data record of its prompt; the function has its own copies, and may change them."""
+        count = len(responses)
+        found = self.function(list(responses), [copy.deepcopy(record) for record in records])
         found = plain(wait_for(found) if inspect.isawaitable(found) else found)
         if isinstance(found, (str, bytes, Mapping, Set)) or not isinstance(found, Iterable):
             raise ValueError(f"{self}: returned {show(found)}: expected a list of {count} numbers, one a response")
-        scores = [plain(score) for score in found]
+        scores = [plain(score) for score in itertools.islice(found, count + 1)]
         if len(scores) != count:
-            raise ValueError(f"{self}: returned {len(scores)} scores: expected {count}, one a response")
+            given = len(found) if isinstance(found, Sized) else f"more than {count}" if scores[count:] else len(scores)
+            raise ValueError(f"{self}: returned {given} scores: expected {count}, one a response")
         for at, score in enumerate(scores):
             # a number beyond float32 would become infinite
             if score is not None and (not isinstance(score, (int, float)) or abs(score) > LARGEST):
@@ -76,7 +81,9 @@ class RewardFunction:
 
 
 def plain(score: Any) -> Any:
-    """The Python number in an array or tensor of no dimension; anything else as it is."""
+    """The Python number in an array or tensor of no dimension, None where it is masked; anything else as it is."""
+    if np.ma.isMaskedArray(score) and score.ndim == 0 and np.ma.is_masked(score):
+        return None
     return score.item() if getattr(score, "ndim", None) == 0 else score
 
 

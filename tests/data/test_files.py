@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from jaxrlhf.data.files import content_hash, find_files
 from jaxrlhf.data.sources import SourceConfig, open_source
 
 
@@ -156,3 +157,81 @@ def test_path_that_names_nothing(tmp_path, path, message):
     with pytest.raises(ValueError) as error:
         open_source(SourceConfig(path=path.format(tmp_path)), "prompts", cache_dir=str(tmp_path / "c"))
     assert str(error.value).startswith("data.prompts.path: ") and message in str(error.value)
+
+
+# ---- damaged, and twofold -------------------------------------------------------------------------------------------
+
+PAIR = '"prompt": "a", "response": "b"'
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (f'{{{PAIR}, "n": {"9" * 5000}}}', "an integer of more than 4,300 digits"),
+        (f'{{{PAIR}, "response": "c"}}', "the key 'response' appears twice in an object"),
+        (f'{{{PAIR}, "n": [{{"x": 1, "x": 1}}]}}', "the key 'x' appears twice in an object"),
+    ],
+    ids=["digits", "key", "inner key"],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_json_that_python_would_read_otherwise_is_refused(open_as, ending, line, why):
+    if ending == "jsonl":
+        with pytest.raises(ValueError, match=rf"a\.jsonl:2: is not usable JSON: {why}"):
+            open_as("a.jsonl", f"{{{PAIR}}}\n{line}\n".encode())
+        assert open_as("b.jsonl", f"{{{PAIR}}}\n{line}\n".encode(), skip_bad=True).skipped == 1
+    else:
+        with pytest.raises(ValueError, match=rf"a\.json: is not JSON: {why}"):
+            open_as("a.json", f"[{line}]".encode())
+
+
+def test_columns_of_one_name_are_refused(tmp_path, open_as):
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 3, names=["prompt", "response", "response"]),
+        tmp_path / "a.parquet",
+    )
+    with pytest.raises(ValueError, match=r"b\.parquet: two columns are named 'response'"):
+        open_as("b.parquet", (tmp_path / "a.parquet").read_bytes())
+
+
+def test_damaged_parquet_is_one_line(tmp_path, open_as):
+    """Headers of pages give OSErrors, which a disk gives too."""
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"prompt": ["a b"] * 200, "response": ["b c d"] * 200})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    whole, refused = (tmp_path / "a.parquet").read_bytes(), 0
+    for at in range(4, len(whole), 40):
+        damaged = bytearray(whole)
+        damaged[at] ^= 255
+        try:
+            open_as(f"b{at}.parquet", bytes(damaged))
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and f"b{at}.parquet" in str(error)
+    assert refused > 10
+
+
+def test_errors_of_paths_list_no_folder(tmp_path):
+    (tmp_path / "secret_diary.txt").write_text("")
+    (tmp_path / "secret.jsonl").write_text("")
+    for name, words in {"zzz.jsonl": "does not exist", "secrets.jsonl": "did you mean 'secret.jsonl'"}.items():
+        with pytest.raises(ValueError) as caught:
+            find_files(str(tmp_path / name), "data.x")
+        assert words in str(caught.value) and "diary" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"\*\* is not supported; expected \* for the files of a folder"):
+        find_files(str(tmp_path / "**" / "*.jsonl"), "data.x")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert [file.name for file in find_files(str(tmp_path / "*.jsonl"), "data.x")] == ["secret.jsonl"]
+
+
+def test_a_file_that_may_not_be_read_is_told_with_its_section(tmp_path, monkeypatch):
+    """The tests may run as root, who may read all."""
+    (tmp_path / "a.jsonl").write_text("")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    (file,) = find_files(str(tmp_path / "a.jsonl"), "data.x")
+    monkeypatch.setattr(type(file), "open", refuse)
+    with pytest.raises(ValueError, match=r"^data\.x\.path: .*a\.jsonl: Permission denied; expected a file to read$"):
+        content_hash([file], "data.x")

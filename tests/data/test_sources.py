@@ -186,6 +186,35 @@ def test_cache_is_local():
         cache_folder("gs://bucket")
 
 
+@pytest.mark.parametrize("folder, words", [("file", "a file"), ("file/x", "Not a directory"), ("a\0b", "NUL")])
+def test_a_cache_that_can_be_no_folder(tmp_path, monkeypatch, folder, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text('{"prompt": "x"}')
+    with pytest.raises(ValueError, match=rf"^data\.cache_dir: .*{words}.*; expected a "):
+        open_source(SourceConfig(path="file.jsonl"), "prompts", cache_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train[3:1]", "no records from 3 to 1; expected FIRST < END"),
+        ("train[1:1]", "no records from 1 to 1"),
+        ("train[80%:20%]", "no records from 3 to 1"),
+        ("train[3:1]+train", "no records from 3 to 1"),
+        ("train[9:]", "incompatible with 4 examples"),
+        ("train[", "Error parsing split"),
+        ("test", "is unknown (there is 'train')"),
+    ],
+)
+def test_a_split_of_nothing_is_one_line(tmp_path, split, words):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "x"}\n' * 4)
+    cfg = SourceConfig(path=str(tmp_path / "a.jsonl"), split=split)
+    with pytest.raises(ValueError) as caught:
+        open_source(cfg, "prompts", cache_dir=str(tmp_path / "cache"))
+    assert str(caught.value).startswith(f"data.prompts.split: {split!r} of ") and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_to_python():
     value = {
         "a": b"x",

@@ -1,5 +1,6 @@
 """A user's reward function: how it is found, what it may answer, what is said where it can't be used."""
 
+import itertools
 import sys
 from fractions import Fraction
 
@@ -178,3 +179,43 @@ def test_it_gets_responses_and_records_as_they_are():
     function = RewardFunction("my:f", lambda responses, records: seen.append((responses, records)) or [0.0])
     function(["four"], [{"prompt": "2 + 2", "answer": "4"}])
     assert seen == [(["four"], [{"prompt": "2 + 2", "answer": "4"}])]
+
+
+# ---- what it can do to what it is given -----------------------------------------------------------------------------
+
+
+def test_a_function_that_shortens_its_lists_gives_too_few():
+    """Counted before the call: one score is not that of all responses."""
+
+    def shorten(responses, records):
+        del responses[1:], records[1:]
+        return [7.0]
+
+    with pytest.raises(ValueError, match="returned 1 scores: expected 3, one a response"):
+        RewardFunction("my:f", shorten)(["a", "b", "c"], [{}] * 3)
+
+
+def test_what_a_function_changes_in_its_lists_reaches_nobody():
+    """Neither the other samples of a prompt, nor graders that come after it, nor the next evaluation of the record."""
+
+    def spoil(responses, records):
+        records[0]["messages"].append("more")
+        assert records[1]["messages"] == ["hi"]
+        responses[0] = ""
+        return [0.0] * len(responses)
+
+    record = {"messages": ["hi"]}
+    responses = ["a", "b"]
+    RewardFunction("my:f", spoil)(responses, [record, record])
+    assert record == {"messages": ["hi"]} and responses == ["a", "b"]
+
+
+def test_a_masked_number_is_none():
+    masked = np.ma.array([1.0, 2.0, 3.0], mask=[False, True, False])
+    np.testing.assert_array_equal(answer(masked), np.array([1, np.nan, 3], np.float32))
+    np.testing.assert_array_equal(answer([1.0, np.ma.masked, np.ma.array(3.0, mask=False)]), answer(masked))
+
+
+def test_scores_without_an_end_are_too_many():
+    with pytest.raises(ValueError, match="returned more than 3 scores: expected 3, one a response"):
+        answer(itertools.count())

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from jaxrlhf.models.files import gguf
+from jaxrlhf.paths import need_reachable
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,6 +38,7 @@ def locate(name: str) -> epath.Path:
     """
     if name.startswith(gguf.PREFIX):
         return gguf.unpack(name.removeprefix(gguf.PREFIX))
+    need_reachable(name, "init_from")
     folder = epath.Path(name).expanduser()
     if "://" in name and folder.is_dir():
         return mirror(folder)
