@@ -1,29 +1,36 @@
-"""What ``prepare`` asks of networks and no score decides: computed while the host still works the scores out.
+"""What networks answer before the scores are known: computed while the host still works the scores out.
 
-``prepare`` stays one function, and is traced twice: with networks that note what they answer, which is all that the
-program before the scores returns (XLA leaves out the rest), and with networks that give those answers again.
+``prepare`` stays one function and is traced twice. The program before the scores runs it with networks that record
+their answers, and returns those alone (XLA leaves out the rest). The program after the scores runs it with networks
+that replay them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from jaxrlhf.types import READING, Nets
+from flax import struct
+
+from jaxrlhf.types import Ask, Batch, Nets, Sequences, Trees
 
 
-def noting(nets: Nets, noted: list[Any]) -> Nets:
-    """``nets``, whose answers are kept in ``noted``, one after the other."""
+class Answered(struct.PyTreeNode):
+    """A batch whose responses have scores, and what networks answered about them before."""
 
-    def watched(ask: Callable) -> Callable:
-        def asked(*given):
-            noted.append(ask(*given))
-            return noted[-1]
-
-        return asked
-
-    return nets._replace(**{name: watched(getattr(nets, name)) for name in READING})
+    batch: Batch
+    answers: tuple[Any, ...]
 
 
-def repeating(nets: Nets, answers: Iterable[Any]) -> Nets:
-    """``nets`` that give ``answers``, one after the other, to what reads."""
+def recording(nets: Nets, answers: list[Any]) -> Nets:
+    """``nets`` that append what ``read`` answers to ``answers``."""
+
+    def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
+        answers.append(nets.read(trees, sequences, *asks))
+        return answers[-1]
+
+    return nets._replace(read=read)
+
+
+def replaying(nets: Nets, answers: Iterable[Any]) -> Nets:
+    """``nets`` whose ``read`` gives ``answers``, one a call."""
     left = iter(answers)
-    return nets._replace(**dict.fromkeys(READING, lambda *_: next(left)))
+    return nets._replace(read=lambda *_: next(left))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.ops.rows import group_rows, join_rows, reorder, size_order, split_rows
-from jaxrlhf.types import READING, Array, Nets, Sequences
+from jaxrlhf.types import Array, Ask, Nets, Sequences, Trees
 
 T = TypeVar("T")
 
@@ -58,19 +58,15 @@ def at_least_width(sequences: Sequences | None, number: int, compute: Callable[[
 def packed_nets(nets: Nets, parts: int, number: int) -> Nets:
     """``nets`` for what is not differentiated: they read rows in ``parts`` parts, each packed by itself."""
 
-    def in_parts(ask: Callable) -> Callable:
-        def asked(*whom_and_what):
-            *whom, sequences = whom_and_what
-            if not can_pack(sequences):
-                return ask(*whom, sequences)
-            one = lambda rows: at_least_width(rows, number, lambda packed: ask(*whom, packed))
-            order, together = alike_in_parts(sequences, parts, number), sequences.copies
-            if order is None:
-                return one(sequences)
-            step = lambda _, rows: (None, one(rows))
-            _, found = jax.lax.scan(step, None, split_rows(reorder(sequences, order, together), parts, together))
-            return reorder(join_rows(found, together), jnp.argsort(order, axis=1), together)
+    def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
+        if not can_pack(sequences):
+            return nets.read(trees, sequences, *asks)
+        one = lambda rows: at_least_width(rows, number, lambda packed: nets.read(trees, packed, *asks))
+        order, together = alike_in_parts(sequences, parts, number), sequences.copies
+        if order is None:
+            return one(sequences)
+        step = lambda _, rows: (None, one(rows))
+        _, found = jax.lax.scan(step, None, split_rows(reorder(sequences, order, together), parts, together))
+        return reorder(join_rows(found, together), jnp.argsort(order, axis=1), together)
 
-        return asked
-
-    return nets._replace(**{name: in_parts(getattr(nets, name)) for name in READING})
+    return nets._replace(read=read)

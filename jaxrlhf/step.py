@@ -16,12 +16,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.answers import noting, repeating
+from jaxrlhf.answers import Answered, recording, replaying
 from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffled_parts, split_rows
 from jaxrlhf.optim import learning_rate
 from jaxrlhf.response_widths import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across
-from jaxrlhf.types import Algorithm, Array, Batch, Experience, Mean, Metrics, Nets, Params, Role, Sequences, TrainState
+from jaxrlhf.types import (
+    Algorithm,
+    Array,
+    Batch,
+    Experience,
+    Mean,
+    Metrics,
+    Nets,
+    Params,
+    Role,
+    Rows,
+    Sequences,
+    TrainState,
+    Trees,
+    given,
+)
 
 
 class Recipe(NamedTuple):
@@ -50,7 +65,7 @@ def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainS
 
     def iteration(state: TrainState, batch: Batch):
         state, metrics, experience = update(state, batch.replace(sequences=rollout(state, batch)))
-        return state, metrics, experience.sequences
+        return state, metrics, experience.responses
 
     return iteration
 
@@ -59,26 +74,34 @@ def make_rollout(recipe: Recipe) -> Callable[[TrainState, Batch], Sequences]:
     """(state, batch with prompts) -> sampled sequences."""
     assert recipe.algorithm.online, "an offline algorithm samples nothing"
     rollout = recipe.algorithm.rollout
-    return lambda state, batch: rollout(recipe.nets, state, batch.prompts)
+    return lambda state, batch: rollout(recipe.nets, state, given(batch.prompts, "batch.prompts"))
 
 
-def make_learn(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """(state, batch with sequences or preferences) -> (state after epochs x minibatches of updates, metrics)."""
+def make_learn(recipe: Recipe) -> Callable[[TrainState, Batch | Answered], tuple[TrainState, Metrics]]:
+    """(state, batch with sequences or other rows) -> (state after epochs x minibatches of updates, metrics)."""
     update = make_update(recipe)
-    return lambda state, batch: update(state, batch)[:2]
+
+    def learn(state: TrainState, batch: Batch | Answered):
+        if isinstance(batch, Answered):
+            return update(state, batch.batch, batch.answers)[:2]
+        return update(state, batch)[:2]
+
+    return learn
 
 
 def make_read(recipe: Recipe) -> Callable[[TrainState, Batch], tuple]:
-    """(state, batch with sequences that have no scores yet) -> Batch.answers, for ``make_learn`` to go on with.
+    """(state, batch with sequences that have no scores yet) -> Answered.answers, for ``make_learn`` to go on with.
 
-    Only where no score decides what is asked: see questions.asked_before_scores."""
+    Only where no score decides what is asked: see run/asks.asked_before_scores."""
     nets = preparing_nets(recipe)
 
     def read(state: TrainState, batch: Batch) -> tuple:
-        noted: list[Any] = []
-        sequences = batch.sequences.replace(scores=jnp.zeros_like(batch.sequences.ended, jnp.float32))
-        recipe.algorithm.prepare(noting(nets, noted), state, batch.replace(sequences=sequences), recipe.cfg)
-        return tuple(noted)
+        answers: list[Any] = []
+        sequences = given(batch.sequences, "batch.sequences")
+        no_scores = jnp.zeros_like(given(sequences.ended, "batch.sequences.ended"), jnp.float32)
+        sequences = sequences.replace(scores=no_scores)
+        recipe.algorithm.prepare(recording(nets, answers), state, batch.replace(sequences=sequences), recipe.cfg)
+        return tuple(answers)
 
     return read
 
@@ -91,12 +114,12 @@ def preparing_nets(recipe: Recipe) -> Nets:
     return packed_nets(recipe.nets, parts, recipe.pack_widths)
 
 
-def make_update(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Experience]]:
-    """What make_learn makes, and what was learned from."""
+def make_update(recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics, Experience]]:
+    """(state, batch, answers of make_read or None) -> (state after the updates, metrics, what was learned from)."""
     algorithm, cfg, preparing = recipe.algorithm, recipe.cfg, preparing_nets(recipe)
 
-    def update(state: TrainState, batch: Batch):
-        nets = preparing if batch.answers is None else repeating(preparing, batch.answers)
+    def update(state: TrainState, batch: Batch, answers: tuple | None = None):
+        nets = preparing if answers is None else replaying(preparing, answers)
         experience, means = algorithm.prepare(nets, state, batch, cfg)
         experience = jax.lax.stop_gradient(experience)
         state, update_means = update_epochs(recipe, state, experience)
@@ -113,7 +136,7 @@ def make_measure(recipe: Recipe) -> Callable[[TrainState, Batch], dict[str, Mean
 
     def measure(state: TrainState, batch: Batch):
         experience, means = algorithm.prepare(nets, state, batch, cfg)
-        return means | algorithm.loss(nets, state.params, state.slow, experience, cfg)[1]
+        return means | algorithm.loss(nets, state.trees, experience, cfg)[1]
 
     return measure
 
@@ -135,8 +158,8 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
     def minibatches(number: Array) -> Experience:
         if num_minibatches == 1:
             return split(everything, 1)
-        mix = lambda rows, together: shuffled_parts(rows, jax.random.fold_in(key, number), num_minibatches, together)
-        return own_rows(by_kind(everything, mix, recipe.together), axis=1)
+        mix = partial(shuffled_parts, key=jax.random.fold_in(key, number), parts=num_minibatches)
+        return own_rows(rearranged(everything, partial(mix, together=recipe.together), mix), axis=1)
 
     def epoch(carry, number):
         return jax.lax.scan(guarded, carry, minibatches(number))
@@ -163,24 +186,24 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
 
 def split(experience: Experience, parts: int) -> Experience:
     """Rows [B, ...] as ``parts`` parts [parts, B / parts, ...]."""
-    together = 1 if experience.sequences is None else experience.sequences.copies
-    return by_kind(experience, lambda rows, together: split_rows(rows, parts, together), together)
+    together = 1 if experience.responses is None else experience.responses.copies
+    divide = partial(split_rows, parts=parts)
+    return rearranged(experience, partial(divide, together=together), divide)
 
 
 def balanced(recipe: Recipe, experience: Experience) -> Experience:
     """The responses in an order in which micro-batches are as narrow as they can be, where they are packed."""
-    order = alike_in_parts(experience.sequences, recipe.num_micro, recipe.pack_widths)
-    if order is None:
+    order = alike_in_parts(experience.responses, recipe.num_micro, recipe.pack_widths)
+    if order is None or experience.responses is None:
         return experience
-    responses = reorder(experience.replace(preferences=None), order, experience.sequences.copies)
-    return responses.replace(preferences=experience.preferences)
+    mix = partial(reorder, order=order, together=experience.responses.copies)
+    return rearranged(experience, mix, lambda rows: rows)
 
 
-def by_kind(experience: Experience, rearrange: Callable[[Any, int], Any], together: int) -> Experience:
-    """``rearrange(rows, how many stay together)`` of the responses, ``together`` of them, and of the pairs, which are
-    alone."""
-    pairs = rearrange(experience.preferences, 1)
-    return rearrange(experience.replace(preferences=None), together).replace(preferences=pairs)
+def rearranged(experience: Experience, rows: Callable[[Any], Any], apart: Callable[[Any], Any]) -> Experience:
+    """``rows`` of every array, but ``apart`` of those inside a Rows."""
+    one = lambda x: jax.tree.map(apart, x) if isinstance(x, Rows) else rows(x)
+    return jax.tree.map(one, experience, is_leaf=lambda x: isinstance(x, Rows))
 
 
 def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple[TrainState, dict[str, Mean]]:
@@ -224,12 +247,12 @@ def gradients(
     Micro-batches and devices add totals and counts, so their number changes rounding only."""
 
     def total(params, part):
-        losses, means = recipe.algorithm.loss(recipe.nets, params, state.slow, part, recipe.cfg)
+        losses, means = recipe.algorithm.loss(recipe.nets, Trees(params, state.slow), part, recipe.cfg)
         return sum(mean.total for mean in losses.values()), (losses, means)
 
     def gradient(part):
-        one = lambda rows: jax.grad(total, has_aux=True)(state.params, part.replace(sequences=rows))
-        return at_least_width(part.sequences, recipe.pack_widths, one)
+        one = lambda rows: jax.grad(total, has_aux=True)(state.params, part.replace(responses=rows))
+        return at_least_width(part.responses, recipe.pack_widths, one)
 
     if recipe.num_micro == 1:
         grads, (losses, means) = gradient(minibatch)

@@ -6,7 +6,7 @@ Prompts are left-padded to P columns, so every sampled response starts at column
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,6 @@ from flax import struct
 
 Array = jax.Array
 Params = Any  # a pytree of arrays
-Maybe = Any  # an array or record, or None where it is not known: an algorithm knows what it is given
 Role = str  # "policy" | "value" | "reward" | "reference" | ...
 Head = Literal["lm", "scalar", "bare"]  # next-token logits; one number a token; the same, on another role's trunk
 Metrics = dict[str, Array]  # flat: "loss/policy", "kl/reference", "score/mean", ...; each f32[]
@@ -50,16 +49,16 @@ class Sequences(struct.PyTreeNode):
     tokens: Array  # i32[B, S]
     valid: Array  # bool[B, S]
     response_mask: Array  # bool[B, S]: tokens that the policy chose (or should learn to choose)
-    segment_ids: Maybe = None  # i32[B, S] of packed rows: 1, 2, ... a document, 0 padding; None: one a row
-    logprobs: Maybe = None  # f32[B, S] under the distribution that they were sampled from
-    scores: Maybe = None  # f32[B]: one number a sequence; NaN: graders on the host could not score it
-    grades: Maybe = None  # {name: f32[B]}: what each of several graders on the host gave; NaN: it could not
-    ended: Maybe = None  # bool[B]: the response ended with EOS or a stop text, not by its length
+    segment_ids: Array | None = None  # i32[B, S] of packed rows: 1, 2, ... a document, 0 padding; None: one a row
+    logprobs: Array | None = None  # f32[B, S] under the distribution that they were sampled from
+    scores: Array | None = None  # f32[B]: one number a sequence; NaN: graders on the host could not score it
+    grades: dict[str, Array] | None = None  # f32[B] by name of several graders on the host; NaN: it could not
+    ended: Array | None = None  # bool[B]: the response ended with EOS or a stop text, not by its length
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
-    copies: int = struct.field(pytree_node=False, default=1)  # every so many rows have the same prompt: it is read once
-    width: Maybe = struct.field(
-        pytree_node=False, default=None
-    )  # columns that their responses are packed into; or None
+    copies: int = struct.field(pytree_node=False, default=1)  # every so many rows have one prompt: it is computed once
+    # response tokens to one prompt at most, where a bound below copies * response columns is known: networks pack the
+    # responses into so many columns; None: it is not known
+    width: int | None = struct.field(pytree_node=False, default=None)
 
 
 class Preferences(struct.PyTreeNode):
@@ -67,7 +66,7 @@ class Preferences(struct.PyTreeNode):
 
     chosen: Sequences
     rejected: Sequences
-    margin: Maybe = None  # f32[B]: by how much, where the data says
+    margin: Array | None = None  # f32[B]: by how much, where the data says
 
 
 class Unpaired(struct.PyTreeNode):
@@ -75,39 +74,53 @@ class Unpaired(struct.PyTreeNode):
 
     responses: Sequences
     desirable: Array  # bool[B]
-    mismatched: Maybe = None  # Sequences: each prompt with the response of another row of the batch
+    mismatched: Sequences | None = None  # each prompt with the response of another row of the batch
 
 
 class Batch(struct.PyTreeNode):
     """What one iteration is given; an algorithm names in ``Algorithm.batch`` the fields that it reads."""
 
-    prompts: Maybe = None  # Prompts
-    sequences: Maybe = None  # Sequences
-    preferences: Maybe = None  # Preferences
-    unpaired: Maybe = None  # Unpaired
-    answers: Maybe = None  # what prepare asks of networks, where they were asked ahead of the scores (ahead.py)
+    prompts: Prompts | None = None
+    sequences: Sequences | None = None
+    preferences: Preferences | None = None
+    unpaired: Unpaired | None = None
 
 
-class Experience(struct.PyTreeNode):
-    """What the epochs of one iteration learn from. Rows are shuffled and split into minibatches."""
+class Rows(struct.PyTreeNode):
+    """Rows of an experience that are not those of its responses: they are shuffled and split by themselves."""
 
-    sequences: Maybe = None  # Sequences
-    advantages: Maybe = None  # f32[B, S]
-    returns: Maybe = None  # f32[B, S]
-    values: Maybe = None  # f32[B, S] when the responses were sampled
-    ref_logprobs: Maybe = (
-        None  # f32[B, S]; of whole responses: f32[B] beside unpaired, a pair of them beside preferences
-    )
-    preferences: Maybe = None  # Preferences
-    unpaired: Maybe = None  # Unpaired
-    baseline: Maybe = None  # f32[B]: nats, the same in all rows (kto)
+    data: Any  # arrays of the same number of rows
+
+
+class Experience(struct.PyTreeNode, kw_only=True):
+    """What the epochs of one iteration learn from. An algorithm adds its fields in a class of its own::
+
+        class MyExperience(Experience, kw_only=True):
+            advantages: Array  # f32[B, S]
+
+    Every array has B rows, which are shuffled and split into minibatches together; those inside a ``Rows`` have a
+    number of rows of their own.
+    """
+
+    responses: Sequences | None = None  # packed where batch.pack_widths asks for it; returned by an online iteration
 
 
 class TokenStats(struct.PyTreeNode):
-    """One chunked pass over the vocabulary."""
+    """Of the next-token distribution at each response token; one chunked pass over the vocabulary."""
 
-    logprobs: Array  # f32[B, S]
-    entropy: Array  # f32[B, S]
+    logprobs: Array  # f32[B, S]: of the token
+    entropy: Array  # f32[B, S]: nats
+
+
+class Trees(NamedTuple):
+    """The parameters that networks are computed from."""
+
+    params: dict[Role, Params]  # learned by gradient
+    slow: dict[Role, Params]  # read, not differentiated: reference, frozen reward model, targets
+
+    def of(self, role: Role) -> Params:
+        """The parameters of one role."""
+        return self.params[role] if role in self.params else self.slow[role]
 
 
 class TrainState(struct.PyTreeNode):
@@ -120,18 +133,75 @@ class TrainState(struct.PyTreeNode):
     opt_state: dict[Role, Any]
     controls: dict[str, Array]  # f32[] scalars that an algorithm adapts: kl_coef
 
+    @property
+    def trees(self) -> Trees:
+        """The parameters of all roles."""
+        return Trees(self.params, self.slow)
+
+
+class Ask(NamedTuple):
+    """One question to one network about given rows [B, S].
+
+    token_stats: TokenStats of the response tokens, under the distribution that responses are sampled from.
+    values: f32[B, S], column t of the state before token t.
+    scores: f32[B], at the last valid token.
+    """
+
+    role: Role
+    what: Literal["token_stats", "values", "scores"]
+
+
+class Read(Protocol):
+    def __call__(self, trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
+        """Compute networks over rows.
+
+        Args:
+            trees: the parameters of the roles asked.
+            sequences: [B, S].
+            asks: those of heads on one trunk share its pass.
+
+        Returns:
+            One answer an ask, in their order.
+        """
+        ...
+
+
+class Sample(Protocol):
+    def __call__(self, role: Role, trees: Trees, prompts: Prompts, seed: Array, step: Array, /) -> Sequences:
+        """Sample responses from a network.
+
+        Args:
+            role: whose next-token distribution.
+            trees: its parameters are among them.
+            prompts: [B, P].
+            seed: i32[]; with step, sample id and position it keys the noise.
+            step: i32[].
+
+        Returns:
+            Sequences [B * samples_per_prompt, P + max_new_tokens]; the responses to a prompt are contiguous.
+        """
+        ...
+
 
 class Nets(NamedTuple):
-    """All that an algorithm may ask of a network. ``trees`` is ``params`` or ``slow``; the role picks one of them."""
+    """All that an algorithm may ask of networks."""
 
-    token_stats: Callable[[Role, dict[Role, Params], Sequences], TokenStats]
-    values: Callable[[Role, dict[Role, Params], Sequences], Array]  # f32[B, S], column t: before token t
-    policy_and_value: Callable[[dict[Role, Params], Sequences], tuple[TokenStats, Array]]  # both; a shared trunk once
-    scores: Callable[[Role, dict[Role, Params], Sequences], Array]  # f32[B], read at the last valid token
-    sample: Callable[[Role, dict[Role, Params], Prompts, Array, Array], Sequences]  # ..., seed i32[], step i32[]
+    read: Read
+    sample: Sample
 
 
-READING = ("token_stats", "values", "policy_and_value", "scores")  # of Nets: those that read sequences
+T = TypeVar("T")
+
+
+def given(value: T | None, what: str) -> T:
+    """``value``, which must be there.
+
+    Raises:
+        ValueError: "``what`` is None", where an algorithm reads what its data do not have.
+    """
+    if value is None:
+        raise ValueError(f"{what} is None: expected a field that the algorithm's batch names, or that is computed")
+    return value
 
 
 class Updates(NamedTuple):
@@ -214,9 +284,8 @@ class Loss(Protocol):
     def __call__(
         self,
         nets: "Nets",
-        params: dict[Role, Params],
-        slow: dict[Role, Params],
-        minibatch: Experience,
+        trees: Trees,
+        minibatch: Any,
         cfg: Any,
         /,
     ) -> tuple[dict[Role, Mean], dict[str, Mean]]:
@@ -224,9 +293,9 @@ class Loss(Protocol):
 
         Args:
             nets: the run's networks.
-            params: of the trained roles.
-            slow: of the others.
-            minibatch: rows of the experience; a micro-batch of them where gradients are accumulated.
+            trees: the gradient is that of ``trees.params``.
+            minibatch: the Experience that ``prepare`` made, of some rows; of a micro-batch where gradients are
+                accumulated.
             cfg: the algorithm's config.
 
         Returns:
@@ -324,7 +393,7 @@ class FindProblems(Protocol):
 
 def sample_policy(nets: "Nets", state: TrainState, prompts: Prompts) -> Sequences:
     """Sample responses from the policy as it is."""
-    return nets.sample("policy", state.params, prompts, state.seed, state.step)
+    return nets.sample("policy", state.trees, prompts, state.seed, state.step)
 
 
 def update_once(cfg: Any) -> Updates:

@@ -13,11 +13,12 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.answers import Answered
 from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.run import scoring
 from jaxrlhf.run.asks import asked_before_scores
 from jaxrlhf.run.programs import overlaps
-from jaxrlhf.types import Algorithm, Batch, Experience, Sequences, TrainState
+from jaxrlhf.types import Algorithm, Ask, Batch, Experience, Nets, Sequences, TrainState
 from tests.support import tiny
 
 
@@ -39,12 +40,17 @@ def sampled() -> Sequences:
     return dataclasses.replace(sequences, logprobs=logprobs)
 
 
+def logprobs_of(nets: Nets, state: TrainState, rows: Sequences) -> jax.Array:
+    (stats,) = nets.read(state.trees, rows, Ask("policy", "token_stats"))
+    return stats.logprobs
+
+
 def only_the_good(nets, state, batch: Batch, cfg):
     """It reads what scored more than 0."""
     sequences = batch.sequences
     assert sequences is not None
     kept = sequences.replace(valid=sequences.valid & (sequences.scores > 0)[:, None])
-    return Experience(kept.replace(logprobs=nets.token_stats("policy", state.params, kept).logprobs)), {}
+    return Experience(responses=kept.replace(logprobs=logprobs_of(nets, state, kept))), {}
 
 
 def in_another_order(nets, state, batch: Batch, cfg):
@@ -53,23 +59,23 @@ def in_another_order(nets, state, batch: Batch, cfg):
     assert sequences is not None
     order = jax.jit(jnp.argsort)(sequences.scores)
     rows = jax.tree.map(lambda x: x[order], sequences)
-    return Experience(rows.replace(logprobs=nets.token_stats("policy", state.params, rows).logprobs)), {}
+    return Experience(responses=rows.replace(logprobs=logprobs_of(nets, state, rows))), {}
 
 
 def one_by_one(nets, state, batch: Batch, cfg):
     """It asks in a loop of its own."""
     sequences = batch.sequences
     assert sequences is not None
-    one = lambda row: nets.token_stats("policy", state.params, jax.tree.map(lambda x: x[None], row)).logprobs[0]
-    return Experience(sequences.replace(logprobs=jax.lax.map(one, sequences))), {}
+    one = lambda row: logprobs_of(nets, state, jax.tree.map(lambda x: x[None], row))[0]
+    return Experience(responses=sequences.replace(logprobs=jax.lax.map(one, sequences))), {}
 
 
 def with_its_own_look_at_the_weights(nets, state, batch: Batch, cfg):
     """It reads parameters without a network."""
     sequences = batch.sequences
     assert sequences is not None
-    logprobs = nets.token_stats("policy", state.params, sequences).logprobs
-    return Experience(sequences.replace(logprobs=logprobs + state.params["policy"]["bias"].sum())), {}
+    logprobs = logprobs_of(nets, state, sequences)
+    return Experience(responses=sequences.replace(logprobs=logprobs + state.params["policy"]["bias"].sum())), {}
 
 
 GRPO, PPO = ALGORITHMS["grpo"], ALGORITHMS["ppo"]
@@ -119,7 +125,7 @@ def test_learning_from_answers_is_learning(how, widths):
     read, learn = (tiny.program(make(run.recipe)) for make in (steps.make_read, steps.make_learn))
     answers = read(run.state, batch)
     assert len(answers) == (1 if how == "sampler" else 2)
-    (expected, metrics), (found, numbers) = (learn(run.state, one) for one in (scored, scored.replace(answers=answers)))
+    (expected, metrics), (found, numbers) = (learn(run.state, one) for one in (scored, Answered(scored, answers)))
     assert numbers.keys() == metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(numbers[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -127,7 +133,7 @@ def test_learning_from_answers_is_learning(how, widths):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
     # and the answers are what is learned from: the last is the reference's
     other = (*answers[:-1], jax.tree.map(lambda x: x - 1.0, answers[-1]))
-    assert abs(learn(run.state, scored.replace(answers=other))[1]["kl/reference"] - metrics["kl/reference"]) > 0.1
+    assert abs(learn(run.state, Answered(scored, other))[1]["kl/reference"] - metrics["kl/reference"]) > 0.1
 
 
 def test_the_function_works_while_networks_are_read(monkeypatch):
@@ -142,7 +148,7 @@ def test_the_function_works_while_networks_are_read(monkeypatch):
     programs: Any = {
         "rollout": SimpleNamespace(run=lambda state, batch: said.append("rollout") or "responses"),
         "read": SimpleNamespace(run=lambda state, batch: said.append(f"read {batch.sequences}") or answers),
-        "learn": SimpleNamespace(run=lambda state, batch: said.append(f"learn {batch.sequences}") or (state, {})),
+        "learn": SimpleNamespace(run=lambda state, batch: said.append(f"learn {batch.batch.sequences}") or (state, {})),
     }
     score = lambda ready, sequences, records: said.append("score") or scoring.Scored("scored", 0.5)  # type: ignore[arg-type]
     monkeypatch.setattr(scoring, "score", score)

@@ -17,7 +17,7 @@ from jaxrlhf.models.nets import Trunk, make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from jaxrlhf.types import Nets, Role, Sequences, TrainState
+from jaxrlhf.types import Ask, Nets, Role, Sequences, TrainState, Trees
 from tests.support import runs, tiny
 from tests.support.flops import flops
 from tests.test_step import experience_of
@@ -62,9 +62,10 @@ def close(found, expected, atol=1e-6):
 def test_log_probs_and_values_are_those_of_two_models(kind):
     sequences, (bare, whole) = kinds()[kind], trees()
     mask = sequences.response_mask
-    both = lambda share, trees: nets_of(share).policy_and_value(trees, sequences)
+    asks = Ask("policy", "token_stats"), Ask("value", "values")
+    both = lambda share, params: nets_of(share).read(Trees(params, {}), sequences, *asks)
     (stats, values), (stats_apart, values_apart) = both(SHARE, bare), both(None, whole)
-    alone = nets_of(SHARE).values("value", bare, sequences), nets_of(SHARE).token_stats("policy", bare, sequences)
+    alone = [nets_of(SHARE).read(Trees(bare, {}), sequences, ask)[0] for ask in reversed(asks)]
     assert float(jnp.abs(jnp.where(mask, values, 0)).max()) > 0.1
     for found in (values, alone[0]):
         np.testing.assert_allclose(jnp.where(mask, found - values_apart, 0), 0, atol=1e-6)
@@ -81,7 +82,7 @@ def recipe_of(share: float | None, num_micro: int = 1) -> steps.Recipe:
 def gradients(share: float | None, params: dict, num_micro: int = 1) -> dict:
     recipe = recipe_of(share, num_micro)
     state = TrainState(jnp.int32(0), jnp.int32(0), params, {}, {}, {})
-    experience = experience_of(tiny.sequences(), tiny.preferences()).replace(preferences=None)
+    experience = experience_of(tiny.sequences(), None)
     return tiny.program(partial(steps.gradients, recipe))(state, experience)[0]
 
 
@@ -106,7 +107,7 @@ def test_the_number_of_micro_batches_changes_nothing():
 def test_a_trunk_that_is_not_to_learn_values_learns_as_beside_another_model():
     """trunk_gradient 0: after an update the policy is what its own loss makes of it."""
     bare, whole = trees()
-    experience = experience_of(tiny.sequences(), tiny.preferences()).replace(preferences=None)
+    experience = experience_of(tiny.sequences(), None)
     found = []
     for share, params in ((0.0, bare), (None, whole)):
         recipe = recipe_of(share)._replace(optimizers={"policy": optax.sgd(1.0), "value": optax.sgd(1.0)})
@@ -120,18 +121,18 @@ def test_a_trunk_that_is_not_to_learn_values_learns_as_beside_another_model():
 def test_an_update_is_one_pass_forward_and_one_back():
     """FLOPs of the traced gradient: those of two models less a whole value model's, three times its forward pass."""
     bare, whole = trees()
-    experience = experience_of(tiny.sequences(), tiny.preferences()).replace(preferences=None)
+    rows = tiny.sequences()
+    experience = experience_of(rows, None)
 
     def traced(share: float | None, params: dict) -> int:
         state = TrainState(jnp.int32(0), jnp.int32(0), params, {}, {}, {})
         return flops(jax.make_jaxpr(partial(steps.gradients, recipe_of(share)))(state, experience))
 
-    forward = lambda share, params, role: flops(
-        jax.make_jaxpr(lambda params: nets_of(share).values(role, params, experience.sequences))(params)
-    )
+    read = lambda share, role: lambda params: nets_of(share).read(Trees(params, {}), rows, Ask(role, "values"))
+    forward = lambda share, params, role: flops(jax.make_jaxpr(read(share, role))(params))
     one = forward(None, whole, "value")
     saved = traced(None, whole) - traced(SHARE, bare)
-    head = 2 * experience.sequences.tokens.shape[0] * 6 * tiny.MODEL.hidden_size
+    head = 2 * rows.tokens.shape[0] * 6 * tiny.MODEL.hidden_size
     assert 2.6 * (one - head) < saved <= 3 * (one - head)  # nothing is passed back to the embeddings' input
 
 

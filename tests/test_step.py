@@ -15,16 +15,29 @@ import pytest
 from jax.profiler import ProfileData
 
 from jaxrlhf import step as steps
-from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.algorithms.ppo import PPOConfig, PPOExperience
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, Preferences, Sequences, TrainState, Updates
-from tests.support import tiny
+from jaxrlhf.types import (
+    Algorithm,
+    Ask,
+    Batch,
+    Experience,
+    Mean,
+    Preferences,
+    Rows,
+    Sequences,
+    TrainState,
+    Trees,
+    Updates,
+    given,
+)
+from tests.support import fake, tiny
 
-NO_NETS = Nets(*[lambda *args: pytest.fail("no network is asked")] * 5)
+NO_NETS = fake.answering()
 
 
 # ---- epochs x minibatches -------------------------------------------------------------------------------------------
@@ -46,11 +59,10 @@ def plan_updates(cfg: Plan) -> Updates:
     return Updates(cfg.num_epochs, cfg.num_minibatches, stop)
 
 
-def rows_seen(nets, params, slow, minibatch: Experience, cfg: Plan):
+def rows_seen(nets, trees: Trees, minibatch: Experience, cfg: Plan):
     """A loss whose gradient says which rows the minibatch holds: 1 in each of their columns."""
-    seen = params["policy"]["seen"]
-    assert minibatch.sequences is not None
-    ids = minibatch.sequences.tokens[:, 0]
+    seen = trees.params["policy"]["seen"]
+    ids = given(minibatch.responses, "responses").tokens[:, 0]
     total = jnp.where(jnp.arange(ROWS) == ids[:, None], seen[0], 0).sum()
     updates_so_far = (seen > 0).any(1).sum(dtype=jnp.float32)
     means = {"updates": Mean(updates_so_far, jnp.float32(1)), "rows": Mean(jnp.float32(len(ids)), jnp.float32(1))}
@@ -81,7 +93,7 @@ def run_plan(cfg: Plan, iterations: int = 1, seed: int = 0, room: int = 16, **mo
         updates=plan_updates,
         batch=lambda cfg: ("sequences",),
         roles=lambda cfg: ({"policy": "lm"}, {}),
-        prepare=lambda nets, state, batch, cfg: (Experience(sequences=batch.sequences), {}),
+        prepare=lambda nets, state, batch, cfg: (Experience(responses=batch.sequences), {}),
         loss=rows_seen,
         **more,
     )
@@ -136,12 +148,13 @@ def test_early_stop_skips_the_rest_of_the_iteration_only():
 SLOPES = {"policy": 1.0, "value": 1000.0}
 
 
-def pull(nets, params, slow, minibatch, cfg):
+def pull(nets, trees: Trees, minibatch, cfg):
     """A loss with a constant gradient, the role's slope in each of 4 parameters. The policy's counts the rows that
     have a response."""
-    rows = {"policy": minibatch.sequences.response_mask.sum(dtype=jnp.float32), "value": jnp.float32(ROWS)}
+    rows = {"policy": minibatch.responses.response_mask.sum(dtype=jnp.float32), "value": jnp.float32(ROWS)}
     return {
-        role: Mean(rows[role] * slope * params[role]["kernel"].sum(), rows[role]) for role, slope in SLOPES.items()
+        role: Mean(rows[role] * slope * trees.params[role]["kernel"].sum(), rows[role])
+        for role, slope in SLOPES.items()
     }, {}
 
 
@@ -155,7 +168,7 @@ def pulled(
         updates=plan_updates,
         batch=lambda cfg: ("sequences",),
         roles=lambda cfg: (dict.fromkeys(SLOPES, "lm"), {}),
-        prepare=lambda nets, state, batch, cfg: (Experience(sequences=batch.sequences), {}),
+        prepare=lambda nets, state, batch, cfg: (Experience(responses=batch.sequences), {}),
         loss=pull,
     )
     optimizers = {role: make_optimizer(optimizer, 8) for role in SLOPES}
@@ -254,13 +267,15 @@ def test_each_role_is_clipped_by_its_own_norm():
 # ---- micro-batches --------------------------------------------------------------------------------------------------
 
 
-def experience_of(sequences: Sequences, preferences: Preferences) -> Experience:
+def experience_of(sequences: Sequences, preferences: Preferences | None) -> PPOExperience:
     """Random advantages, returns and old values, and log-probs near those of an untrained policy."""
     rng = np.random.default_rng(0)
     mask = np.asarray(sequences.response_mask)
     draw = lambda shift, scale: jnp.array(np.where(mask, rng.normal(shift, scale, mask.shape), 0), jnp.float32)
     sequences = replace(sequences, logprobs=draw(-np.log(64), 0.3))
-    return Experience(sequences, draw(0, 1), draw(0.5, 1), draw(0, 0.5), preferences=preferences)
+    advantages, returns, values = draw(0, 1), draw(0.5, 1), draw(0, 0.5)
+    pairs = None if preferences is None else Rows(preferences)
+    return PPOExperience(responses=sequences, advantages=advantages, returns=returns, values=values, pairs=pairs)
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +415,7 @@ def test_a_copied_reference_survives_the_donation_of_the_policy(running):
 def test_integer_scores_of_the_host_meet_fractions_of_nats():
     """The second half of the step alone, scores 0 and 1 coming in as integers, no reward model there."""
     run = tiny.build("ppo", replace(PPO, num_epochs=1, num_minibatches=1, kl_coef=0.3))
-    sequences = experience_of(tiny.sequences(), tiny.preferences()).sequences
+    sequences = experience_of(tiny.sequences(), tiny.preferences()).responses
     assert sequences is not None
     scores = jnp.arange(16, dtype=jnp.int32) % 2
     state = replace(run.state, slow={"reference": run.state.slow["reference"]})
@@ -477,7 +492,7 @@ def test_a_pad_token_that_is_eos_is_no_problem(policy, plain):
         assert ended[row] == (response[-1] in tiny.EOS_IDS) and (ended[row] or len(response) == 8)
         assert (tokens[row, 4:][~mask[row, 4:]] == tiny.EOS_IDS[0]).all()
     nets = tiny.build("sft", None).recipe.nets
-    stats = tiny.program(lambda sequences: nets.token_stats("policy", policy, sequences).logprobs)
+    stats = tiny.program(lambda rows: nets.read(Trees(policy, {}), rows, Ask("policy", "token_stats"))[0].logprobs)
     first, second = (np.asarray(stats(sequences)) for sequences in (found, same))
     np.testing.assert_array_equal(first[mask], second[mask])  # the trainer reads no pad token either
     np.testing.assert_allclose(first[mask], np.asarray(found.logprobs)[mask], atol=1e-5)

@@ -19,10 +19,11 @@ from jaxrlhf.types import (
     Experience,
     Mean,
     Nets,
-    Params,
     Preferences,
     Role,
     TrainState,
+    Trees,
+    given,
     update_once,
 )
 
@@ -36,22 +37,29 @@ class DPOConfig:
     label_smoothing: float = 0.0  # the share of pairs taken to be labelled the wrong way round
 
 
-def pair_logprobs(nets: Nets, role: Role, trees: dict[Role, Params], pairs: Preferences) -> tuple[Array, Array]:
+class DPOExperience(Experience, kw_only=True):
+    """Pairs, and what the reference says of them."""
+
+    pairs: Preferences
+    ref_logprobs: tuple[Array, Array]  # f32[B] of the whole chosen and rejected responses, nats
+
+
+def pair_logprobs(nets: Nets, role: Role, trees: Trees, pairs: Preferences) -> tuple[Array, Array]:
     """log p of the whole chosen and rejected responses, nats f32[B] each, in one pass of the model."""
     return deinterleave(response_logprobs(nets, role, trees, interleave(pairs.chosen, pairs.rejected)))
 
 
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: DPOConfig) -> tuple[Experience, dict[str, Mean]]:
-    """Pairs are learned from as they come; what the reference says of them is asked once."""
-    pairs = batch.preferences
-    return Experience(preferences=pairs, ref_logprobs=pair_logprobs(nets, "reference", state.slow, pairs)), {}
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: DPOConfig) -> tuple[DPOExperience, dict[str, Mean]]:
+    """Pairs are learned from as they come; the reference computes them once."""
+    pairs = given(batch.preferences, "batch.preferences")
+    return DPOExperience(pairs=pairs, ref_logprobs=pair_logprobs(nets, "reference", state.trees, pairs)), {}
 
 
-def loss(nets: Nets, params, slow, minibatch: Experience, cfg: DPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+def loss(nets: Nets, trees: Trees, minibatch: DPOExperience, cfg: DPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Mean loss of a pair; a margin is in units of implicit reward. Padding pairs count for nothing."""
-    pairs = minibatch.preferences
+    pairs = minibatch.pairs
     real = pairs.chosen.valid.any(-1)
-    logprobs = pair_logprobs(nets, "policy", params, pairs)
+    logprobs = pair_logprobs(nets, "policy", trees, pairs)
     chosen, rejected = (cfg.beta * (ours - ref) for ours, ref in zip(logprobs, minibatch.ref_logprobs, strict=True))
     if cfg.objective == "sigmoid":
         terms = bradley_terry(chosen, rejected, pairs.margin, cfg.label_smoothing)

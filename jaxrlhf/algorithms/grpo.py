@@ -22,7 +22,7 @@ from jaxrlhf.ops.advantages import GroupBaseline, group_advantages
 from jaxrlhf.ops.kl import kl_estimate
 from jaxrlhf.ops.losses import Aggregation, aggregate, clipped_policy_terms
 from jaxrlhf.ops.masked import keep, row_means
-from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Nets, Role, TrainState
+from jaxrlhf.types import Algorithm, Array, Ask, Batch, Experience, Head, Mean, Nets, Role, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,13 @@ class GRPOConfig:
     sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
 
 
+class GRPOExperience(Experience, kw_only=True):
+    """Responses, each with its advantage over the others to its prompt."""
+
+    advantages: Array  # f32[B, S]
+    ref_logprobs: Array | None  # f32[B, S]; None where the KL does not count
+
+
 def roles(cfg: GRPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
     """The policy learns; the reward model stays, and so does the reference where the KL counts."""
     slow: dict[Role, Head] = {"reward": "scalar"}
@@ -54,14 +61,17 @@ def roles(cfg: GRPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
     return {"policy": "lm"}, slow
 
 
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tuple[Experience, dict[str, Mean]]:
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tuple[GRPOExperience, dict[str, Mean]]:
     """Score the responses and compare each with its group. A row without a response, or without a score, is in no
     group."""
-    sequences = batch.sequences
-    group_size = len(sequences.tokens) // len(batch.prompts.tokens)
-    scores = on_policy.scores_of(nets, state.slow, sequences)
+    sequences = given(batch.sequences, "batch.sequences")
+    group_size = len(sequences.tokens) // len(given(batch.prompts, "batch.prompts").tokens)
+    scores = on_policy.scores_of(nets, state.trees, sequences)
     logprobs = on_policy.old_logprobs(nets, state, sequences, cfg.old_logprobs)
-    ref_logprobs = nets.token_stats("reference", state.slow, sequences).logprobs if cfg.kl_coef else None
+    ref_logprobs = None
+    if cfg.kl_coef:
+        (reference,) = nets.read(state.trees, sequences, Ask("reference", "token_stats"))
+        ref_logprobs = reference.logprobs
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
@@ -71,15 +81,19 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tup
     advantages = jnp.where(mask, advantages[:, None], 0.0)
     advantages, corrected = on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
     sequences = sequences.replace(scores=scores, logprobs=logprobs)
-    return Experience(sequences, advantages, ref_logprobs=ref_logprobs), metrics | corrected
+    experience = GRPOExperience(responses=sequences, advantages=advantages, ref_logprobs=ref_logprobs)
+    return experience, metrics | corrected
 
 
-def loss(nets: Nets, params, slow, minibatch: Experience, cfg: GRPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+def loss(
+    nets: Nets, trees: Trees, minibatch: GRPOExperience, cfg: GRPOConfig
+) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Clipped policy loss, plus kl_coef times the KL from the reference, less the entropy bonus."""
-    sequences = minibatch.sequences
+    sequences = given(minibatch.responses, "responses")
     mask = sequences.response_mask
-    stats = nets.token_stats("policy", params, sequences)
-    logprobs, old, entropy = keep(stats.logprobs, mask), keep(sequences.logprobs, mask), keep(stats.entropy, mask)
+    (stats,) = nets.read(trees, sequences, Ask("policy", "token_stats"))
+    old = keep(given(sequences.logprobs, "responses.logprobs"), mask)
+    logprobs, entropy = keep(stats.logprobs, mask), keep(stats.entropy, mask)
     log_ratio = logprobs - old if cfg.ratio == "token" else row_means(logprobs - old, mask)
     policy, ratio, clipped = clipped_policy_terms(
         log_ratio,
@@ -92,7 +106,7 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: GRPOConfig) -> tu
     total = policy - cfg.entropy_coef * entropy
     metrics = on_policy.update_metrics(logprobs, old, entropy, ratio, clipped, mask)
     metrics["loss/policy"] = aggregate(policy, mask, cfg.aggregation)
-    if cfg.kl_coef:
+    if minibatch.ref_logprobs is not None:
         kl = kl_estimate(logprobs, keep(minibatch.ref_logprobs, mask), cfg.kl_estimator)
         total = total + cfg.kl_coef * kl
         metrics["loss/kl"] = aggregate(kl, mask, cfg.aggregation)

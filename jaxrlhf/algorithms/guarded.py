@@ -11,7 +11,7 @@ from jaxrlhf.errors import cut, nearest, one_line
 from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Normalization, Sequences, TrainState, Updates
 from jaxrlhf.user_code import describe
 
-FIELDS = tuple(field.name for field in dataclasses.fields(Batch) if field.name != "answers")  # those that data fill
+FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
 
 
 class AlgorithmError(ValueError):

@@ -21,11 +21,15 @@ from jaxrlhf.ops.masked import sums
 from jaxrlhf.ops.rows import deinterleave, interleave
 from jaxrlhf.types import (
     Algorithm,
+    Array,
     Batch,
     Experience,
     Mean,
     Nets,
     TrainState,
+    Trees,
+    Unpaired,
+    given,
     update_once,
 )
 
@@ -39,27 +43,37 @@ class KTOConfig:
     undesirable_weight: float = 1.0  # of bad responses
 
 
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: KTOConfig) -> tuple[Experience, dict[str, Mean]]:
+class KTOExperience(Experience, kw_only=True):
+    """Labelled responses, and what the reference says of them."""
+
+    rows: Unpaired
+    ref_logprobs: Array  # f32[B] of whole responses, nats
+    baseline: Array  # f32[B]: nats, the same in all rows
+
+
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: KTOConfig) -> tuple[KTOExperience, dict[str, Mean]]:
     """The reference's log-probs of the responses, and the baseline of the whole batch."""
-    rows = batch.unpaired
+    rows = given(batch.unpaired, "batch.unpaired")
+    others = given(rows.mismatched, "batch.unpaired.mismatched")
     real = rows.responses.valid.any(-1)
-    both = interleave(rows.responses, rows.mismatched)
-    reference, of_others = deinterleave(response_logprobs(nets, "reference", state.slow, both))
-    difference = response_logprobs(nets, "policy", state.params, rows.mismatched) - of_others
+    reference, of_others = deinterleave(
+        response_logprobs(nets, "reference", state.trees, interleave(rows.responses, others))
+    )
+    difference = response_logprobs(nets, "policy", state.trees, others) - of_others
     baseline = jnp.maximum(masked.mean(difference, real), 0.0)
-    experience = Experience(
-        unpaired=rows.replace(mismatched=None),
+    experience = KTOExperience(
+        rows=rows.replace(mismatched=None),
         ref_logprobs=reference,
         baseline=jnp.where(real, baseline, 0.0),
     )
     return experience, {"kl/baseline": Mean(baseline, jnp.float32(1))}
 
 
-def loss(nets: Nets, params, slow, minibatch: Experience, cfg: KTOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+def loss(nets: Nets, trees: Trees, minibatch: KTOExperience, cfg: KTOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Mean loss of a response, between 0 and its weight. Padding rows count for nothing."""
-    rows = minibatch.unpaired
+    rows = minibatch.rows
     real, good = rows.responses.valid.any(-1), rows.desirable
-    logprobs = response_logprobs(nets, "policy", params, rows.responses)
+    logprobs = response_logprobs(nets, "policy", trees, rows.responses)
     ratio = logprobs - minibatch.ref_logprobs
     gain = jnp.where(good, 1.0, -1.0) * (ratio - minibatch.baseline)
     weight = jnp.where(good, cfg.desirable_weight, cfg.undesirable_weight)

@@ -1,9 +1,10 @@
 """What algorithms share that learn from given responses: how likely a network finds each."""
 
 from jaxrlhf.ops.masked import keep
-from jaxrlhf.types import Array, Nets, Params, Role, Sequences
+from jaxrlhf.types import Array, Ask, Nets, Role, Sequences, Trees
 
 
-def response_logprobs(nets: Nets, role: Role, trees: dict[Role, Params], rows: Sequences) -> Array:
+def response_logprobs(nets: Nets, role: Role, trees: Trees, rows: Sequences) -> Array:
     """log p of the whole responses, nats f32[B]."""
-    return keep(nets.token_stats(role, trees, rows).logprobs, rows.response_mask).sum(-1)
+    (stats,) = nets.read(trees, rows, Ask(role, "token_stats"))
+    return keep(stats.logprobs, rows.response_mask).sum(-1)

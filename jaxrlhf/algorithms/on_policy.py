@@ -9,12 +9,15 @@ import jax.numpy as jnp
 from jaxrlhf.ops.advantages import missing_eos
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
-from jaxrlhf.types import Array, Mean, Nets, Params, Role, Sequences, TrainState, Updates
+from jaxrlhf.types import Array, Ask, Mean, Nets, Sequences, TrainState, Trees, Updates, given
 
 
-def scores_of(nets: Nets, trees: dict[Role, Params], sequences: Sequences) -> Array:
-    """f32[B]: what the host gave, else what the reward model in ``trees`` says."""
-    return nets.scores("reward", trees, sequences) if sequences.scores is None else sequences.scores
+def scores_of(nets: Nets, trees: Trees, sequences: Sequences) -> Array:
+    """f32[B]: what the host gave, else what the reward model says."""
+    if sequences.scores is not None:
+        return sequences.scores
+    (scores,) = nets.read(trees, sequences, Ask("reward", "scores"))
+    return scores
 
 
 def scorable(sequences: Sequences) -> Sequences:
@@ -38,8 +41,9 @@ def penalised(scores: Array, sequences: Sequences, penalty: float) -> Array:
 def old_logprobs(nets: Nets, state: TrainState, sequences: Sequences, how: Literal["sampler", "recompute"]) -> Array:
     """f32[B, S]: log-probs of the responses before any update, as sampled or by a pass of the trainer's own."""
     if how == "sampler":
-        return sequences.logprobs
-    return nets.token_stats("policy", state.params, sequences).logprobs
+        return given(sequences.logprobs, "sequences.logprobs")
+    (stats,) = nets.read(state.trees, sequences, Ask("policy", "token_stats"))
+    return stats.logprobs
 
 
 def correct_for_sampler(
@@ -96,7 +100,7 @@ def rollout_metrics(
         "score/std": Mean(jnp.sqrt(variance(scores, rows, True)), one),
         "kl/sampler_mismatch": sums(jnp.abs(mismatch), mask),
         "response/length_mean": sums(mask.sum(-1, dtype=jnp.float32), rows),
-        "response/ended": sums(sequences.ended, rows),
+        "response/ended": sums(given(sequences.ended, "sequences.ended"), rows),
         "response/tokens": Mean(count(sequences.response_mask), one),
         "response/count": Mean(count(rows), one),
     }

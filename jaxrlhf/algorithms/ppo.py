@@ -20,15 +20,20 @@ from jaxrlhf.ops.masked import keep, sums, variance, whiten
 from jaxrlhf.types import (
     Algorithm,
     Array,
+    Ask,
     Batch,
     Experience,
     Head,
     Mean,
     Metrics,
     Nets,
+    Preferences,
     Role,
+    Rows,
     Sequences,
     TrainState,
+    Trees,
+    given,
 )
 
 
@@ -60,6 +65,15 @@ class PPOConfig:
     reward_centering: float = 0.0  # reward_update: as in rm
 
 
+class PPOExperience(Experience, kw_only=True):
+    """Responses, and what was known of their tokens when they were sampled."""
+
+    advantages: Array  # f32[B, S]
+    returns: Array  # f32[B, S]
+    values: Array  # f32[B, S]
+    pairs: Rows | None = None  # Preferences, where the reward model learns too
+
+
 def roles(cfg: PPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
     """Policy and value learn; the reference stays; the reward model learns when asked to."""
     trained: dict[Role, Head] = {"policy": "lm", "value": "scalar"}
@@ -68,16 +82,18 @@ def roles(cfg: PPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
     return trained, slow
 
 
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tuple[Experience, dict[str, Mean]]:
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tuple[PPOExperience, dict[str, Mean]]:
     """Score the responses, charge for KL, and work out advantages and returns. Nothing here is differentiated."""
-    sequences = batch.sequences
-    scores = on_policy.scores_of(nets, state.params if cfg.reward_update else state.slow, sequences)
+    sequences = given(batch.sequences, "batch.sequences")
+    scores = on_policy.scores_of(nets, state.trees, sequences)
     if cfg.old_logprobs == "sampler":
-        logprobs, values = sequences.logprobs, nets.values("value", state.params, sequences)
+        logprobs = given(sequences.logprobs, "sequences.logprobs")
+        (values,) = nets.read(state.trees, sequences, Ask("value", "values"))
     else:
-        stats, values = nets.policy_and_value(state.params, sequences)
+        stats, values = nets.read(state.trees, sequences, Ask("policy", "token_stats"), Ask("value", "values"))
         logprobs = stats.logprobs
-    ref_logprobs = nets.token_stats("reference", state.slow, sequences).logprobs
+    (reference,) = nets.read(state.trees, sequences, Ask("reference", "token_stats"))
+    ref_logprobs = reference.logprobs
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
@@ -90,7 +106,8 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
         advantages = whiten(advantages, mask, variance=cfg.whiten_advantages)
     advantages, corrected = on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
     sequences = sequences.replace(scores=scores, logprobs=logprobs)
-    experience = Experience(sequences, advantages, returns, values, ref_logprobs, batch.preferences)
+    pairs = Rows(given(batch.preferences, "batch.preferences")) if cfg.reward_update else None
+    experience = PPOExperience(responses=sequences, advantages=advantages, returns=returns, values=values, pairs=pairs)
     return experience, metrics | corrected
 
 
@@ -118,12 +135,12 @@ def value_metrics(mask: Array, rewards: Array, values: Array, returns: Array) ->
     }
 
 
-def loss(nets: Nets, params, slow, minibatch: Experience, cfg: PPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+def loss(nets: Nets, trees: Trees, minibatch: PPOExperience, cfg: PPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Clipped policy loss less the entropy bonus; clipped value loss; the reward model's own when it learns too."""
-    sequences = minibatch.sequences
+    sequences = given(minibatch.responses, "responses")
     mask = sequences.response_mask
-    stats, values = nets.policy_and_value(params, sequences)
-    logprobs, old = keep(stats.logprobs, mask), keep(sequences.logprobs, mask)
+    stats, values = nets.read(trees, sequences, Ask("policy", "token_stats"), Ask("value", "values"))
+    logprobs, old = keep(stats.logprobs, mask), keep(given(sequences.logprobs, "responses.logprobs"), mask)
     policy, ratio, clipped = clipped_policy_terms(logprobs, old, minibatch.advantages, cfg.clip_range, cfg.clip_range)
     entropy = keep(stats.entropy, mask)
     values = keep(values, mask)
@@ -134,9 +151,10 @@ def loss(nets: Nets, params, slow, minibatch: Experience, cfg: PPOConfig) -> tup
         "loss/value": losses["value"],
         "value/clip_fraction": sums(value_clipped, mask),
     } | on_policy.update_metrics(logprobs, old, entropy, ratio, clipped, mask)
-    if cfg.reward_update:
+    if minibatch.pairs is not None:
+        pairs: Preferences = minibatch.pairs.data
         losses["reward"], reward_metrics = preference_loss(
-            nets, params, minibatch.preferences, cfg.reward_label_smoothing, cfg.reward_centering
+            nets, trees, pairs, cfg.reward_label_smoothing, cfg.reward_centering
         )
         metrics |= reward_metrics
     return losses, metrics

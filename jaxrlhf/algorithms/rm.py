@@ -12,6 +12,7 @@ from jaxrlhf.ops.rows import deinterleave, interleave
 from jaxrlhf.types import (
     Algorithm,
     Array,
+    Ask,
     Batch,
     Experience,
     Mean,
@@ -20,6 +21,8 @@ from jaxrlhf.types import (
     Params,
     Preferences,
     TrainState,
+    Trees,
+    given,
     update_once,
 )
 
@@ -33,20 +36,27 @@ class RMConfig:
     normalize_samples: int = 0  # responses of models.policy on which final scores get mean 0, std 1; 0: leave them
 
 
-def score_pairs(nets: Nets, trees, pairs: Preferences) -> tuple[Array, Array]:
+class RMExperience(Experience, kw_only=True):
+    """Pairs, as they come."""
+
+    pairs: Preferences
+
+
+def score_pairs(nets: Nets, trees: Trees, pairs: Preferences) -> tuple[Array, Array]:
     """Scores f32[B] of the chosen and of the rejected rows, in one pass of the reward model."""
-    return deinterleave(nets.scores("reward", trees, interleave(pairs.chosen, pairs.rejected)))
+    (scores,) = nets.read(trees, interleave(pairs.chosen, pairs.rejected), Ask("reward", "scores"))
+    return deinterleave(scores)
 
 
 def preference_loss(
-    nets: Nets, params, pairs: Preferences, label_smoothing: float, center: float
+    nets: Nets, trees: Trees, pairs: Preferences, label_smoothing: float, center: float
 ) -> tuple[Mean, dict[str, Mean]]:
     """The reward model's loss over pairs, and its metrics; padding rows (no valid token) count for nothing.
 
     Calibration: ``reward/confidence`` is the mean probability given to the preference that the model itself predicts;
     a calibrated model has it equal to ``reward/accuracy``. ``reward/brier`` is the squared error of that probability.
     """
-    chosen, rejected = score_pairs(nets, params, pairs)
+    chosen, rejected = score_pairs(nets, trees, pairs)
     real = pairs.chosen.valid.any(-1)
     likelihood = sums(bradley_terry(chosen, rejected, pairs.margin, label_smoothing), real)
     loss = likelihood
@@ -66,15 +76,14 @@ def preference_loss(
     }
 
 
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: RMConfig) -> tuple[Experience, dict[str, Mean]]:
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: RMConfig) -> tuple[RMExperience, dict[str, Mean]]:
     """Pairs are learned from as they come."""
-    return Experience(preferences=batch.preferences), {}
+    return RMExperience(pairs=given(batch.preferences, "batch.preferences")), {}
 
 
-def loss(nets: Nets, params, slow, minibatch: Experience, cfg: RMConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+def loss(nets: Nets, trees: Trees, minibatch: RMExperience, cfg: RMConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """-log p(chosen is preferred) of a pair, in nats, plus the centring term."""
-    pairs = minibatch.preferences
-    total, metrics = preference_loss(nets, params, pairs, cfg.label_smoothing, cfg.centering)
+    total, metrics = preference_loss(nets, trees, minibatch.pairs, cfg.label_smoothing, cfg.centering)
     return {"reward": total}, metrics
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, TrainState, update_once
+from jaxrlhf.types import Algorithm, Ask, Batch, Experience, Mean, Nets, TrainState, Trees, given, update_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,13 +13,14 @@ class SFTConfig:
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: SFTConfig) -> tuple[Experience, dict[str, Mean]]:
     """Demonstrations are learned from as they come."""
-    return Experience(sequences=batch.sequences), {}
+    return Experience(responses=given(batch.sequences, "batch.sequences")), {}
 
 
-def loss(nets: Nets, params, slow, minibatch: Experience, cfg: SFTConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
+def loss(nets: Nets, trees: Trees, minibatch: Experience, cfg: SFTConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Mean negative log-likelihood of a response token, in nats."""
-    mask = minibatch.sequences.response_mask
-    stats = nets.token_stats("policy", params, minibatch.sequences)
+    sequences = given(minibatch.responses, "responses")
+    mask = sequences.response_mask
+    (stats,) = nets.read(trees, sequences, Ask("policy", "token_stats"))
     nll = sums(-stats.logprobs, mask)
     return {"policy": nll}, {"loss/policy": nll, "policy/entropy": sums(stats.entropy, mask)}
 

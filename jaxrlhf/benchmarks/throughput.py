@@ -10,6 +10,7 @@ from jaxrlhf.benchmarks.timed import WARM_UP, Iterations, Timed, run, trace
 from jaxrlhf.benchmarks.work import Work, count_work, decode_bytes, decode_steps
 from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.plan.cost import held
+from jaxrlhf.types import given
 
 Report = dict[str, Any]
 # score: by a function on the host; update: with all that prepares it, reward model, reference and values; where one
@@ -109,7 +110,7 @@ def limits(case: Case, timed: Timed, work: Work) -> Report:
         "memory_bytes_per_second": bandwidth,
     }
     if "rollout" in timed.seconds:
-        sequences = timed.batch.sequences
+        sequences = given(timed.batch.sequences, "batch.sequences")
         steps = decode_steps(sequences)
         size = decode_bytes(case.drawn, sequences)
         found["decode"] = {

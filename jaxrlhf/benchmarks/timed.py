@@ -20,7 +20,7 @@ from jaxrlhf.run.scoring import scored
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import current, whole
 from jaxrlhf.step import make_rollout
-from jaxrlhf.types import Batch, TrainState
+from jaxrlhf.types import Batch, TrainState, given
 
 WARM_UP = 2  # iterations that are not timed
 COMPILED = "backend_compile_duration"  # how the name of a compilation's event ends
@@ -82,18 +82,18 @@ class Iterations:
 
     def parts(self, host: Batch) -> tuple[dict[str, float], Batch]:
         """The host scores after the rollout; what is read meanwhile, and is not done by then, the update waits for."""
-        seconds, records = {}, [{} for _ in range(len(host.prompts.tokens))]
+        seconds, records = {}, [{} for _ in range(len(given(host.prompts, "batch.prompts").tokens))]
         started = time.perf_counter()
         batch = put(self.run.mesh, host)
         sequences, seconds["rollout"] = clocked(lambda: self.programs["rollout"].run(self.state, batch))
         begun = time.perf_counter()
-        batch, _ = scored(self.run, self.programs, self.state, batch.replace(sequences=sequences), records)
+        sequences, rows, _ = scored(self.run, self.programs, self.state, batch.replace(sequences=sequences), records)
         seconds["score"] = time.perf_counter() - begun
-        (self.state, metrics), seconds["update"] = clocked(lambda: self.programs["learn"].run(self.state, batch))
+        (self.state, metrics), seconds["update"] = clocked(lambda: self.programs["learn"].run(self.state, rows))
         jax.device_get(metrics)
         seconds["iteration"] = time.perf_counter() - started
         seconds["idle"] = seconds["iteration"] - seconds["rollout"] - seconds["score"] - seconds["update"]
-        return seconds, batch
+        return seconds, batch.replace(sequences=sequences)
 
 
 def clocked(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -20,7 +20,7 @@ from jaxrlhf.plan.calls import models_of
 from jaxrlhf.plan.cost import Setup, matrices
 from jaxrlhf.run.asks import Kind, blank_state, note_taker
 from jaxrlhf.run.build import Blueprint
-from jaxrlhf.types import Batch, Head, Role, Sequences
+from jaxrlhf.types import Batch, Head, Role, Sequences, given
 
 
 class Document(NamedTuple):
@@ -118,7 +118,7 @@ def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
         state, cfg = blank_state(drawn), drawn.cfg.algorithm
         experience, _ = drawn.algorithm.prepare(nets, state, batch, cfg)
         prepared.append(len(rows))
-        drawn.algorithm.loss(nets, state.params, state.slow, experience, cfg)
+        drawn.algorithm.loss(nets, state.trees, experience, cfg)
         return rows
 
     seen = jax.device_get(jax.jit(ask)(batch))
@@ -134,9 +134,10 @@ def count_work(drawn: Blueprint, batch: Batch) -> Work:
     share = lambda role: 3 if role in drawn.recipe.optimizers else 1
     rollout, tokens, row_steps = 0.0, 0, 0
     if drawn.algorithm.online:
-        mask = batch.sequences.response_mask
-        rollout = forward_flops(*models["policy"], "sample", documents(batch.sequences))
-        tokens, row_steps = int(mask.sum()), len(mask) * decode_steps(batch.sequences)
+        sequences = given(batch.sequences, "batch.sequences")
+        mask = sequences.response_mask
+        rollout = forward_flops(*models["policy"], "sample", documents(sequences))
+        tokens, row_steps = int(mask.sum()), len(mask) * decode_steps(sequences)
     first = next(call.role for call in learned if call.role in drawn.recipe.optimizers)
     main = [call.rows for call in learned if call.role == first]
     columns, found = sum(rows.tokens.size for rows in main), [documents(rows) for rows in main]

@@ -23,7 +23,7 @@ from jaxrlhf.run.feed import held_out, read_source
 from jaxrlhf.run.initial_state import read_weights
 from jaxrlhf.run.scoring import nothing, score
 from jaxrlhf.run.transfer import fetch_all, put
-from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState
+from jaxrlhf.types import Array, Ask, Head, Params, Prompts, Role, Sequences, TrainState, Trees, given
 
 
 class Responses(NamedTuple):
@@ -70,16 +70,19 @@ class PolicyEvaluation:
 
     def answer(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts) -> tuple[Sequences, Array | None]:
         """(responses, with their scores where a reward model gives them; their KL in nats f32[B])."""
-        nets, trees = self.ready.recipe.nets, extra | state.slow | state.params
+        nets, trees = self.ready.recipe.nets, Trees(state.params, extra | state.slow)
         rollout = self.ready.algorithm.rollout
         # under step 0, so that all evaluations share their noise
         sequences = rollout(nets, state.replace(step=jnp.int32(0)), prompts)
-        if "reward" in trees and self.ready.graders is None:
-            sequences = sequences.replace(scores=nets.scores("reward", trees, sequences))
-        if "reference" not in trees:
+        known = {*trees.params, *trees.slow}
+        if "reward" in known and self.ready.graders is None:
+            (scores,) = nets.read(trees, sequences, Ask("reward", "scores"))
+            sequences = sequences.replace(scores=scores)
+        if "reference" not in known:
             return sequences, None
-        reference = nets.token_stats("reference", trees, sequences).logprobs
-        return sequences, keep(sequences.logprobs - reference, sequences.response_mask).sum(-1)
+        (reference,) = nets.read(trees, sequences, Ask("reference", "token_stats"))
+        logprobs = given(sequences.logprobs, "sequences.logprobs")
+        return sequences, keep(logprobs - reference.logprobs, sequences.response_mask).sum(-1)
 
     def write(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
         """All prompts answered by the policy in ``state``."""

@@ -1,8 +1,8 @@
 """What algorithms ask of networks, bound to the run's models: see types.Nets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxrlhf.ops.logprobs import chunked_token_stats, stored_logits
 from jaxrlhf.ops.masked import at_last
 from jaxrlhf.ops.rows import group_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, shape_logits
-from jaxrlhf.types import Array, Nets, Role, Sequences, TokenStats
+from jaxrlhf.types import Array, Ask, Nets, Params, Role, Sample, Sequences, TokenStats, Trees
 
 
 def segments(sequences: Sequences) -> Array:
@@ -26,15 +26,16 @@ def segments(sequences: Sequences) -> Array:
     return sequences.valid.astype(jnp.int32)
 
 
-class Reading(NamedTuple):
-    """What a pass leaves of responses: in R rows of C columns as it computed them, which are B rows of T, or packed."""
+class Pass(NamedTuple):
+    """Hidden states of a trunk over responses: R rows of C columns. These are the B rows of T response columns, or they
+    are packed: several responses to one prompt in a row."""
 
-    states: Array  # [R, 1 + C, D]: of the prompts' last column, and of the responses
-    tokens: Array  # i32[R, C]
-    where: Places | None  # their places if they are packed
+    states: Array  # [R, 1 + C, D]: of the prompts' last column, and of the response tokens
+    tokens: Array  # i32[R, C]: the response tokens
+    where: Places | None  # where each packed token belongs; None: not packed
 
     def before(self) -> Array:
-        """[R, C, D]: the state before each response token was read."""
+        """[R, C, D]: the state before each response token."""
         before = self.states[:, :-1]
         return before if self.where is None else jnp.where(self.where.index[..., None] == 0, self.states[:, :1], before)
 
@@ -74,59 +75,58 @@ def make_nets(
     configs: dict[Role, ModelConfig],
     runtime: Runtime,
     sampling: Sampling,
-    sample: Callable,
+    sample: Sample,
     trunks: Mapping[Role, Trunk] = MappingProxyType({}),
 ) -> Nets:
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
     ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head."""
 
-    def read(role, trees, sequences: Sequences) -> Reading:
-        role, start = trunks[role].role if role in trunks else role, sequences.response_start
-        params, cfg = trees[role], configs[role]
-        tokens, valid, copies = sequences.tokens, sequences.valid, sequences.copies
-        if sequences.segment_ids is not None or start == 1:
-            states = forward(params, cfg, tokens, segments(sequences), runtime)[:, start - 1 :]
-            return Reading(states, tokens[:, start:], None)
-        if sequences.width is None:
-            states = forward_responses(params, cfg, tokens, valid, start, copies, runtime)
-            return Reading(states, tokens[:, start:], None)
-        where = places(group_rows(valid[:, start:], copies), sequences.width)
-        states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, where)
-        return Reading(states, side_by_side(tokens[:, start:], where), where)
+    def trunk_of(role: Role) -> Role:
+        return trunks[role].role if role in trunks else role
 
-    def token_stats(role, trees, sequences: Sequences) -> TokenStats:
-        return stats_of(read(role, trees, sequences), role, trees, sequences)
+    def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
+        passes: dict[Role, Pass] = {}
+        for ask in asks:
+            trunk = trunk_of(ask.role)
+            if trunk not in passes:
+                passes[trunk] = run_trunk(trees.of(trunk), configs[trunk], sequences, runtime)
+        return tuple(answers[ask.what](passes[trunk_of(ask.role)], ask.role, trees, sequences) for ask in asks)
 
-    def stats_of(reading: Reading, role, trees, sequences: Sequences) -> TokenStats:
-        cfg, head = configs[role], gathered_head(trees[role], runtime.compute)
+    def token_stats(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> TokenStats:
+        cfg, head = configs[role], gathered_head(trees.of(role), runtime.compute)
 
         def logits_of(hidden, columns):
             logits = lm_logits(head, cfg, hidden)
-            keep = reading.tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
-            return shape_logits(logits, sampling, reading.index(columns), keep)
+            keep = found.tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
+            return shape_logits(logits, sampling, found.index(columns), keep)
 
         stored = stored_logits(runtime.hardware.platform)
-        stats = chunked_token_stats(reading.before(), reading.tokens, logits_of, padded_vocab(cfg), stored)
-        return jax.tree.map(lambda x: widen(reading.rows(x), sequences), stats)
+        stats = chunked_token_stats(found.before(), found.tokens, logits_of, padded_vocab(cfg), stored)
+        return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
 
-    def values(role, trees, sequences: Sequences) -> Array:
-        return values_of(read(role, trees, sequences), role, trees, sequences)
-
-    def values_of(reading: Reading, role, trees, sequences: Sequences) -> Array:
-        states = reading.before()
+    def values(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+        states = found.before()
         if role in trunks:
             states = scale_gradient(states, trunks[role].gradient)
-        return widen(reading.rows(scalar(trees[role], states)), sequences)
+        return widen(found.rows(scalar(trees.of(role), states)), sequences)
 
-    def policy_and_value(trees, sequences: Sequences) -> tuple[TokenStats, Array]:
-        reading = read("policy", trees, sequences)
-        shared = "value" in trunks and trunks["value"].role == "policy"
-        other = reading if shared else read("value", trees, sequences)
-        return stats_of(reading, "policy", trees, sequences), values_of(other, "value", trees, sequences)
+    def scores(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+        every = scalar(trees.of(role), found.states)
+        return found.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
-    def scores(role, trees, sequences: Sequences) -> Array:
-        reading = read(role, trees, sequences)
-        every = scalar(trees[role], reading.states)
-        return reading.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
+    answers = {"token_stats": token_stats, "values": values, "scores": scores}
+    return Nets(read, sample)
 
-    return Nets(token_stats, values, policy_and_value, scores, sample)
+
+def run_trunk(params: Params, cfg: ModelConfig, sequences: Sequences, runtime: Runtime) -> Pass:
+    """The forward pass of one trunk over the rows."""
+    start, tokens, valid, copies = sequences.response_start, sequences.tokens, sequences.valid, sequences.copies
+    if sequences.segment_ids is not None or start == 1:
+        states = forward(params, cfg, tokens, segments(sequences), runtime)[:, start - 1 :]
+        return Pass(states, tokens[:, start:], None)
+    if sequences.width is None:
+        states = forward_responses(params, cfg, tokens, valid, start, copies, runtime)
+        return Pass(states, tokens[:, start:], None)
+    where = places(group_rows(valid[:, start:], copies), sequences.width)
+    states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, where)
+    return Pass(states, side_by_side(tokens[:, start:], where), where)

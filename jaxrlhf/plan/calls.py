@@ -76,8 +76,8 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     (epochs, minibatches), parts = updates_of(drawn.cfg), recipe.num_micro
     first = lambda rows, parts: jax.tree.map(lambda x: x[0], split(rows, parts))
     part = jax.eval_shape(lambda rows: first(first(rows, minibatches), parts), experience)
-    loss = lambda params, part: drawn.algorithm.loss(nets, params, state.slow, part, drawn.cfg.algorithm)
-    jax.eval_shape(loss, state.params, part)
+    loss = lambda state, part: drawn.algorithm.loss(nets, state.trees, part, drawn.cfg.algorithm)
+    jax.eval_shape(loss, state, part)
     return Passes(rollout, prepared, list(notes), epochs * minibatches, parts)
 
 

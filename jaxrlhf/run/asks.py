@@ -10,7 +10,7 @@ from jax.extend.core import Var
 
 from jaxrlhf.config.roles import trunks_of
 from jaxrlhf.run.build import Blueprint
-from jaxrlhf.types import Batch, Nets, Prompts, Role, Sequences, TokenStats, TrainState
+from jaxrlhf.types import Ask, Batch, Nets, Prompts, Role, Sequences, TokenStats, TrainState, Trees, given
 
 # "states": of a trunk alone; "head": numbers of states that another pass left
 Kind = Literal["token_stats", "values", "scores", "states", "head", "sample"]
@@ -28,28 +28,17 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
     Prompts where they are to sample)."""
     trunks = trunks_of(drawn.cfg)
 
-    def token_stats(role, trees, sequences: Sequences) -> TokenStats:
-        note(role, "token_stats", sequences)
-        return TokenStats(jnp.zeros(sequences.tokens.shape), jnp.zeros(sequences.tokens.shape))
+    def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
+        whole = {ask.role for ask in asks if ask.role not in trunks}  # their passes leave the states of their trunks
+        for ask in asks:
+            trunk = trunks.get(ask.role)
+            if trunk is not None and trunk not in whole:
+                note(trunk, "states", sequences)
+                whole.add(trunk)
+            note(ask.role, ask.what if trunk is None else "head", sequences)
+        return tuple(zeros_of(ask, sequences) for ask in asks)
 
-    def values(role, trees, sequences: Sequences):
-        if role in trunks:
-            note(trunks[role], "states", sequences)
-        note(role, "head" if role in trunks else "values", sequences)
-        return jnp.zeros(sequences.tokens.shape)
-
-    def policy_and_value(trees, sequences: Sequences):
-        stats = token_stats("policy", trees, sequences)
-        if "value" not in trunks:
-            return stats, values("value", trees, sequences)
-        note("value", "head", sequences)
-        return stats, jnp.zeros(sequences.tokens.shape)
-
-    def scores(role, trees, sequences: Sequences):
-        note(role, "scores", sequences)
-        return jnp.zeros(sequences.tokens.shape[:1])
-
-    def sample(role, trees, prompts: Prompts, seed, step) -> Sequences:
+    def sample(role: Role, trees: Trees, prompts: Prompts, seed, step, /) -> Sequences:
         note(role, "sample", prompts)
         rows, columns = prompts.tokens.shape
         shape = (rows * drawn.sampler.samples_per_prompt, columns + drawn.sampler.max_new_tokens)
@@ -63,7 +52,13 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
             copies=drawn.sampler.copies,
         )
 
-    return Nets(token_stats, values, policy_and_value, scores, sample)
+    return Nets(read, sample)
+
+
+def zeros_of(ask: Ask, sequences: Sequences) -> Any:
+    """The answer to ``ask``, all zeros."""
+    a_token, a_row = jnp.zeros(sequences.tokens.shape), jnp.zeros(sequences.tokens.shape[:1])
+    return {"token_stats": TokenStats(a_token, a_token), "values": a_token, "scores": a_row}[ask.what]
 
 
 def asked_before_scores(drawn: Blueprint, state: TrainState, batch: Batch) -> bool:
@@ -75,11 +70,12 @@ def asked_before_scores(drawn: Blueprint, state: TrainState, batch: Batch) -> bo
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     def ask(scores, state: TrainState, batch: Batch) -> list[Sequences]:
-        scored = batch.replace(sequences=batch.sequences.replace(scores=scores))
+        scored = batch.replace(sequences=given(batch.sequences, "batch.sequences").replace(scores=scores))
         drawn.algorithm.prepare(nets, state, scored, drawn.cfg.algorithm)
         return asked
 
-    scores = jax.ShapeDtypeStruct(batch.sequences.tokens.shape[:1], jnp.float32)
+    rows = given(batch.sequences, "batch.sequences").tokens.shape[:1]
+    scores = jax.ShapeDtypeStruct(rows, jnp.float32)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         closed = jax.make_jaxpr(ask)(scores, bare(state), bare(batch))
     return bool(asked) and is_made_without(closed, closed.jaxpr.invars[0])

@@ -1,6 +1,7 @@
 """The shapes and layouts of the batches that one iteration can be given."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +18,13 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
 
     ``margins``: whether the preferences say by how much."""
 
-    def rows(dtype, *shape: int):
+    def rows(dtype, *shape: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_layout(mesh, len(shape)))
 
     def whole(count: int, packed: bool = False) -> Sequences:
         shape = (count, cfg.data.max_length)
         segments = rows(np.int32, *shape) if packed else None
-        return Sequences(rows(np.int32, *shape), rows(bool, *shape), rows(bool, *shape), segments)  # type: ignore[arg-type]
+        return Sequences(rows(np.int32, *shape), rows(bool, *shape), rows(bool, *shape), segments)
 
     fields, batch = fields_read(cfg), Batch()
     if "sequences" in fields:
@@ -34,11 +35,11 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
         batch = batch.replace(preferences=Preferences(whole(count), whole(count), margin))
     if "unpaired" in fields:
         count = cfg.batch.unpaired_per_step
-        batch = batch.replace(unpaired=Unpaired(whole(count), rows(bool, count), whole(count)))  # type: ignore[arg-type]
+        batch = batch.replace(unpaired=Unpaired(whole(count), rows(bool, count), whole(count)))
     if "prompts" not in fields:
         yield batch
         return
     count = cfg.batch.prompts_per_step
     for width in cfg.data.prompt_buckets:
-        prompts = Prompts(rows(np.int32, count, width), rows(bool, count, width), rows(np.int32, count))  # type: ignore[arg-type]
+        prompts = Prompts(rows(np.int32, count, width), rows(bool, count, width), rows(np.int32, count))
         yield batch.replace(prompts=prompts)

@@ -15,7 +15,7 @@ from jaxrlhf.run.sampler import make_sampler
 from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.run.weights import find_weights
-from jaxrlhf.types import Head, Role, TrainState
+from jaxrlhf.types import Ask, Head, Role, TrainState, Trees
 
 
 def finish(ready: Run, state: TrainState, say=print) -> TrainState:
@@ -55,7 +55,9 @@ def score_policy_samples(ready: Run, state: TrainState, role: Role, size: int) -
 
     @processes.jit
     def score(policy, scorer, prompts, seed, step):
-        return nets.scores(role, scorer, nets.sample("policy", policy, prompts, seed, step))
+        responses = nets.sample("policy", Trees(policy, {}), prompts, seed, step)
+        (scores,) = nets.read(Trees(scorer, {}), responses, Ask(role, "scores"))
+        return scores
 
     scores = []
     for host in batches:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxrlhf.answers import Answered
 from jaxrlhf.run.asks import asked_before_scores
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.sharding import DEVICES, is_pmap, row_layout
@@ -18,9 +19,9 @@ from jaxrlhf.types import Batch, TrainState
 
 
 class Program(NamedTuple):
-    """A compiled function of (state, batch)."""
+    """A compiled function of (state, batch); of (state, answers.Answered) where networks were read before."""
 
-    run: Callable[[TrainState, Batch], Any]
+    run: Callable[[TrainState, Any], Any]
     out: Any  # what it returns, as ShapeDtypeStructs laid out as there
     compiled: jax.stages.Compiled  # what XLA made of it
 
@@ -48,11 +49,11 @@ def compile_parts(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str
     found, batch = {"rollout": rollout}, batch.replace(sequences=rollout.out)
     if overlaps(drawn) and asked_before_scores(drawn, state, batch):
         found["read"] = compile_program(make_read(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
-        batch = batch.replace(answers=found["read"].out)
     scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(drawn.mesh, 1))
     grades = dict.fromkeys(drawn.cfg.rewards.functions, scores) or None
     batch = batch.replace(sequences=rollout.out.replace(scores=scores, grades=grades))
-    learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, batch, rows=(False, False), donate=True)
+    rows = Answered(batch, found["read"].out) if "read" in found else batch
+    learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, rows, rows=(False, False), donate=True)
     return found | {"learn": learn}
 
 
@@ -64,7 +65,12 @@ def overlaps(drawn: Blueprint) -> bool:
 
 
 def compile_program(
-    function: Callable[[TrainState, Batch], Any], mesh: Mesh, state: TrainState, batch: Batch, rows: Any, donate: bool
+    function: Callable[[TrainState, Any], Any],
+    mesh: Mesh,
+    state: TrainState,
+    batch: Batch | Answered,
+    rows: Any,
+    donate: bool,
 ) -> Program:
     """``function`` compiled for these arguments, the state donated if so asked.
 
@@ -79,7 +85,9 @@ def compile_program(
     return Program(compiled, jax.tree.map(described, lowered.out_info, compiled.output_shardings), compiled)
 
 
-def map_program(function, mesh: Mesh, state: TrainState, batch: Batch, rows: Any, donated: tuple[int, ...]) -> Program:
+def map_program(
+    function, mesh: Mesh, state: TrainState, batch: Batch | Answered, rows: Any, donated: tuple[int, ...]
+) -> Program:
     """compile_program by jax.pmap: the state is whole on every device, which sees its own part of the rows."""
     out_axes = jax.tree.map(lambda is_rows: 0 if is_rows else None, rows)
     options: dict[str, Any] = {"devices": mesh.devices.flatten().tolist(), "donate_argnums": donated}
@@ -87,13 +95,13 @@ def map_program(function, mesh: Mesh, state: TrainState, batch: Batch, rows: Any
     lowered = program.lower(state, split(batch, mesh.size))
     compiled = lowered.compile()
 
-    def run(state: TrainState, batch: Batch):
+    def run(state: TrainState, batch: Batch | Answered):
         return join(compiled(state, split(batch, mesh.size)), rows)
 
     return Program(run, join(lowered.out_info, rows), compiled)
 
 
-def split(batch: Batch, parts: int) -> Batch:
+def split(batch: Batch | Answered, parts: int) -> Batch | Answered:
     """[B, ...] -> [parts, B / parts, ...], of arrays or of ShapeDtypeStructs."""
     return jax.tree.map(lambda x: reshaped(x, (parts, x.shape[0] // parts, *x.shape[1:])), batch)
 

@@ -16,7 +16,7 @@ from jaxrlhf.models.config import ModelConfig, row_limit
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run.origins import Weights, base_role
-from jaxrlhf.types import Nets, Params, Prompts, Role, Sequences
+from jaxrlhf.types import Nets, Prompts, Role, Sequences, Trees
 
 
 def runtime_of(cfg: Config, mesh: jax.sharding.Mesh) -> Runtime:
@@ -36,8 +36,8 @@ def bind_nets(
     configs = {role: found.config for role, found in weights.items()}
     runtime = runtime_of(cfg, mesh)
 
-    def sample(role: Role, trees: dict[Role, Params], prompts: Prompts, seed, step) -> Sequences:
-        return loop.sample(trees[role], configs[role], prompts, seed, step, sampler, runtime)
+    def sample(role: Role, trees: Trees, prompts: Prompts, seed, step, /) -> Sequences:
+        return loop.sample(trees.of(role), configs[role], prompts, seed, step, sampler, runtime)
 
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
     return nets.make_nets(configs, runtime, sampling, sample, trunks)

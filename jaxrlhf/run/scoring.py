@@ -9,11 +9,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxrlhf.answers import Answered
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.programs import Program
 from jaxrlhf.run.transfer import fetch, holders, put, share_of
-from jaxrlhf.types import Batch, Sequences, TrainState
+from jaxrlhf.types import Batch, Sequences, TrainState, given
 
 Records = list[dict[str, Any]]
 
@@ -75,13 +76,13 @@ def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
 
 def scored(
     ready: Run, programs: dict[str, Program], state: TrainState, batch: Batch, records: Records
-) -> tuple[Batch, float]:
-    """(batch with the scores of its responses, seconds spent in the functions); the program "read", where there is one,
-    is under way while the host works."""
-    if "read" in programs:
-        batch = batch.replace(answers=programs["read"].run(state, batch))
-    sequences, seconds = score(ready, batch.sequences, records)
-    return batch.replace(sequences=sequences), seconds
+) -> tuple[Sequences, Batch | Answered, float]:
+    """(responses with their scores, what the program "learn" is given, seconds spent in the functions); the program
+    "read", where there is one, is under way while the host works."""
+    answers = programs["read"].run(state, batch) if "read" in programs else None
+    sequences, seconds = score(ready, given(batch.sequences, "batch.sequences"), records)
+    batch = batch.replace(sequences=sequences)
+    return sequences, batch if answers is None else Answered(batch, answers), seconds
 
 
 def joined(ready: Run, programs: dict[str, Program]) -> Callable:
@@ -98,9 +99,9 @@ def joined(ready: Run, programs: dict[str, Program]) -> Callable:
     def parts(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
         batch = batch.replace(sequences=programs["rollout"].run(state, batch))
         meanwhile()
-        batch, seconds = scored(ready, programs, state, batch, records)
-        state, metrics = programs["learn"].run(state, batch)
-        return state, metrics | {"time/rewards": seconds}, batch.sequences
+        sequences, rows, seconds = scored(ready, programs, state, batch, records)
+        state, metrics = programs["learn"].run(state, rows)
+        return state, metrics | {"time/rewards": seconds}, sequences
 
     return whole if "iteration" in programs else parts
 

@@ -17,9 +17,13 @@ from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run.transfer import put
 from jaxrlhf.serve.writer import read_model
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
-from jaxrlhf.types import Params, Role, Sequences
+from jaxrlhf.types import Ask, Params, Role, Sequences, Trees
 
 ROWS = 32  # responses that are scored at a time, on one device or on all
+
+
+def no_sampling(*_: Any) -> Any:
+    raise AssertionError("a reward model samples nothing")
 
 
 class Scorer:
@@ -36,10 +40,11 @@ class Scorer:
         self.shards = batch_shards(self.mesh)
         self.rows = max(ROWS // self.shards, 1) * self.shards
         runtime = Runtime(hardware=hardware_of(self.mesh.devices.flat[0]))
-        nets = make_nets({"reward": self.model.config}, runtime, Sampling(), sample=None)  # type: ignore[arg-type]
+        nets = make_nets({"reward": self.model.config}, runtime, Sampling(), no_sampling)
 
         def scores(params: Params, sequences: Sequences) -> jax.Array:
-            return nets.scores("reward", {"reward": params}, sequences)
+            (scores,) = nets.read(Trees({"reward": params}, {}), sequences, Ask("reward", "scores"))
+            return scores
 
         self.program = jax.jit(scores)
 

@@ -28,7 +28,7 @@ from jaxrlhf.run.sampler import sampler_of
 from jaxrlhf.run.tokenizer import tokenizer_of
 from jaxrlhf.run.transfer import put
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
-from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences
+from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, given
 
 ROWS = 64  # responses that are sampled at a time, on one device or on all
 
@@ -169,8 +169,8 @@ class Writer:
     def responses(self, found: Sequences) -> list[Response]:
         """One a row of samples."""
         texts = tokenizers.decode_rows(self.model.tokenizer, found.tokens, found.response_mask)
-        rows = []
-        for text, tokens, mask, ended in zip(texts, found.tokens, found.response_mask, found.ended):
+        rows, by_itself = [], given(found.ended, "ended")
+        for text, tokens, mask, ended in zip(texts, found.tokens, found.response_mask, by_itself):
             written = np.asarray(tokens)[np.asarray(mask)]
             by_token = len(written) > 0 and int(written[-1]) in self.sampler.eos_ids
             reason = "length" if not ended else "eos" if by_token else "stop"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +13,14 @@ from jaxrlhf.algorithms import dpo
 from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from jaxrlhf.types import Batch, Experience, Nets, Preferences, Sequences, TokenStats, TrainState
-from tests.support import tiny
+from jaxrlhf.types import Batch, Preferences, Sequences, TokenStats, TrainState, Trees
+from tests.support import fake, tiny
 
 COLUMNS = 4  # the first is prompt
 
 
-def nothing(*args) -> Any:
-    pytest.fail("a policy is asked for log-probs only")
-
-
 # A policy whose log-probs are rows of a table, found by the sequence's first token.
-FAKE = Nets(
-    token_stats=lambda role, trees, sequences: TokenStats(
-        *[trees[role]["table"][sequences.tokens[:, 0]]] * 2  # type: ignore[arg-type]
-    ),
-    values=nothing,
-    policy_and_value=nothing,
-    scores=nothing,
-    sample=nothing,
-)
+FAKE = fake.answering(token_stats=lambda params, rows: TokenStats(*[params["table"][rows.tokens[:, 0]]] * 2))  # type: ignore[arg-type]
 CONFIGS = {
     "sigmoid": DPOConfig(),
     "beta": DPOConfig(beta=0.5),
@@ -67,10 +54,11 @@ class Case:
         table = lambda x: {"table": jnp.array(x.reshape(-1, COLUMNS), jnp.float32)}
         return {"policy": table(self.policy)}, {"reference": table(self.reference)}
 
-    def experience(self) -> Experience:
+    def experience(self) -> dpo.DPOExperience:
         rows = self.rows
         ids = np.arange(2 * rows).reshape(2, rows)
-        pairs = Preferences(*(side(ids[at], self.lengths[at], self.real) for at in (0, 1)), margin=self.margin)
+        chosen, rejected = (side(ids[at], self.lengths[at], self.real) for at in (0, 1))
+        pairs = Preferences(chosen, rejected, None if self.margin is None else jnp.array(self.margin))
         params, slow = self.trees()
         state = TrainState(jnp.int32(0), jnp.int32(0), params, slow, {}, {})
         return dpo.prepare(FAKE, state, Batch(preferences=pairs), CONFIGS["sigmoid"])[0]
@@ -78,7 +66,7 @@ class Case:
     def compute(self, cfg: DPOConfig):
         """(mean loss, metrics as numbers, gradient of the total in the policy's log-probs [2, rows, COLUMNS])."""
         (params, slow), experience = self.trees(), self.experience()
-        loss = lambda params: dpo.loss(FAKE, params, slow, experience, cfg)
+        loss = lambda params: dpo.loss(FAKE, Trees(params, slow), experience, cfg)
         losses, means = loss(params)
         gradient = jax.grad(lambda params: loss(params)[0]["policy"].total)(params)["policy"]["table"]
         numbers = {name: float(mean.value()) for name, mean in means.items()}
@@ -173,10 +161,10 @@ def test_the_optimum_under_a_reward_is_a_stationary_point():
         table = jnp.zeros((4, COLUMNS)).at[:, 1].set(jax.nn.log_softmax(logits))
         total = 0.0
         for chosen, rejected in pairs:
-            sides = (side([one], [1], [True]) for one in (chosen, rejected))
+            preferred, other = (side([one], [1], [True]) for one in (chosen, rejected))
             known = (reference[chosen][None], reference[rejected][None])
-            experience = Experience(preferences=Preferences(*sides), ref_logprobs=known)
-            losses, _ = dpo.loss(FAKE, {"policy": {"table": table}}, {}, experience, DPOConfig(beta=beta))
+            experience = dpo.DPOExperience(pairs=Preferences(preferred, other), ref_logprobs=known)
+            losses, _ = dpo.loss(FAKE, Trees({"policy": {"table": table}}, {}), experience, DPOConfig(beta=beta))
             total += jax.nn.sigmoid(rewards[chosen] - rewards[rejected]) * losses["policy"].total
         return total
 
@@ -194,7 +182,7 @@ def test_long_responses_are_summed_in_float32():
     tree = {"table": jnp.full((1, 601), -1.0, jnp.bfloat16)}
     state = TrainState(jnp.int32(0), jnp.int32(0), {"policy": tree}, {"reference": tree}, {}, {})
     experience, _ = dpo.prepare(FAKE, state, Batch(preferences=Preferences(one, one)), DPOConfig())
-    _, metrics = dpo.loss(FAKE, state.params, {}, experience, DPOConfig())
+    _, metrics = dpo.loss(FAKE, state.trees, experience, DPOConfig())
     assert metrics["logprobs/chosen"].value() == -600 and metrics["implicit_reward/chosen"].value() == 0
 
 

@@ -11,14 +11,14 @@ import pytest
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import grpo
 from jaxrlhf.algorithms.grpo import GRPOConfig
-from jaxrlhf.types import Batch, Experience, Mean
+from jaxrlhf.types import Ask, Batch, Mean, Trees
 from tests.support import tiny
 from tests.support.fake import FAKE, LENGTHS, PROMPT, Case, make_case, prompts_of
 
 SIZE = 3  # of a group: rows 0 to 2, of which the last has no response, and rows 3 to 5
 
 
-def prepare(case: Case, cfg: GRPOConfig, size: int = SIZE) -> tuple[Experience, dict[str, float]]:
+def prepare(case: Case, cfg: GRPOConfig, size: int = SIZE) -> tuple[grpo.GRPOExperience, dict[str, float]]:
     """The experience, and metrics as numbers."""
     batch = Batch(prompts=prompts_of(len(case.mask) // size), sequences=case.sequences())
     experience, means = grpo.prepare(FAKE, case.state(0.0), batch, cfg)
@@ -59,7 +59,7 @@ def test_prepare_is_a_numpy_loop(name):
     case, cfg = make_case(), VARIANTS[name]
     experience, metrics = prepare(case, cfg)
     np.testing.assert_allclose(np.asarray(experience.advantages), advantages_by_loop(case, cfg), atol=1e-5)
-    sequences, rows = experience.sequences, case.mask.any(1)
+    sequences, rows = experience.responses, case.mask.any(1)
     old = case.policy if cfg.old_logprobs == "recompute" else case.sampled
     assert sequences is not None
     np.testing.assert_array_equal(sequences.logprobs, old)
@@ -163,20 +163,20 @@ def test_no_response_token_at_all():
 # ---- loss -----------------------------------------------------------------------------------------------------------
 
 
-def losses_of(params, case: Case, experience: Experience, cfg: GRPOConfig):
-    return grpo.loss(FAKE, params, case.slow(), experience, cfg)
+def losses_of(params, case: Case, experience: grpo.GRPOExperience, cfg: GRPOConfig):
+    return grpo.loss(FAKE, Trees(params, case.slow()), experience, cfg)
 
 
-def gradients(case: Case, experience: Experience, cfg: GRPOConfig) -> dict:
+def gradients(case: Case, experience: grpo.GRPOExperience, cfg: GRPOConfig) -> dict:
     """Of the policy's total: what the step differentiates."""
     return jax.grad(lambda params: losses_of(params, case, experience, cfg)[0]["policy"].total)(case.params())
 
 
-def token_terms(case: Case, experience: Experience, cfg: GRPOConfig, row: int) -> list[dict[str, float]]:
+def token_terms(case: Case, experience: grpo.GRPOExperience, cfg: GRPOConfig, row: int) -> list[dict[str, float]]:
     """What each token of a response adds, in float64."""
     columns, terms = np.flatnonzero(case.mask[row]), []
-    assert experience.sequences is not None
-    log_ratios = (case.policy.astype(np.float64) - np.asarray(experience.sequences.logprobs))[row, columns]
+    assert experience.responses is not None
+    log_ratios = (case.policy.astype(np.float64) - np.asarray(experience.responses.logprobs))[row, columns]
     for column, log_ratio in zip(columns, log_ratios):
         advantage = float(np.asarray(experience.advantages)[row, column])
         ratio = np.exp(log_ratio if cfg.ratio == "token" else log_ratios.mean())
@@ -276,12 +276,12 @@ def test_the_record():
 # ---- a real model ---------------------------------------------------------------------------------------------------
 
 
-def watched(nets, params, slow, minibatch, cfg):
+def watched(nets, trees: Trees, minibatch, cfg):
     """grpo.loss, which also says how far any response token's ratio is from 1."""
-    losses, metrics = grpo.loss(nets, params, slow, minibatch, cfg)
-    mask = minibatch.sequences.response_mask
-    stats = nets.token_stats("policy", params, minibatch.sequences)
-    distance = jnp.abs(jnp.exp(jnp.where(mask, stats.logprobs - minibatch.sequences.logprobs, 0)) - 1).max()
+    losses, metrics = grpo.loss(nets, trees, minibatch, cfg)
+    mask = minibatch.responses.response_mask
+    stats = nets.read(trees, minibatch.responses, Ask("policy", "token_stats"))[0]
+    distance = jnp.abs(jnp.exp(jnp.where(mask, stats.logprobs - minibatch.responses.logprobs, 0)) - 1).max()
     return losses, metrics | {"distance": Mean(distance, jnp.float32(1))}
 
 
@@ -310,7 +310,7 @@ def test_the_number_of_micro_batches_changes_nothing(cfg):
     mask = np.asarray(sequences.response_mask)
     draw = lambda shift, scale: jnp.array(np.where(mask, rng.normal(shift, scale, mask.shape), 0), jnp.float32)
     sequences = sequences.replace(logprobs=draw(-np.log(64), 0.3))
-    experience = Experience(sequences, draw(0, 1), ref_logprobs=draw(-np.log(64), 0.3))
+    experience = grpo.GRPOExperience(responses=sequences, advantages=draw(0, 1), ref_logprobs=draw(-np.log(64), 0.3))
     found = {}
     for parts in (1, 4):
         recipe = run.recipe._replace(num_micro=parts)

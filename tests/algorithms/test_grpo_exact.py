@@ -14,8 +14,8 @@ import pytest
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import grpo
 from jaxrlhf.algorithms.grpo import GRPOConfig
-from jaxrlhf.types import Batch, Nets, Sequences, TokenStats, TrainState
-from tests.support import tiny
+from jaxrlhf.types import Batch, Sequences, TokenStats, TrainState, Trees
+from tests.support import fake, tiny
 from tests.support.enumerated import run as enumerated_run
 from tests.support.fake import prompts_of
 
@@ -31,14 +31,11 @@ def tabular(theta):
 
 
 # Column 0 of a sequence says which response it is; columns 1 and 2 are its tokens.
-TABULAR = Nets(
-    token_stats=lambda role, trees, sequences: TokenStats(
-        jnp.pad(tabular(trees[role]), ((0, 0), (1, 0)))[sequences.tokens[:, 0]], jnp.zeros(sequences.tokens.shape)
+TABULAR = fake.answering(
+    token_stats=lambda params, rows: TokenStats(
+        jnp.pad(tabular(params), ((0, 0), (1, 0)))[rows.tokens[:, 0]], jnp.zeros(rows.tokens.shape)
     ),
-    values=lambda *args: pytest.fail("there is no value model"),
-    policy_and_value=lambda *args: pytest.fail("there is no value model"),
-    scores=lambda role, trees, sequences: trees[role][sequences.tokens[:, 0]],
-    sample=lambda *args: pytest.fail("nothing is sampled here"),
+    scores=lambda params, rows: params[rows.tokens[:, 0]],
 )
 
 
@@ -64,7 +61,7 @@ def expected_gradient(theta, reference, cfg: GRPOConfig, size: int):
     chance = jnp.exp(tabular(theta).sum(1))[groups].prod(1)
     weight = jnp.repeat(chance, size)[:, None] * len(groups)
     experience = replace(experience, advantages=experience.advantages * weight)
-    loss = lambda theta: grpo.loss(TABULAR, {"policy": theta}, slow, experience, cfg)[0]["policy"].value()
+    loss = lambda theta: grpo.loss(TABULAR, Trees({"policy": theta}, slow), experience, cfg)[0]["policy"].value()
     return jax.grad(loss)(theta)
 
 
@@ -112,7 +109,7 @@ def test_the_kl_regularised_optimum_is_a_stationary_point():
             sequences = sequences.replace(ended=column[:, 0] >= 0)
             state = TrainState(jnp.int32(0), jnp.int32(0), {"policy": log_p}, {"reference": reference}, {}, {})
             experience, _ = grpo.prepare(nets, state, Batch(prompts=prompts_of(1), sequences=sequences), cfg)
-            loss = lambda log_p: grpo.loss(nets, {"policy": log_p}, {}, experience, cfg)[0]["policy"].value()  # noqa: B023
+            loss = lambda log_p: grpo.loss(nets, Trees({"policy": log_p}, {}), experience, cfg)[0]["policy"].value()  # noqa: B023
             total = total + jnp.exp(log_p[column].sum()) * jax.grad(loss)(log_p)
         return total
 

@@ -1,7 +1,5 @@
 """KTO against a plain NumPy loop and hand-worked numbers, its baseline, and labels that a policy learns."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,26 +10,14 @@ from jaxrlhf.algorithms import kto
 from jaxrlhf.algorithms.kto import KTOConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from jaxrlhf.types import Batch, Nets, Sequences, TokenStats, TrainState, Unpaired
-from tests.support import tiny
+from jaxrlhf.types import Batch, Sequences, TokenStats, TrainState, Trees, Unpaired
+from tests.support import fake, tiny
 
 COLUMNS = 4  # the first is prompt
 
 
-def nothing(*args) -> Any:
-    pytest.fail("a policy is asked for log-probs only")
-
-
 # A policy whose log-probs are rows of a table, found by the sequence's first token.
-FAKE = Nets(
-    token_stats=lambda role, trees, sequences: TokenStats(
-        *[trees[role]["table"][sequences.tokens[:, 0]]] * 2  # type: ignore[arg-type]
-    ),
-    values=nothing,
-    policy_and_value=nothing,
-    scores=nothing,
-    sample=nothing,
-)
+FAKE = fake.answering(token_stats=lambda params, rows: TokenStats(*[params["table"][rows.tokens[:, 0]]] * 2))  # type: ignore[arg-type]
 CONFIGS = {
     "default": KTOConfig(),
     "beta": KTOConfig(beta=0.5),
@@ -71,8 +57,8 @@ class Case:
         def total(params):
             state = TrainState(jnp.int32(0), jnp.int32(0), params, slow, {}, {})
             experience, prepared = kto.prepare(FAKE, state, batch, cfg)
-            assert experience.unpaired.mismatched is None
-            losses, means = kto.loss(FAKE, params, slow, jax.lax.stop_gradient(experience), cfg)
+            assert experience.rows.mismatched is None
+            losses, means = kto.loss(FAKE, Trees(params, slow), jax.lax.stop_gradient(experience), cfg)
             return losses["policy"].total, (losses, prepared | means)
 
         gradient, (losses, means) = jax.grad(total, has_aux=True)(params)

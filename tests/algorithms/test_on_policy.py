@@ -1,6 +1,7 @@
 """The sampler's probabilities corrected for the trainer's: weights by hand, each algorithm's first gradient."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from jaxrlhf.algorithms import grpo, on_policy, ppo
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.types import Batch, Experience, Sequences
+from jaxrlhf.types import Batch, Sequences, Trees
 from tests.support import tiny
 from tests.support.fake import FAKE, Case, make_case, prompts_of
 
@@ -99,17 +100,17 @@ ALGORITHM = {PPOConfig: ppo.ALGORITHM, GRPOConfig: grpo.ALGORITHM}
 CAP = 1.2
 
 
-def prepare(case: Case, cfg: AnyConfig) -> tuple[Experience, dict[str, float]]:
+def prepare(case: Case, cfg: AnyConfig) -> tuple[Any, dict[str, float]]:
     """The experience, and metrics as numbers; GRPO's groups are of three."""
     batch = Batch(prompts=prompts_of(2), sequences=case.sequences())
     experience, means = ALGORITHM[type(cfg)].prepare(FAKE, case.state(0.05), batch, cfg)
     return experience, {name: float(mean.value()) for name, mean in means.items()}
 
 
-def policy_gradient(case: Case, cfg: AnyConfig, experience: Experience) -> np.ndarray:
+def policy_gradient(case: Case, cfg: AnyConfig, experience: Any) -> np.ndarray:
     """[B, S]: of the policy's total in each token's log-prob, at the policy that sampled."""
     loss = ALGORITHM[type(cfg)].loss
-    total = lambda params: loss(FAKE, params, case.slow(), experience, cfg)[0]["policy"].total
+    total = lambda params: loss(FAKE, Trees(params, case.slow()), experience, cfg)[0]["policy"].total
     return np.asarray(jax.grad(total)(case.params())["policy"]["logprobs"])
 
 

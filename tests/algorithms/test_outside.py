@@ -12,7 +12,7 @@ from jaxrlhf.algorithms import ALGORITHMS, find, guarded, sft
 from jaxrlhf.config.load import load
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.step import make_iteration
-from jaxrlhf.types import Batch, Experience, Mean, TrainState, Updates
+from jaxrlhf.types import Batch, Experience, Mean, TrainState, Trees, Updates
 from tests.support import tiny
 
 CONFIG = """
@@ -226,13 +226,13 @@ def test_a_state_of_another_shape_is_one_line(part, change, expected):
 
 
 def test_what_a_function_raises_is_one_line_with_its_place():
-    def loss(nets, params, slow, minibatch, cfg):
+    def loss(nets, trees: Trees, minibatch, cfg):
         return {"policy": nets.nothing}, {}
 
     record, nothing = guarded.checked("mine:MINE", sft.ALGORITHM._replace(loss=loss)), cast(Any, None)
     line = loss.__code__.co_firstlineno + 1
     with pytest.raises(guarded.AlgorithmError) as error:
-        record.loss(nothing, nothing, nothing, nothing, sft.SFTConfig())
+        record.loss(nothing, nothing, nothing, sft.SFTConfig())
     where = f"({__file__}:{line})"
     assert str(error.value) == (
         f"mine:MINE: loss raised AttributeError: 'NoneType' object has no attribute 'nothing' {where}"

@@ -10,13 +10,13 @@ import pytest
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.types import Batch, Experience, Mean, Preferences, Sequences
+from jaxrlhf.types import Ask, Batch, Mean, Preferences, Rows, Sequences, Trees
 from tests.support import tiny
 from tests.support.enumerated import run as enumerated_run
 from tests.support.fake import FAKE, LENGTHS, PROMPT, Case, make_case
 
 
-def prepare(case: Case, cfg: PPOConfig, kl_coef: float | None = None) -> tuple[Experience, dict[str, float]]:
+def prepare(case: Case, cfg: PPOConfig, kl_coef: float | None = None) -> tuple[ppo.PPOExperience, dict[str, float]]:
     """The experience, and metrics as numbers."""
     state = case.state(cfg.kl_coef if kl_coef is None else kl_coef)
     experience, means = ppo.prepare(FAKE, state, Batch(sequences=case.sequences()), cfg)
@@ -105,7 +105,7 @@ def test_prepare_is_a_numpy_loop(name):
     expected = by_loop(case, cfg)
     np.testing.assert_allclose(np.asarray(experience.advantages), expected["advantages"], atol=1e-5)
     np.testing.assert_allclose(np.asarray(experience.returns), expected["returns"], atol=1e-5)
-    sequences = experience.sequences
+    sequences = experience.responses
     assert sequences is not None and experience.values is not None
     np.testing.assert_array_equal(sequences.logprobs, expected["logprobs"])
     np.testing.assert_array_equal(experience.values, np.where(case.mask, case.values, 0))
@@ -179,12 +179,13 @@ def test_scores_of_the_host_replace_the_reward_model():
 def test_the_reward_model_that_learns_is_the_one_that_scores():
     case = make_case()
     state = case.state(0.05)
-    state = replace(state, params=state.params | {"reward": {"scores": state.slow["reward"]["scores"] + 10}})
-    for reward_update, shift in ((False, 0), (True, 10)):
-        cfg = PPOConfig(reward_update=reward_update)
-        experience, _ = ppo.prepare(FAKE, state, Batch(sequences=case.sequences()), cfg)
-        assert experience.sequences is not None
-        np.testing.assert_allclose(np.asarray(experience.sequences.scores), case.scores + shift, rtol=1e-6)
+    learned = replace(state, params=state.params | {"reward": {"scores": state.slow["reward"]["scores"] + 10}})
+    for start, shift in ((state, 0), (learned, 10)):
+        cfg = PPOConfig(reward_update=shift > 0)
+        batch = Batch(sequences=case.sequences(), preferences=tiny.preferences())
+        experience, _ = ppo.prepare(FAKE, start, batch, cfg)
+        assert experience.responses is not None
+        np.testing.assert_allclose(np.asarray(experience.responses.scores), case.scores + shift, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("controller", "coefficient"), [("adaptive", 0.7), ("fixed", 0.05)])
@@ -211,19 +212,19 @@ def test_no_response_token_at_all():
 # ---- loss -----------------------------------------------------------------------------------------------------------
 
 
-def losses_of(params, case: Case, experience: Experience, cfg: PPOConfig):
-    return ppo.loss(FAKE, params, case.slow(), experience, cfg)
+def losses_of(params, case: Case, experience: ppo.PPOExperience, cfg: PPOConfig):
+    return ppo.loss(FAKE, Trees(params, case.slow()), experience, cfg)
 
 
-def gradients(case: Case, experience: Experience, cfg: PPOConfig) -> dict:
+def gradients(case: Case, experience: ppo.PPOExperience, cfg: PPOConfig) -> dict:
     """Of the sum of all roles' totals in all params: what the step differentiates."""
     total = lambda params: sum(mean.total for mean in losses_of(params, case, experience, cfg)[0].values())
     return jax.grad(total)(case.params())
 
 
-def token_terms(case: Case, experience: Experience, cfg: PPOConfig, where) -> dict[str, float]:
+def token_terms(case: Case, experience: ppo.PPOExperience, cfg: PPOConfig, where) -> dict[str, float]:
     """What one response token adds to the metrics of ``loss``, in float64."""
-    sequences = experience.sequences
+    sequences = experience.responses
     assert sequences is not None
     read = lambda x: float(np.asarray(x)[where])
     advantage, target, old_value, value = map(
@@ -278,7 +279,7 @@ def pairs() -> Preferences:
 def test_a_role_s_loss_moves_no_other_role():
     case, cfg = make_case(), PPOConfig(entropy_coef=0.1, reward_update=True)
     params = case.params() | {"reward": {"scores": jnp.array([0.3, -0.2, 0.1, 0.5])}}
-    experience = replace(prepare(case, PPOConfig())[0], preferences=pairs())
+    experience = replace(prepare(case, PPOConfig())[0], pairs=Rows(pairs()))
     assert sorted(losses_of(params, case, experience, cfg)[0]) == sorted(params)
     for role in params:
         total = lambda params: losses_of(params, case, experience, cfg)[0][role].total  # noqa: B023
@@ -352,12 +353,12 @@ def test_the_adaptive_controller(measured, expected):
 # ---- one iteration of a real model ----------------------------------------------------------------------------------
 
 
-def watched(nets, params, slow, minibatch, cfg):
+def watched(nets, trees: Trees, minibatch, cfg):
     """ppo.loss, which also says how far any response token's ratio is from 1."""
-    losses, metrics = ppo.loss(nets, params, slow, minibatch, cfg)
-    mask = minibatch.sequences.response_mask
-    stats = nets.token_stats("policy", params, minibatch.sequences)
-    distance = jnp.abs(jnp.exp(jnp.where(mask, stats.logprobs - minibatch.sequences.logprobs, 0)) - 1).max()
+    losses, metrics = ppo.loss(nets, trees, minibatch, cfg)
+    mask = minibatch.responses.response_mask
+    stats = nets.read(trees, minibatch.responses, Ask("policy", "token_stats"))[0]
+    distance = jnp.abs(jnp.exp(jnp.where(mask, stats.logprobs - minibatch.responses.logprobs, 0)) - 1).max()
     return losses, metrics | {"distance": Mean(distance, jnp.float32(1))}
 
 
@@ -404,8 +405,13 @@ def test_one_iteration_moves_what_learns_and_nothing_else(iteration):
 def test_a_real_model_s_column_t_is_about_token_t(column):
     """Another token t: its own log-prob and what comes later differ, its value is as before."""
     run = tiny.build("ppo", PPOConfig())
-    nets, params = run.recipe.nets, run.state.params
-    read = tiny.program(lambda s: (nets.token_stats("policy", params, s).logprobs, nets.values("value", params, s)))
+    nets, trees = run.recipe.nets, run.state.trees
+
+    @tiny.program
+    def read(rows: Sequences):
+        stats, values = nets.read(trees, rows, Ask("policy", "token_stats"), Ask("value", "values"))
+        return stats.logprobs, values
+
     sequences = tiny.sequences(rows=2)  # of which row 1 is full
     other = replace(sequences, tokens=sequences.tokens.at[1, column].add(1))
     for array, changed, first in zip(read(sequences), read(other), (column, column + 1)):

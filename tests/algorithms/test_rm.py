@@ -12,22 +12,11 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import rm
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.types import Batch, Experience, Mean, Nets, Preferences, Sequences
-from tests.support import tiny
-
-
-def nothing(*args) -> Any:
-    pytest.fail("a reward model is asked for scores only")
-
+from jaxrlhf.types import Ask, Batch, Mean, Preferences, Sequences, Trees
+from tests.support import fake, tiny
 
 # A reward model that reads a sequence's score out of a table, by the sequence's first token.
-FAKE = Nets(
-    token_stats=nothing,
-    values=nothing,
-    policy_and_value=nothing,
-    scores=lambda role, trees, sequences: trees[role]["table"][sequences.tokens[:, 0]],
-    sample=nothing,
-)
+FAKE = fake.answering(scores=lambda params, rows: params["table"][rows.tokens[:, 0]])
 
 
 def side(ids, real=True) -> Sequences:
@@ -52,7 +41,7 @@ def loss_of(
     rows = len(chosen)
     params = {"reward": {"table": jnp.concatenate([jnp.array(chosen), jnp.array(rejected)])}}
     pairs = Preferences(side(range(rows), real), side(range(rows, 2 * rows), real), margin)
-    loss = lambda params: rm.loss(FAKE, params, {}, Experience(preferences=pairs), cfg)
+    loss = lambda params: rm.loss(FAKE, Trees(params, {}), rm.RMExperience(pairs=pairs), cfg)
     gradient = jax.grad(lambda params: loss(params)[0]["reward"].total)(params)
     return *loss(params), np.asarray(gradient["reward"]["table"]).reshape(2, rows)
 
@@ -198,7 +187,8 @@ def test_the_amount_of_padding_changes_nothing(run, left, right):
         )
 
     def loss(params, pairs):
-        losses, metrics = rm.loss(run.recipe.nets, params, {}, Experience(preferences=pairs), RMConfig(centering=0.1))
+        experience, cfg = rm.RMExperience(pairs=pairs), RMConfig(centering=0.1)
+        losses, metrics = rm.loss(run.recipe.nets, Trees(params, {}), experience, cfg)
         return losses["reward"].total, metrics
 
     gradient = tiny.program(jax.value_and_grad(loss, has_aux=True))
@@ -213,9 +203,8 @@ def test_the_amount_of_padding_changes_nothing(run, left, right):
 def test_the_score_is_read_at_the_last_token(run):
     """A change of the last valid token changes that row's score; one after it changes nothing."""
     sequences = tiny.sequences(rows=4, seed=5)
-    score = tiny.program(
-        lambda tokens: run.recipe.nets.scores("reward", run.state.params, dataclasses.replace(sequences, tokens=tokens))
-    )
+    ask = Ask("reward", "scores")
+    score = tiny.program(lambda tokens: run.recipe.nets.read(run.state.trees, sequences.replace(tokens=tokens), ask)[0])
     last = [int(np.flatnonzero(row)[-1]) for row in np.asarray(sequences.valid)]
     base = score(sequences.tokens)
     for row, column in enumerate(last):

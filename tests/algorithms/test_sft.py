@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the masked likelihood against a loop, and rows packed or not."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,8 @@ from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.nets import segments
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.types import Batch, Experience, Nets, Sequences, TokenStats
-from tests.support import tiny
+from jaxrlhf.types import Batch, Experience, Sequences, TokenStats, Trees
+from tests.support import fake, tiny
 
 WIDTH = 12
 
@@ -58,10 +57,9 @@ def test_loss_is_a_numpy_loop():
     rng = np.random.default_rng(1)
     mask = rng.random((4, 6)) < 0.5
     logprobs, entropy = (np.where(mask, rng.normal(-2, 1, mask.shape), np.nan).astype(np.float32) for _ in range(2))
-    answer: Any = lambda *args: TokenStats(jnp.array(logprobs), jnp.array(entropy))
-    nets = Nets(answer, answer, answer, answer, answer)
+    nets = fake.answering(token_stats=lambda params, rows: TokenStats(jnp.array(logprobs), jnp.array(entropy)))
     sequences = Sequences(jnp.zeros((4, 6), jnp.int32), jnp.ones((4, 6), bool), jnp.array(mask))
-    losses, metrics = sft.loss(nets, {}, {}, Experience(sequences=sequences), SFTConfig())
+    losses, metrics = sft.loss(nets, Trees({"policy": None}, {}), Experience(responses=sequences), SFTConfig())
     tokens = list(zip(*np.nonzero(mask)))
     assert losses.keys() == {"policy"} and losses["policy"].count == len(tokens)
     expected = -sum(float(logprobs[where]) for where in tokens) / len(tokens)
@@ -81,7 +79,7 @@ def learned_positions():
 
 def loss_and_gradient(run, sequences: Sequences):
     def loss(params):
-        losses, _ = sft.loss(run.recipe.nets, params, {}, Experience(sequences=sequences), SFTConfig())
+        losses, _ = sft.loss(run.recipe.nets, Trees(params, {}), Experience(responses=sequences), SFTConfig())
         return losses["policy"].total, losses["policy"].count
 
     return tiny.program(jax.value_and_grad(loss, has_aux=True))(run.state.params)

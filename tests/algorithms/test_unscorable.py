@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf.algorithms import grpo, ppo
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.types import Batch, Experience
+from jaxrlhf.types import Batch, Trees
 from tests.algorithms import test_grpo, test_ppo
 from tests.support import tiny
 from tests.support.fake import FAKE, Case, make_case, prompts_of
@@ -31,7 +31,7 @@ CONFIGS: dict[str, AnyConfig] = {
 }
 
 
-def prepare(case: Case, cfg: AnyConfig, lost: list[int], grades=None) -> tuple[Experience, dict[str, float]]:
+def prepare(case: Case, cfg: AnyConfig, lost: list[int], grades=None) -> tuple[Any, dict[str, float]]:
     """The experience where the host gave the case's scores, and NaN for the rows that are lost."""
     scores = case.scores.copy()
     scores[lost] = np.nan
@@ -49,12 +49,12 @@ def without(case: Case, lost: list[int]) -> Case:
     return replace(case, mask=mask)
 
 
-def gradients(case: Case, experience: Experience, cfg: AnyConfig) -> tuple[dict, dict[str, float], dict[str, float]]:
+def gradients(case: Case, experience: Any, cfg: AnyConfig) -> tuple[dict, dict[str, float], dict[str, float]]:
     """(of all losses, each its total over its count; counts of the losses; metrics)."""
     module: Any = ppo if isinstance(cfg, PPOConfig) else grpo
 
     def total(params):
-        losses, metrics = module.loss(FAKE, params, case.slow(), experience, cfg)
+        losses, metrics = module.loss(FAKE, Trees(params, case.slow()), experience, cfg)
         return sum(mean.value() for mean in losses.values()), (losses, metrics)
 
     grads, (losses, metrics) = jax.grad(total, has_aux=True)(case.params())

@@ -31,9 +31,9 @@ def sampled(made: Case, lengths: list[int]) -> Batch:
         np.concatenate([tokens, responses], 1).astype(np.int32),  # type: ignore[arg-type]
         np.concatenate([tokens > 0, mask], 1),  # type: ignore[arg-type]
         np.concatenate([tokens < 0, mask], 1),  # type: ignore[arg-type]
-        logprobs=np.zeros((len(tokens), made.prompt + made.room), np.float32),
-        scores=np.zeros(len(tokens), np.float32),
-        ended=np.ones(len(tokens), bool),
+        logprobs=np.zeros((len(tokens), made.prompt + made.room), np.float32),  # type: ignore[arg-type]
+        scores=np.zeros(len(tokens), np.float32),  # type: ignore[arg-type]
+        ended=np.ones(len(tokens), bool),  # type: ignore[arg-type]
         response_start=made.prompt,
     )
     return Batch(prompts=prompts, sequences=sequences)
@@ -109,6 +109,7 @@ def test_a_decode_step_reads_the_weights_and_what_is_valid():
     """Responses of 2 and 1 tokens behind 3: two steps, which see 4 and 5, and 4 tokens; 4 bytes a number."""
     made = case(prompts=1, samples=2)
     sequences = sampled(made, [2, 1]).sequences
+    assert sequences is not None
     assert work.decode_bytes(made.drawn, sequences) == 4 * (LAYER + LOGITS + (4 + 5 + 4) * 2 * 64 / 2)
     narrow = case(("generate.int8=[weights,cache]",), prompts=1, samples=2)
     assert work.decode_bytes(narrow.drawn, sequences) == LAYER + LOGITS + (4 + 5 + 4) * 2 * (64 + 4) / 2

@@ -26,7 +26,7 @@ from jaxrlhf.models.parameters import Leaf, parameter_table, weight_spec
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import IMPOSSIBLE, Sampling, choose, support, uniform_noise
 from jaxrlhf.sharding import MeshConfig
-from jaxrlhf.types import Prompts
+from jaxrlhf.types import Ask, Prompts, Trees
 from tests.support.tiny import wide
 
 CONFIGS = {
@@ -111,7 +111,8 @@ def sampling_program(model, name, runtime=FLOAT32):
 def forward_program(model, name, runtime=FLOAT32):
     """jit of the whole-row TokenStats under the same shaping, as the trainer computes them."""
     nets = make_nets({"policy": CONFIGS[model]}, runtime, SAMPLERS[name].sampling, lambda *_: None)  # pyright: ignore[reportArgumentType]
-    return jax.jit(lambda params, sequences: nets.token_stats("policy", {"policy": params}, sequences))
+    ask = Ask("policy", "token_stats")
+    return jax.jit(lambda params, sequences: nets.read(Trees({"policy": params}, {}), sequences, ask)[0])
 
 
 def draw(model, name, prompts=None, seed=5, step=2, runtime=FLOAT32) -> Any:

@@ -12,7 +12,7 @@ from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
-from jaxrlhf.types import Sequences
+from jaxrlhf.types import Ask, Sequences, Trees
 from tests.models.test_transformer import GEMMA3, LLAMA, weights
 from tests.support import tiny
 
@@ -49,7 +49,7 @@ def rows_of(copies: int, start: int = 6, room: int = 5):
     tokens = rng.integers(3, 100, valid.shape).astype(np.int32)
     for group in range(2):
         tokens[group * copies : (group + 1) * copies, :start] = tokens[group * copies, :start]
-    sequences = Sequences(*map(jnp.array, (tokens, valid, mask)), response_start=start, copies=copies)
+    sequences = Sequences(jnp.array(tokens), jnp.array(valid), jnp.array(mask), response_start=start, copies=copies)
     return sequences, int(lengths.sum(1).max())
 
 
@@ -67,8 +67,8 @@ def test_packed_responses_say_what_their_rows_do(cfg, copies):
     weigh = [rng.normal(size=mask.shape) for _ in range(3)] + [rng.normal(size=len(mask))]
 
     def asked(trees, sequences):
-        stats = nets.token_stats("policy", trees, sequences)
-        values, scores = nets.values("value", trees, sequences), nets.scores("value", trees, sequences)
+        asks = Ask("policy", "token_stats"), Ask("value", "values"), Ask("value", "scores")
+        stats, values, scores = nets.read(Trees(trees, {}), sequences, *asks)
         return [*(jnp.where(mask, x, 0) for x in (stats.logprobs, stats.entropy, values)), scores]
 
     def total(trees, sequences):
@@ -87,6 +87,6 @@ def test_splash_says_that_it_can_not():
     sequences, needed = rows_of(3)
     runtime = Runtime(hardware=Hardware("tpu"))
     nets = make_nets({"policy": LLAMA}, runtime, Sampling(), lambda *_: None)  # type: ignore[arg-type]
-    rows = dataclasses.replace(sequences, width=needed)
+    rows, ask = dataclasses.replace(sequences, width=needed), Ask("policy", "token_stats")
     with pytest.raises(ValueError, match=r"^batch.pack_widths: splash attention can't compute packed .*: 1\n"):
-        jax.eval_shape(lambda trees: nets.token_stats("policy", trees, rows), {"policy": weights(LLAMA)})
+        jax.eval_shape(lambda trees: nets.read(trees, rows, ask), Trees({"policy": weights(LLAMA)}, {}))

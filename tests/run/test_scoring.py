@@ -37,7 +37,7 @@ from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.scoring import joined, score
 from jaxrlhf.run.transfer import fetch, put
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
-from jaxrlhf.types import Batch, Sequences
+from jaxrlhf.types import Ask, Batch, Sequences, Trees
 from tests.support import runs, tiny
 
 MESHES = [(1, 1, 1), (2, 2, 2), (8, 1, 1)]  # data, fsdp, tensor
@@ -82,7 +82,8 @@ def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol,
         expected, metrics, sequences = one(run.state, run.batch)
         ids, valid = np.asarray(run.batch.prompts.tokens), np.asarray(run.batch.prompts.valid)
         records = [{"ids": row[real].tolist()} for row, real in zip(ids, valid)]
-        scores = tiny.program(lambda trees, rows: run.recipe.nets.scores("reward", trees, rows))
+        read, ask = run.recipe.nets.read, Ask("reward", "scores")
+        scores = tiny.program(lambda slow, rows: read(Trees({}, slow), rows, ask)[0])
         reward_model = {"reward": run.state.slow["reward"]}
 
         def function(responses: list[str], records: list[dict]) -> list[float]:

@@ -24,7 +24,7 @@ from jaxrlhf.run.state import abstract_params
 from jaxrlhf.serve import writer
 from jaxrlhf.serve.writer import generate_text
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from jaxrlhf.types import Params, Sequences
+from jaxrlhf.types import Ask, Params, Sequences, Trees
 from tests.support import runs
 
 PROMPTS = ["the film is", "the plot"]  # those of runs.whole
@@ -180,7 +180,7 @@ def test_an_exported_reward_model_keeps_its_scores(whole):
     nets = make_nets({"reward": cfg}, Runtime(), Sampling(), lambda *_: pytest.fail("nothing is sampled"))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        score = jax.jit(lambda tree: nets.scores("reward", {"reward": tree}, rows))
+        score = jax.jit(lambda tree: nets.read(Trees({"reward": tree}, {}), rows, Ask("reward", "scores"))[0])
         np.testing.assert_array_equal(score(ours), score(theirs))
         off = dict(ours, head=ours["head"] | {"bias": jnp.zeros(1)})
         assert not np.allclose(score(off), score(ours), atol=1e-4)

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.types import Batch, Nets, Prompts, Sequences
+from jaxrlhf.types import Ask, Batch, Nets, Prompts, Sequences, Trees
 from tests.support import tiny
 
 LETTERS = resolve(ModelConfig(vocab_size=4, hidden_size=16, num_layers=1, num_heads=2, mlp_size=32))
@@ -41,7 +41,7 @@ class Exact:
         self.log_p = tiny.program(lambda params: self.logprobs(nets, params))
 
     def logprobs(self, nets: Nets, params):
-        stats = nets.token_stats("policy", {"policy": params}, self.responses)
+        (stats,) = nets.read(Trees({"policy": params}, {}), self.responses, Ask("policy", "token_stats"))
         return jnp.where(self.responses.response_mask, stats.logprobs, 0).sum(-1)
 
     def __call__(self, params, reference) -> tuple[float, float]:

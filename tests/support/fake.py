@@ -1,26 +1,39 @@
 """Networks that answer what they are told to, and responses with random answers: for what an algorithm does itself."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.types import Nets, Prompts, Sequences, TokenStats, TrainState
+from jaxrlhf.types import Ask, Nets, Prompts, Sequences, TokenStats, TrainState, Trees
 
 PROMPT, ROOM = 3, 5
 LENGTHS = [5, 1, 0, 3, 4, 5]  # of the responses; one is empty
 
-# Networks whose parameters are their answers: trees[role] holds the arrays.
-FAKE = Nets(
-    token_stats=lambda role, trees, sequences: TokenStats(trees[role]["logprobs"], trees[role]["entropy"]),
-    values=lambda role, trees, sequences: trees[role]["values"],
-    policy_and_value=lambda trees, sequences: (
-        FAKE.token_stats("policy", trees, sequences),
-        FAKE.values("value", trees, sequences),
-    ),
-    scores=lambda role, trees, sequences: trees[role]["scores"],
-    sample=lambda *args: pytest.fail("nothing is sampled here"),
+
+def answering(**how: Callable[[Any, Sequences], Any]) -> Nets:
+    """Networks that answer each of these asks with a function of (the role's parameters, rows), and no other."""
+
+    def read(trees: Trees, rows: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
+        for ask in asks:
+            assert ask.what in how, f"asked {ask.role} for {ask.what}"
+        return tuple(how[ask.what](trees.of(ask.role), rows) for ask in asks)
+
+    return Nets(read, no_sample)
+
+
+def no_sample(*_: Any) -> Any:
+    pytest.fail("nothing is sampled here")
+
+
+# Networks whose parameters are their answers: each role's parameters hold the arrays.
+FAKE = answering(
+    token_stats=lambda params, rows: TokenStats(params["logprobs"], params["entropy"]),
+    values=lambda params, rows: params["values"],
+    scores=lambda params, rows: params["scores"],
 )
 
 

@@ -162,7 +162,7 @@ def sampler_of(
     sampler = Sampler(sampling, room, sampling.eos_ids, pad_id, (), samples_per_prompt, share)
 
     def sample(role, trees, prompts, seed, step):
-        return loop.sample(trees[role], model, prompts, seed, step, sampler, Runtime())
+        return loop.sample(trees.of(role), model, prompts, seed, step, sampler, Runtime())
 
     return sample
 

@@ -6,7 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.ops.masked import keep, sums
-from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, Sequences, TrainState, Updates
+from jaxrlhf.types import (
+    Algorithm,
+    Array,
+    Ask,
+    Batch,
+    Experience,
+    Mean,
+    Nets,
+    Sequences,
+    TrainState,
+    Trees,
+    Unpaired,
+    Updates,
+    given,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,20 +31,26 @@ class Config:
     passes: int = 2  # over the rows of an iteration; a name that the step does not know
 
 
-def response_logprobs(nets: Nets, role, trees, rows: Sequences):
+class Labelled(Experience, kw_only=True):
+    rows: Unpaired
+    ref_logprobs: Array  # f32[B] of whole responses
+
+
+def response_logprobs(nets: Nets, role: str, trees: Trees, rows: Sequences) -> Array:
     """log p of the whole responses, nats f32[B]."""
-    return keep(nets.token_stats(role, trees, rows).logprobs, rows.response_mask).sum(-1)
+    (stats,) = nets.read(trees, rows, Ask(role, "token_stats"))
+    return keep(stats.logprobs, rows.response_mask).sum(-1)
 
 
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: Config) -> tuple[Experience, dict[str, Mean]]:
-    rows = batch.unpaired
-    reference = response_logprobs(nets, "reference", state.slow, rows.responses)
-    return Experience(unpaired=rows.replace(mismatched=None), ref_logprobs=reference), {}
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: Config) -> tuple[Labelled, dict[str, Mean]]:
+    rows = given(batch.unpaired, "batch.unpaired")
+    reference = response_logprobs(nets, "reference", state.trees, rows.responses)
+    return Labelled(rows=rows.replace(mismatched=None), ref_logprobs=reference), {}
 
 
-def loss(nets: Nets, params, slow, minibatch: Experience, cfg: Config) -> tuple[dict[str, Mean], dict[str, Mean]]:
-    rows = minibatch.unpaired
-    ratio = response_logprobs(nets, "policy", params, rows.responses) - minibatch.ref_logprobs
+def loss(nets: Nets, trees: Trees, minibatch: Labelled, cfg: Config) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    rows = minibatch.rows
+    ratio = response_logprobs(nets, "policy", trees, rows.responses) - minibatch.ref_logprobs
     gain = jnp.where(rows.desirable, 1.0, -1.0) * cfg.beta * ratio
     total = sums(jax.nn.sigmoid(-gain), rows.responses.valid.any(-1))
     return {"policy": total}, {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.ops.kl import kl_estimate
 from jaxrlhf.ops.masked import keep, sums
-from jaxrlhf.types import Algorithm, Batch, Experience, Mean, Nets, TrainState, update_once
+from jaxrlhf.types import Algorithm, Ask, Batch, Experience, Mean, Nets, TrainState, Trees, given, update_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,15 +19,13 @@ class Config:
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: Config) -> tuple[Experience, dict[str, Mean]]:
-    return Experience(sequences=batch.sequences), {}
+    return Experience(responses=given(batch.sequences, "batch.sequences")), {}
 
 
-def loss(nets: Nets, params, slow, minibatch: Experience, cfg: Config) -> tuple[dict[str, Mean], dict[str, Mean]]:
-    rows = minibatch.sequences
-    logprobs, reference = (
-        keep(nets.token_stats(role, trees, rows).logprobs, rows.response_mask)
-        for role, trees in (("policy", params), ("reference", slow))
-    )
+def loss(nets: Nets, trees: Trees, minibatch: Experience, cfg: Config) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    rows = given(minibatch.responses, "responses")
+    found = nets.read(trees, rows, Ask("policy", "token_stats"), Ask("reference", "token_stats"))
+    logprobs, reference = (keep(stats.logprobs, rows.response_mask) for stats in found)
     kl = kl_estimate(logprobs, reference, "k3")
     total = sums(-logprobs + cfg.kl_coef * kl, rows.response_mask)
     return {"policy": total}, {"loss/policy": total, "kl/reference": sums(kl, rows.response_mask)}
