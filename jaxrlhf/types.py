@@ -5,7 +5,7 @@ log p(token t | tokens before t) and ``values[:, t]`` is V(state before token t)
 Prompts are left-padded to P columns, so every sampled response starts at column P.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -15,7 +15,9 @@ from flax import struct
 Array = jax.Array
 Params = Any  # a pytree of arrays
 Role = str  # "policy" | "value" | "reward" | "reference" | ...
-Head = Literal["lm", "scalar", "bare"]  # next-token logits; one number a token; the same, on another role's trunk
+# what a role's parameters end with: next-token logits; one number a token; the same, and action values of every next
+# token, on another role's trunk
+Head = Literal["lm", "scalar", "bare", "action"]
 Metrics = dict[str, Array]  # flat: "loss/policy", "kl/reference", "score/mean", ...; each f32[]
 
 
@@ -123,6 +125,22 @@ class Trees(NamedTuple):
         return self.params[role] if role in self.params else self.slow[role]
 
 
+class HeadSpec(NamedTuple):
+    """A head as an algorithm asks for it; "lm" and "scalar" alone are short for HeadSpec("lm"), HeadSpec("scalar")."""
+
+    outputs: Literal["lm", "scalar", "action"]  # action: f32[V] a token, read as Q(s, a) of every next token a
+    trunk: Role | None = None  # None: a model of its own; else a head on that role's trunk, whose pass serves both
+    gradient: float = 1.0  # share of the head's gradient that reaches the trunk
+
+
+class QStats(struct.PyTreeNode):
+    """Of the action values at each response token; one chunked pass over the vocabulary."""
+
+    chosen: Array  # f32[B, S]: Q(s_t, token t)
+    largest: Array  # f32[B, S]: max over tokens
+    logsumexp: Array  # f32[B, S]: log of the sum over tokens of exp Q
+
+
 class TrainState(struct.PyTreeNode):
     """All that a run needs to go on: saved whole, restored bitwise, donated to every iteration."""
 
@@ -145,10 +163,11 @@ class Ask(NamedTuple):
     token_stats: TokenStats of the response tokens, under the distribution that responses are sampled from.
     values: f32[B, S], column t of the state before token t.
     scores: f32[B], at the last valid token.
+    q: QStats of the action values at each response token; of an "lm" head, its logits are the action values.
     """
 
     role: Role
-    what: Literal["token_stats", "values", "scores"]
+    what: Literal["token_stats", "values", "scores", "q"]
 
 
 class Read(Protocol):
@@ -237,7 +256,7 @@ class ReadBatch(Protocol):
 
 
 class NeedRoles(Protocol):
-    def __call__(self, cfg: Any, /) -> tuple[dict[Role, Head], dict[Role, Head]]:
+    def __call__(self, cfg: Any, /) -> tuple[Mapping[Role, Head | HeadSpec], Mapping[Role, Head | HeadSpec]]:
         """Name the models of the algorithm.
 
         Args:
@@ -245,6 +264,7 @@ class NeedRoles(Protocol):
 
         Returns:
             (trained, slow): the head of each role. TrainState.params holds trained roles, TrainState.slow the others.
+            A slow head of action values starts as a trained one does, for ``after_update`` to move it.
         """
         ...
 

@@ -8,10 +8,13 @@ from typing import Any, get_args
 import jax
 
 from jaxrlhf.errors import cut, nearest, one_line
-from jaxrlhf.types import Algorithm, Batch, Experience, Head, Mean, Normalization, Sequences, TrainState, Updates
+from jaxrlhf.types import Algorithm, Batch, Experience, HeadSpec, Mean, Normalization, Sequences, TrainState, Updates
 from jaxrlhf.user_code import describe
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
+
+
+OUTPUTS = get_args(HeadSpec.__annotations__["outputs"])
 
 
 class AlgorithmError(ValueError):
@@ -118,11 +121,12 @@ def wrong_fields(found: Any, online: bool) -> str | None:
 
 
 def wrong_roles(found: Any, *_: Any) -> str | None:
-    expected = f'expected (trained, slow), as in ({{"policy": "lm"}}, {{}}); heads: {", ".join(get_args(Head))}'
+    expected = 'expected (trained, slow), as in ({"policy": "lm"}, {}); heads: lm, scalar, HeadSpec(...)'
     if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(heads, dict) for heads in found):
         return f"returned {show(found)}; {expected}"
     heads = [head for part in found for head in part.values()]
-    return f"returned {show(found)}; {expected}" if not found[0] or not {*heads} <= {*get_args(Head)} else None
+    known = lambda head: head in ("lm", "scalar") or (isinstance(head, HeadSpec) and head.outputs in OUTPUTS)
+    return None if found[0] and all(map(known, heads)) else f"returned {show(found)}; {expected}"
 
 
 def wrong_experience(found: Any, *_: Any) -> str | None:

@@ -7,7 +7,7 @@ from jaxrlhf.config.batch import KIND_OF, ROWS_KEY, divisors, fields_read, longe
 from jaxrlhf.config.field_types import hints
 from jaxrlhf.config.places import place_problems
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import find_algorithm, roles_of
+from jaxrlhf.config.roles import declared_trunks, find_algorithm, roles_of
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.chat import check_config
 from jaxrlhf.data.sources import DataConfig, SourceConfig
@@ -65,10 +65,16 @@ def role_problems(cfg: Config) -> Iterator[str]:
 
 
 def trunk_problems(cfg: Config, role: Role) -> Iterator[str]:
-    """Only the value model shares a trunk, and only the policy's: no algorithm reads others side by side."""
+    """What the algorithm puts on a trunk stays there; else only the value model shares one, and only the policy's."""
     model, (trained, _) = cfg.models[role], roles_of(cfg)
     where, default = f"models.{role}.share_trunk: true", type(model).trunk_gradient
-    if not model.share_trunk:
+    if (spec := declared_trunks(cfg).get(role)) is not None:
+        if not model.share_trunk or model.init_from != spec.trunk:
+            yield (
+                f"models.{role}: {cfg.algorithm_name} has it as a head on the {spec.trunk}; expected init_from "
+                f"{spec.trunk} and share_trunk true, or nothing"
+            )
+    elif not model.share_trunk:
         if model.trunk_gradient != default:
             wrong = f"{show(model.trunk_gradient)}: share_trunk is false, so there is no such gradient"
             yield f"models.{role}.trunk_gradient: {wrong}; nearest: {show(default)}"

@@ -1,13 +1,14 @@
 """The roles that a config's algorithm needs, and where each starts from."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxrlhf.algorithms import ALGORITHMS, find
 from jaxrlhf.config.record import Config, RoleConfig
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError, show
-from jaxrlhf.types import Algorithm, Head, Role
+from jaxrlhf.types import Algorithm, Head, HeadSpec, Role
 
 
 def find_algorithm(name: Any) -> Algorithm:
@@ -28,10 +29,14 @@ def with_default_roles(cfg: Config) -> Config:
     value model as the reward model, or where there is none, or it shares a trunk, as the policy. A policy that learns
     from its own responses always has a reference: an evaluation compares with it."""
     trained, slow = roles_of(cfg)
+    trunks = declared_trunks(cfg)
     needed = {*trained, *slow} | ({"reference"} if find_algorithm(cfg.algorithm_name).online else set())
     origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
     left_out = [role for role in origins if role in needed and role not in cfg.models]
     models = cfg.models | {role: RoleConfig(init_from=origins[role]) for role in left_out}
+    for role in [role for role in trunks if role not in models]:
+        spec = trunks[role]
+        models[role] = RoleConfig(init_from=spec.trunk, share_trunk=True, trunk_gradient=spec.gradient)
     for role, model in models.items():
         if model.share_trunk and model.init_from is None and model.architecture is None:
             models[role] = dataclasses.replace(model, init_from="policy")
@@ -43,13 +48,32 @@ def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
     a trunk is a bare head."""
     algorithm = find_algorithm(cfg.algorithm_name)
     scored = cfg.rewards.on_host and algorithm.online  # offline there is nothing to score
-    bare: dict[Role, Head] = {role: "bare" for role, model in cfg.models.items() if model.share_trunk}
+    shared = {role for role, model in cfg.models.items() if model.share_trunk}
 
-    def needed(heads: dict[Role, Head]) -> dict[Role, Head]:
-        return {role: bare.get(role, head) for role, head in heads.items() if not (scored and role == "reward")}
+    def needed(heads: Mapping[Role, Head | HeadSpec]) -> dict[Role, Head]:
+        return {
+            role: head_of(head, role in shared) for role, head in heads.items() if not (scored and role == "reward")
+        }
 
     trained, slow = algorithm.roles(cfg.algorithm)
     return needed(trained), needed(slow)
+
+
+def head_of(asked: Head | HeadSpec, shared: bool = False) -> Head:
+    """The head of a role's parameters; ``shared``: the config puts it on another role's trunk."""
+    if asked == "bare":
+        return "bare"
+    spec = asked if isinstance(asked, HeadSpec) else HeadSpec(asked)
+    if spec.trunk is None and not shared:
+        return "lm" if spec.outputs == "action" else spec.outputs
+    return "bare" if spec.outputs == "scalar" else spec.outputs
+
+
+def declared_trunks(cfg: Config) -> dict[Role, HeadSpec]:
+    """The roles that the algorithm itself puts on another role's trunk."""
+    trained, slow = find_algorithm(cfg.algorithm_name).roles(cfg.algorithm)
+    heads = {**trained, **slow}
+    return {role: head for role, head in heads.items() if isinstance(head, HeadSpec) and head.trunk is not None}
 
 
 def trunks_of(cfg: Config) -> dict[Role, Role]:

@@ -22,7 +22,7 @@ from jaxrlhf.run.feed import held_out
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import current
-from jaxrlhf.types import TrainState
+from jaxrlhf.types import TrainState, Trees
 
 
 def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def pair_report(ready: Run, state: TrainState, batches: list[HostBatch]) -> dict
 
     The expected calibration error is over 10 bins of the probability of the predicted preference (Guo et al. 2017).
     """
-    trees = state.params if "reward" in state.params else state.slow
-    if "reward" not in trees or not batches:
+    if "reward" not in {*state.params, *state.slow} or not batches:
         return {}
+    trees = Trees({"reward": state.trees.of("reward")}, {})
     score = processes.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
     differences = []
     for host in batches:

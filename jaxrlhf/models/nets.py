@@ -12,11 +12,11 @@ from jaxrlhf.models.heads import gathered_head, lm_logits, scalar, scale_gradien
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.models.response_packing import Places, apart, places, side_by_side
 from jaxrlhf.models.transformer import Runtime, forward, forward_responses
-from jaxrlhf.ops.logprobs import chunked_token_stats, stored_logits
+from jaxrlhf.ops.logprobs import action_values, in_chunks, stored_logits, token_logprobs
 from jaxrlhf.ops.masked import at_last
 from jaxrlhf.ops.rows import group_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, shape_logits
-from jaxrlhf.types import Array, Ask, Nets, Params, Role, Sample, Sequences, TokenStats, Trees
+from jaxrlhf.types import Array, Ask, Nets, Params, QStats, Role, Sample, Sequences, TokenStats, Trees
 
 
 def segments(sequences: Sequences) -> Array:
@@ -81,6 +81,8 @@ def make_nets(
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
     ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head."""
 
+    stored = stored_logits(runtime.hardware.platform)
+
     def trunk_of(role: Role) -> Role:
         return trunks[role].role if role in trunks else role
 
@@ -100,21 +102,28 @@ def make_nets(
             keep = found.tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
             return shape_logits(logits, sampling, found.index(columns), keep)
 
-        stored = stored_logits(runtime.hardware.platform)
-        stats = chunked_token_stats(found.before(), found.tokens, logits_of, padded_vocab(cfg), stored)
+        stats = in_chunks(token_logprobs, found.before(), found.tokens, logits_of, padded_vocab(cfg), stored)
         return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
 
-    def values(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+    def q(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> QStats:
+        cfg, head = configs[role], gathered_head(trees.of(role), runtime.compute)
+        q_of = lambda hidden, columns: lm_logits(head, cfg, hidden)
+        stats = in_chunks(action_values, states_of(found, role), found.tokens, q_of, padded_vocab(cfg), stored)
+        return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
+
+    def states_of(found: Pass, role: Role) -> Array:
+        """[R, C, D]: before each response token, for the role's head."""
         states = found.before()
-        if role in trunks:
-            states = scale_gradient(states, trunks[role].gradient)
-        return widen(found.rows(scalar(trees.of(role), states)), sequences)
+        return scale_gradient(states, trunks[role].gradient) if role in trunks else states
+
+    def values(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+        return widen(found.rows(scalar(trees.of(role), states_of(found, role))), sequences)
 
     def scores(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         every = scalar(trees.of(role), found.states)
         return found.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
-    answers = {"token_stats": token_stats, "values": values, "scores": scores}
+    answers = {"token_stats": token_stats, "values": values, "scores": scores, "q": q}
     return Nets(read, sample)
 
 

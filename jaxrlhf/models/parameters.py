@@ -34,6 +34,8 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
     dim, vocab = cfg.hidden_size, padded_vocab(cfg)
     if head == "bare":
         return {"head": scalar_table(cfg)}
+    if head == "action":
+        return {"head": {"kernel": Leaf((dim, vocab), ("embed", "vocab"), 0.02)}}
     table = {
         "embed": {"tokens": {"embedding": Leaf((vocab, dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
         "layers": {"attention": attention_table(cfg) | branch_norms(cfg), "mlp": mlp_table(cfg) | branch_norms(cfg)},

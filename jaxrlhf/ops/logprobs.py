@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.sharding import laid_as, split_columns, split_over, whole_rows
-from jaxrlhf.types import Array, TokenStats
+from jaxrlhf.types import Array, QStats, TokenStats
+
+T = TypeVar("T")
 
 # floats of a device: below it all logits are kept for the backward pass, above it recomputed, so many at a time
 STORED_LOGITS = 2**24
@@ -68,10 +71,24 @@ def pick_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, None]:
 pick.defvjp(pick_forward, pick_backward)
 
 
-def chunked_token_stats(
-    hidden: Array, tokens: Array, logits_of: Callable[[Array, Array], Array], vocab: int, stored: int
-) -> TokenStats:
-    """token_logprobs of ``logits_of(hidden, columns)`` over chunks of columns.
+def action_values(values: Array, tokens: Array) -> QStats:
+    """Q(s, token), max and logsumexp of Q(s, .), in float32: values [..., V], tokens i32[...]."""
+    values = values.astype(jnp.float32)
+    largest = values.max(-1)
+    total = jnp.exp(values - jax.lax.stop_gradient(largest)[..., None]).sum(-1)
+    return QStats(pick(values, tokens), largest, jax.lax.stop_gradient(largest) + jnp.log(total))
+
+
+def in_chunks(
+    reduce: Callable[[Array, Array], T],
+    hidden: Array,
+    tokens: Array,
+    logits_of: Callable[[Array, Array], Array],
+    vocab: int,
+    stored: int,
+) -> T:
+    """``reduce(logits_of(hidden, columns), tokens)`` over chunks of columns: token_logprobs, action_values, or another
+    function of f32[B, C, V] and i32[B, C] to arrays [B, C].
 
     hidden [B, S, D] is aligned: column t is the state before token t. Up to ``stored`` logits of a device are computed
     at once; else each chunk of so many is recomputed in the backward pass, so that [B, S, V] is never stored. Every
@@ -81,7 +98,7 @@ def chunked_token_stats(
     columns = jnp.arange(size)
     num_chunks = min(size, math.ceil(batch * size * vocab / split_over("batch", "vocab") / stored))
     if num_chunks <= 1:
-        return token_logprobs(logits_of(hidden, columns), tokens)
+        return reduce(logits_of(hidden, columns), tokens)
     width = math.ceil(size / num_chunks)
     extra = num_chunks * width - size
 
@@ -92,7 +109,7 @@ def chunked_token_stats(
     @jax.checkpoint
     def chunk(_, part):
         states, ids, where = part
-        return None, token_logprobs(logits_of(states, where), ids)
+        return None, reduce(logits_of(states, where), ids)
 
     where = jnp.pad(columns, (0, extra)).reshape(num_chunks, width)
     _, stats = jax.lax.scan(chunk, None, (split(hidden), split(tokens), where))

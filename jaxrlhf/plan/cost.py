@@ -254,7 +254,7 @@ def recomputed(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
     """What the backward pass does again: the head's logits where they are chunked, and the gathering of weights; under
     remat full all layers, under dots attention's products."""
     whole, layers = forward(cfg, head, one, setup), layers_forward(cfg, head, one, setup)
-    again = Work(whole.flops - layers.flops, whole.hbm - layers.hbm) if head == "lm" else Work()
+    again = Work(whole.flops - layers.flops, whole.hbm - layers.hbm) if head in ("lm", "action") else Work()
     if setup.remat == "full":
         return again.plus(layers)
     size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp

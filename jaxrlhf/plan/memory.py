@@ -82,7 +82,7 @@ def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
         layer_activations(one, cfg, setup)
         + 2 * layer
         + outside(cfg, head, tensor) * setup.compute
-        + (chunk if head == "lm" else 0)
+        + (chunk if head in ("lm", "action") else 0)
     )
 
 

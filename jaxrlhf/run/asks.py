@@ -10,10 +10,10 @@ from jax.extend.core import Var
 
 from jaxrlhf.config.roles import trunks_of
 from jaxrlhf.run.build import Blueprint
-from jaxrlhf.types import Ask, Batch, Nets, Prompts, Role, Sequences, TokenStats, TrainState, Trees, given
+from jaxrlhf.types import Ask, Batch, Nets, Prompts, QStats, Role, Sequences, TokenStats, TrainState, Trees, given
 
 # "states": of a trunk alone; "head": numbers of states that another pass left
-Kind = Literal["token_stats", "values", "scores", "states", "head", "sample"]
+Kind = Literal["token_stats", "values", "scores", "q", "states", "head", "sample"]
 
 
 def blank_state(drawn: Blueprint) -> TrainState:
@@ -58,7 +58,8 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
 def zeros_of(ask: Ask, sequences: Sequences) -> Any:
     """The answer to ``ask``, all zeros."""
     a_token, a_row = jnp.zeros(sequences.tokens.shape), jnp.zeros(sequences.tokens.shape[:1])
-    return {"token_stats": TokenStats(a_token, a_token), "values": a_token, "scores": a_row}[ask.what]
+    stats, q = TokenStats(a_token, a_token), QStats(a_token, a_token, a_token)
+    return {"token_stats": stats, "values": a_token, "scores": a_row, "q": q}[ask.what]
 
 
 def asked_before_scores(drawn: Blueprint, state: TrainState, batch: Batch) -> bool:

@@ -33,6 +33,8 @@ def export(name, role: Role, to) -> tuple[str, list[str]]:
     if role not in extra["models"]:
         raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")
     cfg, head = model_of(extra["models"][role])
+    if head == "action":
+        raise ValueError(f"--role {role}: action values, which no Hugging Face class holds; expected policy")
     dtype = extra["models"][role].get("dtype") or extra["dtype"]  # an older run has one for all roles
     folder = epath.Path(run_dir) / "tokenizer"
     tokenizer = tokenizers.load_tokenizer(os.fspath(folder))

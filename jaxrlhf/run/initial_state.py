@@ -29,8 +29,8 @@ def read_weights(run: Run, role: Role) -> Params:
     key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)
     if found.kind == "new":
         return jax.jit(lambda: parameters.init(found.config, head, key, dtype))()
-    if head == "bare" and found.head in ("lm", None):  # there is nothing to read
-        return state.scalar_head(found.config, key, dtype, zero)
+    if (head == "bare" and found.head in ("lm", None)) or (head == "action" and found.head != "action"):
+        return state.new_head(found.config, head, key, dtype, zero)  # there is nothing to read
     if found.kind == "run":
         models = found.record["models"]
         params = saved_run.restore_model(found.path, found.step, models, found.role, dtype, run.mesh)

@@ -63,6 +63,8 @@ def check_loaded(cfg: Config, weights: Mapping[Role, Weights], heads: Mapping[Ro
             )
         if role in trained:
             continue
+        if head == "action" and any(heads[other] == head and base_role(cfg, other) == base for other in trained):
+            continue  # it starts as that one does
         if found.kind == "new" and not (base in trained and head == heads[base]):
             raise ConfigError(
                 f"models.{role}{'.architecture' if base == role else f'.init_from: {from_role}'}: its weights would be "

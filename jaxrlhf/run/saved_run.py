@@ -53,7 +53,7 @@ def model_of(record: dict) -> tuple[ModelConfig, Head]:
     fields = with_tuples(record["config"])
     if fields.get("rope_scaling"):
         fields["rope_scaling"] = RopeScaling(**with_tuples(fields["rope_scaling"]))
-    return resolve(ModelConfig(**fields)), "scalar" if "trunk" in record else record["head"]
+    return resolve(ModelConfig(**fields)), "scalar" if record["head"] == "bare" else record["head"]
 
 
 def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -41,26 +41,27 @@ def abstract_state(
     return concrete(jax.eval_shape(make, params, slow), mesh)
 
 
-def scalar_head(cfg: ModelConfig, key: Array, dtype, zero: bool) -> Params:
-    """A bare head as parameters.init would have it, or at 0 (``zero``: a value model that knows nothing)."""
-    params = jax.jit(lambda: init(cfg, "bare", key, dtype))()
+def new_head(cfg: ModelConfig, head: Head, key: Array, dtype, zero: bool) -> Params:
+    """A head on a trunk ("bare", "action") as parameters.init would have it, or at 0 (``zero``: a value model that
+    knows nothing)."""
+    params = jax.jit(lambda: init(cfg, head, key, dtype))()
     return jax.tree.map(jnp.zeros_like, params) if zero else params
 
 
 def change_head(params: Params, cfg: ModelConfig, old: Head, new: Head, key: Array, zero: bool = False) -> Params:
-    """The same trunk under another head; a new one is a scalar_head.
+    """The same trunk under another head; a new one is a new_head.
 
     Raises ValueError where a language-model head is wanted that the trunk does not hold (scalar to untied lm)."""
+    if (new, old) in (("bare", "scalar"), ("action", "action")):
+        return {"head": params["head"]}
     if old == new:
         return params
-    if new == "bare" and old == "scalar":
-        return {"head": params["head"]}
     trunk = {name: part for name, part in params.items() if name != "head"}
     if new == "lm":
         if not cfg.tie_embeddings:
             raise ValueError("a scalar-headed model with untied embeddings has no language-model head to start from")
         return trunk
-    return trunk | scalar_head(cfg, key, params["embed"]["tokens"]["embedding"].dtype, zero)
+    return trunk | new_head(cfg, "bare", key, params["embed"]["tokens"]["embedding"].dtype, zero)
 
 
 def copy(params: Params) -> Params:

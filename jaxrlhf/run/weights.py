@@ -43,7 +43,7 @@ def of_run(run_dir: str, step: int, extra: dict, role: Role) -> Weights:
 def in_folder(folder: str, wanted: Head) -> Weights:
     """The Weights of a Hugging Face folder. Raises ValueError where its files are not those of a whole model."""
     shape, head = hf_config.read_config(folder)
-    if wanted != "lm" and head == "lm" and hf_tensors.has_score(folder):
+    if wanted in ("scalar", "bare") and head == "lm" and hf_tensors.has_score(folder):
         head = "scalar"
     held = hf_tensors.examine(folder, shape, head)
     notes = (f"{folder}: not read: {hf_tensors.kinds(held.left)}",) if held.left else ()

@@ -99,9 +99,9 @@ def test_the_kl_regularised_optimum_is_a_stationary_point():
         """Over all pairs; a pair's loss is differentiated by itself, then weighted."""
         total = jnp.zeros(VOCAB)
         for pair in itertools.product(range(VOCAB), repeat=2):
-            nets = TABULAR._replace(
-                token_stats=lambda role, trees, sequences: TokenStats(
-                    jax.nn.log_softmax(trees[role])[sequences.tokens], jnp.zeros(sequences.tokens.shape)
+            nets = fake.answering(
+                token_stats=lambda params, rows: TokenStats(
+                    jax.nn.log_softmax(params)[rows.tokens], jnp.zeros(rows.tokens.shape)
                 )
             )
             column = jnp.array(pair)[:, None]

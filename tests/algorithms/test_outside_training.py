@@ -1,14 +1,20 @@
 """Algorithms written outside the package, against its records alone: they are found by name and train."""
 
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.step import make_iteration
-from jaxrlhf.types import Batch, Metrics, TrainState
-from tests.algorithms.outside import kto_shaped, moving_reference
+from jaxrlhf.models.heads import lm_logits, scalar
+from jaxrlhf.models.nets import segments
+from jaxrlhf.models.transformer import Runtime, forward
+from jaxrlhf.step import gradients, make_iteration
+from jaxrlhf.types import Ask, Batch, Metrics, QStats, TrainState
+from tests.algorithms.outside import ilql_shaped, kto_shaped, moving_reference
 from tests.support import tiny
+from tests.support.flops import flops
 
 WHERE = "tests.algorithms.outside"
 
@@ -46,3 +52,78 @@ def test_a_slow_role_follows_the_policy():
         for found, wanted in pairs:
             np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
     assert not tiny.equal_trees(states[1].slow, states[2].slow)
+
+
+# ---- Q heads on the policy's trunk ----------------------------------------------------------------------------------
+
+ILQL = ilql_shaped.Config()
+
+
+def ilql_by_loop(state: TrainState, rows: Any, good: np.ndarray, cfg: ilql_shaped.Config) -> dict[str, float]:
+    """Mean losses in float64, a token at a time, from the hidden states of the policy alone."""
+    hidden = forward(state.params["policy"], tiny.MODEL, rows.tokens, segments(rows), Runtime())
+    wide = lambda tree: np.asarray(lm_logits(tree, tiny.MODEL, hidden), np.float64)
+    logits, values = wide(state.params["policy"]), np.asarray(scalar(state.params["value"], hidden), np.float64)
+    q = {role: wide(state.params[role]) for role in ilql_shaped.QS}
+    target = [wide(state.slow[f"target_{role}"]) for role in ilql_shaped.QS]
+    lse = lambda x: x.max() + np.log(np.exp(x - x.max()).sum())
+    losses: dict[str, list[Any]] = {"policy": [], "value": [], "q1": [], "q2": []}
+    mask, tokens = np.asarray(rows.response_mask), np.asarray(rows.tokens)
+    for row, t in zip(*np.nonzero(mask)):
+        last = t + 1 == mask.shape[1] or not mask[row, t + 1]
+        token, before = tokens[row, t], (row, t - 1)
+        backup = float(good[row]) if last else cfg.gamma * values[row, t]
+        losses["policy"].append(lse(logits[before]) - logits[before][token])
+        error = min(one[before][token] for one in target) - values[before]
+        losses["value"].append((cfg.expectile if error > 0 else 1 - cfg.expectile) * error**2)
+        for role, found in q.items():
+            chosen = found[before][token]
+            losses[role].append((chosen - backup) ** 2 + cfg.conservative * (lse(found[before]) - chosen))
+    return {role: float(np.mean(terms)) for role, terms in losses.items()}
+
+
+def test_an_ilql_shaped_algorithm_learns_values_as_a_numpy_loop_has_them():
+    rows = tiny.unpaired()
+    states, (first, second) = trained("ilql_shaped", ILQL, Batch(unpaired=rows))
+    expected = ilql_by_loop(states[0], rows.responses, np.asarray(rows.desirable), ILQL)
+    for role, wanted in expected.items():
+        np.testing.assert_allclose(first[f"loss/{role}"], wanted, rtol=1e-4, err_msg=role)
+    assert all(second[f"loss/{role}"] < first[f"loss/{role}"] for role in ("policy", "q1", "q2"))
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float64), states[0].slow)
+    for state in states[1:]:
+        for role in ilql_shaped.QS:
+            new, old = np.asarray(state.params[role]["head"]["kernel"]), expected[f"target_{role}"]["head"]["kernel"]
+            expected[f"target_{role}"] = {"head": {"kernel": 0.1 * new + 0.9 * old}}
+            found = state.slow[f"target_{role}"]["head"]["kernel"]
+            np.testing.assert_allclose(found, expected[f"target_{role}"]["head"]["kernel"], rtol=1e-5, atol=1e-6)
+    assert not tiny.equal_trees(states[0].slow, states[1].slow)
+
+
+def test_six_heads_on_one_trunk_are_one_pass():
+    """FLOPs of the traced gradient: those of supervised fine-tuning, and of five heads; four of them go back too."""
+    rows = tiny.unpaired()
+    ilql = tiny.build(f"{WHERE}.ilql_shaped:ALGORITHM", ILQL, batch=Batch(unpaired=rows))
+    sft = tiny.build("sft", None, batch=Batch(sequences=rows.responses))
+
+    def traced(run: tiny.Tiny) -> int:
+        experience = run.recipe.algorithm.prepare(run.recipe.nets, run.state, run.batch, run.recipe.cfg)[0]
+        return flops(jax.make_jaxpr(partial(gradients, run.recipe))(run.state, experience))
+
+    tokens = rows.responses.tokens.shape[0] * 6
+    wide, narrow = (2 * tokens * tiny.MODEL.hidden_size * size for size in (tiny.MODEL.vocab_size, 1))
+    most = 2 * 3 * wide + 2 * wide + 3 * narrow  # two Q heads that learn, two that do not, one value head
+    assert 0.95 * (2 * 3 * wide) < traced(ilql) - traced(sft) <= 1.05 * most
+
+
+def test_q_of_a_model_s_own_logits():
+    """An "lm" head read as action values: its logits."""
+    run = tiny.build("sft", None)
+    rows = tiny.sequences()
+    (found,) = tiny.program(lambda trees: run.recipe.nets.read(trees, rows, Ask("policy", "q")))(run.state.trees)
+    hidden = forward(run.state.params["policy"], tiny.MODEL, rows.tokens, segments(rows), Runtime())
+    logits = lm_logits(run.state.params["policy"], tiny.MODEL, hidden)[:, :-1]
+    chosen = jnp.take_along_axis(logits, rows.tokens[:, 1:, None], axis=-1)[..., 0]
+    mask = rows.response_mask[:, 1:]
+    wanted = QStats(chosen, logits.max(-1), jax.nn.logsumexp(logits, axis=-1))
+    same = lambda got, expected: np.testing.assert_allclose(got[:, 1:][mask], expected[mask], atol=1e-5)
+    jax.tree.map(same, found, wanted)

@@ -12,7 +12,7 @@ from jaxrlhf.models import linear
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.heads import gathered_head, lm_logits
 from jaxrlhf.models.transformer import Runtime, forward
-from jaxrlhf.ops.logprobs import chunked_token_stats
+from jaxrlhf.ops.logprobs import in_chunks, token_logprobs
 from jaxrlhf.plan import hlo
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, current, make_mesh, row_layout
@@ -131,7 +131,7 @@ def test_the_gradient_of_the_head_is_summed_once(tied):
         def total(params, states, tokens):
             head = gathered_head(params, jnp.float32)
             logits_of = lambda states, _: lm_logits(head, cfg, states)
-            return chunked_token_stats(states, tokens, logits_of, vocab, stored).logprobs.sum()
+            return in_chunks(token_logprobs, states, tokens, logits_of, vocab, stored).logprobs.sum()
 
         with current(mesh):
             every = tiny.parameters(cfg, "lm", 0)

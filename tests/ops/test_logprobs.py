@@ -69,10 +69,22 @@ def test_gradient_is_one_hot_less_softmax():
     np.testing.assert_allclose(gradient, np.eye(VOCAB)[tokens] - jax.nn.softmax(logits), atol=1e-6)
 
 
+def test_action_values_are_a_numpy_loop():
+    values, tokens = draw(5, 30.0)
+    found = ops.action_values(jnp.array(values), jnp.array(tokens))
+    for where in np.ndindex(tokens.shape):
+        row = values[where].astype(np.float64)
+        expected = row[tokens[where]], row.max(), row.max() + np.log(np.exp(row - row.max()).sum())
+        got = found.chosen[where], found.largest[where], found.logsumexp[where]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+    softmax = jax.grad(lambda x: ops.action_values(x, jnp.array(tokens)).logsumexp.sum())(jnp.array(values))
+    np.testing.assert_allclose(softmax, jax.nn.softmax(values), atol=1e-6)
+
+
 def chunked(hidden, kernel, tokens, stored=2**24):
     """Logits that also depend on the column, so that a chunk which is told the wrong columns shows."""
     logits_of = lambda states, columns: states @ kernel + 0.1 * columns[:, None] * jnp.arange(VOCAB)
-    return ops.chunked_token_stats(hidden, tokens, logits_of, VOCAB, stored)
+    return ops.in_chunks(ops.token_logprobs, hidden, tokens, logits_of, VOCAB, stored)
 
 
 @pytest.mark.parametrize("stored", [1, 2 * ROWS * VOCAB, 3 * ROWS * VOCAB])  # 7 columns: 7 chunks of 1, 4 of 2, 3 of 3

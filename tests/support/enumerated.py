@@ -71,5 +71,10 @@ def run(name: str, cfg: Any, rows: int = 64, samples_per_prompt: int = 1) -> tup
         samples_per_prompt=samples_per_prompt,
         eos_ids=(LAST,),
     )
-    nets = made.recipe.nets._replace(scores=lambda role, trees, sequences: reward_of(sequences))
-    return made._replace(recipe=made.recipe._replace(nets=nets)), Exact(nets)
+    nets = made.recipe.nets
+
+    def read(trees: Trees, rows: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
+        found = iter(nets.read(trees, rows, *(ask for ask in asks if ask.what != "scores")))
+        return tuple(reward_of(rows) if ask.what == "scores" else next(found) for ask in asks)
+
+    return made._replace(recipe=made.recipe._replace(nets=nets._replace(read=read))), Exact(nets)

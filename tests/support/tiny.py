@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxrlhf.algorithms import find
+from jaxrlhf.config.roles import head_of
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -20,7 +21,7 @@ from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Batch, Params, Preferences, Prompts, Sequences, TrainState, Unpaired
+from jaxrlhf.types import Batch, HeadSpec, Params, Preferences, Prompts, Sequences, TrainState, Unpaired
 
 MODEL = resolve(ModelConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32))
 ADAM = OptimizerConfig(learning_rate=1e-3)
@@ -138,9 +139,12 @@ def build(
     algorithm = find(name)
     trained, slow = algorithm.roles(cfg)
     trunks = {} if trunk_gradient is None else {"value": Trunk("policy", trunk_gradient)}
-    trained = trained | dict.fromkeys(trunks, "bare")
-    seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2}
-    make = lambda heads: {role: parameters(model, head, seeds[role]) for role, head in heads.items()}
+    for role, spec in {**trained, **slow}.items():
+        if isinstance(spec, HeadSpec) and spec.trunk is not None:
+            trunks[role] = Trunk(spec.trunk, spec.gradient)
+    seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2, "q1": 3, "q2": 4, "target_q1": 3, "target_q2": 4}
+    head_in = lambda heads, role: head_of(heads[role], role in trunks)
+    make = lambda heads: {role: parameters(model, head_in(heads, role), seeds[role]) for role in heads}
     optimizers = {role: make_optimizer(optimizer, 1000) for role in trained}
     sampling = Sampling(temperature, eos_ids=eos_ids)
     nets = make_nets(
