@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.answers import Answered, recording, replaying
 from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffled_parts, split_rows
 from jaxrlhf.optim import learning_rate
 from jaxrlhf.response_widths import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across
 from jaxrlhf.types import (
-    Algorithm,
     Array,
     Batch,
     Experience,

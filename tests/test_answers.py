@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf import step as steps
+from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
@@ -18,7 +19,7 @@ from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.run import scoring
 from jaxrlhf.run.asks import asked_before_scores
 from jaxrlhf.run.programs import overlaps
-from jaxrlhf.types import Algorithm, Ask, Batch, Experience, Nets, Sequences, TrainState
+from jaxrlhf.types import Ask, Batch, Experience, Nets, Sequences, TrainState
 from tests.support import tiny
 
 

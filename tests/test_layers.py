@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 # floors, lowest first: the first part of a module's name below jaxrlhf, or inside run/ the second
 FLOORS = (
     ("", "errors", "paths", "types", "tpu"),
-    ("sharding", "optim", "hosts", "log", "user_code"),
+    ("algorithm", "sharding", "optim", "hosts", "log", "user_code"),
     ("ops",),
     ("models", "algorithms", "data", "rewards"),
     ("answers", "response_widths", "step", "generate"),
@@ -39,7 +39,7 @@ RUN_LAYERS = {f"run.{name}": floor for floor, names in enumerate(IN_RUN) for nam
 ONLY = {
     "ops": {"types", "sharding", "ops"},  # pure array maths
     # an algorithm reaches networks through Nets alone
-    "algorithms": {"types", "ops", "user_code", "errors", "algorithms"},
+    "algorithms": {"types", "algorithm", "ops", "user_code", "errors", "algorithms"},
     "data": {"types", "sharding", "errors", "paths", "data"},  # text to tokens on the host
     "rewards": {"types", "user_code", "errors", "rewards"},
 }

@@ -15,26 +15,14 @@ import pytest
 from jax.profiler import ProfileData
 
 from jaxrlhf import step as steps
+from jaxrlhf.algorithm import Algorithm, Updates
 from jaxrlhf.algorithms.ppo import PPOConfig, PPOExperience
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import (
-    Algorithm,
-    Ask,
-    Batch,
-    Experience,
-    Mean,
-    Preferences,
-    Rows,
-    Sequences,
-    TrainState,
-    Trees,
-    Updates,
-    given,
-)
+from jaxrlhf.types import Ask, Batch, Experience, Mean, Preferences, Rows, Sequences, TrainState, Trees, given
 from tests.support import fake, tiny
 
 NO_NETS = fake.answering()

@@ -1,9 +1,9 @@
 """The table of algorithms. To add one: a file with an ALGORITHM, a row here, a YAML, a test file."""
 
 from jaxrlhf import user_code
+from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import dpo, grpo, kto, ppo, rm, sft
 from jaxrlhf.algorithms.guarded import checked
-from jaxrlhf.types import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": sft.ALGORITHM,
@@ -25,5 +25,5 @@ def find(name: str) -> Algorithm:
     found = user_code.find(name)
     if not isinstance(found, Algorithm):
         what = found.__name__ if isinstance(found, type) else type(found).__name__
-        raise ValueError(f"{what}: expected an Algorithm of jaxrlhf.types")
+        raise ValueError(f"{what}: expected an Algorithm of jaxrlhf.algorithm")
     return checked(name, found)

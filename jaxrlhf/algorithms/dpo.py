@@ -8,24 +8,12 @@ it as they teach a reward model.
 import dataclasses
 from typing import Literal
 
+from jaxrlhf.algorithm import Algorithm, update_once
 from jaxrlhf.algorithms.offline import response_logprobs
 from jaxrlhf.ops.losses import bradley_terry, ipo
 from jaxrlhf.ops.masked import sums
 from jaxrlhf.ops.rows import deinterleave, interleave
-from jaxrlhf.types import (
-    Algorithm,
-    Array,
-    Batch,
-    Experience,
-    Mean,
-    Nets,
-    Preferences,
-    Role,
-    TrainState,
-    Trees,
-    given,
-    update_once,
-)
+from jaxrlhf.types import Array, Batch, Experience, Mean, Nets, Preferences, Role, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,13 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import on_policy
 from jaxrlhf.ops.advantages import GroupBaseline, group_advantages
 from jaxrlhf.ops.kl import kl_estimate
 from jaxrlhf.ops.losses import Aggregation, aggregate, clipped_policy_terms
 from jaxrlhf.ops.masked import keep, row_means
-from jaxrlhf.types import Algorithm, Array, Ask, Batch, Experience, Head, Mean, Nets, Role, TrainState, Trees, given
+from jaxrlhf.types import Array, Ask, Batch, Experience, Head, Mean, Nets, Role, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)

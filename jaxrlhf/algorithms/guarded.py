@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 import jax
 
+from jaxrlhf.algorithm import Algorithm, Normalization, Updates
 from jaxrlhf.errors import cut, nearest, one_line
-from jaxrlhf.types import Algorithm, Batch, Experience, HeadSpec, Mean, Normalization, Sequences, TrainState, Updates
+from jaxrlhf.types import Batch, Experience, HeadSpec, Mean, Sequences, TrainState
 from jaxrlhf.user_code import describe
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Batch))

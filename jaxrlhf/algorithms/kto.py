@@ -15,23 +15,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Algorithm, update_once
 from jaxrlhf.algorithms.offline import response_logprobs
 from jaxrlhf.ops import masked
 from jaxrlhf.ops.masked import sums
 from jaxrlhf.ops.rows import deinterleave, interleave
-from jaxrlhf.types import (
-    Algorithm,
-    Array,
-    Batch,
-    Experience,
-    Mean,
-    Nets,
-    TrainState,
-    Trees,
-    Unpaired,
-    given,
-    update_once,
-)
+from jaxrlhf.types import Array, Batch, Experience, Mean, Nets, TrainState, Trees, Unpaired, given
 
 
 @dataclasses.dataclass(frozen=True)

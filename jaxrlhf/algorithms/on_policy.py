@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Updates
 from jaxrlhf.ops.advantages import missing_eos
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
-from jaxrlhf.types import Array, Ask, Mean, Nets, Sequences, TrainState, Trees, Updates, given
+from jaxrlhf.types import Array, Ask, Mean, Nets, Sequences, TrainState, Trees, given
 
 
 def scores_of(nets: Nets, trees: Trees, sequences: Sequences) -> Array:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import on_policy
 from jaxrlhf.algorithms.rm import preference_loss
 from jaxrlhf.ops.advantages import gae, score_to_rewards
@@ -18,7 +19,6 @@ from jaxrlhf.ops.kl import adaptive_kl_coef, kl_estimate
 from jaxrlhf.ops.losses import clipped_policy_terms, clipped_value_terms
 from jaxrlhf.ops.masked import keep, sums, variance, whiten
 from jaxrlhf.types import (
-    Algorithm,
     Array,
     Ask,
     Batch,

@@ -6,25 +6,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Algorithm, Normalization, update_once
 from jaxrlhf.ops.losses import bradley_terry, centering
 from jaxrlhf.ops.masked import sums
 from jaxrlhf.ops.rows import deinterleave, interleave
-from jaxrlhf.types import (
-    Algorithm,
-    Array,
-    Ask,
-    Batch,
-    Experience,
-    Mean,
-    Nets,
-    Normalization,
-    Params,
-    Preferences,
-    TrainState,
-    Trees,
-    given,
-    update_once,
-)
+from jaxrlhf.types import Array, Ask, Batch, Experience, Mean, Nets, Params, Preferences, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import dataclasses
 
+from jaxrlhf.algorithm import Algorithm, update_once
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.types import Algorithm, Ask, Batch, Experience, Mean, Nets, TrainState, Trees, given, update_once
+from jaxrlhf.types import Ask, Batch, Experience, Mean, Nets, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)

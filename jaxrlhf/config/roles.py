@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import ALGORITHMS, find
 from jaxrlhf.config.record import Config, RoleConfig
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError, show
-from jaxrlhf.types import Algorithm, Head, HeadSpec, Role
+from jaxrlhf.types import Head, HeadSpec, Role
 
 
 def find_algorithm(name: Any) -> Algorithm:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import find
 from jaxrlhf.config.batch import choose_parts, kept_together, shares_prompts, updates_of
 from jaxrlhf.config.record import Config
@@ -25,7 +26,7 @@ from jaxrlhf.run.tokenizer import find_tokenizer, foreign_tokens, keep_tokenizer
 from jaxrlhf.run.weights import find_weights
 from jaxrlhf.sharding import batch_shards, make_mesh
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Algorithm, Head, Role
+from jaxrlhf.types import Head, Role
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrlhf import user_code
+from jaxrlhf.algorithm import Updates
 from jaxrlhf.algorithms import ALGORITHMS, find, guarded, sft
 from jaxrlhf.config.load import load
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.step import make_iteration
-from jaxrlhf.types import Batch, Experience, Mean, TrainState, Trees, Updates
+from jaxrlhf.types import Batch, Experience, Mean, TrainState, Trees
 from tests.support import tiny
 
 CONFIG = """
@@ -74,13 +75,13 @@ def test_a_run_directory_is_no_place_for_modules(folders):
 BROKEN = {
     "no_module": (None, "no_module:MINE: no module no_module; expected"),
     "no_name": ("MIEN = 1", "no_name:MINE: no_name has no MINE; nearest: MIEN"),
-    "a_function": ("def MINE(): pass", "a_function:MINE: function: expected an Algorithm of jaxrlhf.types"),
-    "a_class": ("class MINE: pass", "a_class:MINE: MINE: expected an Algorithm of jaxrlhf.types"),
+    "a_function": ("def MINE(): pass", "a_function:MINE: function: expected an Algorithm of jaxrlhf.algorithm"),
+    "a_class": ("class MINE: pass", "a_class:MINE: MINE: expected an Algorithm of jaxrlhf.algorithm"),
     "syntax": ("def f(:\n  pass", "syntax:MINE: importing syntax: SyntaxError: "),
     "raises": ("\n1 / 0", "raises:MINE: importing raises: ZeroDivisionError: division by zero ({here}/raises.py:2)"),
     "needs": ("import not_there", "needs:MINE: importing needs: ModuleNotFoundError: No module named 'not_there' ("),
     "missing": (
-        "from jaxrlhf.types import Algorithm\nMINE = Algorithm(config=int)",
+        "from jaxrlhf.algorithm import Algorithm\nMINE = Algorithm(config=int)",
         "missing:MINE: importing missing: TypeError: ",
     ),
     "a_dict": (GOOD.replace("config=Mine", "config={}"), "a_dict:MINE: its config is {{}}; expected a class under @"),

@@ -6,23 +6,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Algorithm, update_once
 from jaxrlhf.ops.advantages import score_to_rewards
 from jaxrlhf.ops.masked import keep, sums
-from jaxrlhf.types import (
-    Algorithm,
-    Array,
-    Ask,
-    Batch,
-    Experience,
-    HeadSpec,
-    Mean,
-    Nets,
-    Params,
-    TrainState,
-    Trees,
-    given,
-    update_once,
-)
+from jaxrlhf.types import Array, Ask, Batch, Experience, HeadSpec, Mean, Nets, Params, TrainState, Trees, given
 
 QS = ("q1", "q2")
 

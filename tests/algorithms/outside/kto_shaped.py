@@ -5,22 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Algorithm, Updates
 from jaxrlhf.ops.masked import keep, sums
-from jaxrlhf.types import (
-    Algorithm,
-    Array,
-    Ask,
-    Batch,
-    Experience,
-    Mean,
-    Nets,
-    Sequences,
-    TrainState,
-    Trees,
-    Unpaired,
-    Updates,
-    given,
-)
+from jaxrlhf.types import Array, Ask, Batch, Experience, Mean, Nets, Sequences, TrainState, Trees, Unpaired, given
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.algorithm import Algorithm, update_once
 from jaxrlhf.ops.kl import kl_estimate
 from jaxrlhf.ops.masked import keep, sums
-from jaxrlhf.types import Algorithm, Ask, Batch, Experience, Mean, Nets, TrainState, Trees, given, update_once
+from jaxrlhf.types import Ask, Batch, Experience, Mean, Nets, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)
