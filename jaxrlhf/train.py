@@ -29,7 +29,7 @@ from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.plan.room import need_room
 from jaxrlhf.rewards.graders import GraderError
-from jaxrlhf.run import announce, checkpoint, normalize, saved_run
+from jaxrlhf.run import announce, checkpoint, normalize, saved_run, verified_steps
 from jaxrlhf.run.announce import other_endings, spelled_markers
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
@@ -69,7 +69,8 @@ def run(cfg: Config, raw: str = "", stop: Stop | None = None, watch: Watch | Non
     """
     with Stop(signal.SIGINT, signal.SIGTERM) if stop is None else contextlib.nullcontext(stop) as stop:
         try:
-            return train(cfg, raw, stop, watch)
+            with verified_steps.reading():
+                return train(cfg, raw, stop, watch)
         except KeyboardInterrupt:
             if stop.asked is None or stop.saves:
                 raise
@@ -88,13 +89,12 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     """``run`` under ``stop``."""
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
     stop.saves = processes.several()  # all stop after the same iteration, also where there is nothing to save
-    stop.last_words = lambda: f"stopped at step {saved_run.latest_step(cfg.run_dir) or 0}; {GOES_ON}"
+    stop.last_words = lambda: f"stopped at step {max(verified_steps.committed(cfg.run_dir), default=0)}; {GOES_ON}"
     check(cfg, jax.device_count())
     check_places(cfg)
     run_dir, main = epath.Path(cfg.run_dir), processes.is_main()
     lock = processes.on_main(lambda: lock_run_dir(cfg.run_dir))
-    saved_runs = saved_run.SavedRuns()
-    start = saved_runs.latest_step(cfg.run_dir) or 0
+    start, saved_runs = verified_steps.settle(cfg.run_dir), saved_run.SavedRuns()
     changes = changes_since_saved(saved_runs, cfg)
     processes.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
     if all_done(cfg, start):
@@ -298,7 +298,7 @@ class Trainer:
         run_dir = self.cfg.run_dir
 
         def last_words() -> str:
-            kept = saved_run.latest_step(run_dir)
+            kept = max(verified_steps.committed(run_dir), default=None)
             where = "starts again" if kept is None else f"goes on from step {kept}, the last one that was saved whole"
             return f"stopped at once; the same command {where}"
 
@@ -417,7 +417,7 @@ class Trainer:
         """The state and the data positions of ``step``."""
         _, extra = self.ready.saved_runs.read_step(self.cfg.run_dir, step)
         with explained(self.cfg, step, extra["config"], OF_STATE, "its state does not fit"):
-            state = self.saved.restore(step, abstract_state(self.ready))
+            state = checkpoint.restore(self.cfg.run_dir, step, abstract_state(self.ready))
         state = state.replace(controls=with_new_controls(self.cfg, extra["config"], state.controls))
         with explained(self.cfg, step, extra["config"], OF_DATA, "its place in the data would mean other rows"):
             self.feed.set_state(extra["data"])

@@ -689,6 +689,7 @@ def test_a_key_that_the_saved_config_is_older_than_is_no_change(root, half_done)
     file = half_done / "checkpoints" / "2" / "extra" / "metadata"
     saved, line = json.loads(file.read_text()), "    share_trunk: false\n"
     assert saved["config"].count(line) == 1
+    (half_done / "checkpoints" / "2" / "manifest.json").unlink()  # an older version wrote none
     file.write_text(json.dumps(saved | {"config": saved["config"].replace(line, "")}))
     assert changes_since_saved(saved_run.SavedRuns(), cfg) == []
     gone = saved["config"].replace("deterministic: false\n", "deterministic: false\nfrozen: 1\n")

@@ -26,7 +26,19 @@ from jaxrlhf.cli.exits import (
     by_the_system,
     raised_here,
 )
-from jaxrlhf.cli.setup import Arguments, Run, Step, join, load_joined, name_step, need_room, need_run, set_flags
+from jaxrlhf.cli.setup import (
+    Arguments,
+    Run,
+    Step,
+    Strict,
+    be_strict,
+    join,
+    load_joined,
+    name_step,
+    need_room,
+    need_run,
+    set_flags,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,10 +70,12 @@ def train(
         bool,
         typer.Option("--check", help="Train nothing and write nothing: show config, rows, steps and memory."),
     ] = False,
+    strict: Strict = False,
 ) -> None:
     """Train. Ctrl-C or SIGTERM saves and stops; the same command resumes."""
     if check_only:
         configs = load_joined(arguments)
+        be_strict(strict)
         from jaxrlhf.hosts import processes
         from jaxrlhf.plan.dry_run import dry_run
 
@@ -73,6 +87,7 @@ def train(
 
     with Stop(signal.SIGINT, signal.SIGTERM, leaves=True) as stop:
         configs = load_joined(arguments)
+        be_strict(strict)
         import jax
 
         from jaxrlhf.config.check import check
@@ -216,6 +231,7 @@ def generate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt, one per line.")] = False,
     step: Step = "",
+    strict: Strict = False,
 ) -> None:
     """Sample responses to prompts, or hold a conversation (--chat)."""
     from jaxrlhf.config.ranges import check_ranges
@@ -239,6 +255,7 @@ def generate(
     check_ranges(cfg, "command line")
     model = name_step(model, step)
     set_flags()
+    be_strict(strict)
     from jaxrlhf.serve.dialogue import converse, print_responses, read_prompts
     from jaxrlhf.serve.writer import Writer
 
@@ -256,12 +273,14 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     step: Step = "",
+    strict: Strict = False,
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
     run = name_step(run, step)
     set_flags()
     main = join()
+    be_strict(strict)
     from jaxrlhf.evaluate.report import evaluate_run, print_report
 
     report = evaluate_run(run, judge, samples)
@@ -280,6 +299,7 @@ def export(
     role: Annotated[str, typer.Option(help="Whose weights: policy, reward, value, ...")] = "policy",
     step: Step = "",
     force: Annotated[bool, typer.Option("--force", help="Overwrite a folder that is not empty; do not ask.")] = False,
+    strict: Strict = False,
 ) -> None:
     """Write the weights of one role, or of a GGUF file, as a Hugging Face folder, which transformers loads."""
     name = name_step(run, step)
@@ -292,6 +312,7 @@ def export(
         return
     need_run(run)
     main = join()
+    be_strict(strict)
     from jaxrlhf.hosts import processes
     from jaxrlhf.run.export import export as export_role
 

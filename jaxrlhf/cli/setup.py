@@ -8,6 +8,9 @@ import typer
 
 Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config): RUN, RUN@best or RUN@40.")]
 Step = Annotated[str, typer.Option(help="Which checkpoint of a run: a step, or best. Default: the latest.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="A damaged checkpoint is an error (exit code 1), and no older one is taken.")
+]
 
 
 Arguments = Annotated[
@@ -58,6 +61,13 @@ def name_step(run: str, step: str) -> str:
     from jaxrlhf.log.run_dir import at_step
 
     return at_step(run, step)
+
+
+def be_strict(wanted: bool) -> None:
+    """Makes a damaged checkpoint an error of this command; else the newest good one is taken."""
+    from jaxrlhf.run.verified_steps import STRICT
+
+    STRICT.set(wanted)
 
 
 def need_room(folder: str, force: bool) -> None:

@@ -16,7 +16,7 @@ from jaxrlhf.data.summary import Summary
 from jaxrlhf.evaluate.held_out import HeldOut
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
-from jaxrlhf.run import checkpoint, saved_run
+from jaxrlhf.run import checkpoint, saved_run, verified_steps
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.feed import held_out
 from jaxrlhf.run.initial_state import abstract_state
@@ -31,15 +31,19 @@ def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, A
     ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
+    with verified_steps.reading():
+        return measure_run(name, judge, samples)
+
+
+def measure_run(name: str, judge: bool, samples: int) -> dict[str, Any]:
+    """``evaluate_run``, while the run's steps stay where they are."""
     step, (run_dir, _) = saved_run.find_step(name), split_step(name)
     compiler_flags.use_compilation_cache()
     cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
     ready = build(cfg)
     report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}
     with current(ready.mesh):
-        saved = checkpoint.Checkpoints(run_dir, read_only=True)
-        state = saved.restore(step, abstract_state(ready))
-        saved.close()
+        state = checkpoint.restore(run_dir, step, abstract_state(ready))
         held = HeldOut(ready, judge)
         result = held.run(state)
         pairs = held_out(ready, "preferences", cfg.eval.size, cfg.batch.preferences_per_step)

@@ -21,6 +21,7 @@ from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import Blueprint, draw, heads_of
 from jaxrlhf.run.origins import Weights, base_role, origin
+from jaxrlhf.run.verified_steps import committed
 from jaxrlhf.types import Role
 
 HUB_SECONDS = 5  # for the hub to answer
@@ -54,7 +55,7 @@ def find_shape(cfg: Config, role: Role, beside: Mapping[str, Config], seen: tupl
     model, path = origin(cfg, role), origin(cfg, role).init_from or ""
     if model.architecture is not None:
         return Found(resolve(model.architecture, model.architecture.vocab_size or vocabulary(cfg, beside)), "random")
-    if saved_run.is_run(path) and saved_run.steps_of(split_step(path)[0]):
+    if saved_run.is_run(path) and committed(split_step(path)[0]):
         step, extra = saved_run.read_extra(path)
         there = saved_run.find_role(extra["models"], role)
         return Found(saved_run.model_of(extra["models"][there])[0], f"{path}, step {step}")

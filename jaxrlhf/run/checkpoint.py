@@ -1,56 +1,57 @@
-"""Checkpoints through orbax: the whole state of a run, asynchronously, a directory a step.
+"""Checkpoints through orbax: the whole state of a run, asynchronously, a directory a step, with a manifest each.
 
 Each role is an item of its own, so that another run can take one role and read nothing else.
 """
 
 import contextlib
+import hashlib
+import importlib.metadata
+import json
 import math
+import platform
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from jaxrlhf import __version__
 from jaxrlhf.errors import one_line
-from jaxrlhf.run.saved_run import EXTRA, directory, latest_step
+from jaxrlhf.hosts import processes
+from jaxrlhf.run import manifest
+from jaxrlhf.run import verified_steps as steps
+from jaxrlhf.run.saved_run import EXTRA, best_of, measured
 from jaxrlhf.types import TrainState
 
 STATE = "state"  # an item beside the roles', as EXTRA is
+METRICS = "metrics"  # orbax's item of what a step was measured as
 
 
 class Checkpoints:
-    """The checkpoints of one run directory: the last ``keep``, and the best by ``best`` (a name in save's metrics).
+    """The checkpoints of one run directory, which one run writes: the last ``keep``, the best by ``best`` (a name in
+    save's metrics), and always the last one that has its manifests.
 
-    ``read_only``: for other processes than the one that trains, whose unfinished checkpoints are then left alone.
-    ``background``: a save goes on after it was called, from a copy of the state in host memory."""
+    ``background``: a save goes on after it was called, from a copy of the state in host memory; the manifest is made in
+    the background in any case. Only what goes on in the background deletes checkpoints, and none that is being read."""
 
-    def __init__(
-        self,
-        run_dir,
-        keep: int = 2,
-        best: str | None = None,
-        mode: str = "max",
-        read_only: bool = False,
-        background: bool = True,
-    ):
-        policies: list = [preservation_policy.LatestN(keep)]
+    def __init__(self, run_dir, keep: int = 2, best: str | None = None, mode: str = "max", background: bool = True):
         # a checkpoint that an earlier config measured otherwise is no candidate
         of = lambda metrics: metrics.get(best, math.inf if mode == "min" else -math.inf)
-        if best:
-            rules = {"get_metric_fn": of, "reverse": mode == "min", "keep_checkpoints_without_metrics": False}
-            policies.append(preservation_policy.BestN(n=1, **rules))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            best_fn=of if best else None,  # without it orbax writes no metrics, and a resumed run forgets its best
+            preservation_policy=preservation_policy.PreserveAll(),  # ``prune`` deletes, once a manifest is written
+            best_fn=of if best else None,  # without it orbax writes no metrics
             best_mode=mode,
-            cleanup_tmp_directories=not read_only,  # what a crash left half-written
-            read_only=read_only,
+            cleanup_tmp_directories=True,  # what a crash left half-written
             enable_async_checkpointing=background,
         )
-        self.best, self.mode = best, mode
-        self.manager = ocp.CheckpointManager(directory(run_dir), options=options)
+        self.run_dir, self.keep, self.best, self.mode = epath.Path(run_dir), keep, best, mode
+        self.manager = ocp.CheckpointManager(steps.directory(run_dir), options=options)
+        self.sealing: threading.Thread | None = None
+        self.failed: Exception | None = None  # why a manifest could not be written
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -58,62 +59,104 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # tensorstore has ValueErrors of many lines
-            run_dir = epath.Path(self.manager.directory).parent
             system = re.findall(r": ([^:\[]+) \[os_error_code", str(error))
             why = system[-1] if system else getattr(error, "strerror", None) or one_line(error)[:200]
-            kept = latest_step(run_dir)
+            kept = max(steps.committed(self.run_dir), default=None)
             then = "the same command starts again" if kept is None else f"the same command goes on from step {kept}"
-            raise OSError(f"{run_dir}: a checkpoint could not be written: {why}; once it can be, {then}") from error
+            raise OSError(
+                f"{self.run_dir}: a checkpoint could not be written: {why}; once it can be, {then}"
+            ) from error
 
     def save(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None = None) -> None:
         """Start to write; returns once the arrays may be donated. ``extra`` is JSON: config, models, data iterators.
 
-        A step that is there already, saved before it was measured, is written anew only for what makes it the best."""
+        A step that is there already, saved before it was measured, is only given what it was measured as."""
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in parts(state).items()}
         items[EXTRA] = ocp.args.JsonSave(extra)
         value = (metrics or {}).get(self.best, math.nan) if self.best else math.nan
         known = None if math.isnan(value) else {self.best: value}
+        about = describe(step, state, extra)
         with self.writing():
-            if step == self.manager.latest_step():
-                if known is None:
-                    return
-                self.manager.wait_until_finished()
-                self.manager.delete(step)
-            self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
+            if step != self.manager.latest_step():
+                self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
+            elif known is not None:
+                self.wait()
+                if processes.is_main():
+                    self.measure(step, known)
+            else:
+                return
+        self.sealing = threading.Thread(target=self.seal, args=(step, about, self.sealing), daemon=True)
+        self.sealing.start()
+
+    def measure(self, step: int, known: dict) -> None:
+        """Write down what a step was measured as, where orbax would have."""
+        file = steps.directory(self.run_dir) / str(step) / METRICS / METRICS
+        file.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_whole(file, json.dumps(known))
+
+    def seal(self, step: int, about: dict, before: threading.Thread | None) -> None:
+        """Once the step is committed: write the manifest of this process's files, and delete what is to go."""
+        with contextlib.suppress(Exception):  # raised in the thread that trains, too
+            self.manager.wait_until_finished()
+        if before:
+            before.join()
+        folder = steps.directory(self.run_dir) / str(step)
+        if step not in steps.committed(self.run_dir):
+            return
+        try:
+            manifest.write(folder, about, steps.BESIDE, jax.process_index(), jax.process_count())
+            if processes.is_main():
+                self.prune()
+        except Exception as error:
+            self.failed = error
+
+    def prune(self) -> None:
+        """Delete the steps that are not to be kept, but for those that are being read."""
+        there = steps.committed(self.run_dir)
+        whole = [step for step in there if manifest.complete(steps.directory(self.run_dir) / str(step))]
+        best = best_of(measured(self.run_dir, self.best), self.mode) if self.best else None
+        for step in set(there) - {*there[-self.keep :], *whole[-1:], best}:
+            steps.delete(self.run_dir, step)
 
     def latest(self) -> int | None:
-        """The newest step that is whole, or None."""
+        """The newest step that was saved, or None."""
         return self.manager.latest_step()
 
     def best_step(self) -> int | None:
         """The step that is best by ``best``; None where nothing is, or none was measured."""
         with self.writing():
-            self.manager.wait_until_finished()
-        return self.manager.best_step() if self.best else None
+            self.wait()
+        return best_of(measured(self.run_dir, self.best), self.mode) if self.best else None
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of ``step``, laid out as ``abstract`` says: on another mesh than it was saved from, if need be.
-
-        Raises ValueError, in one line, where other roles learned, or other ones did not."""
-        items = {item: ocp.args.StandardRestore(tree) for item, tree in parts(abstract).items()}
-        there = {path.name for path in (epath.Path(self.manager.directory) / str(step)).iterdir()}
-        if missing := sorted(items.keys() - there):
-            held = ", ".join(sorted(name for name in there if name.startswith(("params.", "slow."))))
-            raise ValueError(
-                f"{self.manager.directory}: step {step} has no {missing[0]}, as the config wants; it has {held}"
-            )
-        found = self.manager.restore(step, args=ocp.args.Composite(**items))
-        return assemble(abstract, found)
-
-    def extra(self, step: int) -> dict:
-        """The JSON saved with ``step``."""
-        return self.manager.restore(step, args=ocp.args.Composite(**{EXTRA: ocp.args.JsonRestore()}))[EXTRA]
+    def wait(self) -> None:
+        """Until everything is on disk, manifests too. Raises what went wrong in the background."""
+        self.manager.wait_until_finished()
+        if self.sealing:
+            self.sealing.join()
+        error, self.failed = self.failed, None
+        if error:
+            raise error
 
     def close(self) -> None:
-        """Wait until everything is on disk."""
+        """Wait until everything is on disk, and delete what is not to be kept."""
         with self.writing():
-            self.manager.wait_until_finished()
+            self.wait()
+            processes.wait()  # the manifests of the other processes
+            if processes.is_main():
+                self.prune()
         self.manager.close()
+
+
+def describe(step: int, state: TrainState, extra: dict) -> dict[str, Any]:
+    """What a manifest says of a checkpoint, besides its files."""
+    mesh = next((x.sharding.mesh.shape for x in jax.tree.leaves(state) if hasattr(x.sharding, "mesh")), {})
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint")}
+    return {
+        "step": step,
+        "config_sha256": hashlib.sha256(str(extra.get("config", "")).encode()).hexdigest(),
+        "versions": {"jaxrlhf": __version__, "python": platform.python_version(), **versions},
+        "mesh": dict(mesh),
+    }
 
 
 def parts(state: TrainState) -> dict[str, Any]:
@@ -125,8 +168,17 @@ def parts(state: TrainState) -> dict[str, Any]:
     return roles | {STATE: rest}
 
 
-def assemble(abstract: TrainState, items) -> TrainState:
-    """The inverse of ``parts``, with the roles of ``abstract``."""
+def restore(run_dir, step: int, abstract: TrainState) -> TrainState:
+    """The state of ``step``, laid out as ``abstract`` says: on another mesh than it was saved from, if need be.
+
+    Raises ValueError, in one line, where other roles learned, or other ones did not."""
+    folder = steps.directory(run_dir) / str(step)
+    wanted, there = parts(abstract), {path.name for path in folder.iterdir()}
+    if missing := sorted(wanted.keys() - there):
+        held = ", ".join(sorted(name for name in there if name.startswith(("params.", "slow."))))
+        raise ValueError(f"{folder.parent}: step {step} has no {missing[0]}, as the config wants; it has {held}")
+    with ocp.StandardCheckpointer() as checkpointer:
+        items = {item: checkpointer.restore(folder / item, tree) for item, tree in wanted.items()}
     rest = items[STATE]
     return TrainState(
         step=rest["step"],

@@ -14,6 +14,7 @@ from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.files import hf, hf_config
 from jaxrlhf.run.own_pad import with_own_pad
 from jaxrlhf.run.saved_run import describe_step, model_of, read_extra, restore_model
+from jaxrlhf.run.verified_steps import reading
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Role
 
@@ -29,6 +30,12 @@ def export(name, role: Role, to) -> tuple[str, list[str]]:
     token of its own. Returns which step it was, in words, and what differs from the run, or in transformers.
 
     Raises FileNotFoundError for a run without checkpoints, ValueError for a step or a role that it does not have."""
+    with reading():
+        return export_role(name, role, to)
+
+
+def export_role(name, role: Role, to) -> tuple[str, list[str]]:
+    """``export``, while the run's steps stay where they are."""
     (step, extra), (run_dir, _) = read_extra(name), split_step(name)
     if role not in extra["models"]:
         raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")

@@ -1,10 +1,10 @@
 """What a run directory's checkpoints hold: its steps, its record, its models; what other runs take from it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,15 +17,10 @@ from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.run.state import abstract_params
+from jaxrlhf.run.verified_steps import committed, directory, newest, require
 from jaxrlhf.types import Head, Params, Role
 
 EXTRA = "extra"  # the item of what is not an array: JSON
-
-
-def directory(run_dir) -> epath.Path:
-    """Where a run keeps its checkpoints (orbax wants absolute paths; to resolve gs://... would make it a local one)."""
-    path = epath.Path(run_dir)
-    return (path if "://" in os.fspath(path) else path.resolve()) / "checkpoints"
 
 
 def is_run(name) -> bool:
@@ -61,15 +56,26 @@ def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def steps_of(run_dir) -> list[int]:
-    """The steps of a run's whole checkpoints, ascending."""
-    there = directory(run_dir)
-    return sorted(ocp.utils.checkpoint_steps(there)) if there.exists() else []
-
-
 def latest_step(run_dir) -> int | None:
-    """The newest whole checkpoint of a run, or None."""
-    return max(steps_of(run_dir), default=None)
+    """The newest good checkpoint of a run, or None. Raises as ``newest``."""
+    return newest(run_dir)
+
+
+def measured(run_dir, metric: str) -> dict[int, float]:
+    """Step -> what it was measured as by ``metric``, where that is a number."""
+    found = {}
+    for step in committed(run_dir):
+        file = directory(run_dir) / str(step) / "metrics" / "metrics"
+        with contextlib.suppress(ValueError, AttributeError, FileNotFoundError):  # damaged, or never measured
+            value = json.loads(file.read_bytes()).get(metric)
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                found[step] = value
+    return found
+
+
+def best_of(values: Mapping[int, float], mode: str) -> int | None:
+    """The step whose value is the best one, the later of equal ones; None where nothing was measured."""
+    return max(values, key=lambda step: (-values[step] if mode == "min" else values[step], step), default=None)
 
 
 def best_step(run_dir) -> tuple[int, str] | None:
@@ -77,31 +83,30 @@ def best_step(run_dir) -> tuple[int, str] | None:
     config = epath.Path(run_dir) / "config.yaml"
     tree = yaml.safe_load(config.read_text()) if config.exists() else None
     wanted = tree.get("checkpoint") or {} if isinstance(tree, dict) else {}
-    found = []
-    for step in steps_of(run_dir) if wanted.get("best") else []:
-        file = directory(run_dir) / str(step) / "metrics" / "metrics"
-        value = json.loads(file.read_text()).get(wanted["best"]) if file.exists() else None
-        if value is not None and math.isfinite(value):
-            found.append((-value if wanted.get("mode") == "min" else value, step))
-    return (max(found)[1], wanted["best"]) if found else None
+    if not (metric := wanted.get("best")):
+        return None
+    best = best_of(measured(run_dir, metric), wanted.get("mode", "max"))
+    return None if best is None else (best, metric)
 
 
 def find_step(name) -> int:
-    """The step that ``name`` says: of RUN the latest, of RUN@best and RUN@40 that one.
+    """The step that ``name`` says: of RUN the newest good one, of RUN@best and RUN@40 that one.
 
     Raises FileNotFoundError where the run has no checkpoint, ValueError, with the steps there are, where it has not
-    this one."""
+    this one, and Damaged where it isn't what was saved."""
     run_dir, wanted = split_step(name)
-    steps = steps_of(run_dir)
-    if not steps:
-        raise FileNotFoundError(f"{run_dir}: no checkpoint in it; a run saves one every checkpoint.every iterations")
     if not wanted:
-        return steps[-1]
-    best = best_step(run_dir)
-    if wanted == "best" and best:
-        return best[0]
-    if wanted.isdecimal() and int(wanted) in steps:
-        return int(wanted)
+        step = newest(run_dir)
+        if step is None:
+            raise FileNotFoundError(
+                f"{run_dir}: no checkpoint in it; a run saves one every checkpoint.every iterations"
+            )
+        return step
+    steps, best = committed(run_dir), best_step(run_dir)
+    step = best[0] if wanted == "best" and best else int(wanted) if wanted.isdecimal() else None
+    if step in steps:
+        require(run_dir, step, name)
+        return step
     there = f"{run_dir} has: {', '.join(map(str, steps))}" + (f"; best: {best[0]} by {best[1]}" if best else "")
     if wanted == "best":
         raise ValueError(f"{name}: no step of it was measured by checkpoint.best of its config; {there}")

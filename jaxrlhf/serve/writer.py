@@ -27,6 +27,7 @@ from jaxrlhf.run.export import token_ids
 from jaxrlhf.run.sampler import sampler_of
 from jaxrlhf.run.tokenizer import tokenizer_of
 from jaxrlhf.run.transfer import put
+from jaxrlhf.run.verified_steps import reading
 from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
 from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, given
 
@@ -47,7 +48,13 @@ def read_model(name: str, mesh, dtype=jnp.float32, role: Role = "policy") -> Mod
     """A role of a run (RUN, RUN@best, RUN@40), or a HF model: the policy writes, any other role gives scores. ``mesh``
     is the current one.
 
-    Raises ValueError, in one line, where there is no such model."""
+    Raises ValueError, in one line, where there is no such model, and Damaged where it isn't what was saved."""
+    with reading():
+        return read_found(name, mesh, dtype, role)
+
+
+def read_found(name: str, mesh, dtype, role: Role) -> Model:
+    """``read_model``, while the run's steps stay where they are."""
     wanted: Head = "lm" if role == "policy" else "scalar"
     saved_runs = saved_run.SavedRuns()
     found = saved_runs.read_extra(name) if saved_run.is_run(name) else None

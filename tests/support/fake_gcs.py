@@ -5,6 +5,8 @@ takes the place of gcsfs, through which etils.epath does the rest. Both keep wha
 written whole, never appended to or locked, and a folder is there only while an object is under it.
 """
 
+import base64
+import hashlib
 import json
 import os
 import shutil
@@ -50,7 +52,9 @@ class Buckets(AbstractFileSystem):
         local, name = self.local(path), self._strip_protocol(path)
         if local.is_file():
             state = local.stat()
-            return {"name": name, "size": state.st_size, "type": "file", "mtime": state.st_mtime}
+            md5 = base64.b64encode(hashlib.md5(local.read_bytes()).digest()).decode()
+            kept = {"md5Hash": md5, "generation": str(state.st_mtime_ns)}
+            return {"name": name, "size": state.st_size, "type": "file", "mtime": state.st_mtime, **kept}
         if local.is_dir() and any(inner.is_file() for inner in local.rglob("*")):
             return {"name": name, "size": 0, "type": "directory", "mtime": 0}
         raise FileNotFoundError(path)
