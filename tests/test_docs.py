@@ -29,6 +29,7 @@ DOCUMENTS = [
     "jaxrlhf/models/README.md",
     "jaxrlhf/plan/README.md",
     "jaxrlhf/rewards/README.md",
+    "jaxrlhf/run/README.md",
     "launch/README.md",
     "tests/README.md",
 ]

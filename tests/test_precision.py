@@ -19,7 +19,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run import state as states
-from jaxrlhf.run.checkpoint import Checkpoints
+from jaxrlhf.run.checkpoint import Checkpoints, restore
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.sharding import MeshConfig, current, make_mesh
 from jaxrlhf.types import TrainState
@@ -106,7 +106,7 @@ def test_a_checkpoint_whose_weights_were_bfloat16_is_read_as_float32(tmp_path):
     saved.close()
     new = states.new_state(7, {"policy": weights}, {}, {"policy": adam}, {})
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), new)
-    found = Checkpoints(tmp_path, read_only=True).restore(3, shapes)
+    found = restore(tmp_path, 3, shapes)
     assert formats((found.params, optax.tree.get(found.opt_state["policy"], "nu"))) == {"float32"}
     np.testing.assert_array_equal(found.params["policy"]["kernel"], old.params["policy"]["kernel"].astype("float32"))
 

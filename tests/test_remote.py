@@ -4,11 +4,15 @@ What is faked is the store (tests/support/fake_gcs.py); orbax, tensorstore, etil
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
 import pytest
+from etils import epath
 
+from jaxrlhf.run import manifest
 from tests.support import fake_gcs, runs
 
 STORE = "gs://bucket"
@@ -108,6 +112,22 @@ def test_it_is_measured_exported_and_built_on(remote):
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert (remote.bucket / "rm/checkpoints/1/commit_success.txt").exists()
     assert from_run == from_folder and from_run.strip()
+
+
+def test_its_manifests_hold_the_checksums_of_the_store(remote, monkeypatch, tmp_path):
+    """Which are compared without reading an object."""
+    monkeypatch.setenv(fake_gcs.ROOT, str(shutil.copytree(remote.bucket.parent, tmp_path / "store")))
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (fake_gcs.Buckets(), url.removeprefix("gs://")))
+    step = epath.Path(tmp_path / "store/bucket/sft/checkpoints/4")
+    kept = manifest.read_all(step)
+    assert all(entry.keys() == {"size", "md5Hash"} for entry in (kept["files"] | kept["beside"]).values())
+    monkeypatch.setattr(manifest, "checksum", lambda *_: pytest.fail("an object is read"))
+    look = lambda: manifest.objects(f"{STORE}/sft/checkpoints/4")
+    assert manifest.wrong_sizes(kept["files"], look()) is None
+    assert manifest.wrong_content(step, kept["files"], look()) is None
+    data = next(path for path in step.glob("params.policy/ocdbt.process_0/d/*") if path.stat().length)
+    data.write_bytes(bytes(data.stat().length))
+    assert "has another md5Hash checksum" in str(manifest.wrong_content(step, kept["files"], look()))
 
 
 def test_the_fake_refuses_what_stores_refuse(tmp_path, monkeypatch):

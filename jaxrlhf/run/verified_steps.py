@@ -104,7 +104,7 @@ def check_beside(run_dir, step: int, expected: dict) -> None:
     wrong = manifest.wrong_sizes(expected, found) or manifest.wrong_content(epath.Path(run_dir), expected, found)
     if wrong:
         raise Damaged(
-            f"{run_dir}/{wrong}: since step {step} it was changed; expected the file that this run was trained with"
+            f"{run_dir}/{wrong}; expected the file with which step {step} was trained, or a run of its own for another"
         )
 
 

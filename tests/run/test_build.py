@@ -53,6 +53,8 @@ def foreign(whole, tmp_path) -> Path:
     run = tmp_path / "foreign"
     shutil.copytree(whole / "sft", run)
     tokenizers.save_tokenizer(tokenizers.train_bpe(["zebra zebras zoo zoom"] * 9, 300), str(run / "tokenizer"))
+    for path in run.glob("checkpoints/*/manifest.json"):  # else the tokenizer would be found to be another
+        path.unlink()
     return run
 
 

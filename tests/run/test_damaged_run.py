@@ -66,4 +66,8 @@ def test_another_tokenizer_or_template_is_one_line(damaged, one_device, command)
     path = damaged / "tokenizer" / "tokenizer.json"
     flip(path, 100)
     _, errors = command("generate", f"{damaged}@2", *WRITE, code=1)
-    assert f"{path}" in errors and "since step 2 it was changed" in errors and len(errors.splitlines()) == 1
+    assert (
+        f"{path}" in errors
+        and "; expected the file with which step 2 was trained" in errors
+        and len(errors.splitlines()) == 1
+    )

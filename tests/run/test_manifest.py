@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -256,6 +257,18 @@ def test_measured_later_is_written_beside_what_was_saved(tmp_path):
     assert "metrics/metrics" in manifest.read(tmp_path / "checkpoints" / "1")["files"]
     again = Checkpoints(tmp_path, keep=1, best="eval/score")
     assert again.best_step() == again.manager.best_step() == 1
+
+
+def test_a_save_does_not_wait_for_the_manifest_of_the_one_before(tmp_path, monkeypatch):
+    hashed, write = threading.Event(), manifest.write
+    monkeypatch.setattr(manifest, "write", lambda *args: hashed.wait(60) and write(*args))
+    saved = Checkpoints(tmp_path)
+    for step in (1, 2):
+        saved.save(step, new_state(step), {"number": step})  # returns though no manifest is there yet
+    assert not manifest.exists(tmp_path / "checkpoints" / "1")
+    hashed.set()
+    saved.close()
+    assert verified_steps.with_manifests(tmp_path) == [1, 2]
 
 
 # ---- killed while it saves ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from jaxrlhf.algorithms import rm
 from jaxrlhf.run import build, feed, normalize
-from jaxrlhf.run.checkpoint import Checkpoints
+from jaxrlhf.run.checkpoint import restore
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.types import TrainState
 from tests.support import runs
@@ -45,7 +45,7 @@ def trained(root) -> tuple[build.Run, TrainState]:
     assert done.code == 0, done.errors
     ready = build.build(runs.config("rm", root, root / "whole"), jax.devices()[:1])
     with jax.set_mesh(ready.mesh):
-        return ready, Checkpoints(root / "whole" / "rm", read_only=True).restore(4, abstract_state(ready))
+        return ready, restore(root / "whole" / "rm", 4, abstract_state(ready))
 
 
 def scores(trained: tuple[build.Run, TrainState], seed: int, size: int = SIZE) -> np.ndarray:

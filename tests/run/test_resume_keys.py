@@ -29,6 +29,7 @@ from jaxrlhf.run.build import build
 from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.run.initial_state import initial_state
 from jaxrlhf.run.resume import changes_since_saved, flat
+from jaxrlhf.run.verified_steps import committed
 from jaxrlhf.sharding import current
 from jaxrlhf.types import TrainState
 from tests.support import runs
@@ -243,7 +244,7 @@ def test_a_signal_in_an_evaluation_saves_at_once(saved, monkeypatch, tmp_path, b
     """And not at its end, which may come after that of the machine. What is best is known nevertheless."""
     one_device(monkeypatch)
     count_steps(monkeypatch)
-    kept = lambda: saved_run.latest_step(run_dir)
+    kept = lambda: max(committed(run_dir), default=None)
     found: list[int | None] = []
     run_dir = tmp_path / "run"
 
@@ -268,7 +269,7 @@ def test_a_signal_in_an_evaluation_saves_at_once(saved, monkeypatch, tmp_path, b
     assert trainer.run(cfg) == "preempted"
     assert found == [None, None, 2] and runs.steps_kept(run_dir) == [2]
     assert [row["step"] for row in runs.rows(run_dir) if "eval/score/mean" in row] == [0, 2]
-    with contextlib.closing(Checkpoints(run_dir, best="eval/score/mean", read_only=True)) as there:
+    with contextlib.closing(Checkpoints(run_dir, best="eval/score/mean")) as there:
         assert there.best_step() == (2 if best else None)
 
 
