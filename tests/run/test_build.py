@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from jaxrlhf import train as trainer
 from jaxrlhf.cli import app
@@ -23,12 +24,13 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models import parameters
 from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.run import build, origins, programs, runtime, saved_run
+from jaxrlhf.run import build, manifest, origins, programs, runtime, saved_run
 from jaxrlhf.run.announce import other_endings, spelled_markers
 from jaxrlhf.run.export import export
 from jaxrlhf.run.initial_state import abstract_state, initial_state
 from jaxrlhf.run.runtime import check_shapes, kernels_passed_over
 from jaxrlhf.run.sampler import make_sampler
+from jaxrlhf.run.verified_steps import BESIDE
 from jaxrlhf.serve import writer
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
@@ -53,8 +55,8 @@ def foreign(whole, tmp_path) -> Path:
     run = tmp_path / "foreign"
     shutil.copytree(whole / "sft", run)
     tokenizers.save_tokenizer(tokenizers.train_bpe(["zebra zebras zoo zoom"] * 9, 300), str(run / "tokenizer"))
-    for path in run.glob("checkpoints/*/manifest.json"):  # else the tokenizer would be found to be another
-        path.unlink()
+    for step in epath.Path(run).glob("checkpoints/*"):  # else the tokenizer would be found to be another
+        manifest.write(step, {}, BESIDE)
     return run
 
 
