@@ -8,12 +8,13 @@ import jax
 
 from jaxrlhf.benchmarks.reward import FUNCTION
 from jaxrlhf.benchmarks.rows import Lengths, countdown, response_lengths
-from jaxrlhf.config.batch import ROWS_KEY, fields_read
+from jaxrlhf.config.batch import kinds_read
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import load, load_beside, parse
 from jaxrlhf.config.overrides import apply_override, split_override
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.strict import suggest
+from jaxrlhf.data.data_kinds import DATA_KINDS
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
 from jaxrlhf.rewards.functions import RewardsConfig
@@ -115,7 +116,7 @@ def doubled(case: Case, what: str) -> Case:
     sampling = drawn.algorithm.online
     batch, generate, data = cfg.batch, cfg.generate, cfg.data
     if what == "samples":
-        keys = ["samples_per_prompt"] if sampling else [ROWS_KEY[field] for field in fields_read(cfg)]
+        keys = ["samples_per_prompt"] if sampling else [kind.rows_key for kind in kinds_read(cfg)]
         batch = dataclasses.replace(batch, **{key: 2 * getattr(batch, key) for key in keys})
     elif what == "new tokens":
         most = 2 * generate.max_new_tokens
@@ -195,13 +196,13 @@ def tree_of(name: str, section: dict[str, Any], sizes: dict[str, int], reward: s
         "models": models,
         "tokenizer": {"init_from": "random"},
         "data": {
-            **dict.fromkeys(("prompts", "preferences", "demonstrations"), somewhere),
+            **dict.fromkeys((kind.name for kind in DATA_KINDS.values()), somewhere),
             "prompt_buckets": [sizes["prompt_tokens"]],
             "max_length": longest,
             "pack": False,
         },
         "batch": {
-            **dict.fromkeys(ROWS_KEY.values(), sizes["prompts"]),
+            **dict.fromkeys((kind.rows_key for kind in DATA_KINDS.values()), sizes["prompts"]),
             "samples_per_prompt": sizes["samples"],
         },
         "generate": {"max_new_tokens": sizes["new_tokens"]},

@@ -4,22 +4,10 @@ import math
 
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import find_algorithm, roles_of
+from jaxrlhf.data.data_kinds import DATA_KINDS
+from jaxrlhf.data.kinds import DataKind
 from jaxrlhf.errors import counted
 from jaxrlhf.models.cpu import MICRO_BATCH_COLUMNS
-
-# field of Batch -> the section of data that holds its rows, and the key of batch that says how many an iteration takes
-KIND_OF = {
-    "prompts": "prompts",
-    "sequences": "demonstrations",
-    "preferences": "preferences",
-    "unpaired": "unpaired",
-}
-ROWS_KEY = {
-    "prompts": "prompts_per_step",
-    "sequences": "sequences_per_step",
-    "preferences": "preferences_per_step",
-    "unpaired": "unpaired_per_step",
-}
 
 
 def fields_read(cfg: Config) -> tuple[str, ...]:
@@ -27,12 +15,20 @@ def fields_read(cfg: Config) -> tuple[str, ...]:
     return find_algorithm(cfg.algorithm_name).batch(cfg.algorithm)
 
 
+def kinds_read(cfg: Config) -> list[DataKind]:
+    """Those fields as kinds of data; the first is the one whose rows and epochs are counted."""
+    return [DATA_KINDS[field] for field in fields_read(cfg)]
+
+
+def taken(cfg: Config, kind: DataKind) -> int:
+    """Rows of its data that an iteration takes."""
+    return getattr(cfg.batch, kind.rows_key)
+
+
 def rows_of(cfg: Config) -> dict[str, int]:
     """Rows of one iteration, for each field of Batch that the algorithm reads."""
-    rows = {field: getattr(cfg.batch, ROWS_KEY[field]) for field in fields_read(cfg)}
-    if "prompts" in rows:
-        rows["prompts"] *= cfg.batch.samples_per_prompt
-    return rows
+    each = lambda kind: cfg.batch.samples_per_prompt if kind.is_prompt else 1
+    return {kind.field: taken(cfg, kind) * each(kind) for kind in kinds_read(cfg)}
 
 
 def updates_of(cfg: Config) -> tuple[int, int]:
@@ -88,8 +84,8 @@ def choose_parts(cfg: Config, shards: int, platform: str) -> int:
 
 def columns_of(cfg: Config, field: str, rows: int, shared: bool) -> int:
     """Columns that ``rows`` rows of a field of Batch have at most; ``shared``: a prompt's once for its responses."""
-    if field != "prompts":
-        return rows * cfg.data.max_length * (2 if field == "preferences" else 1)
+    if not (kind := DATA_KINDS[field]).is_prompt:
+        return rows * cfg.data.max_length * kind.sides
     prompts = rows // cfg.batch.samples_per_prompt if shared else rows
     return prompts * max(cfg.data.prompt_buckets, default=0) + rows * cfg.generate.max_new_tokens
 

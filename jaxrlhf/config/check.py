@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxrlhf.config.batch import KIND_OF, ROWS_KEY, divisors, fields_read, longest_row, rows_of, updates_of
+from jaxrlhf.config.batch import divisors, kinds_read, longest_row, rows_of, taken, updates_of
 from jaxrlhf.config.field_types import hints
 from jaxrlhf.config.places import place_problems
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import declared_trunks, find_algorithm, roles_of
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.chat import check_config
+from jaxrlhf.data.kinds import DataKind
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.errors import ConfigError, counted, show
 from jaxrlhf.log.run_dir import is_local
@@ -127,9 +128,10 @@ def data_problems(cfg: Config) -> Iterator[str]:
     for section in sections_read(cfg):
         if getattr(data, section, None) is None:
             yield f"data.{section}: missing; {name} reads it; expected path, tfds or hf"
-    if "unpaired" in fields_read(cfg) and cfg.batch.unpaired_per_step < 2:
-        count = cfg.batch.unpaired_per_step
-        yield f"batch.unpaired_per_step: {count}: {name} needs responses of other rows; expected 2 or more; nearest: 2"
+    for kind in kinds_read(cfg):
+        if (count := taken(cfg, kind)) < (least := kind.least_rows):
+            wrong = f"batch.{kind.rows_key}: {count}: {name} needs responses of other rows"
+            yield f"{wrong}; expected {least} or more; nearest: {least}"
     sources = {f"data.{name}": getattr(data, name) for name in hints(DataConfig)} | {"eval.judge": cfg.eval.judge}
     for key, given in sources.items():
         if isinstance(given, SourceConfig) and (wrong := given.wrong_origin()):
@@ -263,13 +265,13 @@ def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
     shards, (_, minibatches) = math.prod(axes.values()), updates_of(cfg)
     shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis != "slices" or size > 1)
     over = f"{counted(minibatches, 'minibatch', 'minibatches')} x {counted(shards, 'batch shard')} ({shown})"
-    undivided = [*divided(cfg, fields_read(cfg), minibatches, shards, over)]
+    main, *others = kinds_read(cfg)
+    undivided = [*divided(cfg, [main, *others], minibatches, shards, over)]
     yield from undivided
     micro = cfg.batch.micro_batch_size
     if undivided or micro is None:
         return
-    main, *others = fields_read(cfg)
-    rows = rows_of(cfg)[main]
+    rows = rows_of(cfg)[main.field]
     fits = [size for size in divisors(rows // minibatches) if size % shards == 0]
     if micro not in fits:
         nearest = min(fits, key=lambda size: abs(size - micro))
@@ -284,11 +286,11 @@ def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
     )
 
 
-def divided(cfg: Config, fields: Sequence[str], parts: int, shards: int, over: str) -> Iterator[str]:
-    """What to say of the fields' rows where ``parts`` parts on ``shards`` shards do not divide them."""
-    for field in fields:
-        key, each = ROWS_KEY[field], cfg.batch.samples_per_prompt if field == "prompts" else 1
-        count = getattr(cfg.batch, key)
+def divided(cfg: Config, kinds: Sequence[DataKind], parts: int, shards: int, over: str) -> Iterator[str]:
+    """What to say of the kinds' rows where ``parts`` parts on ``shards`` shards do not divide them."""
+    for kind in kinds:
+        key, each = kind.rows_key, cfg.batch.samples_per_prompt if kind.is_prompt else 1
+        count = taken(cfg, kind)
         # prompts lie on the shards themselves, before each of them becomes several rows
         unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards)
         if count % unit:
@@ -298,7 +300,7 @@ def divided(cfg: Config, fields: Sequence[str], parts: int, shards: int, over: s
 
 def sections_read(cfg: Config) -> list[str]:
     """The sections of ``data`` that hold them."""
-    return [KIND_OF.get(field, field) for field in fields_read(cfg)]
+    return [kind.name for kind in kinds_read(cfg)]
 
 
 def architectures(cfg: Config) -> list[tuple[Role, ModelConfig]]:

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.data.document_packing import pack
-from jaxrlhf.data.encode import Encoded
 from jaxrlhf.data.examples import Examples, make_examples
-from jaxrlhf.data.kinds import find_kind
+from jaxrlhf.data.kinds import DataKind
 from jaxrlhf.data.sources import DataConfig, Source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.data.tokenizer import pad_id
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
+from jaxrlhf.types import Batch
 
 READ_AHEAD = 2  # batches made, each in a thread, while the devices work
 
@@ -60,7 +59,7 @@ class FixedBatches(list[HostBatch]):
 class Stream(Iterator[HostBatch]):
     """Batches without end; ``batches_per_epoch`` of them are the data once. ``summary`` is about the data set."""
 
-    def __init__(self, layout: "_Layout", seed: int, where: str):
+    def __init__(self, layout: "Layout", seed: int, where: str):
         import grain
 
         self.summary = layout.summary()
@@ -70,8 +69,10 @@ class Stream(Iterator[HostBatch]):
         self.longest = int(layout.examples.lengths[layout.examples.kept].max())  # tokens of the longest row
         self.margins = layout.examples.margins  # whether preferences say by how much
         self._where = where
-        self._order = _hash(layout.kind, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash())
-        shuffle_seed = int(_hash(layout.kind, seed)[:8], 16)  # streams of one run don't share their shuffles
+        self._order = _hash(
+            layout.kind.name, layout.examples.source.fingerprint, seed, layout.rows, layout.order_hash()
+        )
+        shuffle_seed = int(_hash(layout.kind.name, seed)[:8], 16)  # streams of one run don't share their shuffles
         dataset = (
             grain.MapDataset.range(len(layout.units))
             .shuffle(seed=shuffle_seed)  # by epoch: grain adds its number to the seed
@@ -99,7 +100,8 @@ class Stream(Iterator[HostBatch]):
         self._batches.set_state(dict(state["position"]))
 
 
-def demonstration_stream(
+def stream(
+    kind: DataKind,
     source: Source,
     tokenizer: Any,
     cfg: DataConfig,
@@ -108,74 +110,24 @@ def demonstration_stream(
     seed: int,
     share: Share = WHOLE,
     eos: Sequence[int] | None = None,
-    where: str = "data.demonstrations",
+    where: str = "",
 ) -> Stream:
-    """Batches with ``sequences`` [rows here, cfg.max_length]: packed, with segment_ids, or one a row.
-
-    Packed documents keep their row for the whole run; it is the rows that are shuffled.
+    """Batches without end of one kind of data. Packed documents keep their row for the whole run; it is the rows that
+    are shuffled.
 
     Args:
         rows: of the global batch.
         share: which of them are made here.
         eos: ids that end a turn; the tokenizer's own by default.
-        where: the prefix of error messages.
+        where: the prefix of error messages; by default the kind's section.
     """
-    layout = _layout("demonstrations", source, tokenizer, cfg, rows, share, eos, where)
-    return Stream(layout.packed(seed) if cfg.pack else layout, seed, where)
-
-
-def preference_stream(
-    source: Source,
-    tokenizer: Any,
-    cfg: DataConfig,
-    *,
-    rows: int,
-    seed: int,
-    share: Share = WHOLE,
-    eos: Sequence[int] | None = None,
-    where: str = "data.preferences",
-) -> Stream:
-    """Batches with ``preferences``: both sides [rows here, cfg.max_length]. Pairs with equal sides are left
-    out, and counted as identical. The margin is there if all pairs have one; ValueError where only some do."""
-    layout = _layout("preferences", source, tokenizer, cfg, rows, share, eos, where)
-    return Stream(layout, seed, where)
-
-
-def unpaired_stream(
-    source: Source,
-    tokenizer: Any,
-    cfg: DataConfig,
-    *,
-    rows: int,
-    seed: int,
-    share: Share = WHOLE,
-    eos: Sequence[int] | None = None,
-    where: str = "data.unpaired",
-) -> Stream:
-    """Batches with ``unpaired``: responses [rows here, cfg.max_length], their labels, and each prompt with the response
-    of the next row of the *global* batch."""
-    layout = _layout("unpaired", source, tokenizer, cfg, rows, share, eos, where)
-    return Stream(layout, seed, where)
-
-
-def prompt_stream(
-    source: Source,
-    tokenizer: Any,
-    cfg: DataConfig,
-    *,
-    rows: int,
-    seed: int,
-    share: Share = WHOLE,
-    where: str = "data.prompts",
-) -> Stream:
-    """Batches with left-padded ``prompts`` [rows here, P], where P is the first of cfg.prompt_buckets that
-    holds the longest prompt of the *global* batch, and sample_id is the row in it."""
-    layout = _layout("prompts", source, tokenizer, cfg, rows, share, None, where)
-    return Stream(layout, seed, where)
+    where = where or f"data.{kind.name}"
+    layout = _layout(kind, source, tokenizer, cfg, rows, share, eos, where)
+    return Stream(layout.packed(seed) if layout.packs else layout, seed, where)
 
 
 def count_rows(
-    kind: str,
+    kind: DataKind,
     source: Source,
     tokenizer: Any,
     cfg: DataConfig,
@@ -185,12 +137,12 @@ def count_rows(
     where: str,
 ) -> int:
     """Rows of an epoch of the stream that these make: records that are kept, or what they are packed into."""
-    layout = _layout(kind, source, tokenizer, cfg, 1, WHOLE, None if kind == "prompts" else eos, where)
-    return len((layout.packed(seed) if kind == "demonstrations" and cfg.pack else layout).units)
+    layout = _layout(kind, source, tokenizer, cfg, 1, WHOLE, eos, where)
+    return len((layout.packed(seed) if layout.packs else layout).units)
 
 
 def held_out_batches(
-    kind: str,
+    kind: DataKind,
     source: Source,
     tokenizer: Any,
     cfg: DataConfig,
@@ -206,13 +158,12 @@ def held_out_batches(
     The last batch is filled up with rows whose masks are all False (their tokens are padding); ``counts["rows"]`` says
     how many rows of this process are real, and they come first.
     """
-    find_kind(kind)
-    where = f"data.eval_{kind}" if where is None else where
+    where = f"data.eval_{kind.name}" if where is None else where
     if size < 1:
         raise ValueError(f"eval.size: {size}, expected at least 1")
     layout = _layout(kind, source, tokenizer, cfg, rows, share, eos, where)
     layout = dataclasses.replace(layout, units=layout.units[:size])
-    if kind == "demonstrations" and cfg.pack:
+    if layout.packs:
         layout = layout.packed(None)
     used = sum(map(len, layout.units))
     return FixedBatches(
@@ -222,28 +173,34 @@ def held_out_batches(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How the units of a data set become the rows of this process."""
 
-    kind: str
+    kind: DataKind
     examples: Examples
     units: list[np.ndarray]  # what fills one row: the records (one, or several in a packed row)
     rows: int  # of the global batch
     here: np.ndarray  # the rows of it that this process makes
     pad: int
+    cfg: DataConfig
     make: "Maker"
 
-    def packed(self, seed: int | None) -> "_Layout":
+    @property
+    def packs(self) -> bool:
+        """Whether several records go into a row."""
+        return self.cfg.pack and self.kind.make_packed is not None
+
+    def packed(self, seed: int | None) -> "Layout":
         """The same records with several in a row, in an order that ``seed`` decides (None: their own)."""
         records = np.concatenate(self.units)
         if seed is not None:
             records = np.random.default_rng(int(_hash("pack", seed)[:8], 16)).permutation(records)
         rows = pack(self.examples.lengths[records], self.examples.max_length)
-        return dataclasses.replace(self, units=[records[row] for row in rows], make=_make_packed)
+        return dataclasses.replace(self, units=[records[row] for row in rows], make=self.kind.make_packed)
 
     def summary(self) -> Summary:
         """What became of the source's rows; of packed ones also into how many rows they went."""
-        packed = len(self.units) if self.make is _make_packed else None
+        packed = len(self.units) if self.make is self.kind.make_packed else None
         return self.examples.summary._replace(packed=packed)
 
     def records(self, units: Iterable[int]) -> list[dict[str, Any]]:
@@ -280,11 +237,11 @@ class _Layout:
 
 
 # (layout, units of the global batch, those of this process) -> its arrays, and the records where rewards want them
-Maker = Callable[[_Layout, np.ndarray, np.ndarray], tuple[Batch, list[dict[str, Any]] | None]]
+Maker = Callable[[Layout, np.ndarray, np.ndarray], tuple[Batch, list[dict[str, Any]] | None]]
 
 
 def _layout(
-    kind: str,
+    kind: DataKind,
     source: Source,
     tokenizer: Any,
     cfg: DataConfig,
@@ -292,109 +249,14 @@ def _layout(
     share: Share,
     eos: Sequence[int] | None,
     where: str,
-) -> _Layout:
+) -> Layout:
     if rows < 1 or rows % share.total:
         raise ValueError(
             f"{where}: {rows} rows a batch, expected a positive multiple of the {share.total} batch shards"
         )
-    examples = make_examples(kind, source, tokenizer, cfg, where, eos)
-    makers = {
-        "demonstrations": _demonstration_maker,
-        "preferences": _preference_maker,
-        "unpaired": _unpaired_maker,
-        "prompts": _prompt_maker,
-    }
-    units = list(examples.kept[:, None])
-    here = share.positions(rows)
-    return _Layout(kind, examples, units, rows, here, pad_id(tokenizer), makers[kind](examples, cfg))
-
-
-def _demonstration_maker(examples: Examples, cfg: DataConfig) -> Maker:
-    def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
-        encoded = [examples.sides(record)[0] for record in layout.records(mine)]
-        return Batch(sequences=_right_padded(encoded, layout)), None
-
-    return make
-
-
-def _make_packed(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
-    rows, segments = [], np.zeros((layout.local, layout.examples.max_length), np.int32)
-    for row, unit in enumerate(mine):
-        documents = [layout.examples.sides(record)[0] for record in layout.records([unit])]
-        lengths = [len(document.tokens) for document in documents]
-        segments[row, : sum(lengths)] = np.repeat(np.arange(1, len(documents) + 1), lengths)
-        rows.append(Encoded(*(np.concatenate(parts) for parts in zip(*documents))))
-    return Batch(sequences=_right_padded(rows, layout).replace(segment_ids=segments)), None
-
-
-def _preference_maker(examples: Examples, cfg: DataConfig) -> Maker:
-    def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
-        records = layout.records(mine)
-        pairs = [examples.sides(record) for record in records]
-        chosen, rejected = (_right_padded([pair[side] for pair in pairs], layout) for side in (0, 1))
-        margin: Any = np.zeros(layout.local, np.float32) if examples.margins else None
-        if examples.margins:
-            margin[: len(records)] = [record["margin"] for record in records]
-        return Batch(preferences=Preferences(chosen, rejected, margin)), None
-
-    return make
-
-
-def _unpaired_maker(examples: Examples, cfg: DataConfig) -> Maker:
-    def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
-        at = layout.here[layout.here < len(units)]
-        # a last row alone, in an evaluation, takes the response of another batch
-        others = units[(at + 1) % len(units)] if len(units) > 1 else (mine + 1) % len(layout.units)
-        records = layout.records(mine)
-        own = [examples.sides(record)[0] for record in records]
-        responses = [examples.sides(record)[0] for record in layout.records(others)]
-        swapped = [_with_response(one, other, examples.max_length) for one, other in zip(own, responses, strict=True)]
-        desirable = np.zeros(layout.local, bool)
-        desirable[: len(records)] = [record["label"] for record in records]
-        (labels,) = _arrays(desirable)
-        return Batch(unpaired=Unpaired(_right_padded(own, layout), labels, _right_padded(swapped, layout))), None
-
-    return make
-
-
-def _with_response(one: Encoded, other: Encoded, max_length: int) -> Encoded:
-    """The prompt of ``one`` with the response of ``other``, which loses its end where both are too long."""
-    end, start = int(one.response_mask.argmax()), int(other.response_mask.argmax())
-    joined = (np.concatenate([mine[:end], theirs[start:]])[:max_length] for mine, theirs in zip(one, other))
-    return Encoded(*joined)
-
-
-def _prompt_maker(examples: Examples, cfg: DataConfig) -> Maker:
-    def make(layout: _Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, list[dict[str, Any]]]:
-        longest = max(int(examples.lengths[layout.units[unit][0]]) for unit in units)
-        width = next(bucket for bucket in cfg.prompt_buckets if bucket >= longest)
-        tokens = np.full((layout.local, width), layout.pad, np.int32)
-        valid = np.zeros((layout.local, width), bool)
-        records = layout.records(mine)
-        for row, record in enumerate(records):
-            ids = examples.sides(record)[0].tokens
-            tokens[row, width - len(ids) :] = ids
-            valid[row, width - len(ids) :] = True
-        return Batch(prompts=Prompts(*_arrays(tokens, valid, layout.here.astype(np.int32)))), records
-
-    return make
-
-
-def _right_padded(encoded: Sequence[Encoded], layout: _Layout) -> Any:
-    """Sequences [local, max_length]; rows behind the last are all padding."""
-    shape = (layout.local, layout.examples.max_length)
-    tokens = np.full(shape, layout.pad, np.int32)
-    valid, response_mask = np.zeros(shape, bool), np.zeros(shape, bool)
-    for row, (ids, mask) in enumerate(encoded):
-        tokens[row, : len(ids)] = ids
-        valid[row, : len(ids)] = True
-        response_mask[row, : len(ids)] = mask
-    return Sequences(*_arrays(tokens, valid, response_mask))
-
-
-def _arrays(*arrays: np.ndarray) -> Any:
-    """NumPy arrays where the types of jaxrlhf.types say jax.Array: they go to the devices in one step, later."""
-    return arrays
+    examples = make_examples(kind, source, tokenizer, cfg, where, None if kind.is_prompt else eos)
+    units, here = list(examples.kept[:, None]), share.positions(rows)
+    return Layout(kind, examples, units, rows, here, pad_id(tokenizer), cfg, kind.make)
 
 
 def _hash(*parts: Any) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from jaxrlhf.data.chat import date_of, is_dated
-from jaxrlhf.data.encode import Encoded, as_turns, encode_demonstration, encode_pair, encode_prompt
-from jaxrlhf.data.kinds import BadRecord
+from jaxrlhf.data.encode import as_turns
+from jaxrlhf.data.kinds import BadRecord, DataKind
 from jaxrlhf.data.sources import DataConfig, Source, cache_folder
 from jaxrlhf.data.summary import Summary, quantiles
 from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id, unreadable, why_unreadable
@@ -48,7 +48,7 @@ class Examples:
 
 
 def make_examples(
-    kind: str, source: Source, tokenizer: Any, cfg: DataConfig, where: str, eos: Sequence[int] | None = None
+    kind: DataKind, source: Source, tokenizer: Any, cfg: DataConfig, where: str, eos: Sequence[int] | None = None
 ) -> Examples:
     """Measures every record of ``source`` (or reads the measures of an earlier run back).
 
@@ -57,7 +57,7 @@ def make_examples(
     """
     max_length = _longest(kind, cfg)
     eos = eos_ids(tokenizer) if eos is None else tuple(eos)
-    encode = _readable(_encoder(kind, tokenizer, cfg, eos), tokenizer)
+    encode = _readable(lambda record: kind.encode(record, tokenizer, cfg, eos), tokenizer)
     convert = as_turns if cfg.chat is not None else dict
     cut = lambda record: truncate(convert(record), encode, tokenizer, max_length)
 
@@ -81,7 +81,7 @@ def make_examples(
         "identical": int((lengths == IDENTICAL).sum()),
         "skipped": int((lengths == BAD).sum()) + source.skipped,
     }
-    limit_key = "data.prompt_buckets" if kind == "prompts" else "data.max_length"
+    limit_key = "data.prompt_buckets" if kind.is_prompt else "data.max_length"
     bad = source.first_bad or _first_bad(source, lambda record: encode(convert(record)), lengths)
     summary = Summary(where, counts, *quantiles(measures[measures[:, 2] > 0, 2]), max_length, limit_key, bad)
     if not len(kept):
@@ -120,8 +120,8 @@ def _at(source: Source, index: int, error: BadRecord) -> str:
     return str(error) if source.name in str(error) else f"record {index} of {source.name}: {error}"
 
 
-def _longest(kind: str, cfg: DataConfig) -> int:
-    if kind != "prompts":
+def _longest(kind: DataKind, cfg: DataConfig) -> int:
+    if not kind.is_prompt:
         if cfg.max_length < 2:
             raise ValueError(
                 f"data.max_length: {cfg.max_length}, expected at least 2 (a prompt token and a response token)"
@@ -131,23 +131,6 @@ def _longest(kind: str, cfg: DataConfig) -> int:
     if not buckets or buckets[0] < 1 or any(low >= high for low, high in itertools.pairwise(buckets)):
         raise ValueError(f"data.prompt_buckets: {list(buckets)}, expected rising positive numbers")
     return buckets[-1]
-
-
-def _encoder(kind: str, tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> Encoder:
-    def prompt(record: Mapping[str, Any]) -> Sides:
-        ids = encode_prompt(record, tokenizer)
-        return (Encoded(ids, np.zeros(len(ids), bool)),)
-
-    def unpaired(record: Mapping[str, Any]) -> Sides:
-        record = record if record.get("response") is None else {"prompt": "", **record}  # it need not have one
-        return (encode_demonstration(record, tokenizer, "response", eos, cfg.append_eos),)
-
-    return {
-        "prompts": prompt,
-        "demonstrations": lambda record: (encode_demonstration(record, tokenizer, cfg.loss_on, eos, cfg.append_eos),),
-        "unpaired": unpaired,
-        "preferences": lambda record: encode_pair(record, tokenizer, eos, cfg.append_eos),
-    }[kind]
 
 
 def _readable(encode: Callable[[Mapping[str, Any]], Sides], tokenizer: Any) -> Callable[[Mapping[str, Any]], Sides]:
@@ -164,7 +147,7 @@ def _readable(encode: Callable[[Mapping[str, Any]], Sides], tokenizer: Any) -> C
 
 
 def _measure(
-    kind: str,
+    kind: DataKind,
     source: Source,
     encode: Encoder,
     cut: Callable[[Mapping[str, Any]], Sides | None],
@@ -194,9 +177,9 @@ def _measure(
     return measures
 
 
-def _used(kind: str, sides: Sides) -> int:
+def _used(kind: DataKind, sides: Sides) -> int:
     """Tokens of the longest side, or why there is nothing to learn from them."""
-    if kind != "prompts" and not all(side.response_mask.any() for side in sides):
+    if not kind.is_prompt and not all(side.response_mask.any() for side in sides):
         return EMPTY
     if len(sides) == 2 and np.array_equal(sides[0].tokens, sides[1].tokens):
         return IDENTICAL
@@ -204,11 +187,12 @@ def _used(kind: str, sides: Sides) -> int:
 
 
 def _measure_key(
-    kind: str, source: Source, tokenizer: Any, cfg: DataConfig, max_length: int, eos: Sequence[int]
+    kind: DataKind, source: Source, tokenizer: Any, cfg: DataConfig, max_length: int, eos: Sequence[int]
 ) -> str:
     text = [fingerprint(tokenizer), tokenizer.chat_template, leading_ids(tokenizer), start_id(tokenizer), list(eos)]
     text.append(date_of(tokenizer) if is_dated(tokenizer) else None)
-    rules = [FORMAT, kind, max_length, cfg.too_long, cfg.loss_on, cfg.append_eos, cfg.skip_bad, cfg.chat is not None]
+    rules: list[Any] = [FORMAT, kind.name, max_length, cfg.too_long, cfg.loss_on, cfg.append_eos, cfg.skip_bad]
+    rules.append(cfg.chat is not None)
     if unreadable(tokenizer):
         rules.append(sorted(unreadable(tokenizer)))
     return hashlib.sha256(json.dumps([source.fingerprint, text, rules]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The formats that rows come in, in one table, and how a row of any of them becomes a record of its kind.
+"""How a row in any of the formats of its kind (KINDS) becomes a record of it.
 
 A record has the words of jaxrlhf.data.kinds, whose values are text or messages; all other columns stay beside them.
 What was recognised, and which columns were not used, is told with the record, and announced when a run starts.
@@ -8,62 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.data.conversations import fit_pair, fit_response, read_value, text_holds_messages, with_system
-from jaxrlhf.data.kinds import KINDS, BadRecord, check_record, closeness, nearest
+from jaxrlhf.data.kinds import KINDS, USUAL, BadRecord, Words, boolean, check_record, closeness, nearest, number
 
-Words = Mapping[str, str]  # our word -> the column that it is taken from
-# names that are common, and elsewhere mean something beside the response: used where nothing else fits
-USUAL: list[Words] = [
-    {"prompt": "query", "response": "response"},
-    {"prompt": "question", "response": "answer"},
-    {"prompt": "problem", "response": "solution"},
-    {"prompt": "input", "response": "output"},
-]
-
-
-def _answers(**more: str) -> list[Words]:
-    """Prompt and response as other libraries call them: ours, TRL, Alpaca, OpenOrca, ShareGPT."""
-    return [
-        {"prompt": "prompt", "response": "response", **more},
-        {"prompt": "prompt", "response": "completion", **more},
-        {"messages": "messages", **more},
-        {"messages": "conversations", **more},
-        {"messages": "conversation", **more},
-        {"prompt": "instruction", "response": "output", **more},
-        {"prompt": "instruction", "response": "response", **more},
-        {"prompt": "question", "response": "response", **more},
-        *({**words, **more} for words in USUAL),
-    ]
-
-
-def _pairs() -> list[Words]:
-    """Ours and TRL's, Orca, Alpaca, Argilla, ShareGPT; OpenAI's preference files; pairs with the prompt inside."""
-    sides = {"chosen": "chosen", "rejected": "rejected"}
-    prompts = ("prompt", "question", "instruction", "input", "conversations")
-    openai = {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}
-    return [*({"prompt": column, **sides} for column in prompts), openai, sides]
-
-
-# of each kind, in order: a row has the first of these whose columns it all has
-FORMATS: dict[str, list[Words]] = {
-    "demonstrations": [*_answers(), {"text": "text"}],
-    "preferences": _pairs(),
-    "prompts": [
-        {"prompt": "prompt"},
-        {"messages": "messages"},
-        {"messages": "conversations"},
-        {"messages": "conversation"},
-        {"prompt": "instruction"},
-        {"prompt": "question"},
-        {"prompt": "problem"},
-        {"prompt": "query"},
-    ],
-    "unpaired": [
-        *_answers(label="label"),
-        {"response": "response", "label": "label"},
-        {"response": "completion", "label": "label"},
-    ],
-    "labels": [{"text": "text", "label": "label"}],
-}
 SYSTEM = ("system", "system_prompt")  # columns with a system prompt, beside any prompt or messages
 CONVERSATIONS = ("prompt", "response", "chosen", "rejected", "messages")  # words whose values may be messages
 PARTS = {"instruction": "input"}  # Alpaca: the second part of the prompt that the first column begins
@@ -94,22 +40,22 @@ def recognise(row: Mapping[str, Any], kind: str, fields: Words, where: str, from
     row = take_fields(row, fields, where)
     if from_text:
         row = {name: _cell(kind, name, value) for name, value in row.items()}
-    words, notes = _choose(row, kind, fields, where), set[str]()
+    known, words, notes = KINDS[kind], _choose(row, kind, fields, where), set[str]()
     columns = [*words.values(), *(part for column, part in PARTS.items() if column in words.values() and part in row)]
     taken = _values(row, words, notes)
-    taken = fit_pair(taken, where, notes) if kind == "preferences" else fit_response(taken, where, notes)
+    taken = fit_pair(taken, where, notes) if "chosen" in known.checks else fit_response(taken, where, notes)
     system = _system_column(row, taken, where)
     if system:
         columns = [system, *columns]
         taken = with_system(taken, row[system])
-    if kind == "unpaired":
+    if known.checks.get("label") is boolean:
         taken["label"] = truth(taken["label"])
-    left_out = {word for word in KINDS[kind].checks if word in row and word not in taken and word != "margin"}
+    left_out = {word for word in known.checks if word in row and word not in taken and word != "margin"}
     record = {name: value for name, value in row.items() if name not in left_out} | taken
-    check_record(record, KINDS[kind], words)
+    check_record(record, known, words)
     chat = any(isinstance(taken.get(word), list) for word in CONVERSATIONS)
-    used = {*columns, *(USED_BY_TEMPLATES if chat else ()), *(["margin"] if kind == "preferences" else ())}
-    unused = left_out - used if kind == "prompts" else row.keys() - used
+    used = {*columns, *(USED_BY_TEMPLATES if chat else ()), *({"margin"} & known.checks.keys())}
+    unused = left_out - used if known.passes_on else row.keys() - used
     weighted = [
         f"{words[word]}[].{key}"
         for word in CONVERSATIONS
@@ -136,7 +82,7 @@ def _describe(columns: Sequence[str], chat: bool, notes: set[str]) -> str:
 
 def words_of(kind: str) -> set[str]:
     """What ``fields`` may name: the words of the kind, and the optional columns that its formats use."""
-    optional = {"system"} if any({"prompt", "messages"} & set(words) for words in FORMATS[kind]) else set()
+    optional = {"system"} if any({"prompt", "messages"} & set(words) for words in KINDS[kind].formats) else set()
     return {*KINDS[kind].checks, *optional}
 
 
@@ -163,10 +109,10 @@ def take_fields(row: Mapping[str, Any], fields: Words, where: str) -> dict[str, 
 
 def formats_of(kind: str, fields: Words) -> list[Words]:
     """The formats that a row may have: where ``fields`` names words, those with these words under our own names."""
-    named = [word for word in fields if any(word in words for words in FORMATS[kind])]
+    named = [word for word in fields if any(word in words for words in KINDS[kind].formats)]
     left = [word for word in named if not fields[word]]
     fits = lambda words: all(words.get(word, word) == word for word in named) and not set(left) & set(words)
-    found = [words for words in FORMATS[kind] if fits(words)]
+    found = [words for words in KINDS[kind].formats if fits(words)]
     asked = [words for words in found if set(named) & set(words)]
     return asked or found
 
@@ -223,7 +169,7 @@ def _cell(kind: str, name: str, value: str) -> Any:
     """What a CSV cell holds: a number under our words for them, nothing where it is empty and no text can be."""
     if name in EMPTY_IS_NULL and not value.strip():
         return None
-    if name == "margin" or (name == "label" and kind == "labels"):
+    if name == "margin" or KINDS[kind].checks.get(name) is number:
         try:
             return float(value)
         except ValueError:

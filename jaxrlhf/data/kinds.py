@@ -1,13 +1,14 @@
-"""What a record must hold for each use of data, in one table: KINDS. A new use of data is a new row.
+"""What a record must hold for each use of data, and the formats that its rows come in, in one table: KINDS.
 
-How rows of files and data sets become such records: jaxrlhf.data.formats.
+How rows of files and data sets become such records: jaxrlhf.data.formats. What algorithms learn from is a row of
+jaxrlhf.data.data_kinds too.
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 Check = Callable[[Any], str | None]  # a value -> what is wrong with it, or None
 
@@ -129,13 +130,55 @@ def same_sort(first: str, second: str) -> Callable[[Mapping[str, Any]], str | No
     return check
 
 
+# ---- the table ------------------------------------------------------------------------------------------------------
+
+Words = Mapping[str, str]  # our word -> the column that it is taken from
+# names that are common, and elsewhere mean something beside the response: used where nothing else fits
+USUAL: list[Words] = [
+    {"prompt": "query", "response": "response"},
+    {"prompt": "question", "response": "answer"},
+    {"prompt": "problem", "response": "solution"},
+    {"prompt": "input", "response": "output"},
+]
+
+
+def _answers(**more: str) -> list[Words]:
+    """Prompt and response as other libraries call them: ours, TRL, Alpaca, OpenOrca, ShareGPT."""
+    return [
+        {"prompt": "prompt", "response": "response", **more},
+        {"prompt": "prompt", "response": "completion", **more},
+        {"messages": "messages", **more},
+        {"messages": "conversations", **more},
+        {"messages": "conversation", **more},
+        {"prompt": "instruction", "response": "output", **more},
+        {"prompt": "instruction", "response": "response", **more},
+        {"prompt": "question", "response": "response", **more},
+        *({**words, **more} for words in USUAL),
+    ]
+
+
+def _pairs() -> list[Words]:
+    """Ours and TRL's, Orca, Alpaca, Argilla, ShareGPT; OpenAI's preference files; pairs with the prompt inside."""
+    sides = {"chosen": "chosen", "rejected": "rejected"}
+    prompts = ("prompt", "question", "instruction", "input", "conversations")
+    openai = {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+    return [*({"prompt": column, **sides} for column in prompts), openai, sides]
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """The fields of one use of data. A record fills the first of ``forms`` whose fields it all has."""
 
     forms: tuple[tuple[str, ...], ...]
     checks: Mapping[str, Check]  # of the fields of every form, and of the optional ones
+    formats: Sequence[Words]  # in order: a row has the first of these whose columns it all has
     whole: Callable[[Mapping[str, Any]], str | None] = lambda record: None  # of the fields together
+    passes_on: bool = False  # the columns beside the fields are used too: rewards get them
+
+    @property
+    def optional(self) -> set[str]:
+        """The fields that no form needs."""
+        return set(self.checks).difference(*self.forms)
 
 
 ANSWERED: dict[str, Check] = {
@@ -147,6 +190,7 @@ KINDS: dict[str, Kind] = {
     "demonstrations": Kind(
         forms=(("prompt", "response"), ("messages",), ("text",)),
         checks={**ANSWERED, "text": filled_text},
+        formats=[*_answers(), {"text": "text"}],
         whole=same_sort("prompt", "response"),
     ),
     "preferences": Kind(
@@ -157,18 +201,56 @@ KINDS: dict[str, Kind] = {
             "prompt": text_or(unanswered, text),
             "margin": number,
         },
+        formats=_pairs(),
         whole=same_sort("chosen", "rejected"),
     ),
     "prompts": Kind(
-        forms=(("prompt",), ("messages",)), checks={"prompt": text_or(unanswered, text), "messages": unanswered}
+        forms=(("prompt",), ("messages",)),
+        checks={"prompt": text_or(unanswered, text), "messages": unanswered},
+        formats=[
+            {"prompt": "prompt"},
+            {"messages": "messages"},
+            {"messages": "conversations"},
+            {"messages": "conversation"},
+            {"prompt": "instruction"},
+            {"prompt": "question"},
+            {"prompt": "problem"},
+            {"prompt": "query"},
+        ],
+        passes_on=True,
     ),
     "unpaired": Kind(
         forms=(("prompt", "response", "label"), ("messages", "label"), ("response", "label")),
         checks={**ANSWERED, "label": boolean},
+        formats=[
+            *_answers(label="label"),
+            {"response": "response", "label": "label"},
+            {"response": "completion", "label": "label"},
+        ],
         whole=same_sort("prompt", "response"),
     ),
-    "labels": Kind(forms=(("text", "label"),), checks={"text": filled_text, "label": number}),
+    "labels": Kind(
+        forms=(("text", "label"),),
+        checks={"text": filled_text, "label": number},
+        formats=[{"text": "text", "label": "label"}],
+    ),
 }
+
+
+class DataKind(NamedTuple):
+    """One kind of data that algorithms learn from, a row of jaxrlhf.data.data_kinds. What its records hold is the row
+    of KINDS of the same name."""
+
+    name: str  # of its section of ``data``; eval_NAME has the held-out rows
+    field: str  # of Batch
+    rows_key: str  # of ``batch``: how many an iteration takes
+    encode: Callable[..., tuple]  # (record, tokenizer, DataConfig, ids that end a turn) -> truncate.Sides
+    make: Callable[..., tuple]  # a batches.Maker
+    make_packed: Callable[..., tuple] | None = None  # the same of several records a row, where data.pack asks for it
+    shapes: Callable[..., Any] | None = None  # (Shaped, rows, DataConfig, margins) -> its field; None: a prompt
+    sides: int = 1  # rows of tokens that a record becomes
+    least_rows: int = 1  # that an iteration has to take
+    is_prompt: bool = False  # responses to it are sampled; padded on the left to data.prompt_buckets
 
 
 def find_kind(name: str) -> Kind:
@@ -193,8 +275,7 @@ def check_record(record: Mapping[str, Any], kind: Kind, columns: Mapping[str, st
     if form is None:
         empty = next(field for form in kind.forms for field in form if record.get(field) is None)
         raise BadRecord(f"{empty} is {'null' if empty in record else 'missing'}")
-    optional = set(kind.checks).difference(*kind.forms)
-    for field in (*form, *optional):
+    for field in (*form, *kind.optional):
         value = record.get(field)
         wrong = kind.checks[field](value) if value is not None else None
         if wrong:

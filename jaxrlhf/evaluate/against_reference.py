@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.data.data_kinds import PROMPTS
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.hosts import processes
 from jaxrlhf.ops.masked import keep
@@ -51,7 +52,7 @@ class PolicyEvaluation:
         self.more: dict[Role, Head] = {role: heads[role] for role in more}
         self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=1))
         rows = min(cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt, cfg.eval.size)
-        self.batches = held_out(ready, "prompts", cfg.eval.size, rows)
+        self.batches = held_out(ready, PROMPTS, cfg.eval.size, rows)
         self.asks_judge = judge and cfg.eval.judge is not None
         self.judge: Judge | None = None
         self.extra: dict[Role, Params] | None = None

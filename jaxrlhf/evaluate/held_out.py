@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrlhf.config.batch import KIND_OF, ROWS_KEY
+from jaxrlhf.config.batch import kinds_read, taken
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.summary import Summary
@@ -82,10 +82,10 @@ class Measure:
 
     def __init__(self, ready: Run):
         cfg = ready.cfg
-        field = ready.algorithm.batch(cfg.algorithm)[0]
-        rows = min(getattr(cfg.batch, ROWS_KEY[field]), cfg.eval.size)
+        kind = kinds_read(cfg)[0]
+        rows = min(taken(cfg, kind), cfg.eval.size)
         self.mesh = ready.mesh
-        self.batches = held_out(ready, KIND_OF[field], cfg.eval.size, rows)
+        self.batches = held_out(ready, kind, cfg.eval.size, rows)
         self.whole = make_measure(ready.recipe)
         self.program = processes.jit(self.whole)
 

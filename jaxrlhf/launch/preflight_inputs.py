@@ -7,6 +7,7 @@ from typing import Any
 from jaxrlhf.config.check import sections_read
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import roles_of
+from jaxrlhf.data.data_kinds import PROMPTS, kind_of_section
 from jaxrlhf.data.examples import make_examples
 from jaxrlhf.data.sources import Source, open_source
 from jaxrlhf.log.run_dir import made_by
@@ -43,7 +44,7 @@ class Inputs:
     def sections(self) -> list[str]:
         """The sections of ``data`` that the run opens; of held-out data those that are given."""
         read = sections_read(self.cfg)
-        held_out = [f"eval_{name}" for name in dict.fromkeys([*read, "prompts"])]
+        held_out = [f"eval_{name}" for name in dict.fromkeys([*read, PROMPTS.name])]
         return read + [name for name in held_out if getattr(self.cfg.data, name) is not None]
 
     def is_made(self, path: str | None) -> bool:
@@ -81,9 +82,9 @@ class Inputs:
 
     def open_data(self, section: str) -> str:
         """Opens the records, and encodes the first of them."""
-        data, where, kind = self.cfg.data, f"data.{section}", section.removeprefix("eval_")
+        data, where, kind = self.cfg.data, f"data.{section}", kind_of_section(section)
         source = open_source(
-            getattr(data, section), kind, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where
+            getattr(data, section), kind.name, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where
         )
         self.sources[where] = source
         text = f"{where}: {len(source):,} rows, {source.describe()}"

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf.config.batch import KIND_OF, ROWS_KEY, describe_batch, describe_learning, describe_sharing, fields_read
+from jaxrlhf.config.batch import describe_batch, describe_learning, describe_sharing, kinds_read, taken
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import dump, without_place
 from jaxrlhf.config.places import check_places
@@ -84,9 +84,9 @@ def describe(cfg: Config) -> Iterator[str]:
 
 def describe_steps(cfg: Config, rows: int) -> str:
     """How many iterations an epoch is."""
-    field = fields_read(cfg)[0]
-    each = getattr(cfg.batch, ROWS_KEY[field])
-    return f"an epoch: {rows:,} rows of data.{KIND_OF[field]} / {each:,} an iteration = {rows / each:,.4g} iterations"
+    kind = kinds_read(cfg)[0]
+    each = taken(cfg, kind)
+    return f"an epoch: {rows:,} rows of data.{kind.name} / {each:,} an iteration = {rows / each:,.4g} iterations"
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

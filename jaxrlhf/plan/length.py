@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 
-from jaxrlhf.config.batch import KIND_OF, fields_read
+from jaxrlhf.config.batch import kinds_read
 from jaxrlhf.config.record import Config
 from jaxrlhf.data.tokenizer import eos_ids
 from jaxrlhf.run import saved_run
@@ -28,7 +28,7 @@ def with_length(cfg: Config) -> tuple[Config, str]:
 
 def missing(cfg: Config) -> str:
     """Which of the data and the tokenizer is not on this machine; "" where both are."""
-    where = KIND_OF[fields_read(cfg)[0]]
+    where = kinds_read(cfg)[0].name
     path = getattr(cfg.data, where).path
     if path is None or re.match(r"\w+://", path):
         return f"data.{where} is no local file"

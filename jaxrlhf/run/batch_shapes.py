@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.config.batch import fields_read
+from jaxrlhf.config.batch import kinds_read, taken
 from jaxrlhf.config.record import Config
 from jaxrlhf.sharding import row_layout
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
+from jaxrlhf.types import Batch, Prompts
 
 
 def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Batch]:
@@ -21,22 +21,10 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
     def rows(dtype, *shape: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_layout(mesh, len(shape)))
 
-    def whole(count: int, packed: bool = False) -> Sequences:
-        shape = (count, cfg.data.max_length)
-        segments = rows(np.int32, *shape) if packed else None
-        return Sequences(rows(np.int32, *shape), rows(bool, *shape), rows(bool, *shape), segments)
-
-    fields, batch = fields_read(cfg), Batch()
-    if "sequences" in fields:
-        batch = batch.replace(sequences=whole(cfg.batch.sequences_per_step, cfg.data.pack))
-    if "preferences" in fields:
-        count = cfg.batch.preferences_per_step
-        margin = rows(np.float32, count) if margins else None
-        batch = batch.replace(preferences=Preferences(whole(count), whole(count), margin))
-    if "unpaired" in fields:
-        count = cfg.batch.unpaired_per_step
-        batch = batch.replace(unpaired=Unpaired(whole(count), rows(bool, count), whole(count)))
-    if "prompts" not in fields:
+    kinds = kinds_read(cfg)
+    learned = {kind.field: kind.shapes(rows, taken(cfg, kind), cfg.data, margins) for kind in kinds if kind.shapes}
+    batch = Batch(**learned)
+    if not any(kind.is_prompt for kind in kinds):
         yield batch
         return
     count = cfg.batch.prompts_per_step

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrlhf.config.batch import KIND_OF, ROWS_KEY, fields_read, updates_of
+from jaxrlhf.config.batch import kinds_read, taken, updates_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import roles_of
 from jaxrlhf.data import batches
@@ -20,35 +20,32 @@ def with_iterations(cfg: Config, tokenizer: Any, eos: Sequence[int]) -> Config:
     Of several sources (ppo with reward_update) the first counts. ``eos``: ids that end a row."""
     if cfg.epochs is None:
         return cfg
-    field = fields_read(cfg)[0]
-    kind = KIND_OF[field]
-    where = f"data.{kind}"
-    source = open_source(
-        getattr(cfg.data, kind), kind, cache_dir=cfg.data.cache_dir, skip_bad=cfg.data.skip_bad, path_in_config=where
-    )
+    kind, data = kinds_read(cfg)[0], cfg.data
+    where, given = f"data.{kind.name}", getattr(data, kind.name)
+    source = open_source(given, kind.name, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
     rows = batches.count_rows(kind, source, tokenizer, cfg.data, seed=cfg.seed, eos=eos, where=where)
-    iterations = math.ceil(cfg.epochs * rows / getattr(cfg.batch, ROWS_KEY[field]))
+    iterations = math.ceil(cfg.epochs * rows / taken(cfg, kind))
     return dataclasses.replace(cfg, iterations=iterations, epochs=None)
 
 
 def describe_epochs(cfg: Config, rows: int) -> str:
     """What the run's iterations are in passes over its ``rows`` rows of training data."""
-    field = fields_read(cfg)[0]
-    each, where = getattr(cfg.batch, ROWS_KEY[field]), f"data.{KIND_OF[field]} ({counted(rows, 'row')})"
+    kind = kinds_read(cfg)[0]
+    each, where = taken(cfg, kind), f"data.{kind.name} ({counted(rows, 'row')})"
     passes = f"{cfg.length * each / rows:.3g}"
-    return f"{counted(cfg.length, 'iteration')} of {each:,} {field} = {passes} epoch{'s' * (passes != '1')} of {where}"
+    epochs = f"{passes} epoch{'s' * (passes != '1')}"
+    return f"{counted(cfg.length, 'iteration')} of {each:,} {kind.field} = {epochs} of {where}"
 
 
 def describe_short_run(cfg: Config, rows: int) -> list[str]:
     """What to say where the data are fewer than one iteration takes, and where the run ends within a warm-up."""
-    field = fields_read(cfg)[0]
-    key, kind = ROWS_KEY[field], KIND_OF[field]
-    each, lines = getattr(cfg.batch, key), []
+    kind = kinds_read(cfg)[0]
+    each, lines = taken(cfg, kind), []
     if each > rows:
-        packed = ", once packed" if field == "sequences" and cfg.data.pack else ""
+        packed = ", once packed" if kind.make_packed and cfg.data.pack else ""
         lines += [
-            f"batch.{key}: {each:,}: more than data.{kind} has ({counted(rows, 'row')}{packed}): an iteration takes "
-            f"each {each / rows:.3g} times; nearest: {rows}"
+            f"batch.{kind.rows_key}: {each:,}: more than data.{kind.name} has ({counted(rows, 'row')}{packed}): an "
+            f"iteration takes each {each / rows:.3g} times; nearest: {rows}"
         ]
     epochs, minibatches = updates_of(cfg)
     keys = dict.fromkeys((role if role in cfg.optimizer else "default", role) for role in roles_of(cfg)[0])

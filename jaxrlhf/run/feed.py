@@ -1,10 +1,12 @@
 """What a run is fed: the algorithm's data as one batch an iteration, and held-out data as a fixed list."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxrlhf.config.batch import KIND_OF, ROWS_KEY
+from jaxrlhf.config.batch import kinds_read, taken
 from jaxrlhf.data import batches
+from jaxrlhf.data.data_kinds import PROMPTS
+from jaxrlhf.data.kinds import DataKind
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.hosts import processes
@@ -14,13 +16,6 @@ from jaxrlhf.run.transfer import share_of
 from jaxrlhf.sharding import batch_shards
 from jaxrlhf.types import Batch
 
-STREAMS: dict[str, Callable[..., batches.Stream]] = {
-    "prompts": batches.prompt_stream,
-    "demonstrations": batches.demonstration_stream,
-    "preferences": batches.preference_stream,
-    "unpaired": batches.unpaired_stream,
-}
-
 
 class Feed:
     """One stream a kind of data that the algorithm reads, joined into one Batch an iteration."""
@@ -28,16 +23,16 @@ class Feed:
     def __init__(self, ready: Run):
         cfg = ready.cfg
         self.ready, self.streams = ready, {}
-        for field in ready.algorithm.batch(cfg.algorithm):
-            kind = KIND_OF[field]
-            self.streams[kind] = STREAMS[kind](
-                read_source(ready, kind, getattr(cfg.data, kind), f"data.{kind}"),
+        for kind in kinds_read(cfg):
+            self.streams[kind.name] = batches.stream(
+                kind,
+                read_source(ready, kind.name, getattr(cfg.data, kind.name), f"data.{kind.name}"),
                 ready.tokenizer,
                 cfg.data,
-                rows=getattr(cfg.batch, ROWS_KEY[field]),
+                rows=taken(cfg, kind),
                 seed=cfg.seed,
                 share=share_of(ready.mesh),
-                **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids}),
+                eos=ready.sampler.eos_ids,
             )
 
     def next(self) -> tuple[Batch, list[dict[str, Any]]]:
@@ -60,7 +55,7 @@ class Feed:
         """A batch (of shapes with layouts, global rows) for every shape that can come: no prompts wider than the bucket
         that holds the longest one."""
         margins = any(stream.margins for stream in self.streams.values())
-        longest = self.streams["prompts"].longest if "prompts" in self.streams else 0
+        longest = self.streams[PROMPTS.name].longest if PROMPTS.name in self.streams else 0
         for batch in batch_shapes(self.ready.cfg, self.ready.mesh, margins):
             yield batch
             if batch.prompts is not None and batch.prompts.tokens.shape[1] >= longest:
@@ -120,27 +115,27 @@ def describe_data(ready: Run) -> list[str]:
 
 def training_prompts(ready: Run, size: int, rows: int | None = None) -> batches.FixedBatches:
     """The first ``size`` training prompts, once, in batches of ``rows`` at most; None: of a step's."""
-    return fixed_batches(ready, "prompts", "data.prompts", size, min(size, rows or ready.cfg.batch.prompts_per_step))
+    return fixed_batches(ready, PROMPTS, PROMPTS.name, size, min(size, rows or ready.cfg.batch.prompts_per_step))
 
 
-def held_out(ready: Run, kind: str, size: int, rows: int) -> batches.FixedBatches:
+def held_out(ready: Run, kind: DataKind, size: int, rows: int) -> batches.FixedBatches:
     """The held-out batches of ``kind``; none where the config names no held-out data of it."""
-    if getattr(ready.cfg.data, f"eval_{kind}") is None:
+    if getattr(ready.cfg.data, f"eval_{kind.name}") is None:
         return batches.FixedBatches([])
-    return fixed_batches(ready, kind, f"data.eval_{kind}", size, rows)
+    return fixed_batches(ready, kind, f"eval_{kind.name}", size, rows)
 
 
-def fixed_batches(ready: Run, kind: str, where: str, size: int, rows: int) -> batches.FixedBatches:
-    """The first ``size`` records of the data section ``where``, once, in batches of ``rows`` rounded up to the mesh."""
-    source, shards = getattr(ready.cfg.data, where.removeprefix("data.")), batch_shards(ready.mesh)
+def fixed_batches(ready: Run, kind: DataKind, section: str, size: int, rows: int) -> batches.FixedBatches:
+    """The first ``size`` records of a section of ``data``, once, in batches of ``rows`` rounded up to the mesh."""
+    source, shards, where = getattr(ready.cfg.data, section), batch_shards(ready.mesh), f"data.{section}"
     return batches.held_out_batches(
         kind,
-        read_source(ready, kind, source, where),
+        read_source(ready, kind.name, source, where),
         ready.tokenizer,
         ready.cfg.data,
         size=size,
         rows=-(-rows // shards) * shards,
         share=share_of(ready.mesh),
         where=where,
-        **({} if kind == "prompts" else {"eos": ready.sampler.eos_ids}),
+        eos=ready.sampler.eos_ids,
     )

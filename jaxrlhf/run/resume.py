@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxrlhf.config.batch import ROWS_KEY, fields_read
+from jaxrlhf.config.batch import kinds_read
 from jaxrlhf.config.load import dump, parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import find_algorithm
@@ -32,7 +32,7 @@ def changes_since_saved(saved_runs: SavedRuns, cfg: Config) -> list[str]:
         return []
     step, extra = own
     changed = changed_keys(cfg, extra["config"])
-    rows = tuple(f"batch.{ROWS_KEY[field]}" for field in fields_read(cfg))
+    rows = tuple(f"batch.{kind.rows_key}" for kind in kinds_read(cfg))
     for key in changed:
         if key.startswith(FIXED) and not key.endswith(FREE):
             raise ConfigError(misfit(cfg, step, {key: changed[key]}))

@@ -5,15 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrlhf.data import batches
-from jaxrlhf.data.batches import (
-    Share,
-    demonstration_stream,
-    held_out_batches,
-    preference_stream,
-    prompt_stream,
-    unpaired_stream,
-)
+from jaxrlhf.data import batches, data_kinds
+from jaxrlhf.data.batches import Share, held_out_batches
+from jaxrlhf.data.data_kinds import kind_of_section
+from tests.support.streams import demonstration_stream, preference_stream, prompt_stream, unpaired_stream
 
 from .conftest import in_memory
 
@@ -30,8 +25,8 @@ def take(stream, number) -> list[Any]:
     return [next(stream) for _ in range(number)]
 
 
-def held_out(*arguments, **options) -> list[Any]:
-    return list(held_out_batches(*arguments, **options))
+def held_out(kind: str, *arguments, **options) -> list[Any]:
+    return list(held_out_batches(kind_of_section(kind), *arguments, **options))
 
 
 def same(one, two) -> bool:
@@ -291,7 +286,7 @@ def test_error_in_a_thread_that_reads_ahead_is_raised(letters, config, monkeypat
         raise ValueError("one line")
 
     stream = streams(letters, config)["prompts"](rows=2, seed=0)
-    monkeypatch.setattr(batches, "_arrays", fail)
+    monkeypatch.setattr(data_kinds, "_arrays", fail)
     with pytest.raises(ValueError, match="one line"):
         take(stream, 4)
 

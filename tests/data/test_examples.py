@@ -1,6 +1,7 @@
 import pytest
 
 from jaxrlhf.data import examples as ex
+from jaxrlhf.data.data_kinds import DEMONSTRATIONS, kind_of_section
 from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.data.sources import Source
 
@@ -8,7 +9,7 @@ from .conftest import in_memory
 
 
 def make(kind, records, tokenizer, cfg, **options):
-    return ex.make_examples(kind, in_memory(records, **options), tokenizer, cfg, f"data.{kind}")
+    return ex.make_examples(kind_of_section(kind), in_memory(records, **options), tokenizer, cfg, f"data.{kind}")
 
 
 def test_dropped_and_cut_are_counted(tokenizer, config):
@@ -45,8 +46,8 @@ def test_bad_record_stops_or_is_counted(tokenizer, config):
 
     source = Source(read, 3, "far/data[train]", "f")
     with pytest.raises(ValueError, match=r"^far/data\[train\]:1: text is empty$"):
-        ex.make_examples("demonstrations", source, tokenizer, config(), "data.x")
-    found = ex.make_examples("demonstrations", source, tokenizer, config(skip_bad=True), "data.x")
+        ex.make_examples(DEMONSTRATIONS, source, tokenizer, config(), "data.x")
+    found = ex.make_examples(DEMONSTRATIONS, source, tokenizer, config(skip_bad=True), "data.x")
     assert found.kept.tolist() == [0, 2] and found.counts["skipped"] == 1
 
 
@@ -59,11 +60,11 @@ def test_measures_are_kept_for_the_next_start(tokenizer, config, chat):
 
     source = in_memory(records)
     blind = Source(fail, 2, source.name, source.fingerprint)
-    again = ex.make_examples("demonstrations", blind, tokenizer, config(), "data.x")
+    again = ex.make_examples(DEMONSTRATIONS, blind, tokenizer, config(), "data.x")
     assert again.lengths.tolist() == first.lengths.tolist() == [3, 5]
     for cfg, other in ((config(max_length=4), tokenizer), (config(), chat)):  # other rules are measured anew
         with pytest.raises(AssertionError, match="measured again"):
-            ex.make_examples("demonstrations", blind, other, cfg, "data.x")
+            ex.make_examples(DEMONSTRATIONS, blind, other, cfg, "data.x")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from jaxrlhf.data.batches import demonstration_stream, held_out_batches, preference_stream, prompt_stream
+from jaxrlhf.data.batches import held_out_batches
+from jaxrlhf.data.data_kinds import PROMPTS
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.summary import Summary, quantiles
+from tests.support.streams import demonstration_stream, preference_stream, prompt_stream
 
 from .conftest import in_memory
 
@@ -46,7 +48,7 @@ def test_truncated_rows_are_counted_without_a_warning(letters, config):
 
 
 def test_held_out_rows_are_counted_and_how_many_are_used(letters, config):
-    held = held_out_batches("prompts", in_memory(LONG), letters, config(prompt_buckets=(256,)), size=3, rows=2)
+    held = held_out_batches(PROMPTS, in_memory(LONG), letters, config(prompt_buckets=(256,)), size=3, rows=2)
     first, _, warning = held.summary.lines()  # type: ignore[union-attr]
     assert first == "data.eval_prompts: 40 read, 4 kept, 36 dropped (36 too long), the first 3 used"
     assert warning.startswith("warning: data.eval_prompts: 90% of its rows are dropped")

@@ -8,6 +8,7 @@ from jaxrlhf import train
 from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.config.load import load
 from jaxrlhf.data import batches
+from jaxrlhf.data.data_kinds import DEMONSTRATIONS, PROMPTS
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.data.tokenizer import eos_ids, train_bpe
 from jaxrlhf.errors import ConfigError
@@ -62,7 +63,7 @@ def test_epochs_become_iterations(name, count, iterations, config):
 def test_packed_rows_are_counted_as_the_stream_makes_them(config):
     cfg = config("sft", 3)
     source = open_source(cfg.data.demonstrations, "demonstrations", cache_dir=cfg.data.cache_dir)  # type: ignore[arg-type]
-    stream = batches.demonstration_stream(source, TOKENIZER, cfg.data, rows=4, seed=cfg.seed)
+    stream = batches.stream(DEMONSTRATIONS, source, TOKENIZER, cfg.data, rows=4, seed=cfg.seed)
     assert 1 < stream.rows < 10  # the 10 kept have 11 tokens at most, and share rows of 24
     counted = epochs.with_iterations(cfg, TOKENIZER, eos_ids(TOKENIZER))
     assert counted.iterations == -(-3 * stream.rows // 4)
@@ -116,7 +117,7 @@ def test_one_is_not_plural(config):
 def test_as_many_iterations_see_every_row(config):
     cfg = epochs.with_iterations(config("ppo", 2), TOKENIZER, ())
     source = open_source(cfg.data.prompts, "prompts", cache_dir=cfg.data.cache_dir)  # type: ignore[arg-type]
-    stream = batches.prompt_stream(source, TOKENIZER, cfg.data, rows=4, seed=0)
+    stream = batches.stream(PROMPTS, source, TOKENIZER, cfg.data, rows=4, seed=0)
     seen = [record["prompt"] for _ in range(cfg.length) for record in next(stream).columns or []]
     assert {seen.count(f"p{n}") for n in range(10)} == {2}
 

@@ -1,0 +1,11 @@
+"""The streams of the kinds of data, by name."""
+
+import functools
+
+from jaxrlhf.data import batches
+from jaxrlhf.data.data_kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, UNPAIRED
+
+demonstration_stream = functools.partial(batches.stream, DEMONSTRATIONS)
+preference_stream = functools.partial(batches.stream, PREFERENCES)
+prompt_stream = functools.partial(batches.stream, PROMPTS)
+unpaired_stream = functools.partial(batches.stream, UNPAIRED)
