@@ -8,7 +8,6 @@ no mesh is current, and the few sums that are of the whole batch go through ``ac
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -48,8 +47,10 @@ DECODE_RULES: Rules = RULES | {
     "embed": "fsdp",
     **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("decode", "tensor")),
 }
-RULES_IN_USE = contextvars.ContextVar("rules", default=RULES)
-IN_STEPS = contextvars.ContextVar("in_steps", default=False)  # see in_steps
+# What is traced depends on these, so they are part of the key under which JAX keeps what it has traced: no program that
+# was traced under one rule set is used under another.
+DECODING = jax.make_user_context(False)  # whether DECODE_RULES are in force
+IN_STEPS = jax.make_user_context(False)  # see in_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +118,8 @@ def is_pmap(mesh: Mesh) -> bool:
 @contextlib.contextmanager
 def current(mesh: Mesh) -> Iterator[None]:
     """``with current(mesh)``: the mesh of what is traced there; none for that of pmap, which brings its own."""
-    token = IN_STEPS.set(in_steps(mesh))
-    try:
-        with contextlib.nullcontext() if is_pmap(mesh) else jax.set_mesh(mesh):
-            yield
-    finally:
-        IN_STEPS.reset(token)
+    with IN_STEPS(in_steps(mesh)), contextlib.nullcontext() if is_pmap(mesh) else jax.set_mesh(mesh):
+        yield
 
 
 def in_steps(mesh: Mesh) -> bool:
@@ -135,6 +132,11 @@ def in_steps(mesh: Mesh) -> bool:
         return False
     devices = mesh.devices[0, 0, :, :, 0]
     return torus_axes(devices) > 2 >= torus_axes(devices[:, :1])
+
+
+def gathers_in_steps() -> bool:
+    """Whether the current mesh is one whose weights are gathered ``in_steps``."""
+    return IN_STEPS.value
 
 
 def sums_whole(mesh: Mesh) -> bool:
@@ -173,25 +175,25 @@ def spec(*names: str | None) -> PartitionSpec | None:
 
 def partition(names: tuple[str | None, ...]) -> PartitionSpec:
     """The rules table applied to ``names``, mesh or not. Raises KeyError for a name that is not in the table."""
-    rules = RULES_IN_USE.get()
+    rules = rules_in_force()
     return PartitionSpec(*(None if name is None else rules[name] for name in names))
 
 
-@contextlib.contextmanager
-def decoding() -> Iterator[None]:
+def rules_in_force() -> Rules:
+    """The table that logical axes are looked up in."""
+    return DECODE_RULES if DECODING.value else RULES
+
+
+def decoding() -> contextlib.AbstractContextManager[None]:
     """``with decoding()``: what is traced there lies as DECODE_RULES say; arrays enter and leave by ``constrain``."""
-    token = RULES_IN_USE.set(DECODE_RULES)
-    try:
-        yield
-    finally:
-        RULES_IN_USE.reset(token)
+    return DECODING(True)
 
 
 def split_over(*names: str) -> int:
     """Over how many devices the current mesh splits the logical axes ``names`` together; 1 without an explicit mesh."""
     if not explicit():
         return 1
-    shape, rules = jax.sharding.get_abstract_mesh().shape, RULES_IN_USE.get()
+    shape, rules = jax.sharding.get_abstract_mesh().shape, rules_in_force()
     axes = [axis for rule in map(rules.get, names) for axis in ((rule,) if isinstance(rule, str) else rule or ())]
     return math.prod(shape[axis] for axis in axes)
 

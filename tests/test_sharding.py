@@ -191,3 +191,35 @@ def test_weights_move_in_steps_along_three_axes(shape, fsdp, decode, steps, whol
 def test_cpus_lie_on_no_torus():
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 8, decode=2), jax.devices()[:8])
     assert not sharding.in_steps(mesh) and not sharding.sums_whole(mesh)
+
+
+# ---- rules in force, and programs that were traced under others -----------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["called", "inside another trace"])
+def test_a_cached_program_is_not_reused_under_other_rules(nested):
+    """An inner jit is traced once for the rules of training and once for those of decoding, in whichever order."""
+    laid = jax.jit(lambda x: sharding.constrain(x, "batch", "heads"))
+
+    def both(x):
+        before = laid(x)
+        with sharding.decoding():
+            during = laid(x)
+        return before, during, laid(x)
+
+    with sharding.current(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2, decode=2))):
+        found = jax.eval_shape(both, jnp.zeros((8, 8))) if nested else both(jnp.zeros((8, 8)))
+        training = sharding.partition(("batch", "heads"))
+        with sharding.decoding():
+            decoding = sharding.partition(("batch", "heads"))
+    assert training != decoding and [x.sharding.spec for x in found] == [training, decoding, training]
+
+
+def test_a_cached_program_is_not_reused_where_weights_are_gathered_in_steps(monkeypatch):
+    """in_steps depends on the devices' torus, which an abstract mesh, the key of jax.jit, does not tell."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    answer = jax.jit(lambda: jnp.int32(sharding.gathers_in_steps()))
+    for steps in (False, True, False):
+        monkeypatch.setattr(sharding, "in_steps", lambda mesh, steps=steps: steps)
+        with sharding.current(mesh):
+            assert int(answer()) == steps

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxrlhf.models.int8 import Int8, quantized
-from jaxrlhf.sharding import IN_STEPS, constrain, explicit, spec, split_over
+from jaxrlhf.sharding import constrain, explicit, gathers_in_steps, spec, split_over
 from jaxrlhf.types import Array, Params
 
 Axes = tuple[str | None, ...]  # a logical axis a dimension; None: whole on every device
@@ -62,7 +62,7 @@ def whole(kernel: Array, axes: Axes) -> Array:
 
 def halfway(kernel: Array, axes: Axes) -> Array:
     """``kernel`` before the last step of its gathering, which is the only one but where ``sharding.in_steps``."""
-    if not IN_STEPS.get() or not is_split(kernel):
+    if not gathers_in_steps() or not is_split(kernel):
         return kernel
     return constrain(kernel, *("embed_of_group" if name == "embed" else name for name in axes))
 
@@ -137,7 +137,7 @@ def times_backward(
     summed = tuple(map(names.index, rows)), tuple(map(others.index, rows))
     # summed whole and split, which XLA makes one; what it makes of a product that is asked for in parts are many small
     # products and sends in turn, except in steps, where it scatters
-    summed_as = lay(kernel if IN_STEPS.get() else used, right, made)
+    summed_as = lay(kernel if gathers_in_steps() else used, right, made)
     dkernel = jax.lax.dot_general(first, second, (summed, ((), ())), out_sharding=summed_as)
     dkernel = dkernel if where is None else jax.sharding.reshard(dkernel, lay(kernel, right, made))
     if made == list(right):

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrlhf.data import batches, data_kinds
+from jaxrlhf.data import data_kinds
 from jaxrlhf.data.batches import Share, held_out_batches
 from jaxrlhf.data.data_kinds import kind_of_section
 from tests.support.streams import demonstration_stream, preference_stream, prompt_stream, unpaired_stream
