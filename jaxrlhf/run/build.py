@@ -57,8 +57,8 @@ class Run(Blueprint):
 
     tokenizer: Any  # a transformers fast tokenizer
     graders: Graders | None  # functions that score on the host; None: the reward model scores, or nothing is sampled
-    saved_runs: SavedRuns  # what was read of the run's checkpoint, and of other runs that it starts from
     recognised: dict[str, str] = dataclasses.field(default_factory=dict)  # section of data -> what its rows are
+    saved_runs: SavedRuns = dataclasses.field(default_factory=SavedRuns)  # those that were read: its own, its origins
 
 
 def build(cfg: Config, devices: list | None = None, keep: bool = True, saved_runs: SavedRuns | None = None) -> Run:
