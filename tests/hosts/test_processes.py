@@ -21,51 +21,56 @@ from jaxrlhf.hosts.processes import DistributedConfig
 from jaxrlhf.run.transfer import fetch, holders, put, share_of
 from tests.support import runs
 
-FUNCTION = [
-    "ppo:models={policy: {init_from: SFT}, value: {init_from: SFT}}",
-    "ppo:rewards.function=tests.support.runs:praise",
-    "ppo:algorithm.reward_update=false",
-]
-SHORT = ["mesh.fsdp=2", "ppo:batch.prompts_per_step=16", "checkpoint.every=4", "ppo:algorithm.num_epochs=1"]
+FUNCTION = ["grpo:models={policy: {init_from: SFT}}", "grpo:rewards.function=tests.support.runs:praise"]
+SHORT = ["mesh.fsdp=2", "checkpoint.every=4", "grpo:batch.prompts_per_step=8"]
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
 def base(root: Path) -> Path:
-    """Where the runs here start: sft and rm, trained for one iteration each by one process of one device."""
+    """Where the runs here start: sft, trained for one iteration by one process of one device."""
+    return trained(root, "sft")
+
+
+def trained(root: Path, name: str, *more: str) -> Path:
+    """The folder of the model ``name``, trained for one iteration."""
     folder = root / "distributed"
-    arguments = runs.overrides(runs.text(root), folder)
-    short = ["iterations=1", "eval.every=0", "rm:algorithm.normalize_samples=0"]
-    runs.once(
-        root,
-        "distributed-base",
-        lambda: [runs.process(folder / "base", [runs.train(*arguments, *short, configs=runs.TINY[:2])])],
+    command = runs.train(
+        *runs.overrides(runs.text(root), folder),
+        "iterations=1",
+        "eval.every=0",
+        *more,
+        configs=[runs.tiny_config(name)],
     )
+    runs.once(root, f"distributed-{name}", lambda: [runs.process(folder / f"base-{name}", [command])])
     return folder
 
 
-def ppo(root: Path, name: str, *more: str) -> list[str]:
-    """The command that trains ``name``: PPO with a reward function, but for what ``more`` says."""
+def grpo(root: Path, name: str, *more: str) -> list[str]:
+    """The command that trains ``name``: GRPO with a reward function, but for what ``more`` says."""
     start = base(root)
     function = [text.replace("SFT", str(start / "sft")) for text in FUNCTION]
     arguments = runs.overrides(runs.text(root), start / name, start)
-    left_out = ("ppo:models.", "ppo:batch.preferences", "ppo:data.preferences", "ppo:data.eval_preferences")
-    arguments = [text for text in arguments if not text.startswith(left_out)]
-    return runs.train(*arguments, *function, *SHORT, *more, configs=[runs.tiny_config("ppo")])
+    arguments = [text for text in arguments if not text.startswith("grpo:models.")]
+    return runs.train(*arguments, *function, *SHORT, *more, configs=[runs.tiny_config("grpo")])
 
 
 def with_model(root: Path, name: str) -> list[str]:
-    """The same with a reward model that learns, and an evaluation of pairs."""
-    start = base(root)
+    """The command that trains PPO with a reward model that learns, and evaluates pairs."""
+    base(root)
+    start = trained(root, "rm", "algorithm.normalize_samples=0")
     arguments = runs.overrides(runs.text(root), start / name, start)
-    return runs.train(*arguments, *SHORT, configs=[runs.tiny_config("ppo")])
+    smaller = ["ppo:batch.prompts_per_step=16", "ppo:algorithm.num_epochs=1"]
+    return runs.train(*arguments, *SHORT, *smaller, configs=[runs.tiny_config("ppo")])
 
 
 def pair(root: Path) -> list[runs.Done]:
     """Two processes that trained without a break, for 8 iterations."""
     return runs.once(
-        root, "distributed-pair", lambda: runs.together(root / "distributed/pair", [ppo(root, "whole", "iterations=8")])
+        root,
+        "distributed-pair",
+        lambda: runs.together(root / "distributed/pair", [grpo(root, "whole", "iterations=8")]),
     )
 
 
@@ -82,17 +87,17 @@ def test_two_processes_compute_what_one_does(root):
     (alone,) = runs.once(
         root,
         "distributed-alone",
-        lambda: [runs.process(root / "distributed/one", [ppo(root, "alone", "iterations=4")], devices=8)],
+        lambda: [runs.process(root / "distributed/one", [grpo(root, "alone", "iterations=4")], devices=8)],
     )
     assert alone.code == 0, alone.errors
-    expected, found = (numbers(base(root) / name / "ppo") for name in ("alone", "whole"))
+    expected, found = (numbers(base(root) / name / "grpo") for name in ("alone", "whole"))
     assert [row["step"] for row in expected] == [0, 1, 2, 2, 3, 4, 4]
     for one, two in zip(expected, found):
         assert one.keys() == two.keys() and len(one) > 3
         for key, value in one.items():
             np.testing.assert_allclose(two[key], value, rtol=0, atol=1e-5, err_msg=f"step {one['step']}: {key}")
     assert len({row["score/mean"] for row in expected if "score/mean" in row}) > 1
-    samples = [runs.rows(base(root) / name / "ppo", "samples") for name in ("alone", "whole")]
+    samples = [runs.rows(base(root) / name / "grpo", "samples") for name in ("alone", "whole")]
     assert samples[0] == samples[1][: len(samples[0])] and len(samples[0]) > 8
 
 
@@ -125,7 +130,7 @@ def test_one_process_writes_and_speaks(root):
     assert "compiled 2 programs" in first.outputs[0] and "step 8/8" in first.outputs[0]
     gloo = re.compile(r"\[Gloo\].*|\d*")  # its threads write into each other's lines
     assert [line for line in second.outputs[0].splitlines() if not gloo.fullmatch(line)] == []
-    run = base(root) / "whole" / "ppo"
+    run = base(root) / "whole" / "grpo"
     steps = [row["step"] for row in runs.rows(run)]
     assert sorted(set(steps)) == list(range(9)) and len(steps) == 8 + 5  # an evaluation at 0, 2, 4, 6, 8
     assert "localhost" not in (run / "config.yaml").read_text()  # where the processes met is no part of the run
@@ -136,19 +141,19 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_run_goes_on_bitwise(root):
     pair(root)
     stopped = runs.together(
         root / "distributed/stopped",
-        [ppo(root, "parts", "iterations=8")],
-        kills={1: ("SIGINT", "ppo", "metrics", 1)},  # which is passed on to all as SIGTERM
+        [grpo(root, "parts", "iterations=8")],
+        kills={1: ("SIGINT", "grpo", "metrics", 1)},  # which is passed on to all as SIGTERM
         environment={"JAXRLHF_TEST_PACE": "1"},
     )
     assert [one.code for one in stopped] == [75, 130], stopped[0].errors + stopped[1].errors
     said = re.search(r"SIGTERM: stopped at step (\d+); the same command resumes", stopped[0].outputs[0])
     assert said is not None
-    step, run = int(said[1]), base(root) / "parts" / "ppo"
+    step, run = int(said[1]), base(root) / "parts" / "grpo"
     assert 1 <= step < 8 and runs.steps_kept(run)[-1] == step
-    resumed = runs.together(root / "distributed/resumed", [ppo(root, "parts", "iterations=8")])
+    resumed = runs.together(root / "distributed/resumed", [grpo(root, "parts", "iterations=8")])
     assert [one.code for one in resumed] == [0, 0], resumed[0].errors + resumed[1].errors
     assert f"resumed from step {step}" in resumed[0].outputs[0]
-    whole = base(root) / "whole" / "ppo"
+    whole = base(root) / "whole" / "grpo"
     expected, found = (runs.read_state(side, 8) for side in (whole, run))
     assert expected.keys() == found.keys()
     assert [path for path in expected if expected[path].tobytes() != found[path].tobytes()] == []
@@ -168,9 +173,9 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_run_goes_on_bitwise(root):
 )
 def test_a_killed_process_is_named_and_ends_the_other(root, victim, named):
     pair(root)
-    folder, command = root / f"distributed/killed-{victim}", ppo(root, f"killed-{victim}", "iterations=8")
+    folder, command = root / f"distributed/killed-{victim}", grpo(root, f"killed-{victim}", "iterations=8")
     command.append("distributed.heartbeat_timeout=10")
-    killed = {victim: ("SIGKILL", "ppo", "metrics", 1)}
+    killed = {victim: ("SIGKILL", "grpo", "metrics", 1)}
     done = runs.together(folder, [command], kills=killed, environment={"JAXRLHF_TEST_PACE": "1"}, timeout=300)
     assert done[victim].code == -9
     other = done[1 - victim]
@@ -183,7 +188,7 @@ def test_a_killed_process_is_named_and_ends_the_other(root, victim, named):
 def test_a_process_that_breaks_down_ends_the_others(root):
     """It does not wait for them, who wait for it; and what it raised is seen."""
     pair(root)
-    command = ppo(root, "refused", "iterations=8")
+    command = grpo(root, "refused", "iterations=8")
     command = [text.replace("tests.support.runs:praise", "tests.support.runs:refuse") for text in command]
     command += ["distributed.heartbeat_timeout=10"]
     first, second = runs.together(root / "distributed/refused", [command], timeout=300)
