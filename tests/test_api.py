@@ -1,6 +1,7 @@
 """The Python functions: the same runs, texts and scores as the command's."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.run import build
 from jaxrlhf.serve import scorer
 from jaxrlhf.serve.writer import generate_text
-from tests.support import runs
+from tests.support import compiler, runs
 
 PROMPTS = ["the film is", "the plot"]
 
@@ -184,8 +185,15 @@ def test_the_example_of_the_readme_runs(tmp_path):
     assert len(example.splitlines()) <= 25
     (tmp_path / "example.py").write_text(example)
     (tmp_path / "configs").symlink_to(runs.ROOT / "configs")
-    command = [sys.executable, "example.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    cheap = {"XLA_FLAGS": compiler.CHEAP, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env=os.environ | cheap,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told = [line for line in done.stdout.splitlines() if re.match(r"\d+ -?\d", line)]
     assert [int(line.split()[0]) for line in told] == list(range(1, 9))

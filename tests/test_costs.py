@@ -54,7 +54,12 @@ def test_flops_of_the_traced_programs(name):
         hold(f"{name}, {program}: FLOPs", found[program], expected[program], 0.01)
 
 
-@pytest.mark.parametrize("name", CASES)
+def cases(*often: str) -> list:
+    """All cases, of which some are for every change and the others nightly."""
+    return [pytest.param(name, marks=[] if name in often else pytest.mark.nightly) for name in CASES]
+
+
+@pytest.mark.parametrize("name", cases("sft", "ppo"))
 def test_memory_of_one_device(name):
     made, expected = costs.compiled(name, 1), GOLDEN["memory"][name]
     check_donated(made)
@@ -72,7 +77,7 @@ def check_donated(made: costs.Made) -> None:
     assert aliased >= made.state_bytes > 0, f"{made.state_bytes - aliased:,} bytes of the state are not donated"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases("dpo", "grpo"))
 def test_collectives_of_eight_devices(name):
     made, expected = costs.compiled(name, 8), GOLDEN["collectives"][name]
     check_donated(made)

@@ -106,9 +106,26 @@ def layouts(state: TrainState) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
+def begun(which: str) -> tiny.Tiny:
+    """A run before its first iteration, on the current mesh."""
+    name, model, cfg, num_micro, copies, *options = CASES[which]
+    batch = Batch(prompts=tiny.prompts(vocab=model.vocab_size), preferences=None)
+    if "preferences" in ALGORITHMS[name].batch(cfg):
+        batch = dataclasses.replace(batch, preferences=tiny.preferences(vocab=model.vocab_size))
+    kind = {"model": model, "num_micro": num_micro, "samples_per_prompt": copies} | dict(*options)
+    return tiny.build(name, cfg, batch=batch, **kind)
+
+
+@functools.cache
+def first_layouts(shape: Shape, which: str) -> TrainState:
+    """Shapes and layouts of the state before the first iteration."""
+    mesh = mesh_of(shape)
+    with current(mesh):
+        return layouts(whole(begun(which).state, mesh))
+
+
 @functools.cache
 def ran(shape: Shape, which: str) -> Ran:
-    name, model, cfg, num_micro, copies, *options = CASES[which]
     iterations = 2 if which in ("packed", "twice", "twice cut", "trunk", "nine", "wide") else ITERATIONS
     compiled: list[str] = []
 
@@ -118,12 +135,8 @@ def ran(shape: Shape, which: str) -> Ran:
 
     mesh = mesh_of(shape)
     with current(mesh):
-        batch = Batch(prompts=tiny.prompts(vocab=model.vocab_size), preferences=None)
-        if "preferences" in ALGORITHMS[name].batch(cfg):
-            batch = dataclasses.replace(batch, preferences=tiny.preferences(vocab=model.vocab_size))
-        kind = {"model": model, "num_micro": num_micro, "samples_per_prompt": copies} | dict(*options)
-        run = tiny.build(name, cfg, batch=batch, **kind)
-        state, batch = whole(run.state, mesh), put(mesh, batch)
+        run = begun(which)
+        state, batch = whole(run.state, mesh), put(mesh, run.batch)
         first, (step, tokens, metrics) = layouts(state), (program_of(run.recipe, mesh, state, batch), [], [])
         for iteration in range(iterations):
             state, numbers, sequences = step(state, batch)
@@ -149,13 +162,14 @@ def test_noise_has_the_same_bits(shape):
     assert len(np.unique(alone)) > 500 and alone.min() >= 0 and alone.max() < 1
 
 
-LONG = pytest.mark.nightly  # another mesh has the same axis, or another case the same layout
-RUNS = [(shape, "plain") for shape in MESHES if shape != (1, 4, 2)]
-RUNS += [((2, 2, 2), name) for name in ("odd", "groups", "packed", "trunk", "nine", "wide")]
-RUNS += [((1, 4, 2, 1, 2), "groups")]
-RUNS += [pytest.param(shape, name, marks=LONG) for shape, name in (((1, 4, 2), "plain"), ((1, 4, 2, 1, 2), "odd"))]
-MAPPED = [(8, "cut"), (4, "odd")]
-MAPPED += [pytest.param(*case, marks=LONG) for case in ((8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))]
+NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
+# each axis once: data, fsdp and tensor; slices; decode
+RUNS: list = [((2, 2, 2), "odd"), ((1, 2, 2, 2), "groups"), ((1, 4, 2, 1, 2), "groups")]
+RUNS += [NIGHTLY(shape, "plain") for shape in MESHES]
+RUNS += [NIGHTLY((2, 2, 2), name) for name in ("groups", "packed", "trunk", "nine", "wide")]
+RUNS += [NIGHTLY((1, 4, 2, 1, 2), "odd")]
+MAPPED = [(8, "cut")]
+MAPPED += [NIGHTLY(*case) for case in ((4, "odd"), (8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))]
 COMPARED = ("loss/", "score/", "kl/", "reward/", "policy/entropy", "policy/sampler", "response/", "group/")
 
 
@@ -183,7 +197,8 @@ def compare(alone: Ran, split: Ran, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "cut", "whole"), [(ALONE, "cut", "groups"), (8, "cut", "groups"), (ALONE, "twice cut", "twice")]
+    ("shape", "cut", "whole"),
+    [(8, "cut", "groups"), NIGHTLY(ALONE, "cut", "groups"), NIGHTLY(ALONE, "twice cut", "twice")],
 )
 def test_minibatches_are_the_same_where_groups_are_cut(shape, cut, whole):
     """Micro-batches smaller than a group, or devices that have less of it: the unit of shuffling is the group."""
@@ -234,10 +249,10 @@ def table(kv_axis: str | None, axis: str | None = "tensor") -> dict:
         ((2, 2, 2), "wide", "tensor", "tensor"),
     ],
 )
-@pytest.mark.parametrize("when", ["first", "last"])
+@pytest.mark.parametrize("when", ["first", NIGHTLY("last")])
 def test_weights_and_moments_are_where_the_table_says(shape, which, kv_axis, axis, when):
     """Adam's moments with them: automatic mode was seen to replicate those silently."""
-    state = getattr(ran(shape, which), when)
+    state = first_layouts(shape, which) if when == "first" else ran(shape, which).last
     expected = table(kv_axis, axis)
     policy = {name: part for name, part in expected.items() if name != "head"}
     for role, tree in state.params.items():
@@ -261,12 +276,15 @@ def check_layout(tree, expected, shape: tuple[int, ...]):
     jax.tree.map(one, tree, expected)
 
 
-@pytest.mark.parametrize("shape", MESHES)
-def test_rows_of_a_batch_are_split(shape):
-    found = ran(shape, "plain")
+@pytest.mark.parametrize(
+    ("shape", "which"),
+    [((1, 2, 2, 2), "groups"), ((1, 4, 2, 1, 2), "groups"), *(NIGHTLY(one, "plain") for one in MESHES)],
+)
+def test_rows_of_a_batch_are_split(shape, which):
+    found = ran(shape, which)
     shards = int(np.prod(shape[:4])) // shape[2]
     assert found.sequences.spec[0] == ("slice", "data", "fsdp", "decode") and not any(found.sequences.spec[1:])
-    assert found.sequences.shard_shape(found.tokens[0].shape)[0] == 16 // shards
+    assert found.sequences.shard_shape(found.tokens[0].shape)[0] == len(found.tokens[0]) // shards
 
 
 @pytest.mark.parametrize(("name", "cfg"), [("ppo", PPOConfig(whiten_rewards=True)), ("grpo", GRPOConfig())])

@@ -22,6 +22,7 @@ from jaxrlhf.algorithms.sft import SFTConfig
 from jaxrlhf.cli import discover
 from jaxrlhf.config.batch import updates_of
 from jaxrlhf.config.load import load
+from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
@@ -31,6 +32,7 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run.batch_shapes import batch_shapes
+from jaxrlhf.run.build import Blueprint
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.sharding import MeshConfig, batch_shards, current, is_pmap, make_mesh
 from jaxrlhf.types import Batch
@@ -67,13 +69,18 @@ def write_models(folder: Path, text: Path) -> dict[str, Path]:
     return {head: folder / head for head in ("lm", "scalar")}
 
 
+def write_config(name: str, folder: Path, text: Path, models: dict[str, Path]) -> Path:
+    """The config of a method with its required keys, whose run directory is folder/NAME."""
+    needed, config = REQUIRED[name].format(text=text, **models), folder / f"{name}.yaml"
+    config.write_text(f"run_dir: {folder}/{name}\niterations: 1\nalgorithm: {{name: {name}}}\n{needed}\n")
+    return config
+
+
 def train_all(folder: Path, text: Path, names: list[str], more: list[str]) -> runs.Done:
     """A process that trains each method with its required keys, and ``more`` of those that sample, to folder/NAME."""
     models, commands = write_models(folder, text), []
     for name in names:
-        needed = REQUIRED[name].format(text=text, **models)
-        config = folder / f"{name}.yaml"
-        config.write_text(f"run_dir: {folder}/{name}\niterations: 1\nalgorithm: {{name: {name}}}\n{needed}\n")
+        config = write_config(name, folder, text, models)
         commands.append(["train", str(config), *(more if ALGORITHMS[name].online else [])])
     return runs.process(folder / "process", commands)
 
@@ -111,11 +118,26 @@ def test_a_starter_config_trains_once_it_is_filled_in(started, name):
 
 
 @pytest.fixture(scope="module")
+def folders(root, tmp_path_factory) -> tuple[Path, dict[str, Path]]:
+    """Where configs may be written, and the models that they start from."""
+    folder = tmp_path_factory.mktemp("required")
+    return folder, write_models(folder, runs.text(root))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_required_keys_alone_make_an_iteration(root, folders, name):
+    """Traced: that it runs is seen each night, and by the runs of configs/tiny that other tests share."""
+    cfg = load(write_config(name, folders[0], runs.text(root), folders[1]), SHORT if ALGORITHMS[name].online else [])
+    trace_of(cfg, make_mesh(MeshConfig(), jax.devices()[:1]), {})
+
+
+@pytest.fixture(scope="module")
 def minimal(root, tmp_path_factory) -> tuple[Path, runs.Done]:
     folder = tmp_path_factory.mktemp("minimal")
     return folder, train_all(folder, runs.text(root), METHODS, SHORT)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", METHODS)
 def test_the_required_keys_alone_train(minimal, name):
     check_trained(minimal[0] / name, minimal[1])
@@ -222,8 +244,13 @@ def trace(name: str, mesh, more: list[str]) -> None:
     path = runs.tiny_config(name)
     beside = {f"runs/tiny/{one.stem}": load(one) for one in runs.ALL}
     cfg = load(path, [f"batch.micro_batch_size={smallest}", "data.prompt_buckets=[16]", *more])
-    drawn, _ = blueprint(cfg, mesh, beside)
+    drawn = trace_of(cfg, mesh, beside)
     assert drawn.recipe.num_micro * smallest * updates_of(cfg)[1] >= 8
+
+
+def trace_of(cfg: Config, mesh, beside: dict[str, Config]) -> Blueprint:
+    """Trace the iteration of a config; ``beside``: run directory -> the config that makes it."""
+    drawn, _ = blueprint(cfg, mesh, beside)
     iteration = steps.make_iteration(drawn.recipe)
     with current(mesh):
         state, (batch,) = abstract_state(drawn), batch_shapes(cfg, mesh)
@@ -232,3 +259,4 @@ def trace(name: str, mesh, more: list[str]) -> None:
             jax.eval_shape(jax.pmap(iteration, "devices", in_axes=(None, 0), out_axes=(None, None, 0)), state, split)
         else:
             jax.eval_shape(iteration, state, batch)
+    return drawn

@@ -86,7 +86,7 @@ def gradients(share: float | None, params: dict, num_micro: int = 1) -> dict:
     return tiny.program(partial(steps.gradients, recipe))(state, experience)[0]
 
 
-@pytest.mark.parametrize("share", [0.0, SHARE, 1.0])
+@pytest.mark.parametrize("share", [SHARE, *(pytest.param(one, marks=pytest.mark.nightly) for one in (0.0, 1.0))])
 def test_the_trunk_learns_from_both_losses_and_the_head_from_its_own(share):
     """With two equal trunks, autodiff gives each loss's gradient by itself; the shared one's is their weighted sum."""
     bare, whole = trees()
@@ -165,6 +165,7 @@ def trained(root) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 def test_a_run_that_stops_and_goes_on_has_the_same_bits(trained):
     whole, again = (runs.read_state(trained / name, 2) for name in ("ppo", "again"))
     assert whole.keys() == again.keys()
@@ -177,6 +178,7 @@ def test_a_run_that_stops_and_goes_on_has_the_same_bits(trained):
     assert all(not np.array_equal(before[path], whole[path]) for path in whole if path.startswith("params.value/"))
 
 
+@pytest.mark.nightly
 def test_another_run_s_value_model_starts_from_head_and_trunk(trained):
     origin, found = runs.read_state(trained / "ppo", 2), runs.read_state(trained / "next", 1)
     values = {path: leaf for path, leaf in found.items() if path.startswith("params.value/")}
@@ -186,6 +188,7 @@ def test_another_run_s_value_model_starts_from_head_and_trunk(trained):
         np.testing.assert_array_equal(leaf, origin[path.replace("params.value/", f"params.{role}/")])
 
 
+@pytest.mark.nightly
 def test_an_exported_value_model_is_whole(trained):
     cfg, head = hf_config.read_config(trained / "value-hf")
     assert head == "scalar"

@@ -195,7 +195,9 @@ def test_the_record():
     assert not dpo.ALGORITHM.online
 
 
-@pytest.mark.parametrize("cfg", [DPOConfig(), DPOConfig(objective="ipo")], ids=str)
+@pytest.mark.parametrize(
+    "cfg", [DPOConfig(), pytest.param(DPOConfig(objective="ipo"), marks=pytest.mark.nightly)], ids=str
+)
 def test_the_number_of_micro_batches_changes_nothing(cfg):
     """Sums are divided by the pairs of the minibatch, of which the last is padding."""
     after = []

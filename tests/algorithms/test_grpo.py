@@ -323,6 +323,7 @@ def test_the_number_of_micro_batches_changes_nothing(cfg):
         np.testing.assert_allclose(split_means[name].value(), mean.value(), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.nightly
 def test_a_prompt_read_once_or_for_each_response():
     """One iteration: the same responses, and to rounding the same update."""
     once, each = (iteration_of(share_prompts=share) for share in (True, False))
@@ -330,7 +331,7 @@ def test_a_prompt_read_once_or_for_each_response():
     compare_iterations(once, each)
 
 
-@pytest.mark.parametrize(("num_micro", "widths"), [(1, 3), (4, 5)])
+@pytest.mark.parametrize(("num_micro", "widths"), [(1, 3), pytest.param(4, 5, marks=pytest.mark.nightly)])
 def test_responses_packed_or_in_columns_of_their_own(num_micro, widths):
     kind = {"eos_ids": tuple(range(1, 16)), "num_micro": num_micro}  # many responses end early
     apart, packed = (iteration_of(pack_widths=number, **kind) for number in (1, widths))

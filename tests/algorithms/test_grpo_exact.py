@@ -133,7 +133,10 @@ def trained(cfg: GRPOConfig):
     "cfg",
     [
         GRPOConfig(num_epochs=2, aggregation="seq-mean-token-mean"),
-        GRPOConfig(num_epochs=2, ratio="sequence", advantages="leave_one_out", kl_coef=0.0),
+        pytest.param(
+            GRPOConfig(num_epochs=2, ratio="sequence", advantages="leave_one_out", kl_coef=0.0),
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=lambda cfg: cfg.ratio,
 )
@@ -144,6 +147,7 @@ def test_expected_reward_rises(cfg):
     assert after > before + 0.8 * (highest - before) and moved > 1
 
 
+@pytest.mark.nightly
 def test_a_large_kl_coef_holds_the_policy_at_the_reference():
     exact, start, end = trained(GRPOConfig(kl_coef=10.0))
     assert 0 < exact(end, start)[1] < 0.1

@@ -187,6 +187,7 @@ def test_the_number_of_micro_batches_changes_nothing(alone):
     assert float(alone[1]["kl/baseline"]) > 0.01, "no baseline, no test"
 
 
+@pytest.mark.nightly
 def test_a_mesh_changes_nothing(alone):
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         made = tiny.build("kto", KTOConfig(), batch=Batch(unpaired=tiny.unpaired()), num_micro=2)

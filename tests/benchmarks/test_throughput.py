@@ -60,6 +60,7 @@ def test_a_reward_on_the_host_lies_between_two_programs(command, name, phases):
     assert report["limits"]["decode"]["steps"] == 4
 
 
+@pytest.mark.nightly
 def test_ppo_is_one_program(command):
     report = json.loads(command("--algorithm", "ppo", *QUICK)[0])
     check_report(report, ["iteration", "rollout", "update", "idle"], rows=4 * 4)
@@ -67,13 +68,16 @@ def test_ppo_is_one_program(command):
     assert set(report["run"]["parameters"]) == {"policy", "value", "reference", "reward"}
 
 
-@pytest.mark.parametrize("name, rows", [("dpo", 8), ("rm", 8), ("sft", 4)])
+@pytest.mark.parametrize(
+    "name, rows", [*(pytest.param(name, 8, marks=pytest.mark.nightly) for name in ("dpo", "rm")), ("sft", 4)]
+)
 def test_offline_there_is_no_rollout(command, name, rows):
     report = json.loads(command("--algorithm", name, *QUICK)[0])
     check_report(report, ["iteration", "update", "idle"], rows)
     assert report["run"]["reward"] is None and "decode" not in report["limits"]
 
 
+@pytest.mark.nightly
 def test_a_config_needs_no_weights_and_no_data(command, tmp_path):
     """Ragged; its overrides hold, its run and data are nowhere; and the table for people."""
     text = """
@@ -99,6 +103,7 @@ generate: {{max_new_tokens: 4, stop: ["."]}}
     assert json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
 
 
+@pytest.mark.nightly
 def test_costs_grow_with_what_is_doubled(command):
     more = ["--prompt-tokens", "1", "--prompts", "2", "--steps", "1", "--cost-growth"]
     report = json.loads(command("--algorithm", "sft", *QUICK, *more)[0])

@@ -683,7 +683,7 @@ def test_rows_of_data_have_columns_too(tmp_path, name, parts):
 
 def test_the_nearest_batch_really_works(ppo):
     """What an error proposes is accepted, and no nearer number would have been."""
-    for prompts in range(1, 40):
+    for prompts in range(1, 40, 3):  # all that is left over by 8
         for samples in (1, 2, 3, 8):
             given = [f"batch={{prompts_per_step: {prompts}, samples_per_prompt: {samples}}}"]
             works = lambda n, samples=samples: n % 8 == 0 and n * samples % 16 == 0 and n > 0

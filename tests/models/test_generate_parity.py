@@ -186,7 +186,7 @@ def test_int8_weights_are_what_their_scales_make_of_them():
     assert 1e-3 < np.abs(sequences.logprobs - exact)[mask].mean() < 0.05
 
 
-@pytest.mark.parametrize("name", ["plain", "shaped", "halved"])
+@pytest.mark.parametrize("name", ["plain", "shaped", pytest.param("halved", marks=pytest.mark.nightly)])
 def test_an_int8_cache_is_near_full_forward(name):
     """Of one response to a prompt (on CPUs two prompts stand abreast), of two, and of fewer and fewer; with a
     scale for each token and head the log-probs differ by 0.02 nats a token on average, and 0.3 at most."""
@@ -197,6 +197,7 @@ def test_an_int8_cache_is_near_full_forward(name):
     assert 1e-4 < error.mean() < 0.02 and error.max() < 0.3
 
 
+@pytest.mark.nightly
 def test_int8_on_a_mesh_equals_one_device():
     runtime = FLOAT32._replace(int8=("weights", "cache"))
     for name in ("plain", "shaped"):
@@ -308,17 +309,22 @@ def test_samples_of_a_prompt_are_contiguous_and_have_their_own_ids():
 
 
 @pytest.mark.parametrize(("all_along", "fewer"), [("six", "halved"), ("limited", "limited, halved")])
-@pytest.mark.parametrize("runtime", [FLOAT32, Runtime(int8=("cache",))], ids=["float32", "int8 cache"])
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        pytest.param(FLOAT32, id="float32"),
+        pytest.param(Runtime(int8=("cache",)), id="int8 cache", marks=pytest.mark.nightly),
+    ],
+)
 def test_decoding_goes_on_with_the_samples_that_have_not_ended(all_along, fewer, runtime):
     """Fewer and fewer rows are computed, of every prompt and then of the prompts, and nothing else changes."""
     whole, halved = (draw("llama", name, runtime=runtime) for name in (all_along, fewer))
     assert len(set(whole.response_mask.sum(1))) > 4
     same_samples(halved, whole)
     np.testing.assert_array_equal(halved.tokens, whole.tokens)
-    if runtime == FLOAT32:
-        same_samples(halved, draw_on_mesh(fewer, MeshConfig(data=2, fsdp=2, tensor=2)))
 
 
+@pytest.mark.nightly
 def test_half_of_the_prompts_go_on_one_by_one_and_by_twos():
     """As CPUs decode prompts with one response each, abreast, and as others do; local layers too."""
     for runtime in (FLOAT32, FLOAT32._replace(hardware=Hardware("gpu"), attention="xla")):
@@ -327,16 +333,15 @@ def test_half_of_the_prompts_go_on_one_by_one_and_by_twos():
 
 
 def test_prompts_with_one_response_stand_abreast_in_twos():
-    """Where they can, on CPUs: eight do and seven do not, and their responses are the same; on a mesh too."""
+    """Where they can, on CPUs: eight do and seven do not, and their responses are the same."""
     tpu = FLOAT32._replace(hardware=Hardware("tpu"))
     asked = [(8, 1, FLOAT32), (7, 1, FLOAT32), (8, 2, FLOAT32), (8, 1, tpu)]
     assert [prompts_abreast(prompts, copies, runtime.hardware) for prompts, copies, runtime in asked] == [2, 1, 1, 1]
     eight, seven = draw("llama", "plain"), draw("llama", "plain", jax.tree.map(lambda x: x[:7], make_prompts()))
     assert responses(eight)[:7] == responses(seven)
-    same_samples(draw_on_mesh("plain", MeshConfig(2, 2, 2)), eight)
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", [pytest.param("llama", marks=pytest.mark.nightly), "gpt2"])
 def test_kernels_of_either_order(model, monkeypatch):
     """Few rows read kernels that begin with what they make, many those of training; tied heads and biases too."""
     few = draw(model, "shaped")
@@ -349,13 +354,12 @@ def test_kernels_of_either_order(model, monkeypatch):
 
 
 def test_a_row_ends_at_its_limit():
-    """And is the beginning of what it is without one; on a mesh too."""
+    """And is the beginning of what it is without one."""
     free, limited = draw("llama", "plain"), draw("llama", "limited")
     assert responses(limited) == [row[:limit] for row, limit in zip(responses(free), LIMITS)]
     lengths = np.array([len(row) for row in responses(free)])
     assert (lengths < LIMITS).any() and (lengths > LIMITS).any(), "some end by themselves before it, some are cut"
     np.testing.assert_array_equal(limited.ended, free.ended | (lengths >= LIMITS))
-    same_samples(limited, draw_on_mesh("limited", MeshConfig(data=2, fsdp=4, decode=2)))
 
 
 def draw_on_mesh(name: str, mesh: MeshConfig, runtime: Runtime = FLOAT32) -> Any:
@@ -369,8 +373,22 @@ def draw_on_mesh(name: str, mesh: MeshConfig, runtime: Runtime = FLOAT32) -> Any
     return jax.tree.map(np.asarray, many)
 
 
-def test_mesh_equals_one_device():
-    same_samples(draw_on_mesh("shaped", MeshConfig(2, 2, 2)), draw("llama", "shaped"))
+NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("shaped", MeshConfig(2, 2, 2)),
+        NIGHTLY("plain", MeshConfig(2, 2, 2)),
+        NIGHTLY("halved", MeshConfig(2, 2, 2)),
+        NIGHTLY("limited, halved", MeshConfig(2, 2, 2)),
+        NIGHTLY("limited", MeshConfig(data=2, fsdp=4, decode=2)),
+    ],
+    ids=str,
+)
+def test_mesh_equals_one_device(name, mesh):
+    same_samples(draw_on_mesh(name, mesh), draw("llama", name))
 
 
 # ---- the law of choice ----------------------------------------------------------------------------------------------

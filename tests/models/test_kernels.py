@@ -119,11 +119,17 @@ def compare(case: Case, attend_by, dtype, atol: float):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=atol * max(1, np.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("name", CASES)
+def often(cases, *names: str) -> list:
+    """The names of ``cases``: these for every change, the others nightly."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.nightly) for name in cases]
+
+
+@pytest.mark.parametrize("name", often(CASES, "all"))
 def test_splash_computes_what_we_do(name):
     compare(CASES[name], SPLASH, jnp.float32, 1e-4)
 
 
+@pytest.mark.nightly
 def test_splash_in_bfloat16():
     """The kernel's scores are float32 as ours; queries are scaled before their product, in bfloat16 (8 bits)."""
     compare(CASES["all"], SPLASH, jnp.bfloat16, 0.02)
@@ -257,7 +263,7 @@ def groups_by_library(case: Group, readable):
     return lambda query, key, value: kernels.library_groups(query, key, value, readable, **how)
 
 
-@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("name", often(GROUPS, "plain", "narrow window"))
 def test_splash_computes_groups_as_we_do(name):
     compare_groups(GROUPS[name], functools.partial(groups_by, "splash"))
 
@@ -311,7 +317,11 @@ def test_the_mask_of_a_long_group_is_no_square():
 
 @pytest.mark.parametrize(
     "heads, kv_heads, shape",
-    [(4, 2, (2, 1, 2)), (4, 1, (1, 2, 2)), (3, 3, (1, 2, 2))],  # split; kv heads repeated to be split; whole
+    [  # split; kv heads repeated to be split; whole
+        pytest.param(4, 2, (2, 1, 2), marks=pytest.mark.nightly),
+        (4, 1, (1, 2, 2)),
+        pytest.param(3, 3, (1, 2, 2), marks=pytest.mark.nightly),
+    ],
 )
 @pytest.mark.parametrize("attend_by", [SPLASH, by_library], ids=["splash", "library"])
 def test_each_device_attends_to_its_own(heads, kv_heads, shape, attend_by):
@@ -348,7 +358,10 @@ GEMMA3 = resolve(
 INTERPRETED = Runtime(attention="splash", hardware=TPU, interpret=True)
 
 
-@pytest.mark.parametrize(("cfg", "remat"), [(LLAMA, "none"), (GEMMA3, "full"), (GEMMA3, "dots")])
+@pytest.mark.parametrize(
+    ("cfg", "remat"),
+    [(LLAMA, "none"), *(pytest.param(GEMMA3, remat, marks=pytest.mark.nightly) for remat in ("full", "dots"))],
+)
 def test_a_model_and_its_gradients_by_splash(cfg, remat):
     params = tiny.parameters(cfg, "lm", 0)
     rng = np.random.default_rng(0)

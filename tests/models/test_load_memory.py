@@ -77,7 +77,7 @@ def told(where: str, out: Path, processes: int, devices: int) -> list[dict]:
     return [json.loads(Path(f"{out}{number}").read_text()) for number in range(processes)]
 
 
-@pytest.mark.parametrize("write", [safetensors, quantised])
+@pytest.mark.parametrize("write", [safetensors, pytest.param(quantised, marks=pytest.mark.nightly)])
 def test_loading_holds_no_second_copy(tmp_path, home, write):
     """At most 1.3 times the float32 weights: them, and the one leaf that is being put together."""
     (found,) = told(write(tmp_path / "model"), tmp_path / "told", processes=1, devices=1)

@@ -53,7 +53,7 @@ def rows_of(copies: int, start: int = 6, room: int = 5):
     return sequences, int(lengths.sum(1).max())
 
 
-@pytest.mark.parametrize(("cfg", "copies"), [(LLAMA, 1), (GEMMA3, 3)])
+@pytest.mark.parametrize(("cfg", "copies"), [(LLAMA, 1), pytest.param(GEMMA3, 3, marks=pytest.mark.nightly)])
 def test_packed_responses_say_what_their_rows_do(cfg, copies):
     """Log-probs, entropies, values and scores, and the gradients of them all; EOS is out of reach of first tokens, and
     a filter keeps the tokens that were sampled."""

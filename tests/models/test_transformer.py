@@ -226,13 +226,23 @@ def test_scale_and_softcap_of_attention_against_a_loop():
     np.testing.assert_allclose(last, expected[:, 4:], atol=1e-5)
 
 
-@pytest.mark.parametrize("runtime", [Runtime(), Runtime(scan_layers=False)], ids=["scanned", "unrolled"])
-@pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
-def test_a_prompt_read_once_for_its_responses(cfg, copies, runtime):
+OFTEN = ("llama", 3, True), ("gpt2", 1, False), ("gemma3_text", 3, False)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "copies", "scanned"),
+    [
+        pytest.param(cfg, copies, scanned, marks=[] if case in OFTEN else pytest.mark.nightly)
+        for cfg in (LLAMA, GPT2, GEMMA3)
+        for copies in (1, 3)
+        for scanned in (True, False)
+        for case in [(cfg.family, copies, scanned)]
+    ],
+)
+def test_a_prompt_read_once_for_its_responses(cfg, copies, scanned):
     """What rows of their own say, in states and in gradients; whatever stands in the padding. Unrolled, the last layer
     computes nothing of prompts but their keys, values and last column."""
-    start, room, groups = 6, 5, 2
+    start, room, groups, runtime = 6, 5, 2, Runtime(scan_layers=scanned)
     rng = np.random.default_rng(3)
     valid = np.ones((groups * copies, start + room), bool)
     tokens = rng.integers(3, 100, valid.shape)
@@ -355,7 +365,7 @@ def test_init_does_not_depend_on_the_mesh():
     assert not np.array_equal(kernel[0], kernel[1])
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, CAPPED])
+@pytest.mark.parametrize("cfg", [LLAMA, pytest.param(CAPPED, marks=pytest.mark.nightly)])
 def test_remat_gives_the_same_gradients(cfg):
     """Compiled without optimisation, which takes half the time."""
     tokens, segments = jnp.array(rows(2)), jnp.ones((2, SIZE), int)
@@ -373,8 +383,14 @@ def test_remat_gives_the_same_gradients(cfg):
         )
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1)])
-@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize(
+    ("scanned", "shape"),
+    [
+        (True, (1, 2, 1)),
+        (False, (1, 1, 1)),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in ((True, (1, 1, 1)), (False, (1, 2, 1)))),
+    ],
+)
 def test_dots_recomputes_no_linear_map(shape, scanned):
     """Products in the program: of a layer's nine (seven linear maps and attention's two), the backward pass repeats all
     but the last, whose result no gradient needs; with dots attention's alone."""

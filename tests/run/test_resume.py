@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import runs
 
-NAMES = ("sft", "rm", "dpo", "grpo", "ppo")
+NAMES = ["sft", "ppo", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("rm", "dpo", "grpo"))]
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,11 @@ def whole(root) -> Path:
     return root / "whole"
 
 
-@pytest.fixture(scope="module")
-def parts(root) -> Path:
-    """The runs that were stopped and went on."""
-    runs.parts(root)
-    return root / "parts"
+@pytest.fixture
+def parted(root, name) -> Path:
+    """The run that was stopped and went on."""
+    runs.parts(root) if name in ("sft", "ppo") else runs.halves(root)
+    return root / "parts" / name
 
 
 def extra(run: Path, step: int) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def extra(run: Path, step: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_state_has_the_same_bits(whole, parts, name):
-    expected, found = (runs.read_state(side / name, 4) for side in (whole, parts))
+def test_the_state_has_the_same_bits(whole, parted, name):
+    expected, found = (runs.read_state(run, 4) for run in (whole / name, parted))
     assert found.keys() == expected.keys()
     for path, leaf in expected.items():
         other = found[path]
@@ -77,14 +77,14 @@ def test_training_changes_what_is_compared(whole, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_data_positions_models_and_config_are_those_of_an_unbroken_run(whole, parts, name):
-    assert extra(parts / name, 4) == extra(whole / name, 4)
+def test_data_positions_models_and_config_are_those_of_an_unbroken_run(whole, parted, name):
+    assert extra(parted, 4) == extra(whole / name, 4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("file", ["metrics", "samples"])
-def test_rows_are_those_of_an_unbroken_run(whole, parts, name, file):
-    expected, found = (runs.rows(side / name, file) for side in (whole, parts))
+def test_rows_are_those_of_an_unbroken_run(whole, parted, name, file):
+    expected, found = (runs.rows(run, file) for run in (whole / name, parted))
     assert found == expected
     assert (
         len(expected)
@@ -93,53 +93,51 @@ def test_rows_are_those_of_an_unbroken_run(whole, parts, name, file):
 
 
 def test_sigterm_saves_and_says_so(root):
-    first, second, *_ = runs.parts(root)
-    for done, folder, name in ((first, "parts-1", "rm"), (second, "parts-2", "ppo")):
-        assert done.code == 75
-        assert done.outputs[-1].endswith("SIGTERM: stopped at step 2; the same command resumes\n")
-        # checkpoint.every is 3: this one is there because of the signal
-        assert runs.steps_kept(root / folder / name) == [2]
-    assert not (root / "parts-1" / "ppo").exists()  # the command went no further
+    first, *_ = runs.parts(root)
+    assert first.code == 75
+    assert first.outputs[-1].endswith("SIGTERM: stopped at step 2; the same command resumes\n")
+    # checkpoint.every is 3: this one is there because of the signal
+    assert runs.steps_kept(root / "parts-1" / "ppo") == [2]
 
 
 def test_sigkill_leaves_the_checkpoint_before(root):
-    *_, third, fourth = runs.parts(root)
-    killed = root / "parts-3" / "ppo"
-    assert third.code == -9
+    _, second, third = runs.parts(root)
+    killed = root / "parts-2" / "ppo"
+    assert second.code == -9
     assert runs.steps_kept(killed) == [2]
     # step 3 was written down, and is redone without standing there twice
     assert [row["step"] for row in runs.rows(killed)] == [0, 1, 2, 2, 3]
     assert [row["step"] for row in runs.rows(killed, "samples")][-2:] == [3, 3]
-    assert "resumed from step 2" in fourth.outputs[0]
-    assert fourth.code == 0
+    assert "resumed from step 2" in third.outputs[0]
+    assert third.code == 0
 
 
+@pytest.mark.nightly
 def test_a_reward_model_is_normalised_once(root):
-    """The first process stopped before it; the second came to the end; the others found nothing left to do."""
-    said = ["reward model: scores of 200 samples" in done.outputs[0] for done in runs.parts(root)]
-    assert said == [False, True, False, False]
+    """The first process stopped before it."""
+    said = ["reward model: scores of 200 samples" in done.outputs[0] for done in runs.halves(root)]
+    assert said == [False, True]
 
 
 def test_a_resumed_run_says_what_changed_since(root):
-    first, second, *_ = runs.parts(root)
+    first, second, third = runs.parts(root)
     assert "changed since" not in first.outputs[0]
     opening, changed, *_ = second.outputs[0].splitlines()
     assert opening.endswith("4 iterations, going on after 2, seed 0")
     assert changed == "changed since step 2: iterations: 2 -> 4"
-    assert second.outputs[0].count("changed since") == 1
+    assert [done.outputs[0].count("changed since") for done in (second, third)] == [1, 0]
 
 
 def test_a_finished_run_is_left_alone(root):
-    _, _, third, _ = runs.parts(root)
-    for name in ("sft", "rm"):
-        assert f"parts/{name}: all 4 iterations are done; raise iterations= (or epochs=) to go on\n" in third.outputs[0]
-        before, after = (
-            {path.relative_to(side): path.stat().st_mtime_ns for path in side.rglob("*") if path.is_file()}
-            for side in (root / "parts-2" / name, root / "parts" / name)
-        )
-        lock = Path(".lock")  # names the last process
-        assert before.pop(lock) != after.pop(lock)
-        assert before == after
+    *_, third = runs.parts(root)
+    assert "parts/sft: all 4 iterations are done; raise iterations= (or epochs=) to go on\n" in third.outputs[0]
+    before, after = (
+        {path.relative_to(side): path.stat().st_mtime_ns for path in side.rglob("*") if path.is_file()}
+        for side in (root / "parts-2" / "sft", root / "parts" / "sft")
+    )
+    lock = Path(".lock")  # names the last process
+    assert before.pop(lock) != after.pop(lock)
+    assert before == after
 
 
 # ---- another mesh ---------------------------------------------------------------------------------------------------
@@ -172,7 +170,7 @@ def losses(run: Path, step: int) -> dict[str, float]:
     ("name", "mesh"),
     [
         ("sft", MESH),
-        ("ppo", PMAP),
+        pytest.param("ppo", PMAP, marks=pytest.mark.nightly),
         pytest.param("rm", MESH, marks=pytest.mark.nightly),
         pytest.param("rm", PMAP, marks=pytest.mark.nightly),
         pytest.param("ppo", MESH, marks=pytest.mark.nightly),

@@ -68,7 +68,7 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
         pytest.param(MeshConfig(2, 2, 2), 1e-6, True, id="mesh-overlap"),
         pytest.param(MeshConfig(2, 2, 2), 1e-6, None, id="mesh-in turn", marks=pytest.mark.nightly),
         pytest.param(MeshConfig(style="pmap"), 1e-5, True, id="pmap-overlap", marks=pytest.mark.nightly),
-        pytest.param(MeshConfig(style="pmap"), 1e-5, None, id="pmap-in turn"),
+        pytest.param(MeshConfig(style="pmap"), 1e-5, None, id="pmap-in turn", marks=pytest.mark.nightly),
     ],
 )
 def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol, overlap):
@@ -132,7 +132,13 @@ def half_scored(mesh) -> tuple:
         return jax.device_get((state.params, metrics, scored.scores))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(2, 2, 2), MeshConfig(style="pmap")], ids=["mesh", "pmap"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(2, 2, 2), id="mesh", marks=pytest.mark.nightly),
+        pytest.param(MeshConfig(style="pmap"), id="pmap"),
+    ],
+)
 def test_what_no_grader_scores_is_left_out_on_any_devices(mesh):
     """16 prompts x 2 responses of which some have no score: the same update as on one device, and none of it NaN."""
     (params, metrics, scores), (expected, numbers, _) = half_scored(make_mesh(mesh)), half_scored(mesh_of((1, 1, 1)))
@@ -217,13 +223,13 @@ def text(tmp_path_factory) -> Path:
 
 
 def config(text: Path, run_dir: Path, **more: Any) -> Config:
-    """ppo from random weights, 8 prompts x 2 responses against my_rewards:f; held out: 12 prompts answered once."""
+    """grpo from random weights, 8 prompts x 2 responses against my_rewards:f; held out: 12 prompts answered once."""
     file = lambda name: {"path": str(text / f"{name}.jsonl")}
     shape = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_positions": 32}
     tree: dict[str, Any] = {
         "run_dir": str(run_dir),
         "iterations": 4,
-        "algorithm": {"name": "ppo", "num_epochs": 2, "num_minibatches": 2},
+        "algorithm": {"name": "grpo", "num_minibatches": 2},
         "models": {"policy": {"architecture": shape}},
         "tokenizer": {"train_vocab_size": 300},
         "optimizer": {"default": {"learning_rate": 1e-2}},
@@ -308,9 +314,9 @@ def test_an_iteration_before_an_evaluation_takes_its_own_time(text, tmp_path):
         return vowels(responses, records)
 
     with rewarded_by(slow):
-        cfg = config(text, tmp_path / "ppo", eval={"every": 2, "size": 12})
+        cfg = config(text, tmp_path / "grpo", eval={"every": 2, "size": 12})
         assert trainer.run(cfg) == "done"
-    lines = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in lines if "time/iteration" in row]
     assert len(updates) == 4
     for row in updates:
@@ -349,9 +355,9 @@ def test_several_graders(text, tmp_path):
             "checkpoint": {"every": 2, "best": "eval/score/odd"},
         }
         assert (
-            trainer.run(config(text, tmp_path / "ppo", **more, eval={"size": 12, "every": 2, "samples": 12})) == "done"
+            trainer.run(config(text, tmp_path / "grpo", **more, eval={"size": 12, "every": 2, "samples": 12})) == "done"
         )
-    samples, rows = runs.rows(tmp_path / "ppo", "samples"), runs.rows(tmp_path / "ppo")
+    samples, rows = runs.rows(tmp_path / "grpo", "samples"), runs.rows(tmp_path / "grpo")
     assert {row["split"] for row in samples} == {"train", "eval"}
     for row in samples:
         response = row["response"]
@@ -380,7 +386,7 @@ def test_a_function_that_fails_on_held_out_records_is_refused_before_anything_is
     monkeypatch.setattr(trainer, "compile_programs", lambda *_: pytest.fail("it is compiled"))
     rows = [json.loads(line) for line in (text / "eval_prompts.jsonl").read_text().splitlines()]
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
-    cfg = config(text, tmp_path / "ppo")
+    cfg = config(text, tmp_path / "grpo")
     assert cfg.data.eval_prompts is not None
     held_out = dataclasses.replace(cfg.data.eval_prompts, path=str(tmp_path / "held_out.jsonl"))
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_prompts=held_out))
@@ -392,8 +398,8 @@ def test_a_function_that_fails_on_held_out_records_is_refused_before_anything_is
 def test_records_are_those_of_the_responses(text, tmp_path):
     """A score that only the record knows lies beside the prompt that it belongs to, in training and held out."""
     with rewarded_by(lambda responses, records: [record["answer"] for record in records]):
-        assert trainer.run(config(text, tmp_path / "ppo", iterations=1)) == "done"
-    rows = runs.rows(tmp_path / "ppo", "samples")
+        assert trainer.run(config(text, tmp_path / "grpo", iterations=1)) == "done"
+    rows = runs.rows(tmp_path / "grpo", "samples")
     assert {row["split"] for row in rows} == {"train", "eval"} and len({row["score"] for row in rows}) > 4
     assert all(row["score"] == len(row["prompt"]) for row in rows)
 
@@ -410,7 +416,7 @@ def test_errors_of_the_function_s_own_are_shown_where_they_are_and_answers_in_on
 
 def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "build", lambda *_: pytest.fail("a model is built"))
-    cfg = config(text, tmp_path / "ppo", rewards={"function": "nowhere_at_all:f"})
+    cfg = config(text, tmp_path / "grpo", rewards={"function": "nowhere_at_all:f"})
     (tmp_path / "ppo.yaml").write_text(dump(cfg))
     monkeypatch.setattr(sys, "argv", ["jaxrlhf", "train", str(tmp_path / "ppo.yaml")])
     with pytest.raises(SystemExit, match="2"):
@@ -418,7 +424,7 @@ def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, 
     out, err = capsys.readouterr()
     line = f"{tmp_path}/ppo.yaml: rewards.function: nowhere_at_all:f: no module nowhere_at_all; "
     assert out == "" and err.startswith(line) and err.count("\n") == 1
-    assert not (tmp_path / "ppo").exists()
+    assert not (tmp_path / "grpo").exists()
 
 
 def test_a_run_whose_function_is_gone_is_refused_in_one_line(learned):
@@ -434,7 +440,7 @@ def test_roles_of_a_run_with_a_function(learned):
 @pytest.mark.parametrize(
     ("number", "raises"),
     [
-        (signal.SIGTERM, False),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.nightly),
         pytest.param(signal.SIGINT, False, marks=pytest.mark.nightly),
         (signal.SIGINT, True),
     ],
@@ -468,7 +474,7 @@ def test_a_signal_in_the_function_and_resuming_change_no_bit(text, tmp_path, cap
         assert runs.rows(tmp_path / "parts", name) == runs.rows(tmp_path / "whole", name)
 
 
-@pytest.mark.parametrize("mistake", ["raises", "answers"])
+@pytest.mark.parametrize("mistake", ["raises", pytest.param("answers", marks=pytest.mark.nightly)])
 def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys, mistake):
     """What it raises is told in one line, with the place in its file, and with it mended the run goes on."""
     calls = []
@@ -479,7 +485,7 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys
             return {"raises": lambda: [record["solution"] for record in records], "answers": lambda: [1.0]}[mistake]()
         return vowels(responses, records)
 
-    cfg = config(text, tmp_path / "ppo", checkpoint={"every": 10})
+    cfg = config(text, tmp_path / "grpo", checkpoint={"every": 10})
     named, line = "rewards.function: my_rewards:f", breaking.__code__.co_firstlineno + 3
     expected = {
         "raises": pytest.raises(GraderError, match=rf"^{named}: raised KeyError: 'solution' \({__file__}:{line}\)$"),
@@ -490,10 +496,10 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys
     assert raised_here(caught.value)
     went_on = "stopped at step 2, which is saved; once the error is mended, the same command resumes\n"
     assert went_on in capsys.readouterr().out
-    assert runs.steps_kept(tmp_path / "ppo") == [2]
+    assert runs.steps_kept(tmp_path / "grpo") == [2]
     with rewarded_by(vowels):
         assert trainer.run(dataclasses.replace(cfg, iterations=3)) == "done"
-    assert runs.steps_kept(tmp_path / "ppo") == [2, 3]
+    assert runs.steps_kept(tmp_path / "grpo") == [2, 3]
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------

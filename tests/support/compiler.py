@@ -5,7 +5,9 @@ import os
 import jax
 
 # What counts is to compile: these flags take a third to a half of the time off. Small programs run as fast.
-CHEAP = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+CHEAP = (
+    "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
 # compiler_options of a program that is tested as users compile it: its cost, or the bits that it computes
 DEFAULT = {"xla_cpu_use_fusion_emitters": True, "xla_backend_optimization_level": 3}
 

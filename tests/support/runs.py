@@ -420,30 +420,38 @@ def whole(root: Path) -> list[Done]:
 
 
 def parts(root: Path) -> list[Done]:
-    """The processes that trained ``root``/parts/{sft,rm,dpo,grpo,ppo} a part at a time, from where ``whole`` starts:
+    """The processes that trained ``root``/parts/{sft,ppo} a part at a time, from where ``whole`` starts:
 
-    1. sft for 2 iterations; rm until SIGTERM while its second is computed
-    2. the rest of sft and rm; dpo and grpo for 2 iterations; ppo until SIGTERM while its second is computed
-    3. the rest of dpo and grpo; ppo until SIGKILL before the checkpoint after its third iteration
-    4. the rest of ppo
+    1. sft for 2 iterations; ppo until SIGTERM while its second is computed
+    2. the rest of sft; ppo until SIGKILL before the checkpoint after its third iteration
+    3. the rest of ppo
 
-    What is there after 1, 2 and 3 is copied to parts-1, parts-2 and parts-3."""
+    What is there after 1 and 2 is copied to parts-1 and parts-2."""
+    kills = [("SIGTERM", "ppo", "metrics", 1), ("SIGKILL", "ppo", "samples", 3), None]
+    return in_parts(root, ("sft", "ppo"), kills, ["sft:iterations=2"])
+
+
+def halves(root: Path) -> list[Done]:
+    """The processes that trained ``root``/parts/{dpo,grpo,rm} so: dpo and grpo for 2 iterations, and rm until SIGTERM
+    while its second is computed; the rest. To the loop kto is another dpo."""
+    kills = [("SIGTERM", "rm", "metrics", 1), None]
+    return in_parts(root, ("dpo", "grpo", "rm"), kills, ["dpo:iterations=2", "grpo:iterations=2"])
+
+
+def in_parts(root: Path, names: Sequence[str], kills: Sequence[Any], short: Sequence[str]) -> list[Done]:
+    """Processes that train the ``names``, one a ``kill``; the first trains what is ``short``."""
     whole(root)
     arguments = [*overrides(text(root), root / "parts", root / "whole"), "checkpoint.every=3"]
-    kills: list[Any] = [("SIGTERM", "rm", "metrics", 1), ("SIGTERM", "ppo", "metrics", 1)]
-    kills += [("SIGKILL", "ppo", "samples", 3), None]
-
-    resumed = [path for path in ALL if path.stem != "kto"]  # to the loop it is another dpo
 
     def make() -> Iterator[Done]:
         for number, kill in enumerate(kills, 1):
-            short = {1: ("sft",), 2: ("dpo", "grpo")}.get(number, ())
-            command = train(*arguments, *(f"{name}:iterations=2" for name in short), configs=resumed)
-            yield process(root / f"process-{number}", [command], kill=kill)
-            if kill:
+            more = short if number == 1 else ()
+            command = train(*arguments, *more, configs=[tiny_config(name) for name in names])
+            yield process(root / f"process-{names[0]}-{number}", [command], kill=kill)
+            if kill and "ppo" in names:
                 shutil.copytree(root / "parts", root / f"parts-{number}")
 
-    return once(root, "parts", make)
+    return once(root, f"parts-{names[0]}", make)
 
 
 # ---- what runs leave ------------------------------------------------------------------------------------------------
