@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -246,6 +247,18 @@ def _has_data(builder: Any) -> bool:
     return (builder.data_path / "dataset_info.json").exists()  # builder.is_prepared() says the same, and warns if not
 
 
+@contextlib.contextmanager
+def _tidy() -> Iterator[None]:
+    """Removes the temporary folders that TFDS makes for a builder without data, and leaves behind."""
+    given = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="jaxrlhf-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = given
+
+
 def _find_builder(name: str, folder: str, where: str) -> Any:
     """The builder of a registered dataset: prepared in our folder or else in TFDS's own, or to be prepared in ours."""
     import tensorflow_datasets as tfds
@@ -253,10 +266,11 @@ def _find_builder(name: str, folder: str, where: str) -> Any:
     base = name.split("/")[0].split(":")[0]
     _register(base)
     try:
-        ours = tfds.builder(name, data_dir=os.path.join(folder, "tfds"))
-        if _has_data(ours):
-            return ours
-        theirs = tfds.builder(name)
+        with _tidy():
+            ours = tfds.builder(name, data_dir=os.path.join(folder, "tfds"))
+            if _has_data(ours):
+                return ours
+            theirs = tfds.builder(name)
     except tfds.core.DatasetNotFoundError:
         known = {*tfds.list_builders(with_community_datasets=False), *OWN_DATASETS}
         raise ValueError(f"{where}.tfds: {base!r} is unknown{nearest(base, known)}") from None

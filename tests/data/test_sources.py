@@ -107,7 +107,8 @@ def test_other_process_finishes_while_we_start(tmp_path):
 
 
 def test_tfds_round_trip_without_tensorflow(tmp_path):
-    """A registered dataset is prepared, read back as plain Python, and tensorflow never imported."""
+    """A registered dataset is prepared, read back as plain Python, and tensorflow never imported. Nothing is left in the
+    temporary folder."""
     script = """
 import sys
 import tensorflow_datasets as tfds
@@ -149,8 +150,12 @@ print(fails("talks/short", kind="demonstrations", text="q"))
 print(fails("gsm8kk"))
 assert "tensorflow" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    cache, temporary = tmp_path / "cache", tmp_path / "temporary"
+    temporary.mkdir()
+    command, environment = [sys.executable, "-c", script, str(cache)], os.environ | {"TMPDIR": str(temporary)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert list(temporary.iterdir()) == []
     said = [line for line in done.stdout.splitlines() if line.startswith("data.prompts") or "talks/short" in line[:20]]
     assert "data.prompts.tfds: 'talk' is unknown (did you mean 'talks'" in said[0]
     assert "data.prompts.tfds: talks/shrt: " in said[1] and "shrt not found" in said[1]
