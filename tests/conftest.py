@@ -12,9 +12,14 @@ import jax
 import pytest
 
 from tests.support import compiler
+from tests.support.shares import in_share
 
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "jaxrlhf-test-xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="I/N", help="of the chosen tests, those of share I of N, counted from 0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,14 +47,21 @@ FAST += (
 SLOWER = ("test_movie_reviews", "test_math_answer", "the_nearest_batch_really", "the_module_prints", "libtpu_counts")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of the files and folders of FAST, but for those of SLOWER and the nightly ones."""
-    here = Path(__file__).parent
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests of the files and folders of FAST, but for those of SLOWER and the nightly ones; leaves out what
+    is not in the share that is asked for."""
+    here, kept, left_out = Path(__file__).parent, [], []
     for item in items:
         name = item.path.relative_to(here).as_posix()
+        share = config.getoption("share")
+        mine = share is None or in_share(item.nodeid.partition("[")[0], share)
+        (kept if mine else left_out).append(item)
         slower = any(item.iter_markers("nightly")) or any(word in item.nodeid for word in SLOWER)
         if name.startswith(FAST) and not slower:
             item.add_marker("fast")
+    if left_out:
+        items[:] = kept
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")

@@ -107,8 +107,8 @@ def test_other_process_finishes_while_we_start(tmp_path):
 
 
 def test_tfds_round_trip_without_tensorflow(tmp_path):
-    """A registered dataset is prepared, read back as plain Python, and tensorflow never imported. Nothing is left in the
-    temporary folder."""
+    """A registered dataset is prepared, read back as plain Python, and tensorflow never imported. No temporary folder
+    is left."""
     script = """
 import sys
 import tensorflow_datasets as tfds
