@@ -21,6 +21,7 @@ from jaxrlhf.sharding import MeshConfig, make_mesh, partition
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
 pytestmark = pytest.mark.plan
+NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
 SIZE = 640  # columns: two blocks
 SMALL: dict[str, Any] = {"vocab_size": 512, "hidden_size": 256, "num_layers": 2, "num_kv_heads": 2, "mlp_size": 256}
 LLAMA = resolve(ModelConfig(**SMALL, head_dim=128))
@@ -83,12 +84,12 @@ def test_the_devices_of_a_topology_are_tpus():
     "cfg, topology, runtime, kernels",
     [
         (LLAMA, "v5e:2x2", tpu(), 3),  # forward, and dq and dkv backward, of one layer in a scan
-        (LLAMA, "v5p:2x2x1", tpu(remat="full"), 4),  # and the forward pass once more
-        (LLAMA, "v5e:2x2", tpu(remat="dots"), 3),  # whose results are kept
+        NIGHTLY(LLAMA, "v5p:2x2x1", tpu(remat="full"), 4),  # and the forward pass once more
+        NIGHTLY(LLAMA, "v5e:2x2", tpu(remat="dots"), 3),  # whose results are kept
         (MIXED, "v5p:2x2x1", tpu(remat="dots"), 6),  # a local and a global layer
-        (MIXED, "v5e:2x2", tpu(compute=jnp.float32), 6),  # the most memory that a kernel takes
-        (WHOLE_HEADS, "v5e:2x2", tpu(), 3),
-        (ONE_KV_HEAD, "v5e:2x2", tpu(), 3),
+        NIGHTLY(MIXED, "v5e:2x2", tpu(compute=jnp.float32), 6),  # the most memory that a kernel takes
+        NIGHTLY(WHOLE_HEADS, "v5e:2x2", tpu(), 3),
+        NIGHTLY(ONE_KV_HEAD, "v5e:2x2", tpu(), 3),
     ],
 )
 def test_training_by_splash_compiles(cfg, topology, runtime, kernels):
@@ -103,7 +104,7 @@ def test_squares_are_found():
     assert kernels_in(text) == 0 and squares(text, SIZE)
 
 
-@pytest.mark.parametrize(("differentiated", "kernels"), [(False, 1), (True, 3)])
+@pytest.mark.parametrize(("differentiated", "kernels"), [NIGHTLY(False, 1), (True, 3)])
 def test_groups_by_splash_compile(differentiated, kernels):
     """Two prompts a device, 4 responses to each: one kernel a layer, two more backward; no mask of a row's columns."""
     mesh, (start, room, copies) = mesh_of("v5e:2x2"), (300, 85, 4)
@@ -142,7 +143,7 @@ def compile_decoding(cfg: ModelConfig, prompt: int, room: int, runtime: Runtime)
         return jax.jit(read).lower(*arguments).compile().as_text() or ""
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, MIXED])
+@pytest.mark.parametrize("cfg", [NIGHTLY(LLAMA), MIXED])
 def test_prefill_and_decoding_compile(cfg):
     """Prefill by the kernel; a decoded token reads the cache as it lies, its kv heads not repeated."""
     room = 128

@@ -68,7 +68,7 @@ def whole(name: str):
     return model
 
 
-@pytest.mark.parametrize("names", ["as saved", "as in memory"])
+@pytest.mark.parametrize("names", [pytest.param("as saved", marks=pytest.mark.nightly), "as in memory"])
 @pytest.mark.parametrize("name", WRAPPED)
 def test_the_text_part_of_a_model_of_text_and_images(name, names, tmp_path):
     """With the tensors' names in files of transformers, and with those that its classes have since version 4.52."""
@@ -150,11 +150,24 @@ def pad_is_eos_and_nothing_is_free(tokenizer) -> None:
     tokenizer.pad_token = tokenizer.eos_token
 
 
-@pytest.mark.parametrize(
-    "change",
-    [nothing, pad_is_eos, no_pad, pad_is_eos_and_one_is_reserved, pad_is_another_end, pad_is_eos_and_nothing_is_free],
+CHANGES = (
+    nothing,
+    pad_is_eos,
+    no_pad,
+    pad_is_eos_and_one_is_reserved,
+    pad_is_another_end,
+    pad_is_eos_and_nothing_is_free,
 )
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        pytest.param(family, change, marks=[] if change is nothing or family == "llama" else pytest.mark.nightly)
+        for family in ("llama", "gpt2", "gpt_neox", "gemma3_text")
+        for change in CHANGES
+    ],
+)
 def test_an_exported_reward_model_has_our_scores_in_transformers(change, family, tmp_path):
     """One row at a time, in a batch padded on the right, and on the left where positions are not counted from there."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -26,7 +26,7 @@ from tests.parity.both import (
     their_output,
     write_by_law,
 )
-from tests.parity.cases import CASES, COLUMNS, VALID, config_of
+from tests.parity.cases import CASES, COLUMNS, VALID, config_of, family_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHOWN = slice(None, None, 8)  # of the vocabulary: the files stay small
@@ -60,11 +60,16 @@ def test_decode(case):
     checks.decode(case)
 
 
+# one case of each family for every change; its other positions, windows and biases nightly
+FIRST = list({family_of(case): case for case in reversed(CASES)}.values())
+LIVE = [pytest.param(case, marks=[] if case in FIRST else pytest.mark.nightly) for case in CASES]
+
+
 # ---- live -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LIVE)
 @pytest.mark.parametrize("check", checks.CHECKS)
 def test_live(case, check):
     pytest.importorskip("torch")
@@ -72,7 +77,7 @@ def test_live(case, check):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LIVE)
 def test_golden_is_what_transformers_says(case):
     pytest.importorskip("torch")
     golden = json.loads(golden_file(case).read_text())
@@ -81,6 +86,7 @@ def test_golden_is_what_transformers_says(case):
     assert golden["config"] == json.loads(json.dumps({head: config_of(case, head) for head in ("lm", "scalar")}))
 
 
+@pytest.mark.nightly
 @pytest.mark.torch
 def test_the_table_in_the_readme():
     """It is what the checks of this session return: they are not run again."""

@@ -50,7 +50,7 @@ def sent(program) -> list[tuple[int, str, int, str]]:
     return found
 
 
-@pytest.mark.parametrize("decode", [1, 4])
+@pytest.mark.parametrize("decode", [pytest.param(1, marks=pytest.mark.nightly), 4])
 def test_the_decode_loop_of_a_slice_sends_activations_alone(decode):
     """On v5e:8x8 the weights are laid out once, before the loop: in it are sums of one token's activations, and the
     logits of its rows, which devices that share them trade."""
@@ -124,7 +124,7 @@ def test_gradients_are_scattered_whichever_axis_is_split():
     assert both <= found["reduce-scatter"] <= 1.3 * both  # XLA pads what it scatters
 
 
-@pytest.mark.parametrize("decode", [1, 4])
+@pytest.mark.parametrize("decode", [pytest.param(1, marks=pytest.mark.nightly), 4])
 def test_along_three_axes_of_a_torus_weights_move_in_two_steps(decode):
     """64 chips of a v5p share the weights. In one step XLA sums whole ones, twice the bytes; in two it gathers within
     decode groups of 4, then over the others, and scatters gradients over those, then within a group."""
