@@ -41,6 +41,7 @@ from jaxrlhf.types import Ask, Batch, Sequences, Trees
 from tests.support import runs, tiny
 
 MESHES = [(1, 1, 1), (2, 2, 2), (8, 1, 1)]  # data, fsdp, tensor
+ONE_DEVICE = MeshConfig(1, 1, 1)
 
 
 def mesh_of(shape: tuple[int, ...]):
@@ -65,7 +66,8 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
 @pytest.mark.parametrize(
     ("mesh", "atol", "overlap"),
     [
-        pytest.param(MeshConfig(2, 2, 2), 1e-6, True, id="mesh-overlap"),
+        pytest.param(ONE_DEVICE, 1e-6, True, id="one-overlap"),
+        pytest.param(MeshConfig(2, 2, 2), 1e-6, True, id="mesh-overlap", marks=pytest.mark.nightly),
         pytest.param(MeshConfig(2, 2, 2), 1e-6, None, id="mesh-in turn", marks=pytest.mark.nightly),
         pytest.param(MeshConfig(style="pmap"), 1e-5, True, id="pmap-overlap", marks=pytest.mark.nightly),
         pytest.param(MeshConfig(style="pmap"), 1e-5, None, id="pmap-in turn", marks=pytest.mark.nightly),
@@ -74,7 +76,7 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
 def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol, overlap):
     """It reads text and records, makes tokens of them again, and asks the reward model of the one program."""
     cfg = PPOConfig(num_epochs=2, num_minibatches=2, kl_coef=0.1)
-    mesh = make_mesh(mesh)
+    mesh = make_mesh(mesh, jax.devices()[: 1 if mesh == ONE_DEVICE else 8])
     with current(mesh):
         run = tiny.build("ppo", cfg, batch=Batch(prompts=tiny.prompts()), samples_per_prompt=2)
         run = run._replace(state=whole(run.state, mesh), batch=put(mesh, run.batch))
