@@ -59,7 +59,7 @@ def cases(*often: str) -> list:
     return [pytest.param(name, marks=[] if name in often else pytest.mark.nightly) for name in CASES]
 
 
-@pytest.mark.parametrize("name", cases("sft", "ppo"))
+@pytest.mark.parametrize("name", cases("sft", "dpo"))
 def test_memory_of_one_device(name):
     made, expected = costs.compiled(name, 1), GOLDEN["memory"][name]
     check_donated(made)

@@ -218,9 +218,15 @@ PIECES = {"data": MeshConfig(8), "fsdp": MeshConfig(1, 8), "all": MeshConfig(2, 
 
 
 @pytest.mark.parametrize(
-    "where", ["all", "pmap", *(pytest.param(one, marks=pytest.mark.nightly) for one in ("data", "fsdp"))]
+    ("name", "where"),
+    [
+        pytest.param(
+            name, where, marks=[] if where == "all" or (name, where) == ("ppo", "pmap") else pytest.mark.nightly
+        )
+        for name in METHODS
+        for where in PIECES
+    ],
 )
-@pytest.mark.parametrize("name", METHODS)
 def test_a_row_a_device_is_traced(name, where):
     """micro_batch_size as small as it can be: the config of each method, on shapes alone."""
     trace(name, make_mesh(PIECES[where]), [f"mesh.style={PIECES[where].style}"])

@@ -99,6 +99,7 @@ def test_the_trunk_learns_from_both_losses_and_the_head_from_its_own(share):
     close(found["policy"], jax.tree.map(add, {name: apart["policy"][name] for name in trunk}, trunk) | own)
 
 
+@pytest.mark.nightly
 def test_the_number_of_micro_batches_changes_nothing():
     bare, _ = trees()
     close(gradients(SHARE, bare, num_micro=4), gradients(SHARE, bare))

@@ -234,6 +234,7 @@ def is_same(found, expected) -> None:
     assert found[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_mesh_changes_nothing(alone):
     """What the reference says, two micro-batches and their gradient, on (2, 2, 2)."""
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):

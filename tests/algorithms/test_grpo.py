@@ -331,7 +331,8 @@ def test_a_prompt_read_once_or_for_each_response():
     compare_iterations(once, each)
 
 
-@pytest.mark.parametrize(("num_micro", "widths"), [(1, 3), pytest.param(4, 5, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("num_micro", "widths"), [(1, 3), (4, 5)])
 def test_responses_packed_or_in_columns_of_their_own(num_micro, widths):
     kind = {"eos_ids": tuple(range(1, 16)), "num_micro": num_micro}  # many responses end early
     apart, packed = (iteration_of(pack_widths=number, **kind) for number in (1, widths))

@@ -447,6 +447,7 @@ def test_expected_reward_rises(enumerated):
     assert nothing == 0 and after > before + 0.8 * (highest - before) and moved > 1
 
 
+@pytest.mark.nightly
 def test_a_large_kl_coef_holds_the_policy_at_the_reference(enumerated):
     exact, train = enumerated
     start, end = train(10.0)

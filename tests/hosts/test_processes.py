@@ -160,15 +160,12 @@ def test_sigterm_to_one_stops_all_at_one_step_and_the_run_goes_on_bitwise(root):
     assert runs.rows(run) == runs.rows(whole)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "victim, named",
     [
         (1, r"tasks are unhealthy \(stopped sending heartbeats\):\n1\n"),
-        pytest.param(
-            0,
-            r"leader task was preempted/died|unhealthy \(stopped sending heartbeats\):\n0\n",
-            marks=pytest.mark.nightly,
-        ),
+        (0, r"leader task was preempted/died|unhealthy \(stopped sending heartbeats\):\n0\n"),
     ],
 )
 def test_a_killed_process_is_named_and_ends_the_other(root, victim, named):

@@ -308,7 +308,10 @@ def test_samples_of_a_prompt_are_contiguous_and_have_their_own_ids():
     assert sum(pairs[2 * i] != pairs[2 * i + 1] for i in range(8)) >= 7
 
 
-@pytest.mark.parametrize(("all_along", "fewer"), [("six", "halved"), ("limited", "limited, halved")])
+@pytest.mark.parametrize(
+    ("all_along", "fewer"),
+    [pytest.param("six", "halved", marks=pytest.mark.nightly), ("limited", "limited, halved")],
+)
 @pytest.mark.parametrize(
     "runtime",
     [
