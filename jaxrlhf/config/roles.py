@@ -33,11 +33,10 @@ def with_default_roles(cfg: Config) -> Config:
     trunks = declared_trunks(cfg)
     needed = {*trained, *slow} | ({"reference"} if find_algorithm(cfg.algorithm_name).online else set())
     origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
-    left_out = [role for role in origins if role in needed and role not in cfg.models]
-    models = cfg.models | {role: RoleConfig(init_from=origins[role]) for role in left_out}
-    for role in [role for role in trunks if role not in models]:
-        spec = trunks[role]
-        models[role] = RoleConfig(init_from=spec.trunk, share_trunk=True, trunk_gradient=spec.gradient)
+    default = {role: RoleConfig(init_from=start) for role, start in origins.items() if role in needed}
+    for role, spec in trunks.items():
+        default[role] = RoleConfig(init_from=spec.trunk, share_trunk=True, trunk_gradient=spec.gradient)
+    models = cfg.models | {role: row for role, row in default.items() if role not in cfg.models}
     for role, model in models.items():
         if model.share_trunk and model.init_from is None and model.architecture is None:
             models[role] = dataclasses.replace(model, init_from="policy")

@@ -13,7 +13,7 @@ from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.step import gradients, make_iteration
 from jaxrlhf.types import Ask, Batch, Metrics, QStats, TrainState
 from tests.algorithms.outside import ilql_shaped, kto_shaped, moving_reference
-from tests.support import tiny
+from tests.support import runs, tiny
 from tests.support.flops import flops
 
 WHERE = "tests.algorithms.outside"
@@ -127,3 +127,47 @@ def test_q_of_a_model_s_own_logits():
     wanted = QStats(chosen, logits.max(-1), jax.nn.logsumexp(logits, axis=-1))
     same = lambda got, expected: np.testing.assert_allclose(got[:, 1:][mask], expected[mask], atol=1e-5)
     jax.tree.map(same, found, wanted)
+
+
+ILQL_RUN = """
+run_dir: {folder}/run
+iterations: 2
+algorithm: {{name: "tests.algorithms.outside.ilql_shaped:ALGORITHM"}}
+models: {{policy: {{architecture: {{hidden_size: 8, num_layers: 1, num_heads: 2, mlp_size: 16, max_positions: 64}}}}}}
+tokenizer: {{train_vocab_size: 300}}
+data:
+  demonstrations: {{path: {text}/demonstrations.jsonl}}
+  unpaired: {{path: {text}/unpaired.jsonl}}
+  max_length: 32
+batch: {{unpaired_per_step: 8}}
+checkpoint: {{every: 1, keep: 3}}
+"""
+
+
+def test_a_run_with_heads_on_a_trunk_is_saved_goes_on_and_is_planned(root, tmp_path, command, one_device):
+    """From a config that names nothing but the policy: its heads and their targets start equal, and follow over a
+    restart."""
+    config = tmp_path / "ilql.yaml"
+    config.write_text(ILQL_RUN.format(folder=tmp_path, text=runs.text(root)))
+    command("train", config)
+    command("train", config, "iterations=3")
+    states = {step: runs.read_state(tmp_path / "run", step) for step in (1, 2, 3)}
+    kernel = lambda step, role: states[step][f"{role}/head/kernel"].astype(np.float64)
+    for step in (2, 3):
+        followed = 0.1 * kernel(step, "params.q1") + 0.9 * kernel(step - 1, "slow.target_q1")
+        np.testing.assert_allclose(kernel(step, "slow.target_q1"), followed, rtol=1e-5, atol=1e-7)
+    assert {path for path in states[1] if path.startswith("params.q2")} == {"params.q2/head/kernel"}
+    _, err = command("export", tmp_path / "run", "--role", "q1", "--to", tmp_path / "hf", code=2)
+    assert "--role q1: action values, which no Hugging Face class holds; expected policy" in err
+    out, _ = command("plan", config, f"run_dir={tmp_path}/new", "--topology", "v5e:2x2", "--estimate")
+    assert "update target_q2" in out and "fits" in out
+
+
+def test_a_head_on_a_trunk_stays_there(root, tmp_path, command):
+    config = tmp_path / "ilql.yaml"
+    config.write_text(ILQL_RUN.format(folder=tmp_path, text=runs.text(root)))
+    _, err = command("train", config, "models.q1={init_from: somewhere}", code=2)
+    assert (
+        "models.q1: tests.algorithms.outside.ilql_shaped:ALGORITHM has it as a head on the policy; expected init_from "
+        "policy and share_trunk true, or nothing"
+    ) in " ".join(err.split())
