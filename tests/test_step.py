@@ -420,7 +420,7 @@ def test_integer_scores_of_the_host_meet_fractions_of_nats():
 
 @pytest.fixture(scope="module")
 def policy():
-    return {"policy": tiny.parameters(tiny.MODEL, "lm", 0)}
+    return Trees({"policy": tiny.parameters(tiny.MODEL, "lm", 0)}, {})
 
 
 def sampler(samples_per_prompt: int = 1, pad_id: int = 0):
@@ -480,7 +480,7 @@ def test_a_pad_token_that_is_eos_is_no_problem(policy, plain):
         assert ended[row] == (response[-1] in tiny.EOS_IDS) and (ended[row] or len(response) == 8)
         assert (tokens[row, 4:][~mask[row, 4:]] == tiny.EOS_IDS[0]).all()
     nets = tiny.build("sft", None).recipe.nets
-    stats = tiny.program(lambda rows: nets.read(Trees(policy, {}), rows, Ask("policy", "token_stats"))[0].logprobs)
+    stats = tiny.program(lambda rows: nets.read(policy, rows, Ask("policy", "token_stats"))[0].logprobs)
     first, second = (np.asarray(stats(sequences)) for sequences in (found, same))
     np.testing.assert_array_equal(first[mask], second[mask])  # the trainer reads no pad token either
     np.testing.assert_allclose(first[mask], np.asarray(found.logprobs)[mask], atol=1e-5)
