@@ -1,13 +1,34 @@
 """Errors that are one line: the value, what was expected, the nearest valid choice. Imports nothing of this package."""
 
+import contextlib
 import difflib
 import json
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+PACKAGE = Path(__file__).parent
 
 
 class ConfigError(ValueError):
     """What is wrong with a config: one line for each mistake."""
+
+
+@contextlib.contextmanager
+def content_of(where: str) -> Iterator[None]:
+    """Around what makes sense of a file's content: whatever that raises is an error of the content, and becomes a
+    ValueError of one line that begins with ``where``; what a raise statement of this package says goes through. A type
+    that no field was checked for has many names: TypeError, KeyError."""
+    try:
+        yield
+    except Exception as error:
+        *_, last = traceback.extract_tb(error.__traceback__)
+        ours = PACKAGE in Path(last.filename).parents and (last.line or "").startswith("raise ")
+        if isinstance(error, ValueError) and ours:
+            raise
+        said = f"{one_line(error)[:200]} ({type(error).__name__})"
+        raise ValueError(f"{where}: holds something that can't be read: {said}") from error
 
 
 def one_line(text: object) -> str:

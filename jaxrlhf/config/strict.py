@@ -1,5 +1,6 @@
 """A section of a config as a record, by strict rules; a mistake in it is one line that names the nearest choice."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -27,13 +28,18 @@ def read_record(cls: type, section: Any, keys: tuple[str, ...]) -> tuple[Any, li
 
     Strict JSON rules: no text or boolean for a number, no number for text; a whole number will do for a float. Extra
     keys are refused in every record below."""
-    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    adapter = TypeAdapter(dict[str, cls], config=rules)  # type: ignore[valid-type]
     try:
-        return adapter.validate_json(json.dumps({"": section}))[""], []
+        return adapter_of(cls).validate_json(json.dumps({"": section}))[""], []
     except ValidationError as error:
         rows = error.errors(include_url=False)
         return None, [((*keys, *row["loc"][1:]), explain(row, cls)) for row in rows]
+
+
+@functools.cache
+def adapter_of(cls: type) -> TypeAdapter:
+    """The rules of ``cls``, which take longer to make than to apply."""
+    rules = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    return TypeAdapter(dict[str, cls], config=rules)  # type: ignore[valid-type]
 
 
 def explain(row: Mapping[str, Any], cls: type) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.data.chat import date_of, is_dated, render
+from jaxrlhf.errors import one_line
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
 GENERATION = "generation_config.json"
@@ -168,7 +169,7 @@ def as_ids(value: Any) -> tuple[int, ...]:
 def folder_eos(folder: str) -> tuple[int, ...]:
     """What generation_config.json in a folder says of the ends of responses, or else config.json, as in transformers.
 
-    Raises ValueError, in one line, where the file is not JSON."""
+    Raises ValueError, in one line, where the file is not JSON, or says something else than ids."""
     for name in (GENERATION, "config.json"):
         path = os.path.join(folder, name)
         if not os.path.exists(path):
@@ -176,12 +177,14 @@ def folder_eos(folder: str) -> tuple[int, ...]:
         try:
             with open(path) as file:
                 config = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"tokenizer: {path}: is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"tokenizer: {path}: is not JSON: {one_line(error)}") from None
         config = config if isinstance(config, dict) else {}
         inner = config.get("text_config")  # of models that also see images
         for part in (config, inner if isinstance(inner, dict) else {}):
             if found := as_ids(part.get("eos_token_id")):
+                if wrong := [id for id in found if type(id) is not int or not 0 <= id < 2**31]:
+                    raise ValueError(f"tokenizer: {path}: eos_token_id: {wrong[0]!r}; expected the id of a token")
                 return found
     return ()
 

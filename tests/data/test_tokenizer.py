@@ -169,3 +169,10 @@ def test_what_added_words_write_in_a_byte_level_vocabulary(tokenizer):
     other.add_tokens(["\u00e9nd", "a b"])
     pieces = tk.token_bytes(other)
     assert [pieces[other.convert_tokens_to_ids(word)] for word in ("\u00e9nd", "a b")] == ["\u00e9nd".encode(), b"a b"]
+
+
+@pytest.mark.parametrize("eos", ['"x"', "[1, null]", "true", "-1", "1.5", "[[1]]"])
+def test_an_eos_that_is_no_id_is_one_line(tmp_path, eos):
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id: .*; expected the id of a token$"):
+        tk.folder_eos(str(tmp_path))

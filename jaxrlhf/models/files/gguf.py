@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from jaxrlhf.errors import content_of
 from jaxrlhf.models.files.gguf_tokenizer import ending_ids, write_tokenizer
 
 PREFIX = "gguf:"
@@ -73,6 +74,12 @@ def unpack(name: str) -> epath.Path:
 def write_folder(path: str, folder: epath.Path) -> None:
     """All that ``unpack`` promises, into an empty folder."""
     where = f"init_from: {PREFIX}{path}"
+    with content_of(where):
+        write_content(path, folder, where)
+
+
+def write_content(path: str, folder: epath.Path, where: str) -> None:
+    """``write_folder``, but for damage that nobody thought of."""
     metadata, tensors = read_header(path, where)
     kind = metadata.get("general.architecture")
     if kind != "llama":

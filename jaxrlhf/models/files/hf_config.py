@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
+from jaxrlhf.errors import content_of
 from jaxrlhf.models.config import LayerTypes, ModelConfig, resolve
 from jaxrlhf.models.families import FAMILIES, Windows
 from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS
@@ -44,6 +45,12 @@ def parse_config(
     """read_config of an object already read; errors begin with ``where``.
 
     ``scored``: whether the weights hold a scalar head, which makes a class that transformers lacks a reward model."""
+    with content_of(where):
+        return parse_fields(raw, where, scored)
+
+
+def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool]) -> tuple[ModelConfig, Head]:
+    """``parse_config``, but for types of values that nobody thought of."""
     families = {family.hf.model_type: name for name, family in FAMILIES.items()}
     raw, where = unwrap(raw, where), f"{where}: text_config" if raw.get("model_type") in WRAPPERS else where
     kind = raw.get("model_type")

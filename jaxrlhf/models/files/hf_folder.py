@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from jaxrlhf.errors import one_line
 from jaxrlhf.models.files import gguf
 from jaxrlhf.paths import need_reachable
 
@@ -85,7 +86,7 @@ def read_json(folder: epath.PathLike, name: str) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from error
+        raise ValueError(f"{path}: is not JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}; expected an object")
     return value
