@@ -21,7 +21,7 @@ free_port() {
 }
 
 coordinator=127.0.0.1:${PORT:-$(free_port)}
-children=()
+children=() printers=()
 stop() {
     [ "${#children[@]}" = 0 ] || kill -TERM "${children[@]}" 2>/dev/null || true
 }
@@ -29,30 +29,50 @@ force() { # those that hang in a collective whose other half is gone
     sleep "${GRACE_SECONDS:-60}"
     kill -KILL "${children[@]}" 2>/dev/null || true
 }
+number() { # to the end of the lines: a signal to all of the terminal must not take the pipe away from training
+    trap '' INT TERM
+    exec sed -u "s/^/[$1] /"
+}
 trap stop TERM INT # children of a script don't hear Ctrl-C
 for ((id = 0; id < processes; id++)); do
+    exec {out}> >(number "$id")
+    printers+=("$!")
+    exec {err}> >(number "$id" >&2)
+    printers+=("$!")
     "$jaxrlhf" train "$@" distributed.coordinator="$coordinator" distributed.num_processes="$processes" \
-        distributed.process_id="$id" > >(exec sed -u "s/^/[$id] /") 2> >(exec sed -u "s/^/[$id] /" >&2) &
+        distributed.process_id="$id" >&"$out" 2>&"$err" {out}>&- {err}>&- &
     children+=("$!")
+    exec {out}>&- {err}>&-
 done
 
 result=0 forcing=
 while [ "${#children[@]}" != 0 ]; do
-    code=0
-    wait -n -p ended "${children[@]}" || code=$?
-    [ -n "${ended:-}" ] || continue # a signal, which was passed on
+    wait -n "${children[@]}" || true # or a signal, which was passed on
     for each in "${!children[@]}"; do
-        [ "${children[$each]}" != "$ended" ] || unset "children[$each]"
-    done
-    # 75: saved on SIGTERM; the others save the same step and end by themselves
-    if [ "$code" != 0 ] && [ "$result" = 0 ]; then
-        result=$code
-        if [ "$code" != 75 ]; then
-            stop
-            force >/dev/null 2>&1 &
-            forcing=$!
+        child=${children[$each]}
+        if kill -0 "$child" 2>/dev/null; then
+            continue
         fi
-    fi
+        unset "children[$each]" # before what follows: it is waited for once
+        code=0
+        wait "$child" || code=$?
+        # 75: saved on SIGTERM; the others save the same step and end by themselves
+        if [ "$code" != 0 ] && [ "$result" = 0 ]; then
+            result=$code
+            if [ "$code" != 75 ]; then
+                stop
+                force >/dev/null 2>&1 &
+                forcing=$!
+            fi
+        fi
+    done
 done
 [ -z "$forcing" ] || kill "$forcing" 2>/dev/null || true
+trap '' TERM INT # nothing is left but the last lines; what training left behind may hold their pipes open
+{
+    sleep 2
+    kill -KILL "${printers[@]}"
+} >/dev/null 2>&1 &
+wait "${printers[@]}" 2>/dev/null || true
+kill "$!" 2>/dev/null || true
 exit "$result"

@@ -22,6 +22,10 @@ echo "this is $1"
 [ "$1" = "${BEHAVIOUR%%:*}" ] || exit 0
 case ${BEHAVIOUR#*:} in
     sleep) trap 'echo saved; exit 75' TERM; echo waiting; while :; do sleep 0.05; done ;;
+    slow) trap 'for i in 1 2 3; do sleep 0.1; echo "saved $i"; done; exit 75' TERM
+        echo waiting; while :; do sleep 0.05; done ;;
+    dies) trap 'kill -KILL $$' TERM; echo waiting; while :; do sleep 0.05; done ;;
+    leaves) sleep 30 & exit 3 ;;
     first) case "$*" in *process_id=0*) exit 9 ;; *) trap 'exit 75' TERM; while :; do sleep 0.05; done ;; esac ;;
     hangs) case "$*" in *process_id=0*) exit 9 ;; *) trap '' TERM; while :; do sleep 0.05; done ;; esac ;;
     *) exit "${BEHAVIOUR#*:}" ;;
@@ -50,8 +54,9 @@ def run(*argv: str, **keywords) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60, **keywords)
 
 
-def begin(*argv: str) -> subprocess.Popen:
-    return subprocess.Popen(["bash", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def begin(*argv: str, **keywords) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(["bash", *argv], cwd=ROOT, text=True, **pipes, **keywords)  # type: ignore[call-overload]
 
 
 def read_until(process: subprocess.Popen, word: str, times: int = 1) -> None:
@@ -230,6 +235,37 @@ def test_a_signal_reaches_every_process(stand_in, monkeypatch, signum):
     process.send_signal(signum)
     out = process.communicate(timeout=30)[0]
     assert process.returncode == 75 and sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
+
+
+def test_ctrl_c_in_a_terminal_keeps_the_last_lines(stand_in, monkeypatch):
+    """It reaches the whole group, and with it what numbers the lines."""
+    monkeypatch.setenv("PROCESSES", "2")
+    monkeypatch.setenv("BEHAVIOUR", "train:slow")
+    process = begin("launch/local.sh", "a.yaml", start_new_session=True)
+    read_until(process, "waiting", times=2)
+    os.killpg(process.pid, signal.SIGINT)
+    out = process.communicate(timeout=30)[0]
+    assert process.returncode == 75
+    assert sorted(out.splitlines()) == [f"[{id}] saved {line}" for id in (0, 1) for line in (1, 2, 3)]
+
+
+def test_all_die_at_once(stand_in, monkeypatch):
+    """Of a signal: the script ends with it, and says nothing of jobs."""
+    monkeypatch.setenv("PROCESSES", "3")
+    monkeypatch.setenv("BEHAVIOUR", "train:dies")
+    for _ in range(3):
+        process = begin("launch/local.sh", "a.yaml")
+        read_until(process, "waiting", times=3)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=30)
+        assert process.returncode == 137 and "no such job" not in out
+
+
+def test_what_training_leaves_behind_does_not_hold_the_script(stand_in, monkeypatch):
+    monkeypatch.setenv("PROCESSES", "2")
+    monkeypatch.setenv("BEHAVIOUR", "train:leaves")
+    began = time.monotonic()
+    assert begin("launch/local.sh", "a.yaml").wait(timeout=30) == 3 and time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("number", ["0", "two", "-1"])
