@@ -100,9 +100,10 @@ def build(cfg: Config) -> Run:
 
 
 def train(cfg: Config) -> str:
-    """Trains to the end: "done", "interrupted" (Ctrl-C, or a notebook's stop button) or "preempted" (SIGTERM).
+    """Trains to the end: "done", "interrupted" (Ctrl-C, or a notebook's stop button), "preempted" (SIGTERM) or "out of
+    time" (max_run_duration).
 
-    All three leave a checkpoint in ``cfg.run_dir``, and the same call goes on from it. Raises ConfigError before any
+    All four leave a checkpoint in ``cfg.run_dir``, and the same call goes on from it. Raises ConfigError before any
     work, FloatingPointError where a loss is not finite."""
     compiler_flags.prepare(checked(cfg, "train").deterministic)
     return run(cfg)

@@ -24,6 +24,7 @@ from jaxrlhf.evaluate.against_reference import sample_rows
 from jaxrlhf.hosts import compiler_flags, heap, processes
 from jaxrlhf.hosts.profiler import Profiler
 from jaxrlhf.hosts.signals import Stop
+from jaxrlhf.hosts.time_limit import TimeLimit
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
@@ -43,7 +44,7 @@ from jaxrlhf.run.transfer import put
 from jaxrlhf.sharding import batch_shards, current, whole
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
-DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
+DONE, PREEMPTED, INTERRUPTED, OUT_OF_TIME = "done", "preempted", "interrupted", "out of time"
 GOES_ON = "the same command resumes"
 SHARED = "a directory that all processes share: NFS or gs://"
 
@@ -60,8 +61,9 @@ Watch = Callable[[Step], None]
 
 
 def run(cfg: Config, raw: str = "", stop: Stop | None = None, watch: Watch | None = None) -> str:
-    """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", "preempted" after SIGTERM, or
-    "interrupted" after SIGINT, which both save; a second SIGINT raises KeyboardInterrupt.
+    """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", "preempted" after SIGTERM,
+    "interrupted" after SIGINT, or "out of time" by max_run_duration, which all save; a second SIGINT raises
+    KeyboardInterrupt.
 
     ``raw`` is the config as the user wrote it, kept beside the resolved one as source.yaml. ``stop``: who listens to
     signals, by default for this run alone. ``watch`` is told of every iteration. Raises ConfigError before any model is
@@ -112,8 +114,6 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
             if all_done(cfg, start):
                 return DONE
         need_room(ready)
-        processes.on_main(lambda: write_config(run_dir, cfg, raw))
-        processes.agree(f"run_dir: {cfg.run_dir}: config.yaml", str((run_dir / "config.yaml").exists()), SHARED)
         keep, best, mode = cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode
         saved = checkpoint.Checkpoints(run_dir, keep, best, mode, background=cfg.checkpoint.background)
         with (
@@ -128,7 +128,7 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
                 log.say(f"changed since step {start}: {', '.join(changes)}")
             with log.doing("loading"):
                 trainer = Trainer(ready, saved, log, stop, watch)
-            return trainer.run(start)
+            return trainer.run(start, raw)
 
 
 def all_done(cfg: Config, start: int) -> bool:
@@ -142,11 +142,17 @@ def all_done(cfg: Config, start: int) -> bool:
     return done
 
 
-def write_config(run_dir: epath.Path, cfg: Config, raw: str) -> None:
-    """config.yaml, and source.yaml where the user's own text is known."""
-    (run_dir / "config.yaml").write_text(dump(cfg))
-    if raw:
-        (run_dir / "source.yaml").write_text(raw)
+def write_config(cfg: Config, raw: str) -> None:
+    """config.yaml, and source.yaml where the user's own text is known: once nothing can be refused any more."""
+    file = epath.Path(cfg.run_dir) / "config.yaml"
+
+    def write() -> None:
+        file.write_text(dump(cfg))
+        if raw:
+            (file.parent / "source.yaml").write_text(raw)
+
+    processes.on_main(write)
+    processes.agree(f"run_dir: {cfg.run_dir}: config.yaml", str(file.exists()), SHARED)
 
 
 class Finished(NamedTuple):
@@ -179,10 +185,11 @@ class Trainer:
         self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation
         self.unmeasured: int | None = None  # a step that was saved in the midst of its evaluation
         self.agreed = False  # several processes: all of them stop here
+        self.limit = TimeLimit(self.cfg.max_run_duration, stop.began)
         self.began, self.best = time.perf_counter(), None  # best: the step that checkpoint.best kept
 
-    def run(self, start: int) -> str:
-        """From iteration ``start`` to the end, or to a signal.
+    def run(self, start: int, raw: str = "") -> str:
+        """From iteration ``start`` to the end, or to a signal. ``raw``: the config as the user wrote it.
 
         Raises ConfigError, before anything is compiled, where checkpoint.best is none of the metrics."""
         cfg = self.cfg
@@ -208,6 +215,7 @@ class Trainer:
         self.log.say("\n".join(lines))
         with self.log.doing("loading"):
             state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
+        write_config(cfg, raw)
         with self.log.doing("compiling"):
             programs = self.compile(state)
         with self.saving(), contextlib.closing(self.profiler):
@@ -218,9 +226,10 @@ class Trainer:
             step = self.loop(state, start, programs)
         self.log.close()  # the bar gives way to the last numbers
         if step < cfg.length:
-            name = self.stop.asked or "SIGTERM"  # of another process
+            late = self.limit.over and not self.stop.asked
+            name = "max_run_duration" if late else self.stop.asked or "SIGTERM"  # of another process
             self.log.say(f"{name}: stopped at step {step}; {GOES_ON}")
-            return outcome(self.stop)
+            return OUT_OF_TIME if late else outcome(self.stop)
         self.log.say(announce.closing(cfg, time.perf_counter() - self.began, self.best))
         return DONE
 
@@ -228,7 +237,7 @@ class Trainer:
         """Iterations up to the last one, or to a signal: the step that it came to, which is saved."""
         cfg, step = self.cfg, start
         self.last_time = time.perf_counter()
-        while step < cfg.length and not self.asked_to_stop():
+        while step < cfg.length and not self.asked_to_stop() and not self.limit.reached():
             position = self.feed.get_state()
             host, records = self.feed.next()
             batch = put(self.ready.mesh, host)
@@ -237,7 +246,7 @@ class Trainer:
                 state, metrics, sequences = programs[shapes(batch)](state, batch, records, self.flush)
             except Exception as error:
                 self.feed.set_state(position)
-                self.rescue(step, state, error)
+                self.rescue(step, state, error, f"step {step + 1}")
                 break
             step += 1
             self.pending = Finished(step, metrics, sequences if self.samples_due(step) else None)
@@ -258,8 +267,9 @@ class Trainer:
             self.save(step, state)
         return step
 
-    def rescue(self, step: int, state: TrainState, error: Exception) -> None:
-        """Saves the state before an iteration that raised ``error``, where it is whole: a reward function raised.
+    def rescue(self, step: int, state: TrainState, error: Exception, left_out: str) -> None:
+        """Saves the state at ``step``, where it is whole, as what follows (``left_out``) raised ``error``: a reward
+        function raised.
 
         Raises ``error`` except where Ctrl-C was pressed: it reaches the processes that a function has started, too."""
         whole_state = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -273,7 +283,7 @@ class Trainer:
             if step:
                 self.log.say(f"stopped at step {step}, which is saved; once the error is mended, {GOES_ON}")
             raise error
-        self.log.say(f"step {step + 1} was left out: {what}")
+        self.log.say(f"{left_out} was left out: {what}")
 
     def compile(self, state: TrainState) -> dict[Any, Callable]:
         """The iteration for every shape of batch that can come, before the first is run: (state, batch, records) ->
@@ -380,7 +390,11 @@ class Trainer:
                 self.unmeasured = step
 
         with self.log.doing("evaluating"):
-            result = self.evaluation.run(state, save_at_a_signal)
+            try:
+                result = self.evaluation.run(state, save_at_a_signal)
+            except Exception as error:
+                self.rescue(step, state, error, f"the evaluation after step {step}")
+                result = None
         if result is None:
             self.note(step, {}, [], whole=True)
             return
@@ -408,7 +422,7 @@ class Trainer:
         }
         self.log.flush()
         evaluated, scores = self.scores
-        with self.log.doing("saving"):
+        with self.log.doing("saving"), self.limit.saving():
             self.saved.save(step, state, extra, scores if evaluated == step else None)
         self.unmeasured = None
         self.last_time = time.perf_counter()

@@ -42,7 +42,7 @@ ONLY = {
     # an algorithm reaches networks through Nets alone
     "algorithms": {"types", "algorithm", "ops", "user_code", "errors", "algorithms"},
     "data": {"types", "sharding", "errors", "paths", "data"},  # text to tokens on the host
-    "rewards": {"types", "user_code", "errors", "rewards"},
+    "rewards": {"types", "user_code", "errors", "hosts", "rewards"},
 }
 
 LIGHT = {"typer", "jaxrlhf"}  # what the command may import before one runs, besides the standard library

@@ -1,7 +1,9 @@
 """What a run leaves, what it refuses, what it compiles and when, and how it ends before its end."""
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -21,6 +23,7 @@ import pytest
 from jaxrlhf import train as trainer
 from jaxrlhf.config.load import dump, load
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import lock_run_dir
 from jaxrlhf.run import build, programs, saved_run
@@ -425,6 +428,23 @@ def test_a_signal_before_the_first_iteration_saves_nothing(root, tmp_path, monke
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [0, 1, 2, 2, 3, 4, 4]
 
 
+def test_a_run_that_is_out_of_time_saves_and_resumes(root, tmp_path, fake, capsys, monkeypatch):
+    """Each look at the clock takes 10 s: time runs out in the third iteration. Nothing of it is an error."""
+    fake()
+    now = itertools.count(1000.0, 10.0)
+    monkeypatch.setattr(trainer.TimeLimit, "clock", staticmethod(lambda: next(now)))
+    cfg = bare(root, tmp_path, "max_run_duration=100", "checkpoint.every=3")
+    cfg_without = dataclasses.replace(cfg, max_run_duration=None)
+    stop = Stop()
+    stop.began = 1000.0
+    assert trainer.run(cfg, stop=stop) == "out of time"
+    assert re.search(r"max_run_duration: stopped at step [1-3]; the same command resumes", capsys.readouterr().out)
+    (step,) = runs.steps_kept(tmp_path / "sft")
+    assert 1 <= step < 4
+    assert trainer.run(cfg_without) == "done"
+    assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [1, 2, 3, 4]
+
+
 def test_sigterm_in_the_last_iteration_is_no_preemption(root, tmp_path, monkeypatch, fake):
     fake()
     signal_when(monkeypatch, "save", 2)
@@ -698,10 +718,12 @@ def test_a_key_that_the_saved_config_is_older_than_is_no_change(root, half_done)
 
 
 def test_other_data_is_refused(root, half_done, tmp_path, one_device):
-    """The position in the data would mean other rows."""
+    """The position in the data would mean other rows. The run's own config stays: what reads the run reads that."""
+    kept = (half_done / "config.yaml").read_bytes()
     shutil.copy(root / "text" / "eval_demonstrations.jsonl", tmp_path / "other.jsonl")
     where = (
         r"^data\.demonstrations\.path: .*other\.jsonl\": the run in .* is at step 2 with .*demonstrations\.jsonl\", "
     )
     with pytest.raises(ConfigError, match=where + "and its place in the data would mean other rows; expected the same"):
         trainer.run(runs.config("sft", root, half_done.parent, f"data.demonstrations={{path: {tmp_path}/other.jsonl}}"))
+    assert (half_done / "config.yaml").read_bytes() == kept

@@ -103,8 +103,9 @@ def train(
             if number and stop.asked and not processes.several():
                 typer.echo(f"{stop.asked}: stopped before {path}; the same command resumes")
                 raise typer.Exit(stop.code)
-            if run(cfg, decode(read_file(path), path), stop) != "done":
-                raise typer.Exit(stop.code)
+            ended = run(cfg, decode(read_file(path), path), stop)
+            if ended != "done":
+                raise typer.Exit(0 if ended == "out of time" else stop.code)
 
 
 @app.command()

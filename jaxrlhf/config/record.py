@@ -83,6 +83,7 @@ class Config:
     run_dir: str  # where everything that the run writes goes; may be gs://
     iterations: int | None = None  # updates of sft, rm and dpo; on policy rounds of sampling and updates; or epochs
     epochs: float | None = None  # in place of iterations: passes over the rows of the training data
+    max_run_duration: float | None = None  # seconds from a command's start, before which it saves and exits with 0
     seed: int = 0  # of weights, data order and sampling
     algorithm_name: str  # algorithm.name in YAML: a name of the table, or "package.module:NAME" of an Algorithm
     algorithm: Any  # the config of that algorithm

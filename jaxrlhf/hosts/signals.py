@@ -11,8 +11,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
+
+from jaxrlhf.hosts import interrupts
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 CODES = {"Ctrl-C": 130, "SIGTERM": 75}  # 128 + SIGINT, as shells have it; EX_TEMPFAIL: launchers run it again
@@ -30,6 +33,7 @@ class Stop:
     def __init__(self, *signals: signal.Signals, leaves: bool = False):
         self.signals, self.leaves = signals, leaves
         self.asked: str | None = None  # the name of the first signal
+        self.began = time.monotonic()
         self.saves = False  # whether there is something to save, so that the first signal is remembered only
         self.last_words: Callable[[], str] = lambda: "stopped"
         self.tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
@@ -62,6 +66,7 @@ class Stop:
         if self.thread is None:
             return
         OPEN.remove(self)
+        interrupts.forget()
         for number, handler in self.previous.items():
             if signal.getsignal(number) == self.hear:
                 signal.signal(number, handler)
@@ -105,6 +110,7 @@ class Stop:
                 self.relay()
             again = "; again: stops at once" if number is signal.SIGINT else ""
             self.tell(f"{NAMES[number]}: stops after this iteration and saves{again}")
+            interrupts.hasten(NAMES[number], CODES[NAMES[number]])
 
     def leave(self) -> None:
         """Ends the process: without waiting for threads, or for what is being saved in the background."""

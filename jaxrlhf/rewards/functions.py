@@ -39,6 +39,7 @@ class RewardsConfig:
     function: str | None = None  # "package.module:name" of (responses, records) -> floats; the module may lie here
     functions: dict[str, GraderConfig] = dataclasses.field(default_factory=dict)  # several: the weighted sum counts
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for function
+    timeout: float | None = None  # seconds that a call of a function may take; null: any number
     overlap: bool | None = None  # read reference and old values while it runs; null: where there is an accelerator
 
     @property

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf import user_code
-from jaxrlhf.errors import one_line
+from jaxrlhf.errors import counted, one_line, show
+from jaxrlhf.hosts.interrupts import Interrupted, interruptible
 from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
 
 RESERVED = ("mean", "std", "unscorable")  # score/... metrics of ours
@@ -24,10 +25,12 @@ class Graders(NamedTuple):
     names: tuple[str, ...] = ()  # of rewards.functions; none for rewards.function alone
     weights: tuple[float, ...] = (1.0,)
     required: tuple[bool, ...] = (True,)
+    timeout: float | None = None  # seconds that a call may take
 
     def __call__(self, responses: list[str], records: list[dict[str, Any]]) -> np.ndarray:
         """f32[len(responses), functions]: what each gives a response; NaN where none. Raises as ``answers``."""
-        return np.stack([answers(function, responses, records) for function in self.functions], axis=1)
+        given = [answers(function, responses, records, self.timeout) for function in self.functions]
+        return np.stack(given, axis=1)
 
     def combine(self, grades: np.ndarray) -> np.ndarray:
         """f32[B]: the score of each row of ``grades`` f32[B, functions]: the sum of weight x number over the functions.
@@ -48,16 +51,23 @@ class Graders(NamedTuple):
         some = [records[at % len(records)] for at in range(len(SAMPLES))]
         for function in self.functions:
             try:
-                answers(function, list(SAMPLES), some)
+                answers(function, list(SAMPLES), some, self.timeout)
             except GraderError as error:
                 raise ValueError(f"{error} on a sample response to a record of {where}") from error
 
 
-def answers(function: RewardFunction, responses: list[str], records: Sequence[dict[str, Any]]) -> np.ndarray:
+def answers(
+    function: RewardFunction, responses: list[str], records: Sequence[dict[str, Any]], timeout: float | None = None
+) -> np.ndarray:
     """What ``function`` gives the responses. Raises, in one line, GraderError where it raises anything (that is the
-    cause of it), ValueError where this package did: what the function gives is no list of numbers, say."""
+    cause of it) or takes more than ``timeout`` seconds, ValueError where this package did: what the function gives is
+    no list of numbers, say."""
     try:
-        return function(responses, list(records))
+        with interruptible(timeout):
+            return function(responses, list(records))
+    except Interrupted as error:
+        first = f", the first of them to the record {show(records[0])}" if records else ""
+        raise GraderError(f"{function}: {error} to {counted(len(responses), 'response')}{first}") from error
     except (Exception, SystemExit) as error:
         if not user_code.raised_in(user_code.PACKAGE, error):
             raise GraderError(f"{function}: raised {user_code.describe(error)}") from error
@@ -88,6 +98,7 @@ def find_graders(cfg: RewardsConfig) -> Graders | None:
         tuple(name for name in found if name),
         tuple(grader.weight for grader in graders),
         tuple(grader.required for grader in graders),
+        cfg.timeout,
     )
 
 

@@ -4,6 +4,7 @@ sample response before anything is compiled."""
 import asyncio
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -324,3 +325,17 @@ def test_a_config_without_a_mistake():
     assert find_graders(RewardsConfig()) is None
     found = find_graders(RewardsConfig(functions={"a": GraderConfig("my_graders:length", 2.0, False)}))
     assert found is not None and (found.names, found.weights, found.required) == (("a",), (2.0,), (False,))
+
+
+def test_a_call_that_takes_too_long_names_the_first_record():
+    """In the main thread, where signal.alarm works too."""
+    function = RewardFunction("my:f", lambda responses, records: time.sleep(30))
+    graders = Graders((function,), timeout=0.1)
+    line = (
+        r"^rewards\.function: my:f: no answer within 0\.1 s to 2 responses, the first of them to the record "
+        r'\{"prompt": "why\?"\}$'
+    )
+    with pytest.raises(GraderError, match=line) as caught:
+        graders(["a", "b"], [{"prompt": "why?"}] * 2)
+    assert raised_here(caught.value)
+    assert find_graders(RewardsConfig("builtins:len", timeout=2.5)).timeout == 2.5  # type: ignore[union-attr]

@@ -123,7 +123,7 @@ class Saved:
         self.cfg = self.config()
         self.came_to = 0.75  # where its KL controller is
         with self.opened(self.cfg) as run:
-            trainer.write_config(epath.Path(self.cfg.run_dir), run.cfg, "")
+            trainer.write_config(run.cfg, "")
             run.save(STEP, initial_state(run.ready).replace(controls={"kl_coef": jnp.float32(self.came_to)}))
         self.keys = flat(read_yaml(dump(run.cfg), "config"))
 

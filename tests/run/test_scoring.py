@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from jaxrlhf.config.record import Config
 from jaxrlhf.data.batches import Share
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.report import evaluate_run
+from jaxrlhf.hosts import interrupts
 from jaxrlhf.rewards.functions import RewardFunction, RewardsConfig
 from jaxrlhf.rewards.graders import GraderError, Graders
 from jaxrlhf.run import build, saved_run, scoring
@@ -502,6 +504,38 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys
     with rewarded_by(vowels):
         assert trainer.run(dataclasses.replace(cfg, iterations=3)) == "done"
     assert runs.steps_kept(tmp_path / "grpo") == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "signalled", [pytest.param(False, id="timeout", marks=pytest.mark.nightly), pytest.param(True, id="SIGTERM")]
+)
+def test_a_function_that_hangs_loses_no_iteration_before(text, tmp_path, capsys, monkeypatch, signalled):
+    """After rewards.timeout the run ends as if the function had raised; after a signal it has a few seconds."""
+    monkeypatch.setattr(interrupts, "PATIENCE", 0.5)
+    calls = []
+
+    def hanging(responses, records):
+        calls.append(len(responses))
+        if len(calls) == 5:  # the first two were on sample responses
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return vowels(responses, records)
+
+    rewards = {"function": "my_rewards:f"} | ({} if signalled else {"timeout": 0.5})
+    cfg = config(text, tmp_path / "ppo", checkpoint={"every": 10}, rewards=rewards)
+    why = r"no answer within 0\.5 s%s to 16 responses, the first of them to the record \{\"prompt\": "
+    named = r"rewards\.function: my_rewards:f: "
+    with rewarded_by(hanging):
+        if signalled:
+            assert trainer.run(cfg) == "preempted"
+            said = re.escape("step 3 was left out: ") + named + why % " after SIGTERM"
+            assert re.search(said, capsys.readouterr().out)
+        else:
+            with pytest.raises(GraderError, match="^" + named + why % "") as caught:
+                trainer.run(cfg)
+            assert raised_here(caught.value)
+    assert runs.steps_kept(tmp_path / "ppo") == [2]
 
 
 # ---- several processes ----------------------------------------------------------------------------------------------
