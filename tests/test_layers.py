@@ -46,7 +46,6 @@ ONLY = {
 }
 
 LIGHT = {"typer", "jaxrlhf"}  # what the command may import before one runs, besides the standard library
-COMMANDS = {"", "cli", "cli.app", "cli.discover", "cli.exits", "cli.setup"}  # of jaxrlhf itself, these
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:
@@ -56,6 +55,7 @@ def module_name(path: Path, package: Path = PACKAGE) -> str:
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+COMMANDS = {name for name in MODULES if name in ("", "cli") or name.startswith("cli.")}  # of jaxrlhf itself, these
 
 
 def imports(source: str, modules=MODULES) -> set[str]:

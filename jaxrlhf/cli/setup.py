@@ -23,14 +23,20 @@ Arguments = Annotated[
 ]
 
 
+def split_arguments(arguments: list[str] | None) -> tuple[list[str], list[str]]:
+    """(paths of configs, overrides KEY=VALUE), each in their order."""
+    given = arguments or []
+    return [text for text in given if "=" not in text], [text for text in given if "=" in text]
+
+
 def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
     """(path, Config) of the arguments; the other processes of the run have been joined when it returns."""
-    paths = [argument for argument in arguments if "=" not in argument]
+    paths, overrides = split_arguments(arguments)
     if not paths:
         raise typer.BadParameter("no config file: expected at least one, as in configs/tiny/ppo.yaml")
     from jaxrlhf.config.load import load_all
 
-    configs = load_all(paths, [argument for argument in arguments if "=" in argument])
+    configs = load_all(paths, overrides)
     set_flags(any(cfg.deterministic for cfg in configs))
     join(configs[0].distributed)
     return list(zip(paths, configs))

@@ -233,3 +233,13 @@ def test_python_m_is_the_same_command(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"{tmp_path / 'no.yaml'}: no such file\n"
+
+
+def test_one_function_tells_paths_from_overrides():
+    """KEY=VALUE is an override, in whichever order; nothing else in the commands looks for the sign."""
+    from jaxrlhf.cli.setup import split_arguments
+
+    assert split_arguments(["a=1", "b.yaml", "ppo:c.d=x=y", "e.yaml"]) == (["b.yaml", "e.yaml"], ["a=1", "ppo:c.d=x=y"])
+    assert split_arguments(None) == ([], [])
+    sources = {path.name: path.read_text() for path in (ROOT / "jaxrlhf" / "cli").glob("*.py")}
+    assert [name for name, text in sources.items() if '"=" ' in text] == ["setup.py"]

@@ -1,0 +1,58 @@
+"""``jaxrlhf benchmark``."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from jaxrlhf.cli.setup import set_flags, split_arguments
+
+benchmarks = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+
+
+@benchmarks.command()
+def throughput(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="The shapes of a YAML file, and overrides."),
+    ] = None,
+    algorithm: Annotated[str | None, typer.Option(help="grpo, ppo, dpo, kto, rm or sft. Default: grpo.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of each model. Default: 4.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Hidden size, a multiple of 64. Default: 256.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="Prompts (offline: pairs or demonstrations) an iteration.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Responses per prompt.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Tokens of a prompt. Default: 32.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Maximum tokens of a response. Default: 32.")] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(help="host: a function between two programs; model: in the one program."),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Response lengths: dense (all maximal) or ragged (lognormal).")
+    ] = "dense",
+    steps: Annotated[int, typer.Option(help="Timed iterations.")] = 5,
+    cost_growth: Annotated[
+        bool, typer.Option("--cost-growth", help="Also time twice the samples, new tokens, layers.")
+    ] = False,
+    profile: Annotated[str | None, typer.Option(help="A folder for a perfetto trace of one more iteration.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time an iteration on random weights and random tokens, and say what limits it."""
+    from jaxrlhf.errors import ConfigError
+
+    paths, overrides = split_arguments(arguments)
+    if len(paths) > 1:
+        raise ConfigError(f"benchmark: {', '.join(paths)}: expected one config, or none and the shape options")
+    if steps < 1:
+        raise ConfigError(f"--steps: {steps}: expected 1 or more; nearest: 1")
+    set_flags()
+    from jaxrlhf.benchmarks.case import Shape, make_cases
+    from jaxrlhf.benchmarks.report import print_report
+    from jaxrlhf.benchmarks.throughput import measure
+
+    shape = Shape(algorithm, layers, hidden, prompts, samples, prompt_tokens, new_tokens, reward)
+    cases = make_cases(shape, paths[0] if paths else None, overrides, lengths, cost_growth)
+    report = measure(cases, steps, profile)
+    typer.echo(json.dumps(report)) if as_json else print_report(report)

@@ -1,0 +1,16 @@
+"""``jaxrlhf preflight``."""
+
+import typer
+
+from jaxrlhf.cli.exits import EXIT_MISTAKE
+from jaxrlhf.cli.setup import Arguments, load_joined
+
+
+def preflight(arguments: Arguments) -> None:
+    """Check what a run needs before it starts: devices, mesh, run directory, network, memory, tokenizer, weights, data,
+    reward functions. Exit code 2 if a check fails."""
+    configs = load_joined(arguments)
+    from jaxrlhf.launch.preflight import preflight as look
+
+    if not look(configs):
+        raise typer.Exit(EXIT_MISTAKE)
