@@ -26,17 +26,17 @@ from jaxrlhf.models.int8 import Int8, quantized
 from jaxrlhf.models.linear import OUT_FIRST, gathered, in_int8, out_first
 from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
 from jaxrlhf.models.transformer import (
+    LayerKind,
     Runtime,
-    Sight,
     block,
     check_length,
     embed,
+    layer_kinds,
     normalize,
     positions_of,
     product,
-    row_sights,
-    sights,
-    turners,
+    rotations,
+    row_kinds,
 )
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
@@ -99,16 +99,16 @@ def tied_in_int8(tokens: Params) -> Int8:
 def by_outputs(params: Params, table: dict) -> Params:
     """``params`` in decode_layout with all kernels as linear.out_first makes them; tied embeddings are a head too."""
 
-    def turn(table, params):
+    def change(table, params):
         if "kernel" in table:
             leaf = table["kernel"]
             return out_first(params, leaf.axes[len(leaf.axes) - params["kernel"].ndim :])
-        return {name: turn(table[name], part) if isinstance(part, dict) else part for name, part in params.items()}
+        return {name: change(table[name], part) if isinstance(part, dict) else part for name, part in params.items()}
 
-    rest = {name: turn(table[name], part) for name, part in params.items() if name != "layers"}
+    rest = {name: change(table[name], part) for name, part in params.items() if name != "layers"}
     if "head" not in rest:
         rest["head"] = {OUT_FIRST: rest["embed"]["tokens"]["embedding"]}
-    return rest | {"layers": [turn(table["layers"], layer) for layer in params["layers"]]}
+    return rest | {"layers": [change(table["layers"], layer) for layer in params["layers"]]}
 
 
 def prefill(
@@ -120,23 +120,23 @@ def prefill(
     Raises ValueError as forward."""
     check_length(cfg, tokens.shape[1] + room)
     segment_ids = valid.astype(jnp.int32)
-    positions, seen = positions_of(segment_ids), row_sights(cfg, segment_ids, runtime)
+    positions, kinds = positions_of(segment_ids), row_kinds(cfg, segment_ids, runtime)
     caches = []
 
-    def attend(sight: Sight, query, key, value):
+    def attend(kind: LayerKind, query, key, value):
         key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
         batch, _, heads, _ = key.shape
         layout = spec("batch", head_axis("kv_heads", heads), None, "seq", "head_dim")
         zeros = lambda x: jnp.zeros((batch, heads, copies, room, x.shape[-1]), x.dtype, out_sharding=layout)
         prompt = [stored(by_head(x), runtime) for x in (key, value)]
         caches.append(Cache(*prompt, *jax.tree.map(zeros, prompt)))
-        return sight.attend(query, key, value)
+        return kind.attend(query, key, value)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    turn = turners(cfg, positions, seen, tokens.shape[1])
+    rotary = rotations(cfg, positions, kinds, tokens.shape[1])
     for i, local in enumerate(local_layers(cfg)):
         since = tokens.shape[1] - 1 if i == cfg.num_layers - 1 else 0
-        x = block(params["layers"][i], cfg, x, turn[local], functools.partial(attend, seen[local]), since)
+        x = block(params["layers"][i], cfg, x, rotary[local], functools.partial(attend, kinds[local]), since)
     return normalize(params["final_norm"], x, cfg), caches
 
 
@@ -161,11 +161,20 @@ def decode_step(
     caches: list[Cache],
     runtime: Runtime,
 ) -> tuple[Array, list[Cache]]:
-    """Read the token of each response, i32[G, n], that follows ``index`` (i32[]) others, where the caches are written.
+    """The forward pass over one token of each response, with the keys and values of the tokens before it cached.
 
-    prompt bool[G, 1, P]: the columns of the prompts that hold tokens. The n responses of a prompt stand as the columns
-    of a row, so that what they share is read once; or n prompts do, each with its response, and it is bool[G, n, P].
-    Returns (final hidden states [G, n, D], a Cache a layer)."""
+    The n responses to a prompt are the columns of one row, so that the prompt's cache is read once for all of them. Or
+    the n columns of a row are n prompts with one response each.
+
+    Args:
+        token: i32[G, n], the newest token of each response.
+        index: i32[], response tokens before it; its keys and values are written there.
+        prompt: bool[G, 1, P], or bool[G, n, P] where the columns are prompts: which prompt columns hold tokens.
+        caches: one a layer.
+
+    Returns:
+        (final hidden states [G, n, D], the caches with the token's keys and values).
+    """
     size, room = prompt.shape[-1], caches[0].shape[3]
     position = jnp.broadcast_to(prompt.sum(axis=-1, dtype=jnp.int32) + index, token.shape)
 
@@ -181,19 +190,19 @@ def decode_step(
 
         return attend
 
-    seen, layers, updated = sights(cfg, attend_to), iter(caches), []
+    kinds, layers, updated = layer_kinds(cfg, attend_to), iter(caches), []
 
-    def attend(sight: Sight, query, key, value):
+    def attend(kind: LayerKind, query, key, value):
         cache = next(layers)
         grow = lambda new: stored(by_head(match_heads(new, cfg.num_heads))[:, :, :, None], runtime)
         put = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, index, 0))
         write = lambda old, new: jax.tree.map(put, old, grow(new))
         cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
         updated.append(cache)
-        return sight.attend(query, cache)
+        return kind.attend(query, cache)
 
     x = embed(params, cfg, token, position, runtime.compute)
-    turn = turners(cfg, position, seen, size + room)
+    rotary = rotations(cfg, position, kinds, size + room)
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        x = block(layer_params, cfg, x, turn[local], functools.partial(attend, seen[local]))
+        x = block(layer_params, cfg, x, rotary[local], functools.partial(attend, kinds[local]))
     return normalize(params["final_norm"], x, cfg), updated

@@ -88,17 +88,22 @@ def plus_bias(params: Params, y: Array, axes: Axes) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def times(x: Array, kernel: Array, equation: str, where: Any, axes: Axes, dtype: Any) -> Array:
-    """einsum(equation, x, kernel), both of one dtype, in ``dtype`` (None: theirs), laid out as ``where``; the kernel,
-    of logical ``axes``, is gathered here, and its gradient comes scattered out of the product that makes it, x^T dy.
+    """einsum(equation, x, kernel), with a gradient that XLA compiles well.
 
-    What JAX derives is dy^T x, or its transpose. On CPUs XLA then transposes dy element by element, inside whatever
-    computed it (without that, updates of layers 256 wide took 0.85 of the time, and 0.88 of that for the logits).
-    Elsewhere the two are the same product. XLA:TPU scatters a sum along the first axis, but along the last, where
-    pieces are 128 wide, it sums the whole on every device and splits that, twice the bytes: so the gradient is made
-    with the kernel's last axis before the others where that is the split one.
+    Args:
+        x, kernel: of one dtype.
+        where: layout of the result.
+        axes: logical axes of the kernel, which is gathered over fsdp here; its gradient is scattered again.
+        dtype: of the result; None: that of the inputs.
 
-    Backward both products are of the inputs' dtype, dy rounded to it, as TPUs do it anyway: GPUs would widen the kernel
-    for a product of float32, in memory and for every chunk of logits."""
+    The backward pass differs from what JAX derives in three ways:
+        - The kernel's gradient is x^T dy. JAX derives dy^T x and transposes it; XLA:CPU then transposes dy one element
+          at a time, inside the operation that computes it.
+        - Where fsdp splits the kernel's last axis, the gradient is computed with that axis first. XLA:TPU
+          reduce-scatters along the first axis; along the last it all-reduces and slices, which sends twice the bytes.
+        - dy is rounded to the inputs' dtype, as TPUs do. GPUs would otherwise copy the kernel in float32, for every
+          chunk of logits.
+    """
     return jnp.einsum(equation, x, whole(kernel, axes), out_sharding=where, preferred_element_type=dtype)
 
 
@@ -155,8 +160,8 @@ def out_first(params: Params, axes: Axes) -> Params:
     """A linear map whose kernel begins with the axes of its result: on CPUs a product of few rows is up to twice as
     fast with the weights on its left, each row of them read once and in order."""
     kernel, ins = params["kernel"], inputs(axes)
-    turned = jnp.transpose(kernel, (*range(ins, kernel.ndim), *range(ins)))
-    return {OUT_FIRST: turned, **{name: x for name, x in params.items() if name != "kernel"}}
+    transposed = jnp.transpose(kernel, (*range(ins, kernel.ndim), *range(ins)))
+    return {OUT_FIRST: transposed, **{name: x for name, x in params.items() if name != "kernel"}}
 
 
 def by_output(kernel: Array, x: Array, equation: str, out_axes: Axes, dtype=None) -> Array:

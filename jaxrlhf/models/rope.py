@@ -81,7 +81,7 @@ def rope_magnitude(scaling: RopeScaling | None) -> float:
     return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_positions))
 
 
-def turns(positions: Array, freqs: Array, limit: int, magnitude: float = 1.0) -> tuple[Array, Array]:
+def cos_sin(positions: Array, freqs: Array, limit: int, magnitude: float = 1.0) -> tuple[Array, Array]:
     """Cosines and sines, f32[B, S, 1, R / 2], of positions i32[B, S] below ``limit`` times freqs f32[R / 2].
 
     They are looked up, once for all layers: XLA:CPU would compute them anew in every product, for every head."""
@@ -95,9 +95,9 @@ def turns(positions: Array, freqs: Array, limit: int, magnitude: float = 1.0) ->
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding in the half-split layout, by ``turns``: x [B, S, H, K].
+    """Rotary embedding in the half-split layout, by ``cos_sin``: x [B, S, H, K].
 
-    The first R features of a head are turned; what lies behind them stays."""
+    The first R features of a head are rotated; the others stay."""
     size = 2 * cos.shape[-1]
     first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -21,7 +21,7 @@ from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.linear import PRODUCT, gather, linear
 from jaxrlhf.models.response_packing import Places, side_by_side
-from jaxrlhf.models.rope import rope_frequencies, rope_magnitude, rotate, turns
+from jaxrlhf.models.rope import cos_sin, rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Params
@@ -59,10 +59,15 @@ def normalize(params: Params, x: Array, cfg: ModelConfig, axes: tuple[str | None
 
 
 def attention_block(
-    params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable, since: int = 0
+    params: Params, cfg: ModelConfig, x: Array, rotary: Callable, attend: Callable, since: int = 0
 ) -> Array:
-    """x [B, S, D] -> [B, S - since, D]: what the columns from ``since`` gather of all that they read. ``turn`` gives
-    positions to queries and keys; ``attend``: (query, key, value) to [B, S, H, K]."""
+    """x [B, S, D] -> [B, S - since, D]: attention of the columns from ``since`` on.
+
+    Args:
+        rotary: applied to queries and to keys [B, S, H, K]: their rotation by position, or nothing.
+        attend: (query, key, value) -> [B, S, H, K].
+        since: no output is computed for the columns before it; their keys and values are.
+    """
     heads, kv = head_axis("heads", cfg.num_heads), head_axis("kv_heads", cfg.num_kv_heads)
 
     def project(name: str, axis: str | None) -> Array:
@@ -74,7 +79,7 @@ def attention_block(
         whole = FAMILIES[cfg.family].query_key_norm == "all"
         query = normalize(params["query_norm"], query, cfg, (heads, None) if whole else (None,))
         key = normalize(params["key_norm"], key, cfg, (kv, None) if whole else (None,))
-    mixed = attend(turn(query), turn(key), value)[:, since:]
+    mixed = attend(rotary(query), rotary(key), value)[:, since:]
     return linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
 
 
@@ -91,15 +96,15 @@ def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
     return linear(params["down"], y, "bsm,md->bsd", ("mlp", "embed"), ("batch", "seq", "hidden"))
 
 
-def block(params: Params, cfg: ModelConfig, x: Array, turn: Callable, attend: Callable, since: int = 0) -> Array:
+def block(params: Params, cfg: ModelConfig, x: Array, rotary: Callable, attend: Callable, since: int = 0) -> Array:
     """Two residual branches, one after the other or side by side, with norms before or after what they compute.
 
-    Of the columns before ``since`` only what others read is computed, and [B, S - since, D] returned: all that the
-    last layer needs where their states are not asked for."""
+    Returns [B, S - since, D]. Of the columns before ``since`` only keys and values are computed: all that the last
+    layer needs where nothing uses their states."""
     attn, mlp = params["attention"], params["mlp"]
     before = lambda part: normalize(part["norm"], x, cfg) if "norm" in part else x
     after = lambda part, y: normalize(part["post_norm"], y, cfg) if "post_norm" in part else y
-    mixed = after(attn, attention_block(attn, cfg, before(attn), turn, attend, since))
+    mixed = after(attn, attention_block(attn, cfg, before(attn), rotary, attend, since))
     x = x[:, since:]
     if cfg.parallel_residual:
         return x + mixed + after(mlp, mlp_block(mlp, cfg, before(mlp)))
@@ -119,10 +124,10 @@ def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dty
     return x
 
 
-class Sight(NamedTuple):
-    """What local and global layers differ in."""
+class LayerKind(NamedTuple):
+    """What differs between local and global layers."""
 
-    attend: Callable[..., Array]  # (query, key, value), or (query, Cache), to what each token gathers of what it reads
+    attend: Callable[..., Array]  # (query, key, value), or (query, Cache) -> weighted values [B, S, H, K]
     freqs: Array | None  # f32[R / 2], radians a position; None where positions were embedded
 
 
@@ -133,40 +138,44 @@ def check_length(cfg: ModelConfig, columns: int) -> None:
         raise ValueError(f"rows of {columns} columns: more than this {cfg.family} model computes; nearest: {limit}")
 
 
-def sights(cfg: ModelConfig, attend_to: Callable[[int | None], Callable[..., Array]]) -> dict[bool, Sight]:
-    """Local or not -> Sight, for the kinds of layers that the model has. ``attend_to``: a window, or None, to attend"""
+def layer_kinds(cfg: ModelConfig, attend_to: Callable[[int | None], Callable[..., Array]]) -> dict[bool, LayerKind]:
+    """Local or not -> LayerKind, for the kinds of layers that the model has.
 
-    def one(local: bool) -> Sight:
+    Args:
+        attend_to: (window, or None where a layer has none) -> LayerKind.attend.
+    """
+
+    def one(local: bool) -> LayerKind:
         attend = attend_to(cfg.sliding_window if local else None)
         if FAMILIES[cfg.family].positions == "learned":
-            return Sight(attend, None)
+            return LayerKind(attend, None)
         if local and cfg.local_rope_theta:
-            return Sight(attend, rope_frequencies(rotary_size(cfg), cfg.local_rope_theta, None))
-        return Sight(attend, rope_frequencies(rotary_size(cfg), cfg.rope_theta, cfg.rope_scaling))
+            return LayerKind(attend, rope_frequencies(rotary_size(cfg), cfg.local_rope_theta, None))
+        return LayerKind(attend, rope_frequencies(rotary_size(cfg), cfg.rope_theta, cfg.rope_scaling))
 
     return {local: one(local) for local in set(local_layers(cfg))}
 
 
-def row_sights(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> dict[bool, Sight]:
-    """``sights`` within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose."""
+def row_kinds(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> dict[bool, LayerKind]:
+    """``layer_kinds`` within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose."""
     kernel = choose(runtime.attention, runtime.hardware, cfg, runtime.compute)
     attend_to = lambda window: within_rows(kernel, segment_ids, window, **product(cfg), interpret=runtime.interpret)
-    return sights(cfg, attend_to)
+    return layer_kinds(cfg, attend_to)
 
 
-def turners(
-    cfg: ModelConfig, positions: Array, seen: dict[bool, Sight], limit: int
+def rotations(
+    cfg: ModelConfig, positions: Array, kinds: dict[bool, LayerKind], limit: int
 ) -> dict[bool, Callable[[Array], Array]]:
     """Local or not -> how queries and keys learn of their positions, i32[B, S] below ``limit``: rotation, or nothing
     where positions were embedded."""
 
-    def one(sight: Sight) -> Callable[[Array], Array]:
-        if sight.freqs is None:
+    def one(kind: LayerKind) -> Callable[[Array], Array]:
+        if kind.freqs is None:
             return lambda x: x
-        cos, sin = turns(positions, sight.freqs, limit, rope_magnitude(cfg.rope_scaling))
+        cos, sin = cos_sin(positions, kind.freqs, limit, rope_magnitude(cfg.rope_scaling))
         return lambda x: rotate(x, cos, sin)
 
-    return {local: one(sight) for local, sight in seen.items()}
+    return {local: one(kind) for local, kind in kinds.items()}
 
 
 def product(cfg: ModelConfig) -> dict[str, Any]:
@@ -191,7 +200,7 @@ def forward(params: Params, cfg: ModelConfig, tokens: Array, segment_ids: Array,
     Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit), and for a
     kernel that can't be had (see kernels.choose)."""
     check_length(cfg, segment_ids.shape[1])
-    return hidden_states(params, cfg, tokens, positions_of(segment_ids), row_sights(cfg, segment_ids, runtime), runtime)
+    return hidden_states(params, cfg, tokens, positions_of(segment_ids), row_kinds(cfg, segment_ids, runtime), runtime)
 
 
 def forward_responses(
@@ -225,7 +234,7 @@ def forward_responses(
     room = valid.shape[1] - start
     how = product(cfg) | {"interpret": runtime.interpret}
     attend_to = lambda window: within_groups(kernel, readable, copies, room, window, where, **how)
-    states = hidden_states(params, cfg, tokens, positions, sights(cfg, attend_to), runtime, start - 1)
+    states = hidden_states(params, cfg, tokens, positions, layer_kinds(cfg, attend_to), runtime, start - 1)
     return unfold_group(states, copies) if where is None else states
 
 
@@ -260,20 +269,20 @@ def hidden_states(
     cfg: ModelConfig,
     tokens: Array,
     positions: Array,
-    seen: dict[bool, Sight],
+    kinds: dict[bool, LayerKind],
     runtime: Runtime,
     since: int = 0,
 ) -> Array:
     """Final hidden states [B, S - since, D] of the columns from ``since``, of tokens at ``positions``, both i32[B, S],
-    that see what ``seen`` says."""
+    that see what ``kinds`` says."""
 
-    turn = turners(cfg, positions, seen, tokens.shape[1])
+    rotary = rotations(cfg, positions, kinds, tokens.shape[1])
 
     def layer(local: bool, since: int, layer_params: Params, x: Array) -> Array:
         def attend(query, key, value):
-            return seen[local].attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
+            return kinds[local].attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
 
-        return block(layer_params, cfg, x, turn[local], attend, since)
+        return block(layer_params, cfg, x, rotary[local], attend, since)
 
     def layer_of(local: bool, scanned: bool, since: int = 0) -> Callable:
         return rematerialized(functools.partial(layer, local, since), runtime, scanned)

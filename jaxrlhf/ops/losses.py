@@ -63,8 +63,8 @@ def clipped_value_terms(
 ) -> tuple[Array, Array]:
     """Squared error of every value, with the values held near what they were when the responses were sampled.
 
-        near = clip(values, old_values - clip_range, old_values + clip_range)
-        loss = 1/2 * max((values - returns)^2, (near - returns)^2)
+        clipped = clip(values, old_values - clip_range, old_values + clip_range)
+        loss = 1/2 * max((values - returns)^2, (clipped - returns)^2)
 
     ``clip_range`` (in units of return) None: the plain 1/2 * (values - returns)^2.
 
@@ -82,8 +82,8 @@ def clipped_value_terms(
     if clip_range is None:
         return 0.5 * free, jnp.zeros_like(free, dtype=bool)
     # not old + clip(values - old): rounding would make that differ from values, and unclipped tokens look clipped
-    near = jnp.clip(values, old_values - clip_range, old_values + clip_range)
-    bounded = jnp.square(near - returns)
+    clipped = jnp.clip(values, old_values - clip_range, old_values + clip_range)
+    bounded = jnp.square(clipped - returns)
     return 0.5 * jnp.maximum(free, bounded), bounded > free
 
 

@@ -1,4 +1,4 @@
-"""What networks answer about responses with gaps: tokens of an environment, which the policy reads and did not choose."""
+"""What networks answer about responses with gaps: tokens of an environment, which the policy did not choose."""
 
 import jax
 import jax.numpy as jnp

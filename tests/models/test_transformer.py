@@ -19,14 +19,14 @@ from jaxrlhf.models.attention.products import (
     by_head,
     causal_mask,
     merge_copies,
-    near,
     split_copies,
+    within_window,
 )
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.cpu import SHALLOW
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
 from jaxrlhf.models.parameters import Leaf, init, padded_vocab, parameter_table, weight_spec
-from jaxrlhf.models.rope import RopeScaling, rope_frequencies, rope_magnitude, rotate, turns
+from jaxrlhf.models.rope import RopeScaling, cos_sin, rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.models.transformer import Runtime, forward, forward_responses, positions_of, scans
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Head
@@ -97,12 +97,12 @@ def test_causal_mask():
 def test_a_window_is_of_so_many_tokens():
     """Itself and the two before it, in each segment; columns of queries may begin anywhere."""
     mask = causal_mask(jnp.array([[0, 1, 1, 1, 1, 2, 2]]))
-    seen = np.asarray(near(mask, jnp.arange(7), 3))[0, 0]
+    seen = np.asarray(within_window(mask, jnp.arange(7), 3))[0, 0]
     for s in range(7):
         for t in range(7):
             assert seen[s, t] == (mask[0, 0, s, t] and s - t < 3)
     assert seen.sum() == 1 + 2 + 3 + 3 + 1 + 2
-    np.testing.assert_array_equal(near(mask[:, :, 5:6], jnp.array([5]), 3)[0, 0, 0], seen[5])
+    np.testing.assert_array_equal(within_window(mask[:, :, 5:6], jnp.array([5]), 3)[0, 0, 0], seen[5])
 
 
 def frequency(i, dim, theta, scaling):
@@ -169,7 +169,7 @@ def test_rotation_is_by_the_position_and_relative():
     """One pair (x_i, x_{i + K/2}) turns by position x frequency; products depend on the distance alone."""
 
     def turned(x, position, magnitude=1.0):
-        by = turns(jnp.array([[position]]), jnp.array([0.5, 0.1]), 10, magnitude)
+        by = cos_sin(jnp.array([[position]]), jnp.array([0.5, 0.1]), 10, magnitude)
         return rotate(jnp.reshape(jnp.asarray(x), (1, 1, 1, -1)), *by)[0, 0, 0]
 
     expected = [math.cos(1.5), -2 * math.sin(0.3), math.sin(1.5), 2 * math.cos(0.3)]

@@ -21,9 +21,9 @@ from jaxrlhf.models.attention.products import (
     causal_mask,
     head_axis,
     merge_copies,
-    near,
     split_copies,
     split_keys,
+    within_window,
 )
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.response_packing import Places
@@ -175,7 +175,7 @@ def branch_masks(readable: Array, room: int, window: int | None) -> tuple[Array,
     start = readable.shape[1]
     size = start + room
     causal = jnp.tril(jnp.ones((size, size), bool))[None, None]  # of one prompt and response
-    mask = causal if window is None else near(causal, jnp.arange(size), window)
+    mask = causal if window is None else within_window(causal, jnp.arange(size), window)
     seen = readable[:, None, None, :]
     return mask[..., :start, :start] & seen, mask[..., start:, :start] & seen, mask[..., start:, start:]
 
@@ -187,7 +187,7 @@ def packed_masks(readable: Array, where: Places, window: int | None) -> tuple[Ar
     own = same & jnp.tril(jnp.ones((width, width), bool))
     prompt, across = jnp.tril(jnp.ones((start, start), bool))[None, None], jnp.ones((1, 1, width, start), bool)
     if window is not None:
-        own, prompt = (near(mask, jnp.arange(mask.shape[-2]), window) for mask in (own, prompt))
+        own, prompt = (within_window(mask, jnp.arange(mask.shape[-2]), window) for mask in (own, prompt))
         behind = start + where.index[:, None, :, None]  # the column that a token would stand in right behind its prompt
         across = behind - jnp.arange(start) < window
     seen = readable[:, None, None, :]
@@ -197,7 +197,7 @@ def packed_masks(readable: Array, where: Places, window: int | None) -> tuple[Ar
 def row_mask(segment_ids: Array, window: int | None) -> Array:
     """bool[B, 1, S, S]: what each token of a row may read."""
     mask = causal_mask(segment_ids)
-    return mask if window is None else near(mask, jnp.arange(mask.shape[-1]), window)
+    return mask if window is None else within_window(mask, jnp.arange(mask.shape[-1]), window)
 
 
 def per_device(local: Callable, query: Array, key: Array, value: Array, rows: Array) -> Array:

@@ -22,7 +22,7 @@ def causal_mask(segment_ids: Array) -> Array:
     return (same & causal & (segment_ids > 0)[:, None, :])[:, None]
 
 
-def near(mask: Array, columns: Array, window: int) -> Array:
+def within_window(mask: Array, columns: Array, window: int) -> Array:
     """``mask`` bool[B, 1, S, T] of what lies less than ``window`` columns before the query, which is in ``columns``
     i32[S]. The tokens of a segment are in columns beside each other, so columns count as positions do."""
     return mask & (columns[:, None] - jnp.arange(mask.shape[-1]) < window)
@@ -39,7 +39,7 @@ def attention(
     """Softmax attention; the softmax is float32 whatever the inputs are.
 
     query [B, S, H, K]; key, value [B, T, N, K], each for H / N query heads; bias f32[B, 1, S, T] -> [B, S, H, K].
-    ``scale``: of the products, by default 1 / sqrt(K); ``softcap``: see bend."""
+    ``scale``: of the products, by default 1 / sqrt(K); ``softcap``: see soft_cap."""
     grouped, key, value = split_copies(query, key.shape[2], 1), by_head(key), by_head(value)
     return merge_copies(branches(grouped, [(key[:, :, None], value[:, :, None], bias)], scale, softcap))
 
@@ -63,7 +63,7 @@ def branches(
         letters = "bktd" if key.ndim == 4 else "bkntd"
         products = jnp.einsum(f"bkngsd,{letters}->bkngst", query, key, preferred_element_type=jnp.float32)
         products = products if steps is None else products * steps
-        logits.append(bend(products, softcap) + bias[:, None, :, None])
+        logits.append(soft_cap(products, softcap) + bias[:, None, :, None])
     peak = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
     weights = [jnp.exp(x - jax.lax.stop_gradient(peak)) for x in logits]
     total = functools.reduce(jnp.add, [x.sum(-1, keepdims=True) for x in weights])
@@ -85,8 +85,8 @@ def widened(x: Array | Int8, dtype) -> tuple[Array, Array | None]:
     return x.values.astype(dtype), (steps if steps.ndim == 4 else steps[:, :, None])[:, :, :, None, None]
 
 
-def bend(logits: Array, softcap: float | None) -> Array:
-    """``logits`` bent to lie within -/+ softcap."""
+def soft_cap(logits: Array, softcap: float | None) -> Array:
+    """softcap * tanh(logits / softcap): within -/+ softcap."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
@@ -113,7 +113,7 @@ def split_copies(x: Array, kv_heads: int, copies: int) -> Array:
 
 
 def merge_copies(x: Array) -> Array:
-    """The inverse of split_copies."""
+    """[G, N, n, H / N, S, K] -> [G, n * S, H, K]: undoes split_copies."""
     rows, kv_heads, copies, group, columns, dim = x.shape
     layout = spec("batch", "seq", head_axis("heads", kv_heads * group), "head_dim")
     shape = (rows, copies * columns, kv_heads * group, dim)

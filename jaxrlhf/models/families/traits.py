@@ -7,16 +7,16 @@ from jaxrlhf.types import Head
 
 
 class Module(NamedTuple):
-    """What one of our modules (linear map, norm, embedding) is in a safetensors file: <name>.weight and <name>.bias.
+    """Where the tensors of one module (linear map, norm, embedding) are in a safetensors file, and in which layout.
 
-    ``layout`` says how the weight's dimensions are made of our axes (``layers`` apart: files have a tensor a layer).
-    Dimensions are separated by blanks, and axes that share one dimension are joined by dots, the slowest first:
-    "heads.head_dim embed" is a torch Linear [H * K, D], "embed heads.head_dim" its transpose. A bias has those of
-    these dimensions that our bias has.
+    The file has <name>.weight and <name>.bias, one pair a layer. ``layout`` names the axes of the weight:
+        - A blank separates dimensions. A dot joins axes that share a dimension, the slowest first.
+        - "heads.head_dim embed" is a torch Linear [H * K, D]; "embed heads.head_dim" is its transpose.
+        - A bias has the dimensions that our bias has.
 
-    Modules with the same name are parts of one fused tensor, in the order of the table, laid one after the other where
-    the layout says ``part``: "part.heads.head_dim embed" is all queries, all keys, all values (they may differ in
-    size), "heads.part.head_dim embed" is query, key, value of head 0, then of head 1, ...
+    Several modules with one name share one fused tensor. ``part`` is the axis that counts them, in the table's order:
+        - "part.heads.head_dim embed": all queries, then all keys, then all values; their sizes may differ.
+        - "heads.part.head_dim embed": query, key and value of head 0, then those of head 1, and so on.
     """
 
     name: str  # {layer} stands for the layer's number
