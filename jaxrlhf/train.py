@@ -409,8 +409,15 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: TrainState) -> None:
-        """The whole state, and what is not an array: data positions, config, model shapes."""
+        """The whole state, and what is not an array: data positions, config, model shapes.
+
+        Raises RunDirBusy, and leaves the checkpoints as they are, where another process writes them by now."""
         ready = self.ready
+        try:
+            processes.on_main(self.log.check_owner)
+        except ValueError:
+            self.saved.lost = True
+            raise
         extra = {
             "config": dump(self.cfg),
             "models": saved_run.models_record(

@@ -25,7 +25,7 @@ from jaxrlhf.config.load import dump, load
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log import progress
-from jaxrlhf.log.run_dir import lock_run_dir
+from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
 from jaxrlhf.run import build, programs, saved_run
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.resume import changes_since_saved
@@ -568,6 +568,23 @@ def test_every_bucket_is_compiled_before_the_first_iteration(process, root, tmp_
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_process_that_deletes_the_lock_stops_the_first(root, tmp_path, fake):
+    """Before it saves; a lock that is only deleted is made anew."""
+    fake()
+    seen, held = [], []
+
+    def watch(step):
+        seen.append(step.number)
+        (tmp_path / "sft" / ".lock").unlink(missing_ok=True)
+        if step.number == 2:
+            held.append(lock_run_dir(tmp_path / "sft"))
+
+    cfg = bare(root, tmp_path, "iterations=4", "checkpoint.every=1", "checkpoint.keep=9")
+    with pytest.raises(RunDirBusy, match=rf"^run_dir: .*/sft: already being written by process {os.getpid()} on "):
+        trainer.run(cfg, watch=watch)
+    assert seen == [1, 2] and runs.steps_kept(tmp_path / "sft") == [1]
 
 
 def test_a_second_process_is_refused(process, root, command):

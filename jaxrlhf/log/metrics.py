@@ -12,7 +12,7 @@ from etils import epath
 
 from jaxrlhf.log.progress import Lines, open_progress, silent, summary
 from jaxrlhf.log.rows import JsonLines, plain
-from jaxrlhf.log.run_dir import is_local, lock_run_dir
+from jaxrlhf.log.run_dir import is_local, keep_lock, lock_run_dir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,11 @@ class MetricsLog:
         """Nothing is held back after this: call it where the steps so far will not be done again."""
         for file in (self.metrics, self.sampled) if self.main else ():
             file.flush()
+
+    def check_owner(self) -> None:
+        """Raises RunDirBusy where another process writes to the run directory by now: its .lock was deleted."""
+        if self.main:
+            self.lock = keep_lock(self.run_dir, self.lock)
 
     def warn(self, step: int, key: str, value: Any) -> None:
         """Says once a metric that it isn't finite, and counts."""

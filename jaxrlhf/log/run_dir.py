@@ -1,5 +1,6 @@
 """The run directory: one writer at a time."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -83,3 +84,15 @@ def lock_run_dir(run_dir: os.PathLike | str) -> IO | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
     return file
+
+
+def keep_lock(run_dir: os.PathLike | str, file: IO | None) -> IO | None:
+    """The lock of ``run_dir`` that lock_run_dir gave, or a new one where somebody deleted its file.
+
+    Raises RunDirBusy where another process made a new file, and so writes to the run directory too."""
+    if file is None:
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.stat(os.path.join(run_dir, ".lock")), os.fstat(file.fileno())):
+            return file
+    return lock_run_dir(run_dir)

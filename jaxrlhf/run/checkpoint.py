@@ -52,6 +52,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(steps.directory(run_dir), options=options)
         self.sealing: threading.Thread | None = None
         self.failed: Exception | None = None  # why a manifest could not be written
+        self.lost = False  # whether another process writes them by now: nothing is deleted any more
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -112,6 +113,8 @@ class Checkpoints:
 
     def prune(self) -> None:
         """Delete the steps that are not to be kept, but for those that are being read."""
+        if self.lost:
+            return
         there = steps.committed(self.run_dir)
         whole = [step for step in there if manifest.complete(steps.directory(self.run_dir) / str(step))]
         best = best_of(measured(self.run_dir, self.best), self.mode) if self.best else None
