@@ -216,6 +216,8 @@ class Trainer:
         with self.log.doing("loading"):
             state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         write_config(cfg, raw)
+        for line in checkpoint.describe_room(cfg.run_dir, state, cfg.checkpoint.keep):
+            self.log.say(line)
         with self.log.doing("compiling"):
             programs = self.compile(state)
         with self.saving(), contextlib.closing(self.profiler):
@@ -430,7 +432,9 @@ class Trainer:
         self.log.flush()
         evaluated, scores = self.scores
         with self.log.doing("saving"), self.limit.saving():
-            self.saved.save(step, state, extra, scores if evaluated == step else None)
+            failed = self.saved.save(step, state, extra, scores if evaluated == step else None)
+        if failed:
+            self.log.say(failed)
         self.unmeasured = None
         self.last_time = time.perf_counter()
 

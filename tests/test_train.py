@@ -26,7 +26,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
-from jaxrlhf.run import build, programs, saved_run
+from jaxrlhf.run import build, checkpoint, programs, saved_run
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.resume import changes_since_saved
 from jaxrlhf.sharding import current
@@ -585,6 +585,22 @@ def test_a_second_process_that_deletes_the_lock_stops_the_first(root, tmp_path, 
     with pytest.raises(RunDirBusy, match=rf"^run_dir: .*/sft: already being written by process {os.getpid()} on "):
         trainer.run(cfg, watch=watch)
     assert seen == [1, 2] and runs.steps_kept(tmp_path / "sft") == [1]
+
+
+def test_training_goes_on_where_a_save_fails(root, tmp_path, monkeypatch, fake, capsys):
+    fake()
+    start = checkpoint.Checkpoints.start
+
+    def fail(self, step, *more):
+        if step == 1:
+            raise OSError(28, "No space left on device")
+        start(self, step, *more)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "start", fail)
+    assert trainer.run(bare(root, tmp_path, "iterations=2", "checkpoint.every=1")) == "done"
+    said = "a checkpoint could not be written: No space left on device; once it can be, the same command starts again"
+    assert f"{tmp_path}/sft: {said}; training goes on" in capsys.readouterr().out
+    assert runs.steps_kept(tmp_path / "sft") == [2]
 
 
 def test_a_second_process_is_refused(process, root, command):

@@ -10,8 +10,9 @@ import json
 import math
 import platform
 import re
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,12 +23,14 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxrlhf import __version__
 from jaxrlhf.errors import one_line
 from jaxrlhf.hosts import processes
+from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.run import manifest
 from jaxrlhf.run import verified_steps as steps
 from jaxrlhf.run.saved_run import EXTRA, best_of, measured
 from jaxrlhf.types import TrainState
 
 STATE = "state"  # an item beside the roles', as EXTRA is
+GIVE_UP = 3  # saves in a row that can't be written end the run
 METRICS = "metrics"  # orbax's item of what a step was measured as
 
 
@@ -52,6 +55,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(steps.directory(run_dir), options=options)
         self.sealing: threading.Thread | None = None
         self.failed: Exception | None = None  # why a manifest could not be written
+        self.failures = 0  # saves in a row that could not be written
         self.lost = False  # whether another process writes them by now: nothing is deleted any more
 
     @contextlib.contextmanager
@@ -68,24 +72,49 @@ class Checkpoints:
                 f"{self.run_dir}: a checkpoint could not be written: {why}; once it can be, {then}"
             ) from error
 
-    def save(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None = None) -> str | None:
         """Start to write; returns once the arrays may be donated. ``extra`` is JSON: config, models, data iterators.
 
-        A step that is there already, saved before it was measured, is only given what it was measured as."""
+        A step that is there already, saved before it was measured, is only given what it was measured as. Where this
+        save, or the one before it, could not be written, the line that says so is returned, and the next save is the
+        next try. Raises OSError after GIVE_UP of them in a row, and at once in a run of several processes."""
+        line = self.attempt(self.wait_for_files)
+        return self.attempt(lambda: self.start(step, state, extra, metrics)) or line
+
+    def attempt(self, work: Callable[[], None]) -> str | None:
+        """Why ``work``, a save or what remains of it, could not be written; None where it could. Raises as ``save``."""
+        try:
+            with self.writing():
+                work()
+        except OSError as error:
+            self.failures += 1
+            if processes.several():
+                raise
+            if self.sealing:
+                self.sealing.join()
+            for path in steps.directory(self.run_dir).glob("*.orbax-checkpoint-tmp*"):  # its part takes room
+                with contextlib.suppress(OSError):  # while orbax writes to it: the next start deletes it
+                    path.rmtree()
+            if self.failures >= GIVE_UP:
+                raise
+            return f"{error}; training goes on, and the next save is another try ({self.failures} of {GIVE_UP} failed)"
+        return None
+
+    def start(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None) -> None:
+        """``save``, whose errors go through."""
         items: dict[str, Any] = {item: ocp.args.StandardSave(tree) for item, tree in parts(state).items()}
         items[EXTRA] = ocp.args.JsonSave(extra)
         value = (metrics or {}).get(self.best, math.nan) if self.best else math.nan
         known = None if math.isnan(value) else {self.best: value}
         about = describe(step, state, extra)
-        with self.writing():
-            if step != self.manager.latest_step():
-                self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
-            elif known is not None:
-                self.wait()
-                if processes.is_main():
-                    self.measure(step, known)
-            else:
-                return
+        if step != self.manager.latest_step():
+            self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
+        elif known is not None:
+            self.wait()
+            if processes.is_main():
+                self.measure(step, known)
+        else:
+            return
         self.sealing = threading.Thread(target=self.seal, args=(step, about, self.sealing), daemon=True)
         self.sealing.start()
 
@@ -106,6 +135,7 @@ class Checkpoints:
             return
         try:
             manifest.write(folder, about, steps.BESIDE, jax.process_index(), jax.process_count())
+            self.failures = 0
             if processes.is_main():
                 self.prune()
         except Exception as error:
@@ -136,6 +166,11 @@ class Checkpoints:
         self.manager.wait_until_finished()
         if self.sealing:
             self.sealing.join()
+        self.wait_for_files()
+
+    def wait_for_files(self) -> None:
+        """``wait``, but not for the manifest of the last step."""
+        self.manager.wait_until_finished()
         error, self.failed = self.failed, None
         if error:
             raise error
@@ -148,6 +183,21 @@ class Checkpoints:
             if processes.is_main():
                 self.prune()
         self.manager.close()
+
+
+def describe_room(run_dir, state: TrainState, keep: int) -> list[str]:
+    """What to say where the disk has room for less than three checkpoints: the one before, one under way, and one that
+    is read."""
+    if not is_local(run_dir):
+        return []
+    free, needed = shutil.disk_usage(run_dir).free, sum(x.nbytes for x in jax.tree.leaves(state))
+    if free >= 3 * needed:
+        return []
+    size = lambda count: f"{count / 1e9:.3g} GB"
+    return [
+        f"warning: {run_dir}: {size(free)} are free, and a checkpoint takes {size(needed)}, of which checkpoint.keep: "
+        f"{keep} stay; expected {size(3 * needed)}"
+    ]
 
 
 def describe(step: int, state: TrainState, extra: dict) -> dict[str, Any]:

@@ -199,6 +199,26 @@ def test_shards_and_index(tmp_path):
     assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch, there):
+    folder = tmp_path / "model"
+    if there:
+        hf.save(random_params(LLAMA), LLAMA, "lm", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()} if there else None
+    write, written = hf.write_weights, []
+
+    def fail(path, values):
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(write(path, values))
+
+    monkeypatch.setattr(hf, "write_weights", fail)
+    with pytest.raises(OSError, match="No space left"):
+        hf.save(random_params(LLAMA), LLAMA, "lm", folder, max_shard_bytes=20_000)
+    assert ({path.name: path.read_bytes() for path in folder.iterdir()} if there else None) == before
+    assert folder.exists() == there
+
+
 # ---- meshes ---------------------------------------------------------------------------------------------------------
 
 

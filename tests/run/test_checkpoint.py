@@ -1,8 +1,10 @@
 """Checkpoints: the whole state and back, which steps stay, what a crash leaves, and what another run takes."""
 
+import contextlib
 import json
 import resource
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.log.run_dir import at_step, made_by, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.run import saved_run
+from jaxrlhf.run import saved_run, verified_steps
 from jaxrlhf.run import state as states
-from jaxrlhf.run.checkpoint import Checkpoints, restore
+from jaxrlhf.run.checkpoint import Checkpoints, describe_room, restore
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
 
@@ -228,24 +230,67 @@ def test_what_a_crash_left_half_written_is_no_checkpoint_and_goes(tmp_path):
     assert steps_of(tmp_path) == [2, 3]
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    """As one that may hold files of a few kB only."""
-    (tmp_path / "run").mkdir()
+@contextlib.contextmanager
+def full_disk():
+    """One that takes files of a few kB only."""
     before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    saved = Checkpoints(tmp_path / "run")
-    state = replace(new_state(1), slow={"reference": {"kernel": jnp.zeros(10**6) + jnp.arange(10**6)}})
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, most))
     try:
-        with pytest.raises(OSError) as error:
-            saved.save(1, state, {})
-            saved.close()
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
-    said = (
-        f"{tmp_path}/run: a checkpoint could not be written: File too large; once it can be, the same command starts "
+
+
+def large_state(step: int) -> TrainState:
+    return replace(new_state(step), slow={"reference": {"kernel": jnp.zeros(10**5) + jnp.arange(10**5)}})
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_fails_is_tried_again_at_the_next(tmp_path, background):
+    run = tmp_path / "run"
+    saved = Checkpoints(run, background=background)
+    assert saved.save(1, large_state(1), {}) is None
+    saved.wait()
+    with full_disk():
+        lines = [saved.save(2, large_state(2), {})]
+        while saved.sealing and saved.sealing.is_alive():  # until it has failed
+            time.sleep(0.01)
+    lines.append(saved.save(3, large_state(3), {}))
+    (line,) = (line for line in lines if line)
+    assert line.startswith(
+        f"{run}: a checkpoint could not be written: File too large; once it can be, the same command"
     )
-    assert str(error.value).startswith(said) and "\n" not in str(error.value)
-    assert saved_run.latest_step(tmp_path / "run") is None
+    assert line.endswith("; training goes on, and the next save is another try (1 of 3 failed)") and "\n" not in line
+    saved.close()
+    assert steps_of(run) == [1, 3] and saved.failures == 0
+    assert verified_steps.newest(run) == 3
+    same(restore(run, 3, describe(large_state(3))), large_state(3))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_disk_that_stays_full_is_one_line(tmp_path, background):
+    """After three saves."""
+    run = tmp_path / "run"
+    saved, lines = Checkpoints(run, background=background), []
+    with full_disk(), pytest.raises(OSError) as error:
+        for step in range(1, 5):
+            lines.append(saved.save(step, large_state(step), {}))
+    said = f"{run}: a checkpoint could not be written: File too large; once it can be, the same command starts again"
+    assert str(error.value) == said and [line for line in lines if line and line.startswith(said)] == lines[-2:]
+    assert saved_run.latest_step(run) is None
+    if background:  # else orbax may still have written to the last one
+        assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_little_room_is_warned_of_before_training(tmp_path, monkeypatch):
+    state, usage = large_state(1), shutil.disk_usage(tmp_path)
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * needed))
+    assert describe_room(tmp_path, state, 2) == [] == describe_room("gs://bucket/run", state, 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * needed - 1))
+    (line,) = describe_room(tmp_path, state, 2)
+    sizes = "0.0012 GB are free, and a checkpoint takes 0.0004 GB, of which checkpoint.keep: 2 stay; expected 0.0012 GB"
+    assert line == f"warning: {tmp_path}: {sizes}"
 
 
 def test_a_run_without_a_checkpoint_is_one_line(tmp_path):

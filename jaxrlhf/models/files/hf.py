@@ -4,6 +4,7 @@ They go through safetensors alone, shard by shard; neither torch nor transformer
 are called is in models/families; nothing here knows a family.
 """
 
+import contextlib
 import math
 import os
 import tempfile
@@ -18,7 +19,7 @@ from etils import epath
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files.hf_config import NO_IDS, TokenIds, describe, describe_ids
-from jaxrlhf.models.files.hf_folder import INDEX, SINGLE, clear, read_json, tokenizer_files, write_json
+from jaxrlhf.models.files.hf_folder import INDEX, SINGLE, read_json, tokenizer_files, write_json, written_whole
 from jaxrlhf.models.files.hf_layout import Source, dotted, find_sources, leaves_of, score_bias
 from jaxrlhf.models.files.hf_tensors import check_tied, examine
 from jaxrlhf.models.parameters import Leaf, init, parameter_table, weight_axes
@@ -180,25 +181,25 @@ def save(
                 f"score.bias: {bias:.6g}: {raw['architectures'][0]} has no bias: its scores are ours less {bias:.6g}"
             ]
     writes = jax.process_index() == 0
-    if writes:
-        clear(folder, {path.name for path in tokenizer})
     shards = plan_shards(sources, jnp.dtype(dtype).itemsize, max_shard_bytes)
-    for name, tensors in shards.items():
-        values = {tensor: join(params, parts).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()}
-        if writes:
-            write_weights(folder / name, values)
-    if not writes:
-        return notes
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
-        size = weight_bytes(sources, dtype)
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    for path in tokenizer:
-        if path != folder / path.name:
-            path.copy(folder / path.name, overwrite=True)
-    if ids.eos:
-        write_json(folder / "generation_config.json", describe_ids(ids))
-    write_json(folder / "config.json", raw)
+    place = written_whole(folder, {path.name for path in tokenizer}) if writes else contextlib.nullcontext(folder)
+    with place as new:
+        for name, tensors in shards.items():
+            values = {tensor: join(params, parts).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()}
+            if writes:
+                write_weights(new / name, values)
+        if not writes:
+            return notes
+        if len(shards) > 1:
+            weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+            size = weight_bytes(sources, dtype)
+            write_json(new / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        for path in tokenizer:
+            if path != new / path.name:
+                path.copy(new / path.name, overwrite=True)
+        if ids.eos:
+            write_json(new / "generation_config.json", describe_ids(ids))
+        write_json(new / "config.json", raw)
     return notes
 
 

@@ -1,11 +1,12 @@
 """Hugging Face folders as files: found here, in a bucket or on the hub, and what in them is read, copied, replaced."""
 
+import contextlib
 import fnmatch
 import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
@@ -27,6 +28,7 @@ TOKENIZER_FILES = (
 )
 VALUE_HEAD = "value_head.safetensors"  # where LLaMA-Factory puts the head of a reward model
 READ_FILES = ("*.json", "model*.safetensors", VALUE_HEAD, "merges.txt", "tokenizer.model", "chat_template.jinja")
+UNFINISHED = ".unfinished"  # in an export's folder, until all of it is written
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_FILES = ("config.json", "generation_config.json", SINGLE, INDEX, "model-?????-of-?????.safetensors")
 MAX_JSON_BYTES = 64 * 2**20
@@ -115,3 +117,26 @@ def clear(folder: epath.Path, tokenizer: Collection[str]) -> None:
     for path in list(folder.iterdir()) if folder.exists() else []:  # an object store makes no empty folder
         if any(fnmatch.fnmatch(path.name, pattern) for pattern in (*OWN_FILES, *others)):
             path.unlink()
+
+
+@contextlib.contextmanager
+def written_whole(folder: epath.Path, tokenizer: Collection[str]) -> Iterator[epath.Path]:
+    """A new folder to write an export to, with these files of a tokenizer. At the end of the block its files take the
+    place of an earlier export's in ``folder``, config.json last; where the block raises, that one stays as it is. In an
+    object store, which renames nothing, it is ``folder`` itself, cleared first."""
+    if "://" in os.fspath(folder):
+        clear(folder, tokenizer)
+        yield folder
+        return
+    made, new = not folder.exists(), folder / UNFINISHED
+    if new.exists():  # of an export that was killed
+        new.rmtree()
+    new.mkdir(parents=True)
+    try:
+        yield new
+        clear(folder, tokenizer)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):
+            path.replace(folder / path.name)
+        made = False
+    finally:
+        (folder if made else new).rmtree()
