@@ -411,15 +411,9 @@ class Trainer:
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: TrainState) -> None:
-        """The whole state, and what is not an array: data positions, config, model shapes.
-
-        Raises RunDirBusy, and leaves the checkpoints as they are, where another process writes them by now."""
+        """The whole state, and what is not an array. Raises RunDirBusy where another process writes here by now."""
         ready = self.ready
-        try:
-            processes.on_main(self.log.check_owner)
-        except ValueError:
-            self.saved.lost = True
-            raise
+        self.saved.check_owner(self.log.check_owner)
         extra = {
             "config": dump(self.cfg),
             "models": saved_run.models_record(

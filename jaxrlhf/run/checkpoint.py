@@ -81,6 +81,15 @@ class Checkpoints:
         line = self.attempt(self.wait_for_files)
         return self.attempt(lambda: self.start(step, state, extra, metrics)) or line
 
+    def check_owner(self, check: Callable[[], None]) -> None:
+        """Calls ``check``, which raises ValueError where another process writes the run directory by now: from then on
+        no checkpoint is deleted."""
+        try:
+            processes.on_main(check)
+        except ValueError:
+            self.lost = True
+            raise
+
     def attempt(self, work: Callable[[], None]) -> str | None:
         """Why ``work``, a save or what remains of it, could not be written; None where it could. Raises as ``save``."""
         try:
