@@ -1,6 +1,26 @@
-"""``python -m jaxrlhf`` is the ``jaxrlhf`` command."""
+"""``jaxrlhf`` and ``python -m jaxrlhf``."""
 
-from jaxrlhf.cli.app import main
+import os
+import signal
+import sys
+
+EXIT_PREEMPTED = 75  # as in cli/exits.py: launchers run the command again
+
+
+def main() -> None:
+    """The command. Its import takes a while, in which SIGTERM ends training with its own exit code already."""
+    if sys.argv[1:2] == ["train"] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, leave)
+    from jaxrlhf.cli.app import main
+
+    main()
+
+
+def leave(*_: object) -> None:
+    """The handler until that of training takes its place."""
+    os.write(2, b"SIGTERM: stopped\n")
+    os._exit(EXIT_PREEMPTED)
+
 
 if __name__ == "__main__":
     main()

@@ -41,7 +41,7 @@ ONLY = {
     "ops": {"types", "sharding", "ops"},  # pure array maths
     # an algorithm reaches networks through Nets alone
     "algorithms": {"types", "algorithm", "ops", "user_code", "errors", "algorithms"},
-    "data": {"types", "sharding", "errors", "paths", "data"},  # text to tokens on the host
+    "data": {"types", "sharding", "errors", "paths", "hosts", "data"},  # text to tokens on the host
     "rewards": {"types", "user_code", "errors", "hosts", "rewards"},
 }
 

@@ -1,5 +1,6 @@
 """Chat templates: which one a run uses, and a conversation as the text that it writes."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -9,10 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.data.kinds import BadRecord, nearest
+from jaxrlhf.hosts.interrupts import Interrupted, interruptible
 from jaxrlhf.paths import need_reachable
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
+TRIAL = 10.0  # seconds that a template has for its first conversation
 LEADING_ROLES = ("system", "developer")  # turns that stand before a conversation
 
 _USUAL = (
@@ -115,12 +118,33 @@ def find_template(named: str, adds_bos: bool) -> str:
     return path.read_text()
 
 
+class TooSlow(ValueError):
+    """A template that does not come to an end."""
+
+
+@contextlib.contextmanager
+def limited(tokenizer: Any) -> Iterator[None]:
+    """Around the first use of a template, which may come from anywhere: raises TooSlow, in one line, where it has not
+    written a short conversation in TRIAL seconds. Jinja's sandbox limits a range, not loops inside loops."""
+    try:
+        with interruptible(TRIAL):
+            yield
+    except Interrupted:
+        raise TooSlow(
+            f"tokenizer: {tokenizer.name_or_path!r}: its chat template wrote no short conversation in {TRIAL:g} s; "
+            f"expected another in data.chat.template: a Jinja file, or one of {', '.join(TEMPLATES)}"
+        ) from None
+
+
 def check_syntax(tokenizer: Any) -> None:
-    """Raises ValueError, in one line, for a template that is not Jinja."""
+    """Raises ValueError, in one line, for a template that is not Jinja, or does not come to an end."""
     import jinja2
 
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        with limited(tokenizer):
+            tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except TooSlow:
+        raise
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"data.chat.template: is not Jinja: {error.message} (line {error.lineno})") from None
     except Exception:  # it may refuse this conversation: what it does with the data is said there

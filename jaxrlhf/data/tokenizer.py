@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrlhf.data.chat import date_of, is_dated, render
+from jaxrlhf.data.chat import TooSlow, date_of, is_dated, limited, render
 from jaxrlhf.errors import one_line
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
@@ -203,9 +203,12 @@ def turn_end(tokenizer: Any) -> int | None:
 def _find_turn_end(tokenizer: Any) -> int | None:
     content = "The answer."
     try:
-        text = render(
-            [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": content}], tokenizer
-        )
+        with limited(tokenizer):
+            text = render(
+                [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": content}], tokenizer
+            )
+    except TooSlow:
+        raise
     except ValueError:  # the template wants another conversation
         return None
     before, _, after = text.rpartition(content)

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -243,3 +245,15 @@ def test_one_function_tells_paths_from_overrides():
     assert split_arguments(None) == ([], [])
     sources = {path.name: path.read_text() for path in (ROOT / "jaxrlhf" / "cli").glob("*.py")}
     assert [name for name, text in sources.items() if '"=" ' in text] == ["setup.py"]
+
+
+@pytest.mark.parametrize(("argument", "code"), [("train", 75), ("generate", -signal.SIGTERM)])
+def test_sigterm_while_the_command_is_imported(tmp_path, argument, code):
+    """Before its own handlers are there: launchers run training that ends with 75 again."""
+    (tmp_path / "typer.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(30)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "jaxrlhf", argument, "no.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "SIGTERM: stopped\n" if code == 75 else "")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from jaxrlhf.data import chat as chat_templates
 from jaxrlhf.data.chat import date_of, render
 from jaxrlhf.data.encode import encode_demonstration, encode_pair, encode_prompt
 from jaxrlhf.data.kinds import KINDS, BadRecord, check_record
@@ -52,6 +53,18 @@ def test_a_template_that_ends_turns_with_text_adds_nothing(tokenizer):
     assert eos_ids(chat) == (1,)
     refuses = speaking(tokenizer, "{{ raise_exception('no') }}" + TURNS, WORDS)
     assert eos_ids(refuses) == (1,)
+
+
+def test_a_template_that_does_not_end_is_refused(tokenizer, monkeypatch):
+    """Jinja's sandbox limits the loop, not the loops in it."""
+    monkeypatch.setattr(chat_templates, "TRIAL", 0.2)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    endless = speaking(tokenizer, loops + TURNS, WORDS)
+    line = r"^tokenizer: .*: its chat template wrote no short conversation in 0\.2 s; expected another in data\.chat"
+    with pytest.raises(ValueError, match=line):
+        eos_ids(endless)
+    with pytest.raises(ValueError, match=line):
+        chat_templates.apply_config(endless, chat_templates.ChatConfig(template=loops), adds_bos=False)
 
 
 def test_a_turn_ends_at_its_first_eos(tokenizer):
