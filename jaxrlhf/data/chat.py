@@ -319,6 +319,8 @@ def parse_json(text: str, what: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRecord(f"{what} is {text[:40]!r}, which is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise BadRecord(f"{what} is {text[:40]!r}, which is not JSON that can be used") from None
 
 
 def _without_nulls(value: Any, keep: Sequence[str] = ("content",)) -> Any:

@@ -92,7 +92,7 @@ def _looks_broken(value: str) -> bool:
         return False
     try:
         json.JSONDecoder().raw_decode(value.lstrip())
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return True
     return False
 
@@ -105,7 +105,7 @@ def _parse(value: str) -> Any:
         return None
     try:
         found = json.loads(value)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: an integer of thousands of digits, too
         pass
     else:
         return _parse(found) if isinstance(found, str) else found

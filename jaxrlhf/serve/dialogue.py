@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from jaxrlhf.data.readers import load_json
 from jaxrlhf.serve.writer import Response, Writer, as_record, title
 
 STDIN = "-"
@@ -37,7 +38,7 @@ def read_records(file: str, chat: bool, system: str | None) -> Iterator[dict[str
             raise ValueError(f"--file: {file}: no such file; expected a file of prompts, or - for standard input")
         lines: IO = sys.stdin if file == STDIN else stack.enter_context(open(file, encoding="utf-8-sig"))
         objects = Path(file).suffix == ".jsonl" if file != STDIN else None
-        for number, line in enumerate(lines, 1):
+        for number, line in numbered(lines, where):
             text = line.rstrip("\r\n")
             if not text.strip():
                 continue
@@ -46,16 +47,26 @@ def read_records(file: str, chat: bool, system: str | None) -> Iterator[dict[str
             yield parse(text, f"{where}:{number}", chat, system) if objects else as_record(text, chat, system)
 
 
+def numbered(lines: IO, where: str) -> Iterator[tuple[int, str]]:
+    """The lines, counted from 1. Raises ValueError for one that is not UTF-8."""
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            yield number, line
+    except UnicodeDecodeError as error:  # it is read ahead: the line is one of those behind the last
+        raise ValueError(f"{where}: is not UTF-8, behind line {number}: {error.reason}") from None
+
+
 def is_object(text: str) -> bool:
     with contextlib.suppress(ValueError):
-        return isinstance(json.loads(text), dict)
+        return isinstance(load_json(text), dict)
     return False
 
 
 def parse(text: str, where: str, chat: bool, system: str | None) -> dict[str, Any]:
     """The record of a line of JSON; its other fields stay. Raises ValueError."""
     try:
-        row = json.loads(text)
+        row = load_json(text)
     except ValueError as error:
         raise ValueError(f"{where}: no JSON ({error}); expected an object with prompt or messages") from None
     prompt, messages = (row.get("prompt"), row.get("messages")) if isinstance(row, dict) else (None, None)

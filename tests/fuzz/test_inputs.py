@@ -26,6 +26,7 @@ from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files import gguf, hf_config, hf_folder, hf_tensors
+from jaxrlhf.serve import dialogue
 
 CONFIG = Path("configs/tiny/ppo.yaml").read_text()
 ROWS = [{"prompt": "a b", "response": "c", "n": 3, "messages": [{"role": "user", "content": "x"}]}] * 3
@@ -193,6 +194,11 @@ def read_rows(name: str) -> Callable[[bytes], None]:
     return read
 
 
+def read_prompts(content: bytes) -> None:
+    in_file("a.jsonl", content, lambda path: [*dialogue.read_records(str(path), False, None)])
+    in_file("a.txt", content, lambda path: [*dialogue.read_records(str(path), True, "s")])
+
+
 def read_weights(content: bytes) -> None:
     from etils import epath
 
@@ -269,6 +275,7 @@ TARGETS: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {
     "gzip": (read_rows("jsonl.gz"), damaged(__import__("gzip").compress(JSONL))),
     "parquet": (read_rows("parquet"), damaged(parquet())),
     "values": (lambda rows: read_rows("jsonl")(json.dumps(rows).encode()), edited(ROWS[0])),
+    "prompts": (read_prompts, damaged(JSONL)),
     "safetensors": (read_weights, damaged(weights())),
     "config.json": (read_model_config, st.sampled_from([*FAMILIES]).map(model_config).flatmap(edited)),
     "config.json bytes": (read_json_file, damaged(json.dumps(model_config("llama")).encode())),
@@ -283,6 +290,11 @@ FOUND: list[tuple[str, Any]] = [
     ("gguf", gguf_file().replace(b"<|endoftext|>", b"<|endofte\xff\xfe|>")),
     ("gguf", gguf_file().replace(b"a b", b"abc")),
     ("jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}"),
+    ("values", {"messages": "[" + "9" * 5000 + "]", "tools": "[" + "9" * 5000 + "]"}),
+    ("values", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": "9" * 5000}]}),
+    ("prompts", b'{"prompt": "\xff"}'),
+    ("prompts", b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}"),
+    ("prompts", b"[" * 100_000),
     ("config", TREE | {"iterations": 10**400}),
 ]
 
