@@ -138,7 +138,9 @@ class Saved:
     @contextlib.contextmanager
     def opened(self, cfg: Config):
         ready = build(cfg)
-        log: Any = SimpleNamespace(say=lambda _: None, flush=lambda: None, doing=lambda _: contextlib.nullcontext())
+        nothing = lambda *_: None
+        log: Any = SimpleNamespace(say=nothing, flush=nothing, check_owner=nothing)
+        log.doing = lambda _: contextlib.nullcontext()
         keep = cfg.checkpoint
         saved = Checkpoints(epath.Path(cfg.run_dir), keep.keep, keep.best, keep.mode, background=False)
         with current(ready.mesh), contextlib.closing(saved):
