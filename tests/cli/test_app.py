@@ -55,6 +55,8 @@ def calls(monkeypatch):
     def train(cfg, text, stop):
         if "stop" in cfg.run_dir:
             return "preempted"
+        if "late" in cfg.run_dir:
+            return "out of time"
         if "last" in cfg.run_dir:
             stop.asked = "Ctrl-C"  # in its last iteration
         return "done"
@@ -100,6 +102,11 @@ def test_a_mistake_in_the_last_config_stops_before_the_first_runs(sft, calls, ru
 def test_preemption_exits_with_75_and_leaves_the_rest(sft, calls, run):
     run("train", sft, sft.parent / "second.yaml", "first:run_dir=stop", code=75)
     assert [cfg.run_dir for _, cfg, *_ in calls] == ["stop"]
+
+
+def test_a_run_that_is_out_of_time_exits_with_0_and_leaves_the_rest(sft, calls, run):
+    run("train", sft, sft.parent / "second.yaml", "first:run_dir=late", code=0)
+    assert [cfg.run_dir for _, cfg, *_ in calls] == ["late"]
 
 
 def test_ctrl_c_in_the_last_iteration_of_a_run_stops_before_the_next(sft, calls, run):
