@@ -52,11 +52,12 @@ def need_room_for_batch(ready: Run) -> None:
 
 
 def refuse(ready: Run, key: str, what: str, need: int) -> None:
-    """Raises ConfigError where ``need`` bytes a device are more than there are."""
-    room, devices = room_of(ready.mesh.devices.flat[0]), ready.mesh.devices.size
+    """Raises ConfigError where ``need`` bytes a device are more than this process's devices have."""
+    mine = [device for device in ready.mesh.devices.flat if device.process_index == jax.process_index()]
+    room = room_of(mine[0]) if mine else None
     if room is None:
         return
-    total, each = (need * devices, "") if room.shared else (need, " a device")
+    total, each = (need * len(mine), "") if room.shared else (need, " a device")
     if total > room.bytes:
         raise ConfigError(
             f"{key}: {what} alone are {total / GIB:,.1f} GiB{each}, more than the {room.bytes / GIB:.1f} GiB "

@@ -1,6 +1,11 @@
 """What can never fit into memory is refused before anything is made."""
 
+import contextlib
+import dataclasses
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
 
 from jaxrlhf.config.batch import divisors
@@ -64,6 +69,23 @@ def test_what_fits_exactly_is_let_through(written, monkeypatch):
             assert refused
         else:
             assert not refused
+
+
+def test_devices_of_other_processes_are_not_asked(written, monkeypatch):
+    """Their memory is not here; of CPUs each machine holds the parts of its own devices alone."""
+    ready = build(load(written), keep=False)
+    with current(ready.mesh):
+        need = room.bytes_on_device(abstract_state(ready))
+    asked = []
+    fake = [SimpleNamespace(process_index=process) for process in (1, 1, 0, 0)]
+    elsewhere = dataclasses.replace(ready, mesh=SimpleNamespace(devices=np.array(fake)))
+    for spare, refused in ((0, False), (-1, True)):
+        monkeypatch.setattr(
+            room, "room_of", lambda device, spare=spare: asked.append(device) or room.Room(2 * need + spare, True, "")
+        )
+        with pytest.raises(ConfigError) if refused else contextlib.nullcontext():
+            room.refuse(elsewhere, "models.policy", "weights", need)
+    assert asked == [fake[2]] * 2
 
 
 def test_divisors_of_a_large_number_are_found_at_once():
