@@ -3,18 +3,18 @@
 Nothing is lost silently: every record is measured, and what is dropped, cut or skipped is counted.
 """
 
-import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxrlhf.data import verified_cache
 from jaxrlhf.data.chat import date_of, is_dated
 from jaxrlhf.data.encode import as_turns
 from jaxrlhf.data.kinds import BadRecord, DataKind
@@ -199,19 +199,11 @@ def _measure_key(
 
 
 def _cached(cache_dir: str | None, key: str, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Measures from the cache folder; a file there is whole, since it is renamed into place."""
-    folder = os.path.join(cache_folder(cache_dir), "lengths")
-    path = os.path.join(folder, f"{key}.npy")
-    if os.path.exists(path):
-        return np.load(path, allow_pickle=False)
-    measures = compute()
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".npy")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, measures)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    """Measures from the cache folder, where they are there and whole."""
+    path = os.path.join(cache_folder(cache_dir), "lengths", f"{key}.measures")
+    if (data := verified_cache.read_signed(path)) is not None:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    measures, buffer = compute(), io.BytesIO()
+    np.save(buffer, measures)
+    verified_cache.write_signed(path, buffer.getvalue())
     return measures

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from jaxrlhf.data import files, hub
+from jaxrlhf.data import files, hub, verified_cache
 from jaxrlhf.data.chat import ChatConfig
 from jaxrlhf.data.formats import check_columns, check_fields, recognise, take_fields
 from jaxrlhf.data.kinds import BadRecord, find_kind, nearest
@@ -173,7 +173,7 @@ def _open_parsed(
     cfg: SourceConfig, name: str, digest: str, parsers: dict[str, files.Parser], folder: str, where: str
 ) -> Source:
     """Rows that are parsed and checked once, and kept in ``folder``."""
-    builder = _prepared(lambda: files.records_builder(digest, os.path.join(folder, "files"), parsers))
+    builder = _prepared(lambda: files.records_builder(digest, os.path.join(folder, "files"), parsers), folder)
     rows = _data_source(builder, cfg.split, name, where)
     return Source(
         read=lambda index: json.loads(rows[index]["record"]),
@@ -186,7 +186,7 @@ def _open_parsed(
 
 def _open_tfds(cfg: SourceConfig, name: str, kind: str, folder: str, where: str) -> Source:
     try:
-        builder = _prepared(lambda: _find_builder(name, folder, where))
+        builder = _prepared(lambda: _find_builder(name, folder, where), folder)
     except Exception as error:  # whatever a builder or a download raises; its first line says enough
         message = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(message if message.startswith(where) else f"{where}.tfds: {name}: {message}") from error
@@ -225,12 +225,17 @@ def _fingerprint(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _prepared(make: Callable[[], Any]) -> Any:
+def _prepared(make: Callable[[], Any], ours: str | None = None) -> Any:
     """A builder with its data on disk. Another process may be preparing the same: TFDS writes to a folder of its own
-    and renames it, so that the second finds the name taken, and reads the data of the first."""
+    and renames it, so that the second finds the name taken, and reads the data of the first. Data in the folder
+    ``ours`` are compared with their checksums, and made again where they are damaged."""
     import tensorflow_datasets as tfds
 
     builder = make()
+    own = ours is not None and os.fspath(builder.data_path).startswith(os.path.join(ours, ""))
+    if own and _has_data(builder):
+        verified_cache.set_aside_damaged(os.fspath(builder.data_path))
+        builder = make()
     if not _has_data(builder):
         # not from Google's copies: their format can't be read at random
         config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -239,6 +244,8 @@ def _prepared(make: Callable[[], Any]) -> Any:
         except Exception:
             if not _has_data(make()):
                 raise
+    if own:
+        verified_cache.seal(os.fspath(builder.data_path))
     # a builder knows the splits that were there when it was made, and another process may have been faster
     return make()
 
