@@ -7,9 +7,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Updates
-from jaxrlhf.ops.advantages import missing_eos
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
+from jaxrlhf.ops.token_rewards import missing_eos
 from jaxrlhf.types import Array, Ask, Mean, Nets, Sequences, TrainState, Trees, given
 
 

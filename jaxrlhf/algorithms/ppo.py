@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import on_policy
 from jaxrlhf.algorithms.rm import preference_loss
-from jaxrlhf.ops.advantages import gae, score_to_rewards
+from jaxrlhf.ops.advantages import gae
 from jaxrlhf.ops.kl import adaptive_kl_coef, kl_estimate
 from jaxrlhf.ops.losses import clipped_policy_terms, clipped_value_terms
 from jaxrlhf.ops.masked import keep, sums, variance, whiten
+from jaxrlhf.ops.token_rewards import score_to_rewards
 from jaxrlhf.types import (
     Array,
     Ask,

@@ -65,7 +65,7 @@ def asked_parts(cfg: Config) -> int:
     return minibatch // (cfg.batch.micro_batch_size or minibatch)
 
 
-def choose_parts(cfg: Config, shards: int, platform: str) -> int:
+def choose_micro_batches(cfg: Config, shards: int, platform: str) -> int:
     """Parts that a minibatch is computed in, its rows split over ``shards`` devices of ``platform``: as
     batch.micro_batch_size asks. Where it is null, one; on a CPU as many as bring a part down to MICRO_BATCH_COLUMNS
     (twice as many where rows are packed), if the shards divide them and leave the responses to a prompt together."""

@@ -14,7 +14,7 @@ from jaxrlhf.launch.bundle import ENVIRONMENT, WORKER, bundle_paths, describe_co
 from jaxrlhf.launch.commands import LaunchError, capture, last_line, say, shown, stream
 from jaxrlhf.launch.config import Launch
 
-EXIT_MISTAKE, EXIT_PREEMPTED, EXIT_SSH = 2, 75, 255  # as in cli.py; the last is ssh's own
+EXIT_MISTAKE, EXIT_PREEMPTED, EXIT_SSH = 2, 75, 255  # as in cli/exits.py; the last is ssh's own
 DESCRIBE_TRIES = 5  # looks at a resource that may fail in a row
 
 

@@ -1,7 +1,7 @@
 """Does a config fit a TPU slice, and how fast can it be? Answered on a machine that has none.
 
 The real programs of the config are compiled ahead of time for the slice (plan/compiled.py), and the work of an
-iteration is counted (plan/cost.py) and held against the chip's peaks (chips.py). Nothing is executed, and no
+iteration is counted (plan/cost.py) and held against the chip's peaks (tpu/peaks.py). Nothing is executed, and no
 weights are read.
 """
 

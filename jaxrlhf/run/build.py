@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import find
-from jaxrlhf.config.batch import choose_parts, kept_together, shares_prompts, updates_of
+from jaxrlhf.config.batch import choose_micro_batches, kept_together, shares_prompts, updates_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import roles_of
 from jaxrlhf.data import tokenizer as tokenizers
@@ -93,7 +93,7 @@ def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sam
     schedules = {role: make_schedule(cfg.optimizer_of(role), steps[role]) for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
     shards = batch_shards(mesh)
-    parts = choose_parts(cfg, shards, mesh.devices.flat[0].platform)
+    parts = choose_micro_batches(cfg, shards, mesh.devices.flat[0].platform)
     sampler = sampler._replace(share_prompts=shares_prompts(cfg, shards, parts))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.online else Sampling())
     packing, together = cfg.batch.pack_widths, kept_together(cfg)

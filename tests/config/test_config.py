@@ -13,7 +13,7 @@ import yaml
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.config.batch import (
-    choose_parts,
+    choose_micro_batches,
     describe_batch,
     describe_sharing,
     kept_together,
@@ -623,7 +623,7 @@ def test_greedy_responses_are_fine_where_none_is_trained_on(tmp_path):
 def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     cfg = load(ppo, [f"batch.micro_batch_size={'' if micro is None else micro}"])
     check(cfg, devices)
-    assert choose_parts(cfg, devices, "tpu") == parts
+    assert choose_micro_batches(cfg, devices, "tpu") == parts
     assert updates_of(cfg) == (2, 2)
     arithmetic = "16 prompts x 2 samples = 32 rows -> 2 epochs x 2 minibatches of 16 = 4 updates an iteration"
     assert describe_batch(cfg, parts) == f"batch: {arithmetic}; {words}"
@@ -667,9 +667,11 @@ PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_le
 def test_a_cpu_computes_a_minibatch_in_parts_that_its_caches_hold(ppo, given, shards, parts):
     cfg = load(ppo, ["generate.max_new_tokens=64", *given])
     check(cfg, shards)
-    assert choose_parts(cfg, shards, "cpu") == parts
+    assert choose_micro_batches(cfg, shards, "cpu") == parts
     asked = cfg.batch.micro_batch_size
-    assert choose_parts(cfg, shards, "gpu") == choose_parts(cfg, shards, "tpu") == (parts if asked else 1)
+    assert (
+        choose_micro_batches(cfg, shards, "gpu") == choose_micro_batches(cfg, shards, "tpu") == (parts if asked else 1)
+    )
 
 
 @pytest.mark.parametrize("name, parts", [("sft", 4), ("dpo", 8)])
@@ -677,8 +679,8 @@ def test_rows_of_data_have_columns_too(tmp_path, name, parts):
     path = tmp_path / f"{name}.yaml"
     path.write_text(SFT.replace("{name: sft}", f"{{name: {name}}}"))
     cfg = load(path, ["batch.sequences_per_step=64", "batch.preferences_per_step=64"])
-    assert choose_parts(cfg, 1, "cpu") == parts  # of 16 rows, and of 8 pairs, of 32 columns
-    assert choose_parts(cfg, 32, "cpu") == 2
+    assert choose_micro_batches(cfg, 1, "cpu") == parts  # of 16 rows, and of 8 pairs, of 32 columns
+    assert choose_micro_batches(cfg, 32, "cpu") == 2
 
 
 def test_the_nearest_batch_really_works(ppo):

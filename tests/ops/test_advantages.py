@@ -11,10 +11,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxrlhf.ops import advantages as ops
+from jaxrlhf.ops import token_rewards
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support.tiny import program, put
 
-gae, missing_eos, score_to_rewards = map(jax.jit, (ops.gae, ops.missing_eos, ops.score_to_rewards))
+gae = jax.jit(ops.gae)
+missing_eos, score_to_rewards = jax.jit(token_rewards.missing_eos), jax.jit(token_rewards.score_to_rewards)
 group_advantages = jax.jit(ops.group_advantages, static_argnums=(2, 3))
 BASELINES: tuple[ops.GroupBaseline, ...] = get_args(ops.GroupBaseline)
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "advantages.json").read_text())

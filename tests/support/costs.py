@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrlhf.answers import Answered
 from jaxrlhf.benchmarks.case import Case, Shape, ready, shaped, without_world
 from jaxrlhf.benchmarks.rows import random_batch, whole_rows
 from jaxrlhf.benchmarks.work import count_work
@@ -106,7 +107,7 @@ def traced(case: Case) -> dict[str, Any]:
         batch = batch.replace(sequences=sequences)
         read, answers = jax.make_jaxpr(make_read(drawn.recipe), return_shape=True)(state, batch)
         scores = jax.ShapeDtypeStruct(sequences.ended.shape, np.float32, sharding=row_layout(drawn.mesh, 1))
-        scored = batch.replace(sequences=sequences.replace(scores=scores), answers=answers)
+        scored = Answered(batch.replace(sequences=sequences.replace(scores=scores)), answers)
         return {"rollout": rollout, "read": read, "learn": jax.make_jaxpr(make_learn(drawn.recipe))(state, scored)}
 
 

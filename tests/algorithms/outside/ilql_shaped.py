@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.ops.advantages import score_to_rewards
 from jaxrlhf.ops.masked import keep, sums
+from jaxrlhf.ops.token_rewards import score_to_rewards
 from jaxrlhf.types import Array, Ask, Batch, Experience, HeadSpec, Mean, Nets, Params, TrainState, Trees, given
 
 QS = ("q1", "q2")
