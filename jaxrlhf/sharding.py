@@ -243,7 +243,7 @@ def concrete(tree, mesh: Mesh):
     return jax.tree.map(one, tree)
 
 
-def whole(tree, mesh: Mesh):
+def for_programs(tree, mesh: Mesh):
     """``tree`` as the programs of ``mesh`` take it: for pmap a copy on every device, else as it is laid out."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec())) if is_pmap(mesh) else tree
 

@@ -41,7 +41,7 @@ from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained
 from jaxrlhf.run.runtime import kernels_passed_over
 from jaxrlhf.run.scoring import joined, try_graders
 from jaxrlhf.run.transfer import put
-from jaxrlhf.sharding import batch_shards, current, whole
+from jaxrlhf.sharding import batch_shards, current, for_programs
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 DONE, PREEMPTED, INTERRUPTED, OUT_OF_TIME = "done", "preempted", "interrupted", "out of time"
@@ -214,7 +214,7 @@ class Trainer:
         ]
         self.log.say("\n".join(lines))
         with self.log.doing("loading"):
-            state = whole(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
+            state = for_programs(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         write_config(cfg, raw)
         for line in checkpoint.describe_room(cfg.run_dir, state, cfg.checkpoint.keep):
             self.log.say(line)

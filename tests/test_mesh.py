@@ -20,7 +20,7 @@ from jaxrlhf.models.config import resolve
 from jaxrlhf.ops.sampling import uniform_noise
 from jaxrlhf.run.programs import compile_program
 from jaxrlhf.run.transfer import put
-from jaxrlhf.sharding import MeshConfig, current, explicit, make_mesh, whole
+from jaxrlhf.sharding import MeshConfig, current, explicit, for_programs, make_mesh
 from jaxrlhf.types import Batch, TrainState
 from tests.support import tiny
 
@@ -121,7 +121,7 @@ def first_layouts(shape: Shape, which: str) -> TrainState:
     """Shapes and layouts of the state before the first iteration."""
     mesh = mesh_of(shape)
     with current(mesh):
-        return layouts(whole(begun(which).state, mesh))
+        return layouts(for_programs(begun(which).state, mesh))
 
 
 @functools.cache
@@ -136,7 +136,7 @@ def ran(shape: Shape, which: str) -> Ran:
     mesh = mesh_of(shape)
     with current(mesh):
         run = begun(which)
-        state, batch = whole(run.state, mesh), put(mesh, run.batch)
+        state, batch = for_programs(run.state, mesh), put(mesh, run.batch)
         first, (step, tokens, metrics) = layouts(state), (program_of(run.recipe, mesh, state, batch), [], [])
         for iteration in range(iterations):
             state, numbers, sequences = step(state, batch)

@@ -97,7 +97,7 @@ def test_pmap_has_no_current_mesh():
     mesh = make_mesh(MeshConfig(style="pmap"))
     with sharding.current(mesh):
         assert not sharding.explicit() and sharding.spec("batch") is None
-    x = sharding.whole(jnp.arange(3), mesh)
+    x = sharding.for_programs(jnp.arange(3), mesh)
     assert len(x.addressable_shards) == 8 and x.sharding.is_fully_replicated
     with sharding.current(make_mesh(MeshConfig())):
         assert sharding.explicit()

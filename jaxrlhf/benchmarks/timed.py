@@ -18,7 +18,7 @@ from jaxrlhf.run.initial_state import abstract_state, initial_state
 from jaxrlhf.run.programs import compile_program, compile_programs
 from jaxrlhf.run.scoring import scored
 from jaxrlhf.run.transfer import fetch_all, put
-from jaxrlhf.sharding import current, whole
+from jaxrlhf.sharding import current, for_programs
 from jaxrlhf.step import make_rollout
 from jaxrlhf.types import Batch, TrainState, given
 
@@ -51,7 +51,7 @@ class Iterations:
                 rollout = make_rollout(drawn.recipe)
                 alone = compile_program(rollout, drawn.mesh, self.shapes(), case.shapes, rows=True, donate=False)
                 self.programs["rollout"] = alone
-            self.state = whole(initial_state(self.run), drawn.mesh)
+            self.state = for_programs(initial_state(self.run), drawn.mesh)
         heap.fill_holes()
 
     def shapes(self) -> TrainState:

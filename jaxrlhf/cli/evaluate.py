@@ -5,22 +5,31 @@ from typing import Annotated
 
 import typer
 
-from jaxrlhf.cli.setup import Run, Step, Strict, be_strict, join, name_step, need_run, set_flags
+from jaxrlhf.cli.setup import (
+    RunArgument,
+    StepOption,
+    StrictOption,
+    be_strict,
+    join_processes,
+    name_step,
+    need_run,
+    set_flags,
+)
 
 
 def evaluate(
-    run: Run,
+    run: RunArgument,
     judge: Annotated[bool, typer.Option(help="Also score with the outside judge, which training never uses.")] = True,
     samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
-    step: Step = "",
-    strict: Strict = False,
+    step: StepOption = "",
+    strict: StrictOption = False,
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
     run = name_step(run, step)
     set_flags()
-    main = join()
+    main = join_processes()
     be_strict(strict)
     from jaxrlhf.evaluate.report import evaluate_run, print_report
 

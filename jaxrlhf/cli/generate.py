@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxrlhf.cli.setup import Step, Strict, be_strict, name_step, set_flags
+from jaxrlhf.cli.setup import StepOption, StrictOption, be_strict, name_step, set_flags
 
 
 def generate(
@@ -27,8 +27,8 @@ def generate(
         typer.Option("--chat", help="Put prompts into the model's chat template; without prompts: a conversation."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt, one per line.")] = False,
-    step: Step = "",
-    strict: Strict = False,
+    step: StepOption = "",
+    strict: StrictOption = False,
 ) -> None:
     """Sample responses to prompts, or hold a conversation (--chat)."""
     chat, prompts, files = chat or system is not None, prompt or [], file or []

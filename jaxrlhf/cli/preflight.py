@@ -3,10 +3,10 @@
 import typer
 
 from jaxrlhf.cli.exits import EXIT_MISTAKE
-from jaxrlhf.cli.setup import Arguments, load_joined
+from jaxrlhf.cli.setup import ConfigArguments, load_joined
 
 
-def preflight(arguments: Arguments) -> None:
+def preflight(arguments: ConfigArguments) -> None:
     """Check what a run needs before it starts: devices, mesh, run directory, network, memory, tokenizer, weights, data,
     reward functions. Exit code 2 if a check fails."""
     configs = load_joined(arguments)

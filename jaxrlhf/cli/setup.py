@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-Run = Annotated[str, typer.Argument(help="A run directory (run_dir of its config): RUN, RUN@best or RUN@40.")]
-Step = Annotated[str, typer.Option(help="Which checkpoint of a run: a step, or best. Default: the latest.")]
-Strict = Annotated[
+RunArgument = Annotated[str, typer.Argument(help="A run directory (run_dir of its config): RUN, RUN@best or RUN@40.")]
+StepOption = Annotated[str, typer.Option(help="Which checkpoint of a run: a step, or best. Default: the latest.")]
+StrictOption = Annotated[
     bool, typer.Option("--strict", help="A damaged checkpoint is an error (exit code 1), and no older one is taken.")
 ]
 
 
-Arguments = Annotated[
+ConfigArguments = Annotated[
     list[str],
     typer.Argument(
         metavar="CONFIG... [KEY=VALUE]...",
@@ -38,7 +38,7 @@ def load_joined(arguments: list[str]) -> list[tuple[str, Any]]:
 
     configs = load_all(paths, overrides)
     set_flags(any(cfg.deterministic for cfg in configs))
-    join(configs[0].distributed)
+    join_processes(configs[0].distributed)
     return list(zip(paths, configs))
 
 
@@ -76,7 +76,7 @@ def be_strict(wanted: bool) -> None:
     STRICT.set(wanted)
 
 
-def need_room(folder: str, force: bool) -> None:
+def need_empty_folder(folder: str, force: bool) -> None:
     """Raises ConfigError where ``folder`` holds something that is not to be written over; on a terminal it asks."""
     from etils import epath
 
@@ -98,7 +98,7 @@ def need_room(folder: str, force: bool) -> None:
         raise ConfigError(f"--to {folder}: nothing was written")
 
 
-def join(cfg: Any = None) -> bool:
+def join_processes(cfg: Any = None) -> bool:
     """Joins the run's other processes, where there are any, before anything touches a device: whether this process is
     the one that speaks. ``cfg``: a DistributedConfig; without it, as the environment says."""
     from jaxrlhf.hosts import processes

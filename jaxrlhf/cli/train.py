@@ -5,16 +5,16 @@ from typing import Annotated
 
 import typer
 
-from jaxrlhf.cli.setup import Arguments, Strict, be_strict, load_joined
+from jaxrlhf.cli.setup import ConfigArguments, StrictOption, be_strict, load_joined
 
 
 def train(
-    arguments: Arguments,
+    arguments: ConfigArguments,
     check_only: Annotated[
         bool,
         typer.Option("--check", help="Train nothing and write nothing: show config, rows, steps and memory."),
     ] = False,
-    strict: Strict = False,
+    strict: StrictOption = False,
 ) -> None:
     """Train. Ctrl-C or SIGTERM saves and stops; the same command resumes."""
     if check_only:

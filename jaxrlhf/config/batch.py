@@ -20,7 +20,7 @@ def kinds_read(cfg: Config) -> list[DataKind]:
     return [DATA_KINDS[field] for field in fields_read(cfg)]
 
 
-def taken(cfg: Config, kind: DataKind) -> int:
+def rows_taken(cfg: Config, kind: DataKind) -> int:
     """Rows of its data that an iteration takes."""
     return getattr(cfg.batch, kind.rows_key)
 
@@ -28,7 +28,7 @@ def taken(cfg: Config, kind: DataKind) -> int:
 def rows_of(cfg: Config) -> dict[str, int]:
     """Rows of one iteration, for each field of Batch that the algorithm reads."""
     each = lambda kind: cfg.batch.samples_per_prompt if kind.is_prompt else 1
-    return {kind.field: taken(cfg, kind) * each(kind) for kind in kinds_read(cfg)}
+    return {kind.field: rows_taken(cfg, kind) * each(kind) for kind in kinds_read(cfg)}
 
 
 def updates_of(cfg: Config) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxrlhf.config.batch import divisors, kinds_read, longest_row, rows_of, taken, updates_of
+from jaxrlhf.config.batch import divisors, kinds_read, longest_row, rows_of, rows_taken, updates_of
 from jaxrlhf.config.field_types import hints
 from jaxrlhf.config.places import place_problems
 from jaxrlhf.config.record import Config
@@ -129,7 +129,7 @@ def data_problems(cfg: Config) -> Iterator[str]:
         if getattr(data, section, None) is None:
             yield f"data.{section}: missing; {name} reads it; expected path, tfds or hf"
     for kind in kinds_read(cfg):
-        if (count := taken(cfg, kind)) < (least := kind.least_rows):
+        if (count := rows_taken(cfg, kind)) < (least := kind.least_rows):
             wrong = f"batch.{kind.rows_key}: {count}: {name} needs responses of other rows"
             yield f"{wrong}; expected {least} or more; nearest: {least}"
     sources = {f"data.{name}": getattr(data, name) for name in hints(DataConfig)} | {"eval.judge": cfg.eval.judge}
@@ -290,7 +290,7 @@ def divided(cfg: Config, kinds: Sequence[DataKind], parts: int, shards: int, ove
     """What to say of the kinds' rows where ``parts`` parts on ``shards`` shards do not divide them."""
     for kind in kinds:
         key, each = kind.rows_key, cfg.batch.samples_per_prompt if kind.is_prompt else 1
-        count = taken(cfg, kind)
+        count = rows_taken(cfg, kind)
         # prompts lie on the shards themselves, before each of them becomes several rows
         unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards)
         if count % unit:

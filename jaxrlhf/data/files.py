@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxrlhf.data.formats import recognise
 from jaxrlhf.data.kinds import BadRecord, nearest
-from jaxrlhf.data.readers import READERS, Rows, format_of
+from jaxrlhf.data.readers import READERS, NumberedRows, format_of
 from jaxrlhf.paths import need_reachable
 
 FROM_TEXT = (".csv", ".tsv")  # formats whose values are all text
@@ -84,7 +84,7 @@ class Table(NamedTuple):
     """Rows from one place."""
 
     name: str  # for messages
-    rows: Callable[[], Rows]
+    rows: Callable[[], NumberedRows]
     from_text: bool = False  # CSV, TSV: all values are text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxrlhf.data.files import Table, silence
 from jaxrlhf.data.kinds import nearest
-from jaxrlhf.data.readers import Rows, from_arrow
+from jaxrlhf.data.readers import NumberedRows, from_arrow
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves, of several splits and of one
 BATCH = 1000  # rows read at a time
@@ -64,7 +64,7 @@ def table_of(name: str, split: str, dataset: Any) -> Table:
     return Table(f"{name}[{split}]", lambda: _rows(dataset))
 
 
-def _rows(dataset: Any) -> Rows:
+def _rows(dataset: Any) -> NumberedRows:
     number = 0
     for table in dataset.with_format("arrow").iter(batch_size=BATCH):
         for row in table.to_pylist():

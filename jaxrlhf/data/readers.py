@@ -13,7 +13,7 @@ from typing import IO, Any
 from jaxrlhf.data.kinds import text, type_name
 
 BOM = b"\xef\xbb\xbf"
-Rows = Iterator[tuple[int, dict[str, Any] | str]]  # line number, and the row or what is wrong with it
+NumberedRows = Iterator[tuple[int, dict[str, Any] | str]]  # line number, and the row or what is wrong with it
 
 
 def load_json(content: str | bytes) -> Any:
@@ -37,13 +37,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:40]!r} appears twice in an object")
 
 
-def read_jsonl(path) -> Rows:
+def read_jsonl(path) -> NumberedRows:
     """One JSON object a line. Blank lines are nothing."""
     with _opened(path) as file:
         yield from _json_lines(file)
 
 
-def _json_lines(lines: Iterable[bytes]) -> Rows:
+def _json_lines(lines: Iterable[bytes]) -> NumberedRows:
     for line, raw in enumerate(lines, start=1):
         raw = (raw.removeprefix(BOM) if line == 1 else raw).rstrip()
         if raw:
@@ -64,7 +64,7 @@ def _parse_json(raw: bytes) -> dict[str, Any] | str:
     return row if isinstance(row, dict) else f"is not a JSON object: {raw[:40].decode(errors='replace').strip()}"
 
 
-def read_json(path) -> Rows:
+def read_json(path) -> NumberedRows:
     """A list of objects, or {"data": [...]}, its rows counted from 1; or one object a line, as in JSONL."""
     with _opened(path) as file:
         content = file.read().removeprefix(BOM)
@@ -91,7 +91,7 @@ def read_json(path) -> Rows:
         yield number, row if isinstance(row, dict) else f"is {type_name(row)}, expected a JSON object"
 
 
-def read_csv(path, separator: str = ",") -> Rows:
+def read_csv(path, separator: str = ",") -> NumberedRows:
     """Quoted with ", the first row names the columns; a quoted cell may hold line breaks."""
     with _opened(path) as file, _wide_cells():
         # surrogateescape: a byte that is not UTF-8 is reported with its own row, by the check of the text
@@ -141,7 +141,7 @@ def _wide_cells():
         csv.field_size_limit(before)
 
 
-def read_parquet(path) -> Rows:
+def read_parquet(path) -> NumberedRows:
     """The rows of a Parquet file, counted from 1."""
     import pyarrow
     import pyarrow.parquet
@@ -196,7 +196,7 @@ def _opened(path) -> Iterator[IO[bytes]]:
             raise ValueError(f"{path}: is not gzip that can be read: {error}") from None
 
 
-READERS: dict[str, Callable[[Any], Rows]] = {
+READERS: dict[str, Callable[[Any], NumberedRows]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrlhf.config.batch import kinds_read, taken
+from jaxrlhf.config.batch import kinds_read, rows_taken
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.summary import Summary
@@ -83,7 +83,7 @@ class Measure:
     def __init__(self, ready: Run):
         cfg = ready.cfg
         kind = kinds_read(cfg)[0]
-        rows = min(taken(cfg, kind), cfg.eval.size)
+        rows = min(rows_taken(cfg, kind), cfg.eval.size)
         self.mesh = ready.mesh
         self.batches = held_out(ready, kind, cfg.eval.size, rows)
         self.whole = make_measure(ready.recipe)

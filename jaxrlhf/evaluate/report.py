@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jaxrlhf.algorithms.rm import score_pairs
-from jaxrlhf.config.batch import taken
+from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.config.load import load
 from jaxrlhf.data.batches import HostBatch
 from jaxrlhf.data.data_kinds import PREFERENCES
@@ -48,7 +48,7 @@ def measure_run(name: str, judge: bool, samples: int) -> dict[str, Any]:
         state = checkpoint.restore(run_dir, step, abstract_state(ready))
         held = HeldOut(ready, judge)
         result = held.run(state)
-        pairs = held_out(ready, PREFERENCES, cfg.eval.size, taken(cfg, PREFERENCES))
+        pairs = held_out(ready, PREFERENCES, cfg.eval.size, rows_taken(cfg, PREFERENCES))
         report |= pair_report(ready, state, pairs)
     told = {row.where: row._asdict() for row in (*held.summaries(), pairs.summary) if row}
     report["data"] = list(told.values())

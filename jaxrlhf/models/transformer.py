@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.attention.kernels import SAVED, Asked, Hardware, choose, within_groups, within_rows
+from jaxrlhf.models.attention.kernels import SAVED, Asked, Hardware, choose_kernel, within_groups, within_rows
 from jaxrlhf.models.attention.products import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.cpu import scans_layers
@@ -157,8 +157,8 @@ def layer_kinds(cfg: ModelConfig, attend_to: Callable[[int | None], Callable[...
 
 
 def row_kinds(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> dict[bool, LayerKind]:
-    """``layer_kinds`` within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose."""
-    kernel = choose(runtime.attention, runtime.hardware, cfg, runtime.compute)
+    """``layer_kinds`` within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose_kernel."""
+    kernel = choose_kernel(runtime.attention, runtime.hardware, cfg, runtime.compute)
     attend_to = lambda window: within_rows(kernel, segment_ids, window, **product(cfg), interpret=runtime.interpret)
     return layer_kinds(cfg, attend_to)
 
@@ -198,7 +198,7 @@ def forward(params: Params, cfg: ModelConfig, tokens: Array, segment_ids: Array,
     """Final hidden states [B, S, D] of whole rows: tokens and segment_ids (0 = padding) i32[B, S].
 
     Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit), and for a
-    kernel that can't be had (see kernels.choose)."""
+    kernel that can't be had (see kernels.choose_kernel)."""
     check_length(cfg, segment_ids.shape[1])
     return hidden_states(params, cfg, tokens, positions_of(segment_ids), row_kinds(cfg, segment_ids, runtime), runtime)
 
@@ -219,7 +219,7 @@ def forward_responses(
     have one prompt, which is read once: it and its responses are computed as one row. With ``where`` the responses are
     packed into W columns, and stay so: [B / copies, 1 + W, D]. Raises ValueError as forward, and for a kernel that
     can't compute packed responses."""
-    kernel = choose(runtime.attention, runtime.hardware, cfg, runtime.compute)
+    kernel = choose_kernel(runtime.attention, runtime.hardware, cfg, runtime.compute)
     if where is not None and kernel != "xla":
         raise ValueError(f"batch.pack_widths: {kernel} attention can't compute packed responses; nearest: 1")
     if kernel != "xla" and copies == 1:  # rows are what they know

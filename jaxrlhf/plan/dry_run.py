@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf.config.batch import describe_batch, describe_learning, describe_sharing, kinds_read, taken
+from jaxrlhf.config.batch import describe_batch, describe_learning, describe_sharing, kinds_read, rows_taken
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import dump, without_place
 from jaxrlhf.config.places import check_places
@@ -51,11 +51,11 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
         if waits:
             yield f"{path}: starts from {waits[0]}, which {makers[waits[0]]} makes first: its data are not looked at"
         else:
-            yield from describe(without_place(cfg))
+            yield from describe_run(without_place(cfg))
         makers[cfg.run_dir] = path
 
 
-def describe(cfg: Config) -> Iterator[str]:
+def describe_run(cfg: Config) -> Iterator[str]:
     """Data, three rows, steps, batch and memory of one run."""
     saved_runs = saved_run.SavedRuns()
     start, changes = saved_runs.latest_step(cfg.run_dir) or 0, changes_since_saved(saved_runs, cfg)
@@ -72,7 +72,7 @@ def describe(cfg: Config) -> Iterator[str]:
         yield from describe_data(ready)
         yield from announce.describe_rows(ready, feed, held_out.summaries())
         for stream in feed.streams.values():
-            yield from rows_of(ready, stream)
+            yield from first_rows(ready, stream)
         yield describe_epochs(cfg, feed.rows())
         yield describe_steps(cfg, feed.rows())
         yield describe_batch(cfg, parts)
@@ -85,14 +85,14 @@ def describe(cfg: Config) -> Iterator[str]:
 def describe_steps(cfg: Config, rows: int) -> str:
     """How many iterations an epoch is."""
     kind = kinds_read(cfg)[0]
-    each = taken(cfg, kind)
+    each = rows_taken(cfg, kind)
     return f"an epoch: {rows:,} rows of data.{kind.name} / {each:,} an iteration = {rows / each:,.4g} iterations"
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(ready: Run, stream: Stream) -> Iterator[str]:
+def first_rows(ready: Run, stream: Stream) -> Iterator[str]:
     """The first rows of a source as the models get them, with marks around the tokens that are learned from."""
     examples = stream.examples
     for record in examples.kept[:SHOWN_ROWS]:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.config.batch import kinds_read, taken
+from jaxrlhf.config.batch import kinds_read, rows_taken
 from jaxrlhf.config.record import Config
 from jaxrlhf.sharding import row_layout
 from jaxrlhf.types import Batch, Prompts
@@ -22,7 +22,7 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_layout(mesh, len(shape)))
 
     kinds = kinds_read(cfg)
-    learned = {kind.field: kind.shapes(rows, taken(cfg, kind), cfg.data, margins) for kind in kinds if kind.shapes}
+    learned = {kind.field: kind.shapes(rows, rows_taken(cfg, kind), cfg.data, margins) for kind in kinds if kind.shapes}
     batch = Batch(**learned)
     if not any(kind.is_prompt for kind in kinds):
         yield batch

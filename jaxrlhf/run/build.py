@@ -20,7 +20,7 @@ from jaxrlhf.rewards.graders import Graders, find_graders
 from jaxrlhf.run.epochs import with_iterations
 from jaxrlhf.run.origins import Weights, check_loaded, located
 from jaxrlhf.run.runtime import bind_nets, check_shapes
-from jaxrlhf.run.sampler import make_sampler, readable_by_all
+from jaxrlhf.run.sampler import readable_by_all, run_sampler
 from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.run.tokenizer import find_tokenizer, foreign_tokens, keep_tokenizer
 from jaxrlhf.run.weights import find_weights
@@ -73,7 +73,7 @@ def build(cfg: Config, devices: list | None = None, keep: bool = True, saved_run
     weights = {role: find_weights(saved_runs, cfg, role, len(tokenizer), head) for role, head in heads.items()}
     check_loaded(cfg, weights, heads, roles_of(cfg)[0])
     tokenizers.forbid(tokenizer, foreign_tokens(saved_runs, cfg, weights, tokenizer))
-    sampler = make_sampler(saved_runs, cfg, tokenizer, weights)
+    sampler = run_sampler(saved_runs, cfg, tokenizer, weights)
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
     cfg = with_iterations(cfg, tokenizer, sampler.eos_ids)
     drawn = draw(cfg, mesh, weights, sampler)

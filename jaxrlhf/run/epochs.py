@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrlhf.config.batch import kinds_read, taken, updates_of
+from jaxrlhf.config.batch import kinds_read, rows_taken, updates_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import roles_of
 from jaxrlhf.data import batches
@@ -24,14 +24,14 @@ def with_iterations(cfg: Config, tokenizer: Any, eos: Sequence[int]) -> Config:
     where, given = f"data.{kind.name}", getattr(data, kind.name)
     source = open_source(given, kind.name, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
     rows = batches.count_rows(kind, source, tokenizer, cfg.data, seed=cfg.seed, eos=eos, where=where)
-    iterations = math.ceil(cfg.epochs * rows / taken(cfg, kind))
+    iterations = math.ceil(cfg.epochs * rows / rows_taken(cfg, kind))
     return dataclasses.replace(cfg, iterations=iterations, epochs=None)
 
 
 def describe_epochs(cfg: Config, rows: int) -> str:
     """What the run's iterations are in passes over its ``rows`` rows of training data."""
     kind = kinds_read(cfg)[0]
-    each, where = taken(cfg, kind), f"data.{kind.name} ({counted(rows, 'row')})"
+    each, where = rows_taken(cfg, kind), f"data.{kind.name} ({counted(rows, 'row')})"
     passes = f"{cfg.length * each / rows:.3g}"
     epochs = f"{passes} epoch{'s' * (passes != '1')}"
     return f"{counted(cfg.length, 'iteration')} of {each:,} {kind.field} = {epochs} of {where}"
@@ -40,7 +40,7 @@ def describe_epochs(cfg: Config, rows: int) -> str:
 def describe_short_run(cfg: Config, rows: int) -> list[str]:
     """What to say where the data are fewer than one iteration takes, and where the run ends within a warm-up."""
     kind = kinds_read(cfg)[0]
-    each, lines = taken(cfg, kind), []
+    each, lines = rows_taken(cfg, kind), []
     if each > rows:
         packed = ", once packed" if kind.make_packed and cfg.data.pack else ""
         lines += [

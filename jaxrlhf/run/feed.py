@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxrlhf.config.batch import kinds_read, taken
+from jaxrlhf.config.batch import kinds_read, rows_taken
 from jaxrlhf.data import batches
 from jaxrlhf.data.data_kinds import PROMPTS
 from jaxrlhf.data.kinds import DataKind
@@ -29,7 +29,7 @@ class Feed:
                 read_source(ready, kind.name, getattr(cfg.data, kind.name), f"data.{kind.name}"),
                 ready.tokenizer,
                 cfg.data,
-                rows=taken(cfg, kind),
+                rows=rows_taken(cfg, kind),
                 seed=cfg.seed,
                 share=share_of(ready.mesh),
                 eos=ready.sampler.eos_ids,

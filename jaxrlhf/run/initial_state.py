@@ -8,7 +8,7 @@ from jaxrlhf.models.files import hf
 from jaxrlhf.run import saved_run, state
 from jaxrlhf.run.build import Blueprint, Run
 from jaxrlhf.run.origins import base_role
-from jaxrlhf.sharding import whole
+from jaxrlhf.sharding import for_programs
 from jaxrlhf.types import Params, Role, TrainState
 
 
@@ -38,7 +38,7 @@ def read_weights(run: Run, role: Role) -> Params:
         params = hf.load(found.path or "", found.config, found.head or "scalar", dtype)
         if found.head is None:
             del params["head"]  # drawn; that of change_head knows of ``zero``
-    return whole(state.change_head(params, found.config, found.head or "lm", head, key, zero), run.mesh)
+    return for_programs(state.change_head(params, found.config, found.head or "lm", head, key, zero), run.mesh)
 
 
 def abstract_state(drawn: Blueprint) -> TrainState:
@@ -50,4 +50,4 @@ def abstract_state(drawn: Blueprint) -> TrainState:
 
     params, still = {role: describe(role) for role in trained}, {role: describe(role) for role in slow}
     controls = lambda: drawn.algorithm.controls(drawn.cfg.algorithm)
-    return state.abstract_state(params, still, drawn.recipe.optimizers, controls, drawn.mesh)
+    return state.describe_state(params, still, drawn.recipe.optimizers, controls, drawn.mesh)

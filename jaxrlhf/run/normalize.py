@@ -11,7 +11,7 @@ from jaxrlhf.hosts import processes
 from jaxrlhf.run import build, feed
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.initial_state import read_weights
-from jaxrlhf.run.sampler import make_sampler
+from jaxrlhf.run.sampler import run_sampler
 from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.run.weights import find_weights
@@ -48,7 +48,7 @@ def score_policy_samples(ready: Run, state: TrainState, role: Role, size: int) -
         batches = feed.training_prompts(ready, size, max(rows // copies, 1))
     policy: dict[Role, Head] = {"policy": "lm"}
     found = find_weights(ready.saved_runs, ready.cfg, "policy", len(ready.tokenizer))
-    sampler = make_sampler(ready.saved_runs, ready.cfg, ready.tokenizer, {"policy": found})
+    sampler = run_sampler(ready.saved_runs, ready.cfg, ready.tokenizer, {"policy": found})
     sampler = sampler._replace(samples_per_prompt=copies)
     whole = build.with_roles(ready, policy, sampler)
     nets, params = whole.recipe.nets, {"policy": read_weights(whole, "policy")}

@@ -72,6 +72,6 @@ def find_unused(tokenizer: Any, eos: tuple[int, ...], vocab: int) -> str | None:
 def grown(params: Params, cfg: ModelConfig, vocab: int) -> tuple[Params, ModelConfig]:
     """The model with ``vocab`` rows of embeddings, the new ones 0."""
     wider = dataclasses.replace(cfg, vocab_size=vocab)
-    table = hf.fetch(params["embed"]["tokens"]["embedding"])
+    table = hf.to_numpy(params["embed"]["tokens"]["embedding"])
     table = np.pad(table, ((0, padded_vocab(wider) - len(table)), (0, 0)))
     return params | {"embed": params["embed"] | {"tokens": {"embedding": table}}}, wider

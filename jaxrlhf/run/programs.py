@@ -92,22 +92,22 @@ def map_program(
     out_axes = jax.tree.map(lambda is_rows: 0 if is_rows else None, rows)
     options: dict[str, Any] = {"devices": mesh.devices.flatten().tolist(), "donate_argnums": donated}
     program = jax.pmap(function, DEVICES, in_axes=(None, 0), out_axes=out_axes, **options)
-    lowered = program.lower(state, split(batch, mesh.size))
+    lowered = program.lower(state, split_rows(batch, mesh.size))
     compiled = lowered.compile()
 
     def run(state: TrainState, batch: Batch | Answered):
-        return join(compiled(state, split(batch, mesh.size)), rows)
+        return join_rows(compiled(state, split_rows(batch, mesh.size)), rows)
 
-    return Program(run, join(lowered.out_info, rows), compiled)
+    return Program(run, join_rows(lowered.out_info, rows), compiled)
 
 
-def split(batch: Batch | Answered, parts: int) -> Batch | Answered:
+def split_rows(batch: Batch | Answered, parts: int) -> Batch | Answered:
     """[B, ...] -> [parts, B / parts, ...], of arrays or of ShapeDtypeStructs."""
     return jax.tree.map(lambda x: reshaped(x, (parts, x.shape[0] // parts, *x.shape[1:])), batch)
 
 
-def join(out: Any, rows: Any) -> Any:
-    """The inverse, where ``rows`` says so."""
+def join_rows(out: Any, rows: Any) -> Any:
+    """[parts, B / parts, ...] -> [B, ...], where ``rows`` says so."""
     one = lambda x: reshaped(x, (x.shape[0] * x.shape[1], *x.shape[2:]))
     return jax.tree.map(lambda is_rows, part: jax.tree.map(one, part) if is_rows else part, rows, out)
 

@@ -11,7 +11,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models import nets, parameters
-from jaxrlhf.models.attention.kernels import choose, hardware_of, passed_over
+from jaxrlhf.models.attention.kernels import choose_kernel, hardware_of, passed_over
 from jaxrlhf.models.config import ModelConfig, row_limit
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
@@ -64,7 +64,7 @@ def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.M
         if limit is not None and longest > limit:
             raise ConfigError(f"{where}: computes rows of {limit} columns at most; expected that of {longest} = {what}")
         try:
-            kernel = choose(runtime.attention, runtime.hardware, found.config, runtime.compute)
+            kernel = choose_kernel(runtime.attention, runtime.hardware, found.config, runtime.compute)
         except ValueError as error:
             raise ConfigError(f"{error} ({where})") from None
         widths = cfg.batch.pack_widths

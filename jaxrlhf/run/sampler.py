@@ -12,7 +12,7 @@ from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.types import Role
 
 
-def make_sampler(saved_runs: SavedRuns, cfg: Config, tokenizer, weights: dict[Role, Weights]) -> Sampler:
+def run_sampler(saved_runs: SavedRuns, cfg: Config, tokenizer, weights: dict[Role, Weights]) -> Sampler:
     """The sampler that ``generate`` asks for; its EOS tokens end all the run's rows, learnt or sampled."""
     ask = cfg.generate
     policy, eos_ids = weights.get("policy"), find_eos(saved_runs, cfg, tokenizer, weights)

@@ -29,7 +29,7 @@ def abstract_params(cfg: ModelConfig, head: Head, dtype, mesh) -> Params:
     return concrete(jax.eval_shape(lambda: init(cfg, head, jax.random.key(0), dtype)), mesh)
 
 
-def abstract_state(
+def describe_state(
     params: dict[Role, Params],
     slow: dict[Role, Params],
     optimizers: dict[Role, optax.GradientTransformation],

@@ -55,4 +55,4 @@ def fetch(rows: Rows) -> Rows:
 
 def fetch_all(rows: Rows) -> Rows:
     """All processes' rows as NumPy arrays, on each of them; all have to call it."""
-    return jax.tree.map(hf.fetch, rows)
+    return jax.tree.map(hf.to_numpy, rows)

@@ -15,7 +15,7 @@ from jaxrlhf.models.attention import kernels
 from jaxrlhf.models.attention.kernels import (
     Hardware,
     blocks,
-    choose,
+    choose_kernel,
     hardware_of,
     passed_over,
     tree,
@@ -483,10 +483,10 @@ ODD = dataclasses.replace(LLAMA, head_dim=20)
     ],
 )
 def test_auto(hardware, cfg, dtype, kernel, why):
-    assert choose("auto", hardware, cfg, dtype) == kernel
+    assert choose_kernel("auto", hardware, cfg, dtype) == kernel
     said = passed_over(hardware, cfg, dtype)
     assert said is None if why is None else why in str(said)
-    assert choose("xla", hardware, cfg, dtype) == "xla"  # always there to be asked for
+    assert choose_kernel("xla", hardware, cfg, dtype) == "xla"  # always there to be asked for
 
 
 @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ def test_auto(hardware, cfg, dtype, kernel, why):
 )
 def test_a_kernel_that_cannot_be_had_is_refused(asked, hardware, cfg, line):
     with pytest.raises(ValueError, match=f"^{line}$"):
-        choose(asked, hardware, cfg, BF16)
+        choose_kernel(asked, hardware, cfg, BF16)
     runtime = Runtime(compute=BF16, attention=asked, hardware=hardware)
     with pytest.raises(ValueError, match=f"^{line}"):
         jax.eval_shape(lambda p: forward(p, cfg, jnp.zeros((1, 4), int), jnp.ones((1, 4), int), runtime), {})

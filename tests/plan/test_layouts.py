@@ -88,7 +88,7 @@ def test_between_slices_only_what_is_scattered_is_summed():
     batch = Batch(sequences=Sequences(tokens, flags, flags))  # type: ignore[arg-type]
     with jax.set_mesh(mesh):
         params = {"policy": states.abstract_params(MODEL, "lm", jnp.float32, mesh)}
-        state = states.abstract_state(params, {}, optimizers, dict, mesh)
+        state = states.describe_state(params, {}, optimizers, dict, mesh)
         program = jax.jit(make_learn(recipe), donate_argnums=0).lower(state, batch).compile()
     every = sent(program)
     across = sum(runs * size for runs, kind, size, _ in every if kind == hlo.BETWEEN)

@@ -29,7 +29,7 @@ from jaxrlhf.run.announce import other_endings, spelled_markers
 from jaxrlhf.run.export import export
 from jaxrlhf.run.initial_state import abstract_state, initial_state
 from jaxrlhf.run.runtime import check_shapes, kernels_passed_over
-from jaxrlhf.run.sampler import make_sampler
+from jaxrlhf.run.sampler import run_sampler
 from jaxrlhf.run.verified_steps import BESIDE
 from jaxrlhf.serve import writer
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -207,9 +207,9 @@ def test_a_reward_model_s_rows_end_as_the_policy_s_responses(tmp_path, role):
     tree = {"run_dir": str(tmp_path / "run"), "iterations": 1, "algorithm": {"name": "rm"}}
     cfg = parse(tree | {"models": {"reward": {"init_from": str(origin)}}}, "test")
     weights = {role: build.Weights("hf", str(origin), resolve(ModelConfig(vocab_size=300)), "lm")}
-    assert make_sampler(saved_run.SavedRuns(), cfg, tokenizer, weights).eos_ids == (1, 7)
+    assert run_sampler(saved_run.SavedRuns(), cfg, tokenizer, weights).eos_ids == (1, 7)
     new = {role: build.Weights("new", None, resolve(ModelConfig(vocab_size=300)), "lm")}
-    assert make_sampler(saved_run.SavedRuns(), cfg, tokenizers.load_tokenizer(str(origin)), new).eos_ids == (1, 7)
+    assert run_sampler(saved_run.SavedRuns(), cfg, tokenizers.load_tokenizer(str(origin)), new).eos_ids == (1, 7)
 
 
 @pytest.mark.parametrize("theirs, warned", [([1], True), ([7, 1], False), (None, False)])

@@ -38,7 +38,7 @@ from jaxrlhf.run import build, saved_run, scoring
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.scoring import joined, score
 from jaxrlhf.run.transfer import fetch, put
-from jaxrlhf.sharding import MeshConfig, current, make_mesh, whole
+from jaxrlhf.sharding import MeshConfig, current, for_programs, make_mesh
 from jaxrlhf.types import Ask, Batch, Sequences, Trees
 from tests.support import runs, tiny
 
@@ -81,7 +81,7 @@ def test_a_function_that_is_the_reward_model_teaches_what_it_teaches(mesh, atol,
     mesh = make_mesh(mesh, jax.devices()[: 1 if mesh == ONE_DEVICE else 8])
     with current(mesh):
         run = tiny.build("ppo", cfg, batch=Batch(prompts=tiny.prompts()), samples_per_prompt=2)
-        run = run._replace(state=whole(run.state, mesh), batch=put(mesh, run.batch))
+        run = run._replace(state=for_programs(run.state, mesh), batch=put(mesh, run.batch))
         one = tiny.program(steps.make_iteration(run.recipe))
         expected, metrics, sequences = one(run.state, run.batch)
         ids, valid = np.asarray(run.batch.prompts.tokens), np.asarray(run.batch.prompts.valid)
@@ -130,7 +130,7 @@ def half_scored(mesh) -> tuple:
 
     with current(mesh):
         run = tiny.build("grpo", GRPOConfig(), batch=Batch(prompts=tiny.prompts()), samples_per_prompt=2)
-        state, batch = whole(run.state, mesh), put(mesh, run.batch)
+        state, batch = for_programs(run.state, mesh), put(mesh, run.batch)
         ready = ready_for(mesh, function, run.recipe)
         state, metrics, scored = joined(ready, compile_programs(ready, state, batch))(state, batch, [{}] * 16)
         return jax.device_get((state.params, metrics, scored.scores))

@@ -59,7 +59,7 @@ def hardware_of(device: Any) -> Hardware:
     return Hardware(device.platform, capability)
 
 
-def choose(asked: Asked, hardware: Hardware, cfg: ModelConfig, dtype: Any) -> Kernel:
+def choose_kernel(asked: Asked, hardware: Hardware, cfg: ModelConfig, dtype: Any) -> Kernel:
     """The kernel that computes attention of this model in ``dtype``.
 
     auto: splash on TPUs and cuDNN's on GPUs, where they can compute it (see ``refusal``), and XLA elsewhere. Raises

@@ -174,7 +174,7 @@ def save(
     sources, notes = find_sources(cfg, head), []
     if head == "scalar":
         params = fold_score_bias(params)
-        raw["score_bias"] = bias = float(fetch(params["head"]["bias"])[0])  # what transformers' scores lack
+        raw["score_bias"] = bias = float(to_numpy(params["head"]["bias"])[0])  # what transformers' scores lack
         if bias:
             sources["head.bias"] = score_bias(cfg)
             notes = [
@@ -185,7 +185,7 @@ def save(
     place = written_whole(folder, {path.name for path in tokenizer}) if writes else contextlib.nullcontext(folder)
     with place as new:
         for name, tensors in shards.items():
-            values = {tensor: join(params, parts).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()}
+            values = {tensor: join_parts(params, parts).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()}
             if writes:
                 write_weights(new / name, values)
         if not writes:
@@ -208,8 +208,8 @@ def fold_score_bias(params: Params) -> Params:
     adds (b + bias w / |w|^2) . w = b . w + bias."""
     if "bias" not in params["final_norm"]:
         return params
-    kernel, bias = (np.asarray(fetch(params["head"][name]), np.float64) for name in ("kernel", "bias"))
-    norm = np.asarray(fetch(params["final_norm"]["bias"]), np.float64)
+    kernel, bias = (np.asarray(to_numpy(params["head"][name]), np.float64) for name in ("kernel", "bias"))
+    norm = np.asarray(to_numpy(params["final_norm"]["bias"]), np.float64)
     length = (kernel**2).sum()
     if not length:
         return params
@@ -245,12 +245,13 @@ def plan_shards(sources: dict[str, Source], itemsize: int, max_bytes: float) -> 
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def join(params: Params, parts: list[Part]) -> np.ndarray:
+def join_parts(params: Params, parts: list[Part]) -> np.ndarray:
     """The tensor as files have it: the inverse of read_tensor, for all the leaves that share it."""
     blocks, at = [], 0
     for path, source, layer in parts:
         leaf = leaf_at(params, path)
-        value = fetch(leaf if layer is None else leaf[layer])[tuple(slice(source.sizes[axis]) for axis in source.axes)]
+        whole = to_numpy(leaf if layer is None else leaf[layer])
+        value = whole[tuple(slice(source.sizes[axis]) for axis in source.axes)]
         order = [axis for dim in source.dims for axis in dim if axis != "part"]
         shape = []
         for dim, size in zip(source.dims, source.shape()):
@@ -269,7 +270,7 @@ def leaf_at(params: Params, path: str) -> Any:
     return params
 
 
-def fetch(x: Any) -> np.ndarray:
+def to_numpy(x: Any) -> np.ndarray:
     """The whole of a sharded array on this host, whichever hosts hold it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         from jax.experimental import multihost_utils
