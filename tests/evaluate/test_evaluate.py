@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
 from jaxrlhf.run.initial_state import initial_state
-from jaxrlhf.types import Sequences
+from jaxrlhf.types import Sequences, TrainState
 from tests.support import runs
 
 NAMES = ("sft", "rm", "dpo", "grpo", "ppo", "still")
@@ -249,7 +250,7 @@ def test_accuracy_and_calibration_are_a_loop(monkeypatch):
     monkeypatch.setattr(reporting, "put", lambda mesh, batch: batch)
     monkeypatch.setattr(reporting, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
     ready: Any = SimpleNamespace(mesh=None, recipe=SimpleNamespace(nets=None))
-    state: Any = SimpleNamespace(params={"reward": {}}, slow={})
+    state = TrainState(jnp.int32(0), jnp.int32(0), {"reward": {}}, {}, {}, {})
     found = reporting.pair_report(ready, state, batches)["reward_model"]
     assert found["pairs"] == 99
     np.testing.assert_allclose(found["accuracy"], accuracy(chosen, rejected), atol=5e-5)
