@@ -13,6 +13,7 @@ Mistakes in a config raise ``ConfigError`` (a ValueError) whose text is one line
 import os
 import queue
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -121,6 +122,9 @@ def iterate(cfg: Config) -> Iterator[Step]:
         (held-out ones too). An evaluation before the first iteration has number 0.
     """
     compiler_flags.prepare(checked(cfg, "iterate").deterministic)
+    if cfg.rewards.timeout is not None:
+        asked = f"rewards.timeout: {cfg.rewards.timeout:g}"
+        warnings.warn(f"{asked}: not kept by iterate, which trains in a thread; train keeps it", stacklevel=2)
     steps: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=1)
     stop = Stop()  # hears no signals: it is told
 

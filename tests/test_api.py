@@ -1,5 +1,6 @@
 """The Python functions: the same runs, texts and scores as the command's."""
 
+import dataclasses
 import json
 import os
 import re
@@ -129,6 +130,14 @@ def test_what_training_raises_reaches_the_loop(sft, monkeypatch):
     monkeypatch.setattr(build, "find_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(api.iterate(sft))
+
+
+def test_a_time_limit_that_iterate_can_not_keep_is_said(sft, monkeypatch):
+    monkeypatch.setattr(build, "find_tokenizer", lambda *_: 1 / 0)
+    cfg = dataclasses.replace(sft, rewards=dataclasses.replace(sft.rewards, timeout=5.0))
+    said = pytest.warns(UserWarning, match=r"^rewards\.timeout: 5: not kept by iterate")
+    with said, pytest.raises(ZeroDivisionError):
+        list(api.iterate(cfg))
 
 
 def test_build_finds_shapes_and_tokenizer(sft):
