@@ -58,7 +58,9 @@ def close(found, expected, atol=1e-6):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("kind", ["rows", "groups", "packed"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("rows", "groups")), "packed"]
+)
 def test_log_probs_and_values_are_those_of_two_models(kind):
     sequences, (bare, whole) = kinds()[kind], trees()
     mask = sequences.response_mask

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrlhf.models.heads import lm_logits, scalar
 from jaxrlhf.models.nets import segments
@@ -144,7 +145,7 @@ checkpoint: {{every: 1, keep: 3}}
 """
 
 
-def test_a_run_with_heads_on_a_trunk_is_saved_goes_on_and_is_planned(root, tmp_path, command, one_device):
+def test_a_run_with_heads_on_a_trunk_is_saved_and_goes_on(root, tmp_path, command, one_device):
     """From a config that names nothing but the policy: its heads and their targets start equal, and follow over a
     restart."""
     config = tmp_path / "ilql.yaml"
@@ -159,7 +160,14 @@ def test_a_run_with_heads_on_a_trunk_is_saved_goes_on_and_is_planned(root, tmp_p
     assert {path for path in states[1] if path.startswith("params.q2")} == {"params.q2/head/kernel"}
     _, err = command("export", tmp_path / "run", "--role", "q1", "--to", tmp_path / "hf", code=2)
     assert "--role q1: action values, which no Hugging Face class holds; expected policy" in err
-    out, _ = command("plan", config, f"run_dir={tmp_path}/new", "--topology", "v5e:2x2", "--estimate")
+
+
+@pytest.mark.plan
+def test_heads_on_a_trunk_are_planned(root, tmp_path, command):
+    pytest.importorskip("libtpu")
+    config = tmp_path / "ilql.yaml"
+    config.write_text(ILQL_RUN.format(folder=tmp_path, text=runs.text(root)))
+    out, _ = command("plan", config, "--topology", "v5e:2x2", "--estimate")
     assert "update target_q2" in out and "fits" in out
 
 

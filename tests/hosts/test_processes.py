@@ -81,6 +81,7 @@ def numbers(run: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.nightly
 def test_two_processes_compute_what_one_does(root):
     done = pair(root)
     assert [one.code for one in done] == [0, 0], done[0].errors + done[1].errors

@@ -222,8 +222,14 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch, there
 # ---- meshes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (8, 1, 1), (1, 4, 2)])
-@pytest.mark.parametrize("cfg", [LLAMA, dataclasses.replace(LLAMA, num_kv_heads=1), GPT2])
+@pytest.mark.parametrize(
+    ("cfg", "shape"),
+    [
+        (LLAMA, (2, 2, 2)),
+        (dataclasses.replace(LLAMA, num_kv_heads=1), (1, 4, 2)),
+        pytest.param(GPT2, (8, 1, 1), marks=pytest.mark.nightly),
+    ],
+)
 def test_mesh_equals_one_device(cfg, shape, tmp_path):
     params = random_params(cfg)
     hf.save(params, cfg, "lm", tmp_path / "one")

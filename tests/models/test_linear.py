@@ -44,8 +44,14 @@ def compiled(mesh_cfg: MeshConfig, remat, layers: int) -> jax.stages.Compiled:
         return jax.jit(gradients(cfg, Runtime(remat=remat))).lower(params, rows, rows).compile()
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-@pytest.mark.parametrize("mesh", SHARED, ids=["fsdp", "data, fsdp, decode"])
+@pytest.mark.parametrize(
+    ("mesh", "remat"),
+    [
+        pytest.param(mesh, remat, id=f"{name}-{remat}", marks=[] if number == turn else pytest.mark.nightly)
+        for number, (mesh, name) in enumerate(zip(SHARED, ["fsdp", "data, fsdp, decode"], strict=True))
+        for turn, remat in enumerate(["none", "full", "dots"])
+    ],
+)
 def test_a_layer_adds_its_part_of_the_weights_and_gathers_twice(mesh, remat):
     """Bytes of a device that four more layers add, and gathers of kernels: one forward and one backward each."""
     few, many = (compiled(mesh, remat, layers) for layers in (2, 6))
@@ -62,7 +68,9 @@ def test_a_layer_adds_its_part_of_the_weights_and_gathers_twice(mesh, remat):
         assert gathered == 2 * 7 * layers
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    "remat", [*(pytest.param(kind, marks=pytest.mark.nightly) for kind in ("none", "dots")), "full"]
+)
 def test_gradients_are_those_of_kernels_that_are_kept(remat, monkeypatch):
     cfg, mesh = model(2), make_mesh(SHARED[0], jax.devices()[:8])
     rng = np.random.default_rng(0)

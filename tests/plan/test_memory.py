@@ -71,7 +71,16 @@ ESTIMATED = {
 }
 
 
-@pytest.mark.parametrize("text, mesh, changes", ESTIMATED.values(), ids=ESTIMATED)
+OFTEN = ("sft, fsdp", "ppo, samples of a prompt")
+
+
+@pytest.mark.parametrize(
+    "text, mesh, changes",
+    [
+        pytest.param(*case, id=name, marks=[] if name in OFTEN else pytest.mark.nightly)
+        for name, case in ESTIMATED.items()
+    ],
+)
 def test_the_estimate_is_near_what_xla_allocates(text, mesh, changes):
     """Arguments to 1% (tiny scalars apart), the peak within FACTOR."""
     cfg = config(text, mesh, **changes)
