@@ -30,7 +30,7 @@ from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import current, make_mesh, row_layout
 from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout
 from jaxrlhf.types import Batch, TrainState
-from tests.support import tiny
+from tests.support import compiler, tiny
 from tests.support.flops import flops
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "costs.json"
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Shape, tuple[str, ...]]] = {
 EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 LOOPS = "scan_layers=true"  # as where models are deep: what a trip of the loop over layers does is counted
 # they are compiled, never run, so what matters is to compile them: a quarter of the time, and the same buffers
-QUICK = tiny.FAST | {"xla_llvm_disable_expensive_passes": True, "xla_cpu_use_fusion_emitters": False}
+QUICK = tiny.FAST | {"xla_llvm_disable_expensive_passes": True} | compiler.WITHOUT_EMITTERS
 
 
 class Made(NamedTuple):
