@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxrlhf.types import (
     Array,
+    Ask,
+    AskedHead,
     Batch,
     Experience,
-    Head,
-    HeadSpec,
     Mean,
     Metrics,
     Nets,
@@ -54,7 +54,7 @@ class ReadBatch(Protocol):
 
 
 class NeedRoles(Protocol):
-    def __call__(self, cfg: Any, /) -> tuple[Mapping[Role, Head | HeadSpec], Mapping[Role, Head | HeadSpec]]:
+    def __call__(self, cfg: Any, /) -> tuple[Mapping[Role, AskedHead], Mapping[Role, AskedHead]]:
         """Name the models of the algorithm.
 
         Args:
@@ -205,6 +205,12 @@ class FindProblems(Protocol):
 
 
 # ---- what most algorithms do ----------------------------------------------------------------------------------------
+
+
+def read_logprobs(nets: Nets, role: Role, trees: Trees, rows: Sequences) -> Array:
+    """f32[B, S]: log p of each response token under ``role``."""
+    (stats,) = nets.read(trees, rows, Ask(role, "token_stats"))
+    return stats.logprobs
 
 
 def sample_policy(nets: Nets, state: TrainState, prompts: Prompts) -> Sequences:

@@ -91,7 +91,7 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     """``run`` under ``stop``."""
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
     stop.saves = processes.several()  # all stop after the same iteration, also where there is nothing to save
-    stop.last_words = lambda: f"stopped at step {max(verified_steps.committed(cfg.run_dir), default=0)}; {GOES_ON}"
+    stop.last_words = lambda: f"stopped at step {verified_steps.last_committed(cfg.run_dir) or 0}; {GOES_ON}"
     check(cfg, jax.device_count())
     check_places(cfg)
     run_dir, main = epath.Path(cfg.run_dir), processes.is_main()
@@ -310,7 +310,7 @@ class Trainer:
         run_dir = self.cfg.run_dir
 
         def last_words() -> str:
-            kept = max(verified_steps.committed(run_dir), default=None)
+            kept = verified_steps.last_committed(run_dir)
             where = "starts again" if kept is None else f"goes on from step {kept}, the last one that was saved whole"
             return f"stopped at once; the same command {where}"
 

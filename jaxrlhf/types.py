@@ -132,6 +132,9 @@ class HeadSpec(NamedTuple):
     gradient: float = 1.0  # share of the head's gradient that reaches the trunk
 
 
+AskedHead = Literal["lm", "scalar"] | HeadSpec  # how an algorithm names a head
+
+
 class QStats(struct.PyTreeNode):
     """Of the action values at each response token; one chunked pass over the vocabulary."""
 

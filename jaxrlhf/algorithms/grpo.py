@@ -17,13 +17,13 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxrlhf.algorithm import Algorithm
+from jaxrlhf.algorithm import Algorithm, read_logprobs
 from jaxrlhf.algorithms import on_policy
 from jaxrlhf.ops.advantages import GroupBaseline, group_advantages
 from jaxrlhf.ops.kl import kl_estimate
 from jaxrlhf.ops.losses import Aggregation, aggregate, clipped_policy_terms
 from jaxrlhf.ops.masked import keep, row_means
-from jaxrlhf.types import Array, Ask, Batch, Experience, Head, Mean, Nets, Role, TrainState, Trees, given
+from jaxrlhf.types import Array, Ask, AskedHead, Batch, Experience, Mean, Nets, Role, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +54,9 @@ class GRPOExperience(Experience, kw_only=True):
     ref_logprobs: Array | None  # f32[B, S]; None where the KL does not count
 
 
-def roles(cfg: GRPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
+def roles(cfg: GRPOConfig) -> tuple[dict[Role, AskedHead], dict[Role, AskedHead]]:
     """The policy learns; the reward model stays, and so does the reference where the KL counts."""
-    slow: dict[Role, Head] = {"reward": "scalar"}
+    slow: dict[Role, AskedHead] = {"reward": "scalar"}
     if cfg.kl_coef:
         slow["reference"] = "lm"
     return {"policy": "lm"}, slow
@@ -69,10 +69,7 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tup
     group_size = len(sequences.tokens) // len(given(batch.prompts, "batch.prompts").tokens)
     scores = on_policy.scores_of(nets, state.trees, sequences)
     logprobs = on_policy.old_logprobs(nets, state, sequences, cfg.old_logprobs)
-    ref_logprobs = None
-    if cfg.kl_coef:
-        (reference,) = nets.read(state.trees, sequences, Ask("reference", "token_stats"))
-        ref_logprobs = reference.logprobs
+    ref_logprobs = read_logprobs(nets, "reference", state.trees, sequences) if cfg.kl_coef else None
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jaxrlhf.algorithm import Updates
+from jaxrlhf.algorithm import Updates, read_logprobs
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
 from jaxrlhf.ops.token_rewards import missing_eos
@@ -43,8 +43,7 @@ def old_logprobs(nets: Nets, state: TrainState, sequences: Sequences, how: Liter
     """f32[B, S]: log-probs of the responses before any update, as sampled or by a pass of the trainer's own."""
     if how == "sampler":
         return given(sequences.logprobs, "sequences.logprobs")
-    (stats,) = nets.read(state.trees, sequences, Ask("policy", "token_stats"))
-    return stats.logprobs
+    return read_logprobs(nets, "policy", state.trees, sequences)
 
 
 def correct_for_sampler(

@@ -11,7 +11,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from jaxrlhf.algorithm import Algorithm
+from jaxrlhf.algorithm import Algorithm, read_logprobs
 from jaxrlhf.algorithms import on_policy
 from jaxrlhf.algorithms.rm import preference_loss
 from jaxrlhf.ops.advantages import gae
@@ -22,9 +22,9 @@ from jaxrlhf.ops.token_rewards import score_to_rewards
 from jaxrlhf.types import (
     Array,
     Ask,
+    AskedHead,
     Batch,
     Experience,
-    Head,
     Mean,
     Metrics,
     Nets,
@@ -75,10 +75,10 @@ class PPOExperience(Experience, kw_only=True):
     pairs: Rows | None = None  # Preferences, where the reward model learns too
 
 
-def roles(cfg: PPOConfig) -> tuple[dict[Role, Head], dict[Role, Head]]:
+def roles(cfg: PPOConfig) -> tuple[dict[Role, AskedHead], dict[Role, AskedHead]]:
     """Policy and value learn; the reference stays; the reward model learns when asked to."""
-    trained: dict[Role, Head] = {"policy": "lm", "value": "scalar"}
-    slow: dict[Role, Head] = {"reference": "lm"}
+    trained: dict[Role, AskedHead] = {"policy": "lm", "value": "scalar"}
+    slow: dict[Role, AskedHead] = {"reference": "lm"}
     (trained if cfg.reward_update else slow)["reward"] = "scalar"
     return trained, slow
 
@@ -93,8 +93,7 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     else:
         stats, values = nets.read(state.trees, sequences, Ask("policy", "token_stats"), Ask("value", "values"))
         logprobs = stats.logprobs
-    (reference,) = nets.read(state.trees, sequences, Ask("reference", "token_stats"))
-    ref_logprobs = reference.logprobs
+    ref_logprobs = read_logprobs(nets, "reference", state.trees, sequences)
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask

@@ -9,7 +9,7 @@ from jaxrlhf.algorithms import ALGORITHMS, find
 from jaxrlhf.config.record import Config, RoleConfig
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError, show
-from jaxrlhf.types import Head, HeadSpec, Role
+from jaxrlhf.types import AskedHead, Head, HeadSpec, Role
 
 
 def find_algorithm(name: Any) -> Algorithm:
@@ -50,7 +50,7 @@ def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
     scored = cfg.rewards.on_host and algorithm.online  # offline there is nothing to score
     shared = {role for role, model in cfg.models.items() if model.share_trunk}
 
-    def needed(heads: Mapping[Role, Head | HeadSpec]) -> dict[Role, Head]:
+    def needed(heads: Mapping[Role, AskedHead]) -> dict[Role, Head]:
         return {
             role: head_of(head, role in shared) for role, head in heads.items() if not (scored and role == "reward")
         }
@@ -59,10 +59,8 @@ def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
     return needed(trained), needed(slow)
 
 
-def head_of(asked: Head | HeadSpec, shared: bool = False) -> Head:
+def head_of(asked: AskedHead, shared: bool = False) -> Head:
     """The head of a role's parameters; ``shared``: the config puts it on another role's trunk."""
-    if asked == "bare":
-        return "bare"
     spec = asked if isinstance(asked, HeadSpec) else HeadSpec(asked)
     if spec.trunk is None and not shared:
         return "lm" if spec.outputs == "action" else spec.outputs

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.algorithm import read_logprobs
 from jaxrlhf.data.data_kinds import PROMPTS
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.hosts import processes
@@ -81,9 +82,9 @@ class PolicyEvaluation:
             sequences = sequences.replace(scores=scores)
         if "reference" not in known:
             return sequences, None
-        (reference,) = nets.read(trees, sequences, Ask("reference", "token_stats"))
+        reference = read_logprobs(nets, "reference", trees, sequences)
         logprobs = given(sequences.logprobs, "sequences.logprobs")
-        return sequences, keep(logprobs - reference.logprobs, sequences.response_mask).sum(-1)
+        return sequences, keep(logprobs - reference, sequences.response_mask).sum(-1)
 
     def write(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
         """All prompts answered by the policy in ``state``."""

@@ -108,5 +108,8 @@ def replace_text(path: epath.Path, text: str) -> None:
         path.write_bytes(encode(text))  # object stores replace whole objects
         return
     beside = path.with_suffix(".tmp")
-    beside.write_bytes(encode(text))
+    with open(beside, "wb") as file:
+        file.write(encode(text))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)

@@ -23,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jaxrlhf import __version__
 from jaxrlhf.errors import one_line
 from jaxrlhf.hosts import processes
+from jaxrlhf.log.rows import replace_text
 from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.run import manifest
 from jaxrlhf.run import verified_steps as steps
@@ -66,7 +67,7 @@ class Checkpoints:
         except Exception as error:  # tensorstore has ValueErrors of many lines
             system = re.findall(r": ([^:\[]+) \[os_error_code", str(error))
             why = system[-1] if system else getattr(error, "strerror", None) or one_line(error)[:200]
-            kept = max(steps.committed(self.run_dir), default=None)
+            kept = steps.last_committed(self.run_dir)
             then = "the same command starts again" if kept is None else f"the same command goes on from step {kept}"
             raise OSError(
                 f"{self.run_dir}: a checkpoint could not be written: {why}; once it can be, {then}"
@@ -131,7 +132,7 @@ class Checkpoints:
         """Write down what a step was measured as, where orbax would have."""
         file = steps.directory(self.run_dir) / str(step) / METRICS / METRICS
         file.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_whole(file, json.dumps(known))
+        replace_text(file, json.dumps(known))
 
     def seal(self, step: int, about: dict, before: threading.Thread | None) -> None:
         """Once the step is committed: write the manifest of this process's files, and delete what is to go."""

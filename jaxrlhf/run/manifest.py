@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from jaxrlhf.errors import counted
+from jaxrlhf.log.rows import replace_text
 
 FORMAT = 1
 OF_STORES = ("md5Hash", "crc32c")  # what gcsfs says of an object; one composed of several has no MD5
-NAMES = re.compile(r"manifest(\.\d+)?\.json")
+NAMES = re.compile(r"manifest(\.\d+)?\.(json|tmp)")  # .tmp: one under way, by replace_text
 CHUNK = 2**22  # bytes that are read at a time
 READERS = min(8, os.cpu_count() or 1)  # threads that hash: hashlib works outside Python's lock
 
@@ -132,25 +133,12 @@ def write(step: epath.Path, about: Mapping[str, Any], beside: Iterable[str] = ()
         for folder in (beside if process == 0 else ())
         for name, entry in described(run_dir / folder, listing(run_dir / folder)).items()
     }
-    write_whole(step / name_of(process), json.dumps(content | {"digest": digest(content)}, indent=1))
+    replace_text(step / name_of(process), json.dumps(content | {"digest": digest(content)}, indent=1))
 
 
 def digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest's own content, so that a damaged manifest is noticed."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all; an object of a store is so anyway."""
-    if "://" in os.fspath(path):
-        path.write_text(text)
-        return
-    under_way = path.with_name(f"{path.name}.tmp")  # which ``listing`` leaves out
-    with open(under_way, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    under_way.replace(path)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

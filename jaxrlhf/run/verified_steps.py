@@ -49,6 +49,11 @@ def committed(run_dir) -> list[int]:
     return sorted(ocp.utils.checkpoint_steps(there)) if there.exists() else []
 
 
+def last_committed(run_dir) -> int | None:
+    """The newest of them; None where there is none."""
+    return max(committed(run_dir), default=None)
+
+
 def problem(run_dir, step: int, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a step, in words; None where all of it is as it was saved, or where it is older than the
     run's manifests. Its files are read once in this process, and again only where one was written meanwhile.
