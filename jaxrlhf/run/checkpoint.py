@@ -57,6 +57,7 @@ class Checkpoints:
         self.sealing: threading.Thread | None = None
         self.failed: Exception | None = None  # why a manifest could not be written
         self.failures = 0  # saves in a row that could not be written
+        self.swept = True  # whether failed saves have left nothing half-written
         self.lost = False  # whether another process writes them by now: nothing is deleted any more
 
     @contextlib.contextmanager
@@ -102,13 +103,20 @@ class Checkpoints:
                 raise
             if self.sealing:
                 self.sealing.join()
-            for path in steps.directory(self.run_dir).glob("*.orbax-checkpoint-tmp*"):  # its part takes room
-                with contextlib.suppress(OSError):  # while orbax writes to it: the next start deletes it
-                    path.rmtree()
+            self.sweep()
             if self.failures >= GIVE_UP:
                 raise
             return f"{error}; training goes on, and the next save is another try ({self.failures} of {GIVE_UP} failed)"
         return None
+
+    def sweep(self) -> None:
+        """Delete what failed saves left half-written, which takes room. Where orbax still writes to it, it stays for
+        the next call, or the next start."""
+        left = list(steps.directory(self.run_dir).glob("*.orbax-checkpoint-tmp*"))
+        for path in left:
+            with contextlib.suppress(OSError):
+                path.rmtree()
+        self.swept = not any(path.exists() for path in left)
 
     def start(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None) -> None:
         """``save``, whose errors go through."""
@@ -117,6 +125,8 @@ class Checkpoints:
         value = (metrics or {}).get(self.best, math.nan) if self.best else math.nan
         known = None if math.isnan(value) else {self.best: value}
         about = describe(step, state, extra)
+        if not self.swept:
+            self.sweep()
         if step != self.manager.latest_step():
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
         elif known is not None:
@@ -193,6 +203,8 @@ class Checkpoints:
             if processes.is_main():
                 self.prune()
         self.manager.close()
+        if not self.swept:
+            self.sweep()
 
 
 def describe_room(run_dir, state: TrainState, keep: int) -> list[str]:

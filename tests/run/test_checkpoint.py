@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -265,6 +266,30 @@ def test_a_save_that_fails_is_tried_again_at_the_next(tmp_path, background):
     assert steps_of(run) == [1, 3] and saved.failures == 0
     assert verified_steps.newest(run) == 3
     same(restore(run, 3, describe(large_state(3))), large_state(3))
+
+
+def test_what_a_failed_save_left_and_still_writes_to_goes_later(tmp_path, monkeypatch):
+    run, path_type, calls = tmp_path / "run", type(epath.Path(tmp_path)), []
+    rmtree = path_type.rmtree
+
+    def busy_once(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 1:
+            raise OSError("Directory not empty")
+        rmtree(self, *args, **kwargs)
+
+    saved = Checkpoints(run, background=False)
+    saved.save(1, new_state(1), {})
+    saved.wait()
+    monkeypatch.setattr(path_type, "rmtree", busy_once)
+    with full_disk():
+        saved.save(2, large_state(2), {})
+        while saved.sealing and saved.sealing.is_alive():
+            time.sleep(0.01)
+    (run / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(exist_ok=True)
+    saved.save(3, new_state(3), {})
+    saved.close()
+    assert steps_of(run) == [1, 3] and len(calls) > 1
 
 
 @pytest.mark.parametrize("background", [True, False])
