@@ -3,11 +3,8 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -16,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrlhf.hosts import processes, rendezvous
+from jaxrlhf.hosts import processes
 from jaxrlhf.hosts.processes import DistributedConfig
 from jaxrlhf.run.transfer import fetch, holders, put, share_of
 from tests.support import runs
@@ -233,68 +230,7 @@ def test_rows_go_where_the_mesh_has_them(processes, fsdp, tensor, held, share, m
     assert (np.asarray(whole) == rows).all() and (fetch(whole) == rows).all() and jax.process_count() == 1
 
 
-# ---- meeting --------------------------------------------------------------------------------------------------------
-
-
-def meet_all(count: int, present: list[int], timeout: float = 1.5, claims: int | None = None) -> dict[int, str]:
-    """What rendezvous.meet says to each of the processes that are ``present``; "" where it returned."""
-    address, said = f"localhost:{runs.free_port()}", {}
-
-    def one(place: int, process: int) -> None:
-        try:
-            rendezvous.meet(address, claims if process and claims else count, process, timeout)
-            said[place] = ""
-        except ConnectionError as error:
-            said[place] = str(error).replace(address, "ADDRESS")
-
-    threads = [threading.Thread(target=one, args=pair) for pair in enumerate(present)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return said
-
-
-def test_all_meet_in_any_order():
-    assert meet_all(4, [3, 1, 0, 2], timeout=20) == dict.fromkeys(range(4), "")
-
-
-def test_who_is_missing_is_told_to_all():
-    text = "distributed.coordinator: ADDRESS: 3 of 5 processes came within 1.5 s (distributed.init_timeout); "
-    assert meet_all(5, [0, 1, 3]) == dict.fromkeys(range(3), text + "missing: process_id 2, 4")
-
-
-def test_a_missing_coordinator_is_told_with_its_address():
-    (text,) = meet_all(2, [1]).values()
-    expected = "distributed.coordinator: ADDRESS: process 1 of 2 could not reach process 0 there within 1.5 s "
-    assert text == expected + "(distributed.init_timeout): Connection refused"
-
-
-def test_processes_that_contradict_each_other_are_told():
-    text = meet_all(3, [0, 1], claims=2)[0]
-    assert re.fullmatch(r"distributed: process 1 on .* was told of 2 processes, process 0 of 3", text)
-    said = meet_all(3, [0, 1, 1], timeout=5)
-    assert re.fullmatch(r"distributed: two processes are process_id 1: on .* and on .*", said[0])
-
-
-def test_strangers_are_not_counted():
-    port = runs.free_port()
-    said = []
-    main = threading.Thread(target=lambda: said.append(rendezvous.meet(f"localhost:{port}", 2, 0, 20)))
-    main.start()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": 1}\n', b""):
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            try:
-                with socket.create_connection(("localhost", port), timeout=5) as stranger:
-                    stranger.sendall(text)
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-    assert main.is_alive() and said == []
-    rendezvous.meet(f"localhost:{port}", 2, 1, 20)
-    main.join(20)
-    assert said == [None]
+# ---- meeting ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_whose_coordinator_is_missing_ends_in_one_line(tmp_path):
