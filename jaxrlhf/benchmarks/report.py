@@ -1,8 +1,12 @@
 """What a benchmark measured, for people."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Column, Table
 
+from jaxrlhf.benchmarks.soak import FULL, SIGNALS, Soaked
+from jaxrlhf.benchmarks.soak_process import PHASES
 from jaxrlhf.benchmarks.throughput import Report
 
 
@@ -88,3 +92,24 @@ def growth_table(report: Report) -> Table:
         ratios = (f"{found['time_ratio']:.2f}", f"{found['flop_ratio']:.2f}")
         table.add_row(name, f"{found['seconds']['median']:.4f}", *ratios)
     return table
+
+
+# ---- soak -----------------------------------------------------------------------------------------------------------
+
+
+def print_soaks(found: Sequence[Soaked]) -> None:
+    """What disturbed each run in which phase, and what became of it."""
+    console = Console()
+    table = Table("run", "disturbed by", *PHASES, "in all", title="interruptions, by the phase in which they came")
+    for one in found:
+        for what in (*SIGNALS, FULL):
+            counts = [one.hits[what, phase] for phase in PHASES]
+            if any(counts):
+                table.add_row(one.name, what, *(str(count) for count in counts), str(sum(counts)))
+    console.print(table)
+    for one in found:
+        count = f", {one.processes} processes" if one.processes > 1 else ""
+        equal = "no: " + "; ".join(one.wrong) if one.wrong else "yes"
+        line = f"{one.name}{count}: {one.steps} steps, {one.hits.total()} interruptions, {one.starts} starts, "
+        line += f"{one.seconds:.0f} s; equal to the undisturbed run: {equal}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

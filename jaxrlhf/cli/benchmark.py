@@ -7,7 +7,7 @@ import typer
 
 from jaxrlhf.cli.setup import set_flags, split_arguments
 
-benchmarks = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+benchmarks = typer.Typer(help="Measure speed on this machine, and what runs withstand.", no_args_is_help=True)
 
 
 @benchmarks.command()
@@ -56,3 +56,32 @@ def throughput(
     cases = make_cases(shape, paths[0] if paths else None, overrides, lengths, cost_growth)
     report = measure(cases, steps, profile)
     typer.echo(json.dumps(report)) if as_json else print_report(report)
+
+
+@benchmarks.command()
+def soak(
+    algorithm: Annotated[list[str] | None, typer.Option(help="ppo or grpo, more than once. Default: both.")] = None,
+    moments: Annotated[int, typer.Option(help="How often each of SIGKILL, SIGTERM and SIGINT comes.")] = 20,
+    full_disks: Annotated[int, typer.Option(help="How often the disk is full for a while (Linux).")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes of a run.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the moments, the data and the runs.")] = 0,
+    folder: Annotated[
+        str | None, typer.Option(help="A new folder that stays. Default: one that goes if all is equal.")
+    ] = None,
+) -> None:
+    """Kill and stop tiny runs at random moments, start them again, and compare each with an undisturbed one, bit by
+    bit. Exit code 1: something differs."""
+    from jaxrlhf.benchmarks.soak import soaked_in
+
+    numbers = {"moments": (moments, 1), "full-disks": (full_disks, 0), "processes": (processes, 1)}
+    for name, (value, least) in numbers.items():
+        if value < least:
+            from jaxrlhf.errors import ConfigError
+
+            raise ConfigError(f"--{name}: {value}: expected {least} or more; nearest: {least}")
+    found = soaked_in(folder, algorithm or ["ppo", "grpo"], moments, full_disks, processes, seed, typer.echo)
+    from jaxrlhf.benchmarks.report import print_soaks
+
+    print_soaks(found)
+    if any(each.wrong for each in found):
+        raise typer.Exit(1)
