@@ -21,6 +21,7 @@ from jaxrlhf.config.load import parse
 from jaxrlhf.config.overrides import Override, apply_override, split_override
 from jaxrlhf.config.ranges import check_ranges
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_file, read_yaml
 from jaxrlhf.errors import ConfigError, cut
 from jaxrlhf.generate.config import GenerateConfig
@@ -97,7 +98,7 @@ def build(cfg: Config) -> Run:
 
     Raises ConfigError where models, data and devices do not fit together."""
     compiler_flags.prepare(checked(cfg, "build").deterministic)
-    return find_and_compose(cfg)
+    return find_and_compose(resolve_config(cfg))
 
 
 def train(cfg: Config) -> str:

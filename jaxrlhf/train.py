@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxrlhf.config.batch import describe_batch, describe_learning, describe_sharing
+from jaxrlhf.config.batch import describe_batch, describe_learning, describe_precision, describe_sharing
 from jaxrlhf.config.check import check, profiled_steps
 from jaxrlhf.config.load import dump, without_place
 from jaxrlhf.config.places import check_places
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import describe_precision, trunks_of
+from jaxrlhf.config.resolved import Resolved
+from jaxrlhf.config.roles import trunks_of
 from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.errors import one_line
 from jaxrlhf.evaluate import held_out
@@ -92,26 +93,26 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
     stop.saves = processes.several()  # all stop after the same iteration, also where there is nothing to save
     stop.last_words = lambda: f"stopped at step {verified_steps.last_committed(cfg.run_dir) or 0}; {GOES_ON}"
-    check(cfg, jax.device_count())
+    resolved = check(cfg, jax.device_count())
     check_places(cfg)
     run_dir, main = epath.Path(cfg.run_dir), processes.is_main()
     lock = processes.on_main(lambda: lock_run_dir(cfg.run_dir))
     start, saved_runs = verified_steps.settle(cfg.run_dir), saved_run.SavedRuns()
-    changes = changes_since_saved(saved_runs, cfg)
+    changes = changes_since_saved(saved_runs, resolved)
     processes.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
-    if all_done(cfg, start):
+    if all_done(resolved, start):
         return DONE
     compiler_flags.use_compilation_cache()
     progress = open_progress(cfg.iterations or 0, start, cfg.log.every) if main else silent()
     with contextlib.closing(progress):
         with progress.doing("loading"):
-            ready = build(cfg, saved_runs=saved_runs)
+            ready = build(resolved, saved_runs=saved_runs)
         if cfg.epochs is not None:  # counted by now
-            cfg = ready.cfg
+            cfg, resolved = ready.cfg, ready.resolved
             check(cfg, jax.device_count())
-            changes = changes_since_saved(saved_runs, cfg)
+            changes = changes_since_saved(saved_runs, resolved)
             progress.expect(cfg.length)
-            if all_done(cfg, start):
+            if all_done(resolved, start):
                 return DONE
         need_room(ready)
         keep, best, mode = cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode
@@ -131,14 +132,15 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
             return trainer.run(start, raw)
 
 
-def all_done(cfg: Config, start: int) -> bool:
+def all_done(resolved: Resolved, start: int) -> bool:
     """Whether no iteration is left, which is said; False where epochs have to be counted first."""
+    cfg = resolved.cfg
     done = cfg.iterations is not None and start >= cfg.iterations
     if done and processes.is_main():
         some = f"all {start} iterations are done" if start == cfg.iterations else f"{start} iterations are done"
         more = "" if start == cfg.iterations else f", and iterations is {cfg.iterations}"
         print(f"{cfg.run_dir}: {some}{more}; raise iterations= (or epochs=) to go on")
-        print("\n".join(announce.next_steps(cfg)))
+        print("\n".join(announce.next_steps(resolved)))
     return done
 
 
@@ -192,21 +194,20 @@ class Trainer:
         """From iteration ``start`` to the end, or to a signal. ``raw``: the config as the user wrote it.
 
         Raises ConfigError, before anything is compiled, where checkpoint.best is none of the metrics."""
-        cfg = self.cfg
+        cfg, resolved, parts = self.cfg, self.ready.resolved, self.ready.recipe.num_micro
         held_out.check_best(self.ready, self.evaluation)
         passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
-        parts = self.ready.recipe.num_micro
-        sharing = describe_sharing(cfg, batch_shards(self.ready.mesh), parts) + held_out.describe_best(cfg)
+        sharing = describe_sharing(resolved, batch_shards(self.ready.mesh), parts) + held_out.describe_best(cfg)
         with self.log.doing("loading"):
             rows = announce.describe_rows(self.ready, self.feed, self.evaluation.summaries())
-        lines = [*describe_data(self.ready), *rows, describe_epochs(cfg, self.feed.rows())]
+        lines = [*describe_data(self.ready), *rows, describe_epochs(resolved, self.feed.rows())]
         notes = dict.fromkeys(note for found in self.ready.weights.values() for note in found.notes)
         lines += [
-            describe_batch(cfg, parts),
-            *describe_short_run(cfg, self.feed.rows()),
+            describe_batch(resolved, parts),
+            *describe_short_run(resolved, self.feed.rows()),
             *sharing,
-            *describe_precision(cfg),
-            *describe_learning(cfg),
+            *describe_precision(resolved),
+            *describe_learning(resolved),
             *passed_over,
             *other_endings(self.ready),
             *spelled_markers(self.ready),
@@ -232,7 +233,7 @@ class Trainer:
             name = "max_run_duration" if late else self.stop.asked or "SIGTERM"  # of another process
             self.log.say(f"{name}: stopped at step {step}; {GOES_ON}")
             return OUT_OF_TIME if late else outcome(self.stop)
-        self.log.say(announce.closing(cfg, time.perf_counter() - self.began, self.best))
+        self.log.say(announce.closing(resolved, time.perf_counter() - self.began, self.best))
         return DONE
 
     def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> int:
@@ -437,7 +438,7 @@ class Trainer:
         _, extra = self.ready.saved_runs.read_step(self.cfg.run_dir, step)
         with explained(self.cfg, step, extra["config"], OF_STATE, "its state does not fit"):
             state = checkpoint.restore(self.cfg.run_dir, step, abstract_state(self.ready))
-        state = state.replace(controls=with_new_controls(self.cfg, extra["config"], state.controls))
+        state = state.replace(controls=with_new_controls(self.ready.resolved, extra["config"], state.controls))
         with explained(self.cfg, step, extra["config"], OF_DATA, "its place in the data would mean other rows"):
             self.feed.set_state(extra["data"])
         self.log.say(f"resumed from step {step}")

@@ -11,7 +11,7 @@ from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import dump, load
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import roles_of
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.plan import shapes
 from jaxrlhf.plan.shapes import blueprint
@@ -39,8 +39,8 @@ def devices_of(cfg: Config) -> int:
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_it_loads_checks_and_is_short(path, tmp_path):
     cfg = CONFIGS[path]
-    check(cfg, devices_of(cfg))
-    assert describe_batch(cfg, 1).startswith("batch: ")
+    resolved = check(cfg, devices_of(cfg))
+    assert describe_batch(resolved, 1).startswith("batch: ")
     (tmp_path / "again.yaml").write_text(dump(cfg))
     assert load(tmp_path / "again.yaml") == cfg
     assert len(path.read_text().splitlines()) <= 40
@@ -66,10 +66,10 @@ def test_its_abstract_state_builds(path, offline):
     """From the shapes that its models will have, which other configs make or the table knows."""
     cfg = dataclasses.replace(CONFIGS[path], mesh=MeshConfig())
     mesh = make_mesh(cfg.mesh, jax.devices()[:1])
-    drawn, _ = blueprint(cfg, mesh, ORIGINS)
+    drawn, _ = blueprint(resolve_config(cfg), mesh, ORIGINS)
     with jax.set_mesh(mesh):
         state = abstract_state(drawn)
-    trained, slow = roles_of(cfg)
+    trained, slow, _ = drawn.resolved.roles
     assert (state.params.keys(), state.slow.keys()) == (trained.keys(), slow.keys())
     assert state.opt_state.keys() == trained.keys()
     for role, tree in {**state.params, **state.slow}.items():

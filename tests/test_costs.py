@@ -116,7 +116,7 @@ def test_logits_of_a_wide_vocabulary_are_never_stored_whole():
     made = costs.compiled("sft", 1, WIDE)
     columns = made.case.shapes.sequences.tokens.shape[1] - 1
     drawn = made.case.drawn
-    rows = minibatch_rows(drawn.cfg) // drawn.recipe.num_micro
+    rows = minibatch_rows(drawn.resolved) // drawn.recipe.num_micro
     assert rows * columns * WIDE > STORED_LOGITS, "too few to be computed in chunks"
     _, program = hlo.parse(made.programs["iteration"].as_text() or "")
     shapes = {shape for lines in program.values() for line in lines for shape in costs.arrays(line) if WIDE in shape}

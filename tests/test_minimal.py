@@ -20,9 +20,9 @@ from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.sft import SFTConfig
 from jaxrlhf.cli import discover
-from jaxrlhf.config.batch import updates_of
 from jaxrlhf.config.load import load
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
@@ -251,15 +251,15 @@ def trace(name: str, mesh, more: list[str]) -> None:
     beside = {f"runs/tiny/{one.stem}": load(one) for one in runs.ALL}
     cfg = load(path, [f"batch.micro_batch_size={smallest}", "data.prompt_buckets=[16]", *more])
     drawn = trace_of(cfg, mesh, beside)
-    assert drawn.recipe.num_micro * smallest * updates_of(cfg)[1] >= 8
+    assert drawn.recipe.num_micro * smallest * drawn.resolved.updates.minibatches >= 8
 
 
 def trace_of(cfg: Config, mesh, beside: dict[str, Config]) -> Blueprint:
     """Trace the iteration of a config; ``beside``: run directory -> the config that makes it."""
-    drawn, _ = blueprint(cfg, mesh, beside)
+    drawn, _ = blueprint(resolve_config(cfg), mesh, beside)
     iteration = steps.make_iteration(drawn.recipe)
     with current(mesh):
-        state, (batch,) = abstract_state(drawn), batch_shapes(cfg, mesh)
+        state, (batch,) = abstract_state(drawn), batch_shapes(drawn.resolved, mesh)
         if is_pmap(mesh):
             split = jax.tree.map(lambda x: jax.ShapeDtypeStruct((8, x.shape[0] // 8, *x.shape[1:]), x.dtype), batch)
             jax.eval_shape(jax.pmap(iteration, "devices", in_axes=(None, 0), out_axes=(None, None, 0)), state, split)

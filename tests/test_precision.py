@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrlhf.config.batch import describe_learning
+from jaxrlhf.config.batch import describe_learning, describe_precision
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import PrecisionConfig
-from jaxrlhf.config.roles import describe_precision
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.optim import OptimizerConfig
@@ -41,7 +41,7 @@ def config(**changes):
 
 
 def drawn_for(cfg):
-    return blueprint(cfg, make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), {})[0]
+    return blueprint(resolve_config(cfg), make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]), {})[0]
 
 
 def formats(tree: Any) -> set[str]:
@@ -90,8 +90,8 @@ def test_a_coarse_first_moment_is_refused_where_it_would_stick():
 
 
 def test_what_is_said_of_it():
-    assert describe_precision(config()) == []
-    (line,) = describe_precision(config(precision=PrecisionConfig(params="bfloat16")))
+    assert describe_precision(resolve_config(config())) == []
+    (line,) = describe_precision(resolve_config(config(precision=PrecisionConfig(params="bfloat16"))))
     assert line.startswith("precision.params: bfloat16 for reference, reward; float32 for policy, value: ")
 
 
@@ -144,5 +144,5 @@ def test_schedules_of_delayed_roles_finish(schedule, delay):
 def test_a_role_that_never_learns_is_told(row, line, name):
     """10 iterations of 4 updates."""
     cfg = config(optimizer={name: OptimizerConfig(**row), "policy": OptimizerConfig()})
-    lines = describe_learning(cfg)
+    lines = describe_learning(resolve_config(cfg))
     assert len(lines) == (line is not None) and all(found.startswith(f"optimizer.{name}.{line}") for found in lines)

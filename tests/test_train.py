@@ -22,6 +22,7 @@ import pytest
 
 from jaxrlhf import train as trainer
 from jaxrlhf.config.load import dump, load
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log import progress
@@ -522,7 +523,7 @@ def test_a_best_that_is_never_measured_is_refused_before_anything_is_compiled(ro
 @pytest.mark.parametrize("name", NAMES)
 def test_what_an_evaluation_will_measure_is_known_before(process, root, tmp_path, one_device, name):
     """The names that checkpoint.best may take are those that evaluations give."""
-    ready = build.build(runs.config(name, root, tmp_path))
+    ready = build.build(resolve_config(runs.config(name, root, tmp_path)))
     with current(ready.mesh):
         names = trainer.held_out.HeldOut(ready).names(abstract_state(ready))
     _, evaluations = metric_rows(root / "whole" / name)
@@ -532,10 +533,12 @@ def test_what_an_evaluation_will_measure_is_known_before(process, root, tmp_path
 def test_a_role_starts_from_the_checkpoint_that_is_named(process, root, tmp_path, one_device):
     start = f"{root}/whole/sft@2"
     cfg = runs.config("sft", root, tmp_path, f"models.policy={{init_from: {start}}}", "tokenizer.train_vocab_size=null")
-    found = build.build(cfg).weights["policy"]
+    found = build.build(resolve_config(cfg)).weights["policy"]
     assert (found.path, found.step) == (f"{root}/whole/sft", 2)
     with pytest.raises(ConfigError, match=r"^models\.policy\.init_from: .*/sft@3: no step 3; .*/sft has: 2, 4$"):
-        build.build(runs.config("sft", root, tmp_path, f"models.policy={{init_from: {root}/whole/sft@3}}"))
+        build.build(
+            resolve_config(runs.config("sft", root, tmp_path, f"models.policy={{init_from: {root}/whole/sft@3}}"))
+        )
 
 
 def test_every_bucket_is_compiled_before_the_first_iteration(process, root, tmp_path, monkeypatch, fake):
@@ -749,10 +752,10 @@ def test_a_key_that_the_saved_config_is_older_than_is_no_change(root, half_done)
     assert saved["config"].count(line) == 1
     (half_done / "checkpoints" / "2" / "manifest.json").unlink()  # an older version wrote none
     file.write_text(json.dumps(saved | {"config": saved["config"].replace(line, "")}))
-    assert changes_since_saved(saved_run.SavedRuns(), cfg) == []
+    assert changes_since_saved(saved_run.SavedRuns(), resolve_config(cfg)) == []
     gone = saved["config"].replace("deterministic: false\n", "deterministic: false\nfrozen: 1\n")
     file.write_text(json.dumps(saved | {"config": gone}))
-    assert changes_since_saved(saved_run.SavedRuns(), cfg) == ["frozen: 1 -> null"]
+    assert changes_since_saved(saved_run.SavedRuns(), resolve_config(cfg)) == ["frozen: 1 -> null"]
 
 
 def test_other_data_is_refused(root, half_done, tmp_path, one_device):

@@ -8,7 +8,6 @@ import jax
 
 from jaxrlhf.benchmarks.reward import FUNCTION
 from jaxrlhf.benchmarks.rows import Lengths, countdown, response_lengths
-from jaxrlhf.config.batch import kinds_read
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import load, load_beside, parse
 from jaxrlhf.config.overrides import apply_override, split_override
@@ -78,8 +77,7 @@ def make_cases(shape: Shape, path: str | None, overrides: Sequence[str], lengths
             )
         cfg, source, beside = load(path, overrides), path, load_beside(path)
     cfg = without_world(cfg)
-    check(cfg, jax.device_count(), source)
-    made = blueprint(cfg, make_mesh(cfg.mesh), configs_by_run(beside))
+    made = blueprint(check(cfg, jax.device_count(), source), make_mesh(cfg.mesh), configs_by_run(beside))
     case = ready(*made, lengths)  # type: ignore[arg-type]
     return [case, *(doubled(case, what) for what in DOUBLED)] if growth else [case]
 
@@ -94,7 +92,7 @@ def without_world(cfg: Config) -> Config:
 def ready(drawn: Blueprint, sources: list[str], lengths: Lengths) -> Case:
     """The case of a drawn config: its longest prompts, and responses of the lengths asked for."""
     cfg = drawn.cfg
-    shapes = list(batch_shapes(cfg, drawn.mesh))[-1]
+    shapes = list(batch_shapes(drawn.resolved, drawn.mesh))[-1]
     sampling = drawn.algorithm.online
     if shapes.prompts is None:
         prompt = min(max(cfg.data.prompt_buckets), cfg.data.max_length // 2)
@@ -106,7 +104,9 @@ def ready(drawn: Blueprint, sources: list[str], lengths: Lengths) -> Case:
             raise ConfigError("--lengths: ragged: mesh.style pmap has no rows of its own to end; expected dense")
         rows = cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt
         ends = countdown(response_lengths(rows, room, lengths, cfg.seed))
-        drawn = draw(cfg, drawn.mesh, drawn.weights, drawn.sampler._replace(stops=(*drawn.sampler.stops, ends)))
+        drawn = draw(
+            drawn.resolved, drawn.mesh, drawn.weights, drawn.sampler._replace(stops=(*drawn.sampler.stops, ends))
+        )
     return Case(drawn, sources, shapes, prompt, room, lengths)
 
 
@@ -116,7 +116,7 @@ def doubled(case: Case, what: str) -> Case:
     sampling = drawn.algorithm.online
     batch, generate, data = cfg.batch, cfg.generate, cfg.data
     if what == "samples":
-        keys = ["samples_per_prompt"] if sampling else [kind.rows_key for kind in kinds_read(cfg)]
+        keys = ["samples_per_prompt"] if sampling else [kind.rows_key for kind in drawn.resolved.kinds]
         batch = dataclasses.replace(batch, **{key: 2 * getattr(batch, key) for key in keys})
     elif what == "new tokens":
         most = 2 * generate.max_new_tokens
@@ -128,12 +128,12 @@ def doubled(case: Case, what: str) -> Case:
         )
         weights = {role: found._replace(config=deeper(found.config)) for role, found in weights.items()}
     cfg = dataclasses.replace(cfg, batch=batch, generate=generate, data=data)
-    check(cfg, jax.device_count(), f"--cost-growth: twice the {what}")
+    resolved = check(cfg, jax.device_count(), f"--cost-growth: twice the {what}")
     copies, room = batch.samples_per_prompt, generate.max_new_tokens
     sampling_now = drawn.sampler.sampling._replace(min_new_tokens=room)
     sampler = drawn.sampler._replace(sampling=sampling_now, max_new_tokens=room, samples_per_prompt=copies)
     sampler = sampler._replace(stops=sampler.stops[: len(generate.stop)])  # without the countdown of the case itself
-    again = ready(draw(cfg, drawn.mesh, weights, sampler), case.sources, case.lengths)
+    again = ready(draw(resolved, drawn.mesh, weights, sampler), case.sources, case.lengths)
     return again._replace(prompt=case.prompt, room=again.room + again.prompt - case.prompt)
 
 

@@ -57,7 +57,7 @@ def describe(case: Case, steps: int) -> Report:
         "shapes": case.sources,
         "compute": cfg.precision.compute,
         "mesh": dict(drawn.mesh.shape),
-        "batch": describe_batch(cfg, drawn.recipe.num_micro),
+        "batch": describe_batch(drawn.resolved, drawn.recipe.num_micro),
         "prompt_tokens": case.prompt,
         "new_tokens": case.room,
         "lengths": case.lengths,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrlhf.config.batch import updates_of
 from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.plan.calls import models_of
 from jaxrlhf.plan.cost import Setup, matrices
@@ -128,7 +127,7 @@ def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
 
 def count_work(drawn: Blueprint, batch: Batch) -> Work:
     """The work of the iteration that made ``batch`` (NumPy), its sequences the sampled ones where it samples."""
-    models, (epochs, _) = models_of(drawn), updates_of(drawn.cfg)
+    models, epochs = models_of(drawn), drawn.resolved.updates.epochs
     prepared, learned = calls_of(drawn, batch)
     flops = lambda call: forward_flops(*models[call.role], call.kind, documents(call.rows))
     share = lambda role: 3 if role in drawn.recipe.optimizers else 1

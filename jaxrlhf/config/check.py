@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxrlhf.config.batch import divisors, kinds_read, longest_row, rows_of, rows_taken, updates_of
+from jaxrlhf.config.batch import divisors, longest_row, rows_of, rows_taken
 from jaxrlhf.config.field_types import hints
 from jaxrlhf.config.places import place_problems
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import declared_trunks, find_algorithm, roles_of
+from jaxrlhf.config.resolved import Resolved, resolve_config
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.chat import check_config
 from jaxrlhf.data.kinds import DataKind
@@ -25,22 +25,24 @@ ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q")
 SPLIT = {"mlp_size": ("decode", "tensor"), "hidden_size": ("fsdp", "decode")}
 
 
-def check(cfg: Config, num_devices: int, source: str = "config", place: str = "here") -> None:
-    """Raises ConfigError, a line a mistake, for what no single key shows: roles, data, batch arithmetic, the mesh.
+def check(cfg: Config, num_devices: int, source: str = "config", place: str = "here") -> Resolved:
+    """The config resolved. Raises ConfigError, a line a mistake, for what no single key shows: roles, data, batch
+    arithmetic, the mesh.
 
     Nothing is built or read, but for the module of rewards.function, which is imported; ``source`` is what the lines
     start with (the config's path), ``place`` where the devices are ("in the slice")."""
-    problems = [*role_problems(cfg), *reward_problems(cfg), *data_problems(cfg), *generate_problems(cfg)]
-    problems += [*tokenizer_problems(cfg), *evaluation_problems(cfg), *model_problems(cfg)]
-    problems += [*place_problems(cfg), *profile_problems(cfg), *device_problems(cfg, num_devices, place)]
+    found = resolve_config(cfg)
+    problems = [*role_problems(found), *reward_problems(found), *data_problems(found), *generate_problems(found)]
+    problems += [*tokenizer_problems(cfg), *evaluation_problems(found), *model_problems(found)]
+    problems += [*place_problems(cfg), *profile_problems(cfg), *device_problems(found, num_devices, place)]
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
+    return found
 
 
-def role_problems(cfg: Config) -> Iterator[str]:
+def role_problems(resolved: Resolved) -> Iterator[str]:
     """Every role that is needed has one origin, and no origin goes round in a circle."""
-    (trained, slow), name = roles_of(cfg), cfg.algorithm_name
-    needed = [*trained, *slow]
+    cfg, needed, name = resolved.cfg, [*resolved.roles.heads], resolved.cfg.algorithm_name
     for role in needed:
         if role not in cfg.models:
             yield f"models.{role}: missing; {name} needs it; expected init_from or architecture"
@@ -53,7 +55,7 @@ def role_problems(cfg: Config) -> Iterator[str]:
             yield f"models.{role}: init_from {model.init_from} and architecture are both given; expected one of them"
         elif model.init_from in {*ROLES, *cfg.models}:
             yield from origin_problems(cfg, role)
-        yield from trunk_problems(cfg, role)
+        yield from trunk_problems(resolved, role)
     for role, row in cfg.optimizer.items():
         if row.dtype == "bfloat16" and row.b1 > LARGEST_B1_IN_BFLOAT16:
             yield (
@@ -65,14 +67,14 @@ def role_problems(cfg: Config) -> Iterator[str]:
             yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
 
 
-def trunk_problems(cfg: Config, role: Role) -> Iterator[str]:
+def trunk_problems(resolved: Resolved, role: Role) -> Iterator[str]:
     """What the algorithm puts on a trunk stays there; else only the value model shares one, and only the policy's."""
-    model, (trained, _) = cfg.models[role], roles_of(cfg)
+    model, trained, name = resolved.cfg.models[role], resolved.roles.trained, resolved.cfg.algorithm_name
     where, default = f"models.{role}.share_trunk: true", type(model).trunk_gradient
-    if (spec := declared_trunks(cfg).get(role)) is not None:
+    if (spec := resolved.roles.declared.get(role)) is not None:
         if not model.share_trunk or model.init_from != spec.trunk:
             yield (
-                f"models.{role}: {cfg.algorithm_name} has it as a head on the {spec.trunk}; expected init_from "
+                f"models.{role}: {name} has it as a head on the {spec.trunk}; expected init_from "
                 f"{spec.trunk} and share_trunk true, or nothing"
             )
     elif not model.share_trunk:
@@ -86,20 +88,21 @@ def trunk_problems(cfg: Config, role: Role) -> Iterator[str]:
         yield f"{where}: {start} is given; expected init_from policy, whose trunk it is"
 
 
-def reward_problems(cfg: Config) -> Iterator[str]:
+def reward_problems(resolved: Resolved) -> Iterator[str]:
     """Reward functions can be found, have something to score, and no reward model scores beside them."""
+    cfg, algorithm = resolved.cfg, resolved.algorithm
     name, rewards = cfg.algorithm_name, cfg.rewards
     if not rewards.on_host:
         yield from grader_problems(rewards)
         return
     given, shown = ("functions", ", ".join(rewards.functions)) if rewards.functions else ("function", rewards.function)
-    if not find_algorithm(name).online:
+    if not algorithm.online:
         expected = "{}" if rewards.functions else "null"
         yield f"rewards.{given}: {shown}: {name} samples no responses to score; expected {expected}"
         return
     if "reward" in cfg.models:
         yield f"models.reward: rewards.{given} {shown} is given too; expected one of them"
-    if "reward" in find_algorithm(name).roles(cfg.algorithm)[0]:
+    if "reward" in algorithm.roles(cfg.algorithm)[0]:
         expected = "{}" if rewards.functions else "null"
         yield f"rewards.{given}: {shown}: no model that can learn, and {name} trains one; expected {expected}"
     yield from grader_problems(rewards)
@@ -122,13 +125,13 @@ def origin_problems(cfg: Config, role: Role) -> Iterator[str]:
         path.append(origin)
 
 
-def data_problems(cfg: Config) -> Iterator[str]:
+def data_problems(resolved: Resolved) -> Iterator[str]:
     """What the algorithm reads is given, each source as one thing, and lengths make sense."""
-    name, data = cfg.algorithm_name, cfg.data
-    for section in sections_read(cfg):
+    cfg, name, data = resolved.cfg, resolved.cfg.algorithm_name, resolved.cfg.data
+    for section in sections_read(resolved):
         if getattr(data, section, None) is None:
             yield f"data.{section}: missing; {name} reads it; expected path, tfds or hf"
-    for kind in kinds_read(cfg):
+    for kind in resolved.kinds:
         if (count := rows_taken(cfg, kind)) < (least := kind.least_rows):
             wrong = f"batch.{kind.rows_key}: {count}: {name} needs responses of other rows"
             yield f"{wrong}; expected {least} or more; nearest: {least}"
@@ -144,15 +147,15 @@ def data_problems(cfg: Config) -> Iterator[str]:
     if list(data.prompt_buckets) != sorted(set(data.prompt_buckets)) or not data.prompt_buckets:
         nearest = sorted(set(data.prompt_buckets)) or [64, 128, 256]
         yield f"data.prompt_buckets: {show(data.prompt_buckets)}: expected ascending lengths; nearest: {nearest}"
-    yield from (f"algorithm.{problem}" for problem in find_algorithm(name).problems(cfg.algorithm))
-    if find_algorithm(name).finish(cfg.algorithm) and "policy" not in cfg.models:
+    yield from (f"algorithm.{problem}" for problem in resolved.algorithm.problems(cfg.algorithm))
+    if resolved.algorithm.finish(cfg.algorithm) and "policy" not in cfg.models:
         yield f"models.policy: missing; {name} normalises scores of its responses at the end; expected init_from"
 
 
-def generate_problems(cfg: Config) -> Iterator[str]:
+def generate_problems(resolved: Resolved) -> Iterator[str]:
     """Responses can be as long as asked for; training has a distribution to sample them from, and enough of them."""
-    generate, name = cfg.generate, cfg.algorithm_name
-    algorithm, samples = find_algorithm(name), cfg.batch.samples_per_prompt
+    cfg, algorithm = resolved.cfg, resolved.algorithm
+    generate, name, samples = cfg.generate, cfg.algorithm_name, cfg.batch.samples_per_prompt
     if generate.min_new_tokens > generate.max_new_tokens:
         most = generate.max_new_tokens
         yield f"generate.min_new_tokens: {generate.min_new_tokens}: more than max_new_tokens; nearest: {most}"
@@ -169,10 +172,11 @@ def generate_problems(cfg: Config) -> Iterator[str]:
         )
 
 
-def evaluation_problems(cfg: Config) -> Iterator[str]:
+def evaluation_problems(resolved: Resolved) -> Iterator[str]:
     """An evaluation that is asked for can be made."""
-    best, sections = cfg.checkpoint.best, sections_read(cfg)
-    sections += ["prompts"] if "policy" in roles_of(cfg)[0] and "prompts" not in sections else []
+    cfg, sections = resolved.cfg, sections_read(resolved)
+    best = cfg.checkpoint.best
+    sections += ["prompts"] if "policy" in resolved.roles.trained and "prompts" not in sections else []
     if cfg.eval.every and not any(getattr(cfg.data, f"eval_{section}", None) for section in sections):
         yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path, tfds or hf"
     if best and not best.startswith("eval/"):
@@ -193,10 +197,10 @@ def tokenizer_problems(cfg: Config) -> Iterator[str]:
         yield "tokenizer: null: no model is given that has one; expected init_from or train_vocab_size"
 
 
-def model_problems(cfg: Config) -> Iterator[str]:
+def model_problems(resolved: Resolved) -> Iterator[str]:
     """Architectures whose heads divide, and which are long enough for the rows."""
-    longest, what = longest_row(cfg)
-    for role, shape in architectures(cfg):
+    longest, what = longest_row(resolved)
+    for role, shape in architectures(resolved.cfg):
         key = f"models.{role}.architecture"
         if not shape.head_dim and shape.hidden_size % shape.num_heads:
             nearest = min(divisors(shape.hidden_size), key=lambda heads: abs(heads - shape.num_heads))
@@ -237,14 +241,15 @@ def profile_problems(cfg: Config) -> Iterator[str]:
         yield f"profile: {show(cfg.profile)}: {where}; expected null or a local run_dir"
 
 
-def device_problems(cfg: Config, num_devices: int, place: str) -> Iterator[str]:
+def device_problems(resolved: Resolved, num_devices: int, place: str) -> Iterator[str]:
     """The mesh fits the devices, and rows and models divide over the mesh."""
+    cfg = resolved.cfg
     try:
         sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, num_devices, place), strict=True))
     except ValueError as error:
         yield str(error)
         return
-    yield from batch_problems(cfg, sizes)
+    yield from batch_problems(resolved, sizes)
     for role, shape in architectures(cfg):
         for name, keys in SPLIT.items():
             value, (axes, devices) = getattr(shape, name), split_by(keys, sizes)
@@ -259,19 +264,19 @@ def split_by(keys: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, int]:
     return f"mesh.{' x '.join(real)}", math.prod(sizes[key] for key in real)
 
 
-def batch_problems(cfg: Config, sizes: Mapping[str, int]) -> Iterator[str]:
+def batch_problems(resolved: Resolved, sizes: Mapping[str, int]) -> Iterator[str]:
     """Rows divide into minibatches, micro-batches and shards; ``sizes``: devices along each mesh axis."""
     axes = {"slices": sizes["slice"], "data": sizes["data"], "fsdp": sizes["fsdp"] * sizes["decode"]}
-    shards, (_, minibatches) = math.prod(axes.values()), updates_of(cfg)
+    cfg, shards, minibatches = resolved.cfg, math.prod(axes.values()), resolved.updates.minibatches
     shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis != "slices" or size > 1)
     over = f"{counted(minibatches, 'minibatch', 'minibatches')} x {counted(shards, 'batch shard')} ({shown})"
-    main, *others = kinds_read(cfg)
+    main, *others = resolved.kinds
     undivided = [*divided(cfg, [main, *others], minibatches, shards, over)]
     yield from undivided
     micro = cfg.batch.micro_batch_size
     if undivided or micro is None:
         return
-    rows = rows_of(cfg)[main.field]
+    rows = rows_of(resolved)[main.field]
     fits = [size for size in divisors(rows // minibatches) if size % shards == 0]
     if micro not in fits:
         nearest = min(fits, key=lambda size: abs(size - micro))
@@ -298,9 +303,9 @@ def divided(cfg: Config, kinds: Sequence[DataKind], parts: int, shards: int, ove
             yield f"batch.{key}: {count}: {rows} do not divide over {over}; nearest: {nearest_multiple(count, unit)}"
 
 
-def sections_read(cfg: Config) -> list[str]:
-    """The sections of ``data`` that hold them."""
-    return [kind.name for kind in kinds_read(cfg)]
+def sections_read(resolved: Resolved) -> list[str]:
+    """The sections of ``data`` that the algorithm reads."""
+    return [kind.name for kind in resolved.kinds]
 
 
 def architectures(cfg: Config) -> list[tuple[Role, ModelConfig]]:

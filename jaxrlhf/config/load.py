@@ -112,7 +112,7 @@ def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, 
     if not cfg.run_dir.strip():
         raise fail([(("run_dir",), f"{show(cfg.run_dir)}: expected a directory, as in runs/mine")])
     run_dir = os.path.expanduser(cfg.run_dir)
-    cfg = with_default_roles(dataclasses.replace(cfg, algorithm=chosen, run_dir=run_dir))
+    cfg = with_default_roles(dataclasses.replace(cfg, algorithm=chosen, run_dir=run_dir), algorithm)
     if outside := [*range_problems(cfg)]:
         raise fail(outside)
     return cfg

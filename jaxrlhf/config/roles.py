@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import ALGORITHMS, find
@@ -25,28 +25,22 @@ def find_algorithm(name: Any) -> Algorithm:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def with_default_roles(cfg: Config) -> Config:
-    """Fills in the roles that the algorithm needs and the config leaves out: the reference starts as the policy, the
-    value model as the reward model, or where there is none, or it shares a trunk, as the policy. A policy that learns
-    from its own responses always has a reference: an evaluation compares with it."""
-    trained, slow = roles_of(cfg)
-    trunks = declared_trunks(cfg)
-    needed = {*trained, *slow} | ({"reference"} if find_algorithm(cfg.algorithm_name).online else set())
-    origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
-    default = {role: RoleConfig(init_from=start) for role, start in origins.items() if role in needed}
-    for role, spec in trunks.items():
-        default[role] = RoleConfig(init_from=spec.trunk, share_trunk=True, trunk_gradient=spec.gradient)
-    models = cfg.models | {role: row for role, row in default.items() if role not in cfg.models}
-    for role, model in models.items():
-        if model.share_trunk and model.init_from is None and model.architecture is None:
-            models[role] = dataclasses.replace(model, init_from="policy")
-    return dataclasses.replace(cfg, models=models)
+class Roles(NamedTuple):
+    """The roles of a run under the heads of their parameters."""
+
+    trained: dict[Role, Head]
+    slow: dict[Role, Head]  # the others
+    declared: dict[Role, HeadSpec]  # those that the algorithm itself puts on another role's trunk
+
+    @property
+    def heads(self) -> dict[Role, Head]:
+        """All of them, trained roles first."""
+        return {**self.trained, **self.slow}
 
 
-def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
-    """(trained, slow): the roles that the run needs. A reward function takes the place of the reward model; what shares
-    a trunk is a bare head."""
-    algorithm = find_algorithm(cfg.algorithm_name)
+def roles_of(cfg: Config, algorithm: Algorithm) -> Roles:
+    """The roles that the run needs. A reward function takes the place of the reward model; what shares a trunk is a
+    bare head."""
     scored = cfg.rewards.on_host and algorithm.online  # offline there is nothing to score
     shared = {role for role, model in cfg.models.items() if model.share_trunk}
 
@@ -56,7 +50,26 @@ def roles_of(cfg: Config) -> tuple[dict[Role, Head], dict[Role, Head]]:
         }
 
     trained, slow = algorithm.roles(cfg.algorithm)
-    return needed(trained), needed(slow)
+    asked = {**trained, **slow}
+    declared = {role: head for role, head in asked.items() if isinstance(head, HeadSpec) and head.trunk is not None}
+    return Roles(needed(trained), needed(slow), declared)
+
+
+def with_default_roles(cfg: Config, algorithm: Algorithm) -> Config:
+    """Fills in the roles that the algorithm needs and the config leaves out: the reference starts as the policy, the
+    value model as the reward model, or where there is none, or it shares a trunk, as the policy. A policy that learns
+    from its own responses always has a reference: an evaluation compares with it."""
+    roles = roles_of(cfg, algorithm)
+    needed = {*roles.heads} | ({"reference"} if algorithm.online else set())
+    origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
+    default = {role: RoleConfig(init_from=start) for role, start in origins.items() if role in needed}
+    for role, spec in roles.declared.items():
+        default[role] = RoleConfig(init_from=spec.trunk, share_trunk=True, trunk_gradient=spec.gradient)
+    models = cfg.models | {role: row for role, row in default.items() if role not in cfg.models}
+    for role, model in models.items():
+        if model.share_trunk and model.init_from is None and model.architecture is None:
+            models[role] = dataclasses.replace(model, init_from="policy")
+    return dataclasses.replace(cfg, models=models)
 
 
 def head_of(asked: AskedHead, shared: bool = False) -> Head:
@@ -67,24 +80,6 @@ def head_of(asked: AskedHead, shared: bool = False) -> Head:
     return "bare" if spec.outputs == "scalar" else spec.outputs
 
 
-def declared_trunks(cfg: Config) -> dict[Role, HeadSpec]:
-    """The roles that the algorithm itself puts on another role's trunk."""
-    trained, slow = find_algorithm(cfg.algorithm_name).roles(cfg.algorithm)
-    heads = {**trained, **slow}
-    return {role: head for role, head in heads.items() if isinstance(head, HeadSpec) and head.trunk is not None}
-
-
 def trunks_of(cfg: Config) -> dict[Role, Role]:
     """The roles that are a bare head -> the role on whose trunk it stands."""
     return {role: model.init_from for role, model in cfg.models.items() if model.share_trunk and model.init_from}
-
-
-def describe_precision(cfg: Config) -> list[str]:
-    """What to say where precision.params is not float32: whose weights are stored so, and whose are not."""
-    (trained, slow), params = roles_of(cfg), cfg.precision.params
-    if params == "float32":
-        return []
-    return [
-        f"precision.params: {params} for {', '.join(slow) or 'no role'}; float32 for {', '.join(trained)}: "
-        "small updates to weights would be rounded away"
-    ]

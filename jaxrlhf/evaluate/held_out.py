@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrlhf.config.batch import kinds_read, rows_taken
+from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.summary import Summary
@@ -81,8 +81,7 @@ class Measure:
     """What an offline algorithm measures: its loss and its metrics on held-out data of the kind that it learns from."""
 
     def __init__(self, ready: Run):
-        cfg = ready.cfg
-        kind = kinds_read(cfg)[0]
+        cfg, kind = ready.cfg, ready.resolved.kinds[0]
         rows = min(rows_taken(cfg, kind), cfg.eval.size)
         self.mesh = ready.mesh
         self.batches = held_out(ready, kind, cfg.eval.size, rows)

@@ -12,6 +12,7 @@ from rich.table import Table
 from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.config.load import load
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.batches import HostBatch
 from jaxrlhf.data.data_kinds import PREFERENCES
 from jaxrlhf.data.summary import Summary
@@ -42,7 +43,7 @@ def measure_run(name: str, judge: bool, samples: int) -> dict[str, Any]:
     step, (run_dir, _) = saved_run.find_step(name), split_step(name)
     compiler_flags.use_compilation_cache()
     cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
-    ready = build(cfg)
+    ready = build(resolve_config(cfg))
     report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}
     with current(ready.mesh):
         state = checkpoint.restore(run_dir, step, abstract_state(ready))

@@ -6,14 +6,13 @@ from typing import Any
 
 from jaxrlhf.config.check import sections_read
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import roles_of
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.data_kinds import PROMPTS, kind_of_section
 from jaxrlhf.data.examples import make_examples
 from jaxrlhf.data.sources import Source, open_source
 from jaxrlhf.log.run_dir import made_by
 from jaxrlhf.rewards.graders import find_graders
 from jaxrlhf.run import saved_run
-from jaxrlhf.run.build import heads_of
 from jaxrlhf.run.origins import check_loaded, origin
 from jaxrlhf.run.tokenizer import find_tokenizer, foreign_tokens, tokenizer_origin
 from jaxrlhf.run.weights import find_weights
@@ -27,7 +26,7 @@ class Inputs:
     need not be there yet."""
 
     def __init__(self, cfg: Config, made: Mapping[str, str]):
-        self.cfg, self.made = cfg, made
+        self.cfg, self.resolved, self.made = cfg, resolve_config(cfg), made
         self.saved_runs = saved_run.SavedRuns()
         self.tokenizer: Any = None  # once it is found
         self.sources: dict[str, Source] = {}  # those that were opened
@@ -43,7 +42,7 @@ class Inputs:
 
     def sections(self) -> list[str]:
         """The sections of ``data`` that the run opens; of held-out data those that are given."""
-        read = sections_read(self.cfg)
+        read = sections_read(self.resolved)
         held_out = [f"eval_{name}" for name in dict.fromkeys([*read, PROMPTS.name])]
         return read + [name for name in held_out if getattr(self.cfg.data, name) is not None]
 
@@ -66,7 +65,7 @@ class Inputs:
         """Finds, or downloads, every role's files; reads which tensors they hold, and whether the tokenizer fits."""
         size = len(self.tokenizer) if self.tokenizer else self.cfg.tokenizer.train_vocab_size or 1
         found: dict[str, list[str]] = {}
-        heads, started = heads_of(self.cfg), {}
+        heads, started = self.resolved.roles.heads, {}
         for role, head in heads.items():
             named = origin(self.cfg, role).init_from
             if self.is_made(named):
@@ -75,7 +74,7 @@ class Inputs:
                 weights = started[role] = find_weights(self.saved_runs, self.cfg, role, size, head)
                 shown = "random" if weights.kind == "new" else f"{named or weights.path} ({weights.config.family})"
             found.setdefault(shown, []).append(role)
-        check_loaded(self.cfg, started, {role: heads[role] for role in started}, roles_of(self.cfg)[0])
+        check_loaded(self.cfg, started, {role: heads[role] for role in started}, self.resolved.roles.trained)
         if self.tokenizer:
             foreign_tokens(self.saved_runs, self.cfg, started, self.tokenizer)
         return "; ".join(f"{', '.join(roles)}: {shown}" for shown, roles in found.items())

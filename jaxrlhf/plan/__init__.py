@@ -11,6 +11,7 @@ from typing import NamedTuple
 from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.compiled import Compiled, TooBig, compile_for
 from jaxrlhf.plan.cost import Timed, phases, timed
@@ -93,9 +94,10 @@ def plan(
 
     Raises ConfigError, in one line, for a wrong topology, mesh or batch, and where a model's shape is not known."""
     where = find_target(topology, slices)
-    check(cfg, len(where.devices), source, "in the slice" if slices == 1 else f"in the {slices} slices")
-    cfg, uncounted = with_length(cfg)
-    drawn, sources = blueprint(cfg, make_mesh(cfg.mesh, where.devices), configs_by_run(others))
+    place = "in the slice" if slices == 1 else f"in the {slices} slices"
+    resolved, uncounted = with_length(check(cfg, len(where.devices), source, place))
+    cfg = resolved.cfg
+    drawn, sources = blueprint(resolved, make_mesh(cfg.mesh, where.devices), configs_by_run(others))
     batch = largest_batch(drawn)
     passes = passes_of(drawn, batch)
     models = models_of(drawn)
@@ -106,7 +108,7 @@ def plan(
         slice=where,
         mesh=dict(drawn.mesh.shape),
         sources=sources,
-        batch=describe_batch(cfg, drawn.recipe.num_micro),
+        batch=describe_batch(resolved, drawn.recipe.num_micro),
         columns=0 if batch.prompts is None else batch.prompts.tokens.shape[1],
         estimate=estimate(passes, models, setup),
         programs=compile_largest(drawn) if compiling else None,
@@ -129,7 +131,7 @@ def confirm(found: list[Candidate], drawn: Blueprint, where: Target, compiling: 
         best = found[0]
         if not compiling:
             return Advice(best, None)
-        again = draw(best.cfg, make_mesh(best.cfg.mesh, where.devices), drawn.weights, drawn.sampler)
+        again = draw(resolve_config(best.cfg), make_mesh(best.cfg.mesh, where.devices), drawn.weights, drawn.sampler)
         programs = compile_largest(again)
         if not isinstance(programs, TooBig):
             return Advice(best, programs)
@@ -144,4 +146,4 @@ def compile_largest(drawn: Blueprint) -> list[Compiled] | TooBig:
 
 
 def largest_batch(drawn: Blueprint) -> Batch:
-    return list(batch_shapes(drawn.cfg, drawn.mesh))[-1]
+    return list(batch_shapes(drawn.resolved, drawn.mesh))[-1]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.config.batch import updates_of
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.run.asks import Kind, blank_state, note_taker
 from jaxrlhf.run.build import Blueprint
@@ -73,7 +72,7 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     prepare = lambda state, batch: drawn.algorithm.prepare(nets, state, batch, drawn.cfg.algorithm)[0]
     experience = jax.eval_shape(prepare, state, batch)
     prepared, notes[:] = list(notes), []
-    (epochs, minibatches), parts = updates_of(drawn.cfg), recipe.num_micro
+    (epochs, minibatches, _), parts = drawn.resolved.updates, recipe.num_micro
     first = lambda rows, parts: jax.tree.map(lambda x: x[0], split(rows, parts))
     part = jax.eval_shape(lambda rows: first(first(rows, minibatches), parts), experience)
     loss = lambda state, part: drawn.algorithm.loss(nets, state.trees, part, drawn.cfg.algorithm)

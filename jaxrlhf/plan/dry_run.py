@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrlhf.config.batch import describe_batch, describe_learning, describe_sharing, kinds_read, rows_taken
+from jaxrlhf.config.batch import describe_batch, describe_learning, describe_sharing, rows_taken
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import dump, without_place
 from jaxrlhf.config.places import check_places
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import Resolved, resolve_config
 from jaxrlhf.data.batches import Stream
 from jaxrlhf.data.encode import Encoded
 from jaxrlhf.evaluate.held_out import HeldOut, check_best, describe_best
@@ -51,16 +52,16 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
         if waits:
             yield f"{path}: starts from {waits[0]}, which {makers[waits[0]]} makes first: its data are not looked at"
         else:
-            yield from describe_run(without_place(cfg))
+            yield from describe_run(resolve_config(without_place(cfg)))
         makers[cfg.run_dir] = path
 
 
-def describe_run(cfg: Config) -> Iterator[str]:
+def describe_run(resolved: Resolved) -> Iterator[str]:
     """Data, three rows, steps, batch and memory of one run."""
     saved_runs = saved_run.SavedRuns()
-    start, changes = saved_runs.latest_step(cfg.run_dir) or 0, changes_since_saved(saved_runs, cfg)
-    ready = build(cfg, keep=False, saved_runs=saved_runs)
-    cfg, parts = ready.cfg, ready.recipe.num_micro
+    start, changes = saved_runs.latest_step(resolved.cfg.run_dir) or 0, changes_since_saved(saved_runs, resolved)
+    ready = build(resolved, keep=False, saved_runs=saved_runs)
+    resolved, cfg, parts = ready.resolved, ready.cfg, ready.recipe.num_micro
     check(cfg, jax.device_count())
     need_room_for_batch(ready)
     with current(ready.mesh):
@@ -73,19 +74,19 @@ def describe_run(cfg: Config) -> Iterator[str]:
         yield from announce.describe_rows(ready, feed, held_out.summaries())
         for stream in feed.streams.values():
             yield from first_rows(ready, stream)
-        yield describe_epochs(cfg, feed.rows())
-        yield describe_steps(cfg, feed.rows())
-        yield describe_batch(cfg, parts)
-        yield from describe_short_run(cfg, feed.rows())
-        sharing = describe_sharing(cfg, batch_shards(ready.mesh), parts)
-        yield from [*sharing, *describe_best(cfg), *describe_learning(cfg)]
+        yield describe_epochs(resolved, feed.rows())
+        yield describe_steps(resolved, feed.rows())
+        yield describe_batch(resolved, parts)
+        yield from describe_short_run(resolved, feed.rows())
+        sharing = describe_sharing(resolved, batch_shards(ready.mesh), parts)
+        yield from [*sharing, *describe_best(cfg), *describe_learning(resolved)]
     yield describe_memory(ready)  # no mesh may be set
 
 
-def describe_steps(cfg: Config, rows: int) -> str:
+def describe_steps(resolved: Resolved, rows: int) -> str:
     """How many iterations an epoch is."""
-    kind = kinds_read(cfg)[0]
-    each = rows_taken(cfg, kind)
+    kind = resolved.kinds[0]
+    each = rows_taken(resolved.cfg, kind)
     return f"an epoch: {rows:,} rows of data.{kind.name} / {each:,} an iteration = {rows / each:,.4g} iterations"
 
 

@@ -4,31 +4,32 @@ import dataclasses
 import os
 import re
 
-from jaxrlhf.config.batch import kinds_read
-from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.data.tokenizer import eos_ids
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.epochs import with_iterations
 from jaxrlhf.run.tokenizer import find_tokenizer, tokenizer_origin
 
 
-def with_length(cfg: Config) -> tuple[Config, str]:
-    """``cfg`` with its iterations, and ""; where its epochs can't be counted here with one iteration, and why."""
+def with_length(resolved: Resolved) -> tuple[Resolved, str]:
+    """``resolved`` with its iterations, and ""; where its epochs can't be counted here with one iteration, and why."""
+    cfg = resolved.cfg
     if cfg.epochs is None:
-        return cfg, ""
-    why = missing(cfg)
+        return resolved, ""
+    why = missing(resolved)
     if not why:
         try:
             tokenizer = find_tokenizer(saved_run.SavedRuns(), cfg)
-            return with_iterations(cfg, tokenizer, eos_ids(tokenizer)), ""
+            return with_iterations(resolved, tokenizer, eos_ids(tokenizer)), ""
         except ValueError as error:
             why = str(error)
-    return dataclasses.replace(cfg, iterations=1, epochs=None), f"epochs: {cfg.epochs:g}: can't be counted here: {why}"
+    one = dataclasses.replace(resolved, cfg=dataclasses.replace(cfg, iterations=1, epochs=None))
+    return one, f"epochs: {cfg.epochs:g}: can't be counted here: {why}"
 
 
-def missing(cfg: Config) -> str:
+def missing(resolved: Resolved) -> str:
     """Which of the data and the tokenizer is not on this machine; "" where both are."""
-    where = kinds_read(cfg)[0].name
+    cfg, where = resolved.cfg, resolved.kinds[0].name
     path = getattr(cfg.data, where).path
     if path is None or re.match(r"\w+://", path):
         return f"data.{where} is no local file"

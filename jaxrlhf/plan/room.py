@@ -46,7 +46,7 @@ def need_room(ready: Run) -> None:
 
 def need_room_for_batch(ready: Run) -> None:
     """Raises ConfigError where the token ids of one iteration's rows alone do not fit."""
-    rows, devices = rows_of(ready.cfg).items(), ready.mesh.devices.size
+    rows, devices = rows_of(ready.resolved).items(), ready.mesh.devices.size
     ids = sum(columns_of(ready.cfg, field, count, False) for field, count in rows)
     refuse(ready, "batch", "the token ids of a batch", 4 * ids // devices)  # int32
 

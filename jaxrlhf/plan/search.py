@@ -51,7 +51,7 @@ def candidates(drawn: Blueprint, passes: Passes, where: Target, available: float
     num_devices, models = len(where.devices), models_of(drawn)
     for price, cfg in settings(drawn, num_devices, where.slices):
         setup = setup_of(cfg, where.devices, drawn.recipe.optimizers)
-        mine = with_micro(passes, asked_parts(cfg))
+        mine = with_micro(passes, asked_parts(dataclasses.replace(drawn.resolved, cfg=cfg)))
         memory = estimate(mine, models, setup)
         if memory.peak > ROOM * available:
             continue
@@ -70,7 +70,7 @@ def with_micro(passes: Passes, micros: int) -> Passes:
 def settings(drawn: Blueprint, num_devices: int, slices: int = 1) -> Iterator[tuple[int, Config]]:
     """(how much numbers change: 0 not at all, the settings) of everything that passes the checks of a config."""
     cfg = drawn.cfg
-    minibatch = minibatch_rows(cfg)
+    minibatch = minibatch_rows(drawn.resolved)
     for mesh, remat in itertools.product(meshes(drawn, num_devices, slices), ("none", "dots", "full")):
         for micro in [minibatch, *(size for size in divisors(minibatch) if size < minibatch)]:
             batch = dataclasses.replace(cfg.batch, micro_batch_size=None if micro == minibatch else micro)

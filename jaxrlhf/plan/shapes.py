@@ -10,6 +10,7 @@ from etils import epath
 
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.generate import sampler as samplers
@@ -19,7 +20,7 @@ from jaxrlhf.models.files import gguf, hf_config, hf_folder
 from jaxrlhf.models.files.published import SHAPES, published, published_file
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.run import saved_run
-from jaxrlhf.run.build import Blueprint, draw, heads_of
+from jaxrlhf.run.build import Blueprint, draw
 from jaxrlhf.run.origins import Weights, base_role, origin
 from jaxrlhf.run.verified_steps import committed
 from jaxrlhf.types import Role
@@ -35,19 +36,21 @@ class Found(NamedTuple):
     source: str
 
 
-def blueprint(cfg: Config, mesh, beside: Mapping[str, Config]) -> tuple[Blueprint, list[str]]:
+def blueprint(resolved: Resolved, mesh, beside: Mapping[str, Config]) -> tuple[Blueprint, list[str]]:
     """The config ready to compile, and what to tell of where shapes come from.
 
     ``beside``: run directory -> the config that makes it, of runs that may not be there yet. Token ids are made up:
     a program depends on their number only. Raises ConfigError where a shape is known nowhere, or does not fit."""
+    cfg = resolved.cfg
     if cfg.iterations is None:  # programs have the same shapes whenever their schedules end
         cfg = dataclasses.replace(cfg, iterations=1, epochs=None)
-    found = {role: find_shape(cfg, base_role(cfg, role), beside) for role in heads_of(cfg)}
+        resolved = dataclasses.replace(resolved, cfg=cfg)
+    found = {role: find_shape(cfg, base_role(cfg, role), beside) for role in resolved.roles.heads}
     weights = {role: Weights("new", None, shape.config, "lm") for role, shape in found.items()}
     first = found.get("policy") or next(iter(found.values()))
     rows, copies = padded_vocab(first.config), cfg.batch.samples_per_prompt
     sampler = samplers.make_sampler(cfg.generate, (1,), 0, [], rows, copies)
-    return draw(cfg, mesh, weights, sampler), [f"{role}: {shape.source}" for role, shape in found.items()]
+    return draw(resolved, mesh, weights, sampler), [f"{role}: {shape.source}" for role, shape in found.items()]
 
 
 def find_shape(cfg: Config, role: Role, beside: Mapping[str, Config], seen: tuple[str, ...] = ()) -> Found:

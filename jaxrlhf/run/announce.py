@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import roles_of
+from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.data import chat
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.summary import Summary
@@ -21,7 +20,7 @@ from jaxrlhf.types import Role
 
 def opening(ready: Run, start: int) -> str:
     """ "runs/x: ppo, llama 1.2M, 1 x cpu, 44 iterations, seed 0"; the model is the policy, or the role that learns."""
-    cfg, role = ready.cfg, trained_role(ready.cfg)
+    cfg, role = ready.cfg, trained_role(ready.resolved)
     shape, devices = ready.configs[role], ready.mesh.devices
     table = parameter_table(shape, ready.heads[role])
     leaves = jax.tree.leaves(table, is_leaf=lambda x: hasattr(x, "init"))
@@ -44,9 +43,9 @@ def describe_rows(ready: Run, feed: Feed, held_out: Sequence[Summary]) -> list[s
     return [line for summary in summaries for line in summary.lines()]
 
 
-def trained_role(cfg: Config) -> Role:
+def trained_role(resolved: Resolved) -> Role:
     """The policy, or else the first role that learns."""
-    trained, _ = roles_of(cfg)
+    trained = resolved.roles.trained
     return "policy" if "policy" in trained else next(iter(trained))
 
 
@@ -64,18 +63,20 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def closing(cfg: Config, seconds: float, best: int | None) -> str:
+def closing(resolved: Resolved, seconds: float, best: int | None) -> str:
     """What a finished run made, and what to do next. ``best``: the step that checkpoint.best kept, where it did."""
+    cfg = resolved.cfg
     kept = f"checkpoint of step {cfg.iterations}"
     if best is not None and best != cfg.iterations:
         kept += f" (best {cfg.checkpoint.best}: step {best})"
     files = ["metrics.jsonl", "samples.jsonl"] + ["tensorboard/"] * cfg.log.tensorboard
-    return "\n".join([f"{cfg.run_dir}: done in {duration(seconds)}: {kept}, {', '.join(files)}", *next_steps(cfg)])
+    return "\n".join([f"{cfg.run_dir}: done in {duration(seconds)}: {kept}, {', '.join(files)}", *next_steps(resolved)])
 
 
-def next_steps(cfg: Config) -> list[str]:
+def next_steps(resolved: Resolved) -> list[str]:
     """The commands that take up a finished run."""
-    run, to, role = shlex.quote(cfg.run_dir), shlex.quote(f"{cfg.run_dir}-hf"), trained_role(cfg)
+    cfg, role = resolved.cfg, trained_role(resolved)
+    run, to = shlex.quote(cfg.run_dir), shlex.quote(f"{cfg.run_dir}-hf")
     held_out = [name for name in vars(cfg.data) if name.startswith("eval_") and getattr(cfg.data, name) is not None]
     commands = [f"jaxrlhf evaluate {run}"] if held_out else []
     commands += [f"jaxrlhf generate {run} --prompt TEXT"] if role == "policy" else []

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.config.batch import kinds_read, rows_taken
-from jaxrlhf.config.record import Config
+from jaxrlhf.config.batch import rows_taken
+from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.sharding import row_layout
 from jaxrlhf.types import Batch, Prompts
 
 
-def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Batch]:
+def batch_shapes(resolved: Resolved, mesh: Mesh, margins: bool = False) -> Iterator[Batch]:
     """What one iteration can be given, as shapes with layouts: one a prompt bucket, the smallest first.
 
     ``margins``: whether the preferences say by how much."""
@@ -21,7 +21,7 @@ def batch_shapes(cfg: Config, mesh: Mesh, margins: bool = False) -> Iterator[Bat
     def rows(dtype, *shape: int) -> Any:  # stands for an array
         return jax.ShapeDtypeStruct(shape, dtype, sharding=row_layout(mesh, len(shape)))
 
-    kinds = kinds_read(cfg)
+    cfg, kinds = resolved.cfg, resolved.kinds
     learned = {kind.field: kind.shapes(rows, rows_taken(cfg, kind), cfg.data, margins) for kind in kinds if kind.shapes}
     batch = Batch(**learned)
     if not any(kind.is_prompt for kind in kinds):

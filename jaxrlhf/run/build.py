@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm
-from jaxrlhf.algorithms import find
-from jaxrlhf.config.batch import choose_micro_batches, kept_together, shares_prompts, updates_of
+from jaxrlhf.config.batch import choose_micro_batches, kept_together, shares_prompts
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import roles_of
+from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig
@@ -33,13 +32,20 @@ from jaxrlhf.types import Head, Role
 class Blueprint:
     """A config made ready as far as shapes go: all that its programs are compiled from."""
 
-    cfg: Config
-    algorithm: Algorithm
+    resolved: Resolved
     mesh: jax.sharding.Mesh
     weights: dict[Role, Weights]
     heads: dict[Role, Head]  # trained roles first
     recipe: Recipe
     sampler: Sampler
+
+    @property
+    def cfg(self) -> Config:
+        return self.resolved.cfg
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return self.resolved.algorithm
 
     @property
     def configs(self) -> dict[Role, ModelConfig]:
@@ -61,51 +67,46 @@ class Run(Blueprint):
     saved_runs: SavedRuns = dataclasses.field(default_factory=SavedRuns)  # those that were read: its own, its origins
 
 
-def build(cfg: Config, devices: list | None = None, keep: bool = True, saved_runs: SavedRuns | None = None) -> Run:
+def build(
+    resolved: Resolved, devices: list | None = None, keep: bool = True, saved_runs: SavedRuns | None = None
+) -> Run:
     """Find weights and tokenizer, count the rows where the config gives epochs, and compose the step. Reads no weights;
     raises ConfigError for what does not fit. ``keep``: the tokenizer is saved in the run directory.
     ``saved_runs``: what has been read of saved runs already."""
-    saved_runs = saved_runs or SavedRuns()
+    cfg, saved_runs = resolved.cfg, saved_runs or SavedRuns()
     graders = located(find_graders, cfg.rewards, "rewards")
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(saved_runs, cfg)
-    heads = heads_of(cfg)
+    heads = resolved.roles.heads
     weights = {role: find_weights(saved_runs, cfg, role, len(tokenizer), head) for role, head in heads.items()}
-    check_loaded(cfg, weights, heads, roles_of(cfg)[0])
+    check_loaded(cfg, weights, heads, resolved.roles.trained)
     tokenizers.forbid(tokenizer, foreign_tokens(saved_runs, cfg, weights, tokenizer))
     sampler = run_sampler(saved_runs, cfg, tokenizer, weights)
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
-    cfg = with_iterations(cfg, tokenizer, sampler.eos_ids)
-    drawn = draw(cfg, mesh, weights, sampler)
+    drawn = draw(with_iterations(resolved, tokenizer, sampler.eos_ids), mesh, weights, sampler)
     if keep:
-        keep_tokenizer(saved_runs, cfg, tokenizer)
+        keep_tokenizer(saved_runs, drawn.cfg, tokenizer)
     return Run(**vars(drawn), tokenizer=tokenizer, graders=graders, saved_runs=saved_runs)
 
 
-def draw(cfg: Config, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sampler: Sampler) -> Blueprint:
+def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sampler: Sampler) -> Blueprint:
     """Compose the step for models of these shapes. Raises ConfigError where they do not fit the mesh or the rows."""
-    check_shapes(cfg, weights, mesh)
-    algorithm, (trained, _) = find(cfg.algorithm_name), roles_of(cfg)
-    epochs, minibatches = updates_of(cfg)
+    check_shapes(resolved, weights, mesh)
+    cfg, algorithm, trained = resolved.cfg, resolved.algorithm, resolved.roles.trained
+    epochs, minibatches, _ = resolved.updates
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
     steps = {role: (cfg.length - delay) * epochs * minibatches for role, delay in delays.items()}  # the role's own
     optimizers = {role: make_optimizer(cfg.optimizer_of(role), steps[role]) for role in trained}
     schedules = {role: make_schedule(cfg.optimizer_of(role), steps[role]) for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
     shards = batch_shards(mesh)
-    parts = choose_micro_batches(cfg, shards, mesh.devices.flat[0].platform)
-    sampler = sampler._replace(share_prompts=shares_prompts(cfg, shards, parts))
+    parts = choose_micro_batches(resolved, shards, mesh.devices.flat[0].platform)
+    sampler = sampler._replace(share_prompts=shares_prompts(resolved, shards, parts))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.online else Sampling())
-    packing, together = cfg.batch.pack_widths, kept_together(cfg)
+    packing, together = cfg.batch.pack_widths, kept_together(resolved)
     gaps = cfg.rewards.on_host and algorithm.online
     recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, packing, schedules, together, gaps)
-    return Blueprint(cfg, algorithm, mesh, weights, heads_of(cfg), recipe, sampler)
-
-
-def heads_of(cfg: Config) -> dict[Role, Head]:
-    """The roles that the run needs under their heads, trained roles first."""
-    trained, slow = roles_of(cfg)
-    return {**trained, **slow}
+    return Blueprint(resolved, mesh, weights, resolved.roles.heads, recipe, sampler)
 
 
 def with_roles(run: Run, more: dict[Role, Head], sampler: Sampler) -> Run:
@@ -113,9 +114,9 @@ def with_roles(run: Run, more: dict[Role, Head], sampler: Sampler) -> Run:
     weights = {
         role: find_weights(run.saved_runs, run.cfg, role, len(run.tokenizer), head) for role, head in more.items()
     }
-    check_loaded(run.cfg, run.weights | weights, run.heads | more, roles_of(run.cfg)[0])
+    check_loaded(run.cfg, run.weights | weights, run.heads | more, run.resolved.roles.trained)
     tokenizers.forbid(run.tokenizer, foreign_tokens(run.saved_runs, run.cfg, weights, run.tokenizer))
-    check_shapes(run.cfg, weights, run.mesh)
+    check_shapes(run.resolved, weights, run.mesh)
     weights = run.weights | weights
     if "policy" in weights:
         sampler = readable_by_all(sampler, run.tokenizer, weights)

@@ -6,40 +6,39 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrlhf.config.batch import kinds_read, rows_taken, updates_of
-from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import roles_of
+from jaxrlhf.config.batch import rows_taken
+from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.data import batches
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.errors import counted
 
 
-def with_iterations(cfg: Config, tokenizer: Any, eos: Sequence[int]) -> Config:
-    """``cfg`` with ``iterations`` in place of ``epochs``: as many as see each row of the training data that often.
+def with_iterations(resolved: Resolved, tokenizer: Any, eos: Sequence[int]) -> Resolved:
+    """``resolved`` with ``iterations`` in place of ``epochs``: as many as see each row of the training data that often.
 
     Of several sources (ppo with reward_update) the first counts. ``eos``: ids that end a row."""
+    cfg, kind, data = resolved.cfg, resolved.kinds[0], resolved.cfg.data
     if cfg.epochs is None:
-        return cfg
-    kind, data = kinds_read(cfg)[0], cfg.data
+        return resolved
     where, given = f"data.{kind.name}", getattr(data, kind.name)
     source = open_source(given, kind.name, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
     rows = batches.count_rows(kind, source, tokenizer, cfg.data, seed=cfg.seed, eos=eos, where=where)
     iterations = math.ceil(cfg.epochs * rows / rows_taken(cfg, kind))
-    return dataclasses.replace(cfg, iterations=iterations, epochs=None)
+    return dataclasses.replace(resolved, cfg=dataclasses.replace(cfg, iterations=iterations, epochs=None))
 
 
-def describe_epochs(cfg: Config, rows: int) -> str:
+def describe_epochs(resolved: Resolved, rows: int) -> str:
     """What the run's iterations are in passes over its ``rows`` rows of training data."""
-    kind = kinds_read(cfg)[0]
+    cfg, kind = resolved.cfg, resolved.kinds[0]
     each, where = rows_taken(cfg, kind), f"data.{kind.name} ({counted(rows, 'row')})"
     passes = f"{cfg.length * each / rows:.3g}"
     epochs = f"{passes} epoch{'s' * (passes != '1')}"
     return f"{counted(cfg.length, 'iteration')} of {each:,} {kind.field} = {epochs} of {where}"
 
 
-def describe_short_run(cfg: Config, rows: int) -> list[str]:
+def describe_short_run(resolved: Resolved, rows: int) -> list[str]:
     """What to say where the data are fewer than one iteration takes, and where the run ends within a warm-up."""
-    kind = kinds_read(cfg)[0]
+    cfg, kind = resolved.cfg, resolved.kinds[0]
     each, lines = rows_taken(cfg, kind), []
     if each > rows:
         packed = ", once packed" if kind.make_packed and cfg.data.pack else ""
@@ -47,8 +46,9 @@ def describe_short_run(cfg: Config, rows: int) -> list[str]:
             f"batch.{kind.rows_key}: {each:,}: more than data.{kind.name} has ({counted(rows, 'row')}{packed}): an "
             f"iteration takes each {each / rows:.3g} times; nearest: {rows}"
         ]
-    epochs, minibatches = updates_of(cfg)
-    keys = dict.fromkeys((role if role in cfg.optimizer else "default", role) for role in roles_of(cfg)[0])
+    epochs, minibatches, _ = resolved.updates
+    trained = resolved.roles.trained
+    keys = dict.fromkeys((role if role in cfg.optimizer else "default", role) for role in trained)
     for section, role in keys:
         optimizer = cfg.optimizer_of(role)
         updates = (cfg.length - optimizer.delay) * epochs * minibatches

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxrlhf.config.batch import kinds_read, rows_taken
+from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.data import batches
 from jaxrlhf.data.data_kinds import PROMPTS
 from jaxrlhf.data.kinds import DataKind
@@ -23,7 +23,7 @@ class Feed:
     def __init__(self, ready: Run):
         cfg = ready.cfg
         self.ready, self.streams = ready, {}
-        for kind in kinds_read(cfg):
+        for kind in ready.resolved.kinds:
             self.streams[kind.name] = batches.stream(
                 kind,
                 read_source(ready, kind.name, getattr(cfg.data, kind.name), f"data.{kind.name}"),
@@ -56,7 +56,7 @@ class Feed:
         that holds the longest one."""
         margins = any(stream.margins for stream in self.streams.values())
         longest = self.streams[PROMPTS.name].longest if PROMPTS.name in self.streams else 0
-        for batch in batch_shapes(self.ready.cfg, self.ready.mesh, margins):
+        for batch in batch_shapes(self.ready.resolved, self.ready.mesh, margins):
             yield batch
             if batch.prompts is not None and batch.prompts.tokens.shape[1] >= longest:
                 return

@@ -2,7 +2,6 @@
 
 import jax
 
-from jaxrlhf.config.roles import roles_of
 from jaxrlhf.models import parameters
 from jaxrlhf.models.files import hf
 from jaxrlhf.run import saved_run, state
@@ -15,7 +14,7 @@ from jaxrlhf.types import Params, Role, TrainState
 def initial_state(run: Run) -> TrainState:
     """Read or draw every role's weights. A role that starts from another is a copy of it: nothing is aliased."""
     trees: dict[Role, Params] = {role: read_weights(run, role) for role in run.heads}
-    trained, slow = roles_of(run.cfg)
+    trained, slow, _ = run.resolved.roles
     controls = run.algorithm.controls(run.cfg.algorithm)
     params, still = {role: trees[role] for role in trained}, {role: trees[role] for role in slow}
     return state.new_state(run.cfg.seed, params, still, run.recipe.optimizers, controls)
@@ -43,7 +42,7 @@ def read_weights(run: Run, role: Role) -> Params:
 
 def abstract_state(drawn: Blueprint) -> TrainState:
     """The state's shapes and layouts, nothing allocated: what a checkpoint is restored into."""
-    trained, slow = roles_of(drawn.cfg)
+    trained, slow, _ = drawn.resolved.roles
 
     def describe(role: Role) -> Params:
         return state.abstract_params(drawn.configs[role], drawn.heads[role], drawn.dtype_of(role), drawn.mesh)

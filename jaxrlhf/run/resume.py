@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxrlhf.config.batch import kinds_read
 from jaxrlhf.config.load import dump, parse
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.roles import find_algorithm
+from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.errors import show as cut_short
@@ -24,15 +23,16 @@ OF_DATA = ("data.", "batch.")  # keys that decide, with the data, which rows com
 OF_STATE = ("algorithm.", "optimizer.", "precision.")  # keys that decide which arrays a state has
 
 
-def changes_since_saved(saved_runs: SavedRuns, cfg: Config) -> list[str]:
+def changes_since_saved(saved_runs: SavedRuns, resolved: Resolved) -> list[str]:
     """What the config says otherwise than at the run's last checkpoint, as "key: old -> new".
 
     Raises ConfigError where one of the keys is FIXED, or says how many rows of its data an iteration takes."""
+    cfg = resolved.cfg
     if (own := saved_runs.own_extra(cfg.run_dir)) is None:
         return []
     step, extra = own
     changed = changed_keys(cfg, extra["config"])
-    rows = tuple(f"batch.{kind.rows_key}" for kind in kinds_read(cfg))
+    rows = tuple(f"batch.{kind.rows_key}" for kind in resolved.kinds)
     for key in changed:
         if key.startswith(FIXED) and not key.endswith(FREE):
             raise ConfigError(misfit(cfg, step, {key: changed[key]}))
@@ -74,15 +74,15 @@ def explained(cfg: Config, step: int, saved: str, keys: tuple[str, ...], why: st
         raise ConfigError(misfit(cfg, step, changed, why)) from error
 
 
-def with_new_controls(cfg: Config, saved: str, controls: dict[str, Array]) -> dict[str, Array]:
+def with_new_controls(resolved: Resolved, saved: str, controls: dict[str, Array]) -> dict[str, Array]:
     """A checkpoint's ``controls`` (PPO's KL coefficient), but those that the config lets begin otherwise than the saved
     config does: they begin anew, where the config says."""
     try:
         before = parse(read_yaml(saved, "config"), "config")
     except ConfigError:  # of an older version
         return controls
-    algorithm = find_algorithm(cfg.algorithm_name)
-    old, new = algorithm.controls(before.algorithm), algorithm.controls(cfg.algorithm)
+    controls_of = resolved.algorithm.controls
+    old, new = controls_of(before.algorithm), controls_of(resolved.cfg.algorithm)
     changed = {name: new[name] for name in controls if not np.array_equal(old[name], new[name])}
     return controls | {name: jax.device_put(value, controls[name].sharding) for name, value in changed.items()}
 

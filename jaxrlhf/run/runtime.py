@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxrlhf.config.batch import divisors, longest_row
 from jaxrlhf.config.check import SPLIT, split_by
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.config.roles import trunks_of
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.generate import loop
@@ -43,12 +44,12 @@ def bind_nets(
     return nets.make_nets(configs, runtime, sampling, sample, trunks)
 
 
-def check_shapes(cfg: Config, weights: dict[Role, Weights], mesh: jax.sharding.Mesh) -> None:
+def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sharding.Mesh) -> None:
     """The mesh divides every model, wherever it comes from, no row is longer than it computes, and the attention kernel
     that is asked for can compute it.
 
     Raises ConfigError for the first that is not so."""
-    (longest, what), runtime = longest_row(cfg), runtime_of(cfg, mesh)
+    cfg, (longest, what), runtime = resolved.cfg, longest_row(resolved), runtime_of(resolved.cfg, mesh)
     for role, found in weights.items():
         where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
         padded = parameters.padded_vocab(found.config)

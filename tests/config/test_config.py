@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jaxrlhf.algorithm import Updates
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.config.batch import (
@@ -18,7 +19,6 @@ from jaxrlhf.config.batch import (
     describe_sharing,
     kept_together,
     shares_prompts,
-    updates_of,
 )
 from jaxrlhf.config.check import check, profiled_steps
 from jaxrlhf.config.field_types import hints, records
@@ -26,7 +26,8 @@ from jaxrlhf.config.load import dump, load, load_all
 from jaxrlhf.config.ranges import RANGE_OF, interval_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.reference import reference
-from jaxrlhf.config.roles import roles_of
+from jaxrlhf.config.resolved import resolve_config
+from jaxrlhf.config.roles import Roles
 from jaxrlhf.config.yaml_text import decode, read_file, read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.launch.config import LaunchConfig
@@ -113,14 +114,13 @@ FUNCTION = ("rewards.function=operator:add", "models={policy: {init_from: runs/s
 
 def test_a_reward_function_takes_the_place_of_the_reward_model(ppo):
     cfg = load(ppo, FUNCTION)
-    check(cfg, 8)
-    assert roles_of(cfg) == ({"policy": "lm", "value": "scalar"}, {"reference": "lm"})
+    assert check(cfg, 8).roles == Roles({"policy": "lm", "value": "scalar"}, {"reference": "lm"}, {})
     assert {role: model.init_from for role, model in cfg.models.items()} == {
         "policy": "runs/sft",
         "reference": "policy",
         "value": "policy",
     }
-    assert roles_of(load(ppo))[1] == {"reference": "lm", "reward": "scalar"}
+    assert resolve_config(load(ppo)).roles.slow == {"reference": "lm", "reward": "scalar"}
 
 
 @pytest.mark.parametrize(
@@ -622,26 +622,26 @@ def test_greedy_responses_are_fine_where_none_is_trained_on(tmp_path):
 )
 def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     cfg = load(ppo, [f"batch.micro_batch_size={'' if micro is None else micro}"])
-    check(cfg, devices)
-    assert choose_micro_batches(cfg, devices, "tpu") == parts
-    assert updates_of(cfg) == (2, 2)
+    resolved = check(cfg, devices)
+    assert choose_micro_batches(resolved, devices, "tpu") == parts
+    assert resolved.updates == Updates(2, 2)
     arithmetic = "16 prompts x 2 samples = 32 rows -> 2 epochs x 2 minibatches of 16 = 4 updates an iteration"
-    assert describe_batch(cfg, parts) == f"batch: {arithmetic}; {words}"
+    assert describe_batch(resolved, parts) == f"batch: {arithmetic}; {words}"
     shares = micro is None  # 16 rows on 8 devices: two responses to one prompt on each
-    assert shares_prompts(cfg, devices, parts) == shares
-    said = "".join(describe_sharing(cfg, devices, parts))
+    assert shares_prompts(resolved, devices, parts) == shares
+    said = "".join(describe_sharing(resolved, devices, parts))
     assert shares == (said == "") and shares != (f"read once in micro-batches of a multiple of {2 * devices}" in said)
-    alone = load(ppo, ["batch.share_prompts=false"])
+    alone = resolve_config(load(ppo, ["batch.share_prompts=false"]))
     assert not shares_prompts(alone, 1, 1) and describe_sharing(alone, 1, 1) == []
-    assert kept_together(cfg) == kept_together(alone) == 2  # whatever cuts them afterwards
+    assert kept_together(resolved) == kept_together(alone) == 2  # whatever cuts them afterwards
 
 
 @pytest.mark.parametrize("samples, minibatches, together", [(8, 2, 8), (8, 16, 8), (8, 64, 2), (3, 8, 3), (3, 6, 1)])
 def test_what_a_shuffle_keeps_together(ppo, samples, minibatches, together):
     """Whole groups where minibatches have room for them: 16 prompts, so many samples of each, so many minibatches."""
     edits = [f"batch.samples_per_prompt={samples}", f"algorithm.num_minibatches={minibatches}"]
-    cfg = load(ppo, edits)
-    assert 16 * samples // minibatches % together == 0 and kept_together(cfg) == together
+    resolved = resolve_config(load(ppo, edits))
+    assert 16 * samples // minibatches % together == 0 and kept_together(resolved) == together
 
 
 PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_length=512"]
@@ -666,21 +666,19 @@ PAIRS = ["algorithm.reward_update=true", "data.preferences.path=x", "data.max_le
 )
 def test_a_cpu_computes_a_minibatch_in_parts_that_its_caches_hold(ppo, given, shards, parts):
     cfg = load(ppo, ["generate.max_new_tokens=64", *given])
-    check(cfg, shards)
-    assert choose_micro_batches(cfg, shards, "cpu") == parts
-    asked = cfg.batch.micro_batch_size
-    assert (
-        choose_micro_batches(cfg, shards, "gpu") == choose_micro_batches(cfg, shards, "tpu") == (parts if asked else 1)
-    )
+    resolved = check(cfg, shards)
+    assert choose_micro_batches(resolved, shards, "cpu") == parts
+    elsewhere = parts if cfg.batch.micro_batch_size else 1
+    assert all(choose_micro_batches(resolved, shards, platform) == elsewhere for platform in ("gpu", "tpu"))
 
 
 @pytest.mark.parametrize("name, parts", [("sft", 4), ("dpo", 8)])
 def test_rows_of_data_have_columns_too(tmp_path, name, parts):
     path = tmp_path / f"{name}.yaml"
     path.write_text(SFT.replace("{name: sft}", f"{{name: {name}}}"))
-    cfg = load(path, ["batch.sequences_per_step=64", "batch.preferences_per_step=64"])
-    assert choose_micro_batches(cfg, 1, "cpu") == parts  # of 16 rows, and of 8 pairs, of 32 columns
-    assert choose_micro_batches(cfg, 32, "cpu") == 2
+    resolved = resolve_config(load(path, ["batch.sequences_per_step=64", "batch.preferences_per_step=64"]))
+    assert choose_micro_batches(resolved, 1, "cpu") == parts  # of 16 rows, and of 8 pairs, of 32 columns
+    assert choose_micro_batches(resolved, 32, "cpu") == 2
 
 
 def test_the_nearest_batch_really_works(ppo):
@@ -707,7 +705,7 @@ def test_preferences_divide_like_the_rows_beside_them(ppo):
     line = mistake(ppo, *given, "batch.preferences_per_step=36", devices=2)
     rest = "36 rows do not divide over 2 minibatches x 2 batch shards (data 2 x fsdp 1) x 8 micro-batches; nearest: 32"
     assert line == f"{ppo}: batch.preferences_per_step: 36: {rest}"
-    assert "with 32 preferences" in describe_batch(load(ppo, given), 8)
+    assert "with 32 preferences" in describe_batch(resolve_config(load(ppo, given)), 8)
 
 
 # ---- algorithms from outside, the reference -------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import parse
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.chat import TEMPLATES, ChatConfig, apply_config, markers, render
 from jaxrlhf.data.encode import encode_demonstration
 from jaxrlhf.data.tokenizer import eos_ids, load_tokenizer, save_tokenizer, train_bpe
@@ -158,7 +159,7 @@ def test_a_run_from_nothing_with_a_template(tmp_path):
     chat = {"template": "chatml", "system": "be kind"}
     sources = {"demonstrations": {"path": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}
     tree["data"] = sources | {"chat": chat, "max_length": 64, "pack": False}
-    ready = build.build(parse(tree | {"batch": {"sequences_per_step": 4}}, "test"), jax.devices()[:1])
+    ready = build.build(resolve_config(parse(tree | {"batch": {"sequences_per_step": 4}}, "test")), jax.devices()[:1])
     end = ready.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert len(ready.tokenizer) <= 300 and ready.sampler.eos_ids == (1, end)
     with jax.set_mesh(ready.mesh):

@@ -12,6 +12,7 @@ import jaxrlhf
 from jaxrlhf.config import batch as arithmetic
 from jaxrlhf.config.check import batch_problems, data_problems, sections_read
 from jaxrlhf.config.load import parse
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data import batches, data_kinds
 from jaxrlhf.data.data_kinds import DATA_KINDS, DEMONSTRATIONS, kind_of_section
 from jaxrlhf.data.encode import Encoded
@@ -48,12 +49,13 @@ def test_a_kind_is_added_as_rows(songs, letters, tmp_path):
     assert {int(n) for n in found.sequences.valid.sum(1)} <= {2 * n for n in range(1, 9)}
     tree = {"run_dir": "r", "iterations": 1, "algorithm": {"name": "sft"}, "models": {"policy": {"init_from": "x"}}}
     run = parse(tree | {"batch": {"prompts_per_step": 3}, "data": {"max_length": 16, "pack": False}}, "test")
-    assert sections_read(run) == ["songs"] and arithmetic.rows_of(run) == {"sequences": 3}
+    resolved = resolve_config(run)
+    assert sections_read(resolved) == ["songs"] and arithmetic.rows_of(resolved) == {"sequences": 3}
     assert arithmetic.columns_of(run, "sequences", 2, shared=False) == 2 * 16 * 3
-    assert any(line.startswith("batch.prompts_per_step: 3: sft needs") for line in data_problems(run))
+    assert any(line.startswith("batch.prompts_per_step: 3: sft needs") for line in data_problems(resolved))
     sizes = {"slice": 1, "data": 2, "fsdp": 1, "decode": 1}
-    assert next(batch_problems(run, sizes)).startswith("batch.prompts_per_step: 3: 3 rows do not divide")
-    (shape,) = batch_shapes(run, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert next(batch_problems(resolved, sizes)).startswith("batch.prompts_per_step: 3: 3 rows do not divide")
+    (shape,) = batch_shapes(resolved, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert shape.sequences.tokens.shape == (3, 16)
 
 

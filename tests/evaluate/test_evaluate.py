@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.cli import app
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.evaluate import held_out
 from jaxrlhf.evaluate import report as reporting
 from jaxrlhf.evaluate.against_reference import PolicyEvaluation, Responses, sample_rows
@@ -183,7 +184,7 @@ def test_the_size_of_batches_changes_nothing(root, tmp_path):
     for rows in (4, 16):
         more = ["data.pack=false", "eval.size=20", f"batch.sequences_per_step={rows}"]
         cfg = runs.config("sft", root, tmp_path / str(rows), *more)
-        ready = build.build(cfg, jax.devices()[:1])
+        ready = build.build(resolve_config(cfg), jax.devices()[:1])
         with jax.set_mesh(ready.mesh):
             held = held_out.HeldOut(ready)
             result = held.run(initial_state(ready))
@@ -198,13 +199,13 @@ def test_the_size_of_batches_changes_nothing(root, tmp_path):
 def test_no_held_out_data_no_evaluation(root, tmp_path):
     runs.whole(root)
     cfg = runs.config("sft", root, tmp_path, "data.eval_demonstrations=null", "eval.every=0")
-    held = held_out.HeldOut(build.build(cfg, jax.devices()[:1]))
+    held = held_out.HeldOut(build.build(resolve_config(cfg), jax.devices()[:1]))
     assert held.run(None) is None  # type: ignore[arg-type]
 
 
 def test_sample_rows_are_text_without_padding_and_special_tokens(root, tmp_path):
     runs.whole(root)
-    ready = build.build(runs.config("sft", root, tmp_path), jax.devices()[:1])
+    ready = build.build(resolve_config(runs.config("sft", root, tmp_path)), jax.devices()[:1])
     ids = lambda text: ready.tokenizer.encode(text, add_special_tokens=False)
     prompt, response = [2, *ids("the film")], [*ids(" is warm"), 1]  # <bos>, <eos>
     tokens = np.array([[0, 0, *prompt, *response, 0], [0] * (len(prompt) + len(response) + 3)])

@@ -8,6 +8,7 @@ import pytest
 
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.plan import cost
 from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reached
@@ -188,8 +189,8 @@ def config(text: str = PPO, **changes) -> Config:
 
 
 def passes(cfg: Config) -> Passes:
-    drawn, _ = blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:1]), {})
-    return passes_of(drawn, list(batch_shapes(cfg, drawn.mesh))[-1])
+    drawn, _ = blueprint(resolve_config(cfg), make_mesh(cfg.mesh, jax.devices()[:1]), {})
+    return passes_of(drawn, list(batch_shapes(drawn.resolved, drawn.mesh))[-1])
 
 
 def test_what_ppo_asks_of_its_networks():

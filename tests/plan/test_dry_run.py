@@ -9,6 +9,7 @@ import pytest
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.cli import discover
 from jaxrlhf.config.load import dump, load
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.encode import Encoded
 from jaxrlhf.data.tokenizer import train_bpe
 from jaxrlhf.errors import ConfigError
@@ -69,7 +70,7 @@ def test_steps_of_an_epoch(checked):
 def test_memory_is_counted_for_the_devices_here(checked, root, tmp_path, monkeypatch):
     """Weights and Adam's moments exactly: 12 bytes a weight of the policy, 4 of the reference."""
     told, cfg = checked("dpo")
-    ready = build(cfg, keep=False)
+    ready = build(resolve_config(cfg), keep=False)
     leaves = jax.tree.leaves(parameter_table(ready.configs["policy"], "lm"), is_leaf=lambda x: hasattr(x, "init"))
     bytes_ = 16 * sum(math.prod(leaf.shape) for leaf in leaves)
     assert f"({bytes_ / GIB:.2f} weights and moments, " in told

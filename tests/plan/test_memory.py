@@ -9,6 +9,7 @@ import pytest
 from jaxrlhf.config.batch import asked_parts
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config, PrecisionConfig
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.calls import Pass, models_of, passes_of
@@ -52,10 +53,10 @@ def config(text: str, mesh: MeshConfig, **changes) -> Config:
 
 def drawn_for(cfg: Config):
     """(blueprint, its passes, models, setup) on eight devices."""
-    drawn, _ = blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:8]), {})
-    recipe = drawn.recipe._replace(num_micro=asked_parts(cfg))  # as on a TPU
+    drawn, _ = blueprint(resolve_config(cfg), make_mesh(cfg.mesh, jax.devices()[:8]), {})
+    recipe = drawn.recipe._replace(num_micro=asked_parts(drawn.resolved))  # as on a TPU
     drawn = dataclasses.replace(drawn, recipe=recipe)
-    passes = passes_of(drawn, list(batch_shapes(cfg, drawn.mesh))[-1])
+    passes = passes_of(drawn, list(batch_shapes(drawn.resolved, drawn.mesh))[-1])
     return drawn, passes, models_of(drawn), setup_of(cfg, jax.devices()[:8], drawn.recipe.optimizers)
 
 
@@ -87,7 +88,7 @@ def test_the_estimate_is_near_what_xla_allocates(text, mesh, changes):
     drawn, passes, models, setup = drawn_for(cfg)
     found = estimate(passes, models, setup)
     with jax.set_mesh(drawn.mesh):
-        batch = list(batch_shapes(cfg, drawn.mesh))[-1]
+        batch = list(batch_shapes(resolve_config(cfg), drawn.mesh))[-1]
         (program,) = compile_programs(drawn, abstract_state(drawn), batch).values()
     memory = program.compiled.memory_analysis()
     assert memory is not None

@@ -10,6 +10,7 @@ import pytest
 
 from jaxrlhf.config.batch import divisors
 from jaxrlhf.config.load import load
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import room
 from jaxrlhf.run.build import build
@@ -58,7 +59,7 @@ def test_a_check_refuses_a_batch_beyond_memory_too(command, written):
 
 
 def test_what_fits_exactly_is_let_through(written, monkeypatch):
-    ready = build(load(written), keep=False)
+    ready = build(resolve_config(load(written)), keep=False)
     with current(ready.mesh):
         need = room.bytes_on_device(abstract_state(ready)) * jax.device_count()
     for spare, refused in ((0, False), (-1, True)):
@@ -73,7 +74,7 @@ def test_what_fits_exactly_is_let_through(written, monkeypatch):
 
 def test_devices_of_other_processes_are_not_asked(written, monkeypatch):
     """Their memory is not here; of CPUs each machine holds the parts of its own devices alone."""
-    ready = build(load(written), keep=False)
+    ready = build(resolve_config(load(written)), keep=False)
     with current(ready.mesh):
         need = room.bytes_on_device(abstract_state(ready))
     asked = []

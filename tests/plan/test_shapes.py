@@ -9,6 +9,7 @@ import pytest
 
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -162,9 +163,9 @@ def test_batches_are_shaped_as_the_data_makes_them(root, tmp_path, name, one_dev
         f"models.{role}={{architecture: {{hidden_size: 16, max_positions: 64}}}}" for role in ("policy", "reward")
     ]
     more = [] if name == "sft" else [text, "tokenizer.train_vocab_size=300", *random]
-    ready = build(runs.config(name, root, tmp_path, *more))
+    ready = build(resolve_config(runs.config(name, root, tmp_path, *more)))
     host, _ = Feed(ready).next()
-    (described,) = batch_shapes(ready.cfg, ready.mesh)
+    (described,) = batch_shapes(ready.resolved, ready.mesh)
     assert jax.tree.structure(host) == jax.tree.structure(described)
     for ours, theirs in zip(jax.tree.leaves(described), jax.tree.leaves(host)):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
@@ -173,7 +174,7 @@ def test_batches_are_shaped_as_the_data_makes_them(root, tmp_path, name, one_dev
 def test_there_is_a_batch_for_every_prompt_bucket():
     cfg = config("{policy: {architecture: {vocab_size: 64}}, reward: {init_from: policy}}")
     mesh = make_mesh(MeshConfig(), jax.devices()[:8])
-    widths = [batch.prompts.tokens.shape for batch in batch_shapes(cfg, mesh)]
+    widths = [batch.prompts.tokens.shape for batch in batch_shapes(resolve_config(cfg), mesh)]
     assert widths == [(8, 8)]
 
 
@@ -187,10 +188,11 @@ def test_no_bucket_is_compiled_that_no_prompt_of_the_data_needs(root, tmp_path, 
     more += [f"data.demonstrations={{path: {runs.text(root)}/demonstrations.jsonl}}", "tokenizer.train_vocab_size=300"]
     more += [f"data.prompts={{path: {tmp_path}/p.jsonl}}", "data.eval_prompts=null"]
     more += ["data.too_long=drop"]
-    ready = build(runs.config("ppo", root, tmp_path, *more))
+    ready = build(resolve_config(runs.config("ppo", root, tmp_path, *more)))
     buckets = {(8, 16, 64): [8], (4, 16, 64): [4, 16], (5,): [5], (2, 4, 5): [2, 4, 5], (2, 6, 7): [2, 6]}
     cases = [("drop", given, left) for given, left in buckets.items()]
     for too_long, widths, compiled in [*cases, ("truncate", (8, 16, 64), [8, 16, 64])]:
         data = dataclasses.replace(ready.cfg.data, prompt_buckets=widths, too_long=too_long)
-        feed = Feed(dataclasses.replace(ready, cfg=dataclasses.replace(ready.cfg, data=data)))
+        changed = dataclasses.replace(ready.resolved, cfg=dataclasses.replace(ready.cfg, data=data))
+        feed = Feed(dataclasses.replace(ready, resolved=changed))
         assert [batch.prompts.tokens.shape[1] for batch in feed.shapes()] == compiled

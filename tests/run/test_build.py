@@ -18,6 +18,7 @@ from jaxrlhf import train as trainer
 from jaxrlhf.cli import app
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config, RoleConfig
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.chat import ChatConfig
 from jaxrlhf.errors import ConfigError
@@ -72,7 +73,9 @@ def foreign(whole, tmp_path) -> Path:
 def test_models_from_files_must_fit_the_mesh_and_the_rows(ppo, changes, pattern):
     shape = resolve(ModelConfig(**{"vocab_size": 300, "hidden_size": 32, "mlp_size": 48} | changes))
     mesh = make_mesh(MeshConfig(1, 2, 4), jax.devices()[:8])
-    check = lambda: check_shapes(ppo(), {"policy": build.Weights("hf", "some/folder", shape, "lm")}, mesh)
+    check = lambda: check_shapes(
+        resolve_config(ppo()), {"policy": build.Weights("hf", "some/folder", shape, "lm")}, mesh
+    )
     if pattern is None:
         return check()
     with pytest.raises(ConfigError, match=r"^models\.policy: some/folder: " + pattern) as error:
@@ -101,9 +104,9 @@ def test_a_kernel_is_refused_or_passed_over_in_one_line(monkeypatch, asked, hard
     weights = {"policy": build.Weights("hf", "some/folder", resolve(ModelConfig(vocab_size=300)), "lm")}
     if line:
         with pytest.raises(ConfigError, match=f"^{line}.* \\(models.policy: some/folder\\)$"):
-            check_shapes(cfg, weights, mesh)
+            check_shapes(resolve_config(cfg), weights, mesh)
         return
-    check_shapes(cfg, weights, mesh)
+    check_shapes(resolve_config(cfg), weights, mesh)
     notes = kernels_passed_over(cfg, mesh, {"policy": weights["policy"].config})
     assert len(notes) == len(said) and all(map(re.match, said, notes))
 
@@ -114,7 +117,7 @@ def test_packed_responses_want_a_kernel_that_computes_them(monkeypatch, platform
     tree = {"run_dir": "r", "iterations": 1, "algorithm": {"name": "sft"}, "batch": {"pack_widths": 4}}
     cfg = parse(tree | {"models": {"policy": {"init_from": "x"}}}, "test")
     weights = {"policy": build.Weights("hf", "some/folder", resolve(ModelConfig(vocab_size=300)), "lm")}
-    check = lambda: check_shapes(cfg, weights, make_mesh(MeshConfig(), jax.devices()[:1]))
+    check = lambda: check_shapes(resolve_config(cfg), weights, make_mesh(MeshConfig(), jax.devices()[:1]))
     if not refused:
         return check()
     with pytest.raises(ConfigError) as error:
@@ -128,7 +131,7 @@ def tokenizer_of(run: Path) -> str:
 
 
 def started(cfg: Config) -> tuple[build.Run, TrainState]:
-    ready = build.build(cfg, jax.devices()[:1])
+    ready = build.build(resolve_config(cfg), jax.devices()[:1])
     with jax.set_mesh(ready.mesh):
         return ready, initial_state(ready)
 
@@ -154,7 +157,7 @@ def equal(first: Any, second: Any) -> bool:
 def test_a_model_with_another_tokenizer_is_refused(ppo, foreign, tmp_path, whole, role):
     cfg = ppo(f"models.{role}={{init_from: {foreign}}}", f"tokenizer.init_from={whole / 'sft'}")
     with pytest.raises(ConfigError) as error:
-        build.build(cfg)
+        build.build(resolve_config(cfg))
     assert str(error.value).startswith(f"models.{role}.init_from: {foreign}: token ids mean other text to it: id 2")
     assert "in the run's tokenizer and" in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "ppo").exists()
@@ -174,17 +177,17 @@ def test_the_command_refuses_it_in_one_line_and_starts_nothing(root, whole, fore
 def test_a_start_that_came_to_nothing_leaves_no_tokenizer_behind(ppo, foreign, whole, tmp_path):
     """Neither when it was refused, nor when it ended before its first checkpoint."""
     with pytest.raises(ConfigError, match="token ids"):
-        build.build(ppo(f"models.policy.init_from={foreign}"))
-    build.build(ppo(f"models.policy.init_from={foreign}", "models.reward={init_from: policy}"))
+        build.build(resolve_config(ppo(f"models.policy.init_from={foreign}")))
+    build.build(resolve_config(ppo(f"models.policy.init_from={foreign}", "models.reward={init_from: policy}")))
     assert tokenizer_of(tmp_path / "ppo") == tokenizer_of(foreign)
-    build.build(ppo())
+    build.build(resolve_config(ppo()))
     assert tokenizer_of(tmp_path / "ppo") == tokenizer_of(whole / "sft") != tokenizer_of(foreign)
 
 
 def test_a_run_with_a_checkpoint_keeps_its_tokenizer(whole, root, tmp_path):
     run = runs.copy_run(whole / "sft", tmp_path / "sft", 2)
     before = {path: path.stat().st_mtime_ns for path in (run / "tokenizer").iterdir()}
-    ready = build.build(runs.config("sft", root, tmp_path))
+    ready = build.build(resolve_config(runs.config("sft", root, tmp_path)))
     assert tokenizers.fingerprint(ready.tokenizer) == tokenizer_of(whole / "sft")
     assert before == {path: path.stat().st_mtime_ns for path in (run / "tokenizer").iterdir()}
 
@@ -194,7 +197,7 @@ def test_a_vocabulary_that_is_too_small(root, tmp_path):
     with pytest.raises(
         ConfigError, match=r"^models\.policy: vocab_size 280 is less than the 300 tokens of the tokenizer$"
     ):
-        build.build(cfg)
+        build.build(resolve_config(cfg))
 
 
 @pytest.mark.parametrize("role", ["policy", "reward"])
@@ -256,7 +259,7 @@ def test_a_run_s_tokenizer_names_its_endings(whole):
 def test_an_origin_that_is_not_there_is_one_line(ppo, tmp_path, role):
     cfg = ppo(f"models.{role}.init_from={tmp_path}/nowhere/run")
     with pytest.raises(ConfigError) as error:
-        build.build(cfg)
+        build.build(resolve_config(cfg))
     assert str(error.value).startswith(f"models.{role}.init_from: '{tmp_path}/nowhere/run': there is no such folder")
     assert "\n" not in str(error.value)
 
@@ -264,7 +267,7 @@ def test_an_origin_that_is_not_there_is_one_line(ppo, tmp_path, role):
 def test_a_run_that_has_saved_nothing_yet_is_one_line(ppo, whole, tmp_path):
     run = runs.copy_run(whole / "rm", tmp_path / "early", 0)
     with pytest.raises(FileNotFoundError, match="early: no checkpoint in it"):
-        build.build(ppo(f"models.reward.init_from={run}"))
+        build.build(resolve_config(ppo(f"models.reward.init_from={run}")))
 
 
 def test_roles_that_start_from_roles(ppo):
@@ -378,11 +381,11 @@ def test_every_eos_token_stays_one_when_a_run_goes_on(root, folder, tmp_path, pp
     monkeypatch.setattr(programs, "make_iteration", make)
     off = ["eval.every=0", "data.eval_demonstrations=null", "log.tensorboard=false", "tokenizer.train_vocab_size=null"]
     cfg = runs.config("sft", root, tmp_path, *off, f"models.policy={{init_from: {folder}}}")
-    assert build.build(cfg).sampler.eos_ids == (1, 7)
+    assert build.build(resolve_config(cfg)).sampler.eos_ids == (1, 7)
     assert trainer.run(cfg) == "done"
-    assert build.build(cfg).weights["policy"].kind == "run"
-    assert build.build(cfg).sampler.eos_ids == (1, 7)
-    assert build.build(ppo(f"models.policy.init_from={cfg.run_dir}")).sampler.eos_ids == (1, 7)
+    assert build.build(resolve_config(cfg)).weights["policy"].kind == "run"
+    assert build.build(resolve_config(cfg)).sampler.eos_ids == (1, 7)
+    assert build.build(resolve_config(ppo(f"models.policy.init_from={cfg.run_dir}"))).sampler.eos_ids == (1, 7)
     mesh = writer.make_mesh(writer.MeshConfig())
     with jax.set_mesh(mesh):
         assert writer.read_model(cfg.run_dir, mesh).ids.eos == (1, 7)
@@ -400,14 +403,14 @@ def test_schedules_end_with_the_run(root, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "make_optimizer", lambda cfg, total: told.append((cfg, total)) or real(cfg, total))
     runs.whole(root)
     optimizer = ["optimizer.value.learning_rate=0.5", "optimizer.value.delay=3", "batch.micro_batch_size=8"]
-    ready = build.build(runs.config("ppo", root, tmp_path, *optimizer, "iterations=5"))
+    ready = build.build(resolve_config(runs.config("ppo", root, tmp_path, *optimizer, "iterations=5")))
     assert sorted(total for _, total in told) == [(5 - 3) * 4, 5 * 4, 5 * 4]
     assert sorted(cfg.learning_rate for cfg, _ in told) == [1e-3, 1e-3, 0.5]
     assert ready.recipe.delays == {"policy": 0, "value": 3, "reward": 0} and ready.recipe.num_micro == 1
 
 
 def test_the_vocabulary_is_the_tokenizer_s(root, tmp_path):
-    ready = build.build(runs.config("sft", root, tmp_path))
+    ready = build.build(resolve_config(runs.config("sft", root, tmp_path)))
     assert ready.configs["policy"].vocab_size == len(ready.tokenizer) == 300
     assert parameters.padded_vocab(ready.configs["policy"]) >= 300
     assert os.path.exists(tmp_path / "sft" / "tokenizer" / "tokenizer.json")

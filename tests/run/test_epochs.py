@@ -1,5 +1,6 @@
 """`epochs:` in place of `iterations:`: counted in rows of the training data, before optimizers are made."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from jaxrlhf import train
 from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.config.load import load
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data import batches
 from jaxrlhf.data.data_kinds import DEMONSTRATIONS, PROMPTS
 from jaxrlhf.data.sources import open_source
@@ -55,9 +57,11 @@ def config(tmp_path):
 @pytest.mark.parametrize("count, iterations", [(1, 3), (2, 5), (0.5, 2), (0.01, 1)])
 def test_epochs_become_iterations(name, count, iterations, config):
     """By hand: 10 rows, 4 an iteration; the last epoch is ended, so that every row has been seen."""
-    cfg = epochs.with_iterations(config(name, count, "data.pack=false"), TOKENIZER, eos_ids(TOKENIZER))
-    assert (cfg.iterations, cfg.epochs) == (iterations, None)
-    assert epochs.with_iterations(cfg, TOKENIZER, eos_ids(TOKENIZER)) is cfg
+    given = resolve_config(config(name, count, "data.pack=false"))
+    counted = epochs.with_iterations(given, TOKENIZER, eos_ids(TOKENIZER))
+    assert (counted.cfg.iterations, counted.cfg.epochs) == (iterations, None)
+    assert counted == dataclasses.replace(given, cfg=counted.cfg)
+    assert epochs.with_iterations(counted, TOKENIZER, eos_ids(TOKENIZER)) is counted
 
 
 def test_packed_rows_are_counted_as_the_stream_makes_them(config):
@@ -65,18 +69,18 @@ def test_packed_rows_are_counted_as_the_stream_makes_them(config):
     source = open_source(cfg.data.demonstrations, "demonstrations", cache_dir=cfg.data.cache_dir)  # type: ignore[arg-type]
     stream = batches.stream(DEMONSTRATIONS, source, TOKENIZER, cfg.data, rows=4, seed=cfg.seed)
     assert 1 < stream.rows < 10  # the 10 kept have 11 tokens at most, and share rows of 24
-    counted = epochs.with_iterations(cfg, TOKENIZER, eos_ids(TOKENIZER))
-    assert counted.iterations == -(-3 * stream.rows // 4)
+    counted = epochs.with_iterations(resolve_config(cfg), TOKENIZER, eos_ids(TOKENIZER))
+    assert counted.cfg.iterations == -(-3 * stream.rows // 4)
     shown = epochs.describe_epochs(counted, stream.rows)
-    assert (
-        f"{counted.iterations} iterations of 4 sequences = " in shown
-        and f"data.demonstrations ({stream.rows} rows)" in shown
-    )
+    assert f"{counted.cfg.iterations} iterations of 4 sequences = " in shown
+    assert f"data.demonstrations ({stream.rows} rows)" in shown
 
 
 def test_a_run_that_ends_within_its_warm_up_says_so(config):
     """By hand: 10 rows, 4 an iteration: 3 iterations, the last of which learns at 2 of 10 parts of the rate."""
-    make = lambda name, *more: epochs.with_iterations(config(name, 1, *more), TOKENIZER, eos_ids(TOKENIZER))
+    make = lambda name, *more: epochs.with_iterations(
+        resolve_config(config(name, 1, *more)), TOKENIZER, eos_ids(TOKENIZER)
+    )
     warm = lambda steps, name="dpo", *more: epochs.describe_short_run(
         make(name, f"optimizer.default.warmup_steps={steps}", *more), 10
     )
@@ -100,22 +104,23 @@ def test_an_iteration_that_takes_rows_more_than_once_says_so(config):
     one = ["iterations=1", "epochs=null"]
     said = "batch.{}_per_step: {}: more than data.{}: an iteration takes each {} times; nearest: {}"
     pairs = said.format("preferences", 40, "preferences has (10 rows)", "4", 10)
-    assert epochs.describe_short_run(config("dpo", 1, "batch.preferences_per_step=40", *one), 10) == [pairs]
+    make = lambda name, *more: resolve_config(config(name, 1, *more, *one))
+    assert epochs.describe_short_run(make("dpo", "batch.preferences_per_step=40"), 10) == [pairs]
     packed = said.format("sequences", 4, "demonstrations has (3 rows, once packed)", "1.33", 3)
-    assert epochs.describe_short_run(config("sft", 1, *one), 3) == [packed]
-    assert epochs.describe_short_run(config("sft", 1, *one), 4) == []
+    assert epochs.describe_short_run(make("sft"), 3) == [packed]
+    assert epochs.describe_short_run(make("sft"), 4) == []
 
 
 def test_one_is_not_plural(config):
-    cfg = config("sft", 1, "iterations=1", "epochs=null")
-    assert epochs.describe_epochs(cfg, 4) == "1 iteration of 4 sequences = 1 epoch of data.demonstrations (4 rows)"
-    assert epochs.describe_epochs(cfg, 2) == "1 iteration of 4 sequences = 2 epochs of data.demonstrations (2 rows)"
+    one = resolve_config(config("sft", 1, "iterations=1", "epochs=null"))
+    assert epochs.describe_epochs(one, 4) == "1 iteration of 4 sequences = 1 epoch of data.demonstrations (4 rows)"
+    assert epochs.describe_epochs(one, 2) == "1 iteration of 4 sequences = 2 epochs of data.demonstrations (2 rows)"
     updates = "1 epoch x 1 minibatch of 4 = 1 update an iteration"
-    assert describe_batch(cfg, 1) == f"batch: 4 sequences -> {updates}; micro-batches of 4 (1 a minibatch)"
+    assert describe_batch(one, 1) == f"batch: 4 sequences -> {updates}; micro-batches of 4 (1 a minibatch)"
 
 
 def test_as_many_iterations_see_every_row(config):
-    cfg = epochs.with_iterations(config("ppo", 2), TOKENIZER, ())
+    cfg = epochs.with_iterations(resolve_config(config("ppo", 2)), TOKENIZER, ()).cfg
     source = open_source(cfg.data.prompts, "prompts", cache_dir=cfg.data.cache_dir)  # type: ignore[arg-type]
     stream = batches.stream(PROMPTS, source, TOKENIZER, cfg.data, rows=4, seed=0)
     seen = [record["prompt"] for _ in range(cfg.length) for record in next(stream).columns or []]
@@ -145,17 +150,17 @@ def test_a_run_trains_for_its_epochs_and_goes_on_for_more(root, tmp_path, one_de
 
 def test_a_plan_counts_what_is_here_and_says_what_it_needs(config, monkeypatch, tmp_path):
     cfg = config("sft", 1, "models.policy={architecture: {}}", "tokenizer.train_vocab_size=300")
-    counted, why = with_length(cfg)
-    assert why == "" and counted.length >= 1 and counted.epochs is None
+    counted, why = with_length(resolve_config(cfg))
+    assert why == "" and counted.cfg.length >= 1 and counted.cfg.epochs is None
     away = {
         "data.demonstrations={tfds: a/b}": "data.demonstrations is no local file",
         "data.demonstrations={path: gs://bucket/a.jsonl}": "data.demonstrations is no local file",
         "data.demonstrations={path: nowhere.jsonl}": "data.demonstrations.path",
     }
     for change, said in away.items():
-        counted, why = with_length(config("sft", 1, "tokenizer.train_vocab_size=300", change))
-        assert counted.length == 1 and why.startswith(f"epochs: 1: can't be counted here: {said}")
-    counted, why = with_length(config("dpo", 2, "models.policy.init_from=some/model"))
+        counted, why = with_length(resolve_config(config("sft", 1, "tokenizer.train_vocab_size=300", change)))
+        assert counted.cfg.length == 1 and why.startswith(f"epochs: 1: can't be counted here: {said}")
+    counted, why = with_length(resolve_config(config("dpo", 2, "models.policy.init_from=some/model")))
     assert why == "epochs: 2: can't be counted here: the tokenizer of some/model is not here"
     plan = Plan(counted, *[None] * 9, uncounted=why)  # type: ignore[arg-type]
     assert report.whole_run(plan) == f"the run: {why}; iterations=N (and epochs=null) says how long it takes"

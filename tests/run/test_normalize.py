@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.algorithms import rm
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.run import build, feed, normalize
 from jaxrlhf.run.checkpoint import restore
 from jaxrlhf.run.initial_state import abstract_state
@@ -43,7 +44,7 @@ def trained(root) -> tuple[build.Run, TrainState]:
     """The reward model at the end of its run."""
     (done,) = runs.whole(root)
     assert done.code == 0, done.errors
-    ready = build.build(runs.config("rm", root, root / "whole"), jax.devices()[:1])
+    ready = build.build(resolve_config(runs.config("rm", root, root / "whole")), jax.devices()[:1])
     with jax.set_mesh(ready.mesh):
         return ready, restore(root / "whole" / "rm", 4, abstract_state(ready))
 
@@ -117,6 +118,6 @@ def test_only_the_head_changes(trained):
 def test_nothing_happens_unless_it_is_asked_for(root, tmp_path: Path, name):
     runs.whole(root)
     more = ["algorithm.normalize_samples=0"] if name == "rm" else []
-    ready = build.build(runs.config(name, root, tmp_path, *more), jax.devices()[:1])
+    ready = build.build(resolve_config(runs.config(name, root, tmp_path, *more)), jax.devices()[:1])
     state = object()
     assert normalize.finish(ready, state, say=pytest.fail) is state  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.config.load import parse
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.meaning import foreign_ids
 from jaxrlhf.errors import ConfigError
@@ -74,7 +75,7 @@ def config(tmp_path, algorithm: str, **models: Any):
 def refused(cfg, *parts: str) -> None:
     """``build`` refuses it in one line with all ``parts``, and reads no weights."""
     with pytest.raises(ConfigError) as error:
-        build.build(cfg, jax.devices()[:1])
+        build.build(resolve_config(cfg), jax.devices()[:1])
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
@@ -118,12 +119,15 @@ def test_a_reference_of_random_weights_is_refused_but_a_copy_of_a_random_policy_
     refused(config(tmp_path, "dpo", policy=policy, reference=random), "models.reference.architecture: its weights")
     more = {"init_from": model("other")}
     cfg = config(tmp_path, "dpo", policy=random, reference="policy")
-    build.build(dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, **more)), jax.devices()[:1])
+    build.build(
+        resolve_config(dataclasses.replace(cfg, tokenizer=dataclasses.replace(cfg.tokenizer, **more))),
+        jax.devices()[:1],
+    )
 
 
 def test_roles_that_learn_may_start_without_a_head(model, tmp_path):
     for reward in (model("lm"), model("headless", "scalar", change=drop("score.weight"))):
-        ready = build.build(config(tmp_path, "rm", reward=reward), jax.devices()[:1])
+        ready = build.build(resolve_config(config(tmp_path, "rm", reward=reward)), jax.devices()[:1])
         with current(ready.mesh):
             head = read_weights(ready, "reward")["head"]
         assert np.std(np.asarray(head["kernel"])) > 0.05 and not np.any(head["bias"])
@@ -131,7 +135,7 @@ def test_roles_that_learn_may_start_without_a_head(model, tmp_path):
 
 def test_a_reward_model_for_evaluation_alone_is_checked_too(model, tmp_path):
     cfg = config(tmp_path, "dpo", policy=model("policy"), reward=model("lm"))
-    ready = build.build(cfg, jax.devices()[:1])
+    ready = build.build(resolve_config(cfg), jax.devices()[:1])
     with pytest.raises(ConfigError, match=r"^models\.reward\.init_from: .*lm: is a language model: the head would be"):
         build.with_roles(ready, {"reward": "scalar"}, ready.sampler)
 
@@ -139,7 +143,7 @@ def test_a_reward_model_for_evaluation_alone_is_checked_too(model, tmp_path):
 def test_a_reference_for_evaluation_may_copy_a_random_policy(model, tmp_path):
     cfg = config(tmp_path, "sft", policy={"architecture": {"hidden_size": 32}}, reference="policy")
     start = dataclasses.replace(cfg.tokenizer, init_from=model("other"))
-    ready = build.build(dataclasses.replace(cfg, tokenizer=start), jax.devices()[:1])
+    ready = build.build(resolve_config(dataclasses.replace(cfg, tokenizer=start)), jax.devices()[:1])
     assert build.with_roles(ready, {"reference": "lm"}, ready.sampler).weights["reference"].kind == "new"
 
 
@@ -260,7 +264,9 @@ OTHER = {
 def test_reward_models_whose_ids_mean_the_same_are_accepted(model, trained, tmp_path, name):
     theirs = changed(trained, **SAME[name])
     reward = model("reward", "scalar", tokenizer=theirs)
-    ready = build.build(config(tmp_path, "grpo", policy=model("policy"), reward=reward), jax.devices()[:1])
+    ready = build.build(
+        resolve_config(config(tmp_path, "grpo", policy=model("policy"), reward=reward)), jax.devices()[:1]
+    )
     assert ready.sampler.sampling.banned == () and tokenizers.unreadable(ready.tokenizer) == {}
 
 
@@ -269,7 +275,7 @@ def test_an_id_or_a_text_that_differs_is_named(model, trained, tmp_path, name):
     change, said = OTHER[name]
     reward = model("reward", "scalar", tokenizer=changed(trained, change))
     with pytest.raises(ConfigError, match=rf"^models\.reward\.init_from: .*/reward: token ids mean .*{said}"):
-        build.build(config(tmp_path, "grpo", policy=model("policy"), reward=reward), jax.devices()[:1])
+        build.build(resolve_config(config(tmp_path, "grpo", policy=model("policy"), reward=reward)), jax.devices()[:1])
 
 
 def test_digits_split_otherwise_are_named(trained):
@@ -291,7 +297,7 @@ def test_a_token_without_an_embedding_is_refused_in_the_record_that_holds_it(mod
     start = model("policy", tokenizer=changed(trained, **LONGER))
     roles = {"policy": start} | ({"reward": model("reward", "scalar")} if algorithm == "grpo" else {})
     cfg = config(tmp_path, algorithm, **roles)
-    ready = build.build(cfg, jax.devices()[:1])
+    ready = build.build(resolve_config(cfg), jax.devices()[:1])
     assert len(ready.tokenizer) == VOCAB + 1 and ready.configs["policy"].vocab_size == VOCAB
     feed.Feed(ready)
     rows = tmp_path / "rows.jsonl"
@@ -306,7 +312,7 @@ def test_a_token_without_an_embedding_is_refused_in_the_record_that_holds_it(mod
 
 def test_a_pad_token_without_an_embedding_fills_no_rows(model, trained, tmp_path):
     start = model("policy", tokenizer=changed(trained, add("[PAD]"), pad_token="[PAD]"))
-    ready = build.build(config(tmp_path, "sft", policy=start), jax.devices()[:1])
+    ready = build.build(resolve_config(config(tmp_path, "sft", policy=start)), jax.devices()[:1])
     assert ready.tokenizer.pad_token_id == VOCAB and ready.sampler.pad_id == ready.tokenizer.eos_token_id
     batch, _ = feed.Feed(ready).next()
     assert np.asarray(batch.sequences.tokens).max() < VOCAB
@@ -319,7 +325,7 @@ def test_what_a_reward_model_cannot_read_is_never_sampled(model, trained, tmp_pa
     roles = {"policy": model("policy", shape=wide, tokenizer=ours)}
     roles["reward"] = model("reward", "scalar", dataclasses.replace(SHAPE, vocab_size=VOCAB + 2), theirs)
     cfg = config(tmp_path, "grpo", **roles)
-    ready = build.build(cfg, jax.devices()[:1])
+    ready = build.build(resolve_config(cfg), jax.devices()[:1])
     assert ready.sampler.sampling.banned == (281, 282, 283)
     assert tokenizers.unreadable(ready.tokenizer) == {281: "models.reward: to it the id is '<reserved>'"}
     logits = np.asarray(shape_logits(jnp.zeros((1, 284)), ready.sampler.sampling, jnp.zeros(1, jnp.int32)))

@@ -1,10 +1,12 @@
 """Every key of a config changed on resume: it goes on and says so, or is refused in one line with the way out; and what
 a signal in an evaluation leaves to go on from."""
 
+import collections
 import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
@@ -16,10 +18,13 @@ import pytest
 from etils import epath
 
 from jaxrlhf import train as trainer
+from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.config import roles
 from jaxrlhf.config.check import check
 from jaxrlhf.config.field_types import bare, type_under
 from jaxrlhf.config.load import dump, load
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.held_out import HeldOut, Result
@@ -137,7 +142,7 @@ class Saved:
 
     @contextlib.contextmanager
     def opened(self, cfg: Config):
-        ready = build(cfg)
+        ready = build(resolve_config(cfg))
         nothing = lambda *_: None
         log: Any = SimpleNamespace(say=nothing, flush=nothing, check_owner=nothing)
         log.doing = lambda _: contextlib.nullcontext()
@@ -180,7 +185,7 @@ def test_every_key_is_told_or_refused(saved):
             continue
         check(cfg, 1)
         try:
-            lines = changes_since_saved(saved_run.SavedRuns(), cfg)
+            lines = changes_since_saved(saved_run.SavedRuns(), resolve_config(cfg))
         except ConfigError as error:
             check_refusal(error, key, cfg.run_dir)
             refused.add(key)
@@ -205,7 +210,7 @@ def test_what_is_told_can_be_restored_or_is_refused_then(saved, monkeypatch, key
     for key in keys or saved.keys:
         cfg = saved.changed(key)
         with contextlib.suppress(ConfigError):
-            if cfg is None or not changes_since_saved(saved_run.SavedRuns(), cfg):
+            if cfg is None or not changes_since_saved(saved_run.SavedRuns(), resolve_config(cfg)):
                 continue
             try:
                 state = saved.restored(cfg)
@@ -236,6 +241,51 @@ def test_a_kl_coefficient_that_the_config_changes_is_taken(saved, monkeypatch, c
     one_device(monkeypatch)
     cfg = saved.config(*changes)
     np.testing.assert_allclose(ppo.kl_coef(saved.restored(cfg), cfg.algorithm), expected, rtol=1e-6)
+
+
+# ---- one resolution -------------------------------------------------------------------------------------------------
+
+
+class Reached(Exception):
+    """A start has come to its compilation."""
+
+
+def calls_of_start(patch: pytest.MonkeyPatch, start: Callable[[], Any]) -> collections.Counter[str]:
+    """How often a start, up to its compilation, looks for its algorithm, and asks that about the config."""
+    calls: collections.Counter[str] = collections.Counter()
+
+    def counting(name: str, function: Callable) -> Callable:
+        def call(*given: Any) -> Any:
+            calls[name] += 1
+            return function(*given)
+
+        return call
+
+    def stop(self: Any, state: TrainState) -> None:
+        raise Reached
+
+    parts = {part: counting(part, getattr(ALGORITHMS["ppo"], part)) for part in ("roles", "batch", "updates")}
+    patch.setitem(ALGORITHMS, "ppo", ALGORITHMS["ppo"]._replace(**parts))
+    patch.setattr(roles, "find", counting("find", roles.find))
+    patch.setattr(trainer.Trainer, "compile", stop)
+    with pytest.raises(Reached):
+        start()
+    return calls
+
+
+@pytest.mark.parametrize("resumed, read", [(False, 1), (True, 4)])
+def test_a_start_resolves_its_config_once(saved, monkeypatch, tmp_path, resumed, read):
+    """``read``: configs that are read from text, whose algorithm names their fields: the run's own; resumed, as the
+    checkpoint has them: twice to compare (one of them its own again), and once for what the KL controller began with.
+    """
+    one_device(monkeypatch)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if resumed:
+        runs.copy_run(Path(saved.cfg.run_dir), tmp_path / "run", STEP)
+    start = lambda: trainer.run(saved.config(f"run_dir={tmp_path}/run", "log.tensorboard=false"))
+    calls = calls_of_start(monkeypatch, start)
+    assert calls["batch"] == calls["updates"] == 1
+    assert 1 < calls["find"] <= read + 1 and 1 < calls["roles"] <= read + 1
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------

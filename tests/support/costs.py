@@ -23,6 +23,7 @@ from jaxrlhf.answers import Answered
 from jaxrlhf.benchmarks.case import Case, Shape, ready, shaped, without_world
 from jaxrlhf.benchmarks.rows import random_batch, whole_rows
 from jaxrlhf.benchmarks.work import count_work
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run.initial_state import abstract_state
@@ -78,7 +79,7 @@ def case_of(name: str, devices: int, vocab: int = VOCAB) -> Case:
             [*overrides, *heads, LOOPS, *(EIGHT if devices == 8 else ())],
         )
     )
-    return ready(*blueprint(cfg, make_mesh(cfg.mesh, jax.devices()[:devices]), {}), "dense")
+    return ready(*blueprint(resolve_config(cfg), make_mesh(cfg.mesh, jax.devices()[:devices]), {}), "dense")
 
 
 # ---- traced ---------------------------------------------------------------------------------------------------------
