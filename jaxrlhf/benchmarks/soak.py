@@ -23,6 +23,7 @@ SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 FULL = "full disk"  # in the place of a signal
 PATIENCE = 300.0  # seconds that a run may go on without its moment, and after its signal
 COLD = 3  # moments in compilation before which the cache of compiled programs is emptied
+ONCE = ("import", "load", "compile")  # phases that a process is in once: a signal that is late comes in the next one
 DISK = 20.0  # seconds that a disk is full at most
 # exit codes besides 0 of a run that was done: before Python has handlers a signal ends the process by itself
 CODES = {"SIGKILL": {-9}, "SIGTERM": {75}, "SIGINT": {130}, FULL: {1, 2}}
@@ -163,7 +164,7 @@ def disturb(processes: Sequence[Process], moment: Moment, lengths: Mapping[str, 
             time.sleep(LOOK)
         if phase == ENDED:
             return None
-        if phase != moment.phase:
+        if phase != moment.phase and moment.phase not in ONCE:
             skip, share = max(skip - 1, 0), share if skip else share / 2  # it was shorter this time
             continue
         if moment.what == FULL:

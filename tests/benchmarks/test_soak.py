@@ -45,6 +45,7 @@ for _ in range(20):
 
 
 def process(folder: Path, source: str = TRAINING) -> Process:
+    folder.mkdir(exist_ok=True)
     return Process([sys.executable, "-S", "-c", textwrap.dedent(source)], folder, folder / "run", {})
 
 
@@ -66,6 +67,14 @@ def test_a_signal_comes_in_its_phase(tmp_path, phase):
     codes = soak_process.finish([running], 10.0)
     assert soak.complaint(moment, phase, codes, [running]) == ""
     assert running.phase() == ENDED
+
+
+def test_a_phase_that_was_shorter_than_usual_is_waited_for_again_where_it_comes_again(tmp_path):
+    again = process(tmp_path / "a")
+    assert soak.disturb([again], Moment("SIGKILL", "reward", 1.0, 0, 0), {"reward": 0.2}) == "reward"
+    once = process(tmp_path / "b")
+    assert soak.disturb([once], Moment("SIGKILL", "compile", 1.0, 0, 0), {"compile": 5.0}) not in ("compile", None)
+    assert soak_process.finish([again, once], 10.0) == [-9, -9]
 
 
 def test_what_ends_otherwise_than_it_should_is_told(tmp_path):
