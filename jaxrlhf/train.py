@@ -424,10 +424,10 @@ class Trainer:
             "unreadable": {str(id): why for id, why in unreadable(self.ready.tokenizer).items()},
             "data": self.feed.get_state(),
         }
-        self.log.flush()
         evaluated, scores = self.scores
         with self.log.doing("saving"), self.limit.saving():
-            failed = self.saved.save(step, state, extra, scores if evaluated == step else None)
+            known = scores if evaluated == step else None
+            failed = self.saved.save(step, state, extra, known, first=self.log.flush)  # those rows will not come again
         if failed:
             self.log.say(failed)
         self.unmeasured = None

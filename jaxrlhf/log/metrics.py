@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 from etils import epath
 
+from jaxrlhf.log.events import Events
 from jaxrlhf.log.progress import Lines, open_progress, silent, summary
 from jaxrlhf.log.rows import JsonLines, plain
 from jaxrlhf.log.run_dir import is_local, keep_lock, lock_run_dir
@@ -57,7 +57,8 @@ class MetricsLog:
         last_step = start if start else -1  # at step 0 nothing is done yet: not even the evaluation before training
         self.metrics = JsonLines(path, "metrics", last_step, parts=not is_local(path))
         self.sampled = JsonLines(path, "samples", last_step, parts=not is_local(path))
-        self.events = event_writer(path, start) if cfg.tensorboard and is_local(path) else None
+        self.events = Events(path, start) if cfg.tensorboard and is_local(path) else None
+        self.failing: dict[str, str] = {}  # file that can't be written -> why
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row: ``step``, ``time`` (Unix seconds) and the metrics; NaN and infinity as null, counted, warned of."""
@@ -68,9 +69,9 @@ class MetricsLog:
         for key in values.keys() - finite.keys():
             self.warn(step, key, metrics[key])
         self.metrics.append({"step": step, "time": round(time.time(), 3), **values})
-        for key, value in finite.items():
-            if self.events:
-                self.events.add_scalar(key, value, step)
+        if self.events:
+            self.events.add(step, finite)
+        self.tell_failures()
         self.progress.show(step, summary(finite))
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -78,12 +79,27 @@ class MetricsLog:
         rows = list(rows) if self.main else []
         for row in rows:
             self.sampled.append({"step": step, **row})
+        if rows:
+            self.tell_failures()
         held_out = [row for row in rows if row.get("split") == "eval"]
         self.evaluated = self.evaluated or bool(held_out)
         self.progress.samples(held_out if self.evaluated else rows)
 
+    def tell_failures(self) -> None:
+        """Says once that a file can't be written, and once that it can be again."""
+        files = {"metrics.jsonl": self.metrics.error, "samples.jsonl": self.sampled.error}
+        for name, error in (files | ({"tensorboard": self.events.error} if self.events else {})).items():
+            why = (error.strerror or str(error)) if error else ""
+            if why and name not in self.failing:
+                kept = "its numbers are in metrics.jsonl" if name == "tensorboard" else "its rows are kept in memory"
+                self.say(f"warning: {self.run_dir}/{name} can't be written: {why}; {kept} until the next try")
+                self.failing[name] = why
+            elif not why and self.failing.pop(name, None):
+                self.say(f"{self.run_dir}/{name} is written again")
+
     def flush(self) -> None:
-        """Nothing is held back after this: call it where the steps so far will not be done again."""
+        """Nothing is held back after this: call it where the steps so far will not be done again. Raises OSError where
+        a file can't be written."""
         for file in (self.metrics, self.sampled) if self.main else ():
             file.flush()
 
@@ -107,7 +123,9 @@ class MetricsLog:
         return self.progress.doing(state)
 
     def close(self) -> None:
-        """Flushes and closes the files, and lets the run directory go. Calling it again does nothing."""
+        """Flushes and closes the files, and lets the run directory go. Calling it again does nothing.
+
+        Raises OSError, in one line, where rows are lost."""
         if not self.main:
             return
         self.main = False
@@ -115,29 +133,23 @@ class MetricsLog:
         if self.nonfinite:
             counts = ", ".join(f"{key} x {count}" for key, count in sorted(self.nonfinite.items()))
             self.say(f"warning: values that were not finite: {counts}")
+        lost = []
         for file in (self.metrics, self.sampled, self.events, self.lock):
-            if file:
-                file.close()
+            try:
+                if file:
+                    file.close()
+            except OSError as error:
+                lost.append(str(error))
+        if lost:
+            raise OSError("; ".join(lost))
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def event_writer(run_dir: epath.Path, start: int):
-    """A TensorBoard writer; what an earlier process wrote of steps after ``start`` is not shown.
-
-    tensorboardX imports torch wherever it is installed, for features that are not used here: 2 s and 200 MB. It is told
-    that there is none.
-    """
-    hide = "torch" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hide:
-            del sys.modules["torch"]
-    return SummaryWriter(os.fspath(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            self.say(str(error))  # beside what ends the run

@@ -1,6 +1,7 @@
 """What a person sees of a run: a bar on a terminal, plain lines in a log."""
 
 import contextlib
+import errno
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MARGIN = 6  # columns that the bar leaves free: "^C" of the keyboard must not wrap it, or its first line stays
 SHOWN_SAMPLES = 2  # responses of an evaluation that stay above the bar
 GAP = "  "
@@ -115,8 +117,12 @@ class Lines:
         """Responses: those of a log are in samples.jsonl."""
 
     def say(self, text: str) -> None:
-        """A line."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """A line. What a full disk refuses of a log comes with a later line: training goes on."""
+        try:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
 
     def close(self) -> None:
         """Nothing is shown any more. Calling it again does nothing."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from jaxrlhf.errors import counted
 from jaxrlhf.log.run_dir import is_local
 
 PART_ROWS = 100  # rows of a part, where a path can't be appended to
@@ -54,6 +55,8 @@ class JsonLines:
     """Rows of JSON under a run directory: appended to NAME.jsonl, or, where nothing can be appended, written in parts
     NAME-000000.jsonl, NAME-000001.jsonl; the last one is written again as it grows, when PART_SECONDS have passed or
     ``flush`` is called. Rows of steps after ``last_step`` are removed: those steps will be redone.
+
+    Rows that can't be written (a full disk) are kept, and written at the next try: the next row, or ``flush``.
     """
 
     def __init__(self, run_dir: epath.Path, name: str, last_step: int, parts: bool):
@@ -64,32 +67,51 @@ class JsonLines:
             if (kept := up_to(text, last_step)) != text:
                 replace_text(path, kept)
         self.part: list[str] = []
+        self.held = bytearray()  # what is not written of NAME.jsonl: rows, the first of them perhaps in part
+        self.error: OSError | None = None  # why the last try failed
         self.written = time.monotonic()
         self.index = len(files)
-        self.file = None if parts else open(run_dir / f"{name}.jsonl", "ab")  # noqa: SIM115 (open as long as the run)
+        path = run_dir / f"{name}.jsonl"
+        self.file = None if parts else open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
 
     def append(self, row: Mapping[str, Any]) -> None:
         line = json.dumps({key: plain(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
         if self.file:
-            self.file.write(encode(line))
-            self.file.flush()
+            self.held += encode(line)
+            self.attempt()
             return
         self.part.append(line)
-        if len(self.part) == PART_ROWS or time.monotonic() - self.written >= PART_SECONDS:
-            self.flush()
-        if len(self.part) == PART_ROWS:
+        if len(self.part) >= PART_ROWS or time.monotonic() - self.written >= PART_SECONDS:
+            self.attempt()
+        if len(self.part) >= PART_ROWS and not self.error:
             self.part, self.index = [], self.index + 1
 
+    def attempt(self) -> None:
+        """``flush``, whose error is kept in ``error``."""
+        self.error = None
+        try:
+            self.flush()
+        except OSError as error:
+            self.error = error
+
     def flush(self) -> None:
-        """Write the rows of the last part that are held back."""
+        """Write the rows that are held back. Raises OSError where that is not possible."""
         if self.part and not self.file:
             (self.run_dir / f"{self.name}-{self.index:06d}.jsonl").write_bytes(encode("".join(self.part)))
             self.written = time.monotonic()
+        while self.file and self.held:
+            del self.held[: self.file.write(self.held)]
 
     def close(self) -> None:
-        self.flush()
+        """Write the rows that are held back, and close the file. Raises OSError, in one line, where they are lost."""
+        self.attempt()
         if self.file:
             self.file.close()
+            self.file = None
+        if self.error:
+            rows = self.held.count(b"\n") or len(self.part)
+            why = self.error.strerror or str(self.error)
+            raise OSError(f"{self.run_dir}/{self.name}.jsonl: {counted(rows, 'row')} could not be written: {why}")
 
 
 def encode(text: str) -> bytes:

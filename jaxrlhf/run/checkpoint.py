@@ -74,14 +74,27 @@ class Checkpoints:
                 f"{self.run_dir}: a checkpoint could not be written: {why}; once it can be, {then}"
             ) from error
 
-    def save(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None = None) -> str | None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        extra: dict,
+        metrics: dict[str, float] | None = None,
+        first: Callable[[], None] = lambda: None,
+    ) -> str | None:
         """Start to write; returns once the arrays may be donated. ``extra`` is JSON: config, models, data iterators.
 
+        ``first`` writes what must not be newer than the last checkpoint; where it raises OSError, nothing is saved.
         A step that is there already, saved before it was measured, is only given what it was measured as. Where this
         save, or the one before it, could not be written, the line that says so is returned, and the next save is the
         next try. Raises OSError after GIVE_UP of them in a row, and at once in a run of several processes."""
         line = self.attempt(self.wait_for_files)
-        return self.attempt(lambda: self.start(step, state, extra, metrics)) or line
+
+        def work() -> None:
+            first()
+            self.start(step, state, extra, metrics)
+
+        return self.attempt(work) or line
 
     def check_owner(self, check: Callable[[], None]) -> None:
         """Calls ``check``, which raises ValueError where another process writes the run directory by now: from then on

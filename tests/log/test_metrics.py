@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from jaxrlhf.log import rows
+from jaxrlhf.log import events, rows
 from jaxrlhf.log.metrics import LogConfig, MetricsLog
 from jaxrlhf.log.progress import Lines
 from jaxrlhf.log.rows import JsonLines, read_rows
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
+from tests.support.disk import full_disk
 
 QUIET = LogConfig(tensorboard=False)
 ROW = {"score/mean": 0.5, "kl/reference": 1.25, "loss/value": 9.0, "loss/policy": 0.3}
@@ -67,6 +68,64 @@ def test_samples_keep_their_text(tmp_path):
     rows = read_rows(tmp_path, "samples")
     assert [row["response"] for row in rows] == [*texts[:2], "half an emoji ?", texts[3]]
     assert rows[0] == {"step": 3, "prompt": "p", "response": "line\nbreak", "score": 0.5, "split": "train"}
+
+
+# ---- a disk that is full --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [0, 100, 250])  # 100, 250: in the midst of a row
+def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path, room):
+    log, screen = open_log(tmp_path, cfg=LogConfig())
+    log.write(1, ROW)
+    with full_disk(room):
+        for step in (2, 3):
+            log.write(step, ROW)
+            log.samples(step, [{"prompt": "p", "response": str(step)}])
+        with pytest.raises(OSError, match="File too large"):
+            log.flush()
+    log.write(4, ROW)
+    log.flush()
+    assert [row["step"] for row in read_rows(tmp_path, "metrics")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_rows(tmp_path, "samples")] == [2, 3]
+    log.close()
+    said = screen.getvalue().replace(f"{tmp_path}/", "").splitlines()
+    kept = "can't be written: File too large; its rows are kept in memory until the next try"
+    assert said.count(f"warning: metrics.jsonl {kept}") == 1
+    assert said.count("metrics.jsonl is written again") == 1
+    assert len([line for line in said if not line.startswith("step")]) <= 6
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_rows_that_are_lost_for_good_end_the_run_loudly(tmp_path, parts):
+    file = JsonLines(tmp_path, "metrics", -1, parts)
+    with full_disk(0):
+        file.append(ROW)
+        file.append(ROW)
+        with pytest.raises(OSError, match=r"metrics.jsonl: 2 rows could not be written: File too large$"):
+            file.close()
+
+
+def test_an_error_that_ends_the_run_is_not_hidden_by_lost_rows(tmp_path):
+    log, screen = open_log(tmp_path)
+    with full_disk(0), pytest.raises(KeyError), log:
+        log.write(1, ROW)
+        raise KeyError("x")
+    assert "metrics.jsonl: 1 row could not be written: File too large" in screen.getvalue()
+
+
+def test_tensorboard_goes_on_in_another_file(tmp_path, monkeypatch):
+    """tensorboardX's own writer blocks after ten events."""
+    log, screen = open_log(tmp_path, cfg=LogConfig())
+    monkeypatch.setattr(events, "FLUSH", 0.0)
+    with full_disk(0):
+        for step in range(1, 30):
+            log.write(step, ROW)
+    monkeypatch.setattr(events, "AGAIN", 0.0)
+    log.write(30, ROW)
+    log.close()
+    files = [file.read_bytes() for file in (tmp_path / "tensorboard").iterdir()]
+    assert sum(b"score/mean" in file for file in files) == 1
+    assert "tensorboard can't be written: File too large; its numbers are in metrics.jsonl" in screen.getvalue()
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What a person sees: lines in a log, one line at the bottom of a terminal at any width."""
 
+import errno
 import io
+import os
 import re
 import sys
 
@@ -258,3 +260,23 @@ def test_no_color_is_heard(monkeypatch):
     shown.close()
     text = sys.stdout.getvalue()  # type: ignore[attr-defined]
     assert "step 1/3" in text and not re.search(r"\x1b\[[0-9;]*(3[0-9]|4[0-9]|38|48)[0-9;]*m", text)
+
+
+def test_a_log_on_a_full_disk_ends_nothing():
+    class Disk(io.StringIO):
+        code = errno.ENOSPC
+
+        def write(self, text):
+            if self.code:
+                raise OSError(self.code, os.strerror(self.code))
+            return super().write(text)
+
+    disk = Disk()
+    lines = Lines(Console(file=disk, force_terminal=False), 3)
+    lines.say("first")
+    disk.code = 0
+    lines.say("second")
+    assert disk.getvalue() == "first\nsecond\n"
+    disk.code = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        lines.say("third")

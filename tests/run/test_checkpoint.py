@@ -1,8 +1,6 @@
 """Checkpoints: the whole state and back, which steps stay, what a crash leaves, and what another run takes."""
 
-import contextlib
 import json
-import resource
 import shutil
 import time
 from dataclasses import replace
@@ -25,6 +23,7 @@ from jaxrlhf.run import state as states
 from jaxrlhf.run.checkpoint import Checkpoints, describe_room, restore
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import TrainState
+from tests.support.disk import full_disk
 
 ADAM = optax.adam(1e-3)
 MESHES = {1: MeshConfig(1, 1, 1), 8: MeshConfig(2, 2, 2)}
@@ -231,17 +230,6 @@ def test_what_a_crash_left_half_written_is_no_checkpoint_and_goes(tmp_path):
     assert steps_of(tmp_path) == [2, 3]
 
 
-@contextlib.contextmanager
-def full_disk():
-    """One that takes files of a few kB only."""
-    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
-
-
 def large_state(step: int) -> TrainState:
     return replace(new_state(step), slow={"reference": {"kernel": jnp.zeros(10**5) + jnp.arange(10**5)}})
 
@@ -266,6 +254,19 @@ def test_a_save_that_fails_is_tried_again_at_the_next(tmp_path, background):
     assert steps_of(run) == [1, 3] and saved.failures == 0
     assert verified_steps.newest(run) == 3
     same(restore(run, 3, describe(large_state(3))), large_state(3))
+
+
+def test_nothing_is_saved_whose_rows_are_not_written(tmp_path):
+    """Else they were lost: a run that goes on from this step does not make them again."""
+    saved = Checkpoints(tmp_path / "run", background=False)
+
+    def refuse() -> None:
+        raise OSError(28, "No space left on device")
+
+    line = saved.save(1, new_state(1), {}, first=refuse)
+    assert line and "a checkpoint could not be written: No space left on device" in line
+    saved.close()
+    assert steps_of(tmp_path / "run") == []
 
 
 def test_what_a_failed_save_left_and_still_writes_to_goes_later(tmp_path, monkeypatch):
