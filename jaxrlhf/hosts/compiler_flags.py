@@ -9,6 +9,7 @@ import os
 from collections.abc import MutableMapping
 from typing import NamedTuple
 
+from jaxrlhf.hosts.compiled_cache import verify_entries
 from jaxrlhf.hosts.platforms import present
 
 
@@ -70,12 +71,13 @@ def set_flags(platforms: set[str], deterministic: bool, environ: MutableMapping[
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between processes, where the user has not chosen a place for them."""
+    """Keep compiled programs between processes, where the user has not chosen a place for them, and verify them."""
     import jax
 
     if jax.config.values.get("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrlhf/xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    verify_entries()
 
 
 EXTRA = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # what JAX_PLATFORMS names -> our extra that installs its plugin
