@@ -137,8 +137,9 @@ def draw(rows: Sequence[Row], to: Path, source: str) -> None:
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxrlhf", "font.size": 8, "axes.titlesize": 9})
     keys = [key for key in PANELS if any(key in row.values for row in rows)]
     names = list(dict.fromkeys(row.algorithm for row in rows))
-    figure, all_axes = pyplot.subplots(1, len(keys), figsize=(2.4 * len(keys), 2.5), layout="constrained")
-    for axes, key in zip(all_axes, keys, strict=True):
+    size = (2.4 * len(keys), 2.5)
+    figure, grid = pyplot.subplots(1, len(keys), figsize=size, squeeze=False, layout="constrained")
+    for axes, key in zip(grid[0], keys, strict=True):
         for number, name in enumerate(names):
             draw_algorithm(axes, [row for row in rows if row.algorithm == name], key, f"C{number}")
         axes.set(title=PANELS[key].title, xlabel="iteration")
@@ -185,15 +186,12 @@ def legend(rows: Sequence[Row], names: Sequence[str]) -> list[Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """See the top of this file."""
-    if arguments:
-        name, *run_dirs = arguments
-        if run_dirs:
-            write_table(CONFIGS / name / "curves.csv", [row for run in run_dirs for row in read_run(Path(run))])
-    tables = sorted(CONFIGS.glob(f"{arguments[0] if arguments else '*'}/curves.csv"))
+    name, run_dirs = arguments[0] if arguments else "*", arguments[1:]
+    if run_dirs:
+        write_table(CONFIGS / name / "curves.csv", [row for run in run_dirs for row in read_run(Path(run))])
+    tables = sorted(CONFIGS.glob(f"{name}/curves.csv"))
     if not tables:
-        sys.exit(
-            f"{arguments[0]}: no configs/{arguments[0]}/curves.csv; expected a folder of configs, or runs behind it"
-        )
+        sys.exit(f"{name}: no configs/{name}/curves.csv; expected another folder, or runs behind it")
     for table in tables:
         draw(read_table(table), table.with_suffix(".svg"), digest(table))
         print(table.with_suffix(".svg").relative_to(CONFIGS.parent))

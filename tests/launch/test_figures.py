@@ -14,6 +14,7 @@ TABLES = sorted((ROOT / "configs").glob("*/curves.csv"))
 
 def load_script():
     spec = importlib.util.spec_from_file_location("figures", ROOT / "launch" / "figures.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -109,5 +110,5 @@ def test_over_seeds_by_hand():
 
 def test_a_folder_without_a_table_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(figures, "CONFIGS", tmp_path)
-    with pytest.raises(SystemExit, match=r"tiny: no configs/tiny/curves\.csv; expected a folder of configs"):
+    with pytest.raises(SystemExit, match=r"tiny: no configs/tiny/curves\.csv; expected another folder"):
         figures.main(["tiny"])
