@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -45,15 +46,25 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, body], [cfg.warmup_steps])
 
 
-def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """clip by global norm -> Adam -> decoupled weight decay -> learning rate."""
-    clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
+def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
+    """clip by the norm that ``update`` is given -> Adam -> decoupled weight decay -> learning rate."""
     return optax.chain(
-        clip,
+        optax.identity() if cfg.clip_norm is None else clip_by_norm(cfg.clip_norm),
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.dtype(cfg.dtype)),
         optax.add_decayed_weights(cfg.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(make_schedule(cfg, total_steps)),
     )
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm by a ``norm`` (f32[]) that the caller gives: over a mesh it is reduced once."""
+
+    def update(updates, state, params=None, **given):
+        norm = given["norm"]
+        clip = lambda x: jnp.where(norm < largest, x, (x / norm.astype(x.dtype)) * largest)
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def learning_rate(schedule: optax.Schedule, opt_state: optax.OptState) -> Array:

@@ -10,10 +10,11 @@ no mesh is current, and the few sums that are of the whole batch go through ``ac
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -166,6 +167,19 @@ def across(tree):
 
     Never inside what is differentiated: gradients are summed afterwards, as the losses are."""
     return jax.lax.psum(tree, DEVICES) if mapped() else tree
+
+
+def all_finite(leaves: Sequence[jax.Array]) -> jax.Array:
+    """bool[]: whether no number of any leaf is NaN or infinite.
+
+    Each device looks at its own part of every leaf, and one number is reduced over the mesh."""
+    fine = lambda *leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    if not explicit():
+        return fine(*leaves)
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    everywhere = lambda *leaves: jax.lax.pmin(fine(*leaves).astype(jnp.int32), axes)
+    specs = tuple(jax.typeof(leaf).sharding.spec for leaf in leaves)
+    return jax.shard_map(everywhere, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)(*leaves) > 0
 
 
 def spec(*names: str | None) -> PartitionSpec | None:

@@ -21,7 +21,7 @@ from jaxrlhf.answers import Answered, recording, replaying
 from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffled_parts, split_rows
 from jaxrlhf.optim import learning_rate
 from jaxrlhf.response_widths import alike_in_parts, at_least_width, packed_nets
-from jaxrlhf.sharding import across
+from jaxrlhf.sharding import across, all_finite
 from jaxrlhf.types import (
     Array,
     Batch,
@@ -45,13 +45,12 @@ class Recipe(NamedTuple):
     algorithm: Algorithm
     cfg: Any  # the algorithm's config
     nets: Nets
-    optimizers: dict[Role, optax.GradientTransformation]
+    optimizers: Mapping[Role, optax.GradientTransformation]
     delays: dict[Role, int]  # iterations before a role starts to learn
     num_micro: int = 1  # parts that a minibatch is computed in; the result does not depend on it
     pack_widths: int = 1  # widths that the responses of such a part may be packed into; 1: they have all columns
     schedules: Mapping[Role, optax.Schedule] = MappingProxyType({})  # whose learning rates are metrics
     together: int = 1  # responses to a prompt that a shuffle keeps side by side, in one minibatch
-    gaps: bool = False  # whether a minibatch may have no row that counts: graders on the host may score none of it
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -124,8 +123,11 @@ def make_update(recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics, Expe
         experience = jax.lax.stop_gradient(experience)
         state, update_means = update_epochs(recipe, state, experience)
         metrics = {name: mean.value() for name, mean in (across(means) | update_means).items()}
-        state = algorithm.after(state, metrics, cfg)
-        return state.replace(step=state.step + 1), metrics, experience
+        after = algorithm.after(state, metrics, cfg)
+        # a measure that is not finite, of an update that was left out, must not stay in a control for ever
+        keep_finite = lambda new, old: jnp.where(jnp.isfinite(new), new, old)
+        controls = jax.tree.map(keep_finite, after.controls, state.controls)
+        return after.replace(step=state.step + 1, controls=controls), metrics, experience
 
     return update
 
@@ -209,40 +211,48 @@ def rearranged(experience: Experience, rows: Callable[[Any], Any], apart: Callab
 def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple[TrainState, dict[str, Mean]]:
     """One optimizer step of every role, and what the algorithm does after it: (state, metrics as Means).
 
-    A role whose loss counts nothing keeps its parameters and its optimizer's state, bit for bit: without a gradient
-    Adam would still move by its old moments. All responses of the minibatch may be unscorable."""
-    grads, means, counts = gradients(recipe, state, minibatch)
-    params, opt_state = dict(state.params), dict(state.opt_state)
+    A role keeps its parameters and its optimizer's state, bit for bit,
+        - where its loss counts nothing: without a gradient Adam would still move by its old moments. All responses of
+          the minibatch may be unscorable;
+        - until its delay is over;
+        - where a loss, a gradient or a new parameter of any role is not finite: update/not_finite counts it.
+    """
+    grads, means, losses = gradients(recipe, state, minibatch)
+    params, opt_state, one = dict(state.params), dict(state.opt_state), jnp.float32(1)
+    finite, learns, updated = [mean.total for mean in losses.values()], {}, {}
     for role, optimizer in recipe.optimizers.items():
-        means[f"{role}/grad_norm"] = Mean(optax.tree.norm(grads[role]), jnp.float32(1))
-        delay = recipe.delays.get(role, 0)
-        learns = (counts[role] > 0) & (state.step >= delay)
+        norm = optax.tree.norm(grads[role])
+        means[f"{role}/grad_norm"] = Mean(norm, one)
+        learns[role] = (losses[role].count > 0) & (state.step >= recipe.delays.get(role, 0))
         if role in recipe.schedules:
             rate = learning_rate(recipe.schedules[role], opt_state[role])
-            means[f"{role}/learning_rate"] = Mean(jnp.where(learns, rate, 0.0), jnp.float32(1))
+            means[f"{role}/learning_rate"] = Mean(jnp.where(learns[role], rate, 0.0), one)
+        updated[role] = partial(apply_optimizer, optimizer, grads[role], norm, params[role], opt_state[role])
+        new = updated[role]()[0]  # summed up, never stored: the branch below computes it again, in place
+        finite += [norm, *(jnp.where(learns[role], x, 0) for x in jax.tree.leaves(new))]
+    fine = all_finite(finite)
+    means["update/not_finite"] = Mean(1 - fine.astype(jnp.float32), one)
+    for role, update in updated.items():
         old = (params[role], opt_state[role])
-        updated = partial(apply_optimizer, optimizer, grads[role], *old)
-        if delay or recipe.gaps:  # a branch updates in place; a choice between old and new numbers would hold both
-            params[role], opt_state[role] = jax.lax.cond(learns, updated, lambda old=old: old)
-        else:
-            params[role], opt_state[role] = updated()
+        # a branch updates in place; a choice between old and new numbers would hold both
+        params[role], opt_state[role] = jax.lax.cond(learns[role] & fine, update, lambda old=old: old)
     state, after_update = state.replace(params=params, opt_state=opt_state), recipe.algorithm.after_update
     return (state if after_update is None else after_update(state, recipe.cfg)), means
 
 
 def apply_optimizer(
-    optimizer: optax.GradientTransformation, grads: Params, params: Params, opt_state: Any
+    optimizer: optax.GradientTransformation, grads: Params, norm: Array, params: Params, opt_state: Any
 ) -> tuple[Params, Any]:
-    """(parameters, optimizer state) after one step along ``grads``."""
-    updates, opt_state = optimizer.update(grads, opt_state, params)
+    """(parameters, optimizer state) after one step along ``grads``, whose norm is ``norm``."""
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(grads, opt_state, params, norm=norm)
     return optax.apply_updates(params, updates), opt_state
 
 
 def gradients(
     recipe: Recipe, state: TrainState, minibatch: Experience
-) -> tuple[dict[Role, Any], dict[str, Mean], dict[Role, Array]]:
+) -> tuple[dict[Role, Any], dict[str, Mean], dict[Role, Mean]]:
     """Each role's gradient of its loss's total over the minibatch, divided by the minibatch's count: (gradients,
-    metrics as Means, counts f32[]).
+    metrics as Means, losses as Means).
 
     Micro-batches and devices add totals and counts, so their number changes rounding only."""
 
@@ -264,4 +274,4 @@ def gradients(
         (grads, (losses, means)), _ = jax.lax.scan(add, nothing, parts)
     grads, losses, means = across((grads, losses, means))
     divide = lambda role: jax.tree.map(lambda g: g / jnp.maximum(losses[role].count, 1e-8), grads[role])
-    return {role: divide(role) for role in recipe.optimizers}, means, {role: losses[role].count for role in losses}
+    return {role: divide(role) for role in recipe.optimizers}, means, losses

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 
 from jaxrlhf.config.batch import describe_batch, describe_learning, describe_precision, describe_sharing
@@ -37,11 +36,12 @@ from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
 from jaxrlhf.run.feed import Feed, describe_data
 from jaxrlhf.run.initial_state import abstract_state, initial_state
+from jaxrlhf.run.not_finite import NotFinite
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
 from jaxrlhf.run.runtime import kernels_passed_over
 from jaxrlhf.run.scoring import joined, try_graders
-from jaxrlhf.run.transfer import put
+from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import batch_shards, current, for_programs
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
@@ -163,6 +163,7 @@ class Finished(NamedTuple):
     step: int
     metrics: Metrics  # and a time that the host measured
     sequences: Sequences | None
+    host: Batch  # what it was given
 
 
 class Trainer:
@@ -187,6 +188,7 @@ class Trainer:
         self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation
         self.unmeasured: int | None = None  # a step that was saved in the midst of its evaluation
         self.agreed = False  # several processes: all of them stop here
+        self.not_finite = NotFinite(self.cfg, log.say)
         self.limit = TimeLimit(self.cfg.max_run_duration, stop.began)
         self.began, self.best = time.perf_counter(), None  # best: the step that checkpoint.best kept
 
@@ -252,7 +254,7 @@ class Trainer:
                 self.rescue(step, state, error, f"step {step + 1}")
                 break
             step += 1
-            self.pending = Finished(step, metrics, sequences if self.samples_due(step) else None)
+            self.pending = Finished(step, metrics, sequences, host)
             self.profiler.after(step, self.flush)
             last = step == cfg.length
             if last:
@@ -344,12 +346,10 @@ class Trainer:
     # ---- what is written down -------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Wait for the pending iteration and log it.
-
-        Raises FloatingPointError where a loss or a gradient is not finite: the parameters are not, or soon."""
+        """Wait for the pending iteration and log it. Raises FloatingPointError as NotFinite.check."""
         if self.pending is None:
             return
-        step, metrics, sequences = self.pending
+        step, metrics, sequences, host = self.pending
         self.pending = None
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
@@ -358,12 +358,9 @@ class Trainer:
             numbers["throughput/response_tokens_per_second"] = numbers["response/tokens"] / numbers["time/iteration"]
         numbers |= {"data/epoch": self.feed.epoch(step)} | self.feed.counts()
         self.log.write(step, numbers)
-        vital = [name for name in numbers if name.startswith("loss/") or name.endswith("/grad_norm")]
-        bad = [name for name in vital if not np.isfinite(numbers[name])]
-        if bad:
-            kept = self.saved.latest()
-            raise FloatingPointError(f"step {step}: {bad[0]} is {numbers[bad[0]]}; last good checkpoint: step {kept}")
-        rows = [] if sequences is None else sample_rows(self.ready, sequences, self.cfg.log.samples, "train")
+        self.not_finite.check(step, numbers, lambda: (host, fetch_all(sequences)), self.saved.latest())
+        shown = sequences if self.samples_due(step) else None
+        rows = [] if shown is None else sample_rows(self.ready, shown, self.cfg.log.samples, "train")
         self.log.samples(step, rows)
         self.note(step, numbers, rows, whole=not self.evaluates(step))
 

@@ -29,7 +29,7 @@ IN_RUN = (
     ("saved_run",),
     ("checkpoint", "export", "origins", "resume"),
     ("weights", "tokenizer", "sampler", "runtime"),
-    ("build",),
+    ("build", "not_finite"),
     ("initial_state", "asks", "feed"),
     ("programs", "normalize", "announce"),
     ("scoring",),

@@ -163,9 +163,7 @@ def pulled(
     params = {role: {"kernel": jnp.zeros(4)} for role in SLOPES}
     found, metrics = [states.new_state(0, params, {}, optimizers, {})], []
     schedules = dict.fromkeys(SLOPES, make_schedule(optimizer, 8))
-    step = tiny.program(
-        steps.make_iteration(Recipe(algorithm, cfg, NO_NETS, optimizers, delays, schedules=schedules, gaps=True))
-    )
+    step = tiny.program(steps.make_iteration(Recipe(algorithm, cfg, NO_NETS, optimizers, delays, schedules=schedules)))
     ones = jnp.ones((ROWS, 1), jnp.int32)
     for iteration in range(iterations):
         responses = Sequences(ones, ones > 0, ones > (1 if iteration in empty else 0))
@@ -250,6 +248,54 @@ def test_each_role_is_clipped_by_its_own_norm():
     for role in SLOPES:
         moment = optax.tree.get(found[1].opt_state[role], "mu")["kernel"]
         np.testing.assert_allclose(moment, 0.1 * 0.5, rtol=1e-5)  # 0.5 each: norm 1
+
+
+# ---- what is not finite ---------------------------------------------------------------------------------------------
+
+
+def poisoned(row: int | None):
+    """A loss whose gradient is 1 in every parameter, but NaN in the minibatch that holds ``row``."""
+
+    def loss(nets, trees: Trees, minibatch: Experience, cfg: Plan):
+        ids = given(minibatch.responses, "responses").tokens[:, 0]
+        bad = jnp.bool_(False) if row is None else (ids == row).any()
+        total = trees.params["policy"]["kernel"].sum() * jnp.where(bad, jnp.nan, 1.0)
+        return {"policy": Mean(total, jnp.float32(1))}, {"loss/policy": Mean(total, jnp.float32(1))}
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("row", "rate", "updates"),
+    [(None, 0.5, 4), (3, 0.5, 3), (None, 1e20, 0)],
+    ids=["all finite", "a loss that is NaN", "parameters that overflow"],
+)
+def test_an_update_that_is_not_finite_is_left_out(row, rate, updates):
+    """The other minibatches count, bit for bit; so do the steps of the optimizer, which has a count of its own."""
+    algorithm = Algorithm(
+        config=Plan,
+        online=False,
+        updates=plan_updates,
+        batch=lambda cfg: ("sequences",),
+        roles=lambda cfg: ({"policy": "lm"}, {}),
+        prepare=lambda nets, state, batch, cfg: (Experience(responses=batch.sequences), {}),
+        loss=poisoned(row),
+        after=lambda state, metrics, cfg: state.replace(controls={"measured": metrics["loss/policy"]}),
+    )
+    more = 1.0 if rate < 1 else rate
+    optimizer = optax.chain(optax.sgd(rate), optax.scale_by_schedule(lambda count: more))
+    recipe = Recipe(algorithm, Plan(num_minibatches=4), NO_NETS, {"policy": optimizer}, {})
+    params = {"policy": {"kernel": jnp.arange(3.0)}}
+    state = TrainState(jnp.int32(0), jnp.int32(0), params, {}, {"policy": optimizer.init(params["policy"])}, {})
+    state = state.replace(controls={"measured": jnp.float32(7)})
+    column = jnp.arange(ROWS, dtype=jnp.int32)[:, None]
+    batch = Batch(sequences=Sequences(column, jnp.ones_like(column, bool), jnp.ones_like(column, bool)))
+    after, metrics, _ = tiny.program(steps.make_iteration(recipe))(state, batch)
+    np.testing.assert_array_equal(after.params["policy"]["kernel"], np.arange(3.0) - 0.5 * updates)
+    assert metrics["update/not_finite"] == (4 - updates) / 4
+    assert optax.tree.get(after.opt_state["policy"], "count") == updates
+    assert bool(jnp.isfinite(metrics["loss/policy"])) == (row is None)
+    assert after.controls["measured"] == (metrics["loss/policy"] if row is None else 7)
 
 
 # ---- micro-batches --------------------------------------------------------------------------------------------------

@@ -339,8 +339,13 @@ def test_rows_that_are_left_out_are_told_before_anything_is_compiled(root, tmp_p
 def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(root, tmp_path, fake, metric):
     fake(lambda step: {metric: jnp.where(step == 3, jnp.nan, 1.0)})
     cfg = bare(root, tmp_path, "iterations=5", "checkpoint.every=1")
-    with pytest.raises(FloatingPointError, match=f"^step 3: {metric} is nan; last good checkpoint: step 2$"):
+    file = rf"{re.escape(str(tmp_path))}/sft/bad_batch_3\.npz"
+    then = "the same command comes to it again, with on_nonfinite=skip it goes on without the update"
+    expected = rf"^step 3: {metric} is nan; last good checkpoint: step 2; the batch: {file}; {then}$"
+    with pytest.raises(FloatingPointError, match=expected):
         trainer.run(cfg)
+    with np.load(tmp_path / "sft" / "bad_batch_3.npz") as batch:
+        assert any(name.endswith(".tokens") and batch[name].ndim == 2 for name in batch)
     assert runs.steps_kept(tmp_path / "sft") == [1, 2]
     assert [row[metric] for row in runs.rows(tmp_path / "sft")] == [1.0, 1.0, None]
 
@@ -350,7 +355,22 @@ def test_an_infinite_loss_is_exit_code_1(root, tmp_path, fake, command):
     config = tmp_path / "sft.yaml"
     config.write_text(dump(bare(root, tmp_path)))
     _, err = command("train", config, code=1)
-    assert err == "step 2: loss/value is inf; last good checkpoint: step None\n"
+    assert err.startswith("step 2: loss/value is inf; last good checkpoint: step None; the batch: ")
+
+
+@pytest.mark.parametrize(("bad", "stopped"), [((2, 3, 5), None), ((2, 3, 4), 4)])
+def test_updates_that_are_not_finite_may_be_left_out(root, tmp_path, fake, capsys, bad, stopped):
+    """Until there are three steps with such updates, one after the other."""
+    fake(lambda step: {"update/not_finite": jnp.where(jnp.isin(step, jnp.array(bad)), 0.25, 0.0)})
+    cfg = bare(root, tmp_path, "iterations=6", "on_nonfinite=skip")
+    if stopped is None:
+        assert trainer.run(cfg) == "done"
+    else:
+        with pytest.raises(FloatingPointError, match=r"^step 4: a new parameter is not finite; .*3 steps in a row \("):
+            trainer.run(cfg)
+    out = capsys.readouterr().out
+    assert "warning: step 2: a new parameter is not finite: 25% of its updates left out; the batch: " in out
+    assert {path.name for path in (tmp_path / "sft").glob("bad_*")} == {f"bad_batch_{step}.npz" for step in bad}
 
 
 def test_other_metrics_may_be_nan(root, tmp_path, fake):

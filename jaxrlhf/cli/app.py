@@ -30,6 +30,7 @@ from jaxrlhf.cli.export import export
 from jaxrlhf.cli.generate import generate
 from jaxrlhf.cli.plan import plan
 from jaxrlhf.cli.preflight import preflight
+from jaxrlhf.cli.rewind import rewind
 from jaxrlhf.cli.train import train
 
 app = typer.Typer(
@@ -56,7 +57,7 @@ def options(
     """Train language models from rewards and preferences, in JAX."""
 
 
-for each in (train, preflight, plan, generate, evaluate, export, discover.init, discover.metrics):
+for each in (train, preflight, plan, generate, evaluate, export, rewind, discover.init, discover.metrics):
     app.command()(each)  # help lists them in this order
 
 

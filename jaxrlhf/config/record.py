@@ -104,6 +104,8 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # after an update left out for a NaN or infinity
+    max_nonfinite: int = 3  # skip: iterations with such updates, one after the other, at which the run stops
     profile: str | None = None  # "10:13": steps 10, 11 and 12 are traced into RUN_DIR/profile, for perfetto
 
     @property

@@ -74,7 +74,10 @@ class RewardFunction:
         for at, score in enumerate(scores):
             # a number beyond float32 would become infinite
             if score is not None and (not isinstance(score, (int, float)) or abs(score) > LARGEST):
-                raise ValueError(f"{self}: score {at} is {show(score)}: expected a finite number, or None")
+                raise ValueError(
+                    f"{self}: score {at} is {show(score)}: expected a finite number, or None; response: "
+                    f"{show(responses[at])}; record: {show(records[at])}"
+                )
         return np.array([np.nan if score is None else float(score) for score in scores], np.float32)
 
     def __str__(self) -> str:

@@ -104,8 +104,7 @@ def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weight
     sampler = sampler._replace(share_prompts=shares_prompts(resolved, shards, parts))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.online else Sampling())
     packing, together = cfg.batch.pack_widths, kept_together(resolved)
-    gaps = cfg.rewards.on_host and algorithm.online
-    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, packing, schedules, together, gaps)
+    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, packing, schedules, together)
     return Blueprint(resolved, mesh, weights, resolved.roles.heads, recipe, sampler)
 
 

@@ -1,6 +1,6 @@
 """The training state: made from parameters, described without making it, and moved from one head to another."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def new_state(
     seed: int,
     params: dict[Role, Params],
     slow: dict[Role, Params],
-    optimizers: dict[Role, optax.GradientTransformation],
+    optimizers: Mapping[Role, optax.GradientTransformation],
     controls: dict[str, Array],
 ) -> TrainState:
     """The state at step 0. Optimizer moments are laid out as the parameters are."""
@@ -32,7 +32,7 @@ def abstract_params(cfg: ModelConfig, head: Head, dtype, mesh) -> Params:
 def describe_state(
     params: dict[Role, Params],
     slow: dict[Role, Params],
-    optimizers: dict[Role, optax.GradientTransformation],
+    optimizers: Mapping[Role, optax.GradientTransformation],
     controls: Callable[[], dict[str, Array]],
     mesh,
 ) -> TrainState:

@@ -16,12 +16,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxrlhf.hosts import processes
-from jaxrlhf.log.run_dir import is_local
+from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.run import manifest
 from jaxrlhf.run.manifest import Damaged
 
 STRICT = contextvars.ContextVar("strict", default=False)  # whether a damaged checkpoint is an error at once
-ASIDE = "damaged"  # the folder of a run directory that takes the steps that were passed over
+ASIDE = "set_aside"  # the folder of a run directory for steps that were passed over, or left by rewind
 BESIDE = ("tokenizer",)  # folders of a run directory that belong to each of its checkpoints
 verdicts: dict[str, tuple[object, str | None]] = {}  # step directory -> its listing, and what is wrong with it
 told: set[str] = set()  # lines, each of which is said once by a process
@@ -216,13 +216,32 @@ def examine_together(run_dir) -> None:
 
 
 def set_aside(run_dir, steps: list[int]) -> None:
-    """Move damaged steps out of the checkpoints; those of an earlier start are deleted."""
+    """Move steps out of the checkpoints; those that were moved before are deleted."""
     aside = epath.Path(run_dir) / ASIDE
     if aside.exists():
         aside.rmtree()
     aside.mkdir(parents=True)
     for step in steps:
         (directory(run_dir) / str(step)).rename(aside / str(step))
+
+
+def rewind(run_dir, step: int) -> list[int]:
+    """Set the steps after ``step`` aside, so that the run goes on from there: those steps, ascending.
+
+    Raises Damaged where ``step`` isn't good, ValueError where there is none, RunDirBusy while the run is trained."""
+    lock = lock_run_dir(run_dir)
+    try:
+        there = committed(run_dir)
+        if step not in there:
+            held = ", ".join(map(str, there)) or "none"
+            raise ValueError(f"{run_dir}: has no step {step}; its steps: {held}")
+        require(run_dir, step, os.fspath(run_dir))
+        if newer := [other for other in there if other > step]:
+            set_aside(run_dir, newer)
+        return newer
+    finally:
+        if lock:
+            lock.close()
 
 
 # ---- readers beside the run that writes -----------------------------------------------------------------------------

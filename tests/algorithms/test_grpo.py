@@ -316,7 +316,7 @@ def test_the_number_of_micro_batches_changes_nothing(cfg):
         recipe = run.recipe._replace(num_micro=parts)
         found[parts] = tiny.program(partial(steps.gradients, recipe))(run.state, experience)
     (whole, means, counts), (split, split_means, split_counts) = found[1], found[4]
-    assert counts == split_counts
+    assert counts["policy"].count == split_counts["policy"].count
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(whole)) > 0.01, "no gradient, no test"
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), split, whole)
     for name, mean in means.items():

@@ -436,6 +436,12 @@ def overflow(tensors):
     tensors["model.embed_tokens.weight"][100, 0] = np.inf
 
 
+def widen(tensors):
+    """A float64 file whose numbers fit in no float32."""
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float64)
+    tensors["model.norm.weight"][3] = -1e39
+
+
 def quantise(tensors):
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
 
@@ -448,6 +454,7 @@ def quantise(tensors):
         (add, "no place for: model.layers.0.self_attn.q_norm.weight"),
         (poison, "model.layers.1.mlp.up_proj.weight: holds weights that are NaN or infinite"),
         (overflow, "model.embed_tokens.weight: holds weights that are NaN"),
+        (widen, r"model.norm.weight: holds 1e\+39; expected weights that fit in float32$"),
         (quantise, "model.norm.weight: holds I8; expected one of F32"),
     ],
 )

@@ -1,6 +1,7 @@
 """A user's reward function: how it is found, what it may answer, what is said where it can't be used."""
 
 import itertools
+import re
 import sys
 from fractions import Fraction
 
@@ -158,7 +159,13 @@ def test_what_is_no_score_is_one_line(scores, line):
         answer(scores)
     text = str(caught.value)
     assert text.startswith(f"rewards.function: my:f: {line}")
-    assert "\n" not in text and len(text) < 160
+    assert "\n" not in text and len(text) < 300
+
+
+def test_a_score_that_is_no_number_names_response_and_record():
+    line = "score 1 is inf: expected a finite number, or None; response: 'no'; record: {'answer': '4'}"
+    with pytest.raises(ValueError, match=re.escape(line)):
+        RewardFunction("my:f", lambda responses, records: [1.0, float("inf")])(["yes", "no"], [{}, {"answer": "4"}])
 
 
 @pytest.mark.parametrize("none", [None, float("nan"), np.float32("nan"), np.array(np.nan)], ids=repr)

@@ -56,7 +56,7 @@ def test_a_run_goes_on_from_the_newest_good_step(damaged, root, tmp_path, one_de
     found, errors = command(*runs.train(*text, configs=[runs.tiny_config("sft")]))
     assert sum(LINE in line for line in errors.splitlines()) == 1
     assert "resumed from step 2" in found and "step 4/4" in found
-    assert runs.steps_kept(damaged) == [2, 4] and (damaged / "damaged" / "4").is_dir()
+    assert runs.steps_kept(damaged) == [2, 4] and (damaged / "set_aside" / "4").is_dir()
     assert [row["step"] for row in runs.rows(damaged) if "loss/policy" in row] == [1, 2, 3, 4]
     verified_steps.verdicts.clear()
     assert verified_steps.newest(damaged) == 4

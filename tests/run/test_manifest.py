@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxrlhf.cli.rewind import rewind
+from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
 from jaxrlhf.run import manifest, saved_run, verified_steps
 from jaxrlhf.run.checkpoint import Checkpoints, restore
 from jaxrlhf.run.manifest import Damaged
@@ -226,7 +228,32 @@ def test_a_run_goes_on_from_the_good_step_and_sets_the_others_aside(run):
 
 
 def steps_of_aside(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run / "damaged").iterdir())
+    return sorted(int(path.name) for path in (run / "set_aside").iterdir())
+
+
+def test_a_run_is_wound_back_to_a_good_step(run, capsys):
+    before = steps_of(run)
+    rewind(os.fspath(run), 2)
+    line = f"{run}: step 3 set aside in {run}/set_aside; training goes on from step 2"
+    assert capsys.readouterr().out == line + "\n"
+    assert before == [1, 2, 3] and steps_of(run) == [1, 2] and steps_of_aside(run) == [3]
+    with verified_steps.reading():
+        assert verified_steps.settle(run) == 2
+    rewind(os.fspath(run), 2)
+    assert capsys.readouterr().out == f"{run}: step 2 is the last one: nothing to do\n"
+
+
+def test_a_run_is_wound_back_only_to_a_step_that_is_there_and_good_and_while_nobody_trains(run):
+    with pytest.raises(ValueError, match=re.escape(f"{run}: has no step 9; its steps: 1, 2, 3")):
+        verified_steps.rewind(run, 9)
+    flip(find(run / "checkpoints" / "2", KINDS["array data"]), 9)
+    with pytest.raises(Damaged, match=r"step 2 is damaged .*; the newest good one is step 3$"):
+        verified_steps.rewind(run, 2)
+    lock = lock_run_dir(run)
+    with pytest.raises(RunDirBusy, match="already being written"):
+        verified_steps.rewind(run, 1)
+    lock.close()
+    assert steps_of(run) == [1, 2, 3]
 
 
 def test_a_step_that_is_read_stays(run):

@@ -118,7 +118,12 @@ def read_shard(
         if not np.isfinite(value).all():
             raise ValueError(f"{where}: {name}: holds weights that are NaN or infinite")
         target = shard if layer is None else shard[row]
-        target[tuple(slice(size) for size in value.shape)] = value
+        part = target[tuple(slice(size) for size in value.shape)]
+        with np.errstate(over="ignore"):
+            part[...] = value
+        if not np.isfinite(part).all():
+            largest = np.abs(value.astype(np.float64)).max()
+            raise ValueError(f"{where}: {name}: holds {largest:.3g}; expected weights that fit in {part.dtype}")
     return shard
 
 
