@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.data.kinds import BadRecord, nearest
+from jaxrlhf.hosts.address_space import at_most
 from jaxrlhf.hosts.interrupts import Interrupted, interruptible
 from jaxrlhf.paths import need_reachable
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
-TRIAL = 10.0  # seconds that a template has for its first conversation
+TRIAL, MEMORY = 10.0, 2**29  # seconds and bytes that a template has for its first conversation
 LEADING_ROLES = ("system", "developer")  # turns that stand before a conversation
 
 _USUAL = (
@@ -118,32 +119,37 @@ def find_template(named: str, adds_bos: bool) -> str:
     return path.read_text()
 
 
-class TooSlow(ValueError):
-    """A template that does not come to an end."""
+class TooCostly(ValueError):
+    """A template that does not come to an end, or takes all memory."""
 
 
 @contextlib.contextmanager
 def limited(tokenizer: Any) -> Iterator[None]:
-    """Around the first use of a template, which may come from anywhere: raises TooSlow, in one line, where it has not
-    written a short conversation in TRIAL seconds. Jinja's sandbox limits a range, not loops inside loops."""
+    """Around the first use of a template, which may come from anywhere: raises TooCostly, in one line, where it has not
+    written a short conversation in TRIAL seconds and MEMORY bytes. Jinja's sandbox limits a range, but neither loops
+    inside loops nor texts that double: its documentation leaves both to limits of the process."""
     try:
-        with interruptible(TRIAL):
+        with interruptible(TRIAL), at_most(MEMORY):
             yield
+        return
     except Interrupted:
-        raise TooSlow(
-            f"tokenizer: {tokenizer.name_or_path!r}: its chat template wrote no short conversation in {TRIAL:g} s; "
-            f"expected another in data.chat.template: a Jinja file, or one of {', '.join(TEMPLATES)}"
-        ) from None
+        why = f"wrote no short conversation in {TRIAL:g} s"
+    except MemoryError:
+        why = f"took more than {MEMORY / 1e9:.1g} GB of memory for a short conversation"
+    raise TooCostly(
+        f"tokenizer: {tokenizer.name_or_path!r}: its chat template {why}; expected another in data.chat.template: a "
+        f"Jinja file, or one of {', '.join(TEMPLATES)}"
+    )
 
 
 def check_syntax(tokenizer: Any) -> None:
-    """Raises ValueError, in one line, for a template that is not Jinja, or does not come to an end."""
+    """Raises ValueError, in one line, for a template that is not Jinja, or costs too much."""
     import jinja2
 
     try:
         with limited(tokenizer):
             tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-    except TooSlow:
+    except TooCostly:
         raise
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"data.chat.template: is not Jinja: {error.message} (line {error.lineno})") from None
@@ -244,6 +250,8 @@ def _first_good(apply: Any, messages: list[dict[str, Any]], tokenizer: Any) -> s
     for form in _forms(messages):
         try:
             written.append(apply(form))
+        except MemoryError:
+            raise
         except Exception as error:  # templates raise what they like: "roles must alternate"
             errors.append(error)
             continue

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrlhf.data.chat import TooSlow, date_of, is_dated, limited, render
+from jaxrlhf.data.chat import TooCostly, date_of, is_dated, limited, render
 from jaxrlhf.errors import one_line
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
@@ -207,7 +207,7 @@ def _find_turn_end(tokenizer: Any) -> int | None:
             text = render(
                 [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": content}], tokenizer
             )
-    except TooSlow:
+    except TooCostly:
         raise
     except ValueError:  # the template wants another conversation
         return None

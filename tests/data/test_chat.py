@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 
 import pytest
 
@@ -65,6 +66,21 @@ def test_a_template_that_does_not_end_is_refused(tokenizer, monkeypatch):
         eos_ids(endless)
     with pytest.raises(ValueError, match=line):
         chat_templates.apply_config(endless, chat_templates.ChatConfig(template=loops), adds_bos=False)
+
+
+DOUBLED = "{% set n = namespace(t='a') %}{% for _ in range(40) %}{% set n.t = n.t ~ n.t %}{% endfor %}"
+
+
+@pytest.mark.parametrize("hungry", ["{{ 'a' * 10**9 }}", "{{ 'a' | center(10**10) }}", DOUBLED])
+def test_a_template_that_takes_all_memory_is_refused(tokenizer, hungry):
+    line = r"^tokenizer: .*: its chat template took more than 0\.5 GB of memory for a short conversation; expected"
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match=line):
+        eos_ids(speaking(tokenizer, hungry + TURNS, WORDS))
+    with pytest.raises(ValueError, match=line):
+        config = chat_templates.ChatConfig(template=hungry + TURNS)
+        chat_templates.apply_config(speaking(tokenizer, TURNS, WORDS), config, adds_bos=False)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_a_turn_ends_at_its_first_eos(tokenizer):
