@@ -72,7 +72,7 @@ def lock_run_dir(run_dir: os.PathLike | str) -> IO | None:
         why = "a file" if isinstance(error, FileExistsError) else error.strerror or str(error)
         raise ValueError(f"run_dir: {os.fspath(run_dir)}: {why}; expected a directory that can be written") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        take(file)
     except OSError:
         file.seek(0)
         holder = file.read().strip() or "unknown process"
@@ -84,6 +84,28 @@ def lock_run_dir(run_dir: os.PathLike | str) -> IO | None:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     file.flush()
     return file
+
+
+def take(file: IO) -> None:
+    """The lock, which is_locked may hold for a moment. Raises OSError where a process keeps it."""
+    for last in (False, False, True):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if last:
+                raise
+            time.sleep(0.02)
+
+
+def is_locked(run_dir: os.PathLike | str) -> bool:
+    """Whether a process writes to the run directory. False where its file system has no such locks."""
+    with contextlib.suppress(OSError), open(epath.Path(run_dir) / ".lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def keep_lock(run_dir: os.PathLike | str, file: IO | None) -> IO | None:

@@ -153,6 +153,15 @@ def exists(step: epath.Path) -> bool:
     return (step / name_of(0)).exists()
 
 
+def is_missing(step: epath.Path) -> bool:
+    """Whether a process has not written its manifest yet. False for damaged ones."""
+    if not exists(step):
+        return True
+    with contextlib.suppress(Damaged):
+        return not all((step / name_of(process)).exists() for process in range(1, read(step)["processes"]))
+    return False
+
+
 def complete(step: epath.Path) -> bool:
     """Whether all processes have written theirs."""
     with contextlib.suppress(Damaged):

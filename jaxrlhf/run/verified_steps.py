@@ -9,6 +9,7 @@ import contextvars
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,13 +17,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxrlhf.hosts import processes
-from jaxrlhf.log.run_dir import is_local, lock_run_dir
+from jaxrlhf.log.run_dir import is_local, is_locked, lock_run_dir
 from jaxrlhf.run import manifest
 from jaxrlhf.run.manifest import Damaged
 
 STRICT = contextvars.ContextVar("strict", default=False)  # whether a damaged checkpoint is an error at once
 ASIDE = "set_aside"  # the folder of a run directory for steps that were passed over, or left by rewind
 BESIDE = ("tokenizer",)  # folders of a run directory that belong to each of its checkpoints
+UNDER_WAY = "still being written"
+YOUNG = 600.0  # seconds after which a step without a manifest is no longer being written, where no lock says more
 verdicts: dict[str, tuple[object, str | None]] = {}  # step directory -> its listing, and what is wrong with it
 told: set[str] = set()  # lines, each of which is said once by a process
 
@@ -118,11 +121,11 @@ def with_manifests(run_dir) -> list[int]:
     return [step for step in committed(run_dir) if manifest.exists(directory(run_dir) / str(step))]
 
 
-def newest(run_dir) -> int | None:
+def newest(run_dir, ours: bool = False) -> int | None:
     """The newest good step, None where none was ever saved. What is passed over is said in one line.
 
-    Of the run that this process trains it is the step from which it goes on. Raises Damaged where no step is good, or
-    under STRICT where one isn't."""
+    ``ours``: this process is about to write to the run. Of the run that it trains it is the step from which that goes
+    on. Raises Damaged where no step is good, or under STRICT where one isn't."""
     this = reader.get()
     if this and os.fspath(run_dir) in this.own:
         return this.own[os.fspath(run_dir)] or None
@@ -130,7 +133,7 @@ def newest(run_dir) -> int | None:
     for step in reversed(committed(run_dir)):
         if not hold(run_dir, step):
             continue
-        wrong = problem(run_dir, step)
+        wrong = UNDER_WAY if not ours and is_under_way(run_dir, step) else problem(run_dir, step)
         if wrong is None:
             tell_passed(run_dir, step, passed)
             return step
@@ -138,16 +141,42 @@ def newest(run_dir) -> int | None:
             passed[step] = wrong
     if passed:
         step, wrong = next(iter(passed.items()))
+        if wrong == UNDER_WAY:
+            raise Damaged(
+                f"{run_dir}: {described(step, wrong)}, and no other one is good; try again once it is written"
+            )
         raise Damaged(f"{run_dir}: no checkpoint is good; step {step}: {wrong}; nothing to go on from")
     return None
+
+
+def is_under_way(run_dir, step: int) -> bool:
+    """Whether the run that trains goes on writing this step: the newest one, which has not all of its manifests yet."""
+    folder = directory(run_dir) / str(step)
+    finished = with_manifests(run_dir)
+    if not manifest.is_missing(folder) or any(other > step for other in finished):
+        return False
+    if is_local(run_dir):
+        if not is_locked(run_dir):
+            return False
+        if finished:
+            return True
+    with contextlib.suppress(FileNotFoundError):  # an older version writes none at all; an object store has no locks
+        file = folder if is_local(run_dir) else folder / "commit_success.txt"
+        return time.time() - file.stat().mtime < YOUNG
+    return False
+
+
+def described(step: int, wrong: str) -> str:
+    """A step that is not taken, and why."""
+    return f"step {step} is {wrong}" if wrong == UNDER_WAY else f"step {step} is damaged ({wrong})"
 
 
 def tell_passed(run_dir, step: int, passed: dict[int, str]) -> None:
     """Says which steps were passed over for ``step``, and why. Raises Damaged under STRICT."""
     if not passed:
         return
-    which = ", ".join(f"step {other} is damaged ({wrong})" for other, wrong in passed.items())
-    if STRICT.get():
+    which = ", ".join(described(*other) for other in passed.items())
+    if STRICT.get() and {*passed.values()} != {UNDER_WAY}:
         raise Damaged(f"{run_dir}: {which}; the newest good one is step {step}")
     tell(f"{run_dir}: {which}: step {step}, the newest good one, is taken")
 
@@ -163,10 +192,10 @@ def require(run_dir, step: int, name: str) -> None:
     """Raises Damaged where this step, which ``name`` asks for, isn't good."""
     if not hold(run_dir, step):
         raise Damaged(f"{name}: step {step} is being deleted by the run that trains")
-    if wrong := problem(run_dir, step):
+    if wrong := UNDER_WAY if is_under_way(run_dir, step) else problem(run_dir, step):
         good = [other for other in committed(run_dir) if other != step and problem(run_dir, other) is None]
         there = f"the newest good one is step {good[-1]}" if good else "no other one is good"
-        raise Damaged(f"{name}: step {step} is damaged ({wrong}); {there}")
+        raise Damaged(f"{name}: {described(step, wrong)}; {there}")
 
 
 # ---- a run that goes on ---------------------------------------------------------------------------------------------
@@ -179,7 +208,7 @@ def settle(run_dir) -> int:
         examine_together(run_dir)
     this = reader.set(None)  # its own steps are not held: it may delete them
     try:
-        start = newest(run_dir) or 0
+        start = newest(run_dir, ours=True) or 0
     finally:
         reader.reset(this)
     if now := reader.get():

@@ -1,5 +1,6 @@
 """Checkpoints that aren't what was saved: each is found before it is read, and the newest good one is taken."""
 
+import contextlib
 import json
 import os
 import random
@@ -264,6 +265,40 @@ def test_a_step_that_is_read_stays(run):
         assert not verified_steps.delete(run, 1)
     save(run, [6], keep=1)
     assert steps_of(run) == [6]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_step_whose_manifest_is_under_way_is_no_damage(run, capsys, process):
+    """A reader beside the run that trains; of several processes each writes one."""
+    step = run / "checkpoints" / "3"
+    if process:
+        rewrite(step, processes=2)
+    else:
+        (step / "manifest.json").unlink()
+    with contextlib.closing(lock_run_dir(run)):  # type: ignore[arg-type]
+        token = verified_steps.STRICT.set(True)
+        assert verified_steps.newest(run) == 2
+        verified_steps.STRICT.reset(token)
+        said = capsys.readouterr().err
+        assert said == f"{run}: step 3 is still being written: step 2, the newest good one, is taken\n"
+        with pytest.raises(Damaged, match=r"@3: step 3 is still being written; the newest good one is step 2$"):
+            saved_run.find_step(f"{run}@3")
+    assert verified_steps.newest(run) == 2  # nobody writes
+    assert f"step 3 is damaged ({'its save was interrupted: ' * (not process)}manifest" in capsys.readouterr().err
+
+
+def test_the_first_step_of_a_run_may_be_under_way_too(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    save(run, [1])
+    (run / "checkpoints" / "1" / "manifest.json").unlink()
+    with contextlib.closing(lock_run_dir(run)):  # type: ignore[arg-type]
+        with pytest.raises(Damaged, match=r"run: step 1 is still being written, and no other one is good; try again"):
+            verified_steps.newest(run)
+        assert verified_steps.settle(run) == 1  # of the run itself, after a crash
+        monkeypatch.setattr(verified_steps, "YOUNG", 0.0)  # an older version that trains writes none at all
+        assert verified_steps.newest(run) == 1
+    monkeypatch.undo()
+    assert verified_steps.newest(run) == 1
 
 
 def test_a_step_that_goes_while_it_is_looked_at_is_no_damage(run, capsys, monkeypatch):
