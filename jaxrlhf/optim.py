@@ -1,7 +1,7 @@
 """From an optimizer's config to its optax chain and schedule: one chain a role, clipped by its own norm."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import Array
 
 # b1 of a first moment in bfloat16: with more, (1 - b1) of a gradient that is not far from the moment is rounded away
 LARGEST_B1_IN_BFLOAT16 = 0.95
+WINDOW = 128  # updates in which a spike is looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,10 @@ class OptimizerConfig:
     weight_decay: float = 0.0  # on matrices only: norms and biases are left alone
     clip_norm: float | None = 1.0  # of this role's gradient alone; null: never
     delay: int = 0  # iterations before this role starts to learn (on policy: value warm-up)
+    spike_sigmas: float | None = (
+        None  # an update is left out whose loss or gradient norm is so many standard deviations
+    )
+    # above the mean of the last 128 updates; 6 is usual; null: never
     dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment; the second is float32
 
 
@@ -53,6 +58,7 @@ def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTran
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.dtype(cfg.dtype)),
         optax.add_decayed_weights(cfg.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(make_schedule(cfg, total_steps)),
+        *([] if cfg.spike_sigmas is None else [keep_recent()]),
     )
 
 
@@ -65,6 +71,38 @@ def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(clip, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+class Recent(NamedTuple):
+    """What the last updates were like: a part of an optimizer's state."""
+
+    recent: Array  # f32[2, WINDOW]: loss and gradient norm, the newest last; NaN before there were so many
+
+
+def keep_recent() -> optax.GradientTransformation:
+    """Changes no update: holds the state of ``notice_spike``."""
+    start = lambda params: Recent(jnp.full((2, WINDOW), jnp.nan))
+    return optax.GradientTransformation(start, lambda updates, state, params=None: (updates, state))
+
+
+def notice_spike(
+    opt_state: optax.OptState, loss: Array, norm: Array, sigmas: float, counts: Array
+) -> tuple[Array, optax.OptState]:
+    """(bool[]: whether ``loss`` or ``norm`` is over mean + sigmas x standard deviation of the last WINDOW updates, of
+    which half have to be known; the state, which remembers both, also of a spike: a new level is soon none).
+
+    Args:
+        counts: bool[], whether this is an update at all; otherwise it is no spike and is not remembered.
+
+    Source: the step-skipping optimizer of OLMo 2 (arXiv:2501.00656)."""
+    recent, new = optax.tree.get(opt_state, "recent"), jnp.stack([loss, norm])
+    known = ~jnp.isnan(recent)
+    enough = known.sum(axis=1) >= WINDOW // 2
+    mean, deviation = recent.mean(axis=1, where=known), recent.std(axis=1, where=known, ddof=1)
+    spike = counts & (enough & (new > mean + sigmas * deviation)).any()
+    later = jnp.concatenate([recent[:, 1:], new[:, None]], axis=1)
+    remembered = jnp.where(counts & jnp.isfinite(new).all(), later, recent)
+    return spike, optax.tree.set(opt_state, recent=remembered)
 
 
 def learning_rate(schedule: optax.Schedule, opt_state: optax.OptState) -> Array:

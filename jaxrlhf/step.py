@@ -19,7 +19,7 @@ import optax
 from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.answers import Answered, recording, replaying
 from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffled_parts, split_rows
-from jaxrlhf.optim import learning_rate
+from jaxrlhf.optim import learning_rate, notice_spike
 from jaxrlhf.response_widths import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across, all_finite
 from jaxrlhf.types import (
@@ -50,6 +50,7 @@ class Recipe(NamedTuple):
     num_micro: int = 1  # parts that a minibatch is computed in; the result does not depend on it
     pack_widths: int = 1  # widths that the responses of such a part may be packed into; 1: they have all columns
     schedules: Mapping[Role, optax.Schedule] = MappingProxyType({})  # whose learning rates are metrics
+    spike_sigmas: Mapping[Role, float] = MappingProxyType({})  # whose updates are left out at a spike: notice_spike
     together: int = 1  # responses to a prompt that a shuffle keeps side by side, in one minibatch
 
 
@@ -215,6 +216,7 @@ def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -
         - where its loss counts nothing: without a gradient Adam would still move by its old moments. All responses of
           the minibatch may be unscorable;
         - until its delay is over;
+        - at a spike of its loss or gradient norm, where it has spike_sigmas: <role>/spikes counts it;
         - where a loss, a gradient or a new parameter of any role is not finite: update/not_finite counts it.
     """
     grads, means, losses = gradients(recipe, state, minibatch)
@@ -224,6 +226,11 @@ def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -
         norm = optax.tree.norm(grads[role])
         means[f"{role}/grad_norm"] = Mean(norm, one)
         learns[role] = (losses[role].count > 0) & (state.step >= recipe.delays.get(role, 0))
+        if role in recipe.spike_sigmas:
+            given = opt_state[role], losses[role].value(), norm, recipe.spike_sigmas[role], learns[role]
+            spike, opt_state[role] = notice_spike(*given)
+            means[f"{role}/spikes"] = Mean(spike.astype(jnp.float32), one)
+            learns[role] &= ~spike
         if role in recipe.schedules:
             rate = learning_rate(recipe.schedules[role], opt_state[role])
             means[f"{role}/learning_rate"] = Mean(jnp.where(learns[role], rate, 0.0), one)

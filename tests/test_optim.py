@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.optim import OptimizerConfig, is_matrix, make_optimizer, make_schedule
+from jaxrlhf.optim import WINDOW, OptimizerConfig, is_matrix, make_optimizer, make_schedule, notice_spike
 from tests.support.tiny import parameters
 
 RATE = 0.1
@@ -109,3 +110,27 @@ def test_the_first_moment_is_kept_in_the_dtype_asked_for(dtype):
     _, state = updates(OptimizerConfig(dtype=dtype), params, params)
     assert optax.tree.get(state, "mu")["kernel"].dtype == jnp.dtype(dtype)
     assert optax.tree.get(state, "nu")["kernel"].dtype == jnp.float32
+
+
+def test_a_spike_is_one_of_the_last_updates_by_hand():
+    """Against NumPy, update by update: nothing before half a window, then what is above mean + 3 deviations."""
+    random, sigmas, seen = np.random.default_rng(0), 3.0, []
+    optimizer = make_optimizer(OptimizerConfig(spike_sigmas=sigmas), 8)
+    state, notice = optimizer.init({"kernel": jnp.zeros(1)}), jax.jit(notice_spike, static_argnums=3)
+    for update in range(WINDOW + 40):
+        pair = random.normal(size=2).astype(np.float32) + (8 if update in (10, WINDOW // 2, WINDOW + 20) else 0)
+        counts = update % 7 != 5
+        if update == 30:
+            pair[1] = np.nan
+        spike, state = notice(state, pair[0], pair[1], sigmas, counts)
+        last = np.array(seen[-WINDOW:])
+        expected = len(last) >= WINDOW // 2 and (pair > last.mean(axis=0) + sigmas * last.std(axis=0, ddof=1)).any()
+        assert bool(spike) == bool(expected and counts), update
+        if counts and np.isfinite(pair).all():
+            seen.append(pair)
+    np.testing.assert_array_equal(optax.tree.get(state, "recent"), np.array(seen[-WINDOW:]).T)
+
+
+def test_without_spike_sigmas_nothing_is_kept_of_updates():
+    state = make_optimizer(OptimizerConfig(), 8).init({"kernel": jnp.zeros(1)})
+    assert optax.tree.get(state, "recent", None) is None

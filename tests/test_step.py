@@ -18,7 +18,7 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithm import Algorithm, Updates
 from jaxrlhf.algorithms.ppo import PPOConfig, PPOExperience
 from jaxrlhf.ops.sampling import Sampling
-from jaxrlhf.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxrlhf.optim import WINDOW, OptimizerConfig, keep_recent, make_optimizer, make_schedule
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.step import Recipe
@@ -296,6 +296,48 @@ def test_an_update_that_is_not_finite_is_left_out(row, rate, updates):
     assert optax.tree.get(after.opt_state["policy"], "count") == updates
     assert bool(jnp.isfinite(metrics["loss/policy"])) == (row is None)
     assert after.controls["measured"] == (metrics["loss/policy"] if row is None else 7)
+
+
+def test_an_update_at_a_spike_is_left_out_and_remembered():
+    """Of the role that it is of; the other one learns."""
+
+    def loss(nets, trees: Trees, minibatch: Experience, cfg: Plan):
+        ids = given(minibatch.responses, "responses").tokens[:, 0]
+        size = {"policy": jnp.where((ids == 3).any(), 100.0, 1.0), "value": 1.0}
+        return {role: Mean(trees.params[role]["kernel"].sum() * size[role], jnp.float32(1)) for role in size}, {}
+
+    algorithm = Algorithm(
+        config=Plan,
+        online=False,
+        updates=plan_updates,
+        batch=lambda cfg: ("sequences",),
+        roles=lambda cfg: (dict.fromkeys(("policy", "value"), "scalar"), {}),
+        prepare=lambda nets, state, batch, cfg: (Experience(responses=batch.sequences), {}),
+        loss=loss,
+    )
+    roles = ("policy", "value")
+    optimizer = optax.chain(optax.sgd(0.5), keep_recent())
+    recipe = Recipe(
+        algorithm,
+        Plan(num_minibatches=4),
+        NO_NETS,
+        dict.fromkeys(roles, optimizer),
+        {},
+        spike_sigmas=dict.fromkeys(roles, 6.0),
+    )
+    params = {role: {"kernel": jnp.zeros(4)} for role in roles}
+    usual = np.random.default_rng(0).normal([[0], [2]], [[4], [0.1]], (2, WINDOW))
+    opt_state = {role: optax.tree.set(optimizer.init(params[role]), recent=jnp.float32(usual)) for role in roles}
+    state = TrainState(jnp.int32(0), jnp.int32(0), params, {}, opt_state, {})
+    column = jnp.arange(ROWS, dtype=jnp.int32)[:, None]
+    batch = Batch(sequences=Sequences(column, jnp.ones_like(column, bool), jnp.ones_like(column, bool)))
+    after, metrics, _ = tiny.program(steps.make_iteration(recipe))(state, batch)
+    np.testing.assert_array_equal(after.params["policy"]["kernel"], np.full(4, -0.5 * 3))
+    np.testing.assert_array_equal(after.params["value"]["kernel"], np.full(4, -0.5 * 4))
+    assert metrics["policy/spikes"] == 1 / 4 and metrics["value/spikes"] == 0 == metrics["update/not_finite"]
+    norms = optax.tree.get(after.opt_state["policy"], "recent")[1]
+    np.testing.assert_array_equal(norms[:-4], jnp.float32(usual[1, 4:]))
+    assert sorted(norms[-4:].tolist()) == [2, 2, 2, 200]
 
 
 # ---- micro-batches --------------------------------------------------------------------------------------------------

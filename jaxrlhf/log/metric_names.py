@@ -31,6 +31,7 @@ METRICS = [
     policy/kl_old | nats | KL from the policy that sampled, a response token
     policy/sampler_ratio | - | probability of a token by the trainer over that by the sampler, before the cap
     policy/sampler_ratio_capped | share | response tokens whose ratio is above sampler_ratio_cap
+    <role>/spikes | share | updates of the role that were left out by spike_sigmas
     update/not_finite | share | updates that were left out: a loss, gradient or new parameter was NaN or infinite
     policy/updates_skipped | share | updates that were skipped because of stop_kl
     score/mean | score | score of a response, by the reward model or the reward functions

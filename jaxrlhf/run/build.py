@@ -103,8 +103,20 @@ def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weight
     parts = choose_micro_batches(resolved, shards, mesh.devices.flat[0].platform)
     sampler = sampler._replace(share_prompts=shares_prompts(resolved, shards, parts))
     bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.online else Sampling())
-    packing, together = cfg.batch.pack_widths, kept_together(resolved)
-    recipe = Recipe(algorithm, cfg.algorithm, bound, optimizers, delays, parts, packing, schedules, together)
+    found = {role: cfg.optimizer_of(role).spike_sigmas for role in trained}
+    spikes = {role: sigmas for role, sigmas in found.items() if sigmas is not None}
+    recipe = Recipe(
+        algorithm,
+        cfg.algorithm,
+        bound,
+        optimizers,
+        delays,
+        num_micro=parts,
+        pack_widths=cfg.batch.pack_widths,
+        schedules=schedules,
+        spike_sigmas=spikes,
+        together=kept_together(resolved),
+    )
     return Blueprint(resolved, mesh, weights, resolved.roles.heads, recipe, sampler)
 
 
