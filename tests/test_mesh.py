@@ -45,7 +45,8 @@ ODD_PPO = PPOConfig(
     entropy_coef=0.01,
     stop_kl=10.0,
 )
-ODD = "ppo", ODD_MODEL, ODD_PPO, 2, 2  # micro-batches a minibatch, samples a prompt
+ODD_OPTIMIZER = {"optimizer": dataclasses.replace(tiny.ADAM, spike_sigmas=6.0)}
+ODD = "ppo", ODD_MODEL, ODD_PPO, 2, 2, ODD_OPTIMIZER  # micro-batches a minibatch, samples a prompt
 # groups, which the shards of a batch must not cut
 GROUPS = "grpo", tiny.MODEL, GRPOConfig(num_minibatches=2, aggregation="seq-mean-token-mean"), 2, 4
 # the same where micro-batches cut them apart

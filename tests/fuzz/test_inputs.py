@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import resource
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -299,6 +300,8 @@ FOUND: list[tuple[str, Any]] = [
     ("config.json", model_config("gemma2") | {"layer_types": [[]]}),
     ("gguf", gguf_file().replace(b"<|endoftext|>", b"<|endofte\xff\xfe|>")),
     ("gguf", gguf_file().replace(b"a b", b"abc")),
+    # a list of 2^48 numbers, which the reader goes on to make behind the end of the file
+    ("gguf", gguf_file().replace(struct.pack("<IQ", 5, 4), struct.pack("<IQ", 5, 2**48))),
     ("jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}"),
     ("values", {"messages": "[" + "9" * 5000 + "]", "tools": "[" + "9" * 5000 + "]"}),
     ("values", {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": "9" * 5000}]}),

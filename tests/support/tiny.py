@@ -154,7 +154,9 @@ def build(
         sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts),
         trunks,
     )
-    recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro, pack_widths, together=samples_per_prompt)
+    spikes = {} if optimizer.spike_sigmas is None else dict.fromkeys(trained, optimizer.spike_sigmas)
+    more = {"spike_sigmas": spikes, "together": samples_per_prompt}
+    recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro, pack_widths, **more)
     state = states.new_state(0, make(trained), make(slow), optimizers, algorithm.controls(cfg))
     return Tiny(recipe, state, Batch(prompts=prompts(), preferences=preferences()) if batch is None else batch)
 

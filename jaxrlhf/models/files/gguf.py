@@ -104,8 +104,17 @@ def read_header(path: str, where: str) -> tuple[dict[str, Any], list[Any]]:
     """(metadata as plain Python, the reader's tensors)."""
     from gguf import GGUFReader
 
+    class BoundedReader(GGUFReader):
+        """Behind the end of a file GGUFReader reads nothing, as many times as a damaged length says."""
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < int(count):
+                raise ValueError(f"it ends at byte {len(self.data)}, in the midst of what its header announces")
+            return found
+
     try:
-        reader = GGUFReader(path)
+        reader = BoundedReader(path)
         return {name: field.contents() for name, field in reader.fields.items()}, list(reader.tensors)
     except (ValueError, KeyError, IndexError, OSError) as error:
         raise ValueError(f"{where}: is not a GGUF file: {error}") from error
