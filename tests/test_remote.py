@@ -130,6 +130,11 @@ def test_its_manifests_hold_the_checksums_of_the_store(remote, monkeypatch, tmp_
     assert "has another md5Hash checksum" in str(manifest.wrong_content(step, kept["files"], look()))
 
 
+def test_its_readers_leave_nothing(remote):
+    """evaluate, export, generate and the run that starts from it held its step."""
+    assert not [*(remote.bucket / "sft").glob("readers/*")]
+
+
 def test_the_fake_refuses_what_stores_refuse(tmp_path, monkeypatch):
     """Else the runs above would show nothing."""
     monkeypatch.setenv(fake_gcs.ROOT, str(tmp_path))

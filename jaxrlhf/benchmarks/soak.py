@@ -21,7 +21,7 @@ from jaxrlhf.errors import ConfigError
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 FULL = "full disk"  # in the place of a signal
-PATIENCE = 300.0  # seconds that a run may go on without its moment, and after its signal
+PATIENCE = 1800.0  # seconds that a run may go on without its moment, and after its signal: machines may be busy
 COLD = 3  # moments in compilation before which the cache of compiled programs is emptied
 ONCE = ("import", "load", "compile")  # phases that a process is in once: a signal that is late comes in the next one
 DISK = 20.0  # seconds that a disk is full at most

@@ -7,18 +7,20 @@ step that it reads, so that a run in training doesn't delete it meanwhile.
 import contextlib
 import contextvars
 import fcntl
+import functools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 from etils import epath
 
+from jaxrlhf.errors import one_line
 from jaxrlhf.hosts import processes
 from jaxrlhf.log.run_dir import is_local, is_locked, lock_run_dir
-from jaxrlhf.run import manifest
+from jaxrlhf.run import holds, manifest
 from jaxrlhf.run.manifest import Damaged
 
 STRICT = contextvars.ContextVar("strict", default=False)  # whether a damaged checkpoint is an error at once
@@ -33,7 +35,7 @@ told: set[str] = set()  # lines, each of which is said once by a process
 class Reader(NamedTuple):
     """What a block that reads runs has found so far."""
 
-    files: list[int]  # open directories of the steps that it holds
+    held: list[Callable[[], None]]  # what gives up the steps that it holds
     own: dict[str, int]  # run directory -> the step from which the run that this process trains goes on, 0: none
 
 
@@ -278,28 +280,33 @@ def rewind(run_dir, step: int) -> list[int]:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """In this block the steps that are found stay: the run that trains deletes none of them. An object store has no
-    locks: there a step may go."""
+    """In this block the steps that are found stay: the run that trains deletes none of them."""
     this = Reader([], {})
     token = reader.set(this)
     try:
         yield
     finally:
         reader.reset(token)
-        for file in this.files:
-            os.close(file)
+        for give_up in this.held:
+            give_up()
 
 
 def hold(run_dir, step: int) -> bool:
     """Whether a step is there and, in a block that reads, stays until its end."""
     this, folder = reader.get(), directory(run_dir) / str(step)
-    if this is None or not is_local(run_dir):
+    if this is None:
+        return folder.exists()
+    if not is_local(run_dir):
+        try:
+            this.held.append(holds.Hold(run_dir, step).close)
+        except OSError as error:
+            tell(f"{one_line(error)}: can't be written to: step {step} may be deleted while it is read")
         return folder.exists()
     try:
         file = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return False
-    this.files.append(file)
+    this.held.append(functools.partial(os.close, file))
     return lock(file, fcntl.LOCK_SH)
 
 
@@ -319,6 +326,8 @@ def delete(run_dir, step: int) -> bool:
     next start: what is deleted in part is no checkpoint."""
     folder = directory(run_dir) / str(step)
     if not is_local(run_dir):
+        if holds.is_held(run_dir, step):
+            return False
         (folder / "commit_success.txt").unlink(missing_ok=True)
         folder.rmtree()
         return True

@@ -18,7 +18,7 @@ import pytest
 
 from jaxrlhf.cli.rewind import rewind
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
-from jaxrlhf.run import manifest, saved_run, verified_steps
+from jaxrlhf.run import holds, manifest, saved_run, verified_steps
 from jaxrlhf.run.checkpoint import Checkpoints, restore
 from jaxrlhf.run.manifest import Damaged
 from tests.run.test_checkpoint import describe, new_state, same, save, steps_of
@@ -265,6 +265,31 @@ def test_a_step_that_is_read_stays(run):
         assert not verified_steps.delete(run, 1)
     save(run, [6], keep=1)
     assert steps_of(run) == [6]
+
+
+def test_a_step_that_is_read_stays_where_there_are_no_locks(run, monkeypatch, capsys):
+    """As in an object store."""
+    monkeypatch.setattr(verified_steps, "is_local", lambda _: False)
+    monkeypatch.setattr(holds, "RENEW", 0.01)
+    with verified_steps.reading():
+        assert saved_run.find_step(f"{run}@1") == 1
+        (hold,) = (run / "readers").iterdir()
+        written = hold.stat().st_mtime_ns
+        assert not verified_steps.delete(run, 1)
+        while hold.stat().st_mtime_ns == written:
+            time.sleep(0.01)
+    assert not [*(run / "readers").iterdir()] and verified_steps.delete(run, 1) and steps_of(run) == [2, 3]
+    left = run / "readers" / "2-of-a-reader-that-was-killed"
+    left.write_text("")
+    assert not verified_steps.delete(run, 2)
+    os.utime(left, (0, 0))
+    assert verified_steps.delete(run, 2) and not left.exists()
+    monkeypatch.setattr(holds.Hold, "write", lambda _: (_ for _ in ()).throw(PermissionError("not yours")))
+    with verified_steps.reading():
+        assert saved_run.find_step(f"{run}@3") == 3
+    assert capsys.readouterr().err.endswith(
+        "readers: not yours: can't be written to: step 3 may be deleted while it is read\n"
+    )
 
 
 @pytest.mark.parametrize("process", [0, 1])
