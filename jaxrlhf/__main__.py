@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-EXIT_PREEMPTED = 75  # as in cli/exits.py: launchers run the command again
+from jaxrlhf.hosts.exit_codes import EXIT_PREEMPTED
 
 
 def main() -> None:

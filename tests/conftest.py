@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # what compiles no model: the tier -m fast
 FAST = ("config", "data", "log", "ops", "rewards", "tpu", "test_layers.py", "test_optim.py", "test_sharding.py")
-FAST += tuple(f"models/test_{name}.py" for name in ("families", "gguf_tokenizer", "hf_tensors", "published"))
+FAST += tuple(f"models/test_{name}.py" for name in ("families", "gguf_tokenizer", "hf_headers", "published"))
 FAST += (
     "launch/test_config.py",
     "launch/test_figures.py",

@@ -55,7 +55,8 @@ def module_name(path: Path, package: Path = PACKAGE) -> str:
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-COMMANDS = {name for name in MODULES if name in ("", "cli") or name.startswith("cli.")}  # of jaxrlhf itself, these
+# of jaxrlhf itself, these
+COMMANDS = {name for name in MODULES if name in ("", "cli", "hosts.exit_codes") or name.startswith("cli.")}
 
 
 def imports(source: str, modules=MODULES) -> set[str]:

@@ -27,7 +27,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.plan.shapes import blueprint
@@ -65,7 +65,7 @@ def write_models(folder: Path, text: Path) -> dict[str, Path]:
     shape = resolve(ModelConfig(vocab_size=len(tokenizer), **sizes))
     for seed, head in enumerate(("lm", "scalar")):
         params = tiny.parameters(shape, head, seed)
-        hf.save(params, shape, head, folder / head, ids=ids, tokenizer_folder=folder / "tokenizer")
+        hf_weights.save(params, shape, head, folder / head, ids=ids, tokenizer_folder=folder / "tokenizer")
     return {head: folder / head for head in ("lm", "scalar")}
 
 

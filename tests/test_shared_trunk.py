@@ -12,7 +12,7 @@ import pytest
 
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.models.nets import Trunk, make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
@@ -196,7 +196,7 @@ def test_an_exported_value_model_is_whole(trained):
     cfg, head = hf_config.read_config(trained / "value-hf")
     assert head == "scalar"
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        found = hf.load(trained / "value-hf", cfg, head, jnp.float32)
+        found = hf_weights.load(trained / "value-hf", cfg, head, jnp.float32)
     origin = runs.read_state(trained / "ppo", 2)
     np.testing.assert_array_equal(found["head"]["kernel"], origin["params.value/head/kernel"])
     np.testing.assert_array_equal(found["final_norm"]["scale"], origin["params.policy/final_norm/scale"])

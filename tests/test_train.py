@@ -27,7 +27,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
-from jaxrlhf.run import build, checkpoint, programs, saved_run
+from jaxrlhf.run import build, checkpoint, programs, saved_run, verified_steps
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.resume import changes_since_saved
 from jaxrlhf.sharding import current
@@ -412,7 +412,7 @@ def test_a_signal_is_heard_wherever_the_loop_is(root, tmp_path, monkeypatch, fak
     assert trainer.run(cfg) == ended
     assert f"{name}: stopped at step {at}; the same command resumes\n" in capsys.readouterr().out
     assert signal.getsignal(number) == handler
-    assert saved_run.latest_step(tmp_path / "sft") == at
+    assert verified_steps.newest(tmp_path / "sft") == at
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == list(range(1, at + 1))
     assert trainer.run(cfg) == "done"
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [1, 2, 3, 4, 5, 6]
@@ -449,7 +449,7 @@ def test_a_signal_before_the_first_iteration_saves_nothing(root, tmp_path, monke
     name, ended = STOPS[number]
     assert trainer.run(cfg) == ended
     assert f"{name}: stopped at step 0" in capsys.readouterr().out
-    assert saved_run.latest_step(tmp_path / "sft") is None
+    assert verified_steps.newest(tmp_path / "sft") is None
     assert trainer.run(cfg) == "done"
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [0, 1, 2, 2, 3, 4, 4]
 

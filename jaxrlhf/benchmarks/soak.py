@@ -18,6 +18,7 @@ from jaxrlhf.benchmarks.soak_process import ENDED, LOOK, PHASES, Process
 from jaxrlhf.benchmarks.soak_run import ALGORITHMS, CONFIG, EVERY, RUN, make_data, make_run
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.hosts.exit_codes import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PREEMPTED
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 FULL = "full disk"  # in the place of a signal
@@ -26,7 +27,7 @@ COLD = 3  # moments in compilation before which the cache of compiled programs i
 ONCE = ("import", "load", "compile")  # phases that a process is in once: a signal that is late comes in the next one
 DISK = 20.0  # seconds that a disk is full at most
 # exit codes besides 0 of a run that was done: before Python has handlers a signal ends the process by itself
-CODES = {"SIGKILL": {-9}, "SIGTERM": {75}, "SIGINT": {130}, FULL: {1, 2}}
+CODES = {"SIGKILL": {-9}, "SIGTERM": {EXIT_PREEMPTED}, "SIGINT": {EXIT_INTERRUPTED}, FULL: {EXIT_BROKEN, EXIT_MISTAKE}}
 EARLY = {"SIGTERM": {-15}, "SIGINT": {-2}}
 
 

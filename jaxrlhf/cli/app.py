@@ -17,21 +17,14 @@ import typer
 from jaxrlhf import __version__
 from jaxrlhf.cli import benchmark, discover
 from jaxrlhf.cli.evaluate import evaluate
-from jaxrlhf.cli.exits import (
-    EXIT_BROKEN,
-    EXIT_INTERRUPTED,
-    EXIT_MISTAKE,
-    EXIT_PREEMPTED,
-    abandon,
-    by_the_system,
-    raised_here,
-)
+from jaxrlhf.cli.exits import abandon, by_the_system, raised_here
 from jaxrlhf.cli.export import export
 from jaxrlhf.cli.generate import generate
 from jaxrlhf.cli.plan import plan
 from jaxrlhf.cli.preflight import preflight
 from jaxrlhf.cli.rewind import rewind
 from jaxrlhf.cli.train import train
+from jaxrlhf.hosts.exit_codes import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PREEMPTED
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -1,4 +1,4 @@
-"""Exit codes of the command, and which errors are told in one line."""
+"""How the command ends the processes of its run, and which errors are told in one line."""
 
 import errno
 import sys
@@ -6,10 +6,6 @@ import traceback
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
-EXIT_BROKEN = 1
-EXIT_MISTAKE = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 WORDS = ("NOSPC", "DQUOT", "FBIG", "ROFS", "ACCES", "PERM", "IO", "NOTDIR", "ISDIR", "NAMETOOLONG", "MFILE")
 REFUSED = {getattr(errno, f"E{word}") for word in WORDS}
 

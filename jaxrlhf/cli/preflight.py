@@ -2,8 +2,8 @@
 
 import typer
 
-from jaxrlhf.cli.exits import EXIT_MISTAKE
 from jaxrlhf.cli.setup import ConfigArguments, load_joined
+from jaxrlhf.hosts.exit_codes import EXIT_MISTAKE
 
 
 def preflight(arguments: ConfigArguments) -> None:

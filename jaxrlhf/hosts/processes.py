@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxrlhf.errors import one_line
+from jaxrlhf.hosts.exit_codes import EXIT_BROKEN
 from jaxrlhf.hosts.rendezvous import meet
 
-EXIT_BROKEN = 1
 GRACE = 30  # seconds that JAX is given beyond init_timeout: its own timeout aborts without a word of use
 MESSAGE_BYTES = 2048
 calls = itertools.count()  # of stop_agreed, in step on all processes over all runs of a command

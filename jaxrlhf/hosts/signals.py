@@ -16,9 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxrlhf.hosts import interrupts
+from jaxrlhf.hosts.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-CODES = {"Ctrl-C": 130, "SIGTERM": 75}  # 128 + SIGINT, as shells have it; EX_TEMPFAIL: launchers run it again
+CODES = {"Ctrl-C": EXIT_INTERRUPTED, "SIGTERM": EXIT_PREEMPTED}
 CLOSE = b"\0"
 
 

@@ -10,11 +10,11 @@ import yaml
 
 from jaxrlhf.config.yaml_text import Dumper
 from jaxrlhf.errors import one_line
+from jaxrlhf.hosts.exit_codes import EXIT_PREEMPTED
 from jaxrlhf.launch.bundle import folder
 from jaxrlhf.launch.commands import LaunchError, must, say, stream
 from jaxrlhf.launch.config import GkeConfig, Launch
 
-EXIT_PREEMPTED = 75  # of jaxrlhf train: everything is saved, run it again
 CONTAINER = "train"
 PORTS = (8471, 8080, 8482)  # of libtpu, of slices among each other, and of jax.distributed
 

@@ -12,7 +12,7 @@ from jaxrlhf.data.examples import make_examples
 from jaxrlhf.data.sources import Source, open_source
 from jaxrlhf.log.run_dir import made_by
 from jaxrlhf.rewards.graders import find_graders
-from jaxrlhf.run import saved_run
+from jaxrlhf.run import saved_run, verified_steps
 from jaxrlhf.run.origins import check_loaded, origin
 from jaxrlhf.run.tokenizer import find_tokenizer, foreign_tokens, tokenizer_origin
 from jaxrlhf.run.weights import find_weights
@@ -49,10 +49,10 @@ class Inputs:
     def is_made(self, path: str | None) -> bool:
         """Whether ``path`` (RUN, RUN@best) is a run that another config of the command makes, not there yet."""
         run = made_by(path, self.made)
-        return run is not None and saved_run.latest_step(run) is None
+        return run is not None and verified_steps.newest(run) is None
 
     def find_tokenizer(self) -> str:
-        size, resumed = self.cfg.tokenizer.train_vocab_size, saved_run.latest_step(self.cfg.run_dir) is not None
+        size, resumed = self.cfg.tokenizer.train_vocab_size, verified_steps.newest(self.cfg.run_dir) is not None
         if size and not resumed:
             return f"byte-level BPE of {size:,} tokens, trained when the run starts"
         named = self.cfg.run_dir if resumed else tokenizer_origin(self.cfg)[0]

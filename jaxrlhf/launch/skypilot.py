@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 from jaxrlhf.config.yaml_text import Dumper
+from jaxrlhf.hosts.exit_codes import EXIT_PREEMPTED
 from jaxrlhf.launch.bundle import folder
 from jaxrlhf.launch.commands import stream
 from jaxrlhf.launch.config import Launch, SkyPilotConfig
 
-EXIT_PREEMPTED = 75  # of jaxrlhf train: everything is saved, run it again
 PORT = 8476
 
 SETUP = """\

@@ -2,6 +2,7 @@
 
 import shlex
 
+from jaxrlhf.hosts.exit_codes import EXIT_PREEMPTED
 from jaxrlhf.launch.bundle import folder, write_private
 from jaxrlhf.launch.commands import must, say, shown
 from jaxrlhf.launch.config import Launch, SlurmConfig
@@ -25,8 +26,8 @@ while :; do # a wait that a signal interrupts says nothing of the step
     wait "$step" || code=$?
     [ -n "$asked" ] || break
 done
-# 75: everything is saved, and the same job goes on from there
-if [ "$code" = 75 ]; then
+# {preempted}: everything is saved, and the same job goes on from there
+if [ "$code" = {preempted} ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -68,6 +69,7 @@ def render(launch: Launch) -> str:
         jaxrlhf=shlex.quote(f"{slurm.python}/jaxrlhf"),
         lines="\n".join(slurm.lines),
         arguments=shlex.join(launch.arguments),
+        preempted=EXIT_PREEMPTED,
     ).replace("\n\n", "\n")
 
 

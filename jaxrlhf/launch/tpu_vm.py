@@ -9,12 +9,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from jaxrlhf.hosts.exit_codes import EXIT_MISTAKE, EXIT_PREEMPTED
 from jaxrlhf.launch import gcloud
 from jaxrlhf.launch.bundle import ENVIRONMENT, WORKER, bundle_paths, describe_code, folder, write_bundle
 from jaxrlhf.launch.commands import LaunchError, capture, last_line, say, shown, stream
 from jaxrlhf.launch.config import Launch
 
-EXIT_MISTAKE, EXIT_PREEMPTED, EXIT_SSH = 2, 75, 255  # as in cli/exits.py; the last is ssh's own
+EXIT_SSH = 255  # of ssh itself
 DESCRIBE_TRIES = 5  # looks at a resource that may fail in a row
 
 

@@ -21,7 +21,7 @@ from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.memory import estimate
 from jaxrlhf.plan.room import need_room_for_batch, room_of
 from jaxrlhf.plan.search import setup_of
-from jaxrlhf.run import announce, saved_run
+from jaxrlhf.run import announce, saved_run, verified_steps
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
 from jaxrlhf.run.feed import Feed, describe_data
@@ -46,7 +46,7 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
         check_places(cfg, path)
         starts = [str(origin(cfg, role).init_from) for role in cfg.models] + [str(cfg.tokenizer.init_from)]
         runs = [run for name in starts if (run := made_by(name, makers)) is not None]
-        waits = [run for run in runs if saved_run.latest_step(run) is None]
+        waits = [run for run in runs if verified_steps.newest(run) is None]
         yield f"# {path}, as it is read; the other keys are at their defaults"
         yield dump(cfg, whole=False).rstrip("\n")
         if waits:
@@ -59,7 +59,7 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
 def describe_run(resolved: Resolved) -> Iterator[str]:
     """Data, three rows, steps, batch and memory of one run."""
     saved_runs = saved_run.SavedRuns()
-    start, changes = saved_runs.latest_step(resolved.cfg.run_dir) or 0, changes_since_saved(saved_runs, resolved)
+    start, changes = saved_runs.newest(resolved.cfg.run_dir) or 0, changes_since_saved(saved_runs, resolved)
     ready = build(resolved, keep=False, saved_runs=saved_runs)
     resolved, cfg, parts = ready.resolved, ready.cfg, ready.recipe.num_micro
     check(cfg, jax.device_count())

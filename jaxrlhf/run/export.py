@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.log.run_dir import split_step
-from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.run.own_pad import with_own_pad
 from jaxrlhf.run.saved_run import describe_step, model_of, read_extra, restore_model
 from jaxrlhf.run.verified_steps import reading
@@ -53,5 +53,5 @@ def export_role(name, role: Role, to) -> tuple[str, list[str]]:
             tokenizer, params, cfg, ids, notes = with_own_pad(tokenizer, params, cfg, ids)
             tokenizers.save_tokenizer(tokenizer, scratch)
             folder = epath.Path(scratch)
-        notes += hf.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)
+        notes += hf_weights.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)
     return describe_step(run_dir, step), notes

@@ -3,7 +3,7 @@
 import jax
 
 from jaxrlhf.models import parameters
-from jaxrlhf.models.files import hf
+from jaxrlhf.models.files import hf_weights
 from jaxrlhf.run import saved_run, state
 from jaxrlhf.run.build import Blueprint, Run
 from jaxrlhf.run.origins import base_role
@@ -34,7 +34,7 @@ def read_weights(run: Run, role: Role) -> Params:
         models = found.record["models"]
         params = saved_run.restore_model(found.path, found.step, models, found.role, dtype, run.mesh)
     else:
-        params = hf.load(found.path or "", found.config, found.head or "scalar", dtype)
+        params = hf_weights.load(found.path or "", found.config, found.head or "scalar", dtype)
         if found.head is None:
             del params["head"]  # drawn; that of change_head knows of ``zero``
     return for_programs(state.change_head(params, found.config, found.head or "lm", head, key, zero), run.mesh)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES
-from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.types import Params
 
@@ -72,6 +72,6 @@ def find_unused(tokenizer: Any, eos: tuple[int, ...], vocab: int) -> str | None:
 def grown(params: Params, cfg: ModelConfig, vocab: int) -> tuple[Params, ModelConfig]:
     """The model with ``vocab`` rows of embeddings, the new ones 0."""
     wider = dataclasses.replace(cfg, vocab_size=vocab)
-    table = hf.to_numpy(params["embed"]["tokens"]["embedding"])
+    table = hf_weights.to_numpy(params["embed"]["tokens"]["embedding"])
     table = np.pad(table, ((0, padded_vocab(wider) - len(table)), (0, 0)))
     return params | {"embed": params["embed"] | {"tokens": {"embedding": table}}}, wider

@@ -56,11 +56,6 @@ def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def latest_step(run_dir) -> int | None:
-    """The newest good checkpoint of a run, or None. Raises as ``newest``."""
-    return newest(run_dir)
-
-
 def measured(run_dir, metric: str) -> dict[int, float]:
     """Step -> what it was measured as by ``metric``, where that is a number."""
     found = {}
@@ -130,10 +125,11 @@ class SavedRuns:
     """What a start learns of saved runs, of the one that it resumes and of those that it starts from: each is read
     once, however many roles ask. Whoever starts makes one and passes it down.
 
-    A checkpoint that is written afterwards is not seen: ``latest_step`` and ``read_extra`` of this module look anew."""
+    A checkpoint that is written afterwards is not seen: ``verified_steps.newest`` and this module's ``read_extra`` look
+    anew."""
 
     def __init__(self):
-        self.latest_step, self.find_step = functools.cache(latest_step), functools.cache(find_step)
+        self.newest, self.find_step = functools.cache(newest), functools.cache(find_step)
         self.read_step = functools.cache(read_extra)
 
     def read_extra(self, name) -> tuple[int, dict]:
@@ -142,7 +138,7 @@ class SavedRuns:
 
     def own_extra(self, run_dir) -> tuple[int, dict] | None:
         """(step, its JSON) of the checkpoint that a run goes on from; None where it has none."""
-        step = self.latest_step(run_dir)
+        step = self.newest(run_dir)
         return None if step is None else self.read_step(run_dir, step)
 
 

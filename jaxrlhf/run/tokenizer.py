@@ -22,7 +22,7 @@ from jaxrlhf.types import Role
 def find_tokenizer(saved_runs: SavedRuns, cfg: Config):
     """The run's own tokenizer if it has a checkpoint; else the one the config names or asks to train, with the chat
     template of data.chat."""
-    if saved_runs.latest_step(cfg.run_dir) is not None:
+    if saved_runs.newest(cfg.run_dir) is not None:
         return tokenizers.load_tokenizer(os.fspath(epath.Path(cfg.run_dir) / "tokenizer"))
     if cfg.tokenizer.train_vocab_size:
         tokenizer = train_tokenizer(cfg, cfg.tokenizer.train_vocab_size)
@@ -38,7 +38,7 @@ def keep_tokenizer(saved_runs: SavedRuns, cfg: Config, tokenizer) -> None:
     """Save it in the run, where it isn't the run's own already; what a start that came to nothing left is replaced."""
     own = epath.Path(cfg.run_dir) / "tokenizer"
     agree("tokenizer: its hash", tokenizers.fingerprint(tokenizer)[:12], "the same on all hosts")
-    if saved_runs.latest_step(cfg.run_dir) is not None or not is_main():
+    if saved_runs.newest(cfg.run_dir) is not None or not is_main():
         return
     if own.exists():
         own.rmtree()

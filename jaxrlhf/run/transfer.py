@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.data import batches
-from jaxrlhf.models.files import hf
+from jaxrlhf.models.files import hf_weights
 from jaxrlhf.sharding import batch_shards, row_layout
 
 Rows = TypeVar("Rows")
@@ -55,4 +55,4 @@ def fetch(rows: Rows) -> Rows:
 
 def fetch_all(rows: Rows) -> Rows:
     """All processes' rows as NumPy arrays, on each of them; all have to call it."""
-    return jax.tree.map(hf.to_numpy, rows)
+    return jax.tree.map(hf_weights.to_numpy, rows)

@@ -6,7 +6,7 @@ import os
 from jaxrlhf.config.record import Config
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import resolve
-from jaxrlhf.models.files import hf_config, hf_folder, hf_tensors
+from jaxrlhf.models.files import hf_config, hf_folder, hf_headers
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.origins import Weights, base_role, located, origin, read_start
 from jaxrlhf.run.saved_run import SavedRuns
@@ -43,8 +43,8 @@ def of_run(run_dir: str, step: int, extra: dict, role: Role) -> Weights:
 def in_folder(folder: str, wanted: Head) -> Weights:
     """The Weights of a Hugging Face folder. Raises ValueError where its files are not those of a whole model."""
     shape, head = hf_config.read_config(folder)
-    if wanted in ("scalar", "bare") and head == "lm" and hf_tensors.has_score(folder):
+    if wanted in ("scalar", "bare") and head == "lm" and hf_headers.has_score(folder):
         head = "scalar"
-    held = hf_tensors.examine(folder, shape, head)
-    notes = (f"{folder}: not read: {hf_tensors.kinds(held.left)}",) if held.left else ()
+    held = hf_headers.examine(folder, shape, head)
+    notes = (f"{folder}: not read: {hf_headers.kinds(held.left)}",) if held.left else ()
     return Weights("hf", folder, shape, None if head == "scalar" and not held.has_score else head, notes=notes)

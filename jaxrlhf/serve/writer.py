@@ -19,7 +19,7 @@ from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.attention.kernels import hardware_of
 from jaxrlhf.models.config import ModelConfig, row_limit
-from jaxrlhf.models.files import hf, hf_config, hf_folder, hf_tensors
+from jaxrlhf.models.files import hf_config, hf_folder, hf_headers, hf_weights
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.run import saved_run
@@ -72,14 +72,14 @@ def read_found(name: str, mesh, dtype, role: Role) -> Model:
     cfg, head = hf_config.read_config(folder)
     check_head(name, head, wanted)
     ids = token_ids(tokenizer, {"eos_token_id": tokenizers.folder_eos(str(folder))})
-    held = hf_tensors.examine(folder, cfg, head)
+    held = hf_headers.examine(folder, cfg, head)
     if head == "scalar" and not held.has_score:
         raise ValueError(f"{name}: its files hold no score head; expected a trained reward model")
     if held.left:
-        print(f"{name}: not read: {hf_tensors.kinds(held.left)}", file=sys.stderr)
+        print(f"{name}: not read: {hf_headers.kinds(held.left)}", file=sys.stderr)
     beyond = [id for id in tokenizer.get_vocab().values() if id >= cfg.vocab_size]
     tokenizers.forbid(tokenizer, dict.fromkeys(beyond, f"its vocab_size is {cfg.vocab_size}"))
-    return Model(hf.load(folder, cfg, head, dtype), cfg, tokenizer, ids)
+    return Model(hf_weights.load(folder, cfg, head, dtype), cfg, tokenizer, ids)
 
 
 def check_head(what: str, head: Head, wanted: Head) -> None:
@@ -97,7 +97,7 @@ def export_model(name: str, to: str) -> None:
     with jax.set_mesh(mesh):
         model = read_model(name, mesh)
         ids = hf_config.embedded(model.ids, model.config.vocab_size)
-        hf.save(model.params, model.config, "lm", to, ids=ids, tokenizer_folder=folder)
+        hf_weights.save(model.params, model.config, "lm", to, ids=ids, tokenizer_folder=folder)
 
 
 class Response(NamedTuple):

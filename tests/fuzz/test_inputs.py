@@ -26,7 +26,7 @@ from jaxrlhf.data import chat, files, readers, tokenizer
 from jaxrlhf.data.kinds import BadRecord
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.families import FAMILIES
-from jaxrlhf.models.files import gguf, hf_config, hf_folder, hf_tensors
+from jaxrlhf.models.files import gguf, hf_config, hf_folder, hf_headers
 from jaxrlhf.serve import dialogue
 
 CONFIG = Path("configs/tiny/ppo.yaml").read_text()
@@ -204,7 +204,7 @@ def read_weights(content: bytes) -> None:
     from etils import epath
 
     def read(path: Path) -> None:
-        for tensor in hf_tensors.open_weights(epath.Path(path.parent)).values():
+        for tensor in hf_headers.open_weights(epath.Path(path.parent)).values():
             assert np.prod(tensor.get_shape()) <= len(content)
 
     in_file("model.safetensors", content, read)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxrlhf.models.config import ModelConfig, local_layers, resolve, row_limit
 from jaxrlhf.models.decoding import prefill
 from jaxrlhf.models.families import FAMILIES
-from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.models.parameters import parameter_table
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.models.transformer import Runtime, forward
@@ -269,9 +269,9 @@ def test_a_model_from_scratch_comes_back_from_its_folder(family, head, tmp_path)
     rng = np.random.default_rng(0)
     params = tiny.parameters(cfg, head, 0)
     params["layers"]["attention"]["query"]["kernel"] = jnp.asarray(rng.normal(size=(3, 32, 4, 8)), jnp.float32)
-    hf.save(params, cfg, head, tmp_path)
+    hf_weights.save(params, cfg, head, tmp_path)
     assert hf_config.read_config(tmp_path) == (cfg, head)
-    assert tiny.equal_trees(cut(hf.load(tmp_path, cfg, head), cfg), cut(params, cfg))
+    assert tiny.equal_trees(cut(hf_weights.load(tmp_path, cfg, head), cfg), cut(params, cfg))
 
 
 def cut(params, cfg: ModelConfig):
@@ -284,7 +284,7 @@ def test_names_and_layouts_of_fused_tensors(tmp_path):
     """GPT-NeoX: query, key, value a head; Phi 3: all queries, all keys, all values, and the gate before the rest."""
     neox = resolve(ModelConfig(family="gpt_neox", **SMALL, tie_embeddings=False))
     params = tiny.parameters(neox, "lm", 0)
-    hf.save(params, neox, "lm", tmp_path / "neox")
+    hf_weights.save(params, neox, "lm", tmp_path / "neox")
     file = load_file(tmp_path / "neox" / "model.safetensors")
     fused = file["gpt_neox.layers.1.attention.query_key_value.weight"]
     for head in range(4):
@@ -294,7 +294,7 @@ def test_names_and_layouts_of_fused_tensors(tmp_path):
     assert file["embed_out.weight"].shape == (101, 32)
     phi = resolve(ModelConfig(family="phi3", **SMALL, num_kv_heads=2))
     params = tiny.parameters(phi, "lm", 0)
-    hf.save(params, phi, "lm", tmp_path / "phi")
+    hf_weights.save(params, phi, "lm", tmp_path / "phi")
     file = load_file(tmp_path / "phi" / "model.safetensors")
     gate, up = np.split(file["model.layers.0.mlp.gate_up_proj.weight"], 2)
     np.testing.assert_array_equal(gate, params["layers"]["mlp"]["gate"]["kernel"][0].T)
@@ -307,13 +307,13 @@ def test_pythia_files_of_old_versions(tmp_path):
     """No prefix but for the head, and causal masks and frequencies among the weights."""
     cfg = resolve(ModelConfig(family="gpt_neox", **SMALL, tie_embeddings=False))
     params = tiny.parameters(cfg, "lm", 0)
-    hf.save(params, cfg, "lm", tmp_path)
+    hf_weights.save(params, cfg, "lm", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors = {name.removeprefix("gpt_neox."): value for name, value in tensors.items()}
     for name in ("bias", "masked_bias", "rotary_emb.inv_freq"):
         tensors[f"layers.0.attention.{name}"] = np.ones(3, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
-    assert tiny.equal_trees(cut(hf.load(tmp_path, cfg, "lm"), cfg), cut(params, cfg))
+    assert tiny.equal_trees(cut(hf_weights.load(tmp_path, cfg, "lm"), cfg), cut(params, cfg))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_pythia_files_of_old_versions(tmp_path):
 def test_what_a_family_cannot_say(family, changes, what, tmp_path):
     cfg = resolve(ModelConfig(family=family, **SMALL, **changes))
     with pytest.raises(ValueError, match=f"^export: .*{what}|^export.*{what}"):
-        hf.save(tiny.parameters(cfg, "lm", 0), cfg, "lm", tmp_path)
+        hf_weights.save(tiny.parameters(cfg, "lm", 0), cfg, "lm", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

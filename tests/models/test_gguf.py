@@ -15,7 +15,7 @@ from jaxrlhf import sharding
 from jaxrlhf.data.tokenizer import load_tokenizer, train_bpe
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import gguf as ours
-from jaxrlhf.models.files import hf, hf_config, hf_folder
+from jaxrlhf.models.files import hf_config, hf_folder, hf_weights
 from jaxrlhf.models.files.gguf_tokenizer import merges_of
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig
@@ -99,7 +99,7 @@ def write(path, tensors, kind: Any = F32, arch: Any = "llama", leave_out: Any = 
 def load(name, **options):
     folder = hf_folder.locate(name)
     cfg, head = hf_config.read_config(folder)
-    return hf.load(folder, cfg, head, **options), cfg
+    return hf_weights.load(folder, cfg, head, **options), cfg
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def test_slices_read_like_arrays(tmp_path):
 
 def test_export_to_hugging_face(tmp_path):
     params, cfg = load(write(tmp_path / "m.gguf", arrays(), Q8_0))
-    hf.save(params, cfg, "lm", tmp_path / "hf")
-    again = hf.load(tmp_path / "hf", *hf_config.read_config(tmp_path / "hf"))
+    hf_weights.save(params, cfg, "lm", tmp_path / "hf")
+    again = hf_weights.load(tmp_path / "hf", *hf_config.read_config(tmp_path / "hf"))
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
@@ -331,7 +331,7 @@ def test_logits_equal_those_of_transformers(tmp_path, kind):
 
     scaled = {name: value * (0.1 if value.ndim == 2 else 1.0) for name, value in arrays().items()}
     params, cfg = load(write(tmp_path / "m.gguf", scaled, kind))
-    hf.save(params, cfg, "lm", tmp_path / "hf")
+    hf_weights.save(params, cfg, "lm", tmp_path / "hf")
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9))
     ours_logits = lm_logits(
         params, cfg, forward(params, cfg, jnp.array(tokens), jnp.ones((2, 9), jnp.int32), Runtime())

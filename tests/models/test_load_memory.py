@@ -13,7 +13,7 @@ import pytest
 
 from jaxrlhf import sharding
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.files import hf
+from jaxrlhf.models.files import hf_weights
 from jaxrlhf.sharding import MeshConfig
 from tests.models import test_gguf
 from tests.support import runs
@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch):
 
 def safetensors(folder):
     with jax.set_mesh(sharding.make_mesh(MeshConfig(), jax.devices()[:1])):
-        hf.save(parameters(SHAPE, "lm", 0), SHAPE, "lm", folder)
+        hf_weights.save(parameters(SHAPE, "lm", 0), SHAPE, "lm", folder)
     return str(folder)
 
 

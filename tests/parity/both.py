@@ -11,7 +11,7 @@ import pytest
 
 from jaxrlhf.generate.loop import sample
 from jaxrlhf.generate.sampler import Sampler
-from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.models.heads import lm_logits, scalar
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import Sampling
@@ -51,7 +51,7 @@ def our_greedy(params, cfg, prompt_tokens=TOKENS, prompt_valid=VALID):
 def read(folder, dtype=jnp.float32):
     """(parameters, config, head) of a folder."""
     cfg, head = hf_config.read_config(folder)
-    return hf.load(folder, cfg, head, dtype), cfg, head
+    return hf_weights.load(folder, cfg, head, dtype), cfg, head
 
 
 def write_by_law(folder: Path, raw: dict) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.models.families import FAMILIES
-from jaxrlhf.models.files import hf, hf_config, hf_layout
+from jaxrlhf.models.files import hf_config, hf_layout, hf_weights
 from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
 from jaxrlhf.models.transformer import Runtime
 from tests.parity.both import (
@@ -77,7 +77,7 @@ def files(case: str) -> str:
     model, folder = saved(case)
     params, cfg, head = read(folder)
     ours = scratch()
-    hf.save(params, cfg, head, ours, max_shard_bytes=20_000)
+    hf_weights.save(params, cfg, head, ours, max_shard_bytes=20_000)
     assert all(len(list(place.glob("*.safetensors"))) > 1 for place in (folder, ours))
     again = reload(model, ours)
     same_weights(model, again)
@@ -87,7 +87,7 @@ def files(case: str) -> str:
     draw = lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32)
     params = jax.tree.map(draw, parameter_table(cfg, head), is_leaf=lambda x: isinstance(x, Leaf))
     first, second = scratch(), scratch()
-    hf.save(params, cfg, head, first)
+    hf_weights.save(params, cfg, head, first)
     model = reload(model, first)
     close(compute(params, cfg, head)[VALID], their_output(model)[VALID], 0.5)
     model.save_pretrained(second)
@@ -95,7 +95,7 @@ def files(case: str) -> str:
     assert found == [cfg, head]
     for path, value in jax.tree_util.tree_leaves_with_path(params):
         cut = tuple(slice(VOCAB if size == padded_vocab(cfg) else None) for size in value.shape)  # files do not pad
-        np.testing.assert_array_equal(hf.leaf_at(loaded, hf_layout.dotted(path))[cut], value[cut])
+        np.testing.assert_array_equal(hf_weights.leaf_at(loaded, hf_layout.dotted(path))[cut], value[cut])
     return "exact"
 
 
@@ -113,7 +113,7 @@ def scores(case: str) -> str:
 
     params["head"]["bias"] = params["head"]["bias"] + 0.3
     ours = scratch()
-    hf.save(params, cfg, head, ours, ids=hf_config.TokenIds(eos=(5, 6), pad=100))
+    hf_weights.save(params, cfg, head, ours, ids=hf_config.TokenIds(eos=(5, 6), pad=100))
     again, folded = reload(model, ours), 0.3 if "bias" in params["final_norm"] else 0.0
     if not folded:
         same_weights(model, again)

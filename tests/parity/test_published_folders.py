@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.files import hf, hf_config, hf_tensors
+from jaxrlhf.models.files import hf_config, hf_headers, hf_weights
 from jaxrlhf.models.files.hf_config import TokenIds
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.run import own_pad
@@ -79,7 +79,7 @@ def test_the_text_part_of_a_model_of_text_and_images(name, names, tmp_path):
         save_file({renamed(tensor): value for tensor, value in load_file(file).items()}, file)
     params, cfg, head = read(tmp_path)
     assert head == ("scalar" if "Classification" in name else "lm")
-    left = hf_tensors.examine(tmp_path, cfg, head).left
+    left = hf_headers.examine(tmp_path, cfg, head).left
     assert left and all("vision_tower" in tensor or "multi_modal" in tensor or "newline" in tensor for tensor in left)
     ours = compute(params, cfg, head, TOKENS, np.ones(TOKENS.shape, bool))
     with torch.no_grad():
@@ -117,7 +117,7 @@ def exported(folder: Path, family, change, vocab: int = 0):
     ids = TokenIds(tokenizers.eos_ids(tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id)
     padded, grown, wider, ids, notes = own_pad.with_own_pad(tokenizer, params, shape, ids)
     tokenizers.save_tokenizer(padded, str(folder / "tokenizer"))
-    notes += hf.save(grown, wider, "scalar", folder / "model", ids=ids, tokenizer_folder=folder / "tokenizer")
+    notes += hf_weights.save(grown, wider, "scalar", folder / "model", ids=ids, tokenizer_folder=folder / "tokenizer")
     return params, shape, tokenizer, notes
 
 

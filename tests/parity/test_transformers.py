@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.files import hf_config, hf_weights
 from tests.parity import checks, table
 from tests.parity.both import (
     compute,
@@ -102,13 +102,13 @@ def test_bfloat16_files_and_token_ids(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     params, cfg, head = read(tmp_path / "theirs")
     ids = hf_config.TokenIds(eos=(int(their_greedy(model)[0, 3]), 99), bos=1, pad=2)
-    hf.save(params, cfg, head, tmp_path / "ours", "bfloat16", ids=ids)
+    hf_weights.save(params, cfg, head, tmp_path / "ours", "bfloat16", ids=ids)
     again = reload(model, tmp_path / "ours")
     assert again.dtype == torch.bfloat16
     same_weights(model.to(torch.bfloat16), again)
     assert again.generation_config.eos_token_id == list(ids.eos)
     assert (again.config.bos_token_id, again.config.pad_token_id) == (1, 2)
-    loaded = hf.load(tmp_path / "ours", cfg, head, jnp.bfloat16)
+    loaded = hf_weights.load(tmp_path / "ours", cfg, head, jnp.bfloat16)
     jax.tree.map(np.testing.assert_array_equal, loaded, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
 

@@ -128,7 +128,7 @@ def test_other_roles_than_the_saved_ones_are_one_line(tmp_path):
 def test_the_last_ones_stay(tmp_path):
     save(tmp_path, range(1, 6), keep=2)
     assert steps_of(tmp_path) == [4, 5]
-    assert saved_run.latest_step(tmp_path) == 5
+    assert verified_steps.newest(tmp_path) == 5
 
 
 @pytest.mark.parametrize(("mode", "stay"), [("max", [2, 5]), ("min", [3, 5])])
@@ -220,7 +220,7 @@ def test_what_a_crash_left_half_written_is_no_checkpoint_and_goes(tmp_path):
     half = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "2", half)
     (half / "commit_success.txt").unlink(missing_ok=True)
-    assert saved_run.latest_step(tmp_path) == 2
+    assert verified_steps.newest(tmp_path) == 2
     same(restore(tmp_path, 2, describe(new_state(2))), new_state(2))  # for a reader it may be one being written
     assert half.exists()
     saved = Checkpoints(tmp_path)
@@ -303,7 +303,7 @@ def test_a_disk_that_stays_full_is_one_line(tmp_path, background):
             lines.append(saved.save(step, large_state(step), {}))
     said = f"{run}: a checkpoint could not be written: File too large; once it can be, the same command starts again"
     assert str(error.value) == said and [line for line in lines if line and line.startswith(said)] == lines[-2:]
-    assert saved_run.latest_step(run) is None
+    assert verified_steps.newest(run) is None
     deadline = time.monotonic() + 30
     while not saved.swept and time.monotonic() < deadline:  # orbax may still write to the last one
         saved.sweep()
@@ -323,7 +323,7 @@ def test_little_room_is_warned_of_before_training(tmp_path, monkeypatch):
 
 
 def test_a_run_without_a_checkpoint_is_one_line(tmp_path):
-    assert saved_run.latest_step(tmp_path) is None
+    assert verified_steps.newest(tmp_path) is None
     for make in (lambda: None, lambda: Checkpoints(tmp_path).close()):
         make()
         with pytest.raises(FileNotFoundError, match=r"no checkpoint in it; a run saves one every checkpoint\.every"):

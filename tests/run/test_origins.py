@@ -17,7 +17,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.meaning import foreign_ids
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.files import hf
+from jaxrlhf.models.files import hf_weights
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.ops.sampling import Sampling, shape_logits
 from jaxrlhf.run import build, feed, origins
@@ -50,7 +50,7 @@ def model(tmp_path, trained):
     def make(name: str, head: Head = "lm", shape=SHAPE, tokenizer=None, change=None) -> str:
         folder = tmp_path / name
         tokenizers.save_tokenizer(tokenizer or trained, str(folder))
-        hf.save(params(shape, head), shape, head, folder)
+        hf_weights.save(params(shape, head), shape, head, folder)
         if change:
             tensors = load_file(folder / "model.safetensors")
             change(tensors)
@@ -176,7 +176,7 @@ BIASED = dataclasses.replace(SHAPE, family="qwen2", attention_bias=True)
 )
 @pytest.mark.parametrize("role", ["policy", "reference"])
 def test_a_file_that_lacks_a_part_is_refused_before_anything_is_read(model, tmp_path, monkeypatch, endings, said, role):
-    monkeypatch.setattr(hf, "load", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(hf_weights, "load", lambda *_: pytest.fail("weights are read"))
     starts = {"policy": model("whole", shape=BIASED), role: model("part", shape=BIASED, change=drop(*endings))}
     refused(config(tmp_path, "dpo", **starts), f"models.{role}.init_from: ", said)
 

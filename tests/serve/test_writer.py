@@ -14,7 +14,7 @@ import pytest
 from jaxrlhf.cli import app
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate.config import GenerateConfig
-from jaxrlhf.models.files import hf, hf_config
+from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
@@ -151,7 +151,7 @@ def both(whole: Path, name: str) -> tuple[Params, Params]:
     cfg, _ = saved_run.model_of(saved_run.read_extra(whole / run)[1]["models"][role])
     with jax.set_mesh(mesh):
         ours = saved_run.restore_role(whole / run, 4, role, abstract_params(cfg, head, jnp.float32, mesh))  # type: ignore[arg-type]
-        return ours, hf.load(whole / name, *hf_config.read_config(whole / name), jnp.float32)
+        return ours, hf_weights.load(whole / name, *hf_config.read_config(whole / name), jnp.float32)
 
 
 @pytest.mark.parametrize("name", EXPORTS)

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrlhf.hosts import processes
 from jaxrlhf.hosts.processes import DistributedConfig
-from jaxrlhf.models.files import hf, hf_config, hf_folder, hf_tensors
+from jaxrlhf.models.files import hf_config, hf_folder, hf_headers, hf_weights
 from jaxrlhf.sharding import MeshConfig, make_mesh
 
 
@@ -69,13 +69,13 @@ def main() -> None:
     processes.start(DistributedConfig())
     folder = hf_folder.locate(where)
     cfg, head = hf_config.read_config(folder)
-    opened = hf_tensors.open_weights
-    hf_tensors.open_weights = lambda where: {name: Counting(tensor) for name, tensor in opened(where).items()}
+    opened = hf_headers.open_weights
+    hf_headers.open_weights = lambda where: {name: Counting(tensor) for name, tensor in opened(where).items()}
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=-1))):
         # what the first array takes is not the weights'
         jax.device_put(np.zeros(8), jax.local_devices()[0]).block_until_ready()
         with Watch() as memory:
-            params = hf.load(folder, cfg, head)
+            params = hf_weights.load(folder, cfg, head)
         leaves, structure = jax.tree.flatten(params)
         sums = [float(total) for total in jax.jit(lambda leaves: [jnp.sum(x * x) for x in leaves])(leaves)]
         count = lambda leaf: sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.replica_id == 0)

@@ -15,8 +15,8 @@ from jaxrlhf.models.families import FAMILIES, Windows
 from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS
 from jaxrlhf.models.files.hf_fields import checked, parse_field, refuse_unsupported
 from jaxrlhf.models.files.hf_folder import SINGLE, read_json
+from jaxrlhf.models.files.hf_headers import has_score, has_tensor
 from jaxrlhf.models.files.hf_rope import GLOBAL, LOCAL, describe_rope, parse_rope
-from jaxrlhf.models.files.hf_tensors import has_score, has_tensor
 from jaxrlhf.types import Head
 
 # fixed in every family

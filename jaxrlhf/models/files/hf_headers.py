@@ -1,6 +1,7 @@
-"""The tensors of a Hugging Face folder: opened, called what a plain model of the family calls them, and checked.
+"""The tensors of a Hugging Face folder: opened, called what a plain model of the family calls them, and checked by what
+the headers of the files say of them.
 
-Nothing but the headers of the files is read here; what a family's tensors are called is in models/families.
+No weights are read here; what a family's tensors are called is in models/families.
 """
 
 import collections
@@ -200,11 +201,3 @@ def check_tensors(
     unused = [name for name in tensors if name not in used | other and not re.search(names.ignored, name)]
     if unused:
         raise ValueError(f"{where}: holds tensors that a {cfg.family} of this config has no place for: {shown(unused)}")
-
-
-def check_tied(head: Any, embedding: Any, what: str, rows: int = 4096) -> None:
-    """A tied model's file may repeat the embeddings as its head, but not contradict them."""
-    size = head.get_shape()[0]
-    chunks = [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
-    if head.get_shape() != embedding.get_shape() or any((head[part] != embedding[part]).any() for part in chunks):
-        raise ValueError(f"{what}: differs from the embeddings, though config.json says that they are tied")

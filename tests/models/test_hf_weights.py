@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxrlhf import sharding
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.families import FAMILIES, Module
-from jaxrlhf.models.files import hf, hf_config, hf_folder, hf_layout, hf_tensors
+from jaxrlhf.models.files import hf_config, hf_folder, hf_headers, hf_layout, hf_weights
 from jaxrlhf.models.parameters import Leaf, init, parameter_table, weight_spec
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.sharding import MeshConfig
@@ -80,7 +80,7 @@ def refused(pattern, call, *args, **kwargs):
 
 @pytest.fixture
 def folder(tmp_path):
-    hf.save(random_params(LLAMA), LLAMA, "lm", tmp_path / "model", ids=IDS)
+    hf_weights.save(random_params(LLAMA), LLAMA, "lm", tmp_path / "model", ids=IDS)
     return tmp_path / "model"
 
 
@@ -91,10 +91,13 @@ def folder(tmp_path):
 @pytest.mark.parametrize("head", ["lm", "scalar"])
 def test_round_trip(cfg, head, tmp_path):
     params = random_params(cfg, head)
-    hf.save(params, cfg, head, tmp_path, ids=IDS)
+    hf_weights.save(params, cfg, head, tmp_path, ids=IDS)
     assert hf_config.read_config(tmp_path) == (cfg, head)
     fresh = []
-    equal(hf.load(tmp_path, cfg, head, fresh=fresh), hf.fold_score_bias(params) if head == "scalar" else params)
+    equal(
+        hf_weights.load(tmp_path, cfg, head, fresh=fresh),
+        hf_weights.fold_score_bias(params) if head == "scalar" else params,
+    )
     assert fresh == []
 
 
@@ -102,23 +105,23 @@ def test_a_score_s_bias_moves_into_the_last_norm(tmp_path):
     """By hand: w = (3, 4), bias 5, so the norm's bias grows by 5 w / 25; and any state has the score that it had."""
     head = {"kernel": np.array([[3.0], [4.0]], np.float32), "bias": np.array([5.0], np.float32)}
     params = {"final_norm": {"scale": np.ones(2), "bias": np.array([1.0, -1.0], np.float32)}, "head": head}
-    folded = hf.fold_score_bias(params)
+    folded = hf_weights.fold_score_bias(params)
     np.testing.assert_allclose(folded["final_norm"]["bias"], [1.6, -0.2], rtol=1e-6)
     assert folded["head"]["bias"] == 0
     state = np.array([0.3, 0.7])
     before = (state + params["final_norm"]["bias"]) @ head["kernel"] + 5
     np.testing.assert_allclose((state + folded["final_norm"]["bias"]) @ head["kernel"], before, rtol=1e-6)
     rms = {"final_norm": {"scale": np.ones(2)}, "head": head}
-    assert hf.fold_score_bias(rms) is rms
-    said = hf.save(random_params(LLAMA, "scalar"), LLAMA, "scalar", tmp_path / "llama")
+    assert hf_weights.fold_score_bias(rms) is rms
+    said = hf_weights.save(random_params(LLAMA, "scalar"), LLAMA, "scalar", tmp_path / "llama")
     assert len(said) == 1 and "LlamaForSequenceClassification has no bias: its scores are ours less" in said[0]
-    assert hf.save(random_params(GPT2, "scalar"), GPT2, "scalar", tmp_path / "gpt2") == []
+    assert hf_weights.save(random_params(GPT2, "scalar"), GPT2, "scalar", tmp_path / "gpt2") == []
 
 
 def test_names_and_layouts(tmp_path):
     """Against loops written by hand: torch Linear [out, in] for llama, fused Conv1D [in, out] for GPT-2."""
     params = random_params(LLAMA)
-    hf.save(params, LLAMA, "lm", tmp_path / "llama")
+    hf_weights.save(params, LLAMA, "lm", tmp_path / "llama")
     file = load_file(tmp_path / "llama" / "model.safetensors")
     assert len(file) == 3 + 2 * 13
     layer = jax.tree.map(lambda x: np.asarray(x[1]), params["layers"])
@@ -135,7 +138,7 @@ def test_names_and_layouts(tmp_path):
     assert file["lm_head.weight"].shape == file["model.embed_tokens.weight"].shape == (101, 32)
 
     params = random_params(GPT2)
-    hf.save(params, GPT2, "lm", tmp_path / "gpt2")
+    hf_weights.save(params, GPT2, "lm", tmp_path / "gpt2")
     file = load_file(tmp_path / "gpt2" / "model.safetensors")
     attention = jax.tree.map(lambda x: np.asarray(x[0]), params["layers"]["attention"])
     for part, name in enumerate(("query", "key", "value")):
@@ -159,7 +162,7 @@ def test_fused_layouts_of_other_families(layout, tmp_path, monkeypatch):
     names = llama.hf._replace(modules=llama.hf.modules | fused)
     monkeypatch.setitem(FAMILIES, "llama", llama._replace(hf=names))
     params = random_params(cfg)
-    hf.save(params, cfg, "lm", tmp_path)
+    hf_weights.save(params, cfg, "lm", tmp_path)
     parts = [np.asarray(params["layers"]["attention"][part]["kernel"][0]) for part in heads]  # [D, heads, K]
     if interleaved:
         expected = [part[:, head].T for head in range(4) for part in parts]
@@ -167,9 +170,9 @@ def test_fused_layouts_of_other_families(layout, tmp_path, monkeypatch):
         expected = [part[:, head].T for part in parts for head in range(part.shape[1])]
     file = load_file(tmp_path / "model.safetensors")
     np.testing.assert_array_equal(file["model.layers.0.qkv.weight"], np.concatenate(expected))
-    equal(hf.load(tmp_path, cfg, "lm"), params)
+    equal(hf_weights.load(tmp_path, cfg, "lm"), params)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
-        equal(hf.load(tmp_path, cfg, "lm"), params)
+        equal(hf_weights.load(tmp_path, cfg, "lm"), params)
 
 
 @pytest.mark.parametrize("stored", [np.float16, np.float64, ml_dtypes.bfloat16])
@@ -177,7 +180,7 @@ def test_fused_layouts_of_other_families(layout, tmp_path, monkeypatch):
 def test_number_formats(folder, stored, wanted):
     tensors = load_file(folder / "model.safetensors")
     save_file({name: value.astype(stored) for name, value in tensors.items()}, folder / "model.safetensors")
-    loaded = hf.load(folder, LLAMA, "lm", wanted)
+    loaded = hf_weights.load(folder, LLAMA, "lm", wanted)
     cast = lambda x: np.asarray(x).astype(stored).astype(wanted)
     equal(loaded, jax.tree.map(cast, random_params(LLAMA)))
     assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype(wanted)}
@@ -185,7 +188,7 @@ def test_number_formats(folder, stored, wanted):
 
 def test_shards_and_index(tmp_path):
     params = random_params(LLAMA)
-    hf.save(params, LLAMA, "lm", tmp_path, max_shard_bytes=20_000)
+    hf_weights.save(params, LLAMA, "lm", tmp_path, max_shard_bytes=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(tmp_path.glob("*.safetensors"))
     assert sorted(set(index["weight_map"].values())) == [path.name for path in files]
@@ -193,9 +196,9 @@ def test_shards_and_index(tmp_path):
     sizes = [{name: x.nbytes for name, x in load_file(path).items()} for path in files]
     assert all(sum(size.values()) <= 20_000 or len(size) == 1 for size in sizes)
     assert index["metadata"]["total_size"] == sum(sum(size.values()) for size in sizes)
-    equal(hf.load(tmp_path, LLAMA, "lm"), params)
+    equal(hf_weights.load(tmp_path, LLAMA, "lm"), params)
 
-    hf.save(params, LLAMA, "lm", tmp_path)  # an export in one file leaves no shard of the old one behind
+    hf_weights.save(params, LLAMA, "lm", tmp_path)  # an export in one file leaves no shard of the old one behind
     assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
 
 
@@ -203,18 +206,18 @@ def test_shards_and_index(tmp_path):
 def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch, there):
     folder = tmp_path / "model"
     if there:
-        hf.save(random_params(LLAMA), LLAMA, "lm", folder)
+        hf_weights.save(random_params(LLAMA), LLAMA, "lm", folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()} if there else None
-    write, written = hf.write_weights, []
+    write, written = hf_weights.write_weights, []
 
     def fail(path, values):
         if written:
             raise OSError(28, "No space left on device")
         written.append(write(path, values))
 
-    monkeypatch.setattr(hf, "write_weights", fail)
+    monkeypatch.setattr(hf_weights, "write_weights", fail)
     with pytest.raises(OSError, match="No space left"):
-        hf.save(random_params(LLAMA), LLAMA, "lm", folder, max_shard_bytes=20_000)
+        hf_weights.save(random_params(LLAMA), LLAMA, "lm", folder, max_shard_bytes=20_000)
     assert ({path.name: path.read_bytes() for path in folder.iterdir()} if there else None) == before
     assert folder.exists() == there
 
@@ -232,13 +235,13 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch, there
 )
 def test_mesh_equals_one_device(cfg, shape, tmp_path):
     params = random_params(cfg)
-    hf.save(params, cfg, "lm", tmp_path / "one")
+    hf_weights.save(params, cfg, "lm", tmp_path / "one")
     with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape), jax.devices()[:8])):
-        loaded = hf.load(tmp_path / "one", cfg, "lm")
+        loaded = hf_weights.load(tmp_path / "one", cfg, "lm")
         specs = jax.tree.map(weight_spec, parameter_table(cfg, "lm"), is_leaf=lambda x: isinstance(x, Leaf))
-        hf.save(loaded, cfg, "lm", tmp_path / "mesh")
+        hf_weights.save(loaded, cfg, "lm", tmp_path / "mesh")
     equal(loaded, params)
-    hf.save(loaded, cfg, "lm", tmp_path / "outside")  # without the mesh in force
+    hf_weights.save(loaded, cfg, "lm", tmp_path / "outside")  # without the mesh in force
     jax.tree.map(lambda x, spec: np.testing.assert_equal(x.sharding.spec, spec), loaded, specs)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "mesh", "outside")]
     assert files[0] == files[1] == files[2]
@@ -261,10 +264,12 @@ class Recorder:
 
 def test_sharded_reading_touches_only_its_slices(folder, monkeypatch):
     """Each of the four parts of a matrix is read once, though two devices of (2, 2, 2) hold it; none is read whole."""
-    tensors = {name: Recorder(tensor) for name, tensor in hf_tensors.open_weights(hf.epath.Path(folder)).items()}
-    monkeypatch.setattr(hf_tensors, "open_weights", lambda folder: tensors)
+    tensors = {
+        name: Recorder(tensor) for name, tensor in hf_headers.open_weights(hf_weights.epath.Path(folder)).items()
+    }
+    monkeypatch.setattr(hf_headers, "open_weights", lambda folder: tensors)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
-        hf.load(folder, LLAMA, "lm")
+        hf_weights.load(folder, LLAMA, "lm")
     for name, tensor in tensors.items():
         size = np.prod(tensor.get_shape())
         assert sum(tensor.reads) == size, name
@@ -274,8 +279,11 @@ def test_sharded_reading_touches_only_its_slices(folder, monkeypatch):
 
 def test_a_part_of_nothing_but_padding(folder):
     """Over 8 devices the last one's rows of the vocabulary, 112 to 128, are beyond the file's 101."""
-    tensors, source = hf_tensors.open_weights(hf.epath.Path(folder)), hf_layout.find_sources(LLAMA, "lm")["head.kernel"]
-    read = lambda columns: hf.read_shard(source, tensors, (32, 128), (slice(0, 16), columns), jnp.float32, "")
+    tensors, source = (
+        hf_headers.open_weights(hf_weights.epath.Path(folder)),
+        hf_layout.find_sources(LLAMA, "lm")["head.kernel"],
+    )
+    read = lambda columns: hf_weights.read_shard(source, tensors, (32, 128), (slice(0, 16), columns), jnp.float32, "")
     kernel = np.asarray(random_params(LLAMA)["head"]["kernel"])
     np.testing.assert_array_equal(read(slice(96, 112)), kernel[:16, 96:112])
     np.testing.assert_array_equal(read(slice(112, 128)), np.zeros((16, 16)))
@@ -287,7 +295,7 @@ def test_a_part_of_nothing_but_padding(folder):
 def test_fresh_scalar_head(folder):
     """A language model asked for scores gets the head of parameters.init; everything else is the file's."""
     fresh = []
-    loaded = hf.load(folder, LLAMA, "scalar", key=jax.random.key(5), fresh=fresh)
+    loaded = hf_weights.load(folder, LLAMA, "scalar", key=jax.random.key(5), fresh=fresh)
     assert fresh == ["head.bias", "head.kernel"]
     drawn = jax.jit(lambda key: init(LLAMA, "scalar", key)["head"])(jax.random.key(5))
     np.testing.assert_allclose(loaded["head"]["kernel"], drawn["kernel"], rtol=1e-6)
@@ -295,32 +303,32 @@ def test_fresh_scalar_head(folder):
     expected = random_params(LLAMA)
     equal(loaded["layers"], expected["layers"])
     equal(loaded["embed"], expected["embed"])
-    other = hf.load(folder, LLAMA, "scalar")["head"]["kernel"]
+    other = hf_weights.load(folder, LLAMA, "scalar")["head"]["kernel"]
     assert not np.array_equal(other, drawn["kernel"])
 
 
 def test_score_bias_comes_back(tmp_path):
     params = random_params(LLAMA, "scalar")
-    hf.save(params, LLAMA, "scalar", tmp_path)
+    hf_weights.save(params, LLAMA, "scalar", tmp_path)
     assert load_file(tmp_path / "model.safetensors")["score.weight"].shape == (1, 32)
-    np.testing.assert_array_equal(hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"], params["head"]["bias"])
+    np.testing.assert_array_equal(hf_weights.load(tmp_path, LLAMA, "scalar")["head"]["bias"], params["head"]["bias"])
     assert (hf_folder.read_json(tmp_path, "config.json") or {})["score_bias"] == params["head"]["bias"][0]
     rewrite(tmp_path, lambda tensors: tensors.pop("score.bias"))
     edit(tmp_path, score_bias=...)
-    assert hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 0
+    assert hf_weights.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 0
     edit(tmp_path, score_bias=2.5)  # as older exports have it
-    assert hf.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 2.5
+    assert hf_weights.load(tmp_path, LLAMA, "scalar")["head"]["bias"] == 2.5
     edit(tmp_path, score_bias=[1.0])
-    refused("score_bias: .1.0.; expected a number", hf.load, tmp_path, LLAMA, "scalar")
+    refused("score_bias: .1.0.; expected a number", hf_weights.load, tmp_path, LLAMA, "scalar")
 
 
 def test_language_model_from_scores(tmp_path):
     """A tied model has its head in its embeddings; another lacks it, and it is never made up."""
     tied = dataclasses.replace(LLAMA, tie_embeddings=True)
     for cfg, name in ((tied, "tied"), (LLAMA, "untied")):
-        hf.save(random_params(cfg, "scalar"), cfg, "scalar", tmp_path / name)
-    assert "head" not in hf.load(tmp_path / "tied", tied, "lm")
-    refused("lacks tensors: lm_head.weight$", hf.load, tmp_path / "untied", LLAMA, "lm")
+        hf_weights.save(random_params(cfg, "scalar"), cfg, "scalar", tmp_path / name)
+    assert "head" not in hf_weights.load(tmp_path / "tied", tied, "lm")
+    refused("lacks tensors: lm_head.weight$", hf_weights.load, tmp_path / "untied", LLAMA, "lm")
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
@@ -460,36 +468,36 @@ def quantise(tensors):
 )
 def test_wrong_tensors_are_named(folder, change, pattern):
     rewrite(folder, change)
-    refused(re.escape(str(folder)) + ".*" + pattern, hf.load, folder, LLAMA, "lm")
+    refused(re.escape(str(folder)) + ".*" + pattern, hf_weights.load, folder, LLAMA, "lm")
 
 
 def test_a_config_that_claims_too_many_layers(folder):
     """Refused at the first missing names, before anything of that size is made."""
-    refused("lacks tensors: .*and others", hf.load, folder, dataclasses.replace(LLAMA, num_layers=2**30), "lm")
+    refused("lacks tensors: .*and others", hf_weights.load, folder, dataclasses.replace(LLAMA, num_layers=2**30), "lm")
 
 
 def test_tied_head_in_the_file(tmp_path):
     tied = dataclasses.replace(LLAMA, tie_embeddings=True)
-    hf.save(random_params(tied), tied, "lm", tmp_path)
+    hf_weights.save(random_params(tied), tied, "lm", tmp_path)
 
     def repeat(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
 
     rewrite(tmp_path, repeat)
-    equal(hf.load(tmp_path, tied, "lm"), random_params(tied))
+    equal(hf_weights.load(tmp_path, tied, "lm"), random_params(tied))
     rewrite(tmp_path, lambda tensors: tensors["lm_head.weight"].__setitem__((50, 3), 0.5))
-    refused("lm_head.weight: differs from the embeddings", hf.load, tmp_path, tied, "lm")
+    refused("lm_head.weight: differs from the embeddings", hf_weights.load, tmp_path, tied, "lm")
 
 
 def test_base_model_names_and_old_buffers(tmp_path):
     """GPT-2's own file: no "transformer." in front, and causal masks among the weights."""
     params = random_params(GPT2)
-    hf.save(params, GPT2, "lm", tmp_path)
+    hf_weights.save(params, GPT2, "lm", tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
     tensors["h.0.attn.bias"] = np.ones((1, 1, 16, 16), np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
-    equal(hf.load(tmp_path, GPT2, "lm"), params)
+    equal(hf_weights.load(tmp_path, GPT2, "lm"), params)
 
 
 def header(text, size=8):
@@ -513,14 +521,14 @@ def header(text, size=8):
 )
 def test_broken_safetensors(folder, content):
     (folder / "model.safetensors").write_bytes(content)
-    refused("model.safetensors: is not a safetensors file: ", hf.load, folder, LLAMA, "lm")
+    refused("model.safetensors: is not a safetensors file: ", hf_weights.load, folder, LLAMA, "lm")
 
 
 def test_pickled_weights_are_refused(folder):
     (folder / "model.safetensors").unlink()
-    refused("there are no weights; expected model.safetensors", hf.load, folder, LLAMA, "lm")
+    refused("there are no weights; expected model.safetensors", hf_weights.load, folder, LLAMA, "lm")
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused("pytorch_model.bin: pickled weights can run code", hf.load, folder, LLAMA, "lm")
+    refused("pytorch_model.bin: pickled weights can run code", hf_weights.load, folder, LLAMA, "lm")
 
 
 @pytest.mark.parametrize(
@@ -536,7 +544,7 @@ def test_pickled_weights_are_refused(folder):
 def test_broken_index(folder, index, pattern):
     (folder / "model.safetensors").rename(folder / "part.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    refused(pattern, hf.load, folder, LLAMA, "lm")
+    refused(pattern, hf_weights.load, folder, LLAMA, "lm")
 
 
 # ---- exports --------------------------------------------------------------------------------------------------------
@@ -551,18 +559,25 @@ def test_broken_index(folder, index, pattern):
     ],
 )
 def test_what_a_family_cannot_say(cfg, pattern, tmp_path):
-    refused(f"export: .*{pattern}", hf.save, random_params(cfg), cfg, "lm", tmp_path)
+    refused(f"export: .*{pattern}", hf_weights.save, random_params(cfg), cfg, "lm", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_parameters_of_another_config(tmp_path):
-    refused("embed.positions.embedding: .16, 32., expected absent", hf.save, random_params(GPT2), LLAMA, "lm", tmp_path)
+    refused(
+        "embed.positions.embedding: .16, 32., expected absent",
+        hf_weights.save,
+        random_params(GPT2),
+        LLAMA,
+        "lm",
+        tmp_path,
+    )
     lora = random_params(LLAMA)
     lora["layers"]["attention"]["query"]["lora_a"] = jnp.zeros((2, 32, 4))
-    refused(r"query.lora_a: \(2, 32, 4\), expected absent", hf.save, lora, LLAMA, "lm", tmp_path)
+    refused(r"query.lora_a: \(2, 32, 4\), expected absent", hf_weights.save, lora, LLAMA, "lm", tmp_path)
     refused(
         "eos token 101 is outside the vocabulary of 101",
-        hf.save,
+        hf_weights.save,
         random_params(LLAMA),
         LLAMA,
         "lm",
@@ -574,7 +589,7 @@ def test_parameters_of_another_config(tmp_path):
 def test_tokenizer_files_are_copied(tmp_path):
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
-    save = lambda: hf.save(random_params(LLAMA), LLAMA, "lm", target, tokenizer_folder=source)
+    save = lambda: hf_weights.save(random_params(LLAMA), LLAMA, "lm", target, tokenizer_folder=source)
     refused("holds no tokenizer", save)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "notes.txt", "model.safetensors"):
         (source / name).write_text(name)
@@ -588,7 +603,9 @@ def test_tokenizer_files_are_copied(tmp_path):
         "config.json",
     }
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
-    hf.save(random_params(LLAMA), LLAMA, "lm", source, tokenizer_folder=source)  # into the tokenizer's own folder
+    hf_weights.save(
+        random_params(LLAMA), LLAMA, "lm", source, tokenizer_folder=source
+    )  # into the tokenizer's own folder
     assert (source / "tokenizer.json").read_text() == "tokenizer.json"
 
 
@@ -597,7 +614,7 @@ def test_token_ids(folder, tmp_path):
     expected = {"eos_token_id": [7, 9], "bos_token_id": 1, "pad_token_id": 0}
     assert hf_folder.read_json(folder, "generation_config.json") == expected
     assert (hf_folder.read_json(folder, "config.json") or {}).items() >= expected.items()
-    hf.save(random_params(LLAMA), LLAMA, "lm", folder)
+    hf_weights.save(random_params(LLAMA), LLAMA, "lm", folder)
     assert hf_folder.read_json(folder, "generation_config.json") is None  # the earlier export's
     config = hf_folder.read_json(folder, "config.json") or {}
     assert [config[name] for name in expected] == [None, None, None]
@@ -607,7 +624,7 @@ def test_token_ids(folder, tmp_path):
 
 
 def test_locate(folder, monkeypatch):
-    assert hf_folder.locate(str(folder)) == hf.epath.Path(folder)
+    assert hf_folder.locate(str(folder)) == hf_weights.epath.Path(folder)
     refused("init_from: '/no/such/folder': there is no such folder", hf_folder.locate, "/no/such/folder")
     refused(r"init_from: '\./here': there is no such folder", hf_folder.locate, "./here")
     asked = {}
@@ -619,7 +636,7 @@ def test_locate(folder, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hf_folder.locate("owner/model-1.5") == hf.epath.Path(folder)
+    assert hf_folder.locate("owner/model-1.5") == hf_weights.epath.Path(folder)
     assert asked["name"] == "owner/model-1.5"
     assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in asked["allow_patterns"])
 
@@ -633,13 +650,13 @@ def test_locate(folder, monkeypatch):
 def test_mirror_follows_the_remote_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (folder / "code.py").write_text("")
-    local = hf_folder.mirror(hf.epath.Path(folder))
-    equal(hf.load(local, LLAMA, "lm"), random_params(LLAMA))
+    local = hf_folder.mirror(hf_weights.epath.Path(folder))
+    equal(hf_weights.load(local, LLAMA, "lm"), random_params(LLAMA))
     assert not (local / "code.py").exists()
     before = (local / "model.safetensors").stat().mtime
     (folder / "generation_config.json").unlink()
     edit(folder, pad_token_id=5)
-    assert hf_folder.mirror(hf.epath.Path(folder)) == local
+    assert hf_folder.mirror(hf_weights.epath.Path(folder)) == local
     assert (hf_folder.read_json(local, "config.json") or {})["pad_token_id"] == 5
     assert not (local / "generation_config.json").exists()
     assert (local / "model.safetensors").stat().mtime == before
@@ -648,5 +665,5 @@ def test_mirror_follows_the_remote_folder(folder, tmp_path, monkeypatch):
 def test_no_heavy_imports():
     """Reading and writing need neither torch nor transformers, and importing this needs no safetensors either."""
     heavy = ("torch", "transformers", "safetensors", "huggingface_hub")
-    code = f"import sys, jaxrlhf.models.files.hf; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, jaxrlhf.models.files.hf_weights; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.files import hf, hf_config, hf_tensors
-from tests.models.test_hf import MINIMAL, equal, random_params, refused, rewrite
+from jaxrlhf.models.files import hf_config, hf_headers, hf_weights
+from tests.models.test_hf_weights import MINIMAL, equal, random_params, refused, rewrite
 
 SHAPE = resolve(ModelConfig(vocab_size=101, hidden_size=32, mlp_size=48, max_positions=64, tie_embeddings=False))
 
@@ -26,7 +26,7 @@ def reward_model(folder, name: str, bias: bool):
     params = random_params(SHAPE, "scalar")
     if not bias:
         params["head"]["bias"] = 0 * params["head"]["bias"]
-    hf.save(params, SHAPE, "scalar", folder)
+    hf_weights.save(params, SHAPE, "scalar", folder)
     tensors = load_file(folder / "model.safetensors")
     assert ("score.bias" in tensors) == bias
     save_file(
@@ -45,7 +45,7 @@ def test_the_heads_of_public_reward_models(tmp_path, name, bias, named):
     cfg, head = hf_config.read_config(tmp_path)
     assert (cfg, head) == (SHAPE, "scalar")
     fresh = []
-    equal(hf.load(tmp_path, cfg, head, fresh=fresh), params)
+    equal(hf_weights.load(tmp_path, cfg, head, fresh=fresh), params)
     assert fresh == []
 
 
@@ -53,7 +53,7 @@ def test_the_heads_of_public_reward_models(tmp_path, name, bias, named):
 def test_a_value_head_beside_a_language_model(tmp_path, apart):
     """TRL's, and LLaMA-Factory's in a file of its own: either head is read, and a policy says what it leaves."""
     params = random_params(SHAPE)
-    hf.save(params, SHAPE, "lm", tmp_path)
+    hf_weights.save(params, SHAPE, "lm", tmp_path)
     score = {"v_head.summary.weight": np.ones((1, 32), np.float32), "v_head.summary.bias": np.full(1, 3, np.float32)}
     tensors = load_file(tmp_path / "model.safetensors")
     if apart:
@@ -62,22 +62,22 @@ def test_a_value_head_beside_a_language_model(tmp_path, apart):
         tensors = {f"pretrained_model.{name}": tensor for name, tensor in tensors.items()} | score
         save_file(tensors, tmp_path / "model.safetensors")
     assert hf_config.read_config(tmp_path) == (SHAPE, "lm")
-    equal(hf.load(tmp_path, SHAPE, "lm"), params)
-    assert hf_tensors.kinds(hf_tensors.examine(tmp_path, SHAPE, "lm").left) == "v_head (2 tensors)"
-    head = hf.load(tmp_path, SHAPE, "scalar")["head"]
+    equal(hf_weights.load(tmp_path, SHAPE, "lm"), params)
+    assert hf_headers.kinds(hf_headers.examine(tmp_path, SHAPE, "lm").left) == "v_head (2 tensors)"
+    head = hf_weights.load(tmp_path, SHAPE, "scalar")["head"]
     assert np.all(head["kernel"] == 1) and head["bias"] == 3
 
 
 def test_heads_that_are_no_score_are_refused(tmp_path):
     reward_model(tmp_path, "score", True)
     rewrite(tmp_path, lambda tensors: tensors.update({"v_head.weight": np.ones((1, 32), np.float32)}))
-    refused("holds 2 scalar heads: score, v_head; expected one", hf.load, tmp_path, SHAPE, "scalar")
+    refused("holds 2 scalar heads: score, v_head; expected one", hf_weights.load, tmp_path, SHAPE, "scalar")
     rewrite(tmp_path, lambda tensors: [tensors.pop("score.weight"), tensors.pop("score.bias")])
     rewrite(tmp_path, lambda tensors: tensors.update({"v_head.weight": np.ones((19, 32), np.float32)}))
-    refused(r"v_head.weight: has shape \(19, 32\)", hf.load, tmp_path, SHAPE, "scalar")
+    refused(r"v_head.weight: has shape \(19, 32\)", hf_weights.load, tmp_path, SHAPE, "scalar")
     rewrite(tmp_path, lambda tensors: [tensors.pop("v_head.weight")])
     rewrite(tmp_path, lambda tensors: tensors.update({"score.0.weight": np.ones((32, 32), np.float32)}))
-    refused("no place for: score.0.weight", hf.load, tmp_path, SHAPE, "scalar")
+    refused("no place for: score.0.weight", hf_weights.load, tmp_path, SHAPE, "scalar")
 
 
 PHI3 = MINIMAL | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
@@ -148,7 +148,7 @@ def test_an_untied_head_tells_what_the_config_leaves_open(tmp_path):
     """Mistral Small 3.1: neither config says whether embeddings are tied, and the file holds a head of its own."""
     mistral = dataclasses.replace(SHAPE, family="mistral", num_kv_heads=2)
     params = random_params(mistral)
-    hf.save(params, mistral, "lm", tmp_path)
+    hf_weights.save(params, mistral, "lm", tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     del raw["tie_word_embeddings"]
     wrapped = {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"], "text_config": raw}
@@ -158,8 +158,8 @@ def test_an_untied_head_tells_what_the_config_leaves_open(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     cfg, head = hf_config.read_config(tmp_path)
     assert (cfg, head) == (mistral, "lm")
-    equal(hf.load(tmp_path, cfg, head), params)
-    assert hf_tensors.kinds(hf_tensors.examine(tmp_path, cfg, head).left) == "vision_tower (1 tensor)"
+    equal(hf_weights.load(tmp_path, cfg, head), params)
+    assert hf_headers.kinds(hf_headers.examine(tmp_path, cfg, head).left) == "vision_tower (1 tensor)"
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text"])

@@ -20,8 +20,8 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files.hf_config import NO_IDS, TokenIds, describe, describe_ids
 from jaxrlhf.models.files.hf_folder import INDEX, SINGLE, read_json, tokenizer_files, write_json, written_whole
+from jaxrlhf.models.files.hf_headers import examine
 from jaxrlhf.models.files.hf_layout import Source, dotted, find_sources, leaves_of, score_bias
-from jaxrlhf.models.files.hf_tensors import check_tied, examine
 from jaxrlhf.models.parameters import Leaf, init, parameter_table, weight_axes
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array, Head, Params
@@ -71,6 +71,14 @@ def load(
     order = sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape))
     arrays = {i: one(*leaves[i]) for i in order}
     return jax.tree.unflatten(tree, [arrays[i] for i in range(len(leaves))])
+
+
+def check_tied(head: Any, embedding: Any, what: str, rows: int = 4096) -> None:
+    """A tied model's file may repeat the embeddings as its head, but not contradict them."""
+    size = head.get_shape()[0]
+    chunks = [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
+    if head.get_shape() != embedding.get_shape() or any((head[part] != embedding[part]).any() for part in chunks):
+        raise ValueError(f"{what}: differs from the embeddings, though config.json says that they are tied")
 
 
 def read_score_bias(folder: epath.Path) -> float:
