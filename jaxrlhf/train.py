@@ -1,7 +1,6 @@
 """The only loop: feed the step, write down what it says, save, and stop cleanly when asked to."""
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -80,7 +79,7 @@ def run(cfg: Config, raw: str = "", stop: Stop | None = None, watch: Watch | Non
             print(f"{stop.asked}: {stop.last_words()}")
             return outcome(stop)
         finally:
-            stop.saves = False
+            processes.together(stop)  # until the next run begins
 
 
 def outcome(stop: Stop) -> str:
@@ -91,7 +90,7 @@ def outcome(stop: Stop) -> str:
 def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     """``run`` under ``stop``."""
     patience, cfg = cfg.distributed.heartbeat_timeout, without_place(cfg)
-    stop.saves = processes.several()  # all stop after the same iteration, also where there is nothing to save
+    processes.together(stop)
     stop.last_words = lambda: f"stopped at step {verified_steps.last_committed(cfg.run_dir) or 0}; {GOES_ON}"
     resolved = check(cfg, jax.device_count())
     check_places(cfg)
@@ -305,11 +304,8 @@ class Trainer:
     # ---- stopping -------------------------------------------------------------------------------------------------
 
     def save_at_signals(self) -> None:
-        """From here on there is something to save: a signal lets the iteration end. In a run of several processes JAX
-        hears SIGTERM and tells all of them, so that SIGINT is passed on as one."""
+        """From here on there is something to save: a signal lets the iteration end."""
         self.stop.saves, self.stop.tell = True, self.log.say
-        if processes.several():
-            self.stop.relay = lambda: os.kill(os.getpid(), signal.SIGTERM)
         run_dir = self.cfg.run_dir
 
         def last_words() -> str:

@@ -3,8 +3,8 @@
 #   bash launch/local.sh CONFIG... [KEY=VALUE]...
 #   PROCESSES=2 bash launch/local.sh CONFIG... [KEY=VALUE]...
 # Processes find each other at 127.0.0.1 (PORT chooses the port). Their lines begin with [their number]. SIGTERM and
-# Ctrl-C reach all of them as SIGTERM: they save and end. The first that fails ends the others; its exit code is ours.
-# Several processes need bash 5.1.
+# Ctrl-C reach all of them as SIGTERM: they save and end, as they do where this script is killed. The first that fails
+# ends the others; its exit code is ours. Several processes need bash 5.1.
 set -euo pipefail
 processes=${PROCESSES:-1} jaxrlhf=${JAXRLHF:-jaxrlhf}
 case $processes in '' | *[!0-9]* | 0)
@@ -34,6 +34,7 @@ number() { # to the end of the lines: a signal to all of the terminal must not t
     exec sed -u "s/^/[$1] /"
 }
 trap stop TERM INT # children of a script don't hear Ctrl-C
+export JAXRLHF_LAUNCHER=$$
 for ((id = 0; id < processes; id++)); do
     exec {out}> >(number "$id")
     printers+=("$!")
@@ -56,11 +57,10 @@ while [ "${#children[@]}" != 0 ]; do
         unset "children[$each]" # before what follows: it is waited for once
         code=0
         wait "$child" || code=$?
-        # 75: saved on SIGTERM; the others save the same step and end by themselves
         if [ "$code" != 0 ] && [ "$result" = 0 ]; then
             result=$code
+            stop # after 75, too: the others save the same step and end, but where they still wait for this one to come
             if [ "$code" != 75 ]; then
-                stop
                 force >/dev/null 2>&1 &
                 forcing=$!
             fi

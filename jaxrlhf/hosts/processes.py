@@ -5,12 +5,14 @@ of the others and aborts them (SIGABRT, exit code 134), wherever they wait.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import glob
 import importlib.util
 import itertools
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -18,12 +20,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxrlhf.errors import one_line
+from jaxrlhf.hosts import signals
 from jaxrlhf.hosts.exit_codes import EXIT_BROKEN
 from jaxrlhf.hosts.rendezvous import meet
 
 GRACE = 30  # seconds that JAX is given beyond init_timeout: its own timeout aborts without a word of use
 MESSAGE_BYTES = 2048
 calls = itertools.count()  # of stop_agreed, in step on all processes over all runs of a command
+jax_handler: list[int] = []  # the address of JAX's handler of SIGTERM, in C, once it is joined with Python's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +94,11 @@ def start(cfg: DistributedConfig, environment: Mapping[str, str] = os.environ) -
             raise ConnectionError(
                 f"{waiting} can't be joined: {found}; distributed.auto=false runs one alone"
             ) from error
+    if several():
+        join_handlers()
+        for stop in signals.OPEN:
+            if signal.SIGTERM in stop.previous:
+                together(stop)
 
 
 def explicit(cfg: DistributedConfig, environment: Mapping[str, str]) -> tuple[str, int, int] | None:
@@ -282,6 +291,32 @@ def stop_agreed() -> bool:
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(next(calls))
+
+
+def join_handlers() -> None:
+    """Gives SIGTERM back to Python, from whose handlers JAX took it, as it tells the other processes of it by a handler
+    in C: this process has to hear of it as well, to end what never returns. ``stop_all`` calls JAX's."""
+    python = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(python):
+        return
+    action = ctypes.create_string_buffer(256)  # struct sigaction, which begins with the handler
+    ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, action)
+    signal.signal(signal.SIGTERM, python)
+    jax_handler[:] = [int.from_bytes(action.raw[: ctypes.sizeof(ctypes.c_void_p)], sys.byteorder)]
+
+
+def stop_all() -> None:
+    """Tells all processes of the run to stop at one step, by JAX's notice of a preemption."""
+    if jax_handler:
+        ctypes.CFUNCTYPE(None, ctypes.c_int)(jax_handler[0])(int(signal.SIGTERM))
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)  # nothing but JAX hears it
+
+
+def together(stop: signals.Stop) -> None:
+    """In a run of several processes all stop after the same iteration, also where there is nothing to save."""
+    stop.saves = several()
+    stop.relay = stop_all if several() else None
 
 
 # ---- leaving --------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Stop:
         self.saves = False  # whether there is something to save, so that the first signal is remembered only
         self.last_words: Callable[[], str] = lambda: "stopped"
         self.tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
-        self.relay: Callable[[], None] | None = None  # tells the other processes of a run of the first SIGINT
+        self.relay: Callable[[], None] | None = None  # tells the other processes of a run of the first signal
         self.heard, self.seen = dict.fromkeys(signals, 0), dict.fromkeys(signals, 0)  # by the handler, by the thread
         self.previous: dict[signal.Signals, Any] = {}
         self.thread: threading.Thread | None = None
@@ -107,7 +107,7 @@ class Stop:
                 self.asked = self.asked or NAMES[number]
                 self.leave()
         elif self.seen[number] == 1:
-            if self.relay and number is signal.SIGINT:
+            if self.relay:
                 self.relay()
             again = "; again: stops at once" if number is signal.SIGINT else ""
             self.tell(f"{NAMES[number]}: stops after this iteration and saves{again}")

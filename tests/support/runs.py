@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrlhf.hosts import parent
 from tests.support import compiler
 
 ROOT = Path(__file__).parents[2]
@@ -255,7 +256,17 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     plan = {"commands": commands, "events": str(folder / "events.json"), "kill": kill, "profile": profile}
     (folder / "plan.json").write_text(json.dumps(plan))
-    environment = os.environ | {
+    command = [sys.executable, "-m", "tests.support.runs", str(folder / "plan.json")]
+    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as errors:
+        running = subprocess.Popen(command, cwd=folder, env={**environment(devices), **more}, stdout=out, stderr=errors)
+    return Started(running, folder)
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Of a process with so many fake CPU devices, which keeps its compiled programs where these tests do, and ends with
+    them."""
+    return os.environ | {
+        parent.LAUNCHER: str(os.getpid()),
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -263,10 +274,6 @@ def start(
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": compiler.CHEAP,
     }
-    command = [sys.executable, "-m", "tests.support.runs", str(folder / "plan.json")]
-    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as errors:
-        running = subprocess.Popen(command, cwd=folder, env={**environment, **more}, stdout=out, stderr=errors)
-    return Started(running, folder)
 
 
 def finish(started: Started, timeout: float) -> Done:
@@ -285,6 +292,7 @@ def finish(started: Started, timeout: float) -> Done:
 
 def main() -> None:
     """The process."""
+    parent.ends_with_launcher(signal.SIGKILL)
     plan = json.loads(Path(sys.argv[1]).read_text())
     from jaxrlhf.cli import app
     from tests.support import fake_gcs
