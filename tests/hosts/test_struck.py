@@ -62,7 +62,8 @@ def command(root: Path, folder: Path) -> list[str]:
 
 def environment(folder: Path, strike: str) -> dict[str, str]:
     pids = folder / "pids"
-    pids.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(pids, ignore_errors=True)
+    pids.mkdir(parents=True)
     return runs.environment(1) | {"STRIKE": strike, "STRIKE_PIDS": str(pids)}
 
 
@@ -144,6 +145,7 @@ def test_a_struck_pair_ends_in_time_and_loses_nothing(root, case):
     expected = runs.read_state(whole(root) / "sft", LAST)
     folder = root / "struck" / "-".join(case[:3])
     runs.copy_run(whole(root) / "sft", folder / "sft", START)
+    before = files(folder / "sft" / "checkpoints")
     with under_way(root, folder, " ".join(case[:3]), case.who == "launcher") as pair:
         codes = outcome(pair, case)
         said = pair.said()
@@ -155,6 +157,10 @@ def test_a_struck_pair_ends_in_time_and_loses_nothing(root, case):
     assert kept[0] == START
     if case.when == "loop" and 75 in codes.values():
         assert kept[-1] >= STEP, said  # saved on the way out
+    if kept == [START] and case.when != "loop":  # nothing began: the same command finds what it found before
+        assert files(folder / "sft" / "checkpoints") == before
+        assert runs.rows(folder / "sft") == runs.rows(whole(root) / "sft")[: len(runs.rows(folder / "sft"))]
+        return
     with under_way(root, folder) as again:
         ended = [process.wait(300) for process in again.started]
         assert ended == [0, 0], again.said()
@@ -162,6 +168,10 @@ def test_a_struck_pair_ends_in_time_and_loses_nothing(root, case):
     assert expected.keys() == found.keys()
     assert [path for path in expected if expected[path].tobytes() != found[path].tobytes()] == []
     assert runs.rows(folder / "sft") == runs.rows(whole(root) / "sft")
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def outcome(pair: Pair, case: Case) -> dict[int, int]:
