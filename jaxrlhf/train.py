@@ -39,7 +39,7 @@ from jaxrlhf.run.not_finite import NotFinite
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
 from jaxrlhf.run.runtime import kernels_passed_over
-from jaxrlhf.run.scoring import joined, try_graders
+from jaxrlhf.run.scoring import joined, raised_by_all, try_graders
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import batch_shards, current, for_programs
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
@@ -273,17 +273,17 @@ class Trainer:
 
     def rescue(self, step: int, state: TrainState, error: Exception, left_out: str) -> None:
         """Saves the state at ``step``, where it is whole, as what follows (``left_out``) raised ``error``: a reward
-        function raised.
+        function raised. Of several processes all are here, or none.
 
         Raises ``error`` except where Ctrl-C was pressed: it reaches the processes that a function has started, too."""
         whole_state = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-        if processes.several() or isinstance(error, FloatingPointError) or not whole_state:
+        if not raised_by_all(error) or isinstance(error, FloatingPointError) or not whole_state:
             raise error
         if step > (self.saved.latest() or 0):
             self.flush()
             self.save(step, state)
         what = str(error) if isinstance(error, GraderError) else f"{type(error).__name__}: {one_line(error)}"
-        if self.stop.asked is None:
+        if not any(processes.everywhere(self.stop.asked or "")):
             if step:
                 self.log.say(f"stopped at step {step}, which is saved; once the error is mended, {GOES_ON}")
             raise error
@@ -328,8 +328,8 @@ class Trainer:
         say. Not where other processes have part in it: they may be gone, and without them it never is whole."""
         try:
             yield
-        except BaseException:
-            if not processes.several():
+        except BaseException as error:
+            if raised_by_all(error):
                 self.finish_saving()
             raise
         self.finish_saving()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -11,12 +11,15 @@ from jax.sharding import Mesh
 
 from jaxrlhf.answers import Answered
 from jaxrlhf.data.tokenizer import decode_rows
+from jaxrlhf.hosts import processes
+from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.programs import Program
 from jaxrlhf.run.transfer import fetch, holders, put, share_of
 from jaxrlhf.types import Batch, Sequences, TrainState, given
 
 Records = list[dict[str, Any]]
+T = TypeVar("T")
 
 
 class Scored(NamedTuple):
@@ -26,11 +29,46 @@ class Scored(NamedTuple):
     seconds: float  # spent in the functions
 
 
+class RaisedByAll:
+    """An error that every process of a run raises at this point, as one of them did."""
+
+
+class FailureOfAll(RaisedByAll, GraderError):
+    """A reward function raised something, or took too long."""
+
+
+class MistakeOfAll(RaisedByAll, ValueError):
+    """A reward function did not answer with numbers."""
+
+
+def raised_by_all(error: BaseException) -> bool:
+    """Whether all processes of the run, which may be one, have raised ``error``."""
+    return not processes.several() or isinstance(error, RaisedByAll)
+
+
+def together(work: Callable[[], T]) -> T:
+    """What ``work`` returns. Where it raises GraderError or ValueError on one process, all processes of the run raise
+    that here: none of them begins what needs all, so that they can save what they have."""
+    if not processes.several():
+        return work()
+    found, failed, problem = None, None, ""
+    try:
+        found = work()
+    except (GraderError, ValueError) as error:
+        kind = FailureOfAll if isinstance(error, GraderError) else MistakeOfAll
+        failed, problem = error, f"{kind.__name__} process {jax.process_index()}: {error}"
+    first = next((text for text in processes.everywhere(problem) if text), "")
+    if first:
+        name, _, text = first.partition(" ")
+        raise (FailureOfAll if name == FailureOfAll.__name__ else MistakeOfAll)(text) from failed
+    return cast(T, found)
+
+
 def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
     """The run's reward functions on this process's responses, special tokens left out.
 
     ``records``: those of this process's prompts, without the ones that fill up; the samples of a prompt are contiguous.
-    Raises ValueError, in one line, where a function does not answer with numbers."""
+    Raises ValueError, in one line, where a function does not answer with numbers; as ``together``."""
     graders = ready.graders
     assert graders is not None, "the reward model scores"
     tokens, masks = fetch((sequences.tokens, sequences.response_mask))
@@ -41,7 +79,9 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
     grades = np.zeros((len(tokens), len(graders.functions)), np.float32)  # 0 in rows that fill up a batch
     started = time.perf_counter()
     if responses:  # a process may have none in the last batch of an evaluation
-        grades[mine] = graders(responses, [copies[row] for row in mine])
+        grades[mine] = together(lambda: graders(responses, [copies[row] for row in mine]))
+    else:
+        together(nothing)
     seconds = time.perf_counter() - started
     grades = exchange(ready.mesh, grades)
     each_grade = {name: grades[:, column] for column, name in enumerate(graders.names)}
@@ -51,9 +91,10 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
 
 def try_graders(ready: Run, where: str, records: Records) -> None:
     """Calls the run's reward functions once, before anything is compiled. ``records``: some of the data section
-    ``where``. Raises ValueError, in one line, where one fails."""
-    if ready.graders is not None and records:
-        ready.graders.try_on(records, where)
+    ``where``. Raises ValueError, in one line, where one fails; as ``together``."""
+    graders = ready.graders
+    if graders is not None and records:
+        together(lambda: graders.try_on(records, where))
 
 
 def scored_here(mesh: Mesh, rows: int) -> np.ndarray:

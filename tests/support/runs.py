@@ -87,11 +87,15 @@ def praise(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
 
 
 def refuse(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
-    """A reward function that raises in the second process, once training is under way."""
+    """A reward function that does, in the second process and on its fourth call, what JAXRLHF_TEST_JUDGE says."""
     global asked
     asked += 1
-    if jax.process_index() == 1 and asked > 2:
-        raise RuntimeError("the judge is gone")
+    if jax.process_index() == 1 and asked == 4:
+        if os.environ["JAXRLHF_TEST_JUDGE"] == "raises":
+            raise RuntimeError("the judge is gone")
+        if os.environ["JAXRLHF_TEST_JUDGE"] == "is stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000)
     return praise(responses, records)
 
 
