@@ -144,11 +144,11 @@ def test_a_pair_that_runs_out_of_time_stops_together(root):
 def test_a_reward_function_that_fails_in_one_process_saves_on_both(root, does, codes, says):
     """In the fourth iteration, after two calls before the first and one in the third."""
     folder = begun(root, does, "grpo")
-    more = ["grpo:rewards.function=tests.support.runs:refuse", *["grpo:rewards.timeout=5"] * (does == "hangs")]
+    more = ["grpo:rewards.function=tests.support.pair:refuse", *["grpo:rewards.timeout=5"] * (does == "hangs")]
     train = command(root, folder, "grpo", more=more)
     with under_way(folder, train, more={"JAXRLHF_TEST_JUDGE": does}) as pair:
         assert pair.ended() == codes, pair.said()
-    says = f"process 1: rewards.function: tests.support.runs:refuse: {says}"
+    says = f"process 1: rewards.function: tests.support.pair:refuse: {says}"
     assert says in pair.said() and "Traceback" not in pair.said(), pair.said()
     assert runs.steps_kept(folder / "grpo") == [START, 3]
     with under_way(folder, command(root, folder, "grpo")) as pair:

@@ -1,6 +1,7 @@
 """Two processes of one run, of one device each, or the launcher of both; and the runs that they share."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -11,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from tests.support import runs
 
-START, LAST = 2, 6  # the step that other runs go on from, and the last one
+START, LAST = 2, 8  # the step that other runs go on from, and the last one
 PATIENT = 300.0  # seconds for what takes its time
 
 
@@ -162,3 +165,20 @@ def place(run: Path, step: int) -> dict:
 def trained(run: Path) -> list[dict]:
     """The rows of the iterations."""
     return [row for row in runs.rows(run) if not any(key.startswith("eval/") for key in row)]
+
+
+# ---- rewards --------------------------------------------------------------------------------------------------------
+
+calls = itertools.count(1)  # of refuse
+
+
+def refuse(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    """A reward function that does, in the second process and on its fourth call, what JAXRLHF_TEST_JUDGE says."""
+    call = next(calls)
+    if jax.process_index() == 1 and call == 4:
+        if os.environ["JAXRLHF_TEST_JUDGE"] == "raises":
+            raise RuntimeError("the judge is gone")
+        if os.environ["JAXRLHF_TEST_JUDGE"] == "is stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000)
+    return runs.praise(responses, records)

@@ -86,22 +86,6 @@ def praise(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
     return [count + 0.01 * len(record["prompt"]) for count, record in zip(vowels, records)]
 
 
-def refuse(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
-    """A reward function that does, in the second process and on its fourth call, what JAXRLHF_TEST_JUDGE says."""
-    global asked
-    asked += 1
-    if jax.process_index() == 1 and asked == 4:
-        if os.environ["JAXRLHF_TEST_JUDGE"] == "raises":
-            raise RuntimeError("the judge is gone")
-        if os.environ["JAXRLHF_TEST_JUDGE"] == "is stopped":
-            os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1000)
-    return praise(responses, records)
-
-
-asked = 0
-
-
 # ---- configs --------------------------------------------------------------------------------------------------------
 
 SMALL = (
