@@ -19,6 +19,7 @@ from jaxrlhf.benchmarks.soak_run import ALGORITHMS, CONFIG, EVERY, RUN, make_dat
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.exit_codes import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PREEMPTED
+from jaxrlhf.hosts.parent import LAUNCHER
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 FULL = "full disk"  # in the place of a signal
@@ -78,6 +79,7 @@ class Soak:
         self.environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            LAUNCHER: str(os.getpid()),  # a soak that is killed leaves no run behind
         }
         self.lengths: dict[str, float] = {}  # phase -> seconds that it usually lasts
         self.heard: dict[str, list[str]] = {}  # folder of a run -> what its reward function said
