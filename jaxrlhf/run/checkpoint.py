@@ -27,6 +27,7 @@ from jaxrlhf.log.rows import replace_text
 from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.run import manifest
 from jaxrlhf.run import verified_steps as steps
+from jaxrlhf.run.agreed_saves import agreed_barriers
 from jaxrlhf.run.saved_run import EXTRA, best_of, measured
 from jaxrlhf.types import TrainState
 
@@ -51,6 +52,7 @@ class Checkpoints:
             best_mode=mode,
             cleanup_tmp_directories=True,  # what a crash left half-written
             enable_async_checkpointing=background,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=agreed_barriers()) if processes.several() else None,
         )
         self.run_dir, self.keep, self.best, self.mode = epath.Path(run_dir), keep, best, mode
         self.manager = ocp.CheckpointManager(steps.directory(run_dir), options=options)
@@ -87,14 +89,12 @@ class Checkpoints:
         ``first`` writes what must not be newer than the last checkpoint; where it raises OSError, nothing is saved.
         A step that is there already, saved before it was measured, is only given what it was measured as. Where this
         save, or the one before it, could not be written, the line that says so is returned, and the next save is the
-        next try. Raises OSError after GIVE_UP of them in a row, and at once in a run of several processes."""
+        next try. Several processes agree on it. Raises OSError after GIVE_UP of them in a row, and at once where some
+        of several processes may wait for the one that fails: in a save that isn't in the background."""
         line = self.attempt(self.wait_for_files)
-
-        def work() -> None:
-            first()
-            self.start(step, state, extra, metrics)
-
-        return self.attempt(work) or line
+        if failed := self.attempt(first):
+            return failed
+        return self.attempt(lambda: self.start(step, state, extra, metrics), apart=False) or line
 
     def check_owner(self, check: Callable[[], None]) -> None:
         """Calls ``check``, which raises ValueError where another process writes the run directory by now: from then on
@@ -105,22 +105,30 @@ class Checkpoints:
             self.lost = True
             raise
 
-    def attempt(self, work: Callable[[], None]) -> str | None:
-        """Why ``work``, a save or what remains of it, could not be written; None where it could. Raises as ``save``."""
+    def attempt(self, work: Callable[[], None], apart: bool = True) -> str | None:
+        """Why ``work``, a save or what remains of it, could not be written; None where it could. Raises as ``save``.
+
+        ``apart``: no process waits in it for one that fails, so that they can agree on it."""
+        failed: OSError | None = None
         try:
             with self.writing():
                 work()
         except OSError as error:
-            self.failures += 1
-            if processes.several():
+            failed = error
+            if processes.several() and not apart:
                 raise
-            if self.sealing:
-                self.sealing.join()
+        said = [str(failed or "")]
+        told = next((text for text in (processes.everywhere(said[0]) if apart else said) if text), "")
+        if not told:
+            return None
+        self.failures += 1
+        if self.sealing:
+            self.sealing.join()
+        if processes.is_main():
             self.sweep()
-            if self.failures >= GIVE_UP:
-                raise
-            return f"{error}; training goes on, and the next save is another try ({self.failures} of {GIVE_UP} failed)"
-        return None
+        if self.failures >= GIVE_UP:
+            raise failed or OSError(told)
+        return f"{told}; training goes on, and the next save is another try ({self.failures} of {GIVE_UP} failed)"
 
     def sweep(self) -> None:
         """Delete what failed saves left half-written, which takes room. Where orbax still writes to it, it stays for

@@ -1,6 +1,7 @@
 """Two processes of one run, or the launcher of both, are struck by a signal: nothing hangs, each ends with the exit
 code that says what became of it, checkpoints stay, and the same command ends with the same bits."""
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,20 @@ def test_a_pair_that_is_struck_goes_on_in_one_process_with_the_same_bits(root):
     assert START < runs.steps_kept(folder / "sft")[-1] < LAST
     one = runs.process(folder / "one", [command(root, folder, "sft")], devices=2)
     assert one.code == 0, one.errors
+    same_bits(root, folder)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_save_that_one_process_can_not_write_fails_on_both_which_train_on(root, who):
+    folder = begun(root, f"full-{who}")
+    with under_way(folder, command(root, folder, "sft"), f"FULL {who} loop") as pair:
+        assert pair.ended() == {0: 0, 1: 0}, pair.said()
+        said = pair.output(0)
+    why = "File too large" if who == 0 else "process 1 could not write its part"
+    assert re.search(f"a checkpoint could not be written: {why}; once it can be.*; training goes on", said), pair.said()
+    kept = runs.steps_kept(folder / "sft")  # 6 too, where it was still being written as the disk had room again
+    assert kept[0] == START and 4 not in kept and kept[-1] == LAST
     same_bits(root, folder)
 
 
