@@ -21,6 +21,7 @@ from jaxrlhf.hosts.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 CODES = {"Ctrl-C": EXIT_INTERRUPTED, "SIGTERM": EXIT_PREEMPTED}
 CLOSE = b"\0"
+LAST_WORDS = 3.0  # seconds that a process has to say why it ends
 
 
 class Stop:
@@ -115,7 +116,10 @@ class Stop:
 
     def leave(self) -> None:
         """Ends the process: without waiting for threads, or for what is being saved in the background."""
-        LEAVING.acquire()  # never given back: of two threads, the second waits for the end
+        # never given back: of two threads, the second waits for the end; not for ever: the main thread may hold a lock
+        # that the last words need, or wait for it itself
+        if not LEAVING.acquire(timeout=LAST_WORDS):
+            os._exit(self.code)
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: it came in the middle of a print
             sys.stdout.flush()
         with contextlib.suppress(OSError, ValueError, RuntimeError):

@@ -45,6 +45,23 @@ def test_where_there_is_nothing_to_save_the_first_stops_at_once(number, code):
     assert stop.code == code
 
 
+@pytest.mark.parametrize("number", BOTH)
+def test_last_words_that_wait_for_a_lock_of_the_main_thread_end_nothing_late(number):
+    code = f"""
+    import os, threading, time
+    from jaxrlhf.hosts import signals
+    signals.LAST_WORDS = 0.3
+    lock = threading.Lock()
+    with signals.Stop({int(number)}, leaves=True) as stop:
+        stop.last_words = lambda: lock.acquire() and "never"
+        with lock:
+            os.kill(os.getpid(), {int(number)})
+            time.sleep(60)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=30)
+    assert done.returncode == {signal.SIGINT: 130, signal.SIGTERM: 75}[number]
+
+
 def test_handlers_and_the_wake_up_pipe_are_given_back():
     before = [signal.getsignal(number) for number in BOTH]
     with Stop(signal.SIGINT) as outer:
