@@ -157,13 +157,13 @@ class Soak:
 
 def disturb(processes: Sequence[Process], moment: Moment, lengths: Mapping[str, float]) -> str | None:
     """Waits for the moment and makes it so: the phase in which it came; None where the run ended before."""
-    hit, share, skip = processes[moment.process], moment.share, moment.skip
+    first, share, skip = processes[0], moment.share, moment.skip  # the first alone says what it does
     limit = time.monotonic() + PATIENCE
     while time.monotonic() < limit:
-        while (phase := hit.phase()) not in (moment.phase, ENDED) and time.monotonic() < limit:
+        while (phase := first.phase()) not in (moment.phase, ENDED) and time.monotonic() < limit:
             time.sleep(LOOK)
         wait = time.monotonic() + share * lengths.get(moment.phase, 0.0)
-        while (phase := hit.phase()) == moment.phase and (skip or time.monotonic() < wait):
+        while (phase := first.phase()) == moment.phase and (skip or time.monotonic() < wait):
             time.sleep(LOOK)
         if phase == ENDED:
             return None
@@ -173,7 +173,7 @@ def disturb(processes: Sequence[Process], moment: Moment, lengths: Mapping[str, 
         if moment.what == FULL:
             fill(processes)
         else:
-            hit.send(signal.Signals[moment.what])
+            processes[moment.process].send(signal.Signals[moment.what])
         return phase
     return None
 

@@ -69,6 +69,13 @@ def test_a_signal_comes_in_its_phase(tmp_path, phase):
     assert running.phase() == ENDED
 
 
+def test_of_several_processes_any_is_hit_and_the_first_says_when(tmp_path):
+    both = [process(tmp_path), process(tmp_path, "import time\ntime.sleep(60)")]
+    assert soak.disturb(both, Moment("SIGKILL", "reward", 0.0, 1, 1), {}) == "reward"
+    assert both[1].wait(10.0) == -9 and both[0].phase() != ENDED
+    assert soak_process.finish(both, 10.0) == [75, -9]
+
+
 def test_a_phase_that_was_shorter_than_usual_is_waited_for_again_where_it_comes_again(tmp_path):
     again = process(tmp_path / "a")
     assert soak.disturb([again], Moment("SIGKILL", "reward", 1.0, 0, 0), {"reward": 0.2}) == "reward"
