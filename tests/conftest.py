@@ -1,6 +1,7 @@
 """Eight fake CPU devices, or with ``-m gpu`` those that are there, and compiled programs kept between runs of the
 suite."""
 
+import gc
 import os
 import signal
 import sys
@@ -63,6 +64,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         items[:] = kept
         config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many objects, and each full collection looks at all that was imported: seldom, and not at those."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
