@@ -24,7 +24,7 @@ FLOORS = (
 LAYERS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # inside run/: what a run is made of, the run, and what is done with it
 IN_RUN = (
-    ("state", "own_pad", "epochs", "transfer", "batch_shapes", "manifest", "agreed_saves", "holds"),
+    ("state", "own_pad", "epochs", "transfer", "batch_shapes", "manifest", "agreed_saves", "holds", "late_writes"),
     ("verified_steps",),
     ("saved_run",),
     ("checkpoint", "export", "origins", "resume"),

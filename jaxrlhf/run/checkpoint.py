@@ -25,7 +25,7 @@ from jaxrlhf.errors import one_line
 from jaxrlhf.hosts import processes
 from jaxrlhf.log.rows import replace_text
 from jaxrlhf.log.run_dir import is_local
-from jaxrlhf.run import manifest
+from jaxrlhf.run import late_writes, manifest
 from jaxrlhf.run import verified_steps as steps
 from jaxrlhf.run.agreed_saves import agreed_barriers
 from jaxrlhf.run.saved_run import EXTRA, best_of, measured
@@ -55,6 +55,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(barrier_sync_fn=agreed_barriers()) if processes.several() else None,
         )
         self.run_dir, self.keep, self.best, self.mode = epath.Path(run_dir), keep, best, mode
+        late_writes.silence()
         self.manager = ocp.CheckpointManager(steps.directory(run_dir), options=options)
         self.sealing: threading.Thread | None = None
         self.failed: Exception | None = None  # why a manifest could not be written

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.log.run_dir import at_step, made_by, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.run import saved_run, verified_steps
+from jaxrlhf.run import late_writes, saved_run, verified_steps
 from jaxrlhf.run import state as states
 from jaxrlhf.run.checkpoint import Checkpoints, describe_room, restore
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -254,6 +256,19 @@ def test_a_save_that_fails_is_tried_again_at_the_next(tmp_path, background):
     assert steps_of(run) == [1, 3] and saved.failures == 0
     assert verified_steps.newest(run) == 3
     same(restore(run, 3, describe(large_state(3))), large_state(3))
+
+
+def test_parts_of_a_failed_save_that_end_later_say_nothing(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    for _ in range(2):
+        late_writes.silence()
+    closed = RuntimeError("Event loop is closed")
+    of_ours = SimpleNamespace(object=print, exc_value=closed)
+    other = SimpleNamespace(object=None, exc_value=RuntimeError("x"))
+    for event in (SimpleNamespace(object=None, exc_value=closed), of_ours, other):
+        sys.unraisablehook(event)  # type: ignore[arg-type]
+    assert told == [of_ours, other]
 
 
 def test_nothing_is_saved_whose_rows_are_not_written(tmp_path):
