@@ -343,8 +343,9 @@ def naming_the_dead(heartbeat_timeout: int) -> Iterator[None]:
 
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if several():
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        of_jax = isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"[A-Z_]+: Gloo ", str(error))
+        if several() and of_jax:  # an allgather gives ValueError: UNKNOWN: Gloo AllGather failed: ...
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(
                 f"process {jax.process_index()} of {jax.process_count()}: work shared with the other processes failed; "
