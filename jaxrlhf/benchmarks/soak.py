@@ -28,8 +28,13 @@ COLD = 3  # moments in compilation before which the cache of compiled programs i
 ONCE = ("import", "load", "compile")  # phases that a process is in once: a signal that is late comes in the next one
 DISK = 20.0  # seconds that a disk is full at most
 # exit codes besides 0 of a run that was done: before Python has handlers a signal ends the process by itself
-CODES = {"SIGKILL": {-9}, "SIGTERM": {EXIT_PREEMPTED}, "SIGINT": {EXIT_INTERRUPTED}, FULL: {EXIT_BROKEN, EXIT_MISTAKE}}
-EARLY = {"SIGTERM": {-15}, "SIGINT": {-2}}
+CODES = {
+    "SIGKILL": {-9},
+    "SIGTERM": {EXIT_PREEMPTED},
+    "SIGINT": {EXIT_INTERRUPTED},
+    FULL: {EXIT_BROKEN, EXIT_MISTAKE, EXIT_PREEMPTED},
+}
+EARLY = {"SIGTERM": {-15}, FULL: {-15}, "SIGINT": {-2}}
 
 
 class Moment(NamedTuple):
@@ -172,6 +177,7 @@ def disturb(processes: Sequence[Process], moment: Moment, lengths: Mapping[str, 
             continue
         if moment.what == FULL:
             fill(processes)
+            processes[moment.process].send(signal.SIGTERM)  # which saves what was held back; else the run went on
         else:
             processes[moment.process].send(signal.Signals[moment.what])
         return phase
