@@ -44,24 +44,30 @@ class Checkpoints:
     the background in any case. Only what goes on in the background deletes checkpoints, and none that is being read."""
 
     def __init__(self, run_dir, keep: int = 2, best: str | None = None, mode: str = "max", background: bool = True):
-        # a checkpoint that an earlier config measured otherwise is no candidate
-        of = lambda metrics: metrics.get(best, math.inf if mode == "min" else -math.inf)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.PreserveAll(),  # ``prune`` deletes, once a manifest is written
-            best_fn=of if best else None,  # without it orbax writes no metrics
-            best_mode=mode,
-            cleanup_tmp_directories=True,  # what a crash left half-written
-            enable_async_checkpointing=background,
-            async_options=ocp.AsyncOptions(barrier_sync_fn=agreed_barriers()) if processes.several() else None,
-        )
         self.run_dir, self.keep, self.best, self.mode = epath.Path(run_dir), keep, best, mode
         late_writes.silence()
-        self.manager = ocp.CheckpointManager(steps.directory(run_dir), options=options)
+        self.background, self.barriers = background, agreed_barriers() if processes.several() else None
+        self.littered = False  # whether a save has failed: what is left of it may come back while it is written
+        self.manager = self.open_manager()
         self.sealing: threading.Thread | None = None
         self.failed: Exception | None = None  # why a manifest could not be written
         self.failures = 0  # saves in a row that could not be written
-        self.swept = True  # whether failed saves have left nothing half-written
+        self.broken = False  # whether orbax still holds the error of a failed save, and would raise it in the next
         self.lost = False  # whether another process writes them by now: nothing is deleted any more
+
+    def open_manager(self) -> ocp.CheckpointManager:
+        """Orbax's part of this."""
+        # a checkpoint that an earlier config measured otherwise is no candidate
+        of = lambda metrics: metrics.get(self.best, math.inf if self.mode == "min" else -math.inf)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.PreserveAll(),  # ``prune`` deletes, once a manifest is written
+            best_fn=of if self.best else None,  # without it orbax writes no metrics
+            best_mode=self.mode,
+            cleanup_tmp_directories=not self.littered,  # of a crash; ``sweep`` is for those of failed saves
+            enable_async_checkpointing=self.background,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self.barriers) if self.barriers else None,
+        )
+        return ocp.CheckpointManager(steps.directory(self.run_dir), options=options)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -122,7 +128,7 @@ class Checkpoints:
         told = next((text for text in (processes.everywhere(said[0]) if apart else said) if text), "")
         if not told:
             return None
-        self.failures += 1
+        self.failures, self.broken, self.littered = self.failures + 1, True, True
         if self.sealing:
             self.sealing.join()
         if processes.is_main():
@@ -134,11 +140,9 @@ class Checkpoints:
     def sweep(self) -> None:
         """Delete what failed saves left half-written, which takes room. Where orbax still writes to it, it stays for
         the next call, or the next start."""
-        left = list(steps.directory(self.run_dir).glob("*.orbax-checkpoint-tmp*"))
-        for path in left:
+        for path in steps.directory(self.run_dir).glob("*.orbax-checkpoint-tmp*"):
             with contextlib.suppress(OSError):
                 path.rmtree()
-        self.swept = not any(path.exists() for path in left)
 
     def start(self, step: int, state: TrainState, extra: dict, metrics: dict[str, float] | None) -> None:
         """``save``, whose errors go through."""
@@ -147,8 +151,12 @@ class Checkpoints:
         value = (metrics or {}).get(self.best, math.nan) if self.best else math.nan
         known = None if math.isnan(value) else {self.best: value}
         about = describe(step, state, extra)
-        if not self.swept:
+        if self.littered and processes.is_main():
             self.sweep()
+        if self.broken:
+            with contextlib.suppress(Exception):  # told before
+                self.manager.close()
+            self.manager, self.broken = self.open_manager(), False
         if step != self.manager.latest_step():
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
         elif known is not None:
@@ -225,7 +233,7 @@ class Checkpoints:
             if processes.is_main():
                 self.prune()
         self.manager.close()
-        if not self.swept:
+        if self.littered and processes.is_main():
             self.sweep()
 
 
