@@ -21,8 +21,9 @@ free_port() {
 }
 
 coordinator=127.0.0.1:${PORT:-$(free_port)}
-children=() printers=()
+children=() printers=() told=
 stop() {
+    told=1
     [ "${#children[@]}" = 0 ] || kill -TERM "${children[@]}" 2>/dev/null || true
 }
 force() { # those that hang in a collective whose other half is gone
@@ -59,7 +60,8 @@ while [ "${#children[@]}" != 0 ]; do
         wait "$child" || code=$?
         if [ "$code" != 0 ] && [ "$result" = 0 ]; then
             result=$code
-            stop # after 75, too: the others save the same step and end, but where they still wait for this one to come
+            # after 75, too: the others save the same step and end, but where they still wait for this one to come
+            [ "$code" = 75 ] && [ -n "$told" ] || stop
             if [ "$code" != 75 ]; then
                 force >/dev/null 2>&1 &
                 forcing=$!

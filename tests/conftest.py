@@ -39,7 +39,6 @@ FAST = ("config", "data", "log", "ops", "rewards", "tpu", "test_layers.py", "tes
 FAST += tuple(f"models/test_{name}.py" for name in ("families", "gguf_tokenizer", "hf_headers", "published"))
 FAST += (
     "launch/test_config.py",
-    "launch/test_figures.py",
     "launch/test_gke.py",
     "plan/test_hlo.py",
     "plan/test_cost.py",

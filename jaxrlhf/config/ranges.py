@@ -20,9 +20,9 @@ RANGES = {
         beta sampler_ratio_cap norm_eps rope_theta low_freq_factor high_freq_factor local_rope_theta attention_softcap
         logit_softcap beta_fast beta_slow attention_factor short_factor long_factor""",
     "(1, inf)": "dual_clip",
-    "[1, inf)": """iterations every samples_every keep prompts_per_step samples_per_prompt sequences_per_step
-        preferences_per_step unpaired_per_step micro_batch_size pack_widths max_new_tokens prompt_buckets
-        num_epochs num_minibatches kl_horizon
+    "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt
+        sequences_per_step preferences_per_step unpaired_per_step micro_batch_size pack_widths max_new_tokens
+        prompt_buckets num_epochs num_minibatches kl_horizon
         hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
         init_timeout slices""",
     "[2, inf)": "max_length",

@@ -154,8 +154,10 @@ def newest(run_dir, ours: bool = False) -> int | None:
 def is_under_way(run_dir, step: int) -> bool:
     """Whether the run that trains goes on writing this step: the newest one, which has not all of its manifests yet."""
     folder = directory(run_dir) / str(step)
+    if not manifest.is_missing(folder):
+        return False
     finished = with_manifests(run_dir)
-    if not manifest.is_missing(folder) or any(other > step for other in finished):
+    if any(other > step for other in finished):
         return False
     if is_local(run_dir):
         if not is_locked(run_dir):

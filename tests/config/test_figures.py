@@ -13,7 +13,7 @@ TABLES = sorted((ROOT / "configs").glob("*/curves.csv"))
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "launch" / "figures.py")
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "configs" / "figures.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,7 @@ def test_every_figure_has_a_table():
 def test_a_figure_is_small_and_drawn_from_its_table(table):
     text = table.with_suffix(".svg").read_text()
     assert len(text) <= 100_000
-    assert figures.digest(table) in text, "python launch/figures.py draws it anew"
+    assert figures.digest(table) in text, "python configs/figures.py draws it anew"
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda path: path.parent.name)

@@ -1,7 +1,7 @@
 """Draws configs/NAME/curves.svg from configs/NAME/curves.csv, for all folders that have one, in one style.
 
-    python launch/figures.py                                     # draws all of them anew
-    python launch/figures.py quickstart runs/seed0 runs/seed1    # writes the table of these runs first, and draws that
+    python configs/figures.py                                     # draws all of them anew
+    python configs/figures.py quickstart runs/seed0 runs/seed1    # writes the table of these runs first, and draws that
 
 A table has a row for each iteration of a run (split: train) and each of its evaluations (split: held_out). Needs
 matplotlib: pip install -e '.[figures]'.
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parent
 KEYS = ("algorithm", "seed", "split", "step")
 LAST = 5  # iterations that the line of a single seed is the mean of
 
