@@ -173,3 +173,14 @@ def test_no_retired_words():
                 line = text.count("\n", 0, match.start()) + 1
                 found.append(f"{path.relative_to(ROOT)}:{line}: {match[0]!r}: {instead}")
     assert not found, "\n".join(found)
+
+
+def test_the_tests_that_pages_name_are_there():
+    """The fault table, for one: [name](FILE), a test of that file or the file itself."""
+    found = 0
+    for page in DOCUMENTS:
+        text = (ROOT / page).read_text()
+        for name, file in re.findall(r"\[(test_\w+)\]\(([^)#]+\.py)\)", text):
+            path, found = (ROOT / page).parent / file, found + 1
+            assert f"def {name}(" in path.read_text() or path.stem == name, f"{page}: {name} in {file}"
+    assert found > 50
