@@ -1,11 +1,13 @@
 """Eight fake CPU devices, or with ``-m gpu`` those that are there, and compiled programs kept between runs of the
 suite."""
 
+import contextlib
 import gc
 import os
 import signal
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +67,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
 
 
-def pytest_collection_finish() -> None:
-    """Tracing makes many objects, and each full collection looks at all that was imported: seldom, and not at those."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tracing makes many objects, and each full collection looks at all that was imported: seldom, and not at those.
+
+    Where most end-to-end tests run, the first worker starts the runs that they share, so that none waits for them."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(200_000, 20, 20)
+    need = sum("root" in getattr(item, "fixturenames", ()) for item in session.items)
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw0" and need > 50:
+        shared = shared_folder(session.config._tmp_path_factory)  # type: ignore[attr-defined]
+        threading.Thread(target=start_shared_runs, args=(shared,), daemon=True).start()
+
+
+def start_shared_runs(folder: Path) -> None:
+    from tests.support import runs
+
+    with contextlib.suppress(Exception):  # the test that needs them tries again, and says what is wrong
+        runs.parts(folder)
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """The folder of the real runs that end-to-end tests share, among the workers of one session too."""
+    base = factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
-    """The folder of the real runs that end-to-end tests share, among the workers of one session too."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    return shared_folder(tmp_path_factory)
 
 
 @pytest.fixture
