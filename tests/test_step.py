@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,20 @@ from jaxrlhf.optim import WINDOW, OptimizerConfig, keep_recent, make_optimizer, 
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Ask, Batch, Experience, Mean, Preferences, Rows, Sequences, TrainState, Trees, given
+from jaxrlhf.types import (
+    Ask,
+    AskedHead,
+    Batch,
+    Experience,
+    Mean,
+    Preferences,
+    Role,
+    Rows,
+    Sequences,
+    TrainState,
+    Trees,
+    given,
+)
 from tests.support import fake, tiny
 
 NO_NETS = fake.answering()
@@ -73,18 +86,23 @@ def record(cfg: Plan, iterations: int = 1, seed: int = 0, room: int = 16):
     return np.asarray(state.params["policy"]["seen"]) > 0, metrics, int(state.opt_state["policy"])
 
 
-def run_plan(cfg: Plan, iterations: int = 1, seed: int = 0, room: int = 16, **more) -> tuple[TrainState, list[dict]]:
-    """The last state and the metrics of each iteration. ``more``: fields of the algorithm."""
-    algorithm = Algorithm(
+def offline(roles: Mapping[Role, AskedHead], loss: Callable, **more: Any) -> Algorithm:
+    """An algorithm of these trained roles, whose experience is its data. ``more``: other fields."""
+    return Algorithm(
         config=Plan,
         online=False,
         updates=plan_updates,
         batch=lambda cfg: ("sequences",),
-        roles=lambda cfg: ({"policy": "lm"}, {}),
+        roles=lambda cfg: (roles, {}),
         prepare=lambda nets, state, batch, cfg: (Experience(responses=batch.sequences), {}),
-        loss=rows_seen,
+        loss=loss,
         **more,
     )
+
+
+def run_plan(cfg: Plan, iterations: int = 1, seed: int = 0, room: int = 16, **more) -> tuple[TrainState, list[dict]]:
+    """The last state and the metrics of each iteration. ``more``: fields of the algorithm."""
+    algorithm = offline({"policy": "lm"}, rows_seen, **more)
     recipe = Recipe(algorithm, cfg, NO_NETS, {"policy": write_down(room)}, {})
     params = {"policy": {"seen": jnp.zeros((room, ROWS))}}
     state = TrainState(
@@ -150,15 +168,7 @@ def pulled(
     cfg: Plan, optimizer: OptimizerConfig, delays, iterations: int, empty: Container[int] = ()
 ) -> tuple[list[TrainState], list[dict]]:
     """The states, from the first on, and the metrics of each iteration. ``empty``: iterations without a response."""
-    algorithm = Algorithm(
-        config=Plan,
-        online=False,
-        updates=plan_updates,
-        batch=lambda cfg: ("sequences",),
-        roles=lambda cfg: (dict.fromkeys(SLOPES, "lm"), {}),
-        prepare=lambda nets, state, batch, cfg: (Experience(responses=batch.sequences), {}),
-        loss=pull,
-    )
+    algorithm = offline(dict.fromkeys(SLOPES, "lm"), pull)
     optimizers = {role: make_optimizer(optimizer, 8) for role in SLOPES}
     params = {role: {"kernel": jnp.zeros(4)} for role in SLOPES}
     found, metrics = [states.new_state(0, params, {}, optimizers, {})], []
@@ -272,16 +282,8 @@ def poisoned(row: int | None):
 )
 def test_an_update_that_is_not_finite_is_left_out(row, rate, updates):
     """The other minibatches count, bit for bit; so do the steps of the optimizer, which has a count of its own."""
-    algorithm = Algorithm(
-        config=Plan,
-        online=False,
-        updates=plan_updates,
-        batch=lambda cfg: ("sequences",),
-        roles=lambda cfg: ({"policy": "lm"}, {}),
-        prepare=lambda nets, state, batch, cfg: (Experience(responses=batch.sequences), {}),
-        loss=poisoned(row),
-        after=lambda state, metrics, cfg: state.replace(controls={"measured": metrics["loss/policy"]}),
-    )
+    note = lambda state, metrics, cfg: state.replace(controls={"measured": metrics["loss/policy"]})
+    algorithm = offline({"policy": "lm"}, poisoned(row), after=note)
     more = 1.0 if rate < 1 else rate
     optimizer = optax.chain(optax.sgd(rate), optax.scale_by_schedule(lambda count: more))
     recipe = Recipe(algorithm, Plan(num_minibatches=4), NO_NETS, {"policy": optimizer}, {})
@@ -306,15 +308,7 @@ def test_an_update_at_a_spike_is_left_out_and_remembered():
         size = {"policy": jnp.where((ids == 3).any(), 100.0, 1.0), "value": 1.0}
         return {role: Mean(trees.params[role]["kernel"].sum() * size[role], jnp.float32(1)) for role in size}, {}
 
-    algorithm = Algorithm(
-        config=Plan,
-        online=False,
-        updates=plan_updates,
-        batch=lambda cfg: ("sequences",),
-        roles=lambda cfg: (dict.fromkeys(("policy", "value"), "scalar"), {}),
-        prepare=lambda nets, state, batch, cfg: (Experience(responses=batch.sequences), {}),
-        loss=loss,
-    )
+    algorithm = offline(dict.fromkeys(("policy", "value"), "scalar"), loss)
     roles = ("policy", "value")
     optimizer = optax.chain(optax.sgd(0.5), keep_recent())
     recipe = Recipe(

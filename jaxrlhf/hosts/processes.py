@@ -261,6 +261,11 @@ def everywhere(text: str) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
+def first_told(text: str) -> str:
+    """What the first process that has something to tell called this with; "" where none has. Waits for all of them."""
+    return next(filter(None, everywhere(text)), "")
+
+
 def wait() -> None:
     """Returns when all processes are here."""
     everywhere("")

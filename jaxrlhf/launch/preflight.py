@@ -76,7 +76,7 @@ def attempt(name: str, look: Callable[[], str]) -> Line:
 
 def gather(text: str) -> list[str]:
     """``text`` of every process."""
-    return processes.everywhere(text) if processes.several() else [text]
+    return processes.everywhere(text)
 
 
 # ---- what is looked at ----------------------------------------------------------------------------------------------

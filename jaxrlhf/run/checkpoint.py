@@ -124,8 +124,8 @@ class Checkpoints:
             failed = error
             if processes.several() and not apart:
                 raise
-        said = [str(failed or "")]
-        told = next((text for text in (processes.everywhere(said[0]) if apart else said) if text), "")
+        told = str(failed or "")
+        told = processes.first_told(told) if apart else told
         if not told:
             return None
         self.failures, self.broken, self.littered = self.failures + 1, True, True

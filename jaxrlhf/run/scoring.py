@@ -57,8 +57,7 @@ def together(work: Callable[[], T]) -> T:
     except (GraderError, ValueError) as error:
         kind = FailureOfAll if isinstance(error, GraderError) else MistakeOfAll
         failed, problem = error, f"{kind.__name__} process {jax.process_index()}: {error}"
-    first = next((text for text in processes.everywhere(problem) if text), "")
-    if first:
+    if first := processes.first_told(problem):
         name, _, text = first.partition(" ")
         raise (FailureOfAll if name == FailureOfAll.__name__ else MistakeOfAll)(text) from failed
     return cast(T, found)

@@ -241,7 +241,7 @@ def examine_together(run_dir) -> None:
     share = jax.process_index(), jax.process_count()
     for step in reversed(committed(run_dir)):
         wrong = problem(run_dir, step, share)
-        first = next((found for found in processes.everywhere(wrong or "") if found), None)
+        first = processes.first_told(wrong or "") or None
         key = os.fspath(directory(run_dir) / str(step))
         verdicts[key] = verdicts[key][0], first
         if first is None:
