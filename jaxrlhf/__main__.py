@@ -19,7 +19,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, leave)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
-    from jaxrlhf.hosts.parent import ends_with_launcher
+    from jaxrlhf.hosts.parent_death import ends_with_launcher
 
     ends_with_launcher()
     from jaxrlhf.cli.app import main

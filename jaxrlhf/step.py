@@ -3,8 +3,8 @@
     sample responses -> score, compare with the reference, estimate advantages -> epochs x minibatches of updates
 
 ``make_iteration`` composes it from an algorithm's pure functions. With a reward that only the host can compute, the
-same two halves (``make_rollout``, ``make_learn``) are two programs, with the host between them; a third
-(``make_read``) reads the reference and the like while the host is busy.
+same two halves (``make_rollout``, ``make_learn``) are two programs, with the host between them. A third one
+(``make_read``) runs the forward passes of the reference and of old values while the host computes rewards.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.algorithm import Algorithm
-from jaxrlhf.answers import Answered, recording, replaying
 from jaxrlhf.ops.rows import gather_rows, own_rows, reorder, shuffled_parts, split_rows
 from jaxrlhf.optim import learning_rate, notice_spike
+from jaxrlhf.precomputed_answers import Answered, recording, replaying
 from jaxrlhf.response_widths import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across, all_finite
 from jaxrlhf.types import (
@@ -47,11 +47,11 @@ class Recipe(NamedTuple):
     nets: Nets
     optimizers: Mapping[Role, optax.GradientTransformation]
     delays: dict[Role, int]  # iterations before a role starts to learn
-    num_micro: int = 1  # parts that a minibatch is computed in; the result does not depend on it
-    pack_widths: int = 1  # widths that the responses of such a part may be packed into; 1: they have all columns
+    num_micro: int = 1  # micro-batches per minibatch; the result does not depend on it
+    pack_widths: int = 1  # compiled widths of packed responses; 1: no packing, all padded columns
     schedules: Mapping[Role, optax.Schedule] = MappingProxyType({})  # whose learning rates are metrics
-    spike_sigmas: Mapping[Role, float] = MappingProxyType({})  # whose updates are left out at a spike: notice_spike
-    together: int = 1  # responses to a prompt that a shuffle keeps side by side, in one minibatch
+    spike_sigmas: Mapping[Role, float] = MappingProxyType({})  # whose updates are skipped at a spike: notice_spike
+    together: int = 1  # block size of the shuffle: so many responses to a prompt stay in one minibatch
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -90,9 +90,10 @@ def make_learn(recipe: Recipe) -> Callable[[TrainState, Batch | Answered], tuple
 
 
 def make_read(recipe: Recipe) -> Callable[[TrainState, Batch], tuple]:
-    """(state, batch with sequences that have no scores yet) -> Answered.answers, for ``make_learn`` to go on with.
+    """(state, batch with sequences that have no scores yet) -> Answered.answers, which ``make_learn`` takes.
 
-    Only where no score decides what is asked: see run/asks.asked_before_scores."""
+    Runs the forward passes of ``prepare`` (reference log-probs, old values) while the host computes rewards. Valid only
+    if these passes do not depend on the scores: run/recorded_asks.asked_before_scores."""
     nets = preparing_nets(recipe)
 
     def read(state: TrainState, batch: Batch) -> tuple:
@@ -107,7 +108,7 @@ def make_read(recipe: Recipe) -> Callable[[TrainState, Batch], tuple]:
 
 
 def preparing_nets(recipe: Recipe) -> Nets:
-    """The networks of ``prepare``: they read all rows, in parts as an update does where responses are packed."""
+    """The networks of ``prepare``. With packing, they process the batch in as many micro-batches as the updates do."""
     if recipe.pack_widths == 1:
         return recipe.nets
     parts = recipe.algorithm.updates(recipe.cfg).minibatches * recipe.num_micro
@@ -115,7 +116,7 @@ def preparing_nets(recipe: Recipe) -> Nets:
 
 
 def make_update(recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics, Experience]]:
-    """(state, batch, answers of make_read or None) -> (state after the updates, metrics, what was learned from)."""
+    """(state, batch, precomputed answers or None) -> (state after the updates, metrics, experience)."""
     algorithm, cfg, preparing = recipe.algorithm, recipe.cfg, preparing_nets(recipe)
 
     def update(state: TrainState, batch: Batch, answers: tuple | None = None):
@@ -125,7 +126,7 @@ def make_update(recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics, Expe
         state, update_means = update_epochs(recipe, state, experience)
         metrics = {name: mean.value() for name, mean in (across(means) | update_means).items()}
         after = algorithm.after(state, metrics, cfg)
-        # a measure that is not finite, of an update that was left out, must not stay in a control for ever
+        # a skipped update can leave NaN in the metrics: an adapted scalar such as kl_coef then keeps its old value
         keep_finite = lambda new, old: jnp.where(jnp.isfinite(new), new, old)
         controls = jax.tree.map(keep_finite, after.controls, state.controls)
         return after.replace(step=state.step + 1, controls=controls), metrics, experience
@@ -134,7 +135,7 @@ def make_update(recipe: Recipe) -> Callable[..., tuple[TrainState, Metrics, Expe
 
 
 def make_measure(recipe: Recipe) -> Callable[[TrainState, Batch], dict[str, Mean]]:
-    """(state, held-out batch) -> metrics as Means: what an offline algorithm measures, and no update."""
+    """(state, held-out batch) -> metrics as Means. The evaluation of an offline algorithm: no update."""
     algorithm, cfg, nets = recipe.algorithm, recipe.cfg, recipe.nets
 
     def measure(state: TrainState, batch: Batch):
@@ -148,15 +149,16 @@ def make_measure(recipe: Recipe) -> Callable[[TrainState, Batch], dict[str, Mean
 
 
 def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, Mean]]:
-    """Epochs x minibatches of updates, each epoch over a fresh shuffle of all rows.
+    """Epochs x minibatches of updates. Several minibatches are split from a fresh shuffle of all rows, epoch by epoch.
 
-    What is shuffled are runs of ``recipe.together`` responses to one prompt, also where micro-batches or devices cut
-    them apart afterwards: so a minibatch holds the same rows however it is computed."""
+    The shuffle moves blocks of ``recipe.together`` responses to one prompt, even if micro-batches or devices later
+    split a block. So what a minibatch holds does not depend on the micro-batch size or the number of devices."""
     num_epochs, num_minibatches, stop = recipe.algorithm.updates(recipe.cfg)
     if num_epochs * num_minibatches == 1:
         return update_minibatch(recipe, state, experience)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(state.seed), state.step), 1)
-    everything = gather_rows(experience) if num_minibatches > 1 else experience  # so that a shuffle is of all rows
+    # under pmap every device has some of the rows: a shuffle is of all of them
+    everything = gather_rows(experience) if num_minibatches > 1 else experience
 
     def minibatches(number: Array) -> Experience:
         if num_minibatches == 1:
@@ -165,9 +167,9 @@ def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> 
         return own_rows(rearranged(everything, partial(mix, together=recipe.together), mix), axis=1)
 
     def epoch(carry, number):
-        return jax.lax.scan(guarded, carry, minibatches(number))
+        return jax.lax.scan(unless_stopped, carry, minibatches(number))
 
-    def guarded(carry, minibatch):
+    def unless_stopped(carry, minibatch):
         state, stopped = carry
         if stop is None:
             state, means = update_minibatch(recipe, state, minibatch)
@@ -195,7 +197,7 @@ def split(experience: Experience, parts: int) -> Experience:
 
 
 def balanced(recipe: Recipe, experience: Experience) -> Experience:
-    """The responses in an order in which micro-batches are as narrow as they can be, where they are packed."""
+    """With packing, the responses in an order in which the micro-batches have the fewest columns."""
     order = alike_in_parts(experience.responses, recipe.num_micro, recipe.pack_widths)
     if order is None or experience.responses is None:
         return experience
@@ -203,21 +205,21 @@ def balanced(recipe: Recipe, experience: Experience) -> Experience:
     return rearranged(experience, mix, lambda rows: rows)
 
 
-def rearranged(experience: Experience, rows: Callable[[Any], Any], apart: Callable[[Any], Any]) -> Experience:
-    """``rows`` of every array, but ``apart`` of those inside a Rows."""
-    one = lambda x: jax.tree.map(apart, x) if isinstance(x, Rows) else rows(x)
+def rearranged(experience: Experience, move: Callable[[Any], Any], move_apart: Callable[[Any], Any]) -> Experience:
+    """Apply ``move`` to every array, but ``move_apart`` to those inside a Rows, which have rows of their own."""
+    one = lambda x: jax.tree.map(move_apart, x) if isinstance(x, Rows) else move(x)
     return jax.tree.map(one, experience, is_leaf=lambda x: isinstance(x, Rows))
 
 
 def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple[TrainState, dict[str, Mean]]:
     """One optimizer step of every role, and what the algorithm does after it: (state, metrics as Means).
 
-    A role keeps its parameters and its optimizer's state, bit for bit,
-        - where its loss counts nothing: without a gradient Adam would still move by its old moments. All responses of
-          the minibatch may be unscorable;
+    The update of a role is skipped, and its parameters and optimizer state stay bit for bit,
+        - if its loss covers no rows (every response of the minibatch is unscorable, say): with a zero gradient Adam
+          would still move by its old moments;
         - until its delay is over;
-        - at a spike of its loss or gradient norm, where it has spike_sigmas: <role>/spikes counts it;
-        - where a loss, a gradient or a new parameter of any role is not finite: update/not_finite counts it.
+        - at a spike of its loss or gradient norm, if it has spike_sigmas: <role>/spikes counts it;
+        - if a loss, a gradient or a new parameter of any role is not finite: update/not_finite counts it.
     """
     grads, means, losses = gradients(recipe, state, minibatch)
     params, opt_state, one = dict(state.params), dict(state.opt_state), jnp.float32(1)
@@ -227,21 +229,21 @@ def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -
         means[f"{role}/grad_norm"] = Mean(norm, one)
         learns[role] = (losses[role].count > 0) & (state.step >= recipe.delays.get(role, 0))
         if role in recipe.spike_sigmas:
-            given = opt_state[role], losses[role].value(), norm, recipe.spike_sigmas[role], learns[role]
-            spike, opt_state[role] = notice_spike(*given)
+            seen = opt_state[role], losses[role].value(), norm, recipe.spike_sigmas[role], learns[role]
+            spike, opt_state[role] = notice_spike(*seen)
             means[f"{role}/spikes"] = Mean(spike.astype(jnp.float32), one)
             learns[role] &= ~spike
         if role in recipe.schedules:
             rate = learning_rate(recipe.schedules[role], opt_state[role])
             means[f"{role}/learning_rate"] = Mean(jnp.where(learns[role], rate, 0.0), one)
         updated[role] = partial(apply_optimizer, optimizer, grads[role], norm, params[role], opt_state[role])
-        new = updated[role]()[0]  # summed up, never stored: the branch below computes it again, in place
+        new = updated[role]()[0]  # only for the check below, never stored: the cond computes it again, in place
         finite += [norm, *(jnp.where(learns[role], x, 0) for x in jax.tree.leaves(new))]
     fine = all_finite(finite)
     means["update/not_finite"] = Mean(1 - fine.astype(jnp.float32), one)
     for role, update in updated.items():
         old = (params[role], opt_state[role])
-        # a branch updates in place; a choice between old and new numbers would hold both
+        # cond, not where: where would hold the old and the new parameters in memory together
         params[role], opt_state[role] = jax.lax.cond(learns[role] & fine, update, lambda old=old: old)
     state, after_update = state.replace(params=params, opt_state=opt_state), recipe.algorithm.after_update
     return (state if after_update is None else after_update(state, recipe.cfg)), means
@@ -258,8 +260,8 @@ def apply_optimizer(
 def gradients(
     recipe: Recipe, state: TrainState, minibatch: Experience
 ) -> tuple[dict[Role, Any], dict[str, Mean], dict[Role, Mean]]:
-    """Each role's gradient of its loss's total over the minibatch, divided by the minibatch's count: (gradients,
-    metrics as Means, losses as Means).
+    """The gradient of the sum of all roles' loss totals over the minibatch; that of each role's parameters is divided by
+    that role's count. Returns (gradients, metrics as Means, losses as Means).
 
     Micro-batches and devices add totals and counts, so their number changes rounding only."""
 

@@ -22,20 +22,20 @@ from jaxrlhf.evaluate import held_out
 from jaxrlhf.evaluate.against_reference import sample_rows
 from jaxrlhf.hosts import compiler_flags, heap, processes
 from jaxrlhf.hosts.profiler import Profiler
+from jaxrlhf.hosts.run_duration import TimeLimit
 from jaxrlhf.hosts.signals import Stop
-from jaxrlhf.hosts.time_limit import TimeLimit
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
-from jaxrlhf.plan.room import need_room
+from jaxrlhf.plan.device_memory import need_room
 from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run import announce, checkpoint, normalize, saved_run, verified_steps
 from jaxrlhf.run.announce import other_endings, spelled_markers
+from jaxrlhf.run.bad_batch import NotFinite
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
 from jaxrlhf.run.feed import Feed, describe_data
 from jaxrlhf.run.initial_state import abstract_state, initial_state
-from jaxrlhf.run.not_finite import NotFinite
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
 from jaxrlhf.run.runtime import kernels_passed_over

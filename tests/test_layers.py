@@ -14,7 +14,7 @@ FLOORS = (
     ("algorithm", "sharding", "optim", "hosts", "log", "user_code"),
     ("ops",),
     ("models", "algorithms", "data", "rewards"),
-    ("answers", "response_widths", "step", "generate"),
+    ("precomputed_answers", "response_widths", "step", "generate"),
     ("config",),
     ("run",),
     ("evaluate", "plan", "serve"),
@@ -24,13 +24,23 @@ FLOORS = (
 LAYERS = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # inside run/: what a run is made of, the run, and what is done with it
 IN_RUN = (
-    ("state", "own_pad", "epochs", "transfer", "batch_shapes", "manifest", "agreed_saves", "holds", "late_writes"),
+    (
+        "state",
+        "export_pad_token",
+        "epochs",
+        "transfer",
+        "batch_shapes",
+        "manifest",
+        "agreed_saves",
+        "reader_leases",
+        "failed_save_logs",
+    ),
     ("verified_steps",),
     ("saved_run",),
     ("checkpoint", "export", "origins", "resume"),
     ("weights", "tokenizer", "sampler", "runtime"),
-    ("build", "not_finite"),
-    ("initial_state", "asks", "feed"),
+    ("build", "bad_batch"),
+    ("initial_state", "recorded_asks", "feed"),
     ("programs", "normalize", "announce"),
     ("scoring",),
 )

@@ -3,7 +3,7 @@
 from jaxrlhf import user_code
 from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import dpo, grpo, kto, ppo, rm, sft
-from jaxrlhf.algorithms.guarded import checked
+from jaxrlhf.algorithms.validated import checked
 
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": sft.ALGORITHM,

@@ -13,7 +13,7 @@ from jaxrlhf.config.load import load, load_beside, parse
 from jaxrlhf.config.overrides import apply_override, split_override
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.strict import suggest
-from jaxrlhf.data.data_kinds import DATA_KINDS
+from jaxrlhf.data.batch_kinds import DATA_KINDS
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
 from jaxrlhf.rewards.functions import RewardsConfig

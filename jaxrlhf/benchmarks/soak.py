@@ -19,7 +19,7 @@ from jaxrlhf.benchmarks.soak_run import ALGORITHMS, CONFIG, EVERY, RUN, make_dat
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.exit_codes import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PREEMPTED
-from jaxrlhf.hosts.parent import LAUNCHER
+from jaxrlhf.hosts.parent_death import LAUNCHER
 
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
 FULL = "full disk"  # in the place of a signal

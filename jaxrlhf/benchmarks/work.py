@@ -17,8 +17,8 @@ import numpy as np
 from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.plan.calls import models_of
 from jaxrlhf.plan.cost import Setup, matrices
-from jaxrlhf.run.asks import Kind, blank_state, note_taker
 from jaxrlhf.run.build import Blueprint
+from jaxrlhf.run.recorded_asks import Kind, blank_state, note_taker
 from jaxrlhf.types import Batch, Head, Role, Sequences, given
 
 

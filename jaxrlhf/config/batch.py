@@ -4,8 +4,8 @@ import math
 
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved
-from jaxrlhf.data.data_kinds import DATA_KINDS
-from jaxrlhf.data.kinds import DataKind
+from jaxrlhf.data.batch_kinds import DATA_KINDS
+from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.errors import counted
 from jaxrlhf.models.cpu import MICRO_BATCH_COLUMNS
 

@@ -10,7 +10,7 @@ from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved, resolve_config
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.chat import check_config
-from jaxrlhf.data.kinds import DataKind
+from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.errors import ConfigError, counted, show
 from jaxrlhf.log.run_dir import is_local

@@ -5,8 +5,8 @@ import dataclasses
 from jaxrlhf.algorithm import Algorithm, Updates
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import Roles, find_algorithm, roles_of
-from jaxrlhf.data.data_kinds import DATA_KINDS
-from jaxrlhf.data.kinds import DataKind
+from jaxrlhf.data.batch_kinds import DATA_KINDS
+from jaxrlhf.data.record_kinds import DataKind
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrlhf.data.document_packing import pack
 from jaxrlhf.data.examples import Examples, make_examples
-from jaxrlhf.data.kinds import DataKind
+from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import DataConfig, Source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.data.tokenizer import pad_id

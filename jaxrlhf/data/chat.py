@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jaxrlhf.data.kinds import BadRecord, nearest
+from jaxrlhf.data.record_kinds import BadRecord, nearest
 from jaxrlhf.hosts.address_space import at_most
-from jaxrlhf.hosts.interrupts import Interrupted, interruptible
+from jaxrlhf.hosts.call_timeout import Interrupted, interruptible
 from jaxrlhf.paths import need_reachable
 
 Message = Mapping[str, Any]

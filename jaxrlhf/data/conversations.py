@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.data.chat import LEADING_ROLES, parse_json
-from jaxrlhf.data.kinds import BadRecord, type_name
+from jaxrlhf.data.record_kinds import BadRecord, type_name
 
 ROLES = {  # other words for the roles of a chat template, in any case
     "human": "user",

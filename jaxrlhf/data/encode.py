@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.data.chat import Message, Messages, render
-from jaxrlhf.data.kinds import BadRecord
+from jaxrlhf.data.record_kinds import BadRecord
 from jaxrlhf.data.tokenizer import added_tokens, encode_text, eos_ids, find_added, leading_ids, start_id, turn_end
 
 Record = Mapping[str, Any]

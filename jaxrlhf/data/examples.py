@@ -17,7 +17,7 @@ import numpy as np
 from jaxrlhf.data import verified_cache
 from jaxrlhf.data.chat import date_of, is_dated
 from jaxrlhf.data.encode import as_turns
-from jaxrlhf.data.kinds import BadRecord, DataKind
+from jaxrlhf.data.record_kinds import BadRecord, DataKind
 from jaxrlhf.data.sources import DataConfig, Source, cache_folder
 from jaxrlhf.data.summary import Summary, quantiles
 from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id, unreadable, why_unreadable

@@ -16,8 +16,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NamedTuple
 
 from jaxrlhf.data.formats import recognise
-from jaxrlhf.data.kinds import BadRecord, nearest
 from jaxrlhf.data.readers import READERS, NumberedRows, format_of
+from jaxrlhf.data.record_kinds import BadRecord, nearest
 from jaxrlhf.paths import need_reachable
 
 FROM_TEXT = (".csv", ".tsv")  # formats whose values are all text

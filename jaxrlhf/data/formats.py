@@ -1,14 +1,14 @@
 """How a row in any of the formats of its kind (KINDS) becomes a record of it.
 
-A record has the words of jaxrlhf.data.kinds, whose values are text or messages; all other columns stay beside them.
-What was recognised, and which columns were not used, is told with the record, and announced when a run starts.
+A record has the words of jaxrlhf.data.record_kinds, whose values are text or messages; all other columns stay beside
+them. What was recognised, and which columns were not used, is told with the record, and announced when a run starts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.data.conversations import fit_pair, fit_response, read_value, text_holds_messages, with_system
-from jaxrlhf.data.kinds import KINDS, USUAL, BadRecord, Words, boolean, check_record, closeness, nearest, number
+from jaxrlhf.data.record_kinds import KINDS, USUAL, BadRecord, Words, boolean, check_record, closeness, nearest, number
 
 SYSTEM = ("system", "system_prompt")  # columns with a system prompt, beside any prompt or messages
 CONVERSATIONS = ("prompt", "response", "chosen", "rejected", "messages")  # words whose values may be messages

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxrlhf.data.files import Table, silence
-from jaxrlhf.data.kinds import nearest
 from jaxrlhf.data.readers import NumberedRows, from_arrow
+from jaxrlhf.data.record_kinds import nearest
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves, of several splits and of one
 BATCH = 1000  # rows read at a time

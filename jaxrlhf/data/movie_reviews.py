@@ -1,7 +1,7 @@
 """The dataset ``jaxrlhf_movie_reviews``: film reviews as demonstrations, preferences, prompts, and for a judge.
 
 Importing this module registers it with TFDS; ``open_source`` does so when it meets the name. Raise VERSION when
-anything here or in reviews.py changes what is generated: prepared copies are found by it.
+anything here or in review_corpus.py changes what is generated: prepared copies are found by it.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxrlhf.data.files import silence
-from jaxrlhf.data.reviews import (
+from jaxrlhf.data.review_corpus import (
     Corpus,
     Review,
     by_label,

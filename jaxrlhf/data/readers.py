@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
-from jaxrlhf.data.kinds import text, type_name
+from jaxrlhf.data.record_kinds import text, type_name
 
 BOM = b"\xef\xbb\xbf"
 NumberedRows = Iterator[tuple[int, dict[str, Any] | str]]  # line number, and the row or what is wrong with it

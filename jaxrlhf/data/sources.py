@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jaxrlhf.data import files, hub, verified_cache
 from jaxrlhf.data.chat import ChatConfig
 from jaxrlhf.data.formats import check_columns, check_fields, recognise, take_fields
-from jaxrlhf.data.kinds import BadRecord, find_kind, nearest
+from jaxrlhf.data.record_kinds import BadRecord, find_kind, nearest
 from jaxrlhf.paths import need_reachable
 
 DEFAULT_CACHE_DIR = "~/.cache/jaxrlhf/data"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.algorithm import read_logprobs
-from jaxrlhf.data.data_kinds import PROMPTS
+from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.hosts import processes
 from jaxrlhf.ops.masked import keep

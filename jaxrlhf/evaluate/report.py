@@ -13,8 +13,8 @@ from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.config.load import load
 from jaxrlhf.config.resolved import resolve_config
+from jaxrlhf.data.batch_kinds import PREFERENCES
 from jaxrlhf.data.batches import HostBatch
-from jaxrlhf.data.data_kinds import PREFERENCES
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.evaluate.held_out import HeldOut
 from jaxrlhf.hosts import compiler_flags, processes

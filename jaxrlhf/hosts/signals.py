@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jaxrlhf.hosts import interrupts
+from jaxrlhf.hosts import call_timeout
 from jaxrlhf.hosts.exit_codes import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -68,7 +68,7 @@ class Stop:
         if self.thread is None:
             return
         OPEN.remove(self)
-        interrupts.forget()
+        call_timeout.forget()
         for number, handler in self.previous.items():
             if signal.getsignal(number) == self.hear:
                 signal.signal(number, handler)
@@ -112,7 +112,7 @@ class Stop:
                 self.relay()
             again = "; again: stops at once" if number is signal.SIGINT else ""
             self.tell(f"{NAMES[number]}: stops after this iteration and saves{again}")
-            interrupts.hasten(NAMES[number], CODES[NAMES[number]])
+            call_timeout.hasten(NAMES[number], CODES[NAMES[number]])
 
     def leave(self) -> None:
         """Ends the process: without waiting for threads, or for what is being saved in the background."""

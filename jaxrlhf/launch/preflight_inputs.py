@@ -7,7 +7,7 @@ from typing import Any
 from jaxrlhf.config.check import sections_read
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
-from jaxrlhf.data.data_kinds import PROMPTS, kind_of_section
+from jaxrlhf.data.batch_kinds import PROMPTS, kind_of_section
 from jaxrlhf.data.examples import make_examples
 from jaxrlhf.data.sources import Source, open_source
 from jaxrlhf.log.run_dir import made_by

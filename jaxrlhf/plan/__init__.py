@@ -1,6 +1,6 @@
 """Does a config fit a TPU slice, and how fast can it be? Answered on a machine that has none.
 
-The real programs of the config are compiled ahead of time for the slice (plan/compiled.py), and the work of an
+The real programs of the config are compiled ahead of time for the slice (plan/compiled_memory.py), and the work of an
 iteration is counted (plan/cost.py) and held against the chip's peaks (tpu/peaks.py). Nothing is executed, and no
 weights are read.
 """
@@ -13,10 +13,10 @@ from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.plan.calls import models_of, passes_of
-from jaxrlhf.plan.compiled import Compiled, TooBig, compile_for
+from jaxrlhf.plan.compiled_memory import Compiled, TooBig, compile_for
 from jaxrlhf.plan.cost import Timed, phases, timed
 from jaxrlhf.plan.length import with_length
-from jaxrlhf.plan.memory import Memory, estimate
+from jaxrlhf.plan.memory_estimate import Memory, estimate
 from jaxrlhf.plan.search import Candidate, candidates, setup_of
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
 from jaxrlhf.plan.target import Target, find_target

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.run.asks import Kind, blank_state, note_taker
 from jaxrlhf.run.build import Blueprint
+from jaxrlhf.run.recorded_asks import Kind, blank_state, note_taker
 from jaxrlhf.step import make_rollout, split
 from jaxrlhf.types import Batch, Head, Prompts, Role, Sequences
 

@@ -18,8 +18,8 @@ from jaxrlhf.evaluate.held_out import HeldOut, check_best, describe_best
 from jaxrlhf.log.run_dir import made_by
 from jaxrlhf.plan import largest_batch
 from jaxrlhf.plan.calls import models_of, passes_of
-from jaxrlhf.plan.memory import estimate
-from jaxrlhf.plan.room import need_room_for_batch, room_of
+from jaxrlhf.plan.device_memory import need_room_for_batch, room_of
+from jaxrlhf.plan.memory_estimate import estimate
 from jaxrlhf.plan.search import setup_of
 from jaxrlhf.run import announce, saved_run, verified_steps
 from jaxrlhf.run.build import Run, build

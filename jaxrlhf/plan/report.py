@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jaxrlhf.plan import Plan
 from jaxrlhf.plan.calibration import Compared, calibrate, calibrate_decoding, reached
-from jaxrlhf.plan.compiled import Compiled, TooBig
+from jaxrlhf.plan.compiled_memory import Compiled, TooBig
 from jaxrlhf.tpu.peaks import GIB
 
 

@@ -1,6 +1,6 @@
 """What to change where a config does not fit: settings of mesh, micro-batch, remat and number formats, tried by count.
 
-Hundreds are estimated (plan/memory.py, plan/cost.py); the caller compiles the best of them."""
+Hundreds are estimated (plan/memory_estimate.py, plan/cost.py); the caller compiles the best of them."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16, OptimizerConfig
 from jaxrlhf.plan.calls import Passes, models_of
 from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, timed
-from jaxrlhf.plan.memory import Memory, estimate
+from jaxrlhf.plan.memory_estimate import Memory, estimate
 from jaxrlhf.plan.target import Target
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape, sums_whole, torus_axes

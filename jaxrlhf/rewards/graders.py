@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxrlhf import user_code
 from jaxrlhf.errors import counted, one_line, show
-from jaxrlhf.hosts.interrupts import Interrupted, interruptible
+from jaxrlhf.hosts.call_timeout import Interrupted, interruptible
 from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
 
 RESERVED = ("mean", "std", "unscorable")  # score/... metrics of ours

@@ -25,7 +25,7 @@ from jaxrlhf.errors import one_line
 from jaxrlhf.hosts import processes
 from jaxrlhf.log.rows import replace_text
 from jaxrlhf.log.run_dir import is_local
-from jaxrlhf.run import late_writes, manifest
+from jaxrlhf.run import failed_save_logs, manifest
 from jaxrlhf.run import verified_steps as steps
 from jaxrlhf.run.agreed_saves import agreed_barriers
 from jaxrlhf.run.saved_run import EXTRA, best_of, measured
@@ -45,7 +45,7 @@ class Checkpoints:
 
     def __init__(self, run_dir, keep: int = 2, best: str | None = None, mode: str = "max", background: bool = True):
         self.run_dir, self.keep, self.best, self.mode = epath.Path(run_dir), keep, best, mode
-        late_writes.silence()
+        failed_save_logs.silence()
         self.background, self.barriers = background, agreed_barriers() if processes.several() else None
         self.littered = False  # whether a save has failed: what is left of it may come back while it is written
         self.manager = self.open_manager()

@@ -12,7 +12,7 @@ from etils import epath
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.files import hf_config, hf_weights
-from jaxrlhf.run.own_pad import with_own_pad
+from jaxrlhf.run.export_pad_token import with_own_pad
 from jaxrlhf.run.saved_run import describe_step, model_of, read_extra, restore_model
 from jaxrlhf.run.verified_steps import reading
 from jaxrlhf.sharding import MeshConfig, make_mesh

@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.data import batches
-from jaxrlhf.data.data_kinds import PROMPTS
-from jaxrlhf.data.kinds import DataKind
+from jaxrlhf.data.batch_kinds import PROMPTS
+from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.hosts import processes

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.data.meaning import added_ids, foreign_ids
+from jaxrlhf.data.same_tokenizer import added_ids, foreign_ids
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.run.saved_run import SavedRuns

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrlhf.answers import Answered
-from jaxrlhf.run.asks import asked_before_scores
+from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.run.build import Blueprint
+from jaxrlhf.run.recorded_asks import asked_before_scores
 from jaxrlhf.sharding import DEVICES, is_pmap, row_layout
 from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout
 from jaxrlhf.types import Batch, TrainState

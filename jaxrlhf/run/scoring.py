@@ -9,9 +9,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxrlhf.answers import Answered
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.hosts import processes
+from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.programs import Program

@@ -20,7 +20,7 @@ from etils import epath
 from jaxrlhf.errors import one_line
 from jaxrlhf.hosts import processes
 from jaxrlhf.log.run_dir import is_local, is_locked, lock_run_dir
-from jaxrlhf.run import holds, manifest
+from jaxrlhf.run import manifest, reader_leases
 from jaxrlhf.run.manifest import Damaged
 
 STRICT = contextvars.ContextVar("strict", default=False)  # whether a damaged checkpoint is an error at once
@@ -300,7 +300,7 @@ def hold(run_dir, step: int) -> bool:
         return folder.exists()
     if not is_local(run_dir):
         try:
-            this.held.append(holds.Hold(run_dir, step).close)
+            this.held.append(reader_leases.Hold(run_dir, step).close)
         except OSError as error:
             tell(f"{one_line(error)}: can't be written to: step {step} may be deleted while it is read")
         return folder.exists()
@@ -328,7 +328,7 @@ def delete(run_dir, step: int) -> bool:
     next start: what is deleted in part is no checkpoint."""
     folder = directory(run_dir) / str(step)
     if not is_local(run_dir):
-        if holds.is_held(run_dir, step):
+        if reader_leases.is_held(run_dir, step):
             return False
         (folder / "commit_success.txt").unlink(missing_ok=True)
         folder.rmtree()

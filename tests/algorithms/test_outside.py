@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf import user_code
 from jaxrlhf.algorithm import Updates
-from jaxrlhf.algorithms import ALGORITHMS, find, guarded, sft
+from jaxrlhf.algorithms import ALGORITHMS, find, sft, validated
 from jaxrlhf.config.load import load
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.step import make_iteration
@@ -153,7 +153,7 @@ def test_a_mistake_in_the_record_is_one_line_before_anything_is_built(folders, m
         (here / f"{module}.py").write_text(text)
     path = here / "mine.yaml"
     path.write_text(CONFIG.format(name=f"{module}:MINE"))
-    with pytest.raises((ConfigError, guarded.AlgorithmError)) as error:
+    with pytest.raises((ConfigError, validated.AlgorithmError)) as error:
         check(load(path), 1, str(path))
     assert expected.format(here=here) in str(error.value) and "\n" not in str(error.value)
 
@@ -192,17 +192,17 @@ WRONG = {
 @pytest.mark.parametrize("expected", WRONG)
 def test_a_wrong_answer_is_one_line(expected):
     part, answer = WRONG[expected]
-    record = guarded.checked("mine:MINE", sft.ALGORITHM._replace(**{part: lambda *_: answer}))
-    with pytest.raises(guarded.AlgorithmError) as error:
+    record = validated.checked("mine:MINE", sft.ALGORITHM._replace(**{part: lambda *_: answer}))
+    with pytest.raises(validated.AlgorithmError) as error:
         getattr(record, part)(None, sft.SFTConfig())
     assert str(error.value).startswith(f"mine:MINE: {expected}") and "\n" not in str(error.value)
 
 
 def test_a_stop_that_is_not_one_bool_is_one_line():
     updates = lambda cfg: Updates(stop=lambda metrics: jnp.ones(2))
-    stop = guarded.checked("mine:MINE", sft.ALGORITHM._replace(updates=updates)).updates(sft.SFTConfig()).stop
+    stop = validated.checked("mine:MINE", sft.ALGORITHM._replace(updates=updates)).updates(sft.SFTConfig()).stop
     assert stop is not None
-    with pytest.raises(guarded.AlgorithmError, match=r"^mine:MINE: stop returned an ArrayImpl; expected one bool$"):
+    with pytest.raises(validated.AlgorithmError, match=r"^mine:MINE: stop returned an ArrayImpl; expected one bool$"):
         stop({})
 
 
@@ -219,9 +219,9 @@ def test_a_state_of_another_shape_is_one_line(part, change, expected):
     """The loop over minibatches carries it: JAX would say so in forty lines."""
     state = TrainState(jnp.int32(0), jnp.int32(0), {}, {"policy": jnp.ones(3)}, {}, {})
     broken = lambda state, *_: state.replace(slow={"policy": change(state.slow["policy"])})
-    record = guarded.checked("mine:MINE", sft.ALGORITHM._replace(**{part: broken}))
+    record = validated.checked("mine:MINE", sft.ALGORITHM._replace(**{part: broken}))
     given = (state, {}, sft.SFTConfig()) if part == "after" else (state, sft.SFTConfig())
-    with pytest.raises(guarded.AlgorithmError) as error:
+    with pytest.raises(validated.AlgorithmError) as error:
         getattr(record, part)(*given)
     assert str(error.value) == f"mine:MINE: {part} returned a state whose {expected}"
 
@@ -230,9 +230,9 @@ def test_what_a_function_raises_is_one_line_with_its_place():
     def loss(nets, trees: Trees, minibatch, cfg):
         return {"policy": nets.nothing}, {}
 
-    record, nothing = guarded.checked("mine:MINE", sft.ALGORITHM._replace(loss=loss)), cast(Any, None)
+    record, nothing = validated.checked("mine:MINE", sft.ALGORITHM._replace(loss=loss)), cast(Any, None)
     line = loss.__code__.co_firstlineno + 1
-    with pytest.raises(guarded.AlgorithmError) as error:
+    with pytest.raises(validated.AlgorithmError) as error:
         record.loss(nothing, nothing, nothing, sft.SFTConfig())
     where = f"({__file__}:{line})"
     assert str(error.value) == (
@@ -245,6 +245,6 @@ def test_a_right_algorithm_passes(name):
     """Every one of the table, as if it came from outside."""
     cfg, batch = ALGORITHMS[name].config(), Batch(tiny.prompts(), tiny.sequences(), tiny.preferences(), tiny.unpaired())
     run = tiny.build(name, cfg, batch=batch, samples_per_prompt=2)
-    recipe = run.recipe._replace(algorithm=guarded.checked(f"mine:{name}", ALGORITHMS[name]))
+    recipe = run.recipe._replace(algorithm=validated.checked(f"mine:{name}", ALGORITHMS[name]))
     state, metrics, _ = jax.eval_shape(make_iteration(recipe), run.state, run.batch)
     assert metrics and jax.tree.structure(state) == jax.tree.structure(run.state)

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrlhf.data import data_kinds
+from jaxrlhf.data import batch_kinds
+from jaxrlhf.data.batch_kinds import kind_of_section
 from jaxrlhf.data.batches import Share, held_out_batches
-from jaxrlhf.data.data_kinds import kind_of_section
 from tests.support.streams import demonstration_stream, preference_stream, prompt_stream, unpaired_stream
 
 from .conftest import in_memory
@@ -286,7 +286,7 @@ def test_error_in_a_thread_that_reads_ahead_is_raised(letters, config, monkeypat
         raise ValueError("one line")
 
     stream = streams(letters, config)["prompts"](rows=2, seed=0)
-    monkeypatch.setattr(data_kinds, "_arrays", fail)
+    monkeypatch.setattr(batch_kinds, "_arrays", fail)
     with pytest.raises(ValueError, match="one line"):
         take(stream, 4)
 

@@ -9,7 +9,7 @@ import pytest
 from jaxrlhf.data import chat as chat_templates
 from jaxrlhf.data.chat import date_of, render
 from jaxrlhf.data.encode import encode_demonstration, encode_pair, encode_prompt
-from jaxrlhf.data.kinds import KINDS, BadRecord, check_record
+from jaxrlhf.data.record_kinds import KINDS, BadRecord, check_record
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.tokenizer import eos_ids, load_tokenizer, save_tokenizer
 

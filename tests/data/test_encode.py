@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from jaxrlhf.data.encode import encode_demonstration, encode_pair, encode_prompt
-from jaxrlhf.data.kinds import BadRecord
+from jaxrlhf.data.record_kinds import BadRecord
 from jaxrlhf.data.tokenizer import encode_text
 
 from .conftest import TEXTS

@@ -1,8 +1,8 @@
 import pytest
 
 from jaxrlhf.data import examples as ex
-from jaxrlhf.data.data_kinds import DEMONSTRATIONS, kind_of_section
-from jaxrlhf.data.kinds import BadRecord
+from jaxrlhf.data.batch_kinds import DEMONSTRATIONS, kind_of_section
+from jaxrlhf.data.record_kinds import BadRecord
 from jaxrlhf.data.sources import Source
 
 from .conftest import in_memory

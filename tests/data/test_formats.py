@@ -8,7 +8,7 @@ import json
 import pytest
 
 from jaxrlhf.data.formats import check_columns, recognise, take_fields
-from jaxrlhf.data.kinds import BadRecord
+from jaxrlhf.data.record_kinds import BadRecord
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.tokenizer import text_of
 

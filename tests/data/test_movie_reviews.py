@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from jaxrlhf.data import reviews
-from jaxrlhf.data.reviews import IMDB, ROTTEN_TOMATOES, clean, letters
+from jaxrlhf.data import review_corpus
+from jaxrlhf.data.review_corpus import IMDB, ROTTEN_TOMATOES, clean, letters
 from jaxrlhf.data.sources import SourceConfig, open_source
 
 needs_corpus = pytest.mark.skipif(
@@ -26,13 +26,13 @@ NAME = "jaxrlhf_movie_reviews"
 
 @pytest.fixture(scope="module")
 def corpus():
-    return reviews.split_corpus(reviews.read_reviews())
+    return review_corpus.split_corpus(review_corpus.read_reviews())
 
 
 @pytest.fixture(scope="module")
 def few(corpus):
     """A hundredth of the real corpus, in the same splits."""
-    return reviews.Corpus(*(part[: len(part) // 100] for part in corpus))
+    return review_corpus.Corpus(*(part[: len(part) // 100] for part in corpus))
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def opened(few, tmp_path, monkeypatch):
 
 @needs_corpus
 def test_sizes_of_the_whole_corpus(corpus):
-    rt_test, judge = reviews.RT_TEST, reviews.IMDB_JUDGE
+    rt_test, judge = review_corpus.RT_TEST, review_corpus.IMDB_JUDGE
     assert [len(part) for part in corpus] == [8530 - rt_test, rt_test, 24_902 - judge, judge]
     assert [sum(review.label for review in part) for part in corpus[:2]] == [4265 - rt_test // 2, rt_test // 2]
     assert sum(review.label for review in corpus.imdb_judge) == judge // 2
@@ -140,7 +140,7 @@ def test_without_the_package(tmp_path, monkeypatch):
     from jaxrlhf.data import movie_reviews
 
     monkeypatch.setattr(movie_reviews, "installed_corpus", movie_reviews.installed_corpus.__wrapped__)
-    monkeypatch.setattr(reviews, "PACKAGE", "no-such-reviews")
+    monkeypatch.setattr(review_corpus, "PACKAGE", "no-such-reviews")
     with pytest.raises(ValueError) as error:
         open_source(
             SourceConfig(tfds=f"{NAME}/judge"), "demonstrations", cache_dir=str(tmp_path), path_in_config="data.x"

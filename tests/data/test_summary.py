@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.data.batches import held_out_batches
-from jaxrlhf.data.data_kinds import PROMPTS
 from jaxrlhf.data.sources import SourceConfig, open_source
 from jaxrlhf.data.summary import Summary, quantiles
 from tests.support.streams import demonstration_stream, preference_stream, prompt_stream

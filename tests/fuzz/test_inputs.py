@@ -23,7 +23,7 @@ from jaxrlhf.config.load import load, parse
 from jaxrlhf.config.overrides import split_override
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.data import chat, files, readers, tokenizer
-from jaxrlhf.data.kinds import BadRecord
+from jaxrlhf.data.record_kinds import BadRecord
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files import gguf, hf_config, hf_folder, hf_headers

@@ -13,7 +13,7 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_config, hf_headers, hf_weights
 from jaxrlhf.models.files.hf_config import TokenIds
 from jaxrlhf.models.parameters import Leaf, parameter_table
-from jaxrlhf.run import own_pad
+from jaxrlhf.run import export_pad_token
 from tests.parity.both import compute, read
 from tests.parity.cases import VOCAB, law
 from tests.parity.checks import TOLERANCE
@@ -115,7 +115,7 @@ def exported(folder: Path, family, change, vocab: int = 0):
     )
     params["head"]["bias"][:] = 3.5
     ids = TokenIds(tokenizers.eos_ids(tokenizer), tokenizer.bos_token_id, tokenizer.pad_token_id)
-    padded, grown, wider, ids, notes = own_pad.with_own_pad(tokenizer, params, shape, ids)
+    padded, grown, wider, ids, notes = export_pad_token.with_own_pad(tokenizer, params, shape, ids)
     tokenizers.save_tokenizer(padded, str(folder / "tokenizer"))
     notes += hf_weights.save(grown, wider, "scalar", folder / "model", ids=ids, tokenizer_folder=folder / "tokenizer")
     return params, shape, tokenizer, notes

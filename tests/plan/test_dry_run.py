@@ -14,7 +14,7 @@ from jaxrlhf.data.encode import Encoded
 from jaxrlhf.data.tokenizer import train_bpe
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.parameters import parameter_table
-from jaxrlhf.plan import dry_run, room
+from jaxrlhf.plan import device_memory, dry_run
 from jaxrlhf.run.build import build
 from jaxrlhf.tpu.peaks import GIB
 from tests.support import runs
@@ -74,7 +74,7 @@ def test_memory_is_counted_for_the_devices_here(checked, root, tmp_path, monkeyp
     leaves = jax.tree.leaves(parameter_table(ready.configs["policy"], "lm"), is_leaf=lambda x: hasattr(x, "init"))
     bytes_ = 16 * sum(math.prod(leaf.shape) for leaf in leaves)
     assert f"({bytes_ / GIB:.2f} weights and moments, " in told
-    monkeypatch.setattr(dry_run, "room_of", lambda device: room.Room(100, False, "of a toy"))
+    monkeypatch.setattr(dry_run, "room_of", lambda device: device_memory.Room(100, False, "of a toy"))
     assert "; MORE THAN THERE IS: of 0.0 GiB of a toy" in dry_run.describe_memory(ready)
     monkeypatch.setattr(dry_run, "room_of", lambda device: None)
     assert dry_run.describe_memory(ready).endswith("; these devices do not tell what they have")

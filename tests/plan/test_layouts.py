@@ -17,7 +17,7 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.plan import hlo
-from jaxrlhf.plan.compiled import describe
+from jaxrlhf.plan.compiled_memory import describe
 from jaxrlhf.plan.target import find_target
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import MeshConfig, constrain, current, in_steps, make_mesh, row_layout, spec

@@ -12,8 +12,8 @@ import pytest
 from jaxrlhf.config.load import load, load_beside
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan import Plan, report
-from jaxrlhf.plan.compiled import TooBig, describe
-from jaxrlhf.plan.memory import Memory
+from jaxrlhf.plan.compiled_memory import TooBig, describe
+from jaxrlhf.plan.memory_estimate import Memory
 from jaxrlhf.plan.target import Target, find_target
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.tpu.peaks import CHIPS, GIB

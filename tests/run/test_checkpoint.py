@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrlhf.log.run_dir import at_step, made_by, split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.run import late_writes, saved_run, verified_steps
+from jaxrlhf.run import failed_save_logs, saved_run, verified_steps
 from jaxrlhf.run import state as states
 from jaxrlhf.run.checkpoint import Checkpoints, describe_room, restore
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -280,7 +280,7 @@ def test_parts_of_a_failed_save_that_end_later_say_nothing(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     for _ in range(2):
-        late_writes.silence()
+        failed_save_logs.silence()
     closed = RuntimeError("Event loop is closed")
     of_ours = SimpleNamespace(object=print, exc_value=closed)
     other = SimpleNamespace(object=None, exc_value=RuntimeError("x"))

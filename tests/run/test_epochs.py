@@ -10,7 +10,7 @@ from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.config.load import load
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data import batches
-from jaxrlhf.data.data_kinds import DEMONSTRATIONS, PROMPTS
+from jaxrlhf.data.batch_kinds import DEMONSTRATIONS, PROMPTS
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.data.tokenizer import eos_ids, train_bpe
 from jaxrlhf.errors import ConfigError

@@ -18,7 +18,7 @@ import pytest
 
 from jaxrlhf.cli.rewind import rewind
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
-from jaxrlhf.run import holds, manifest, saved_run, verified_steps
+from jaxrlhf.run import manifest, reader_leases, saved_run, verified_steps
 from jaxrlhf.run.checkpoint import Checkpoints, restore
 from jaxrlhf.run.manifest import Damaged
 from tests.run.test_checkpoint import describe, new_state, same, save, steps_of
@@ -270,7 +270,7 @@ def test_a_step_that_is_read_stays(run):
 def test_a_step_that_is_read_stays_where_there_are_no_locks(run, monkeypatch, capsys):
     """As in an object store."""
     monkeypatch.setattr(verified_steps, "is_local", lambda _: False)
-    monkeypatch.setattr(holds, "RENEW", 0.01)
+    monkeypatch.setattr(reader_leases, "RENEW", 0.01)
     with verified_steps.reading():
         assert saved_run.find_step(f"{run}@1") == 1
         (hold,) = (run / "readers").iterdir()
@@ -284,7 +284,7 @@ def test_a_step_that_is_read_stays_where_there_are_no_locks(run, monkeypatch, ca
     assert not verified_steps.delete(run, 2)
     os.utime(left, (0, 0))
     assert verified_steps.delete(run, 2) and not left.exists()
-    monkeypatch.setattr(holds.Hold, "write", lambda _: (_ for _ in ()).throw(PermissionError("not yours")))
+    monkeypatch.setattr(reader_leases.Hold, "write", lambda _: (_ for _ in ()).throw(PermissionError("not yours")))
     with verified_steps.reading():
         assert saved_run.find_step(f"{run}@3") == 3
     assert capsys.readouterr().err.endswith(

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.data.meaning import foreign_ids
+from jaxrlhf.data.same_tokenizer import foreign_ids
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_weights

@@ -31,7 +31,7 @@ from jaxrlhf.config.record import Config
 from jaxrlhf.data.batches import Share
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.report import evaluate_run
-from jaxrlhf.hosts import interrupts
+from jaxrlhf.hosts import call_timeout
 from jaxrlhf.rewards.functions import RewardFunction, RewardsConfig
 from jaxrlhf.rewards.graders import GraderError, Graders
 from jaxrlhf.run import build, saved_run, scoring
@@ -511,7 +511,7 @@ def test_a_function_that_breaks_loses_no_iteration_before(text, tmp_path, capsys
 )
 def test_a_function_that_hangs_loses_no_iteration_before(text, tmp_path, capsys, monkeypatch, signalled):
     """After rewards.timeout the run ends as if the function had raised; after a signal it has a few seconds."""
-    monkeypatch.setattr(interrupts, "PATIENCE", 0.5)
+    monkeypatch.setattr(call_timeout, "PATIENCE", 0.5)
     calls = []
 
     def hanging(responses, records):

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrlhf.answers import Answered
 from jaxrlhf.benchmarks.case import Case, Shape, ready, shaped, without_world
 from jaxrlhf.benchmarks.rows import random_batch, whole_rows
 from jaxrlhf.benchmarks.work import count_work
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.plan import hlo
 from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import current, make_mesh, row_layout

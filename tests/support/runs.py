@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrlhf.hosts import parent
+from jaxrlhf.hosts import parent_death
 from tests.support import compiler
 
 ROOT = Path(__file__).parents[2]
@@ -254,7 +254,7 @@ def environment(devices: int) -> dict[str, str]:
     """Of a process with so many fake CPU devices, which keeps its compiled programs where these tests do, and ends with
     them."""
     return os.environ | {
-        parent.LAUNCHER: str(os.getpid()),
+        parent_death.LAUNCHER: str(os.getpid()),
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -280,7 +280,7 @@ def finish(started: Started, timeout: float) -> Done:
 
 def main() -> None:
     """The process."""
-    parent.ends_with_launcher(signal.SIGKILL)
+    parent_death.ends_with_launcher(signal.SIGKILL)
     plan = json.loads(Path(sys.argv[1]).read_text())
     from jaxrlhf.cli import app
     from tests.support import fake_gcs

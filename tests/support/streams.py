@@ -3,7 +3,7 @@
 import functools
 
 from jaxrlhf.data import batches
-from jaxrlhf.data.data_kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, UNPAIRED
+from jaxrlhf.data.batch_kinds import DEMONSTRATIONS, PREFERENCES, PROMPTS, UNPAIRED
 
 demonstration_stream = functools.partial(batches.stream, DEMONSTRATIONS)
 preference_stream = functools.partial(batches.stream, PREFERENCES)

@@ -13,7 +13,7 @@ from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.calls import Pass, models_of, passes_of
-from jaxrlhf.plan.memory import estimate, rollout_of, stored
+from jaxrlhf.plan.memory_estimate import estimate, rollout_of, stored
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.plan.target import Target

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from jaxrlhf.hosts import interrupts
-from jaxrlhf.hosts.interrupts import Interrupted, interruptible
+from jaxrlhf.hosts import call_timeout
+from jaxrlhf.hosts.call_timeout import Interrupted, interruptible
 from jaxrlhf.hosts.signals import Stop
 from tests.support import runs
 
@@ -34,7 +34,7 @@ def test_a_call_that_waits_is_ended_after_its_time(name):
 
 
 def test_a_call_that_swallows_every_exception_is_ended_too(monkeypatch):
-    monkeypatch.setattr(interrupts, "AGAIN", 0.05)
+    monkeypatch.setattr(call_timeout, "AGAIN", 0.05)
 
     def stubborn() -> None:
         for _ in range(3):
@@ -54,7 +54,7 @@ def test_nothing_is_left_of_a_call_that_returns():
         with interruptible(seconds):
             assert signal.getsignal(signal.SIGURG) != before
     time.sleep(0.1)
-    assert signal.getsignal(signal.SIGURG) == before and not interrupts.UNDER_WAY
+    assert signal.getsignal(signal.SIGURG) == before and not call_timeout.UNDER_WAY
     assert {*threading.enumerate()} <= threads
 
 
@@ -75,7 +75,7 @@ def test_other_threads_are_left_alone():
 
 @pytest.mark.parametrize("during", [True, False], ids=["during the call", "before it"])
 def test_a_signal_gives_a_call_some_time(monkeypatch, during):
-    monkeypatch.setattr(interrupts, "PATIENCE", 0.3)
+    monkeypatch.setattr(call_timeout, "PATIENCE", 0.3)
     send = lambda: os.kill(os.getpid(), signal.SIGTERM)
     with Stop(signal.SIGTERM) as stop:
         stop.saves, stop.tell = True, lambda _: None
@@ -93,12 +93,12 @@ def test_a_signal_gives_a_call_some_time(monkeypatch, during):
 
 DEAF = """
 import hashlib, os, signal, sys
-from jaxrlhf.hosts import interrupts
+from jaxrlhf.hosts import call_timeout
 from jaxrlhf.hosts.signals import Stop
-interrupts.PATIENCE = interrupts.LONGEST = interrupts.AGAIN = 0.2
+call_timeout.PATIENCE = call_timeout.LONGEST = call_timeout.AGAIN = 0.2
 with Stop(signal.SIGTERM, leaves=True) as stop:
     stop.saves = True
-    with interrupts.interruptible({seconds}):
+    with call_timeout.interruptible({seconds}):
         print("busy", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # Python runs no handler before it is done
 """

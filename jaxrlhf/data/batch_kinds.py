@@ -1,7 +1,7 @@
 """The kinds of data that algorithms learn from, in one table: how a record becomes tokens, and rows of a batch.
 
-A new kind of data is a row here, a row of jaxrlhf.data.kinds that says what its records hold, a field of Batch, and the
-keys that it names.
+A new kind of data is a row here, a row of jaxrlhf.data.record_kinds that says what its records hold, a field of Batch,
+and the keys that it names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxrlhf.data.batches import Layout
 from jaxrlhf.data.encode import Encoded, encode_demonstration, encode_pair, encode_prompt
-from jaxrlhf.data.kinds import DataKind
+from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import DataConfig
 from jaxrlhf.data.truncate import Sides
 from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired

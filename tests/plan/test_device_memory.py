@@ -12,7 +12,7 @@ from jaxrlhf.config.batch import divisors
 from jaxrlhf.config.load import load
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.plan import room
+from jaxrlhf.plan import device_memory
 from jaxrlhf.run.build import build
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.sharding import current
@@ -61,11 +61,13 @@ def test_a_check_refuses_a_batch_beyond_memory_too(command, written):
 def test_what_fits_exactly_is_let_through(written, monkeypatch):
     ready = build(resolve_config(load(written)), keep=False)
     with current(ready.mesh):
-        need = room.bytes_on_device(abstract_state(ready)) * jax.device_count()
+        need = device_memory.bytes_on_device(abstract_state(ready)) * jax.device_count()
     for spare, refused in ((0, False), (-1, True)):
-        monkeypatch.setattr(room, "room_of", lambda device, spare=spare: room.Room(need + spare, True, "of a toy"))
+        monkeypatch.setattr(
+            device_memory, "room_of", lambda device, spare=spare: device_memory.Room(need + spare, True, "of a toy")
+        )
         try:
-            room.need_room(ready)
+            device_memory.need_room(ready)
         except ConfigError:
             assert refused
         else:
@@ -76,16 +78,18 @@ def test_devices_of_other_processes_are_not_asked(written, monkeypatch):
     """Their memory is not here; of CPUs each machine holds the parts of its own devices alone."""
     ready = build(resolve_config(load(written)), keep=False)
     with current(ready.mesh):
-        need = room.bytes_on_device(abstract_state(ready))
+        need = device_memory.bytes_on_device(abstract_state(ready))
     asked = []
     fake = [SimpleNamespace(process_index=process) for process in (1, 1, 0, 0)]
     elsewhere = dataclasses.replace(ready, mesh=SimpleNamespace(devices=np.array(fake)))
     for spare, refused in ((0, False), (-1, True)):
         monkeypatch.setattr(
-            room, "room_of", lambda device, spare=spare: asked.append(device) or room.Room(2 * need + spare, True, "")
+            device_memory,
+            "room_of",
+            lambda device, spare=spare: asked.append(device) or device_memory.Room(2 * need + spare, True, ""),
         )
         with pytest.raises(ConfigError) if refused else contextlib.nullcontext():
-            room.refuse(elsewhere, "models.policy", "weights", need)
+            device_memory.refuse(elsewhere, "models.policy", "weights", need)
     assert asked == [fake[2]] * 2
 
 

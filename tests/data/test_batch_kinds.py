@@ -13,10 +13,10 @@ from jaxrlhf.config import batch as arithmetic
 from jaxrlhf.config.check import batch_problems, data_problems, sections_read
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.resolved import resolve_config
-from jaxrlhf.data import batches, data_kinds
-from jaxrlhf.data.data_kinds import DATA_KINDS, DEMONSTRATIONS, kind_of_section
+from jaxrlhf.data import batch_kinds, batches
+from jaxrlhf.data.batch_kinds import DATA_KINDS, DEMONSTRATIONS, kind_of_section
 from jaxrlhf.data.encode import Encoded
-from jaxrlhf.data.kinds import KINDS, DataKind, Kind, filled_text
+from jaxrlhf.data.record_kinds import KINDS, DataKind, Kind, filled_text
 from jaxrlhf.data.sources import DataConfig, SourceConfig, open_source
 from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -78,5 +78,8 @@ def test_no_other_table_is_keyed_by_kinds_of_data():
             keys = getattr(node, "keys", None) if isinstance(node, ast.Dict) else None
             if len({key.value for key in keys or () if isinstance(key, ast.Constant)} & NAMES) > 1:
                 found.append(path.name)
-    assert sorted(set(found)) == ["kinds.py", "movie_reviews.py"]  # the table; builders of data sets, by their names
-    assert data_kinds.DATA_KINDS.keys() == {kind.field for kind in data_kinds.DATA_KINDS.values()}
+    assert sorted(set(found)) == [
+        "movie_reviews.py",
+        "record_kinds.py",
+    ]  # the table; builders of data sets, by their names
+    assert batch_kinds.DATA_KINDS.keys() == {kind.field for kind in batch_kinds.DATA_KINDS.values()}

@@ -1,7 +1,7 @@
 """What a record must hold for each use of data, and the formats that its rows come in, in one table: KINDS.
 
 How rows of files and data sets become such records: jaxrlhf.data.formats. What algorithms learn from is a row of
-jaxrlhf.data.data_kinds too.
+jaxrlhf.data.batch_kinds too.
 """
 
 import dataclasses
@@ -238,7 +238,7 @@ KINDS: dict[str, Kind] = {
 
 
 class DataKind(NamedTuple):
-    """One kind of data that algorithms learn from, a row of jaxrlhf.data.data_kinds. What its records hold is the row
+    """One kind of data that algorithms learn from, a row of jaxrlhf.data.batch_kinds. What its records hold is the row
     of KINDS of the same name."""
 
     name: str  # of its section of ``data``; eval_NAME has the held-out rows

@@ -1,7 +1,7 @@
 import pytest
 
 from jaxrlhf.data.formats import recognise
-from jaxrlhf.data.kinds import KINDS, BadRecord, check_record, nearest
+from jaxrlhf.data.record_kinds import KINDS, BadRecord, check_record, nearest
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 

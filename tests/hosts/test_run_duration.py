@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxrlhf.hosts.time_limit import TimeLimit
+from jaxrlhf.hosts.run_duration import TimeLimit
 
 
 @pytest.fixture

