@@ -260,8 +260,8 @@ def apply_optimizer(
 def gradients(
     recipe: Recipe, state: TrainState, minibatch: Experience
 ) -> tuple[dict[Role, Any], dict[str, Mean], dict[Role, Mean]]:
-    """The gradient of the sum of all roles' loss totals over the minibatch; that of each role's parameters is divided by
-    that role's count. Returns (gradients, metrics as Means, losses as Means).
+    """Differentiate the sum of all roles' loss totals over the minibatch, and divide the gradient of each role's
+    parameters by that role's count: (gradients, metrics as Means, losses as Means).
 
     Micro-batches and devices add totals and counts, so their number changes rounding only."""
 

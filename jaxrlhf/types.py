@@ -14,7 +14,7 @@ from flax import struct
 Array = jax.Array
 Params = Any  # a pytree of arrays
 Role = str  # "policy" | "value" | "reward" | "reference" | ...
-# what a role's parameters end with: next-token logits; one number a token; the same, and action values of every next
+# what a role's parameters end with: next-token logits; one number per token; the same, and action values of every next
 # token, on another role's trunk
 Head = Literal["lm", "scalar", "bare", "action"]
 Metrics = dict[str, Array]  # flat: "loss/policy", "kl/reference", "score/mean", ...; each f32[]
@@ -52,7 +52,7 @@ class Sequences(struct.PyTreeNode):
     response_mask: Array  # bool[B, S]: tokens that the policy chose (or should learn to choose)
     segment_ids: Array | None = None  # i32[B, S] of packed rows: 1, 2, ... a document, 0 padding; None: one a row
     logprobs: Array | None = None  # f32[B, S] under the distribution that they were sampled from
-    scores: Array | None = None  # f32[B]: one number a sequence; NaN: graders on the host could not score it
+    scores: Array | None = None  # f32[B]: one number per sequence; NaN: graders on the host could not score it
     grades: dict[str, Array] | None = None  # f32[B] by name of several graders on the host; NaN: it could not
     ended: Array | None = None  # bool[B]: the response ended with EOS or a stop text, not by its length
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it

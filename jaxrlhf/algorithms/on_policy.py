@@ -83,12 +83,12 @@ def correct_for_sampler(
 def rollout_metrics(
     sequences: Sequences, scores: Array, logprobs: Array, ref_logprobs: Array | None
 ) -> dict[str, Mean]:
-    """What the responses are like: kl/reference (with a reference) is in nats a response, lengths in tokens. Of those
+    """What the responses are like: kl/reference (with a reference) is in nats per response, lengths in tokens. Of those
     that have a score, but for response/tokens, which is of all.
 
     Args:
         sequences: as sampled, with the scores and grades that the host gave.
-        logprobs: the old ones; kl/sampler_mismatch is their mean distance from those of the sampler, nats a token.
+        logprobs: the old ones; kl/sampler_mismatch is their mean distance from those of the sampler, nats per token.
     """
     mask = scorable(sequences).response_mask
     rows = mask.any(-1)

@@ -52,13 +52,15 @@ class PPOConfig:
     kl_coef: float = 0.05  # reward lost for each nat from the reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
     kl_controller: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef moves so that the KL meets kl_target
-    kl_target: float = 6.0  # nats a response (adaptive)
+    kl_target: float = 6.0  # nats per response (adaptive)
     kl_horizon: int = 10000  # responses (adaptive)
     entropy_coef: float = 0.0  # bonus for each nat of a token's entropy
     whiten_advantages: Literal["no", "unbiased", "biased"] = "unbiased"  # by which variance
     whiten_rewards: bool = False  # divide rewards by their standard deviation; their mean stays
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end, before KL shaping
-    stop_kl: float | None = None  # nats a token from the old policy: past it the iteration's other updates are skipped
+    stop_kl: float | None = (
+        None  # nats per token from the old policy: past it the iteration's other updates are skipped
+    )
     old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
     sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
     reward_update: bool = False  # also train the reward model on preference pairs, in the same program

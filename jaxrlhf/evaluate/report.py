@@ -101,7 +101,7 @@ def compare(responses: dict[str, list[dict[str, Any]]], count: int) -> list[dict
 SHOWN = {  # metric -> what a reader calls it
     "score/mean": "reward",
     "score/std": "standard deviation of the reward",
-    "kl/reference": "KL from the reference (nats a response)",
+    "kl/reference": "KL from the reference (nats per response)",
     "response/length_mean": "length (tokens)",
     "response/ended": "responses that ended with EOS or a stop text",
     "judge/mean": "share positive, by the outside judge",

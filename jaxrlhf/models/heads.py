@@ -1,4 +1,4 @@
-"""From hidden states to what is asked of them: next-token logits, or one number a token."""
+"""From hidden states to what is asked of them: next-token logits, or one number per token."""
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,6 @@ def scale_gradient(x: Array, share: float) -> Array:
 
 
 def scalar(params: Params, hidden: Array) -> Array:
-    """f32[B, S]: one number a token from hidden [B, S, D]."""
+    """f32[B, S]: one number per token from hidden [B, S, D]."""
     y = linear(params["head"], hidden, "bsd,do->bso", ("embed", "score"), ("batch", "seq", "score"), jnp.float32)
     return constrain(y[..., 0], "batch", "seq")

@@ -51,7 +51,7 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
 
 
 def scalar_table(cfg: ModelConfig) -> dict:
-    """Leafs of a head that gives one number a token."""
+    """Leafs of a head that gives one number per token."""
     dim = cfg.hidden_size
     kernel = Leaf((dim, 1), ("embed", "score"), 1 / math.sqrt(dim + 1))
     return {"kernel": kernel, "bias": Leaf((1,), ("score",), "zeros")}

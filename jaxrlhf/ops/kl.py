@@ -61,7 +61,7 @@ def adaptive_kl_coef(
         next  = kl_coef * (1 + error * num_samples / horizon)
 
     Args:
-        current_kl, target: nats a response (summed over its tokens, averaged over responses).
+        current_kl, target: nats per response (summed over its tokens, averaged over responses).
         horizon, num_samples: responses; num_samples are the ones that this iteration sampled.
 
     Source: Ziegler et al. 2019 (arXiv:1909.08593), section 2.2.

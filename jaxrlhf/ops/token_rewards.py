@@ -21,7 +21,7 @@ def score_to_rewards(scores: Array, kl_penalty: Array, mask: Array) -> Array:
         r_t = -kl_penalty_t + score * [t is the last token of the response]
 
     Args:
-        scores: [B], one number a sequence.
+        scores: [B], one number per sequence.
         kl_penalty: [B, S], nats times kl_coef, already multiplied.
         mask: bool[B, S], the response tokens; EOS is one of them, and is where the score lands.
 

@@ -1,4 +1,4 @@
-"""Rewards from Python functions of the user's: text and data records in, one number a response out."""
+"""Rewards from Python functions of the user's: text and data records in, one number per response out."""
 
 import asyncio
 import copy

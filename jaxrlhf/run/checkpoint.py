@@ -1,4 +1,4 @@
-"""Checkpoints through orbax: the whole state of a run, asynchronously, a directory a step, with a manifest each.
+"""Checkpoints through orbax: the whole state of a run, asynchronously, a directory per step, with a manifest each.
 
 Each role is an item of its own, so that another run can take one role and read nothing else.
 """

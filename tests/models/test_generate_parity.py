@@ -151,7 +151,7 @@ def test_decode_logprobs_equal_full_forward_logprobs(model, name):
 
 
 def test_bfloat16_decode_is_near_full_forward():
-    """In bfloat16 the two orders of summation differ: by 0.01 nats a token on average, and 0.1 at most."""
+    """In bfloat16 the two orders of summation differ: by 0.01 nats per token on average, and 0.1 at most."""
     sequences = draw("llama", "plain", runtime=BFLOAT16)
     mask = sequences.response_mask
     whole = np.asarray(forward_program("llama", "plain", BFLOAT16)(weights("llama"), sequences).logprobs)
@@ -189,7 +189,7 @@ def test_int8_weights_are_what_their_scales_make_of_them():
 @pytest.mark.parametrize("name", ["plain", "shaped", pytest.param("halved", marks=pytest.mark.nightly)])
 def test_an_int8_cache_is_near_full_forward(name):
     """Of one response to a prompt (on CPUs two prompts stand abreast), of two, and of fewer and fewer; with a
-    scale for each token and head the log-probs differ by 0.02 nats a token on average, and 0.3 at most."""
+    scale for each token and head the log-probs differ by 0.02 nats per token on average, and 0.3 at most."""
     sequences = draw("llama", name, runtime=FLOAT32._replace(int8=("cache",)))
     mask = sequences.response_mask
     exact = np.asarray(forward_program("llama", name)(weights("llama"), sequences).logprobs)
