@@ -174,9 +174,7 @@ def advice_lines(plan: Plan) -> list[str]:
 
 def print_calibration() -> None:
     """Published training steps and decoding beside what is predicted of them."""
-    table = Table(
-        "training step", "slice", "rows/chip", "published", "predicted", "ratio", title="share of the peak"
-    )
+    table = Table("training step", "slice", "rows/chip", "published", "predicted", "ratio", title="share of the peak")
     for row in calibrate():
         table.add_row(*calibration_row(row))
     decoding = Table("decoding", "slice", "rows", "published", "predicted", "ratio", title="milliseconds a token")
