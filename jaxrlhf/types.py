@@ -5,6 +5,8 @@ log p(token t | tokens before t) and ``values[:, t]`` is V(state before token t)
 Prompts are left-padded to P columns, so every sampled response starts at column P.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -204,11 +206,23 @@ class Sample(Protocol):
         ...
 
 
+Combine = Literal["mean", "median", "min", "mean_minus_variance"]
+
+
+class Grader(NamedTuple):
+    """Several models that give one score: an ensemble."""
+
+    members: tuple[Role, ...]
+    combine: Combine = "mean"
+    variance_coef: float = 0.0  # of mean_minus_variance
+
+
 class Nets(NamedTuple):
     """All that an algorithm may ask of networks."""
 
     read: Read
     sample: Sample
+    graders: Mapping[Role, Grader] = MappingProxyType({})  # those that are ensembles, by the role that they stand for
 
 
 T = TypeVar("T")

@@ -38,7 +38,7 @@ IN_RUN = (
     ("verified_steps",),
     ("saved_run",),
     ("checkpoint", "export", "origins", "resume"),
-    ("weights", "tokenizer", "sampler", "runtime"),
+    ("weights", "tokenizer", "sampler", "runtime", "merge"),
     ("build", "bad_batch"),
     ("initial_state", "recorded_asks", "feed"),
     ("programs", "normalize", "announce"),

@@ -69,10 +69,10 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tup
     group."""
     sequences = given(batch.sequences, "batch.sequences")
     group_size = len(sequences.tokens) // len(given(batch.prompts, "batch.prompts").tokens)
-    scores = on_policy.scores_of(nets, state.trees, sequences)
+    scores, members = on_policy.scores_of(nets, state.trees, sequences)
     logprobs = on_policy.old_logprobs(nets, state, sequences, cfg.old_logprobs)
     ref_logprobs = read_logprobs(nets, "reference", state.trees, sequences) if cfg.kl_coef else None
-    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
+    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs, members)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
     marks = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)

@@ -1,24 +1,24 @@
 """What algorithms that learn from the policy's own responses share: scores, old log-probs, the sampler's correction,
 what they report."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Updates, read_logprobs
+from jaxrlhf.algorithms.grading import member_metrics, read_scores
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
 from jaxrlhf.ops.token_rewards import missing_eos
-from jaxrlhf.types import Array, Ask, Mean, Nets, Sequences, TrainState, Trees, given
+from jaxrlhf.types import Array, Mean, Nets, Role, Sequences, TrainState, Trees, given
 
 
-def scores_of(nets: Nets, trees: Trees, sequences: Sequences) -> Array:
-    """f32[B]: what the host gave, else what the reward model says."""
-    if sequences.scores is not None:
-        return sequences.scores
-    (scores,) = nets.read(trees, sequences, Ask("reward", "scores"))
-    return scores
+def scores_of(nets: Nets, trees: Trees, sequences: Sequences) -> tuple[Array, dict[Role, Array]]:
+    """(f32[B]: what the host gave, else what the reward model says, or its members together; what each of several
+    members says)."""
+    return read_scores(nets, trees, sequences) if sequences.scores is None else (sequences.scores, {})
 
 
 def scorable(sequences: Sequences) -> Sequences:
@@ -81,13 +81,18 @@ def correct_for_sampler(
 
 
 def rollout_metrics(
-    sequences: Sequences, scores: Array, logprobs: Array, ref_logprobs: Array | None
+    sequences: Sequences,
+    scores: Array,
+    logprobs: Array,
+    ref_logprobs: Array | None,
+    members: Mapping[Role, Array] = MappingProxyType({}),
 ) -> dict[str, Mean]:
     """What the responses are like: kl/reference (with a reference) is in nats per response, lengths in tokens. Of those
     that have a score, but for response/tokens, which is of all.
 
     Args:
         sequences: as sampled, with the scores and grades that the host gave.
+        members: the scores of an ensemble's members, f32[B] each.
         logprobs: the old ones; kl/sampler_mismatch is their mean distance from those of the sampler, nats per token.
     """
     mask = scorable(sequences).response_mask
@@ -106,7 +111,7 @@ def rollout_metrics(
     }
     if ref_logprobs is not None:
         metrics["kl/reference"] = sums((old - keep(ref_logprobs, mask)).sum(-1), rows)
-    return metrics | grader_metrics(sequences, rows)
+    return metrics | grader_metrics(sequences, rows) | member_metrics(members, rows)
 
 
 def grader_metrics(sequences: Sequences, rows: Array) -> dict[str, Mean]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm, read_logprobs
 from jaxrlhf.algorithms import on_policy
-from jaxrlhf.algorithms.rm import preference_loss
+from jaxrlhf.algorithms.rm import preference_losses
 from jaxrlhf.ops.advantages import gae
 from jaxrlhf.ops.kl import adaptive_kl_coef, kl_estimate
 from jaxrlhf.ops.losses import clipped_policy_terms, clipped_value_terms
@@ -88,7 +88,7 @@ def roles(cfg: PPOConfig) -> tuple[dict[Role, AskedHead], dict[Role, AskedHead]]
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tuple[PPOExperience, dict[str, Mean]]:
     """Score the responses, charge for KL, and work out advantages and returns. Nothing here is differentiated."""
     sequences = given(batch.sequences, "batch.sequences")
-    scores = on_policy.scores_of(nets, state.trees, sequences)
+    scores, members = on_policy.scores_of(nets, state.trees, sequences)
     if cfg.old_logprobs == "sampler":
         logprobs = given(sequences.logprobs, "sequences.logprobs")
         (values,) = nets.read(state.trees, sequences, Ask("value", "values"))
@@ -96,7 +96,7 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
         stats, values = nets.read(state.trees, sequences, Ask("policy", "token_stats"), Ask("value", "values"))
         logprobs = stats.logprobs
     ref_logprobs = read_logprobs(nets, "reference", state.trees, sequences)
-    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs)
+    metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs, members)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
     values = keep(values, mask)
@@ -155,10 +155,10 @@ def loss(nets: Nets, trees: Trees, minibatch: PPOExperience, cfg: PPOConfig) -> 
     } | on_policy.update_metrics(logprobs, old, entropy, ratio, clipped, mask)
     if minibatch.pairs is not None:
         pairs: Preferences = minibatch.pairs.data
-        losses["reward"], reward_metrics = preference_loss(
+        members, reward_metrics = preference_losses(
             nets, trees, pairs, cfg.reward_label_smoothing, cfg.reward_centering
         )
-        metrics |= reward_metrics
+        losses, metrics = losses | members, metrics | reward_metrics
     return losses, metrics
 
 

@@ -8,8 +8,9 @@ from typing import Any, get_args
 import jax
 
 from jaxrlhf.algorithm import Algorithm, Normalization, Updates
+from jaxrlhf.algorithms.grading import members_of
 from jaxrlhf.errors import cut, nearest, one_line
-from jaxrlhf.types import Batch, Experience, HeadSpec, Mean, Sequences, TrainState
+from jaxrlhf.types import Batch, Experience, HeadSpec, Mean, Nets, Role, Sequences, TrainState
 from jaxrlhf.user_code import describe
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Batch))
@@ -61,7 +62,7 @@ def with_checks(name: str, record: Algorithm) -> Algorithm:
         "batch": lambda found, *_: wrong_fields(found, record.online),
         "roles": wrong_roles,
         "prepare": wrong_experience,
-        "loss": lambda found, *given: wrong_losses(found, sorted(record.roles(given[-1])[0])),
+        "loss": lambda found, nets, *given: wrong_losses(found, trained_roles(nets, record.roles(given[-1])[0])),
         "rollout": lambda found, *_: wrong_type(found, Sequences),
         "controls": lambda found, *_: wrong_scalars(found),
         "updates": lambda found, *_: wrong_updates(found),
@@ -134,6 +135,11 @@ def wrong_experience(found: Any, *_: Any) -> str | None:
     if not isinstance(found, tuple) or len(found) != 2:
         return f"returned {show(found)}; expected (Experience, dict of Means)"
     return wrong_type(found[0], Experience, "first") or wrong_means(found[1], "second")
+
+
+def trained_roles(nets: Nets | None, asked: Iterable[Role]) -> list[Role]:
+    """The roles that losses are given for: those that the algorithm trains, an ensemble's members in its place."""
+    return sorted(one for role in asked for one in (members_of(nets, role) if nets else (role,)))
 
 
 def wrong_losses(found: Any, trained: list[str]) -> str | None:

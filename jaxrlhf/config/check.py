@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from jaxrlhf.config.batch import divisors, longest_row, rows_of, rows_taken
 from jaxrlhf.config.field_types import hints
+from jaxrlhf.config.members import grader_of, members_in, numbering_problems
 from jaxrlhf.config.places import place_problems
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved, resolve_config
+from jaxrlhf.config.roles import graders_of
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.chat import check_config
 from jaxrlhf.data.record_kinds import DataKind
@@ -47,7 +49,7 @@ def role_problems(resolved: Resolved) -> Iterator[str]:
         if role not in cfg.models:
             yield f"models.{role}: missing; {name} needs it; expected init_from or architecture"
     for role, model in cfg.models.items():
-        if role not in needed and role not in ROLES:
+        if role not in needed and grader_of(role) not in ROLES:
             yield f"models.{role}: unknown role; {suggest(role, needed)}"
         if model.init_from is None and model.architecture is None:
             yield f"models.{role}: neither init_from nor architecture is given; expected one of them"
@@ -56,6 +58,7 @@ def role_problems(resolved: Resolved) -> Iterator[str]:
         elif model.init_from in {*ROLES, *cfg.models}:
             yield from origin_problems(cfg, role)
         yield from trunk_problems(resolved, role)
+    yield from numbering_problems(cfg.models)
     for role, row in cfg.optimizer.items():
         if row.dtype == "bfloat16" and row.b1 > LARGEST_B1_IN_BFLOAT16:
             yield (
@@ -63,7 +66,7 @@ def role_problems(resolved: Resolved) -> Iterator[str]:
                 f"little; expected dtype float32, or b1 of at most {LARGEST_B1_IN_BFLOAT16}; "
                 f"nearest: {LARGEST_B1_IN_BFLOAT16}"
             )
-        if role != "default" and role not in needed:
+        if role != "default" and role not in {*needed, *map(grader_of, needed)}:
             yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
 
 
@@ -81,6 +84,10 @@ def trunk_problems(resolved: Resolved, role: Role) -> Iterator[str]:
         if model.trunk_gradient != default:
             wrong = f"{show(model.trunk_gradient)}: share_trunk is false, so there is no such gradient"
             yield f"models.{role}.trunk_gradient: {wrong}; nearest: {show(default)}"
+    elif grader_of(role) != role and role in trained:
+        first = members_in(trained, grader_of(role))[0]
+        if model.init_from != first or role == first or resolved.cfg.models[first].share_trunk:
+            yield f"{where}: init_from {model.init_from}: expected {first}, a model of its own, from another member"
     elif role != "value" or role not in trained:
         yield f"{where}: only a value model that learns beside the policy shares its trunk; expected false"
     elif model.init_from != "policy" or trained.get("policy") != "lm":
@@ -92,6 +99,8 @@ def reward_problems(resolved: Resolved) -> Iterator[str]:
     """Reward functions can be found, have something to score, and no reward model scores beside them."""
     cfg, algorithm = resolved.cfg, resolved.algorithm
     name, rewards = cfg.algorithm_name, cfg.rewards
+    if rewards.combine != type(rewards).combine and "reward" not in graders_of(cfg):
+        yield f"rewards.combine: {rewards.combine}: there is no ensemble; expected mean, or a list under models.reward"
     if not rewards.on_host:
         yield from grader_problems(rewards)
         return
@@ -100,8 +109,8 @@ def reward_problems(resolved: Resolved) -> Iterator[str]:
         expected = "{}" if rewards.functions else "null"
         yield f"rewards.{given}: {shown}: {name} samples no responses to score; expected {expected}"
         return
-    if "reward" in cfg.models:
-        yield f"models.reward: rewards.{given} {shown} is given too; expected one of them"
+    if (members := members_in(cfg.models, "reward"))[0] in cfg.models:
+        yield f"models.{members[0]}: rewards.{given} {shown} is given too; expected one of them"
     if "reward" in algorithm.roles(cfg.algorithm)[0]:
         expected = "{}" if rewards.functions else "null"
         yield f"rewards.{given}: {shown}: no model that can learn, and {name} trains one; expected {expected}"

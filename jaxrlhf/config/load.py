@@ -16,6 +16,7 @@ import yaml
 from etils import epath
 
 from jaxrlhf import user_code
+from jaxrlhf.config.members import with_members
 from jaxrlhf.config.overrides import apply_override, split_override
 from jaxrlhf.config.ranges import range_problems
 from jaxrlhf.config.record import Config
@@ -96,7 +97,7 @@ def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, 
         origin = lambda keys: "command line" if given(tuple(map(str, keys))) else source
         return ConfigError("\n".join(f"{origin(keys)}: {dotted(keys)}: {text}" for keys, text in problems))
 
-    tree, name = without_removed(tree), algorithm_name(tree)
+    tree, name = with_members(without_removed(tree), source), algorithm_name(tree)
     try:
         algorithm = find_algorithm(name)
     except ConfigError as error:

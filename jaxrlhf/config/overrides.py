@@ -26,12 +26,20 @@ def split_override(text: str) -> Override:
 
 
 def apply_override(tree: dict, edit: Override) -> None:
-    """Puts the value into ``tree``, making the sections on the way."""
+    """Puts the value into ``tree``, making the sections on the way; a number names an item of a list."""
+    here: Any = tree
     for depth, key in enumerate(edit.path[:-1]):
-        if tree.get(key) is None:
-            tree[key] = {}
-        tree = tree[key]
-        if not isinstance(tree, dict):
+        place = place_in(here, key)
+        if isinstance(here, dict) and here.get(place) is None:
+            here[place] = {}
+        here = here[place]
+        item = isinstance(here, list) and edit.path[depth + 1].isdecimal() and int(edit.path[depth + 1]) < len(here)
+        if not isinstance(here, dict) and not item:
             where = dotted(edit.path[: depth + 1])
-            raise ConfigError(f"command line: {dotted(edit.path)}: {where} holds {show(tree)}, which is not a section")
-    tree[edit.path[-1]] = edit.value
+            raise ConfigError(f"command line: {dotted(edit.path)}: {where} holds {show(here)}, which is not a section")
+    here[place_in(here, edit.path[-1])] = edit.value
+
+
+def place_in(section: Any, key: str) -> Any:
+    """``key``, as a number where the section is a list."""
+    return int(key) if isinstance(section, list) else key

@@ -11,7 +11,7 @@ from jaxrlhf.errors import ConfigError, dotted, show
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings temperature top_k size
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
-        desirable_weight undesirable_weight
+        desirable_weight undesirable_weight variance_coef
         EvalConfig.every process_id
         vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         poll wait longest_wait stockouts restarts failures run_as_user""",

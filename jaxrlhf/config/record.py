@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from jaxrlhf.config.members import grader_of
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.hosts.processes import DistributedConfig
@@ -115,5 +116,7 @@ class Config:
         return self.iterations
 
     def optimizer_of(self, role: Role) -> OptimizerConfig:
-        """The role's own row of ``optimizer``, else the row "default", else the defaults."""
-        return self.optimizer.get(role) or self.optimizer.get("default") or OptimizerConfig()
+        """The role's own row of ``optimizer``, else that of the grader that it is a member of, else the row "default",
+        else the defaults."""
+        rows = self.optimizer
+        return rows.get(role) or rows.get(grader_of(role)) or rows.get("default") or OptimizerConfig()

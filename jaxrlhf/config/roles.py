@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import ALGORITHMS, find
+from jaxrlhf.config.members import GRADERS, members_in
 from jaxrlhf.config.record import Config, RoleConfig
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError, show
-from jaxrlhf.types import AskedHead, Head, HeadSpec, Role
+from jaxrlhf.types import AskedHead, Grader, Head, HeadSpec, Role
 
 
 def find_algorithm(name: Any) -> Algorithm:
@@ -39,14 +40,17 @@ class Roles(NamedTuple):
 
 
 def roles_of(cfg: Config, algorithm: Algorithm) -> Roles:
-    """The roles that the run needs. A reward function takes the place of the reward model; what shares a trunk is a
-    bare head."""
+    """The roles that the run needs. A reward function takes the place of the reward model; an ensemble's members that
+    of their grader; what shares a trunk is a bare head."""
     scored = cfg.rewards.on_host and algorithm.online  # offline there is nothing to score
     shared = {role for role, model in cfg.models.items() if model.share_trunk}
 
     def needed(heads: Mapping[Role, AskedHead]) -> dict[Role, Head]:
         return {
-            role: head_of(head, role in shared) for role, head in heads.items() if not (scored and role == "reward")
+            member: head_of(head, member in shared)
+            for role, head in heads.items()
+            if not (scored and role == "reward")
+            for member in members_in(cfg.models, role)
         }
 
     trained, slow = algorithm.roles(cfg.algorithm)
@@ -61,7 +65,8 @@ def with_default_roles(cfg: Config, algorithm: Algorithm) -> Config:
     from its own responses always has a reference: an evaluation compares with it."""
     roles = roles_of(cfg, algorithm)
     needed = {*roles.heads} | ({"reference"} if algorithm.online else set())
-    origins = {"reference": "policy", "value": "reward" if "reward" in needed else "policy"}
+    reward = members_in(cfg.models, "reward")[0]
+    origins = {"reference": "policy", "value": reward if reward in needed else "policy"}
     default = {role: RoleConfig(init_from=start) for role, start in origins.items() if role in needed}
     for role, spec in roles.declared.items():
         default[role] = RoleConfig(init_from=spec.trunk, share_trunk=True, trunk_gradient=spec.gradient)
@@ -78,6 +83,17 @@ def head_of(asked: AskedHead, shared: bool = False) -> Head:
     if spec.trunk is None and not shared:
         return "lm" if spec.outputs == "action" else spec.outputs
     return "bare" if spec.outputs == "scalar" else spec.outputs
+
+
+def graders_of(cfg: Config) -> dict[Role, Grader]:
+    """The graders that are ensembles."""
+    rewards = cfg.rewards
+    members = {grader: members_in(cfg.models, grader) for grader in GRADERS}
+    return {
+        grader: Grader(roles, rewards.combine, rewards.variance_coef)
+        for grader, roles in members.items()
+        if roles != (grader,)
+    }
 
 
 def trunks_of(cfg: Config) -> dict[Role, Role]:

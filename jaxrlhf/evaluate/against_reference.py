@@ -6,7 +6,8 @@ whose response is better.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.algorithm import read_logprobs
+from jaxrlhf.algorithms.grading import members_of, read_scores
 from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.hosts import processes
@@ -25,7 +27,7 @@ from jaxrlhf.run.feed import held_out, read_source
 from jaxrlhf.run.initial_state import read_weights
 from jaxrlhf.run.scoring import nothing, score
 from jaxrlhf.run.transfer import fetch_all, put
-from jaxrlhf.types import Array, Ask, Head, Params, Prompts, Role, Sequences, TrainState, Trees, given
+from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState, Trees, given
 
 
 class Responses(NamedTuple):
@@ -37,7 +39,9 @@ class Responses(NamedTuple):
     kl: np.ndarray | None  # f32, nats from the reference, of the sampled tokens
     scores: np.ndarray | None  # f32; NaN where the reward functions give none
     marks: np.ndarray | None  # f64: the judge's probability that the text is positive
-    grades: dict[str, np.ndarray] | None = None  # what each of several functions gives; None: no function scores
+    grades: Mapping[str, np.ndarray] = MappingProxyType(
+        {}
+    )  # what each of several functions, or of an ensemble's members, gives
 
 
 class PolicyEvaluation:
@@ -48,7 +52,8 @@ class PolicyEvaluation:
 
     def __init__(self, ready: Run, judge: bool = True):
         cfg = ready.cfg
-        heads: dict[Role, Head] = {"reference": "lm", "reward": "scalar"}
+        self.graders: tuple[Role, ...] = members_of(ready.recipe.nets)  # the reward model, or its members
+        heads: dict[Role, Head] = {"reference": "lm", **{role: "scalar" for role in self.graders}}
         more = [role for role in heads if role in cfg.models and role not in ready.heads]
         self.more: dict[Role, Head] = {role: heads[role] for role in more}
         self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=1))
@@ -66,20 +71,21 @@ class PolicyEvaluation:
         if self.extra is None:
             self.extra = {role: read_weights(self.ready, role) for role in self.more}
         reference = (self.extra | state.slow).get("reference")
-        if reference is not None and (self.before is None or "reward" in state.params):
+        if reference is not None and (self.before is None or self.graders[0] in state.params):
             self.before = self.write(state.replace(params=state.params | {"policy": reference}), between)
         return self.write(state, between)
 
     def answer(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts) -> tuple[Sequences, Array | None]:
-        """(responses, with their scores where a reward model gives them; their KL in nats f32[B])."""
+        """(responses, with scores where a reward model gives them, and grades where it is an ensemble; their KL in nats
+        f32[B])."""
         nets, trees = self.ready.recipe.nets, Trees(state.params, extra | state.slow)
         rollout = self.ready.algorithm.rollout
         # under step 0, so that all evaluations share their noise
         sequences = rollout(nets, state.replace(step=jnp.int32(0)), prompts)
         known = {*trees.params, *trees.slow}
-        if "reward" in known and self.ready.graders is None:
-            (scores,) = nets.read(trees, sequences, Ask("reward", "scores"))
-            sequences = sequences.replace(scores=scores)
+        if self.graders[0] in known and self.ready.graders is None:
+            scores, members = read_scores(nets, trees, sequences)
+            sequences = sequences.replace(scores=scores, grades=members or None)
         if "reference" not in known:
             return sequences, None
         reference = read_logprobs(nets, "reference", trees, sequences)
@@ -107,7 +113,7 @@ class PolicyEvaluation:
         rows = columns.pop("rows")
         arrays: dict[str, Any] = {name: np.concatenate(parts) if parts else None for name, parts in columns.items()}
         each = {name: np.concatenate(parts) for name, parts in grades.items()}
-        return Responses(rows=rows, marks=self.marks(rows), grades=each if self.ready.graders else None, **arrays)
+        return Responses(rows=rows, marks=self.marks(rows), grades=each, **arrays)
 
     def marks(self, rows: list[dict[str, Any]]) -> np.ndarray | None:
         """What the judge thinks of prompt + response. It is trained when it is first asked."""
@@ -122,7 +128,7 @@ class PolicyEvaluation:
         reward and by the judge; a tie is half a win. Where functions score, a response without a score counts for the
         judge alone."""
         known, on_host = np.ones(len(responses.lengths), bool), False
-        if responses.grades is not None and responses.scores is not None:
+        if self.ready.graders is not None and responses.scores is not None:
             known, on_host = ~np.isnan(responses.scores), True
         found = {"response/length_mean": mean(responses.lengths[known]), "response/ended": mean(responses.ended[known])}
         if responses.kl is not None:
@@ -134,9 +140,14 @@ class PolicyEvaluation:
                 found |= {f"{name}/mean": mean(values), f"{name}/std": spread}
         if on_host:
             found["score/unscorable"] = (~known).sum()
-        for name, grade in (responses.grades or {}).items():
+        for name, grade in responses.grades.items():
             found[f"score/{name}"] = mean(grade[known & ~np.isnan(grade)])
-            found[f"score/unscorable/{name}"] = np.isnan(grade).sum()
+            if on_host:
+                found[f"score/unscorable/{name}"] = np.isnan(grade).sum()
+        if len(responses.grades) > 1 and not on_host:
+            found["score/disagreement"] = mean(np.std([*responses.grades.values()], axis=0))
+        if scores is not None:
+            found["score/length_correlation"] = correlation(scores, responses.lengths[known])
         if self.before is not None:
             pairs = {
                 "reward": (responses.scores, self.before.scores),
@@ -152,8 +163,9 @@ class PolicyEvaluation:
         """The metrics that an evaluation will give, by what it gives of made-up responses."""
         numbers, roles, made = np.zeros(2), self.ready.heads, copy.copy(self)
         graders = self.ready.graders
-        grades = None if graders is None else dict.fromkeys(graders.names, numbers)
-        scored = "reward" in roles or graders is not None
+        scored = self.graders[0] in roles or graders is not None
+        members = self.graders if len(self.graders) > 1 else []
+        grades = dict.fromkeys(members if graders is None else graders.names, numbers)
         known = {"kl": "reference" in roles, "scores": scored, "marks": self.asks_judge}
         given: dict[str, Any] = {name: numbers if there else None for name, there in known.items()}
         responses = Responses([], numbers, numbers > 0, **given, grades=grades)
@@ -164,6 +176,13 @@ class PolicyEvaluation:
 def mean(values: np.ndarray) -> float:
     """NaN of nothing, without a warning."""
     return float(values.mean()) if len(values) else float("nan")
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    x, y = x - mean(x), y - mean(y)
+    scale = np.sqrt((x**2).sum() * (y**2).sum())
+    return float((x * y).sum() / scale) if scale > 0 else 0.0
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jaxrlhf.algorithms.grading import combined, members_of
 from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.config.load import load
@@ -16,6 +17,7 @@ from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.batch_kinds import PREFERENCES
 from jaxrlhf.data.batches import HostBatch
 from jaxrlhf.data.summary import Summary
+from jaxrlhf.evaluate.against_reference import correlation
 from jaxrlhf.evaluate.held_out import HeldOut
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
@@ -25,7 +27,7 @@ from jaxrlhf.run.feed import held_out
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import current
-from jaxrlhf.types import TrainState, Trees
+from jaxrlhf.types import Array, Preferences, TrainState, Trees, given
 
 
 def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, Any]:
@@ -65,26 +67,59 @@ def measure_run(name: str, judge: bool, samples: int) -> dict[str, Any]:
 
 
 def pair_report(ready: Run, state: TrainState, batches: list[HostBatch]) -> dict[str, Any]:
-    """{"reward_model": accuracy and calibration on held-out pairs}, where the run has a reward model and such pairs.
+    """{"reward_model": what it gets right of held-out pairs}, where the run has a reward model and such pairs.
+
+    Of an ensemble its combined score is measured, and its members beside it."""
+    nets = ready.recipe.nets
+    members = members_of(nets)
+    if members[0] not in {*state.params, *state.slow} or not batches:
+        return {}
+    trees = Trees({role: state.trees.of(role) for role in members}, {})
+
+    @processes.jit
+    def score(trees: Trees, pairs: Preferences) -> dict[str, tuple[Array, Array]]:
+        each = score_pairs(nets, trees, pairs)
+        whole = [combined(nets, {role: pair[side] for role, pair in each.items()}) for side in (0, 1)]
+        return {"": (whole[0], whole[1])} | (each if len(each) > 1 else {})
+
+    found: dict[str, list[np.ndarray]] = {}
+    lengths = []
+    for host in batches:
+        pairs = given(put(ready.mesh, host.batch).preferences, "batch.preferences")
+        for name, sides in fetch_all(score(trees, pairs)).items():
+            found.setdefault(name, []).append(np.stack(sides)[:, : host.real])
+        masks = fetch_all((pairs.chosen.response_mask, pairs.rejected.response_mask))
+        lengths.append(np.stack([mask.sum(1) for mask in masks])[:, : host.real])
+    scores = {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+    return {"reward_model": pair_metrics(scores, np.concatenate(lengths, axis=1))}
+
+
+def pair_metrics(scores: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, float]:
+    """Of pairs: how many, accuracy, calibration error, Brier score, and the correlation of score and length; of an
+    ensemble also each member's accuracy, and the deviation of differences between members.
 
     The expected calibration error is over 10 bins of the probability of the predicted preference (Guo et al. 2017).
+
+    Args:
+        scores: [2, pairs] of the chosen and the rejected sides, by "" and by the members' names.
+        lengths: [2, pairs], tokens of the responses.
     """
-    if "reward" not in {*state.params, *state.slow} or not batches:
-        return {}
-    trees = Trees({"reward": state.trees.of("reward")}, {})
-    score = processes.jit(lambda trees, pairs: score_pairs(ready.recipe.nets, trees, pairs))
-    differences = []
-    for host in batches:
-        chosen, rejected = fetch_all(score(trees, put(ready.mesh, host.batch).preferences))
-        differences.append((chosen - rejected)[: host.real])
-    difference = np.concatenate(differences)
+    differences = {name: chosen - rejected for name, (chosen, rejected) in scores.items()}
+    difference = differences.pop("")
+    right = {name: (each > 0) + 0.5 * (each == 0) for name, each in {"": difference, **differences}.items()}
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
-    right = (difference > 0) + 0.5 * (difference == 0)
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
-    gaps = [abs((confidence - right)[bins == b].sum()) for b in range(10)]
-    found = {"accuracy": right.mean(), "calibration_error": sum(gaps) / len(difference)}
-    rounded = {name: round(float(value), 4) for name, value in found.items()}
-    return {"reward_model": {"pairs": len(difference), **rounded}}
+    gaps = [abs((confidence - right[""])[bins == b].sum()) for b in range(10)]
+    found = {
+        "accuracy": right.pop("").mean(),
+        "calibration_error": sum(gaps) / len(difference),
+        "brier": np.mean((1 - 1 / (1 + np.exp(-difference))) ** 2),
+        "length_correlation": correlation(scores[""].reshape(-1), lengths.reshape(-1)),
+    }
+    found |= {f"accuracy/{name}": each.mean() for name, each in right.items()}
+    if differences:
+        found["disagreement"] = np.std([*differences.values()], axis=0).mean()
+    return {"pairs": len(difference), **{name: round(float(value), 4) for name, value in found.items()}}
 
 
 def compare(responses: dict[str, list[dict[str, Any]]], count: int) -> list[dict[str, Any]]:
@@ -133,7 +168,11 @@ def print_report(report: dict[str, Any]) -> None:
     if "reward_model" in report:
         pairs = report["reward_model"]
         text = f"reward model: {pairs['accuracy']:.1%} of {pairs['pairs']:.0f} held-out pairs ranked correctly, "
-        console.print(text + f"calibration error {pairs['calibration_error']:.3f}", highlight=False)
+        text += f"calibration error {pairs['calibration_error']:.3f}, Brier score {pairs['brier']:.3f}, "
+        text += f"correlation with length {pairs['length_correlation']:+.2f}"
+        if "disagreement" in pairs:
+            text += f", members apart by {pairs['disagreement']:.3f}"
+        console.print(text, highlight=False)
     for row in report.get("samples", []):
         console.print(f"\n[bold]{escape(row['prompt'])}[/bold]", highlight=False)
         for name in names:

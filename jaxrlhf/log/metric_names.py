@@ -36,11 +36,15 @@ METRICS = [
     policy/updates_skipped | share | updates that were skipped because of stop_kl
     score/mean | score | score of a response, by the reward model or the reward functions
     score/std | score | standard deviation of the scores
+    score/disagreement | score | standard deviation between the scores of an ensemble's members, a response
+    score/length_correlation | - | correlation of score and length of the responses (evaluation)
     score/unscorable | responses | left out, as the reward functions gave them no score (None or NaN)
     score/unscorable/<grader> | responses | to which this one of rewards.functions gave no score
-    score/<grader> | score | score of a response by this one of rewards.functions
+    score/<grader> | score | score of a response by this one of rewards.functions, or member of an ensemble
     reward/mean | score | sum of a response's rewards: its score less the KL penalty (ppo)
     reward/accuracy | share | pairs whose chosen side has the higher score; a tie is half
+    reward/accuracy/<member> | share | the same by this member of an ensemble
+    reward/disagreement | score | deviation between an ensemble's members of the difference of the sides, a pair
     reward/margin | score | score of the chosen side less that of the rejected one
     reward/confidence | share | probability of the preference that the model predicts; calibrated: as the accuracy
     reward/brier | - | squared error of the predicted probability

@@ -16,7 +16,7 @@ from jaxrlhf.ops.logprobs import action_values, in_chunks, stored_logits, token_
 from jaxrlhf.ops.masked import at_last
 from jaxrlhf.ops.rows import group_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, shape_logits
-from jaxrlhf.types import Array, Ask, Nets, Params, QStats, Role, Sample, Sequences, TokenStats, Trees
+from jaxrlhf.types import Array, Ask, Grader, Nets, Params, QStats, Role, Sample, Sequences, TokenStats, Trees
 
 
 def segments(sequences: Sequences) -> Array:
@@ -77,9 +77,10 @@ def make_nets(
     sampling: Sampling,
     sample: Sample,
     trunks: Mapping[Role, Trunk] = MappingProxyType({}),
+    graders: Mapping[Role, Grader] = MappingProxyType({}),
 ) -> Nets:
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
-    ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head."""
+    ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head; ``graders``: the ensembles."""
 
     stored = stored_logits(runtime.hardware.platform)
 
@@ -124,7 +125,7 @@ def make_nets(
         return found.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
     answers = {"token_stats": token_stats, "values": values, "scores": scores, "q": q}
-    return Nets(read, sample)
+    return Nets(read, sample, graders)
 
 
 def run_trunk(params: Params, cfg: ModelConfig, sequences: Sequences, runtime: Runtime) -> Pass:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxrlhf import user_code
 from jaxrlhf.errors import cut, nearest, one_line
 from jaxrlhf.rewards import trl
+from jaxrlhf.types import Combine
 
 LARGEST = float(np.finfo(np.float32).max)
 SHAPE = 'expected "package.module:name"'
@@ -41,6 +42,8 @@ class RewardsConfig:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for function
     timeout: float | None = None  # seconds that a call of a function may take; null: any number
     overlap: bool | None = None  # read reference and old values while it runs; null: where there is an accelerator
+    combine: Combine = "mean"  # one score of the list under models.reward; min: worst case; or mean - coef * variance
+    variance_coef: float = 0.5  # mean_minus_variance: score lost for each unit of the members' variance
 
     @property
     def on_host(self) -> bool:

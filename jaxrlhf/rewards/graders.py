@@ -10,7 +10,7 @@ from jaxrlhf.errors import counted, one_line, show
 from jaxrlhf.hosts.call_timeout import Interrupted, interruptible
 from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
 
-RESERVED = ("mean", "std", "unscorable")  # score/... metrics of ours
+RESERVED = ("mean", "std", "unscorable", "disagreement", "length_correlation")  # score/... metrics of ours
 SAMPLES = ("This is a sample response.", "The answer is 42.\n#### 42")
 
 

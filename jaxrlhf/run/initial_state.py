@@ -2,6 +2,7 @@
 
 import jax
 
+from jaxrlhf.config.members import grader_of
 from jaxrlhf.models import parameters
 from jaxrlhf.models.files import hf_weights
 from jaxrlhf.run import saved_run, state
@@ -24,7 +25,8 @@ def read_weights(run: Run, role: Role) -> Params:
     """One role's parameters on the mesh, under the head it needs. Random weights depend on the seed and on where the
     role starts, so that roles that start from the same random weights do."""
     found, head, zero = run.weights[role], run.heads[role], role == "value"
-    number = sorted(run.cfg.models).index(base_role(run.cfg, role))
+    shares = grader_of(role) != role and run.cfg.models[role].share_trunk  # each such head is drawn by itself
+    number = sorted(run.cfg.models).index(role if shares else base_role(run.cfg, role))
     key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)
     if found.kind == "new":
         return jax.jit(lambda: parameters.init(found.config, head, key, dtype))()

@@ -2,11 +2,13 @@
 1 on the responses of models.policy. Its head is affine, so the normalisation is folded into it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.config.members import members_in
 from jaxrlhf.hosts import processes
 from jaxrlhf.run import build, feed
 from jaxrlhf.run.build import Run
@@ -25,20 +27,24 @@ def finish(ready: Run, state: TrainState, say=print) -> TrainState:
     asked = ready.algorithm.finish(ready.cfg.algorithm)
     if asked is None:
         return state
-    role = asked.role
-    scores, prompts = score_policy_samples(ready, state, role, asked.samples)
-    mean, std = float(scores.mean()), float(scores.std(ddof=1))
+    members = members_in(state.params, asked.role)
+    scores, prompts = score_policy_samples(ready, state, members, asked.samples)
     which = f" (for the {prompts} usable prompts of data.prompts)" if prompts < asked.samples else ""
-    say(
-        f"{role} model: scores of {len(scores)} samples of the policy{which} had mean {mean:.3f}, std {std:.3f}; "
-        "now 0 and 1"
-    )
-    head = jax.jit(asked.fold)(state.params[role]["head"], mean, std)
-    return state.replace(params=state.params | {role: state.params[role] | {"head": head}})
+    params = dict(state.params)
+    for role, found in scores.items():
+        mean, std = float(found.mean()), float(found.std(ddof=1))
+        say(
+            f"{role} model: scores of {len(found)} samples of the policy{which} had mean {mean:.3f}, std {std:.3f}; "
+            "now 0 and 1"
+        )
+        params[role] = params[role] | {"head": jax.jit(asked.fold)(params[role]["head"], mean, std)}
+    return state.replace(params=params)
 
 
-def score_policy_samples(ready: Run, state: TrainState, role: Role, size: int) -> tuple[np.ndarray, int]:
-    """(f32[size]: the scores that ``role`` gives to responses of models.policy to data.prompts, the number of prompts).
+def score_policy_samples(
+    ready: Run, state: TrainState, roles: Sequence[Role], size: int
+) -> tuple[dict[Role, np.ndarray], int]:
+    """(f32[size]: the scores that each role gives to responses of models.policy to data.prompts; how many prompts).
     Where there are fewer prompts than ``size``, each gets several responses, as equally as can be."""
     rows, ready = ready.cfg.batch.prompts_per_step, dataclasses.replace(ready, saved_runs=SavedRuns())
     batches = feed.training_prompts(ready, size)
@@ -56,12 +62,13 @@ def score_policy_samples(ready: Run, state: TrainState, role: Role, size: int) -
     @processes.jit
     def score(policy, scorer, prompts, seed, step):
         responses = nets.sample("policy", Trees(policy, {}), prompts, seed, step)
-        (scores,) = nets.read(Trees(scorer, {}), responses, Ask(role, "scores"))
-        return scores
+        return dict(zip(roles, nets.read(Trees(scorer, {}), responses, *(Ask(role, "scores") for role in roles))))
 
-    scores = []
+    scores: dict[Role, list[np.ndarray]] = {role: [] for role in roles}
     for host in batches:
         given = put(ready.mesh, host.batch).prompts
-        answers = score(params, {role: state.params[role]}, given, state.seed, jnp.int32(0))
-        scores.append(fetch_all(answers).reshape(-1, copies)[: host.real])
-    return np.concatenate(scores).T.reshape(-1)[:size], prompts  # of every prompt one, before the next of any
+        answers = fetch_all(score(params, state.params, given, state.seed, jnp.int32(0)))
+        for role in roles:
+            scores[role].append(answers[role].reshape(-1, copies)[: host.real])
+    # of every prompt one, before the next of any
+    return {role: np.concatenate(found).T.reshape(-1)[:size] for role, found in scores.items()}, prompts

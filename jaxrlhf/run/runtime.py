@@ -7,7 +7,7 @@ from jaxrlhf.config.batch import divisors, longest_row
 from jaxrlhf.config.check import SPLIT, split_by
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved
-from jaxrlhf.config.roles import trunks_of
+from jaxrlhf.config.roles import graders_of, trunks_of
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
@@ -41,7 +41,7 @@ def bind_nets(
         return loop.sample(trees.of(role), configs[role], prompts, seed, step, sampler, runtime)
 
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
-    return nets.make_nets(configs, runtime, sampling, sample, trunks)
+    return nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg))
 
 
 def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sharding.Mesh) -> None:

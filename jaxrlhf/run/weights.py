@@ -28,7 +28,8 @@ def find_weights(saved_runs: SavedRuns, cfg: Config, role: Role, vocab_size: int
     path = start.init_from or ""
     if saved_run.is_run(path):
         step, extra = located(functools.partial(read_start, saved_runs), path, f"models.{base}")
-        return of_run(split_step(path)[0], step, extra, saved_run.find_role(extra["models"], base))
+        found = located(functools.partial(saved_run.find_role, extra["models"]), base, f"models.{base}", "init_from: ")
+        return of_run(split_step(path)[0], step, extra, found)
     where = f"models.{base}"
     folder = os.fspath(located(hf_folder.locate, path, where))
     return located(lambda folder: in_folder(folder, wanted), folder, where, "init_from: ")

@@ -11,8 +11,9 @@ import pytest
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import rm
 from jaxrlhf.algorithms.rm import RMConfig
+from jaxrlhf.ops.ensembles import bootstrap_counts
 from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.types import Ask, Batch, Mean, Preferences, Sequences, Trees
+from jaxrlhf.types import Ask, Batch, Combine, Grader, Mean, Preferences, Sequences, Trees
 from tests.support import fake, tiny
 
 # A reward model that reads a sequence's score out of a table, by the sequence's first token.
@@ -215,3 +216,58 @@ def test_the_score_is_read_at_the_last_token(run):
                 other = score(sequences.tokens.at[row, column + offset].set(50))
                 assert (other[row] != base[row]) == moves
                 np.testing.assert_array_equal(np.delete(other, row), np.delete(base, row))
+
+
+# ---- an ensemble ----------------------------------------------------------------------------------------------------
+
+
+def ensemble_loss(cfg: RMConfig, combine: Combine = "mean", tables: Any = None):
+    """Losses and metrics of two members, and the gradient of the sum of totals in each member's scores."""
+    members, rows = ("reward_0", "reward_1"), 6
+    found = [draw(seed) for seed in (0, 1)] if tables is None else tables
+    params = {
+        role: {"table": jnp.concatenate([jnp.array(chosen), jnp.array(rejected)])}
+        for role, (chosen, rejected, _) in zip(members, found)
+    }
+    pairs = Preferences(side(range(rows)), side(range(rows, 2 * rows)))
+    nets = FAKE._replace(graders={"reward": Grader(members, combine, 0.5)})
+    loss = lambda params: rm.loss(nets, Trees(params, {}), rm.RMExperience(pairs=pairs), cfg)
+    total = lambda params: sum(mean.total for mean in loss(params)[0].values())
+    return *loss(params), jax.grad(total)(params), [(chosen, rejected) for chosen, rejected, _ in found]
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=str)
+def test_each_member_of_an_ensemble_learns_as_if_alone(cfg):
+    losses, metrics, gradient, scores = ensemble_loss(cfg)
+    for role, (chosen, rejected) in zip(losses, scores, strict=True):
+        alone, _, slope = loss_of(chosen, rejected, None, cfg)
+        np.testing.assert_allclose(losses[role].value(), alone["reward"].value(), rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(gradient[role]["table"]).reshape(2, -1), slope, rtol=1e-6)
+    expected = np.mean([by_loop(*pair, None, cfg)["loss/reward"] for pair in scores])
+    np.testing.assert_allclose(metrics["loss/reward"].value(), expected, rtol=1e-5)
+
+
+def test_metrics_of_an_ensemble_are_of_the_combined_score():
+    losses, metrics, _, scores = ensemble_loss(RMConfig(), "min")
+    (chosen, rejected) = (np.minimum(scores[0][side], scores[1][side]) for side in (0, 1))
+    expected = by_loop(chosen, rejected, None, RMConfig())
+    for name in ("reward/accuracy", "reward/margin", "reward/brier", "reward/chosen"):
+        np.testing.assert_allclose(metrics[name].value(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    differences = [chosen - rejected for chosen, rejected in scores]
+    np.testing.assert_allclose(metrics["reward/disagreement"].value(), np.std(differences, axis=0).mean(), rtol=1e-5)
+    for role, pair in zip(losses, scores):
+        alone = by_loop(*pair, None, RMConfig())["reward/accuracy"]
+        np.testing.assert_allclose(metrics[f"reward/accuracy/{role}"].value(), alone)
+
+
+def test_a_bootstrapped_member_counts_each_pair_as_often_as_it_drew_it():
+    cfg = RMConfig(bootstrap=True, centering=0.1)
+    losses, _, gradient, scores = ensemble_loss(cfg)
+    pairs = Preferences(side(range(6)), side(range(6, 12)))
+    for number, (role, (chosen, rejected)) in enumerate(zip(losses, scores)):
+        counts = np.asarray(bootstrap_counts(rm.hash_of(pairs), number))
+        each = [by_loop(chosen[[i]], rejected[[i]], None, cfg)["total"] for i in range(6)]
+        assert losses[role].count == counts.sum() and 0 in counts
+        np.testing.assert_allclose(losses[role].total, np.dot(counts, each), rtol=1e-5)
+        slope = np.asarray(gradient[role]["table"]).reshape(2, -1)
+        assert (np.abs(slope).sum(0) > 0).tolist() == (counts > 0).tolist()

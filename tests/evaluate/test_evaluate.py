@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,12 +15,12 @@ from jaxrlhf.cli import app
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.evaluate import held_out
 from jaxrlhf.evaluate import report as reporting
-from jaxrlhf.evaluate.against_reference import PolicyEvaluation, Responses, sample_rows
+from jaxrlhf.evaluate.against_reference import PolicyEvaluation, Responses, correlation, sample_rows
 from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
 from jaxrlhf.run.initial_state import initial_state
-from jaxrlhf.types import Sequences, TrainState
+from jaxrlhf.types import Sequences
 from tests.support import runs
 
 NAMES = ("sft", "rm", "dpo", "grpo", "ppo", "still")
@@ -90,6 +89,7 @@ def test_only_a_policy_with_a_reference_has_a_before(reports):
 def test_before_is_the_reference(reports):
     before, after = reports["ppo"]["before"], reports["ppo"]["after"]
     expected = {"score/mean", "score/std", "kl/reference", "response/length_mean", "response/ended"}
+    expected |= {"score/length_correlation"}
     assert before.keys() == after.keys() == expected | {"judge/mean", "judge/std", "win_rate/reward", "win_rate/judge"}
     assert before["win_rate/reward"] == before["win_rate/judge"] == 0.5  # against itself
     assert abs(before["kl/reference"]) < 1e-5 < 1e-3 < after["kl/reference"]
@@ -236,26 +236,34 @@ def test_pairs_of_the_run(reports, last_evaluation, name):
         assert found["calibration_error"] >= gap - 1e-3
 
 
-def test_accuracy_and_calibration_are_a_loop(monkeypatch):
-    """Scores with ties, in batches of which the last is filled up with rows of other scores."""
+def test_what_pairs_say_of_a_reward_model_is_a_loop():
+    """Scores with ties, of an ensemble of two and of its mean."""
     rng = np.random.default_rng(0)
-    chosen, rejected = rng.normal([[0.8], [0.0]], size=(2, 99)).astype(np.float32)
-    rejected[[3, 20]] = chosen[[3, 20]]
-    batches = []
-    for at in range(0, 99, 8):
-        pair = [np.full(8, 9.0 - 18 * side, np.float32) for side in (0, 1)]
-        rows = min(8, 99 - at)
-        for filled, scores in zip(pair, (chosen, rejected)):
-            filled[:rows] = scores[at : at + rows]
-        batches.append(SimpleNamespace(batch=SimpleNamespace(preferences=pair), real=rows))
-    monkeypatch.setattr(reporting, "put", lambda mesh, batch: batch)
-    monkeypatch.setattr(reporting, "score_pairs", lambda nets, trees, pairs: tuple(pairs))
-    ready: Any = SimpleNamespace(mesh=None, recipe=SimpleNamespace(nets=None))
-    state = TrainState(jnp.int32(0), jnp.int32(0), {"reward": {}}, {}, {}, {})
-    found = reporting.pair_report(ready, state, batches)["reward_model"]
-    assert found["pairs"] == 99
-    np.testing.assert_allclose(found["accuracy"], accuracy(chosen, rejected), atol=5e-5)
-    np.testing.assert_allclose(found["calibration_error"], calibration_error(chosen, rejected), atol=5e-5)
+    first, second = rng.normal([[[0.8], [0.0]]], size=(2, 2, 99)).astype(np.float32)
+    second[1, [3, 20]] = second[0, [3, 20]]
+    first[1, 3] = first[0, 3]
+    lengths = rng.integers(1, 9, (2, 99))
+    whole = (first + second) / 2
+    found = reporting.pair_metrics({"": whole, "reward_0": first, "reward_1": second}, lengths)
+    assert found.pop("pairs") == 99
+    apart = [abs((a[0] - a[1]) - (b[0] - b[1])) / 2 for a, b in zip(first.T, second.T)]
+    expected = {
+        "accuracy": accuracy(*whole),
+        "accuracy/reward_0": accuracy(*first),
+        "accuracy/reward_1": accuracy(*second),
+        "calibration_error": calibration_error(*whole),
+        "brier": np.mean([(1 - 1 / (1 + np.exp(b - a))) ** 2 for a, b in whole.T]),
+        "length_correlation": np.corrcoef(whole.reshape(-1), lengths.reshape(-1))[0, 1],
+        "disagreement": np.mean(apart),
+    }
+    assert found == {name: pytest.approx(value, abs=6e-5) for name, value in expected.items()}
+    alone = reporting.pair_metrics({"": first}, lengths)
+    assert alone.keys() == {"pairs", "accuracy", "calibration_error", "brier", "length_correlation"}
+
+
+def test_equal_scores_or_lengths_have_no_correlation():
+    assert correlation(np.ones(3), np.arange(3.0)) == 0 and correlation(np.arange(3.0), np.ones(3)) == 0
+    assert correlation(np.arange(3.0), -np.arange(3.0)) == pytest.approx(-1)
 
 
 def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:
@@ -284,7 +292,8 @@ def calibration_error(chosen: np.ndarray, rejected: np.ndarray) -> float:
 def test_no_reward_model_no_report():
     state: Any = SimpleNamespace(params={"policy": {}}, slow={})
     batches: Any = [object()]
-    assert reporting.pair_report(SimpleNamespace(), state, batches) == {}  # type: ignore[arg-type]
+    ready: Any = SimpleNamespace(recipe=SimpleNamespace(nets=SimpleNamespace(graders={})))
+    assert reporting.pair_report(ready, state, batches) == {}
 
 
 # ---- the outside judge ----------------------------------------------------------------------------------------------
@@ -308,15 +317,17 @@ def test_metrics_are_worked_out_by_hand():
     """Wins are counted prompt by prompt, a tie as half a one; padding rows never come this far."""
     row = lambda *numbers: np.array(numbers, np.float32)
     flags = np.array([True, True, False])
+    ready = SimpleNamespace(graders=None)
     before = Responses([{}] * 3, row(5, 5, 5), flags, row(0, 0, 0), row(1, 2, 3), row(0.5, 0.5, 0.5))
     after = Responses([{}] * 3, row(2, 4, 6), flags, row(1, 2, 6), row(2, 2, 2), row(0.9, 0.6, 0.1))
-    found = PolicyEvaluation.metrics(SimpleNamespace(before=before), after)  # type: ignore[arg-type]
+    found = PolicyEvaluation.metrics(SimpleNamespace(before=before, ready=ready), after)  # type: ignore[arg-type]
     expected = {
         "response/length_mean": 4,
         "response/ended": 2 / 3,
         "kl/reference": 3,
         "score/mean": 2,
         "score/std": 0,
+        "score/length_correlation": 0,
         "judge/mean": 1.6 / 3,
         "judge/std": np.std([0.9, 0.6, 0.1], ddof=1),
         "win_rate/reward": (1 + 0.5 + 0) / 3,
@@ -324,8 +335,13 @@ def test_metrics_are_worked_out_by_hand():
     }
     assert found == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
     bare = after._replace(kl=None, scores=None, marks=None)
-    alone = PolicyEvaluation.metrics(SimpleNamespace(before=None), bare)  # type: ignore[arg-type]
+    alone = PolicyEvaluation.metrics(SimpleNamespace(before=None, ready=ready), bare)  # type: ignore[arg-type]
     assert alone.keys() == {"response/length_mean", "response/ended"}
+    members = {"reward_0": row(1, 4, 8), "reward_1": row(3, 4, 4)}
+    several = PolicyEvaluation.metrics(SimpleNamespace(before=None, ready=ready), after._replace(grades=members))  # type: ignore[arg-type]
+    assert several["score/reward_0"] == pytest.approx(13 / 3) and several["score/reward_1"] == pytest.approx(11 / 3)
+    assert several["score/disagreement"] == pytest.approx((1 + 0 + 2) / 3)
+    assert "score/unscorable" not in several
 
 
 def test_the_judge_reads_prompt_and_response(labels):

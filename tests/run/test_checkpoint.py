@@ -408,10 +408,19 @@ def test_shapes_of_models_go_through_json(cfg):
         ("reward", ["policy"], "policy"),
         ("value", ["policy", "reward"], "policy"),
         ("policy", ["reward"], "reward"),
+        ("reward_1", ["policy", "reward"], "reward"),
+        ("reward_1", ["reward_0", "reward_1"], "reward_1"),
     ],
 )
 def test_which_role_another_starts_from(role, held, found):
     assert saved_run.find_role(dict.fromkeys(held), role) == found
+
+
+def test_one_model_does_not_start_from_several():
+    with pytest.raises(
+        ValueError, match="reward: an ensemble there; expected one of reward_0, reward_1, or a list of 2"
+    ):
+        saved_run.find_role(dict.fromkeys(["reward_0", "reward_1"]), "reward")
 
 
 def test_no_role_to_start_from():

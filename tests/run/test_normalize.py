@@ -52,9 +52,10 @@ def trained(root) -> tuple[build.Run, TrainState]:
 def scores(trained: tuple[build.Run, TrainState], seed: int, size: int = SIZE) -> np.ndarray:
     ready, state = trained
     with jax.set_mesh(ready.mesh):
-        return normalize.score_policy_samples(ready, dataclasses.replace(state, seed=jnp.int32(seed)), "reward", size)[
-            0
-        ]
+        found, _ = normalize.score_policy_samples(
+            ready, dataclasses.replace(state, seed=jnp.int32(seed)), ["reward"], size
+        )
+        return found["reward"]
 
 
 def test_the_samples_that_it_was_normalised_on_have_mean_0_and_std_1(trained):
@@ -86,7 +87,8 @@ def test_more_samples_than_prompts(trained, monkeypatch):
         feed, "training_prompts", lambda ready, size, rows=16: asked.append(rows) or few(ready, 5, rows)
     )
     with jax.set_mesh(ready.mesh):
-        found, prompts = normalize.score_policy_samples(ready, state, "reward", 13)
+        scored, prompts = normalize.score_policy_samples(ready, state, ["reward"], 13)
+    found = scored["reward"]
     assert found.shape == (13,) and prompts == 5 and len(np.unique(found)) > 10
     assert asked == [16, 16 // 3]  # so many prompts at a time that their responses are no more than a batch
 

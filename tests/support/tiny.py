@@ -21,7 +21,7 @@ from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Batch, HeadSpec, Params, Preferences, Prompts, Sequences, TrainState, Unpaired
+from jaxrlhf.types import Batch, Grader, HeadSpec, Params, Preferences, Prompts, Sequences, TrainState, Unpaired
 
 MODEL = resolve(ModelConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32))
 ADAM = OptimizerConfig(learning_rate=1e-3)
@@ -132,17 +132,23 @@ def build(
     temperature: float = 1.0,
     pack_widths: int = 1,
     trunk_gradient: float | None = None,
+    members: int = 0,
 ) -> Tiny:
     """The algorithm called ``name`` (of the table, or module:NAME) on models of this shape, on the current mesh.
-    Policy and reference start equal.
-    With ``trunk_gradient`` the value model is a head on the policy."""
+    Policy and reference start equal. With ``trunk_gradient`` the value model is a head on the policy; with ``members``
+    the reward model is an ensemble."""
     algorithm = find(name)
-    trained, slow = algorithm.roles(cfg)
+    several = tuple(f"reward_{number}" for number in range(members))
+    expand = lambda heads: {
+        one: head for role, head in heads.items() for one in (several if several and role == "reward" else (role,))
+    }
+    trained, slow = map(expand, algorithm.roles(cfg))
     trunks = {} if trunk_gradient is None else {"value": Trunk("policy", trunk_gradient)}
     for role, spec in {**trained, **slow}.items():
         if isinstance(spec, HeadSpec) and spec.trunk is not None:
             trunks[role] = Trunk(spec.trunk, spec.gradient)
     seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2, "q1": 3, "q2": 4, "target_q1": 3, "target_q2": 4}
+    seeds |= {role: 5 + number for number, role in enumerate(several)}
     head_in = lambda heads, role: head_of(heads[role], role in trunks)
     make = lambda heads: {role: parameters(model, head_in(heads, role), seeds[role]) for role in heads}
     optimizers = {role: make_optimizer(optimizer, 1000) for role in trained}
@@ -153,6 +159,7 @@ def build(
         sampling,
         sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts),
         trunks,
+        {"reward": Grader(several)} if several else {},
     )
     spikes = {} if optimizer.spike_sigmas is None else dict.fromkeys(trained, optimizer.spike_sigmas)
     more = {"spike_sigmas": spikes, "together": samples_per_prompt}

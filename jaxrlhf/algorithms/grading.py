@@ -1,0 +1,38 @@
+"""What graders that networks answer say of rows: one model, or the members of an ensemble combined."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from jaxrlhf.ops.ensembles import combine_scores, disagreement
+from jaxrlhf.ops.masked import sums
+from jaxrlhf.types import Array, Ask, Mean, Nets, Role, Sequences, Trees
+
+
+def members_of(nets: Nets, grader: Role = "reward") -> tuple[Role, ...]:
+    """The roles that answer for ``grader``: its members, or itself alone."""
+    return nets.graders[grader].members if grader in nets.graders else (grader,)
+
+
+def read_scores(nets: Nets, trees: Trees, rows: Sequences, grader: Role = "reward") -> tuple[Array, dict[Role, Array]]:
+    """(f32[B]: the score of each row; the scores of each member, where they are several)."""
+    members = members_of(nets, grader)
+    each = nets.read(trees, rows, *(Ask(role, "scores") for role in members))
+    return combined(nets, dict(zip(members, each)), grader), dict(zip(members, each)) if len(each) > 1 else {}
+
+
+def combined(nets: Nets, scores: dict[Role, Array], grader: Role = "reward") -> Array:
+    """f32[B] of the members' scores, as the grader combines them."""
+    if grader not in nets.graders:
+        return scores[grader]
+    spec = nets.graders[grader]
+    return combine_scores(jnp.stack([*scores.values()]), spec.combine, spec.variance_coef)
+
+
+def member_metrics(scores: Mapping[Role, Array], mask: Array) -> dict[str, Mean]:
+    """score/disagreement, the deviation between members, and the mean score/<member>; nothing of a single model.
+    ``mask``: bool[B], the rows that count."""
+    if not scores:
+        return {}
+    apart = sums(disagreement(jnp.stack([*scores.values()])), mask)
+    return {"score/disagreement": apart} | {f"score/{role}": sums(each, mask) for role, each in scores.items()}
