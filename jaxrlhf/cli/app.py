@@ -20,6 +20,7 @@ from jaxrlhf.cli.evaluate import evaluate
 from jaxrlhf.cli.exits import abandon, by_the_system, raised_here
 from jaxrlhf.cli.export import export
 from jaxrlhf.cli.generate import generate
+from jaxrlhf.cli.merge import merge
 from jaxrlhf.cli.plan import plan
 from jaxrlhf.cli.preflight import preflight
 from jaxrlhf.cli.rewind import rewind
@@ -50,7 +51,7 @@ def options(
     """Train language models from rewards and preferences, in JAX."""
 
 
-for each in (train, preflight, plan, generate, evaluate, export, rewind, discover.init, discover.metrics):
+for each in (train, preflight, plan, generate, evaluate, export, merge, rewind, discover.init, discover.metrics):
     app.command()(each)  # help lists them in this order
 
 

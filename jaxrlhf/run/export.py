@@ -16,7 +16,7 @@ from jaxrlhf.run.export_pad_token import with_own_pad
 from jaxrlhf.run.saved_run import describe_step, model_of, read_extra, restore_model
 from jaxrlhf.run.verified_steps import reading
 from jaxrlhf.sharding import MeshConfig, make_mesh
-from jaxrlhf.types import Role
+from jaxrlhf.types import Params, Role
 
 
 def token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None) -> hf_config.TokenIds:
@@ -37,21 +37,35 @@ def export(name, role: Role, to) -> tuple[str, list[str]]:
 def export_role(name, role: Role, to) -> tuple[str, list[str]]:
     """``export``, while the run's steps stay where they are."""
     (step, extra), (run_dir, _) = read_extra(name), split_step(name)
-    if role not in extra["models"]:
-        raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(extra['models']))}")
-    cfg, head = model_of(extra["models"][role])
-    if head == "action":
+    dtype = dtype_of(extra, run_dir, role)
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        params = restore_model(run_dir, step, extra["models"], role, jnp.dtype(dtype), mesh)
+        notes = write_folder(params, run_dir, extra, role, to)
+    return describe_step(run_dir, step), notes
+
+
+def dtype_of(extra: Mapping[str, Any], run_dir: str, role: Role) -> str:
+    """The number format of a role's stored weights; ``extra``: the JSON of the run's checkpoint. Raises ValueError for
+    a role that the run does not have, or that no folder can hold."""
+    models = extra["models"]
+    if role not in models:
+        raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(models))}")
+    if models[role]["head"] == "action":
         raise ValueError(f"--role {role}: action values, which no Hugging Face class holds; expected policy")
-    dtype = extra["models"][role].get("dtype") or extra["dtype"]  # an older run has one for all roles
+    return models[role].get("dtype") or extra["dtype"]  # an older run has one for all roles
+
+
+def write_folder(params: Params, run_dir: str, extra: Mapping[str, Any], role: Role, to) -> list[str]:
+    """``params``, shaped as a run's ``role``, as a folder with the run's tokenizer. Returns what differs from them, or
+    in transformers."""
+    (cfg, head), dtype, notes = model_of(extra["models"][role]), dtype_of(extra, run_dir, role), []
     folder = epath.Path(run_dir) / "tokenizer"
     tokenizer = tokenizers.load_tokenizer(os.fspath(folder))
     ids = hf_config.embedded(token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")}), cfg.vocab_size)
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as scratch:
-        params, notes = restore_model(run_dir, step, extra["models"], role, jnp.dtype(dtype), mesh), []
+    with tempfile.TemporaryDirectory() as scratch:
         if head == "scalar":
             tokenizer, params, cfg, ids, notes = with_own_pad(tokenizer, params, cfg, ids)
             tokenizers.save_tokenizer(tokenizer, scratch)
             folder = epath.Path(scratch)
-        notes += hf_weights.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)
-    return describe_step(run_dir, step), notes
+        return notes + hf_weights.save(params, cfg, head, to, dtype, ids=ids, tokenizer_folder=folder)
