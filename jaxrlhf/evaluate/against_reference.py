@@ -53,7 +53,8 @@ class PolicyEvaluation:
     def __init__(self, ready: Run, judge: bool = True):
         cfg = ready.cfg
         self.graders: tuple[Role, ...] = members_of(ready.recipe.nets)  # the reward model, or its members
-        heads: dict[Role, Head] = {"reference": "lm", **{role: "scalar" for role in self.graders}}
+        scalar: dict[Role, Head] = dict.fromkeys(self.graders, "scalar")
+        heads: dict[Role, Head] = {"reference": "lm", **scalar}
         more = [role for role in heads if role in cfg.models and role not in ready.heads]
         self.more: dict[Role, Head] = {role: heads[role] for role in more}
         self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=1))
