@@ -168,6 +168,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    beta: float = 0.0,
     stop: Sequence[str] = (),
     seed: int = 0,
     chat: bool = False,
@@ -177,12 +178,18 @@ def sample(
     Args:
         model: a run (RUN, RUN@best or RUN@STEP), a Hugging Face folder, gguf:FILE or a hub name.
         prompts: texts, or lists of messages.
+        beta: of a run with Q heads: responses are sampled from policy * exp(beta * Q).
         chat: texts are a user's messages, and put into the model's chat template.
 
     The same arguments give the same responses. Raises ValueError where ``model`` is not a language model."""
     checked_texts(prompts, "sample", "prompts")
     cfg = GenerateConfig(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop)
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        beta=beta,
+        stop=tuple(stop),
     )
     check_ranges(cfg, "sample")
     compiler_flags.prepare()

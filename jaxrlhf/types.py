@@ -80,6 +80,17 @@ class Unpaired(struct.PyTreeNode):
     mismatched: Sequences | None = None  # each prompt with the response of another row of the batch
 
 
+class Trajectories(struct.PyTreeNode):
+    """Responses whose tokens each earned a reward.
+
+    A trajectory that a limit cut has one token behind it that is no response token: the state before that token is the
+    last one, whose value stands for what would have followed. Nothing follows one that ended."""
+
+    responses: Sequences
+    rewards: Array  # f32[B, S]; 0 outside the response mask
+    truncated: Array  # bool[B]: cut by a limit, not ended
+
+
 class Batch(struct.PyTreeNode):
     """What one iteration is given; an algorithm names in ``Algorithm.batch`` the fields that it reads."""
 
@@ -87,6 +98,7 @@ class Batch(struct.PyTreeNode):
     sequences: Sequences | None = None
     preferences: Preferences | None = None
     unpaired: Unpaired | None = None
+    trajectories: Trajectories | None = None
 
 
 class Rows(struct.PyTreeNode):

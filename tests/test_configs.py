@@ -75,5 +75,7 @@ def test_its_abstract_state_builds(path, offline):
     for role, tree in {**state.params, **state.slow}.items():
         shape = drawn.configs[role]
         rows = (padded_vocab(shape), shape.hidden_size)
+        if set(tree) == {"head"}:  # on the trunk of another role
+            continue
         assert tree["embed"]["tokens"]["embedding"].shape == rows, role
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))

@@ -24,6 +24,7 @@ DOCUMENTS = [
     "configs/README.md",
     "configs/quickstart/README.md",
     "configs/smollm2/README.md",
+    "jaxrlhf/algorithms/README.md",
     "jaxrlhf/benchmarks/README.md",
     "jaxrlhf/data/README.md",
     "jaxrlhf/models/README.md",

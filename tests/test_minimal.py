@@ -38,7 +38,8 @@ from jaxrlhf.sharding import MeshConfig, batch_shards, current, is_pmap, make_me
 from jaxrlhf.types import Batch
 from tests.support import runs, tiny
 
-METHODS = ["sft", "rm", "dpo", "kto", "ppo", "grpo"]
+OFF_TRAJECTORIES = ["ilql", "fqi", "mc_returns", "bc"]
+METHODS = ["sft", "rm", "dpo", "kto", "ppo", "grpo", *OFF_TRAJECTORIES]
 
 # ---- required keys only ---------------------------------------------------------------------------------------------
 
@@ -52,6 +53,7 @@ REQUIRED = {
     "data: {{prompts: {{path: {text}/prompts.jsonl}}}}",
 }
 REQUIRED["grpo"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
+REQUIRED |= {name: REQUIRED["kto"].replace("unpaired", "trajectories") for name in OFF_TRAJECTORIES}
 SHORT = ["data.prompt_buckets=[16]", "generate.max_new_tokens=8"]  # of three programs that are compiled, one
 
 
@@ -165,6 +167,7 @@ ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more f
     "rm": ("rm", RMConfig(), 1, {}),
     "dpo": ("dpo", DPOConfig(), 1, {}),
     "kto": ("kto", KTOConfig(), 1, {}),
+    **{name: (name, ALGORITHMS[name].config(), 1, {}) for name in OFF_TRAJECTORIES},
     "ppo": ("ppo", PPOConfig(reward_update=True, whiten_rewards=True), 1, {}),
     "ppo, shared trunk": ("ppo", PPOConfig(num_epochs=2), 1, {"trunk_gradient": 0.5}),
     "grpo, one prompt": ("grpo", GRPOConfig(), 2, {}),
@@ -183,6 +186,7 @@ def only_row(name: str) -> Batch:
         "preferences": cut(tiny.preferences(rows=2)),
         "unpaired": cut(tiny.unpaired(rows=2)),
         "sequences": cut(tiny.sequences(rows=2)),
+        "trajectories": cut(tiny.trajectories(rows=2)),
     }
     return Batch(**{field: every[field] for field in ALGORITHMS[algorithm].batch(cfg)})
 

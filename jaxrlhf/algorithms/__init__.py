@@ -2,7 +2,7 @@
 
 from jaxrlhf import user_code
 from jaxrlhf.algorithm import Algorithm
-from jaxrlhf.algorithms import dpo, grpo, kto, ppo, rm, sft
+from jaxrlhf.algorithms import bc, dpo, fqi, grpo, ilql, kto, mc_returns, ppo, rm, sft
 from jaxrlhf.algorithms.validated import checked
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -12,6 +12,10 @@ ALGORITHMS: dict[str, Algorithm] = {
     "grpo": grpo.ALGORITHM,
     "dpo": dpo.ALGORITHM,
     "kto": kto.ALGORITHM,
+    "ilql": ilql.ALGORITHM,
+    "fqi": fqi.ALGORITHM,
+    "mc_returns": mc_returns.ALGORITHM,
+    "bc": bc.ALGORITHM,
 }
 
 

@@ -29,6 +29,7 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "ppo": ({"num_epochs": 4}, 64, 1, "model"),
     "dpo": ({}, 32, 1, ""),
     "kto": ({}, 32, 1, ""),
+    **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc"), ({}, 32, 1, "")),
     "rm": ({}, 32, 1, ""),
     "sft": ({}, 32, 1, ""),
 }

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxrlhf.data.document_packing import pack
 from jaxrlhf.generate.stop_texts import Automaton
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
+from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Trajectories, Unpaired
 
 Lengths = Literal["dense", "ragged"]
 SIGMA, MEAN = (
@@ -59,6 +59,12 @@ def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, seed:
         sizes = np.split(response_lengths(2 * rows, columns - prompt, lengths, seed), 2)
         own, others = (whole_rows(prompts, columns, vocab, mine, rng) for mine in sizes)
         batch = batch.replace(unpaired=Unpaired(own, np.arange(rows) % 2 == 0, others))  # type: ignore[arg-type]
+    if shapes.trajectories is not None:
+        rows, columns = shapes.trajectories.rewards.shape
+        sizes = response_lengths(rows, columns - prompt, lengths, seed)
+        own = whole_rows(rng.integers(FIRST, vocab, (rows, prompt)), columns, vocab, sizes, rng)
+        rewards = (rng.normal(size=(rows, columns)) * own.response_mask).astype(np.float32)
+        batch = batch.replace(trajectories=Trajectories(own, rewards, np.zeros(rows, bool)))  # type: ignore[arg-type]
     if shapes.sequences is not None:
         rows, columns = shapes.sequences.tokens.shape
         packed = shapes.sequences.segment_ids is not None

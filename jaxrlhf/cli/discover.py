@@ -75,7 +75,7 @@ def init(
     method: Annotated[
         str,
         typer.Argument(
-            metavar="[METHOD]", help="sft, rm, dpo, kto, ppo or grpo.", autocompletion=lambda: [*starters()]
+            metavar="[METHOD]", help="A method: sft, dpo, ppo, ilql, ...", autocompletion=lambda: [*starters()]
         ),
     ] = "",
 ) -> None:

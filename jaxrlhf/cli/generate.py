@@ -18,6 +18,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: greedy.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the smallest set with this total probability.")] = 1.0,
+    beta: Annotated[float, typer.Option(help="Of a run with Q heads: sample from policy * exp(beta * Q).")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a response; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same responses.")] = 0,
@@ -33,7 +34,7 @@ def generate(
     """Sample responses to prompts, or hold a conversation (--chat)."""
     chat, prompts, files = chat or system is not None, prompt or [], file or []
     check_request(prompts, files, chat and not as_json, samples, seed)
-    cfg = sampling(max_tokens, temperature, top_k, top_p, stop or [])
+    cfg = sampling(max_tokens, temperature, top_k, top_p, stop or [], beta)
     model = name_step(model, step)
     set_flags()
     be_strict(strict)
@@ -61,7 +62,7 @@ def check_request(prompts: list[str], files: list[str], converses: bool, samples
             )
 
 
-def sampling(max_tokens: int, temperature: float, top_k: int, top_p: float, stop: list[str]) -> Any:
+def sampling(max_tokens: int, temperature: float, top_k: int, top_p: float, stop: list[str], beta: float) -> Any:
     """The GenerateConfig of the options. Raises ConfigError for a value out of its range."""
     from jaxrlhf.config.ranges import check_ranges
     from jaxrlhf.errors import ConfigError
@@ -69,6 +70,8 @@ def sampling(max_tokens: int, temperature: float, top_k: int, top_p: float, stop
 
     if "" in stop:
         raise ConfigError("--stop: an empty text ends every response; expected one of a letter or more")
-    cfg = GenerateConfig(max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tuple(stop))
+    cfg = GenerateConfig(
+        max_new_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, beta=beta, stop=tuple(stop)
+    )
     check_ranges(cfg, "command line")
     return cfg

@@ -174,6 +174,9 @@ def generate_problems(resolved: Resolved) -> Iterator[str]:
             f"generate.temperature: {show(generate.temperature)}: greedy, and {name} learns from the probabilities of "
             f"what it samples; expected more than 0; nearest: {show(default)}"
         )
+    if generate.beta > 0 and (algorithm.online or not resolved.roles.guides):
+        why = "learns from what its policy samples alone" if algorithm.online else "has no action values to guide it"
+        yield f"generate.beta: {show(generate.beta)}: {name} {why}; expected 0"
     if samples < (least := algorithm.min_samples_per_prompt):
         yield (
             f"batch.samples_per_prompt: {samples}: {name} compares the responses to a prompt with each other; "

@@ -11,8 +11,8 @@ from jaxrlhf.errors import ConfigError, dotted, show
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings temperature top_k size
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
-        desirable_weight undesirable_weight variance_coef
-        EvalConfig.every process_id
+        desirable_weight undesirable_weight cql_coef variance_coef
+        EvalConfig.every GenerateConfig.beta process_id
         vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """timeout max_run_duration
@@ -21,8 +21,8 @@ RANGES = {
         logit_softcap beta_fast beta_slow attention_factor short_factor long_factor""",
     "(1, inf)": "dual_clip",
     "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt
-        sequences_per_step preferences_per_step unpaired_per_step micro_batch_size pack_widths max_new_tokens
-        prompt_buckets num_epochs num_minibatches kl_horizon
+        sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size
+        pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon target_period
         hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
         init_timeout slices""",
     "[2, inf)": "max_length",
@@ -30,7 +30,8 @@ RANGES = {
     "[120, inf)": "grace_seconds",
     "[259, 1048576]": "train_vocab_size",
     "[0, 1]": "final_fraction gamma gae_lambda",
-    "(0, 1]": "top_p rotary_fraction",
+    "(0, 1]": "top_p rotary_fraction keep_top polyak",
+    "(0, 1)": "expectile",
     "[0, 1)": "b1 b2",
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
     "(-inf, inf)": "weight",

@@ -52,6 +52,7 @@ class BatchConfig:
     sequences_per_step: int = 64  # rows of demonstrations (sft)
     preferences_per_step: int = 32  # pairs
     unpaired_per_step: int = 32  # responses with a label
+    trajectories_per_step: int = 32  # rows of trajectories
     micro_batch_size: int | None = None  # rows whose activations are held at once; null: all, fewer on CPUs
     pack_widths: int = 1  # widths, each compiled, that a micro-batch's responses may be packed into; 1: no packing
 

@@ -38,6 +38,12 @@ class Roles(NamedTuple):
         """All of them, trained roles first."""
         return {**self.trained, **self.slow}
 
+    @property
+    def guides(self) -> tuple[Role, ...]:
+        """The trained heads of action values on the policy's trunk, which may guide what is sampled from it."""
+        on_policy = lambda role: role in self.declared and self.declared[role].trunk == "policy"
+        return tuple(role for role, head in self.trained.items() if head == "action" and on_policy(role))
+
 
 def roles_of(cfg: Config, algorithm: Algorithm) -> Roles:
     """The roles that the run needs. A reward function takes the place of the reward model; an ensemble's members that

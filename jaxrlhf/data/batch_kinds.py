@@ -13,8 +13,9 @@ from jaxrlhf.data.batches import Layout
 from jaxrlhf.data.encode import Encoded, encode_demonstration, encode_pair, encode_prompt
 from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import DataConfig
+from jaxrlhf.data.trajectories import earned, encode_trajectory
 from jaxrlhf.data.truncate import Sides
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Unpaired
+from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Trajectories, Unpaired
 
 # ---- records to tokens ----------------------------------------------------------------------------------------------
 
@@ -37,6 +38,10 @@ def encode_unpaired(record: Mapping[str, Any], tokenizer: Any, cfg: DataConfig, 
     return (encode_demonstration(record, tokenizer, "response", eos, cfg.append_eos),)
 
 
+def encode_trajectories(record: Mapping[str, Any], tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> Sides:
+    return (encode_trajectory(record, tokenizer, cfg.loss_on, eos, cfg.append_eos),)
+
+
 # ---- tokens to rows: each a batches.Maker ---------------------------------------------------------------------------
 
 
@@ -53,7 +58,8 @@ def make_packed(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Ba
         documents = [layout.examples.sides(record)[0] for record in layout.records([unit])]
         lengths = [len(document.tokens) for document in documents]
         segments[row, : sum(lengths)] = np.repeat(np.arange(1, len(documents) + 1), lengths)
-        rows.append(Encoded(*(np.concatenate(parts) for parts in zip(*documents))))
+        tokens, masks, _ = zip(*documents)
+        rows.append(Encoded(np.concatenate(tokens), np.concatenate(masks)))
     return Batch(sequences=_right_padded(rows, layout).replace(segment_ids=segments)), None
 
 
@@ -89,8 +95,20 @@ def make_unpaired(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[
 def _with_response(one: Encoded, other: Encoded, max_length: int) -> Encoded:
     """The prompt of ``one`` with the response of ``other``, which loses its end where both are too long."""
     end, start = int(one.response_mask.argmax()), int(other.response_mask.argmax())
-    joined = (np.concatenate([mine[:end], theirs[start:]])[:max_length] for mine, theirs in zip(one, other))
+    joined = (np.concatenate([mine[:end], theirs[start:]])[:max_length] for mine, theirs in zip(one[:2], other[:2]))
     return Encoded(*joined)
+
+
+def make_trajectories(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
+    """``trajectories``: responses and rewards [rows here, max_length], and which of them a limit cut."""
+    records = layout.records(mine)
+    own = [layout.examples.sides(record)[0] for record in records]
+    rewards = np.zeros((layout.local, layout.examples.max_length), np.float32)
+    truncated = np.zeros(layout.local, bool)
+    for row, (record, side) in enumerate(zip(records, own, strict=True)):
+        rewards[row, : len(side.tokens)] = side.rewards
+        truncated[row] = bool(record.get("truncated"))
+    return Batch(trajectories=Trajectories(_right_padded(own, layout), *_arrays(rewards, truncated))), None
 
 
 def make_prompts(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, list[dict[str, Any]]]:
@@ -114,7 +132,7 @@ def _right_padded(encoded: Sequence[Encoded], layout: Layout) -> Any:
     shape = (layout.local, layout.examples.max_length)
     tokens = np.full(shape, layout.pad, np.int32)
     valid, response_mask = np.zeros(shape, bool), np.zeros(shape, bool)
-    for row, (ids, mask) in enumerate(encoded):
+    for row, (ids, mask, _) in enumerate(encoded):
         tokens[row, : len(ids)] = ids
         valid[row, : len(ids)] = True
         response_mask[row, : len(ids)] = mask
@@ -152,6 +170,11 @@ def unpaired_shapes(array: Shaped, rows: int, cfg: DataConfig, margins: bool) ->
     return Unpaired(whole, array(bool, rows), whole)
 
 
+def trajectory_shapes(array: Shaped, rows: int, cfg: DataConfig, margins: bool) -> Any:
+    responses = sequence_shapes(array, rows, cfg, margins)
+    return Trajectories(responses, array(np.float32, rows, cfg.max_length), array(bool, rows))
+
+
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 PROMPTS = DataKind("prompts", "prompts", "prompts_per_step", encode_prompts, make_prompts, is_prompt=True)
@@ -182,8 +205,19 @@ UNPAIRED = DataKind(
     shapes=unpaired_shapes,
     least_rows=2,
 )
+TRAJECTORIES = DataKind(
+    name="trajectories",
+    field="trajectories",
+    rows_key="trajectories_per_step",
+    encode=encode_trajectories,
+    make=make_trajectories,
+    shapes=trajectory_shapes,
+    rank=earned,
+)
 # by their fields of Batch, which is how an algorithm names what it reads
-DATA_KINDS: dict[str, DataKind] = {kind.field: kind for kind in (PROMPTS, DEMONSTRATIONS, PREFERENCES, UNPAIRED)}
+DATA_KINDS: dict[str, DataKind] = {
+    kind.field: kind for kind in (PROMPTS, DEMONSTRATIONS, PREFERENCES, UNPAIRED, TRAJECTORIES)
+}
 
 
 def kind_of_section(section: str) -> DataKind:

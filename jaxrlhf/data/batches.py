@@ -8,6 +8,7 @@ number of batches taken, a run resumes on any number of processes, and no data i
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def stream(
         where: the prefix of error messages; by default the kind's section.
     """
     where = where or f"data.{kind.name}"
-    layout = _layout(kind, source, tokenizer, cfg, rows, share, eos, where)
+    layout = _layout(kind, source, tokenizer, cfg, rows, share, eos, where).best()
     return Stream(layout.packed(seed) if layout.packs else layout, seed, where)
 
 
@@ -137,7 +138,7 @@ def count_rows(
     where: str,
 ) -> int:
     """Rows of an epoch of the stream that these make: records that are kept, or what they are packed into."""
-    layout = _layout(kind, source, tokenizer, cfg, 1, WHOLE, eos, where)
+    layout = _layout(kind, source, tokenizer, cfg, 1, WHOLE, eos, where).best()
     return len((layout.packed(seed) if layout.packs else layout).units)
 
 
@@ -197,6 +198,19 @@ class Layout:
             records = np.random.default_rng(int(_hash("pack", seed)[:8], 16)).permutation(records)
         rows = pack(self.examples.lengths[records], self.examples.max_length)
         return dataclasses.replace(self, units=[records[row] for row in rows], make=self.kind.make_packed)
+
+    def best(self) -> "Layout":
+        """The share data.keep_top of the records, those with the highest returns, in the order of the source; of equal
+        ones the first."""
+        rank, share = self.kind.rank, self.cfg.keep_top
+        if rank is None or share == 1:
+            return self
+        returns = np.array([rank(record) for record in self.records(range(len(self.units)))])
+        kept = np.sort(np.argsort(-returns, kind="stable")[: math.ceil(share * len(returns))])
+        summary = self.examples.summary
+        counts = {**summary.counts, "kept": len(kept), "outranked": len(returns) - len(kept)}
+        examples = dataclasses.replace(self.examples, summary=summary._replace(counts=counts))
+        return dataclasses.replace(self, examples=examples, units=[self.units[unit] for unit in kept])
 
     def summary(self) -> Summary:
         """What became of the source's rows; of packed ones also into how many rows they went."""

@@ -24,6 +24,7 @@ CLOSED = re.compile(r"(</\w+>|\[/\w+\])\s*$")
 class Encoded(NamedTuple):
     tokens: np.ndarray  # i32[S]
     response_mask: np.ndarray  # bool[S]: the tokens to learn, EOS among them, never the first
+    rewards: np.ndarray | None = None  # f32[S] of a trajectory: what each token earned
 
 
 def as_turns(record: Record) -> Record:
@@ -161,6 +162,26 @@ def _encode_texts(prompt: str, response: str, tokenizer: Any, eos: Sequence[int]
     first, second = _encode_pieces([(prompt, False), (response, True)], tokenizer)
     before, after = _begin(first, second, tokenizer)
     return _finish([(before, False), (_to_its_end(after, tokenizer, eos), True)], eos, append_eos)
+
+
+def encode_parts(
+    record: Record, pieces: Sequence[Piece], tokenizer: Any, eos: Sequence[int], append_eos: bool
+) -> tuple[Encoded, list[int]]:
+    """(tokens and mask of the record's prompt, where it has one, and of pieces behind it; how many tokens there are up
+    to the end of each piece)."""
+    prompt, messages = record.get("prompt") or "", _messages(record)
+    if messages is not None:
+        prompt = render(_without_ends(messages, tokenizer), tokenizer, True, record.get("tools"))
+    first, *rest = _encode_pieces([(prompt, False), *pieces], tokenizer)
+    first, rest[0] = _begin(first, rest[0], tokenizer)
+    if pieces[-1][1]:
+        rest[-1] = _to_its_end(rest[-1], tokenizer, eos)
+    if not all(ids for ids, (_, learnt) in zip(rest, pieces, strict=True) if learnt):
+        raise BadRecord("a step has no token of its own")
+    if append_eos and pieces[-1][1] and rest[-1][-1] not in eos:
+        rest[-1] = [*rest[-1], eos[0]]
+    parts = [(first, False), *((ids, learnt) for ids, (_, learnt) in zip(rest, pieces, strict=True))]
+    return _finish(parts, eos, append_eos=False), np.cumsum([len(ids) for ids, _ in parts])[1:].tolist()
 
 
 def _to_its_end(ids: list[int], tokenizer: Any, eos: Sequence[int]) -> list[int]:

@@ -15,7 +15,16 @@ CONVERSATIONS = ("prompt", "response", "chosen", "rejected", "messages")  # word
 PARTS = {"instruction": "input"}  # Alpaca: the second part of the prompt that the first column begins
 USED_BY_TEMPLATES = ("tools",)  # beside messages
 WEIGHTS = ("weight", "train", "training")  # of messages: how much they count, in OpenAI's files and axolotl's
-EMPTY_IS_NULL = ("messages", "conversations", "conversation", "tools", "margin", "label", "input")  # of CSV's cells
+EMPTY_IS_NULL = (
+    "messages",
+    "conversations",
+    "conversation",
+    "tools",
+    "margin",
+    "label",
+    "input",
+    "truncated",
+)  # of CSV's cells
 
 
 class Recognised(NamedTuple):
@@ -50,11 +59,12 @@ def recognise(row: Mapping[str, Any], kind: str, fields: Words, where: str, from
         taken = with_system(taken, row[system])
     if known.checks.get("label") is boolean:
         taken["label"] = truth(taken["label"])
-    left_out = {word for word in known.checks if word in row and word not in taken and word != "margin"}
+    taken |= {name: truth(row[name]) for name in known.beside if known.checks[name] is boolean and name in row}
+    left_out = {word for word in known.checks if word in row and word not in taken and word not in known.beside}
     record = {name: value for name, value in row.items() if name not in left_out} | taken
     check_record(record, known, words)
     chat = any(isinstance(taken.get(word), list) for word in CONVERSATIONS)
-    used = {*columns, *(USED_BY_TEMPLATES if chat else ()), *({"margin"} & known.checks.keys())}
+    used = {*columns, *(USED_BY_TEMPLATES if chat else ()), *known.beside}
     unused = left_out - used if known.passes_on else row.keys() - used
     weighted = [
         f"{words[word]}[].{key}"

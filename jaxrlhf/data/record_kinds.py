@@ -96,6 +96,34 @@ def number(value: Any) -> str | None:
     return None if math.isfinite(value) else f"is {value}, expected a finite number"
 
 
+def numbers(value: Any) -> str | None:
+    """A list of finite numbers."""
+    if not isinstance(value, list) or not value:
+        return "is empty" if value == [] else f"is {type_name(value)}, expected a list of numbers"
+    return next((f"[{at}] {wrong}" for at, item in enumerate(value) if (wrong := number(item))), None)
+
+
+def steps(value: Any) -> str | None:
+    """A list of {"text": text, "reward": number}, what was said and earned, and {"observation": text}, what came back;
+    a step without a reward earned nothing."""
+    if not isinstance(value, list) or not value:
+        return "is empty" if value == [] else f"is {type_name(value)}, expected a list of steps"
+    for at, step in enumerate(value):
+        if not isinstance(step, dict):
+            return f"[{at}] is {type_name(step)}, expected an object with text and reward, or observation"
+        said = step.get("text") is not None
+        if said == (step.get("observation") is not None):
+            return f"[{at}] has {'both text and' if said else 'neither text nor'} observation, expected one of them"
+        key = "text" if said else "observation"
+        if wrong := (filled_text if said else text)(step[key]):
+            return f"[{at}].{key} {wrong}"
+        if step.get("reward") is not None and (wrong := number(step["reward"])):
+            return f"[{at}].reward {wrong}"
+        if not said and step.get("reward") is not None:
+            return f"[{at}].reward: an observation earns nothing; expected it at the text before"
+    return None if any(step.get("text") is not None for step in value) else "has no text to learn from"
+
+
 def text_or(check: Check, text_check: Check = filled_text) -> Check:
     """Text, or else messages that pass ``check``."""
 
@@ -174,6 +202,7 @@ class Kind:
     formats: Sequence[Words]  # in order: a row has the first of these whose columns it all has
     whole: Callable[[Mapping[str, Any]], str | None] = lambda record: None  # of the fields together
     passes_on: bool = False  # the columns beside the fields are used too: rewards get them
+    beside: tuple[str, ...] = ()  # optional fields that have one name in every format
 
     @property
     def optional(self) -> set[str]:
@@ -186,6 +215,7 @@ ANSWERED: dict[str, Check] = {
     "response": text_or(answered),
     "messages": answered,
 }
+EARNED = ("reward", "rewards")  # of a whole response; of each of its tokens
 KINDS: dict[str, Kind] = {
     "demonstrations": Kind(
         forms=(("prompt", "response"), ("messages",), ("text",)),
@@ -203,6 +233,7 @@ KINDS: dict[str, Kind] = {
         },
         formats=_pairs(),
         whole=same_sort("chosen", "rejected"),
+        beside=("margin",),
     ),
     "prompts": Kind(
         forms=(("prompt",), ("messages",)),
@@ -229,6 +260,22 @@ KINDS: dict[str, Kind] = {
         ],
         whole=same_sort("prompt", "response"),
     ),
+    "trajectories": Kind(
+        forms=(
+            *((*form, reward) for form in (("prompt", "response"), ("messages",), ("response",)) for reward in EARNED),
+            ("prompt", "steps"),
+            ("steps",),
+        ),
+        checks={**ANSWERED, "reward": number, "rewards": numbers, "steps": steps, "truncated": boolean},
+        formats=[
+            *(words for reward in EARNED for words in _answers(**{reward: reward})),
+            *({"response": column, reward: reward} for reward in EARNED for column in ("response", "completion")),
+            {"prompt": "prompt", "steps": "steps"},
+            {"steps": "steps"},
+        ],
+        whole=same_sort("prompt", "response"),
+        beside=("truncated",),
+    ),
     "labels": Kind(
         forms=(("text", "label"),),
         checks={"text": filled_text, "label": number},
@@ -251,6 +298,7 @@ class DataKind(NamedTuple):
     sides: int = 1  # rows of tokens that a record becomes
     least_rows: int = 1  # that an iteration has to take
     is_prompt: bool = False  # responses to it are sampled; padded on the left to data.prompt_buckets
+    rank: Callable[[Mapping[str, Any]], float] | None = None  # of a record, by which data.keep_top keeps the highest
 
 
 def find_kind(name: str) -> Kind:

@@ -50,16 +50,19 @@ class DataConfig:
     demonstrations: SourceConfig | None = None  # prompt + response, or messages, or text
     preferences: SourceConfig | None = None  # chosen + rejected (prompt, margin): text or messages
     unpaired: SourceConfig | None = None  # prompt + response + label (true: good), or messages + label
+    trajectories: SourceConfig | None = None  # a response with reward or rewards (a token), or steps; truncated
     prompts: SourceConfig | None = None  # prompt or messages; the other columns go to the rewards
-    eval_demonstrations: SourceConfig | None = None  # held-out rows, like the next three
+    eval_demonstrations: SourceConfig | None = None  # held-out rows, like the next four
     eval_preferences: SourceConfig | None = None  # what rm and dpo are evaluated on
     eval_unpaired: SourceConfig | None = None  # what kto is evaluated on
+    eval_trajectories: SourceConfig | None = None  # what ilql, fqi, mc_returns and bc are evaluated on
     eval_prompts: SourceConfig | None = None  # what a policy is evaluated on: it answers them
     cache_dir: str | None = None  # local folder of prepared datasets; null: ~/.cache/jaxrlhf/data
     chat: ChatConfig | None = None  # chat template, system prompt; plain-text prompts become turns of a conversation
     loss_on: Literal["response", "assistant"] = "response"  # of messages: the last assistant turn, or each of them
     append_eos: bool = True  # behind responses without one; false where they are to end by generate.stop
-    max_length: int = 512  # tokens in a row of demonstrations or unpaired responses, or in one side of a pair
+    max_length: int = 512  # tokens in a row of demonstrations, responses or trajectories, or in one side of a pair
+    keep_top: float = 1.0  # the share of the training trajectories, those with the highest returns, that is used
     pack: bool = True  # several demonstrations share a row, and don't see each other
     prompt_buckets: tuple[int, ...] = (
         64,

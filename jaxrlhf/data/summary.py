@@ -13,7 +13,9 @@ REASONS = {  # count of Examples -> what is said of those rows
     "empty": "with nothing to learn",
     "identical": "with equal sides",
     "skipped": "bad",
+    "outranked": "below data.keep_top",
 }
+ASKED = "outranked"  # the reason that is no loss: the config asks for it
 ROUND = 64  # limits are suggested in multiples of this
 
 
@@ -61,14 +63,15 @@ class Summary(NamedTuple):
 
     def warnings(self) -> list[str]:
         """What to change where more than WARN_ABOVE of the rows are left out."""
-        if self.left_out <= WARN_ABOVE * self.read:
+        lost = self.left_out - self.counts.get(ASKED, 0)
+        if lost <= WARN_ABOVE * self.read:
             return []
-        share = f"warning: {self.where}: {self.left_out / self.read:.0%} of its rows are dropped"
+        share = f"warning: {self.where}: {lost / self.read:.0%} of its rows are dropped"
         return [f"{share}; {self.way_out()}"]
 
     def way_out(self) -> str:
         """The key that would keep most of what the commonest reason drops."""
-        worst = max(REASONS, key=lambda reason: self.counts.get(reason, 0))
+        worst = max((reason for reason in REASONS if reason != ASKED), key=lambda reason: self.counts.get(reason, 0))
         if worst == "skipped":
             return f"the first bad row: {self.bad}" if self.bad else "data.skip_bad is true"
         if worst == "empty":

@@ -121,4 +121,4 @@ def _without(side: Encoded, lead: int, count: int, earlier: bool) -> Encoded:
     keep = np.r_[0:lead, at : len(mask)]
     mask = mask[keep]
     mask[0] = False
-    return Encoded(side.tokens[keep], mask)
+    return Encoded(side.tokens[keep], mask, None if side.rewards is None else np.where(mask, side.rewards[keep], 0))

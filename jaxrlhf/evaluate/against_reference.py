@@ -73,7 +73,8 @@ class PolicyEvaluation:
             self.extra = {role: read_weights(self.ready, role) for role in self.more}
         reference = (self.extra | state.slow).get("reference")
         if reference is not None and (self.before is None or self.graders[0] in state.params):
-            self.before = self.write(state.replace(params=state.params | {"policy": reference}), between)
+            own = {role: tree for role, tree in state.params.items() if role not in self.ready.resolved.roles.guides}
+            self.before = self.write(state.replace(params=own | {"policy": reference}), between)  # it has no guides
         return self.write(state, between)
 
     def answer(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts) -> tuple[Sequences, Array | None]:

@@ -14,6 +14,7 @@ class GenerateConfig:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0  # sample from the likeliest tokens that make up this probability; 1: off
+    beta: float = 0.0  # of a run with Q heads: sample from policy * exp(beta * (Q - V)); 1e6: greedily by Q; 0: policy
     stop: tuple[str, ...] = ()  # texts that end a response, besides the EOS tokens
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits: weights, cache; the trainer's log-probs are not its
     halvings: int = 0  # times, each compiled, that half of the responses (to a prompt; on a device) go on alone

@@ -12,34 +12,52 @@ from jaxrlhf.generate.stop_texts import follow_stops, is_any
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.cpu import prompts_abreast
 from jaxrlhf.models.decoding import abreast, decode_layout, decode_step, prefill
-from jaxrlhf.models.heads import lm_logits
+from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
 from jaxrlhf.sharding import constrain, decoding, spec, split_over
 from jaxrlhf.types import Array, Params, Prompts, Sequences
 
+Guides = tuple[Params, ...]  # heads of action values on the trunk of what is sampled from
+
 
 def sample(
-    params: Params, cfg: ModelConfig, prompts: Prompts, seed: Array, step: Array, sampler: Sampler, runtime: Runtime
+    params: Params,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    seed: Array,
+    step: Array,
+    sampler: Sampler,
+    runtime: Runtime,
+    guides: Guides = (),
 ) -> Sequences:
     """Sample ``samples_per_prompt`` responses to each prompt, [B * n, P + T], stopping when all rows have ended.
 
     Logprobs are of the distribution sampled from (after temperature, top-k, top-p), and the noise of a token depends on
-    (seed, step, sample id, position) only. One prefill a prompt is shared by its samples.
+    (seed, step, sample id, position) only. One prefill a prompt is shared by its samples. ``guides``: see next_logits.
     """
     with decoding():
-        sequences = respond(params, cfg, lay_rows(prompts), seed, step, sampler, runtime)
+        sequences = respond(params, cfg, lay_rows(prompts), seed, step, sampler, runtime, guides)
     return lay_rows(sequences)
 
 
 def respond(
-    params: Params, cfg: ModelConfig, prompts: Prompts, seed: Array, step: Array, sampler: Sampler, runtime: Runtime
+    params: Params,
+    cfg: ModelConfig,
+    prompts: Prompts,
+    seed: Array,
+    step: Array,
+    sampler: Sampler,
+    runtime: Runtime,
+    guides: Guides = (),
 ) -> Sequences:
     """``sample`` in the layout of decoding."""
     copies, room = sampler.samples_per_prompt, sampler.max_new_tokens
     prompt_size = prompts.tokens.shape[1]
-    params = decode_layout(params, cfg, "lm", runtime, prompts.tokens.shape[0] * copies)
+    size = prompts.tokens.shape[0] * copies
+    params = decode_layout(params, cfg, "lm", runtime, size)
+    guides = tuple(decode_layout(head, cfg, "action", runtime, size) for head in guides)
     hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime)
     each = repeat_rows(prompts, copies)
     tokens, valid = each.tokens, each.valid
@@ -50,7 +68,7 @@ def respond(
     if (width := prompts_abreast(hidden.shape[0], copies, runtime.hardware)) > 1:
         hidden, read, caches = group_rows(hidden[:, 0], width), group_rows(read[:, 0], width), abreast(caches, width)
     state = Decoding(jnp.int32(0), hidden, caches, rows)
-    rows = decode(params, cfg, state, read, sampler, runtime)
+    rows = decode(params, guides, cfg, state, read, sampler, runtime)
     everything = jnp.concatenate([tokens, rows.tokens], 1)
     pad = lambda x: jnp.pad(x, ((0, 0), (prompt_size, 0)))
     return Sequences(
@@ -65,7 +83,13 @@ def respond(
 
 
 def decode(
-    params: Params, cfg: ModelConfig, state: Decoding, prompt: Array, sampler: Sampler, runtime: Runtime
+    params: Params,
+    guides: Guides,
+    cfg: ModelConfig,
+    state: Decoding,
+    prompt: Array,
+    sampler: Sampler,
+    runtime: Runtime,
 ) -> Rows:
     """The rows after the decode loop: until every row has ended or ``max_new_tokens`` are sampled. ``prompt``: see
     decode_step.
@@ -81,7 +105,7 @@ def decode(
             )
             return (state.index < sampler.max_new_tokens) & live
 
-        one_token = functools.partial(decode_token, params, cfg, prompt, sampler, runtime)
+        one_token = functools.partial(decode_token, params, guides, cfg, prompt, sampler, runtime)
         return jax.lax.while_loop(unfinished, one_token, state)
 
     compacted: list[tuple[Rows, Array, Lines]] = []
@@ -96,17 +120,40 @@ def decode(
 
 
 def decode_token(
-    params: Params, cfg: ModelConfig, prompt: Array, sampler: Sampler, runtime: Runtime, state: Decoding
+    params: Params,
+    guides: Guides,
+    cfg: ModelConfig,
+    prompt: Array,
+    sampler: Sampler,
+    runtime: Runtime,
+    state: Decoding,
 ) -> Decoding:
     """Choose the next token of every row, and read it."""
     every, copies = state.rows, state.hidden.shape[1]
     read = lambda x: jax.lax.dynamic_slice_in_dim(x, state.index, 1, axis=1) if x.ndim == 2 else x
     write = lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, state.index)) if old.ndim == 2 else new
-    rows = next_tokens(lm_logits(params, cfg, state.hidden), state.index, jax.tree.map(read, every), sampler)
+    logits = next_logits(params, guides, cfg, state.hidden, sampler.beta)
+    rows = next_tokens(logits, state.index, jax.tree.map(read, every), sampler)
     token = group_rows(rows.tokens[:, 0], copies)
     hidden, caches = decode_step(params, cfg, token, state.index, prompt, state.caches, runtime)
     rows = jax.tree.map(write, every, rows)._replace(noise=every.noise)
     return Decoding(state.index + 1, hidden, caches, rows)
+
+
+def next_logits(params: Params, guides: Guides, cfg: ModelConfig, hidden: Array, beta: float) -> Array:
+    """f32[G, n, V] of the responses' next tokens, from hidden [G, n, D]. With ``guides``, heads of action values on the
+    same states, those of
+
+        policy(a | s) * exp(beta * (Q(s, a) - V(s)))        Q: the lowest of theirs
+
+    V is one number a state, so that it cancels.
+
+    Source: Snell et al. 2022 (arXiv:2206.11871), section 4."""
+    logits = lm_logits(params, cfg, hidden)
+    if not guides:
+        return logits
+    lowest = functools.reduce(jnp.minimum, (lm_logits(head, cfg, hidden) for head in guides))
+    return jnp.where(logits > IMPOSSIBLE, logits + beta * lowest, logits)  # not of rows that pad the vocabulary
 
 
 def next_tokens(logits: Array, index: Array, rows: Rows, sampler: Sampler) -> Rows:

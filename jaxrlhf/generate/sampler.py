@@ -19,6 +19,7 @@ class Sampler(NamedTuple):
     samples_per_prompt: int = 1
     share_prompts: bool = True  # what learns from the samples computes a prompt once for all of them
     halvings: int = 0  # see GenerateConfig
+    beta: float = 0.0  # weight of the action values that guide what is sampled, where there are any
 
     @property
     def copies(self) -> int:
@@ -44,4 +45,13 @@ def make_sampler(
     """
     sampling = Sampling(ask.temperature, ask.top_k, ask.top_p, ask.min_new_tokens, eos_ids)
     automata = tuple(stop_automaton(stop, pieces, vocab) for stop in (ask.stop if stops is None else stops))
-    return Sampler(sampling, ask.max_new_tokens, eos_ids, pad_id, automata, samples_per_prompt, halvings=ask.halvings)
+    return Sampler(
+        sampling,
+        ask.max_new_tokens,
+        eos_ids,
+        pad_id,
+        automata,
+        samples_per_prompt,
+        halvings=ask.halvings,
+        beta=ask.beta,
+    )

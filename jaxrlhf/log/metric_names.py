@@ -22,6 +22,9 @@ METRICS = [
     loss/policy | nats | loss of the policy: sft a token's, dpo a pair's; ppo, grpo (clipped), kto have no unit
     loss/value | - | loss of the value model, half the squared error of a token's value
     loss/reward | nats | loss of the reward model, a pair
+    loss/q | - | loss of the Q head: squared error of a token's action value, plus the CQL term (fqi, mc_returns)
+    loss/q1 | - | the same of the first Q head (ilql)
+    loss/q2 | - | the same of the second Q head (ilql)
     loss/kl | nats | KL term of the loss (grpo), before kl_coef
     <role>/grad_norm | - | norm of the role's gradient before clipping
     <role>/learning_rate | - | mean learning rate of the updates; 0 while the role is delayed, and where no row counts
@@ -65,6 +68,10 @@ METRICS = [
     kl/sampler_mismatch | nats | absolute difference of a token's log-probs by the trainer and by the sampler
     kl/coef | - | weight of the KL penalty in this iteration (ppo)
     value/mean | score | value of a response token
+    value/above_q | share | response tokens whose value is above the highest action value (ilql)
+    q/chosen | score | action value of a response token (ilql: the lower of two)
+    q/largest | score | highest action value at a response token (ilql: the lower of two)
+    return/mean | score | return of a trajectory, not discounted
     value/explained_variance | share | variance of the returns that the values explain
     value/clip_fraction | share | response tokens whose value was clipped
     group/zero_variance | share | prompts whose responses all have the same score (grpo)
@@ -83,6 +90,7 @@ METRICS = [
     data/<kind>_empty | rows | of the source, left out because no token of them is learned from
     data/<kind>_identical | rows | pairs left out because their sides are equal
     data/<kind>_skipped | rows | of the source, left out because they can't be used
+    data/<kind>_outranked | rows | trajectories left out because data.keep_top keeps those with higher returns
     time/iteration | s | of the iteration
     time/rewards | s | of it, in reward functions
     throughput/response_tokens_per_second | tokens/s | response tokens over the time of the iteration

@@ -83,9 +83,10 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     def lay_out(table, params):
         return jax.tree_util.tree_map_with_path(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
 
-    layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(cfg.num_layers)]
-    rest = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
-    laid: Params = rest | {"layers": [lay_out(table["layers"], layer) for layer in layers]}
+    laid: Params = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
+    if "layers" in params:  # else it is a head alone
+        layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(cfg.num_layers)]
+        laid |= {"layers": [lay_out(table["layers"], layer) for layer in layers]}
     if int8:
         return laid if "head" in laid else laid | {"head": {"kernel": tied_in_int8(laid["embed"]["tokens"])}}
     return by_outputs(laid, table) if decodes_by_output(rows, runtime.hardware) else laid
@@ -108,7 +109,8 @@ def by_outputs(params: Params, table: dict) -> Params:
     rest = {name: change(table[name], part) for name, part in params.items() if name != "layers"}
     if "head" not in rest:
         rest["head"] = {OUT_FIRST: rest["embed"]["tokens"]["embedding"]}
-    return rest | {"layers": [change(table["layers"], layer) for layer in params["layers"]]}
+    layers = {"layers": [change(table["layers"], layer) for layer in params["layers"]]} if "layers" in params else {}
+    return rest | layers
 
 
 def prefill(

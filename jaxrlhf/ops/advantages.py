@@ -52,6 +52,33 @@ def gae(
     return advantages, advantages + values  # both are 0 outside the mask
 
 
+def next_values(values: Array, mask: Array, last: Array) -> Array:
+    """The value of the state that each token leads to.
+
+    With t' the next position under the mask (observation tokens are stepped over, as in ``gae``):
+
+        next_t = V_t'                  last after the last position
+
+    Args:
+        values: [B, S]; values[:, t] is V before token t. What it holds outside the mask is ignored.
+        mask: bool[B, S], the tokens that were chosen.
+        last: [B]: what follows the last of them: 0 where the sequence ended there.
+
+    Returns:
+        f32[B, S], 0 outside the mask.
+    """
+    assert values.shape == mask.shape, (values.shape, mask.shape)
+    assert last.shape == mask.shape[:1], (last.shape, mask.shape)
+
+    def backward(following, column):
+        value, chosen = column
+        return jnp.where(chosen, value, following), jnp.where(chosen, following, 0.0)
+
+    columns = (masked.keep(values, mask).swapaxes(0, 1), mask.swapaxes(0, 1))
+    _, found = jax.lax.scan(backward, last.astype(jnp.float32), columns, reverse=True)
+    return found.swapaxes(0, 1)
+
+
 def group_advantages(scores: Array, rows: Array, size: int, how: GroupBaseline) -> tuple[Array, Mean]:
     """Each response's score against those of the other responses to its prompt.
 

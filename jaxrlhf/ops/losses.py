@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.ops import masked
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO
-from jaxrlhf.types import Array, Mean
+from jaxrlhf.types import Array, Mean, QStats
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
@@ -85,6 +85,47 @@ def clipped_value_terms(
     clipped = jnp.clip(values, old_values - clip_range, old_values + clip_range)
     bounded = jnp.square(clipped - returns)
     return 0.5 * jnp.maximum(free, bounded), bounded > free
+
+
+def expectile_terms(error: Array, expectile: float | Array) -> Array:
+    """Asymmetric squared error, whose minimum over a constant is the expectile of what it is subtracted from.
+
+        loss = |expectile - [error < 0]| * error^2
+
+    ``expectile`` 1/2: half the squared error, so the mean; near 1: the maximum.
+
+    Args:
+        error: [...], a target less the value that is learned.
+
+    Returns:
+        f32[...].
+
+    Source: Kostrikov et al. 2022 (arXiv:2110.06169), equation 5.
+    """
+    error = error.astype(jnp.float32)
+    return jnp.where(error < 0, 1.0 - expectile, expectile) * jnp.square(error)
+
+
+def conservative_q_terms(q: QStats, goal: Array, mask: Array, cql_coef: float | Array) -> Array:
+    """Squared error of the chosen token's action value, and a term that lowers the values of the other tokens.
+
+        loss = (Q(s, a) - goal)^2 + cql_coef * (log sum exp Q(s, .) - Q(s, a))
+
+    Args:
+        q: [...]; only it is meant to be differentiated.
+        goal, mask: [...]; outside the mask the loss is that of zeros.
+
+    Returns:
+        f32[...].
+
+    Source: Kumar et al. 2020 (arXiv:2006.04779), equation 4 with a uniform prior.
+    """
+    assert q.chosen.shape == goal.shape == mask.shape, (q.chosen.shape, goal.shape, mask.shape)
+    chosen = masked.keep(q.chosen, mask)
+    error = jnp.square(chosen - masked.keep(goal, mask))
+    if isinstance(cql_coef, float) and cql_coef == 0:
+        return error
+    return error + cql_coef * (masked.keep(q.logsumexp, mask) - chosen)
 
 
 def bradley_terry(

@@ -102,7 +102,8 @@ def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weight
     shards = batch_shards(mesh)
     parts = choose_micro_batches(resolved, shards, mesh.devices.flat[0].platform)
     sampler = sampler._replace(share_prompts=shares_prompts(resolved, shards, parts))
-    bound = bind_nets(cfg, mesh, weights, sampler, sampler.sampling if algorithm.online else Sampling())
+    read_as = sampler.sampling if algorithm.online else Sampling()
+    bound = bind_nets(cfg, mesh, weights, sampler, read_as, resolved.roles.guides)
     found = {role: cfg.optimizer_of(role).spike_sigmas for role in trained}
     spikes = {role: sigmas for role, sigmas in found.items() if sigmas is not None}
     recipe = Recipe(
@@ -131,6 +132,6 @@ def with_roles(run: Run, more: dict[Role, Head], sampler: Sampler) -> Run:
     weights = run.weights | weights
     if "policy" in weights:
         sampler = readable_by_all(sampler, run.tokenizer, weights)
-    nets = bind_nets(run.cfg, run.mesh, weights, sampler, sampler.sampling)
+    nets = bind_nets(run.cfg, run.mesh, weights, sampler, sampler.sampling, run.resolved.roles.guides)
     recipe = run.recipe._replace(nets=nets)
     return dataclasses.replace(run, weights=weights, heads=run.heads | more, recipe=recipe, sampler=sampler)

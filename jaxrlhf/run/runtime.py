@@ -1,5 +1,7 @@
 """How the run's models are computed on its devices: mesh, kernels, networks."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -32,13 +34,18 @@ def bind_nets(
     weights: dict[Role, Weights],
     sampler: Sampler,
     sampling: Sampling,
+    guides: Sequence[Role] = (),
 ) -> Nets:
-    """What algorithms may ask of the run's models; log-probs are of the distribution that ``sampling`` shapes."""
+    """What algorithms may ask of the run's models; log-probs are of the distribution that ``sampling`` shapes.
+    ``guides``: the roles that guide what is sampled from the policy, where the sampler has a beta and they are among
+    the trees."""
     configs = {role: found.config for role, found in weights.items()}
     runtime = runtime_of(cfg, mesh)
 
     def sample(role: Role, trees: Trees, prompts: Prompts, seed, step, /) -> Sequences:
-        return loop.sample(trees.of(role), configs[role], prompts, seed, step, sampler, runtime)
+        guided = role == "policy" and sampler.beta > 0
+        heads = tuple(trees.params[guide] for guide in guides if guided and guide in trees.params)
+        return loop.sample(trees.of(role), configs[role], prompts, seed, step, sampler, runtime, heads)
 
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
     return nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg))

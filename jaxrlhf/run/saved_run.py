@@ -165,6 +165,15 @@ def restore_role(run_dir, step: int, role: Role, abstract: Params) -> Params:
         return checkpointer.restore(item, abstract)
 
 
+def restore_guides(run_dir, step: int, models: dict, dtype, mesh) -> tuple[Params, ...]:
+    """The trained heads of action values on the policy's trunk, of a run that recorded ``models``."""
+    learned = lambda role: (directory(run_dir) / str(step) / f"params.{role}").exists()
+    on_policy = lambda record: record["head"] == "action" and record.get("trunk") == "policy"
+    roles = [role for role, record in models.items() if on_policy(record) and learned(role)]
+    shape = lambda role: abstract_params(model_of(models[role])[0], "action", dtype, mesh)
+    return tuple(restore_role(run_dir, step, role, shape(role)) for role in roles)
+
+
 def restore_model(run_dir, step: int, models: dict, role: Role, dtype, mesh) -> Params:
     """One role's model of a run that recorded ``models``, on ``mesh``; a bare head gets a copy of its trunk."""
     record = models[role]

@@ -42,18 +42,22 @@ class Model(NamedTuple):
     tokenizer: Any
     ids: hf_config.TokenIds
     chat: bool = False  # whether it was trained on plain-text prompts as turns of a conversation (data.chat)
+    guides: tuple[Params, ...] = ()  # heads of action values on its trunk, where they are to guide it
 
 
-def read_model(name: str, mesh, dtype=jnp.float32, role: Role = "policy") -> Model:
+def read_model(name: str, mesh, dtype=jnp.float32, role: Role = "policy", guided: bool = False) -> Model:
     """A role of a run (RUN, RUN@best, RUN@40), or a HF model: the policy writes, any other role gives scores. ``mesh``
-    is the current one.
+    is the current one. ``guided``: with the run's heads of action values.
 
     Raises ValueError, in one line, where there is no such model, and Damaged where it isn't what was saved."""
     with reading():
-        return read_found(name, mesh, dtype, role)
+        model = read_found(name, mesh, dtype, role, guided)
+    if guided and not model.guides:
+        raise ValueError(f"{name}: no action values in it to guide its policy; expected beta 0")
+    return model
 
 
-def read_found(name: str, mesh, dtype, role: Role) -> Model:
+def read_found(name: str, mesh, dtype, role: Role, guided: bool) -> Model:
     """``read_model``, while the run's steps stay where they are."""
     wanted: Head = "lm" if role == "policy" else "scalar"
     saved_runs = saved_run.SavedRuns()
@@ -67,7 +71,9 @@ def read_found(name: str, mesh, dtype, role: Role) -> Model:
         params = saved_run.restore_model(split_step(name)[0], step, extra["models"], role, dtype, mesh)
         ids = token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
         trained = read_yaml(extra["config"], "config").get("data") or {}
-        return Model(params, cfg, tokenizer, ids, trained.get("chat") is not None)
+        run_dir, models = split_step(name)[0], extra["models"]
+        guides = saved_run.restore_guides(run_dir, step, models, dtype, mesh) if guided else ()
+        return Model(params, cfg, tokenizer, ids, trained.get("chat") is not None, guides)
     folder = hf_folder.locate(name)
     cfg, head = hf_config.read_config(folder)
     check_head(name, head, wanted)
@@ -121,15 +127,15 @@ class Writer:
         self.cfg, self.width, self.seed = cfg, width, jnp.int32(seed)
         self.mesh = make_mesh(MeshConfig())
         with jax.set_mesh(self.mesh):
-            self.model = read_model(name, self.mesh)
+            self.model = read_model(name, self.mesh, guided=cfg.beta > 0)
         self.shards = batch_shards(self.mesh)
         self.rows = max(ROWS // samples // self.shards, 1) * self.shards  # prompts of the largest batch
         model, runtime = self.model, Runtime(hardware=hardware_of(self.mesh.devices.flat[0]))
         vocab = padded_vocab(model.config)
         self.sampler = sampler_of(cfg, model.tokenizer, model.ids.eos, vocab, samples)
 
-        def sample(params: Params, prompts: Prompts, seed: Array) -> Sequences:
-            return loop.sample(params, model.config, prompts, seed, jnp.int32(0), self.sampler, runtime)
+        def sample(params: Params, guides: tuple[Params, ...], prompts: Prompts, seed: Array) -> Sequences:
+            return loop.sample(params, model.config, prompts, seed, jnp.int32(0), self.sampler, runtime, guides)
 
         self.program = jax.jit(sample)
 
@@ -146,7 +152,9 @@ class Writer:
             prompts = left_padded(ids, rows, self.width_of(ids), tokenizers.pad_id(self.model.tokenizer))
             prompts = prompts.replace(sample_id=prompts.sample_id + at * self.rows)
             with jax.set_mesh(self.mesh):
-                found = jax.device_get(self.program(self.model.params, put(self.mesh, prompts), self.seed))
+                found = jax.device_get(
+                    self.program(self.model.params, self.model.guides, put(self.mesh, prompts), self.seed)
+                )
             responses = self.responses(found)
             copies = self.sampler.samples_per_prompt
             yield from (responses[row * copies : (row + 1) * copies] for row in range(len(ids)))

@@ -243,7 +243,7 @@ def test_what_a_function_raises_is_one_line_with_its_place():
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_right_algorithm_passes(name):
     """Every one of the table, as if it came from outside."""
-    cfg, batch = ALGORITHMS[name].config(), Batch(tiny.prompts(), tiny.sequences(), tiny.preferences(), tiny.unpaired())
+    cfg, batch = ALGORITHMS[name].config(), tiny.every_field()
     run = tiny.build(name, cfg, batch=batch, samples_per_prompt=2)
     recipe = run.recipe._replace(algorithm=validated.checked(f"mine:{name}", ALGORITHMS[name]))
     state, metrics, _ = jax.eval_shape(make_iteration(recipe), run.state, run.batch)

@@ -68,7 +68,7 @@ def test_a_section_has_all_its_keys():
     "words, near", [("optimzer", "optimizer"), ("grop", "grpo"), ("lerning_rate", "learning_rate"), ("qqqq", None)]
 )
 def test_an_unknown_key_names_the_nearest(words, near):
-    said = f"nearest: {near}$" if near else "choices: .*optimizer.*, dpo, grpo"
+    said = f"nearest: {near}$" if near else "choices: .*optimizer.*, dpo, .*grpo"
     with pytest.raises(ConfigError, match=f"config keys: {words}: no key, section or algorithm; {said}"):
         select(KEYS, words)
 
@@ -170,7 +170,7 @@ def test_a_run_is_as_long_as_iterations_or_epochs_say(length, fits, validator):
     assert validator.is_valid(rest | {"epochs": 1, "iterations": None})
 
 
-@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+@pytest.mark.parametrize("name", [path.stem for path in runs.ALL])
 def test_a_run_of_each_method_writes_only_metrics_of_the_table(name, root):
     runs.whole(root)
     rows = read_rows(root / "whole" / name, "metrics")
@@ -264,6 +264,9 @@ def test_bash_completes(words, offered):
 # ---- the way from TRL, in jaxrlhf/data/README.md ---------------------------------------------------------------------
 
 
+NOT_IN_TRL = {"ppo", "ilql", "fqi", "mc_returns", "bc"}  # of version 1.16
+
+
 def way_from_trl() -> str:
     readme = (runs.ROOT / "jaxrlhf" / "data" / "README.md").read_text()
     return readme.partition("## From TRL to jaxrlhf and back\n")[2].partition("\n## ")[0]
@@ -279,7 +282,7 @@ def test_each_key_of_the_table_of_trl_is_one():
     trainers, ours = rows[1]
     pairs = zip(re.findall(r"`(\w+)Trainer`", trainers), re.findall(r"`(?:algorithm\.name: )?(\w+)`", ours))
     assert dict(pairs) == {"SFT": "sft", "DPO": "dpo", "KTO": "kto", "Reward": "rm", "GRPO": "grpo"}
-    assert set(re.findall(r"`(?:algorithm\.name: )?(\w+)`", ours)) == set(ALGORITHMS) - {"ppo"}  # TRL 1.16 has none
+    assert set(re.findall(r"`(?:algorithm\.name: )?(\w+)`", ours)) == set(ALGORITHMS) - NOT_IN_TRL
 
 
 def test_the_configs_of_the_way_from_trl_load(tmp_path, monkeypatch):

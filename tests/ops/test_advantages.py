@@ -320,3 +320,17 @@ def test_groups_on_a_mesh_are_those_of_one_device(how):
     assert meshed.sharding.spec == PartitionSpec(("slice", "data", "fsdp", "decode"))
     assert (meshed_equal.total, meshed_equal.count) == (equal.total, equal.count)
     assert text is not None and not any(word in text for word in ("all-gather", "all-to-all", "all-reduce", "permute"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_next_values_are_those_of_the_next_kept_token(seed):
+    """Gaps are stepped over; after the last token comes what is given for it, whatever stands outside the mask."""
+    _, values, mask = ragged(seed)
+    last = np.random.default_rng(seed).normal(size=len(mask)).astype(np.float32)
+    found = np.asarray(jax.jit(ops.next_values)(values, mask, last))
+    expected = np.zeros(mask.shape, np.float32)
+    for row in range(len(mask)):
+        kept = np.flatnonzero(mask[row])
+        for at, t in enumerate(kept):
+            expected[row, t] = values[row, kept[at + 1]] if at + 1 < len(kept) else last[row]
+    np.testing.assert_array_equal(found, expected)

@@ -21,8 +21,11 @@ from jaxrlhf.ops.losses import (
     centering,
     clipped_policy_terms,
     clipped_value_terms,
+    conservative_q_terms,
+    expectile_terms,
     ipo,
 )
+from jaxrlhf.types import QStats
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())
 WAYS: tuple[Aggregation, ...] = get_args(Aggregation)
@@ -345,3 +348,46 @@ def test_rows_sharded_over_an_explicit_mesh():
     assert ours[1].sharding.spec == rows.spec
     np.testing.assert_allclose(np.asarray(ours[0]), alone[0], rtol=1e-6)
     np.testing.assert_allclose(np.asarray(ours[1]), alone[1], rtol=1e-6, atol=1e-8)
+
+
+# ---- action values --------------------------------------------------------------------------------------------------
+
+
+def test_expectile_terms_are_hand_worked():
+    assert expectile_terms(jnp.array([2.0, -2.0, 0.0]), 0.9).tolist() == pytest.approx([3.6, 0.4, 0.0])
+    assert expectile_terms(jnp.array([3, -3]), 0.5).tolist() == [4.5, 4.5]
+
+
+def test_an_expectile_lies_between_the_mean_and_the_maximum():
+    """Found where the gradient over a constant is 0; it rises with the expectile, from the mean to the maximum."""
+    values = jnp.array([0.0, 1.0, 1.0, 4.0])
+    slope = jax.jit(jax.grad(lambda v, tau: expectile_terms(values - v, tau).sum()))
+    found = []
+    for tau in (0.5, 0.7, 0.9, 0.999):
+        low, high = 0.0, 4.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if slope(middle, tau) < 0 else (low, middle)
+        found.append(low)
+    assert found[0] == pytest.approx(1.5, abs=1e-4) and found == sorted(found) and 3.9 < found[-1] < 4
+
+
+def test_conservative_q_terms_are_a_loop():
+    """Nothing outside the mask reaches the loss or its gradient."""
+    rng = np.random.default_rng(0)
+    q, goal, mask = rng.normal(size=(3, 4, 5)), rng.normal(size=(3, 4)), rng.random((3, 4)) < 0.6
+    token = rng.integers(0, 5, (3, 4))
+    junk = lambda x: np.where(mask, x, np.nan)
+
+    def terms(q, cql_coef):
+        chosen = jnp.take_along_axis(q, token[..., None], -1)[..., 0]
+        return conservative_q_terms(QStats(chosen, q.max(-1), jax.nn.logsumexp(q, -1)), junk(goal), mask, cql_coef)
+
+    wild = np.where(mask[..., None], q, np.nan)
+    for cql_coef in (0.0, 0.25):
+        found = terms(wild, cql_coef)
+        for at in zip(*np.nonzero(mask)):
+            chosen = q[at][token[at]]
+            expected = (chosen - goal[at]) ** 2 + cql_coef * (np.log(np.exp(q[at]).sum()) - chosen)
+            assert float(found[at]) == pytest.approx(expected, rel=1e-5)
+        assert (np.asarray(found)[~mask] == 0).all()

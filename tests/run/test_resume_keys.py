@@ -82,6 +82,8 @@ OTHER: dict[str, str | None] = {
     "data.preferences.path": "{text}/eval_preferences.jsonl",
     "data.demonstrations": "{{path: {text}/demonstrations.jsonl}}",
     "data.unpaired": "{{path: {text}/unpaired.jsonl}}",
+    "data.trajectories": "{{path: {text}/trajectories.jsonl}}",
+    "data.eval_trajectories": "{{path: {text}/trajectories.jsonl}}",
     "data.eval_demonstrations": "{{path: {text}/eval_demonstrations.jsonl}}",
     "data.eval_preferences": "{{path: {text}/eval_preferences.jsonl}}",
     "data.eval_unpaired": "{{path: {text}/unpaired.jsonl}}",

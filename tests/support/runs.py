@@ -61,8 +61,18 @@ def unpaired(row: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": f"{first} {second}", "completion": f" {rest}", "label": bool(row["label"])}
 
 
+def trajectory(rng: np.random.Generator) -> dict[str, Any]:
+    """A sentence in two steps, which earn 1 or 0 each; every fourth is cut."""
+    good, (first, second) = rng.random(2) < 0.5, rng.choice(THINGS, 2, replace=False)
+    words = [rng.choice(GOOD if one else BAD) for one in good]
+    said = (f" {first} is {words[0]}", f" and its {second} {words[1]}")
+    steps = [{"text": text, "reward": float(one)} for text, one in zip(said, good)]
+    return {"prompt": "the", "steps": steps, "truncated": bool(rng.random() < 0.25)}
+
+
 def write_text(folder: Path) -> None:
-    """demonstrations, preferences, prompts, labels and unpaired responses as JSONL, each with a held-out file."""
+    """demonstrations, preferences, prompts, labels, unpaired responses, trajectories as JSONL, each with a held-out
+    file."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     either = lambda: sentence(rng, GOOD if rng.random() < 0.5 else BAD)
@@ -72,6 +82,7 @@ def write_text(folder: Path) -> None:
         "prompts": lambda: {"prompt": " ".join(either().split()[: rng.integers(2, 5)])},
         "labels": lambda: labelled(rng, int(rng.random() < 0.5)),
         "unpaired": lambda: unpaired(labelled(rng, int(rng.random() < 0.5))),
+        "trajectories": lambda: trajectory(rng),
     }
     for name, make in rows.items():
         for prefix, count in (("", 200), ("eval_", 40)):

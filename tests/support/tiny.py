@@ -21,7 +21,18 @@ from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.run import state as states
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.step import Recipe
-from jaxrlhf.types import Batch, Grader, HeadSpec, Params, Preferences, Prompts, Sequences, TrainState, Unpaired
+from jaxrlhf.types import (
+    Batch,
+    Grader,
+    HeadSpec,
+    Params,
+    Preferences,
+    Prompts,
+    Sequences,
+    TrainState,
+    Trajectories,
+    Unpaired,
+)
 
 MODEL = resolve(ModelConfig(vocab_size=64, hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32))
 ADAM = OptimizerConfig(learning_rate=1e-3)
@@ -106,6 +117,25 @@ def unpaired(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 20, voc
     return Unpaired(jax.tree.map(blank, own), put(np.arange(rows) % 2 == 0), jax.tree.map(blank, others))
 
 
+def trajectories(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 30, vocab: int = 64) -> Trajectories:
+    """``sequences`` whose tokens earned normal rewards; every third is cut, with a token behind it, and the last is
+    padding."""
+    rng, real = np.random.default_rng(seed), np.arange(rows) < rows - 1
+    own, columns = sequences(rows, prompt, room - 1, seed, vocab), np.arange(prompt + room)
+    wide = lambda x: np.where(real[:, None], np.pad(np.asarray(x), ((0, 0), (0, 1))), 0).astype(x.dtype)
+    tokens, valid, mask = (wide(x) for x in (own.tokens, own.valid, own.response_mask))
+    truncated = real & (np.arange(rows) % 3 == 1)
+    behind = truncated[:, None] & (columns == prompt + mask.sum(1)[:, None])
+    tokens, valid, mask = put((np.where(behind, EOS_IDS[0], tokens).astype(np.int32), valid | behind, mask))
+    rewards = (rng.normal(size=mask.shape) * np.asarray(mask)).astype(np.float32)
+    return Trajectories(Sequences(tokens, valid, mask, response_start=prompt), *put((rewards, truncated)))
+
+
+def every_field() -> Batch:
+    """Rows of every kind of data."""
+    return Batch(prompts(), sequences(), preferences(), unpaired(), trajectories())
+
+
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +163,7 @@ def build(
     pack_widths: int = 1,
     trunk_gradient: float | None = None,
     members: int = 0,
+    iterations: int = 1000,
 ) -> Tiny:
     """The algorithm called ``name`` (of the table, or module:NAME) on models of this shape, on the current mesh.
     Policy and reference start equal. With ``trunk_gradient`` the value model is a head on the policy; with ``members``
@@ -149,9 +180,10 @@ def build(
             trunks[role] = Trunk(spec.trunk, spec.gradient)
     seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2, "q1": 3, "q2": 4, "target_q1": 3, "target_q2": 4}
     seeds |= {role: 5 + number for number, role in enumerate(several)}
+    seeds |= {"q": 3, "target_q": 3}
     head_in = lambda heads, role: head_of(heads[role], role in trunks)
     make = lambda heads: {role: parameters(model, head_in(heads, role), seeds[role]) for role in heads}
-    optimizers = {role: make_optimizer(optimizer, 1000) for role in trained}
+    optimizers = {role: make_optimizer(optimizer, iterations) for role in trained}
     sampling = Sampling(temperature, eos_ids=eos_ids)
     nets = make_nets(
         dict.fromkeys(seeds, model),

@@ -1,0 +1,33 @@
+"""Behaviour cloning (Pomerleau 1989): maximum likelihood of the tokens of trajectories, whatever they earned.
+
+Filtered behaviour cloning, the baseline of Snell et al. 2022 (arXiv:2206.11871), is the same on the trajectories with
+the highest returns: data.keep_top: 0.1.
+"""
+
+import dataclasses
+
+from jaxrlhf.algorithm import Algorithm, update_once
+from jaxrlhf.algorithms import sft
+from jaxrlhf.algorithms.trajectories import Rewarded, take_trajectories
+from jaxrlhf.types import Batch, Mean, Nets, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class BCConfig:
+    """Behaviour cloning: maximum likelihood of trajectories; with data.keep_top of those with the highest returns."""
+
+
+def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: BCConfig) -> tuple[Rewarded, dict[str, Mean]]:
+    """Trajectories are learned from as they come."""
+    return take_trajectories(batch)
+
+
+ALGORITHM = Algorithm(
+    config=BCConfig,
+    online=False,
+    batch=lambda cfg: ("trajectories",),
+    roles=lambda cfg: ({"policy": "lm"}, {}),
+    updates=update_once,
+    prepare=prepare,
+    loss=sft.loss,
+)
