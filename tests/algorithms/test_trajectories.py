@@ -49,7 +49,7 @@ class Loop:
         wide = lambda tree: np.asarray(lm_logits(tree, tiny.MODEL, hidden), np.float64)
         trees, self.cfg = state.params | state.slow, cfg
         self.logits = {role: wide(tree) for role, tree in trees.items() if role != "value"}
-        self.values = np.asarray(scalar(trees["value"], hidden), np.float64) if "value" in trees else None
+        self.values = np.asarray(scalar(trees["value"], hidden), np.float64) if "value" in trees else np.zeros(())
         self.tokens, self.mask = np.asarray(responses.tokens), np.asarray(responses.response_mask)
         self.rewards, self.truncated = np.asarray(rows.rewards, np.float64), np.asarray(rows.truncated)
 
@@ -237,7 +237,7 @@ def batch_of(rows: list[tuple[Prefix, Prefix, bool]]) -> tuple[Batch, np.ndarray
             prefix = (prompt + response)[len(PROMPT) : t + 1]
             mask[row, t], rewards[row, t], q[row, t] = True, process().rewards[prefix], process().q[prefix]
     truncated = np.array([cut for *_, cut in rows])
-    sequences = Sequences(*map(jnp.array, (tokens, valid, mask)))
+    sequences = Sequences(jnp.array(tokens), jnp.array(valid), jnp.array(mask))
     return Batch(trajectories=Trajectories(sequences, jnp.array(rewards), jnp.array(truncated))), q
 
 

@@ -115,8 +115,14 @@ def test_a_cell_of_csv_says_what_was_cut():
 
 def test_a_prompt_that_is_cut_leaves_rewards_in_their_places(letters):
     encode = lambda record: (encode_trajectory(record, letters, "response", [letters.eos_token_id]),)
-    (side,) = truncate({"prompt": "pqrs", "response": "ab", "rewards": [1, 2]}, encode, letters, 5) or ()
-    assert shown(side, letters) == [("r", None), ("s", None), ("a", 1), ("b", 2), ("<eos>", 0)]
+    sides = truncate({"prompt": "pqrs", "response": "ab", "rewards": [1, 2]}, encode, letters, 5)
+    assert sides is not None and shown(sides[0], letters) == [
+        ("r", None),
+        ("s", None),
+        ("a", 1),
+        ("b", 2),
+        ("<eos>", 0),
+    ]
 
 
 ROWS = [{"prompt": f"{n}", "response": "r" * (n % 3 + 1), "reward": n % 4, "truncated": n % 2 == 0} for n in range(8)]

@@ -381,7 +381,8 @@ def test_conservative_q_terms_are_a_loop():
 
     def terms(q, cql_coef):
         chosen = jnp.take_along_axis(q, token[..., None], -1)[..., 0]
-        return conservative_q_terms(QStats(chosen, q.max(-1), jax.nn.logsumexp(q, -1)), junk(goal), mask, cql_coef)
+        stats = QStats(chosen, q.max(-1), jax.nn.logsumexp(q, -1))
+        return conservative_q_terms(stats, jnp.array(junk(goal)), jnp.array(mask), cql_coef)
 
     wild = np.where(mask[..., None], q, np.nan)
     for cql_coef in (0.0, 0.25):

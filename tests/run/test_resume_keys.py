@@ -95,6 +95,7 @@ OTHER: dict[str, str | None] = {
     "batch.samples_per_prompt": "4",
     "batch.micro_batch_size": "4",
     "algorithm.num_minibatches": "2",
+    "generate.beta": None,  # with action values
     "generate.stop": "[film]",
     "generate.int8": "[weights]",
     "checkpoint.best": "eval/score/mean",

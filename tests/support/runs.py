@@ -168,7 +168,7 @@ def config(name: str, root: Path, folder: Path, *more: str):
 
 
 def tiny_config(name: str) -> Path:
-    return next(path for path in ALL if path.stem == name)
+    return ROOT / "configs" / "tiny" / f"{name}.yaml"
 
 
 # ---- processes ------------------------------------------------------------------------------------------------------
