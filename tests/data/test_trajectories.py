@@ -147,8 +147,8 @@ def test_rows_of_a_batch(letters, config):
 
 def test_the_best_share_is_used_and_the_rest_is_counted(letters, config):
     """Returns 3, 3, then 2: of two that earned 2 the first in the source. Held-out rows are not chosen from."""
-    from jaxrlhf.data.batches import count_rows, held_out_batches
     from jaxrlhf.data.batch_kinds import TRAJECTORIES
+    from jaxrlhf.data.batches import count_rows, held_out_batches
 
     cfg = config(max_length=8, keep_top=0.375)
     stream = trajectory_stream(in_memory(ROWS), letters, cfg, rows=3, seed=1)
