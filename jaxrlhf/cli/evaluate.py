@@ -21,6 +21,9 @@ def evaluate(
     run: RunArgument,
     judge: Annotated[bool, typer.Option(help="Also score with the outside judge, which training never uses.")] = True,
     samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
+    beta: Annotated[
+        float | None, typer.Option(min=0, help="In place of generate.beta: sample from policy * exp(beta * Q).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     step: StepOption = "",
     strict: StrictOption = False,
@@ -33,7 +36,7 @@ def evaluate(
     be_strict(strict)
     from jaxrlhf.evaluate.report import evaluate_run, print_report
 
-    report = evaluate_run(run, judge, samples)
+    report = evaluate_run(run, judge, samples, beta)
     if not main:
         return
     if as_json:

@@ -30,22 +30,28 @@ from jaxrlhf.sharding import current
 from jaxrlhf.types import Array, Preferences, TrainState, Trees, given
 
 
-def evaluate_run(name: str, judge: bool = True, samples: int = 8) -> dict[str, Any]:
+def evaluate_run(name: str, judge: bool = True, samples: int = 8, beta: float | None = None) -> dict[str, Any]:
     """A run (RUN: its latest checkpoint, RUN@best, RUN@40) on its held-out data, as JSON: ``after``; for a policy with
     a reference also ``before`` (the reference, under the same sampling noise) and ``samples`` of both; and
-    ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too.
+    ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too;
+    ``beta``: in place of generate.beta.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
     with verified_steps.reading():
-        return measure_run(name, judge, samples)
+        return measure_run(name, judge, samples, beta)
 
 
-def measure_run(name: str, judge: bool, samples: int) -> dict[str, Any]:
+def measure_run(name: str, judge: bool, samples: int, beta: float | None = None) -> dict[str, Any]:
     """``evaluate_run``, while the run's steps stay where they are."""
     step, (run_dir, _) = saved_run.find_step(name), split_step(name)
     compiler_flags.use_compilation_cache()
     cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
-    ready = build(resolve_config(cfg))
+    if beta is not None:
+        cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, beta=beta))
+    resolved = resolve_config(cfg)
+    if cfg.generate.beta and not resolved.roles.guides:
+        raise ValueError(f"--beta: {beta:g}: {cfg.algorithm_name} has no action values to guide its policy; expected 0")
+    ready = build(resolved)
     report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}
     with current(ready.mesh):
         state = checkpoint.restore(run_dir, step, abstract_state(ready))
