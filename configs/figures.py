@@ -3,8 +3,8 @@
     python configs/figures.py                                     # draws all of them anew
     python configs/figures.py quickstart runs/seed0 runs/seed1    # writes the table of these runs first, and draws that
 
-A table has a row for each iteration of a run (split: train) and each of its evaluations (split: held_out). Needs
-matplotlib: pip install -e '.[figures]'.
+A table has a row for each iteration of a run (split: train) and each of its evaluations (split: held_out). Needs this
+package and matplotlib: pip install -e '.[figures]'.
 """
 
 import csv
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from jaxrlhf.benchmarks import figure
 
 CONFIGS = Path(__file__).parent
 KEYS = ("algorithm", "seed", "split", "step")
@@ -129,26 +131,20 @@ def digest(path: Path) -> str:
 
 def draw(rows: Sequence[Row], to: Path, source: str) -> None:
     """A panel for each column, a color for each algorithm; ``source`` goes into the file's metadata."""
-    import matplotlib  # pyright: ignore[reportMissingImports]
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
-
-    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "jaxrlhf", "font.size": 8, "axes.titlesize": 9})
     keys = [key for key in PANELS if any(key in row.values for row in rows)]
     names = list(dict.fromkeys(row.algorithm for row in rows))
-    size = (2.4 * len(keys), 2.5)
-    figure, grid = pyplot.subplots(1, len(keys), figsize=size, squeeze=False, layout="constrained")
-    for axes, key in zip(grid[0], keys, strict=True):
-        for number, name in enumerate(names):
-            draw_algorithm(axes, [row for row in rows if row.algorithm == name], key, f"C{number}")
-        axes.set(title=PANELS[key].title, xlabel="iteration")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles=legend(rows, names), loc="outside lower center", ncols=8, frameon=False)
-    figure.savefig(to, metadata={"Date": None, "Source": source})
-    pyplot.close(figure)
-    to.write_text("".join(f"{line.rstrip()}\n" for line in to.read_text().splitlines()))
+
+    def plot(on: Any) -> None:
+        grid = on.subplots(1, len(keys), squeeze=False)
+        for axes, key in zip(grid[0], keys, strict=True):
+            for number, name in enumerate(names):
+                draw_algorithm(axes, [row for row in rows if row.algorithm == name], key, f"C{number}")
+            axes.set(title=PANELS[key].title, xlabel="iteration")
+            figure.tidy(axes)
+        on.legend(handles=legend(rows, names), loc="outside lower center", ncols=8, frameon=False)
+
+    width, height = figure.PANEL
+    figure.draw(plot, [to], source, (width * len(keys), height))
 
 
 def draw_algorithm(axes: Any, rows: Sequence[Row], key: str, color: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from jaxrlhf.benchmarks.catalog import FOLDER
 from jaxrlhf.cli.app import app
 from jaxrlhf.cli.discover import starters
 from jaxrlhf.config.load import load
@@ -21,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of the copy of it that typer brings
 DOCUMENTS = [
     "README.md",
+    *sorted(f"configs/benchmarks/{path.stem}/README.md" for path in FOLDER.glob("[!_]*.py")),
     "configs/README.md",
+    "configs/benchmarks/README.md",
     "configs/quickstart/README.md",
     "configs/smollm2/README.md",
     "jaxrlhf/algorithms/README.md",

@@ -1,13 +1,92 @@
 """``jaxrlhf benchmark``."""
 
 import json
-from typing import Annotated
+import shlex
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from jaxrlhf.cli.setup import set_flags, split_arguments
 
-benchmarks = typer.Typer(help="Measure speed on this machine, and what runs withstand.", no_args_is_help=True)
+
+class Named(TyperGroup):
+    """``jaxrlhf benchmark reverse`` is the command NAME, whose argument is reverse."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            return "NAME", self.commands["NAME"], args
+        return super().resolve_command(ctx, args)
+
+
+benchmarks = typer.Typer(
+    cls=Named,
+    help="Reproduce published results in miniature, and measure speed on this machine and what runs withstand.",
+    no_args_is_help=True,
+)
+
+
+@benchmarks.command("list")
+def list_benchmarks() -> None:
+    """List the published results that can be reproduced."""
+    from jaxrlhf.benchmarks import catalog
+    from jaxrlhf.cli.discover import tell
+
+    for name in catalog.names():
+        found = catalog.find(name)
+        tell(name, f"{found.title} (after {found.after})")
+    tell("jaxrlhf benchmark NAME reproduces one.")
+
+
+@benchmarks.command("NAME")
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="", help="One of those that list names.", show_default=False)],
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each method and control.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    out: Annotated[str, typer.Option(help="The folder of runs and results. Default: runs/benchmarks/NAME.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The short twin, with a weaker signature.")] = False,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Copy README.md, results.json and the SVG to configs/benchmarks/NAME.")
+    ] = False,
+) -> None:
+    """Reproduce a published result: train every method and control, and check the signature of the result.
+
+    Exit code 0 only where every line of the signature holds. Finished runs in OUT are not repeated: the same command
+    goes on after Ctrl-C."""
+    import signal
+    from pathlib import Path
+
+    from jaxrlhf.benchmarks import catalog, figure
+    from jaxrlhf.errors import ConfigError
+    from jaxrlhf.hosts.exit_codes import EXIT_BROKEN
+    from jaxrlhf.hosts.signals import Stop
+
+    benchmark = catalog.find(name, quick, ["list", "throughput", "soak"])
+    if quick and publish:
+        raise ConfigError("--publish: --quick is given too; expected one of them")
+    figure.need_matplotlib()
+    folder = Path(out or f"runs/benchmarks/{name}{'-quick' if quick else ''}")
+    with Stop(signal.SIGINT, signal.SIGTERM, leaves=True) as stop:
+        set_flags()
+        from jaxrlhf.benchmarks import results_page
+        from jaxrlhf.benchmarks.reproduce import Interrupted
+        from jaxrlhf.benchmarks.reproduce import reproduce as run_cells
+
+        try:
+            done = run_cells(benchmark, range(first_seed, first_seed + seeds), folder, stop)
+        except Interrupted:
+            typer.echo(f"{stop.asked}: stopped; the same command goes on")
+            raise typer.Exit(stop.code) from None
+        found = results_page.verdicts(benchmark, done.results)
+        results_page.print_results(benchmark, done.results, found)
+        command = shlex.join(["jaxrlhf", *sys.argv[1:]])
+        results_page.write_results(benchmark, done, found, folder, command)
+        typer.echo(f"{folder}/README.md, results.json, {name}.svg, {name}.png")
+        for path in results_page.publish(benchmark, folder) if publish else []:
+            typer.echo(path)
+    if not all(verdict.held for verdict in found):
+        raise typer.Exit(EXIT_BROKEN)
 
 
 @benchmarks.command()

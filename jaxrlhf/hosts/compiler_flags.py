@@ -70,13 +70,14 @@ def set_flags(platforms: set[str], deterministic: bool, environ: MutableMapping[
     return added
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs between processes, where the user has not chosen a place for them, and verify them."""
+def use_compilation_cache(least: float = 1.0) -> None:
+    """Keep compiled programs between processes, where the user has not chosen a place for them, and verify them.
+    ``least``: seconds of compilation from which a program is kept."""
     import jax
 
     if jax.config.values.get("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/jaxrlhf/xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     verify_entries()
 
 

@@ -92,10 +92,10 @@ class Pace:
 
 
 class Lines:
-    """One plain line now and then, in a log. ``every``: iterations between two of them."""
+    """One plain line now and then, in a log. ``every``: iterations between two of them; ``unit``: what is counted."""
 
-    def __init__(self, console: Console, total: int, every: int = 1):
-        self.console, self.total, self.every = console, total, every
+    def __init__(self, console: Console, total: int, every: int = 1, unit: str = "step"):
+        self.console, self.total, self.every, self.unit = console, total, every, unit
         self.pace = Pace(total)
 
     def expect(self, total: int) -> None:
@@ -106,11 +106,14 @@ class Lines:
         """What goes on while this is open, between iterations."""
         return contextlib.nullcontext()
 
+    def now(self, state: str) -> None:
+        """What goes on from here on, until the next numbers: shown by a bar alone."""
+
     def show(self, step: int, numbers: list[str]) -> None:
         """The numbers of a finished iteration, or of an evaluation after it."""
         self.pace.saw(step)
         if step % self.every == 0 or step == self.total:
-            parts = [f"step {step}/{self.total}", *numbers, self.pace.left()]
+            parts = [f"{self.unit} {step}/{self.total}", *numbers, self.pace.left()]
             self.say(GAP.join(filter(None, parts)))
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -131,10 +134,11 @@ class Lines:
 class Bar(Lines):
     """One line at the bottom of a terminal: step, time left, what goes on or the newest numbers, as far as they fit.
 
-    Held-out numbers, samples and messages stay above it. At the end it gives way to the newest numbers."""
+    Held-out numbers, samples and messages stay above it, and all numbers where something else than steps is counted.
+    At the end it gives way to the newest numbers."""
 
-    def __init__(self, console: Console, total: int, start: int):
-        super().__init__(console, total)
+    def __init__(self, console: Console, total: int, start: int, unit: str = "step"):
+        super().__init__(console, total, unit=unit)
         self.step, self.state, self.numbers = start, "", ["training"]
         self.last = ""  # line of the newest iteration
         self.live = Live(self, console=console, transient=True, refresh_per_second=2)
@@ -149,11 +153,14 @@ class Bar(Lines):
         finally:
             self.state = before
 
+    def now(self, state: str) -> None:
+        self.state = state
+
     def show(self, step: int, numbers: list[str]) -> None:
         self.pace.saw(step)
         self.step = step
-        line = GAP.join([f"step {step}/{self.total}", *numbers])
-        if numbers[:1] == ["held out:"]:
+        line = GAP.join([f"{self.unit} {step}/{self.total}", *numbers])
+        if numbers[:1] == ["held out:"] or self.unit != "step":
             self.say(line)
         else:
             self.last, self.numbers = line, numbers
@@ -172,7 +179,7 @@ class Bar(Lines):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = options.max_width - MARGIN
         width = options.max_width // 6 if options.max_width >= 60 else 0
-        parts = [f"step {self.step}/{self.total or '?'}", self.pace.left(time.monotonic())]
+        parts = [f"{self.unit} {self.step}/{self.total or '?'}", self.pace.left(time.monotonic())]
         parts += [self.state] if self.state else self.numbers
         line = ""
         for part in filter(None, parts):
@@ -186,11 +193,13 @@ class Bar(Lines):
         yield table
 
 
-def open_progress(total: int, start: int = 0, every: int = 1, console: Console | None = None) -> Lines:
+def open_progress(
+    total: int, start: int = 0, every: int = 1, console: Console | None = None, unit: str = "step"
+) -> Lines:
     """A bar where standard output is a terminal that can move its cursor; else lines, without control characters
     whatever FORCE_COLOR says, so that logs of CI stay plain."""
     console = console or Console(force_terminal=sys.stdout.isatty(), force_jupyter=False)
-    return Bar(console, total, start) if console.is_interactive else Lines(console, total, every)
+    return Bar(console, total, start, unit) if console.is_interactive else Lines(console, total, every, unit)
 
 
 def silent() -> Lines:

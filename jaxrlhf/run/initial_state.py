@@ -29,7 +29,7 @@ def read_weights(run: Run, role: Role) -> Params:
     number = sorted(run.cfg.models).index(role if shares else base_role(run.cfg, role))
     key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)
     if found.kind == "new":
-        return jax.jit(lambda: parameters.init(found.config, head, key, dtype))()
+        return jax.jit(lambda key: parameters.init(found.config, head, key, dtype))(key)  # one program for all seeds
     if (head == "bare" and found.head in ("lm", None)) or (head == "action" and found.head != "action"):
         return state.new_head(found.config, head, key, dtype, zero)  # there is nothing to read
     if found.kind == "run":
