@@ -62,9 +62,11 @@ def plot_dots(axes: Any, results: Results, quantity: str) -> None:
 
 
 def plot_curves(axes: Any, results: Results, x: str | None, y: str, cells: Sequence[str] = ()) -> None:
-    """The curves ``y`` over the curves ``x`` (None: over their number) of ``cells``: a color for each cell, a line for
-    each seed."""
-    for number, cell in enumerate(cells or results.measured):
+    """The curves ``y`` over the curves ``x`` (None: over their number), a line for each seed: of all cells that have
+    them, or of those among ``cells``, each in the color that it has in plot_dots."""
+    for number, (cell, found) in enumerate(results.measured.items()):
+        if y not in found[0] or (cells and cell not in cells):
+            continue
         lines = results.of(cell, y)
         for at, line in enumerate(lines):
             places = results.of(cell, x)[at] if x else range(len(line))

@@ -219,7 +219,7 @@ def console_of(stream: Any) -> Console:
 
 @contextlib.contextmanager
 def said_in(path: Path) -> Iterator[None]:
-    """What is printed goes to the file, behind what is there."""
+    """What is printed goes to the end of the file."""
     with open(path, "a", encoding="utf-8", buffering=1) as file, contextlib.redirect_stdout(file):
         yield
 

@@ -1,8 +1,6 @@
 """``jaxrlhf benchmark``."""
 
 import json
-import shlex
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -80,7 +78,9 @@ def reproduce(
             raise typer.Exit(stop.code) from None
         found = results_page.verdicts(benchmark, done.results)
         results_page.print_results(benchmark, done.results, found)
-        command = shlex.join(["jaxrlhf", *sys.argv[1:]])
+        chosen = [("--seeds", seeds, 3), ("--first-seed", first_seed, 0)]
+        words = [f" {option} {value}" for option, value, default in chosen if value != default]
+        command = f"jaxrlhf benchmark {name}{''.join(words)}{' --quick' if quick else ''}"
         results_page.write_results(benchmark, done, found, folder, command)
         typer.echo(f"{folder}/README.md, results.json, {name}.svg, {name}.png")
         for path in results_page.publish(benchmark, folder) if publish else []:

@@ -126,12 +126,12 @@ BENCHMARK = Benchmark(
 QUICK = dataclasses.replace(
     BENCHMARK,
     cells=(
-        dataclasses.replace(CELLS[0], overrides={"iterations": 60, "optimizer.default.learning_rate": 1e-2}),
+        dataclasses.replace(CELLS[0], overrides={"iterations": 60, "optimizer.default.learning_rate": 6e-3}),
         *(dataclasses.replace(cell, overrides={**cell.overrides, "iterations": 10}) for cell in CELLS[1:3]),
     ),
-    data=partial(write_data, letters="abcd", length=3, rows=64),
+    data=partial(write_data, letters="abcdef", length=3, rows=216),
     signature=(
-        Rise("grpo", "sft", "similarity", 0.1),
+        Rise("grpo", "sft", "similarity", 0.03),
         NoRise("constant", "sft", "similarity"),
     ),
     quick=True,
