@@ -17,6 +17,7 @@ from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.kto import KTOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.algorithms.raft import RAFTConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.sft import SFTConfig
 from jaxrlhf.cli import discover
@@ -39,7 +40,7 @@ from jaxrlhf.types import Batch
 from tests.support import runs, tiny
 
 OFF_TRAJECTORIES = ["ilql", "fqi", "mc_returns", "bc"]
-METHODS = ["sft", "rm", "dpo", "kto", "ppo", "grpo", *OFF_TRAJECTORIES]
+METHODS = ["sft", "rm", "dpo", "kto", "ppo", "grpo", "raft", *OFF_TRAJECTORIES]
 
 # ---- required keys only ---------------------------------------------------------------------------------------------
 
@@ -52,7 +53,7 @@ REQUIRED = {
     "ppo": "models: {{policy: {{init_from: {lm}}}, reward: {{init_from: {scalar}}}}}\n"
     "data: {{prompts: {{path: {text}/prompts.jsonl}}}}",
 }
-REQUIRED["grpo"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
+REQUIRED["grpo"] = REQUIRED["raft"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
 REQUIRED |= {name: REQUIRED["kto"].replace("unpaired", "trajectories") for name in OFF_TRAJECTORIES}
 SHORT = ["data.prompt_buckets=[16]", "generate.max_new_tokens=8"]  # of three programs that are compiled, one
 
@@ -170,6 +171,7 @@ ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more f
     **{name: (name, ALGORITHMS[name].config(), 1, {}) for name in OFF_TRAJECTORIES},
     "ppo": ("ppo", PPOConfig(reward_update=True, whiten_rewards=True), 1, {}),
     "ppo, shared trunk": ("ppo", PPOConfig(num_epochs=2), 1, {"trunk_gradient": 0.5}),
+    "raft": ("raft", RAFTConfig(), 2, {}),
     "grpo, one prompt": ("grpo", GRPOConfig(), 2, {}),
     "grpo, cut": ("grpo", GRPOConfig(num_minibatches=2), 2, {"share_prompts": False}),
     "grpo, packed": ("grpo", GRPOConfig(), 2, {"pack_widths": 3}),

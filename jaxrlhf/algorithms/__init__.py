@@ -2,7 +2,7 @@
 
 from jaxrlhf import user_code
 from jaxrlhf.algorithm import Algorithm
-from jaxrlhf.algorithms import bc, dpo, fqi, grpo, ilql, kto, mc_returns, ppo, rm, sft
+from jaxrlhf.algorithms import bc, dpo, fqi, grpo, ilql, kto, mc_returns, ppo, raft, rm, sft
 from jaxrlhf.algorithms.validated import checked
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -10,6 +10,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rm": rm.ALGORITHM,
     "ppo": ppo.ALGORITHM,
     "grpo": grpo.ALGORITHM,
+    "raft": raft.ALGORITHM,
     "dpo": dpo.ALGORITHM,
     "kto": kto.ALGORITHM,
     "ilql": ilql.ALGORITHM,

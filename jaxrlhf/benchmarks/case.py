@@ -27,6 +27,7 @@ HEAD, VOCAB = 64, 8192  # features of a head; tokens
 KNOWN: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "grpo": ({"kl_coef": 0.04, "num_epochs": 1}, 8, 8, "host"),
     "ppo": ({"num_epochs": 4}, 64, 1, "model"),
+    "raft": ({}, 8, 8, "host"),
     "dpo": ({}, 32, 1, ""),
     "kto": ({}, 32, 1, ""),
     **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc"), ({}, 32, 1, "")),

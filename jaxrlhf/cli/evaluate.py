@@ -24,6 +24,13 @@ def evaluate(
     beta: Annotated[
         float | None, typer.Option(min=0, help="In place of generate.beta: sample from policy * exp(beta * Q).")
     ] = None,
+    best_of: Annotated[
+        str, typer.Option(help="Numbers of samples, as in 1,4,16,64: what the best of each is worth by the reward.")
+    ] = "",
+    gold: Annotated[
+        str | None,
+        typer.Option(help="A second reward, in place of eval.gold: a function module:name, or a reward model."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     step: StepOption = "",
     strict: StrictOption = False,
@@ -36,10 +43,20 @@ def evaluate(
     be_strict(strict)
     from jaxrlhf.evaluate.report import evaluate_run, print_report
 
-    report = evaluate_run(run, judge, samples, beta)
+    report = evaluate_run(run, judge, samples, beta, sizes_of(best_of), gold)
     if not main:
         return
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
         print_report(report)
+
+
+def sizes_of(text: str) -> tuple[int, ...]:
+    """The numbers in "1,4,16". Raises ConfigError for anything else."""
+    from jaxrlhf.errors import ConfigError
+
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--best-of {text}: expected numbers of samples, as in 1,4,16,64")
+    return tuple(sorted({int(part) for part in parts}))

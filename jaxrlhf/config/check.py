@@ -18,11 +18,11 @@ from jaxrlhf.errors import ConfigError, counted, show
 from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16
-from jaxrlhf.rewards.graders import grader_problems
+from jaxrlhf.rewards.graders import gold_graders, grader_problems
 from jaxrlhf.sharding import AXES, mesh_shape
 from jaxrlhf.types import Role
 
-ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q")
+ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q", "gold")
 # what of a model some mesh axes must divide; heads need not be
 SPLIT = {"mlp_size": ("decode", "tensor"), "hidden_size": ("fsdp", "decode")}
 
@@ -188,6 +188,13 @@ def evaluation_problems(resolved: Resolved) -> Iterator[str]:
     """An evaluation that is asked for can be made."""
     cfg, sections = resolved.cfg, sections_read(resolved)
     best = cfg.checkpoint.best
+    if cfg.eval.gold:
+        if "gold" in cfg.models:
+            yield f"eval.gold: {cfg.eval.gold}: models.gold is given too; expected one of them"
+        try:
+            gold_graders(cfg.eval.gold)
+        except ValueError as error:
+            yield str(error)
     sections += ["prompts"] if "policy" in resolved.roles.trained and "prompts" not in sections else []
     if cfg.eval.every and not any(getattr(cfg.data, f"eval_{section}", None) for section in sections):
         yield f"data.eval_{sections[0]}: missing; eval.every is {cfg.eval.every}; expected path, tfds or hf"

@@ -76,6 +76,7 @@ class EvalConfig:
     size: int = 256  # held-out examples
     samples: int = 8  # responses that go to samples.jsonl
     judge: SourceConfig | None = None  # labelled texts to train an outside judge on
+    gold: str | None = None  # a second reward, never trained on: as rewards.function; or a reward model: models.gold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

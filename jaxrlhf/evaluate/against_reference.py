@@ -6,6 +6,7 @@ whose response is better.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.hosts import processes
 from jaxrlhf.ops.masked import keep
+from jaxrlhf.rewards.graders import gold_graders
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
 from jaxrlhf.run.build import Run
@@ -39,6 +41,7 @@ class Responses(NamedTuple):
     kl: np.ndarray | None  # f32, nats from the reference, of the sampled tokens
     scores: np.ndarray | None  # f32; NaN where the reward functions give none
     marks: np.ndarray | None  # f64: the judge's probability that the text is positive
+    gold: np.ndarray | None = None  # f32, by the second reward; NaN where its function gives none
     grades: Mapping[str, np.ndarray] = MappingProxyType(
         {}
     )  # what each of several functions, or of an ensemble's members, gives
@@ -50,15 +53,16 @@ class PolicyEvaluation:
     A reference or a reward model that the config names and the algorithm does without is read at the first evaluation
     and kept."""
 
-    def __init__(self, ready: Run, judge: bool = True):
-        cfg = ready.cfg
+    def __init__(self, ready: Run, judge: bool = True, samples: int = 1):
+        cfg, self.samples = ready.cfg, samples  # responses to each prompt
         self.graders: tuple[Role, ...] = members_of(ready.recipe.nets)  # the reward model, or its members
         scalar: dict[Role, Head] = dict.fromkeys(self.graders, "scalar")
-        heads: dict[Role, Head] = {"reference": "lm", **scalar}
+        heads: dict[Role, Head] = {"reference": "lm", "gold": "scalar", **scalar}
         more = [role for role in heads if role in cfg.models and role not in ready.heads]
         self.more: dict[Role, Head] = {role: heads[role] for role in more}
-        self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=1))
-        rows = min(cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt, cfg.eval.size)
+        self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=samples))
+        self.gold = dataclasses.replace(self.ready, graders=gold_graders(cfg.eval.gold)) if cfg.eval.gold else None
+        rows = min(max(cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt // samples, 1), cfg.eval.size)
         self.batches = held_out(ready, PROMPTS, cfg.eval.size, rows)
         self.asks_judge = judge and cfg.eval.judge is not None
         self.judge: Judge | None = None
@@ -69,17 +73,23 @@ class PolicyEvaluation:
     def run(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
         """What the policy writes; at first, and each time where the reward learns, what the reference writes too.
         ``between`` is called before each batch."""
-        if self.extra is None:
-            self.extra = {role: read_weights(self.ready, role) for role in self.more}
-        reference = (self.extra | state.slow).get("reference")
+        reference = (self.others() | state.slow).get("reference")
         if reference is not None and (self.before is None or self.graders[0] in state.params):
             own = {role: tree for role, tree in state.params.items() if role not in self.ready.resolved.roles.guides}
             self.before = self.write(state.replace(params=own | {"policy": reference}), between)  # it has no guides
         return self.write(state, between)
 
-    def answer(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts) -> tuple[Sequences, Array | None]:
-        """(responses, with scores where a reward model gives them, and grades where it is an ensemble; their KL in nats
-        f32[B])."""
+    def others(self) -> dict[Role, Params]:
+        """The models that only the evaluation reads."""
+        if self.extra is None:
+            self.extra = {role: read_weights(self.ready, role) for role in self.more}
+        return self.extra
+
+    def answer(
+        self, state: TrainState, extra: dict[Role, Params], prompts: Prompts
+    ) -> tuple[Sequences, dict[str, Array]]:
+        """(responses, with scores where a reward model gives them, and grades where it is an ensemble; f32[B] of each
+        that is known: "kl" in nats, "gold" by models.gold)."""
         nets, trees = self.ready.recipe.nets, Trees(state.params, extra | state.slow)
         rollout = self.ready.algorithm.rollout
         # under step 0, so that all evaluations share their noise
@@ -88,26 +98,29 @@ class PolicyEvaluation:
         if self.graders[0] in known and self.ready.graders is None:
             scores, members = read_scores(nets, trees, sequences)
             sequences = sequences.replace(scores=scores, grades=members or None)
-        if "reference" not in known:
-            return sequences, None
-        reference = read_logprobs(nets, "reference", trees, sequences)
-        logprobs = given(sequences.logprobs, "sequences.logprobs")
-        return sequences, keep(logprobs - reference, sequences.response_mask).sum(-1)
+        found = {"gold": read_scores(nets, trees, sequences, "gold")[0]} if "gold" in known else {}
+        if "reference" in known:
+            reference = read_logprobs(nets, "reference", trees, sequences)
+            logprobs = given(sequences.logprobs, "sequences.logprobs")
+            found["kl"] = keep(logprobs - reference, sequences.response_mask).sum(-1)
+        return sequences, found
 
     def write(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
-        """All prompts answered by the policy in ``state``."""
-        columns: dict[str, list] = {"rows": [], "lengths": [], "ended": [], "kl": [], "scores": []}
+        """All prompts answered by the policy in ``state``: ``samples`` responses to each, side by side."""
+        columns: dict[str, list] = {"rows": [], "lengths": [], "ended": [], "kl": [], "scores": [], "gold": []}
         grades: dict[str, list] = {}
         for host in self.batches:
             between()
-            sequences, kl = self.program(state, self.extra, put(self.ready.mesh, host.batch).prompts)
+            sequences, known = self.program(state, self.others(), put(self.ready.mesh, host.batch).prompts)
+            if self.gold is not None:
+                known["gold"] = given(score(self.gold, sequences, host.columns or []).sequences.scores, "gold")
             if self.ready.graders is not None:
                 sequences = score(self.ready, sequences, host.columns or []).sequences
-            sequences, kl, real = *fetch_all((sequences, kl)), host.real
+            sequences, known, real = *fetch_all((sequences, known)), host.real * self.samples
             mask = sequences.response_mask
             columns["rows"] += sample_rows(self.ready, sequences, real, "eval")
             values = {"lengths": mask.sum(1, dtype=np.float32), "ended": sequences.ended}
-            values |= {"kl": kl, "scores": sequences.scores}
+            values |= {"scores": sequences.scores, **known}
             for name, value in values.items():
                 columns[name] += [] if value is None else [value[:real]]
             for name, value in (sequences.grades or {}).items():
@@ -136,7 +149,7 @@ class PolicyEvaluation:
         if responses.kl is not None:
             found["kl/reference"] = mean(responses.kl[known])
         scores = None if responses.scores is None else responses.scores[known]
-        for name, values in (("score", scores), ("judge", responses.marks)):
+        for name, values in (("score", scores), ("judge", responses.marks), ("gold", responses.gold)):
             if values is not None:
                 spread = values.std(ddof=len(values) > 1) if len(values) else np.nan
                 found |= {f"{name}/mean": mean(values), f"{name}/std": spread}
@@ -154,6 +167,7 @@ class PolicyEvaluation:
             pairs = {
                 "reward": (responses.scores, self.before.scores),
                 "judge": (responses.marks, self.before.marks),
+                "gold": (responses.gold, self.before.gold),
             }
             for name, (ours, theirs) in pairs.items():
                 if ours is not None and theirs is not None:
@@ -169,6 +183,7 @@ class PolicyEvaluation:
         members = self.graders if len(self.graders) > 1 else []
         grades = dict.fromkeys(members if graders is None else graders.names, numbers)
         known = {"kl": "reference" in roles, "scores": scored, "marks": self.asks_judge}
+        known["gold"] = self.gold is not None or "gold" in roles
         given: dict[str, Any] = {name: numbers if there else None for name, there in known.items()}
         responses = Responses([], numbers, numbers > 0, **given, grades=grades)
         made.before = responses if "reference" in roles else None

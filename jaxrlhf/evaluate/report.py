@@ -1,6 +1,7 @@
 """`jaxrlhf evaluate`: a finished run measured on its held-out data, before and after, as JSON and for a reader."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,18 @@ from jaxrlhf.algorithms.grading import combined, members_of
 from jaxrlhf.algorithms.rm import score_pairs
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.config.load import load
+from jaxrlhf.config.record import Config, RoleConfig
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.batch_kinds import PREFERENCES
 from jaxrlhf.data.batches import HostBatch
 from jaxrlhf.data.summary import Summary
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.against_reference import correlation
+from jaxrlhf.evaluate.best_of import best_of_report
 from jaxrlhf.evaluate.held_out import HeldOut
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
+from jaxrlhf.rewards.graders import gold_graders
 from jaxrlhf.run import checkpoint, saved_run, verified_steps
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.feed import held_out
@@ -30,22 +35,33 @@ from jaxrlhf.sharding import current
 from jaxrlhf.types import Array, Preferences, TrainState, Trees, given
 
 
-def evaluate_run(name: str, judge: bool = True, samples: int = 8, beta: float | None = None) -> dict[str, Any]:
+def evaluate_run(
+    name: str,
+    judge: bool = True,
+    samples: int = 8,
+    beta: float | None = None,
+    best_of: Sequence[int] = (),
+    gold: str | None = None,
+) -> dict[str, Any]:
     """A run (RUN: its latest checkpoint, RUN@best, RUN@40) on its held-out data, as JSON: ``after``; for a policy with
     a reference also ``before`` (the reference, under the same sampling noise) and ``samples`` of both; and
-    ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too;
-    ``beta``: in place of generate.beta.
+    ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too; ``beta``:
+    in place of generate.beta. ``best_of``: the n of ``best_of``, rows of best_of_report. ``gold``: a second reward in
+    place of the config's: a function "module:name", else a reward model.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
     with verified_steps.reading():
-        return measure_run(name, judge, samples, beta)
+        return measure_run(name, judge, samples, beta, best_of, gold)
 
 
-def measure_run(name: str, judge: bool, samples: int, beta: float | None = None) -> dict[str, Any]:
+def measure_run(
+    name: str, judge: bool, samples: int, beta: float | None, best_of: Sequence[int], gold: str | None
+) -> dict[str, Any]:
     """``evaluate_run``, while the run's steps stay where they are."""
     step, (run_dir, _) = saved_run.find_step(name), split_step(name)
     compiler_flags.use_compilation_cache()
     cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
+    cfg = cfg if gold is None else with_gold(cfg, gold)
     if beta is not None:
         cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, beta=beta))
     resolved = resolve_config(cfg)
@@ -59,6 +75,8 @@ def measure_run(name: str, judge: bool, samples: int, beta: float | None = None)
         result = held.run(state)
         pairs = held_out(ready, PREFERENCES, cfg.eval.size, rows_taken(cfg, PREFERENCES))
         report |= pair_report(ready, state, pairs)
+        if best_of:
+            report["best_of"] = best_of_report(ready, state, best_of)
     told = {row.where: row._asdict() for row in (*held.summaries(), pairs.summary) if row}
     report["data"] = list(told.values())
     before = held.policy.before if held.policy else None
@@ -70,6 +88,19 @@ def measure_run(name: str, judge: bool, samples: int, beta: float | None = None)
         written = {"before": before.rows} if before else {}
         report["samples"] = compare(written | {"after": result.samples}, samples)
     return report
+
+
+def with_gold(cfg: Config, gold: str) -> Config:
+    """``cfg`` whose second reward is ``gold``. Raises ConfigError for a function that is not there."""
+    models = {role: model for role, model in cfg.models.items() if role != "gold"}
+    if ":" not in gold or gold.startswith("gs://"):
+        models["gold"] = RoleConfig(init_from=gold)
+        return dataclasses.replace(cfg, models=models, eval=dataclasses.replace(cfg.eval, gold=None))
+    try:
+        gold_graders(gold)
+    except ValueError as error:
+        raise ConfigError(str(error).replace("eval.gold", "--gold", 1)) from None
+    return dataclasses.replace(cfg, models=models, eval=dataclasses.replace(cfg.eval, gold=gold))
 
 
 def pair_report(ready: Run, state: TrainState, batches: list[HostBatch]) -> dict[str, Any]:
@@ -146,12 +177,17 @@ SHOWN = {  # metric -> what a reader calls it
     "response/length_mean": "length (tokens)",
     "response/ended": "responses that ended with EOS or a stop text",
     "judge/mean": "share positive, by the outside judge",
+    "gold/mean": "the second reward",
     "loss/policy": "loss",
     "implicit_reward/accuracy": "accuracy on pairs, by the policy's log-probs",
     "reward/accuracy": "accuracy on pairs",
     "loss/reward": "loss (nats a pair)",
 }
-WINS = {"win_rate/reward": "the reward", "win_rate/judge": "the outside judge"}
+WINS = {
+    "win_rate/reward": "the reward",
+    "win_rate/judge": "the outside judge",
+    "win_rate/gold": "the second reward",
+}
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -171,6 +207,8 @@ def print_report(report: dict[str, Any]) -> None:
     for metric, who in WINS.items():
         if metric in report.get("after", {}) and "before" in report:
             console.print(f"win rate of after over before, by {who}: {report['after'][metric]:.1%}", highlight=False)
+    if "best_of" in report:
+        console.print(best_of_table(report["best_of"]))
     if "reward_model" in report:
         pairs = report["reward_model"]
         text = f"reward model: {pairs['accuracy']:.1%} of {pairs['pairs']:.0f} held-out pairs ranked correctly, "
@@ -184,3 +222,12 @@ def print_report(report: dict[str, Any]) -> None:
         for name in names:
             score = "" if row.get(f"score_{name}") is None else f" ({row[f'score_{name}']:+.2f})"
             console.print(f"  {name:>6}{score}: {escape(row[name].strip())}", highlight=False)
+
+
+def best_of_table(rows: list[dict[str, Any]]) -> Table:
+    """A row for each n."""
+    names = [name for name in rows[0] if name != "prompts"]
+    table = Table(*names, title=f"best of n by the reward, {rows[0]['prompts']} prompts; nats, tokens")
+    for row in rows:
+        table.add_row(str(row["n"]), *(f"{row[name]:.3f}" for name in names[1:]))
+    return table

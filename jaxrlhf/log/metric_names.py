@@ -39,6 +39,7 @@ METRICS = [
     policy/updates_skipped | share | updates that were skipped because of stop_kl
     score/mean | score | score of a response, by the reward model or the reward functions
     score/std | score | standard deviation of the scores
+    score/kept | score | score of the responses that are learned from (raft)
     score/disagreement | score | standard deviation between the scores of an ensemble's members, a response
     score/length_correlation | - | correlation of score and length of the responses (evaluation)
     score/unscorable | responses | left out, as the reward functions gave them no score (None or NaN)
@@ -81,6 +82,9 @@ METRICS = [
     response/count | responses | of the iteration
     judge/mean | probability | of a positive text, by the outside judge
     judge/std | probability | standard deviation of the judge's answers
+    gold/mean | score | score by the second reward, which training never reads (eval.gold, models.gold)
+    gold/std | score | standard deviation of it
+    win_rate/gold | share | prompts whose response has a higher score by it than the reference's
     win_rate/reward | share | prompts whose response has a higher score than the reference's; a tie is half
     win_rate/judge | share | the same by the outside judge
     data/epoch | epochs | passes over the data: of prompts on policy, of pairs or demonstrations offline

@@ -102,6 +102,14 @@ def find_graders(cfg: RewardsConfig) -> Graders | None:
     )
 
 
+def gold_graders(name: str) -> Graders:
+    """The function of eval.gold as a grader. Raises ValueError, in one line, where there is none."""
+    try:
+        return Graders((resolve(name, where="eval.gold"),))
+    except ValueError as error:
+        raise ValueError(f"eval.gold{str(error).removeprefix('function')}") from None
+
+
 def found_function(place: str, grader: GraderConfig) -> RewardFunction:
     try:
         return resolve(grader.function, grader.arguments, f"rewards.{place}function")

@@ -13,9 +13,11 @@ import pytest
 
 from jaxrlhf.cli import app
 from jaxrlhf.config.resolved import resolve_config
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate import held_out
 from jaxrlhf.evaluate import report as reporting
 from jaxrlhf.evaluate.against_reference import PolicyEvaluation, Responses, correlation, sample_rows
+from jaxrlhf.evaluate.best_of import best_of_rows
 from jaxrlhf.evaluate.report import evaluate_run
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
@@ -294,6 +296,43 @@ def test_no_reward_model_no_report():
     batches: Any = [object()]
     ready: Any = SimpleNamespace(recipe=SimpleNamespace(nets=SimpleNamespace(graders={})))
     assert reporting.pair_report(ready, state, batches) == {}
+
+
+# ---- best of n ------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_for_each_n():
+    """Two prompts of three samples; the third prompt has a sample without a score."""
+    reward = np.array([[1.0, 2.0, 3.0], [6.0, 4.0, 5.0], [np.nan, 9.0, 9.0]])
+    gold = np.array([[5.0, 1.0, 0.0], [2.0, 4.0, 6.0], [0.0, 0.0, 0.0]])
+    rows = best_of_rows((1, 3), {"reward": reward, "gold": gold, "kl": np.full((3, 3), 0.5)})
+    bound = round(np.log(3) - 2 / 3, 4)
+    assert rows == [
+        {"n": 1, "prompts": 2, "kl_bound": 0.0, "reward": 3.5, "gold": 3.0, "kl/reference": 0.5},
+        {"n": 3, "prompts": 2, "kl_bound": bound, "reward": 4.5, "gold": 1.0, "kl/reference": round(0.5 + bound, 4)},
+    ]
+    with pytest.raises(ConfigError, match="every prompt has a response without a score"):
+        best_of_rows((1,), {"reward": np.full((2, 1), np.nan)})
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_best_of_n_of_a_run(root):
+    runs.whole(root)
+    found = evaluate_run(f"{root}/whole/grpo", best_of=(1, 2, 8), gold="tests.support.runs:praise")
+    rows = found["best_of"]
+    assert [row["n"] for row in rows] == [1, 2, 8] and rows[0]["prompts"] == 32
+    assert rows[0]["reward"] < rows[1]["reward"] < rows[2]["reward"]
+    assert rows[2]["kl/reference"] - rows[2]["kl_bound"] == pytest.approx(0, abs=2)
+    assert {"gold/mean", "gold/std", "win_rate/gold"} <= found["after"].keys()
+    assert found["after"]["gold/mean"] > 0 and rows[0]["gold"] > 0
+
+
+def test_no_policy_no_best_of(root):
+    runs.whole(root)
+    with pytest.raises(ConfigError, match="--best-of: there is nothing to sample; expected a run with a policy"):
+        evaluate_run(f"{root}/whole/rm", best_of=(1, 2))
+    with pytest.raises(ConfigError, match="--gold: my_gold:f: no module my_gold"):
+        evaluate_run(f"{root}/whole/grpo", gold="my_gold:f")
 
 
 # ---- the outside judge ----------------------------------------------------------------------------------------------
