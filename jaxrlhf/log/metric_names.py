@@ -52,6 +52,9 @@ METRICS = [
     reward/margin | score | score of the chosen side less that of the rejected one
     reward/confidence | share | probability of the preference that the model predicts; calibrated: as the accuracy
     reward/brier | - | squared error of the predicted probability
+    reward/rating | score | rating of a response, or of a marked step (rm_ratings)
+    reward/score | score | what the reward model gives it
+    reward/error | score | absolute difference of the two
     reward/chosen | score | score of the chosen sides
     reward/rejected | score | score of the rejected sides
     implicit_reward/chosen | - | beta (log p - log reference) of the chosen sides (dpo)

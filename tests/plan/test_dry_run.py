@@ -42,7 +42,9 @@ def checked(root, tmp_path, models, one_device):
 
 
 READ = {"sft": "demonstrations", "rm": "preferences", "dpo": "preferences", "ppo": "prompts", "grpo": "prompts"}
-READ |= {"kto": "unpaired", "raft": "prompts"} | dict.fromkeys(("ilql", "fqi", "mc_returns", "bc"), "trajectories")
+READ |= {"kto": "unpaired", "raft": "prompts"} | dict.fromkeys(
+    ("ilql", "fqi", "mc_returns", "bc", "rm_ratings"), "trajectories"
+)
 
 
 @pytest.mark.parametrize("method", sorted(ALGORITHMS))
