@@ -72,6 +72,13 @@ class Preferences(struct.PyTreeNode):
     margin: Array | None = None  # f32[B]: by how much, where the data says
 
 
+class Comparisons(struct.PyTreeNode):
+    """Pairs of which some are ties: neither side is preferred."""
+
+    pairs: Preferences
+    tie: Array  # bool[B]
+
+
 class Unpaired(struct.PyTreeNode):
     """Responses that are each good or bad by themselves."""
 
@@ -99,6 +106,7 @@ class Batch(struct.PyTreeNode):
     preferences: Preferences | None = None
     unpaired: Unpaired | None = None
     trajectories: Trajectories | None = None
+    comparisons: Comparisons | None = None
 
 
 class Rows(struct.PyTreeNode):

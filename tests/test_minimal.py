@@ -20,6 +20,7 @@ from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.algorithms.raft import RAFTConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.rm_ratings import RMRatingsConfig
+from jaxrlhf.algorithms.rm_ties import RMTiesConfig
 from jaxrlhf.algorithms.sft import SFTConfig
 from jaxrlhf.cli import discover
 from jaxrlhf.config.load import load
@@ -41,7 +42,7 @@ from jaxrlhf.types import Batch
 from tests.support import runs, tiny
 
 OFF_TRAJECTORIES = ["ilql", "fqi", "mc_returns", "bc"]
-METHODS = ["sft", "rm", "rm_ratings", "dpo", "kto", "ppo", "grpo", "raft", *OFF_TRAJECTORIES]
+METHODS = ["sft", "rm", "rm_ratings", "rm_ties", "dpo", "kto", "ppo", "grpo", "raft", *OFF_TRAJECTORIES]
 
 # ---- required keys only ---------------------------------------------------------------------------------------------
 
@@ -56,6 +57,7 @@ REQUIRED = {
 }
 REQUIRED["grpo"] = REQUIRED["raft"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
 REQUIRED |= {name: REQUIRED["kto"].replace("unpaired", "trajectories") for name in OFF_TRAJECTORIES}
+REQUIRED["rm_ties"] = REQUIRED["rm"]
 REQUIRED["rm_ratings"] = REQUIRED["rm"].replace("preferences", "trajectories")
 SHORT = ["data.prompt_buckets=[16]", "generate.max_new_tokens=8"]  # of three programs that are compiled, one
 
@@ -168,6 +170,7 @@ def check_trained(run: Path, done: runs.Done) -> None:
 ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more for tiny.build
     "sft": ("sft", SFTConfig(), 1, {}),
     "rm": ("rm", RMConfig(), 1, {}),
+    "rm_ties": ("rm_ties", RMTiesConfig(), 1, {}),
     "rm_ratings": ("rm_ratings", RMRatingsConfig("steps"), 1, {}),
     "dpo": ("dpo", DPOConfig(), 1, {}),
     "kto": ("kto", KTOConfig(), 1, {}),
@@ -192,6 +195,7 @@ def only_row(name: str) -> Batch:
         "unpaired": cut(tiny.unpaired(rows=2)),
         "sequences": cut(tiny.sequences(rows=2)),
         "trajectories": cut(tiny.trajectories(rows=2)),
+        "comparisons": cut(tiny.comparisons(rows=2)),
     }
     return Batch(**{field: every[field] for field in ALGORITHMS[algorithm].batch(cfg)})
 

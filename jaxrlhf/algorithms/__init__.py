@@ -2,13 +2,14 @@
 
 from jaxrlhf import user_code
 from jaxrlhf.algorithm import Algorithm
-from jaxrlhf.algorithms import bc, dpo, fqi, grpo, ilql, kto, mc_returns, ppo, raft, rm, rm_ratings, sft
+from jaxrlhf.algorithms import bc, dpo, fqi, grpo, ilql, kto, mc_returns, ppo, raft, rm, rm_ratings, rm_ties, sft
 from jaxrlhf.algorithms.validated import checked
 
 ALGORITHMS: dict[str, Algorithm] = {
     "sft": sft.ALGORITHM,
     "rm": rm.ALGORITHM,
     "rm_ratings": rm_ratings.ALGORITHM,
+    "rm_ties": rm_ties.ALGORITHM,
     "ppo": ppo.ALGORITHM,
     "grpo": grpo.ALGORITHM,
     "raft": raft.ALGORITHM,

@@ -30,7 +30,7 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "raft": ({}, 8, 8, "host"),
     "dpo": ({}, 32, 1, ""),
     "kto": ({}, 32, 1, ""),
-    **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc", "rm_ratings"), ({}, 32, 1, "")),
+    **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc", "rm_ratings", "rm_ties"), ({}, 32, 1, "")),
     "rm": ({}, 32, 1, ""),
     "sft": ({}, 32, 1, ""),
 }

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxrlhf.data.document_packing import pack
 from jaxrlhf.generate.stop_texts import Automaton
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Trajectories, Unpaired
+from jaxrlhf.types import Batch, Comparisons, Preferences, Prompts, Sequences, Trajectories, Unpaired, given
 
 Lengths = Literal["dense", "ragged"]
 SIGMA, MEAN = (
@@ -53,6 +53,11 @@ def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, seed:
         sizes = np.split(response_lengths(2 * rows, columns - prompt, lengths, seed), 2)
         chosen, rejected = (whole_rows(prompts, columns, vocab, mine, rng) for mine in sizes)
         batch = batch.replace(preferences=Preferences(chosen, rejected))
+    if shapes.comparisons is not None:
+        asked = Batch(preferences=shapes.comparisons.pairs)
+        pairs = given(random_batch(asked, vocab, prompt, lengths, seed, step).preferences, "preferences")
+        tie = np.arange(len(pairs.chosen.tokens)) % 4 == 0
+        batch = batch.replace(comparisons=Comparisons(pairs, tie))  # type: ignore[arg-type]
     if shapes.unpaired is not None:
         rows, columns = shapes.unpaired.responses.tokens.shape
         prompts = rng.integers(FIRST, vocab, (rows, prompt))

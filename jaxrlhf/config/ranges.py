@@ -15,10 +15,10 @@ RANGES = {
         EvalConfig.every GenerateConfig.beta process_id
         vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         poll wait longest_wait stockouts restarts failures run_as_user""",
-    "(0, inf)": """timeout max_run_duration
-        epochs clip_norm spike_sigmas eps clip_range clip_range_low clip_range_high value_clip_range kl_target stop_kl
-        beta sampler_ratio_cap norm_eps rope_theta low_freq_factor high_freq_factor local_rope_theta attention_softcap
-        logit_softcap beta_fast beta_slow attention_factor short_factor long_factor""",
+    "(0, inf)": """timeout max_run_duration epochs clip_norm spike_sigmas eps clip_range clip_range_low clip_range_high
+        value_clip_range kl_target stop_kl beta tie_threshold sampler_ratio_cap norm_eps rope_theta low_freq_factor
+        high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast beta_slow attention_factor
+        short_factor long_factor""",
     "(1, inf)": "dual_clip",
     "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt
         sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size

@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxrlhf.data.batches import Layout
 from jaxrlhf.data.encode import Encoded, encode_demonstration, encode_pair, encode_prompt
-from jaxrlhf.data.record_kinds import DataKind
+from jaxrlhf.data.record_kinds import BadRecord, DataKind
 from jaxrlhf.data.sources import DataConfig
 from jaxrlhf.data.trajectories import earned, encode_trajectory
 from jaxrlhf.data.truncate import Sides
-from jaxrlhf.types import Batch, Preferences, Prompts, Sequences, Trajectories, Unpaired
+from jaxrlhf.types import Batch, Comparisons, Preferences, Prompts, Sequences, Trajectories, Unpaired, given
 
 # ---- records to tokens ----------------------------------------------------------------------------------------------
 
@@ -30,6 +30,12 @@ def encode_demonstrations(record: Mapping[str, Any], tokenizer: Any, cfg: DataCo
 
 
 def encode_preferences(record: Mapping[str, Any], tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> Sides:
+    if record.get("tie"):
+        raise BadRecord("tie is true, and only rm_ties learns from ties; expected a pair with a preferred side")
+    return encode_pair(record, tokenizer, eos, cfg.append_eos)
+
+
+def encode_comparisons(record: Mapping[str, Any], tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> Sides:
     return encode_pair(record, tokenizer, eos, cfg.append_eos)
 
 
@@ -73,6 +79,14 @@ def make_preferences(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tup
     if examples.margins:
         margin[: len(records)] = [record["margin"] for record in records]
     return Batch(preferences=Preferences(chosen, rejected, margin)), None
+
+
+def make_comparisons(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
+    """``comparisons``: pairs as ``make_preferences`` has them, without margins, and which of them are ties."""
+    pairs = given(make_preferences(layout, units, mine)[0].preferences, "preferences").replace(margin=None)
+    tie, records = np.zeros(layout.local, bool), layout.records(mine)
+    tie[: len(records)] = [bool(record.get("tie")) for record in records]
+    return Batch(comparisons=Comparisons(pairs, *_arrays(tie))), None
 
 
 def make_unpaired(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
@@ -165,6 +179,10 @@ def preference_shapes(array: Shaped, rows: int, cfg: DataConfig, margins: bool) 
     return Preferences(side, side, array(np.float32, rows) if margins else None)
 
 
+def comparison_shapes(array: Shaped, rows: int, cfg: DataConfig, margins: bool) -> Any:
+    return Comparisons(preference_shapes(array, rows, cfg, margins=False), array(bool, rows))
+
+
 def unpaired_shapes(array: Shaped, rows: int, cfg: DataConfig, margins: bool) -> Any:
     whole = sequence_shapes(array, rows, cfg, margins)
     return Unpaired(whole, array(bool, rows), whole)
@@ -196,6 +214,15 @@ PREFERENCES = DataKind(
     shapes=preference_shapes,
     sides=2,
 )
+COMPARISONS = DataKind(  # the same section as PREFERENCES, for who learns from ties too
+    name="preferences",
+    field="comparisons",
+    rows_key="preferences_per_step",
+    encode=encode_comparisons,
+    make=make_comparisons,
+    shapes=comparison_shapes,
+    sides=2,
+)
 UNPAIRED = DataKind(
     name="unpaired",
     field="unpaired",
@@ -216,7 +243,7 @@ TRAJECTORIES = DataKind(
 )
 # by their fields of Batch, which is how an algorithm names what it reads
 DATA_KINDS: dict[str, DataKind] = {
-    kind.field: kind for kind in (PROMPTS, DEMONSTRATIONS, PREFERENCES, UNPAIRED, TRAJECTORIES)
+    kind.field: kind for kind in (PROMPTS, DEMONSTRATIONS, PREFERENCES, COMPARISONS, UNPAIRED, TRAJECTORIES)
 }
 
 

@@ -23,7 +23,7 @@ from jaxrlhf.data.summary import Summary, quantiles
 from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id, unreadable, why_unreadable
 from jaxrlhf.data.truncate import Encoder, Sides, longest, truncate
 
-FORMAT = 8  # of the cached measures; raise it when the same record would give other tokens
+FORMAT = 9  # of the cached measures; raise it when the same record would give other tokens
 TOO_LONG, IDENTICAL, BAD, EMPTY, UNCUTTABLE = 0, -1, -2, -3, -4  # in place of a length
 
 
@@ -191,7 +191,16 @@ def _measure_key(
 ) -> str:
     text = [fingerprint(tokenizer), tokenizer.chat_template, leading_ids(tokenizer), start_id(tokenizer), list(eos)]
     text.append(date_of(tokenizer) if is_dated(tokenizer) else None)
-    rules: list[Any] = [FORMAT, kind.name, max_length, cfg.too_long, cfg.loss_on, cfg.append_eos, cfg.skip_bad]
+    rules: list[Any] = [
+        FORMAT,
+        kind.name,
+        kind.field,
+        max_length,
+        cfg.too_long,
+        cfg.loss_on,
+        cfg.append_eos,
+        cfg.skip_bad,
+    ]
     rules.append(cfg.chat is not None)
     if unreadable(tokenizer):
         rules.append(sorted(unreadable(tokenizer)))

@@ -24,6 +24,7 @@ EMPTY_IS_NULL = (
     "label",
     "input",
     "truncated",
+    "tie",
 )  # of CSV's cells
 
 

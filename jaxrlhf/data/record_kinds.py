@@ -230,10 +230,11 @@ KINDS: dict[str, Kind] = {
             "rejected": text_or(answered),
             "prompt": text_or(unanswered, text),
             "margin": number,
+            "tie": boolean,
         },
         formats=_pairs(),
         whole=same_sort("chosen", "rejected"),
-        beside=("margin",),
+        beside=("margin", "tie"),
     ),
     "prompts": Kind(
         forms=(("prompt",), ("messages",)),

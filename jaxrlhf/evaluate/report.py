@@ -73,7 +73,8 @@ def measure_run(
         state = checkpoint.restore(run_dir, step, abstract_state(ready))
         held = HeldOut(ready, judge)
         result = held.run(state)
-        pairs = held_out(ready, PREFERENCES, cfg.eval.size, rows_taken(cfg, PREFERENCES))
+        kind = next((kind for kind in ready.resolved.kinds if kind.name == PREFERENCES.name), PREFERENCES)
+        pairs = held_out(ready, kind, cfg.eval.size, rows_taken(cfg, kind))
         report |= pair_report(ready, state, pairs)
         if best_of:
             report["best_of"] = best_of_report(ready, state, best_of)
@@ -122,11 +123,14 @@ def pair_report(ready: Run, state: TrainState, batches: list[HostBatch]) -> dict
     found: dict[str, list[np.ndarray]] = {}
     lengths = []
     for host in batches:
-        pairs = given(put(ready.mesh, host.batch).preferences, "batch.preferences")
+        batch = put(ready.mesh, host.batch)
+        compared = batch.comparisons
+        pairs = given(batch.preferences if compared is None else compared.pairs, "pairs")
+        decided = slice(None) if compared is None else ~fetch_all(compared.tie)[: host.real]
         for name, sides in fetch_all(score(trees, pairs)).items():
-            found.setdefault(name, []).append(np.stack(sides)[:, : host.real])
+            found.setdefault(name, []).append(np.stack(sides)[:, : host.real][:, decided])
         masks = fetch_all((pairs.chosen.response_mask, pairs.rejected.response_mask))
-        lengths.append(np.stack([mask.sum(1) for mask in masks])[:, : host.real])
+        lengths.append(np.stack([mask.sum(1) for mask in masks])[:, : host.real][:, decided])
     scores = {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
     return {"reward_model": pair_metrics(scores, np.concatenate(lengths, axis=1))}
 

@@ -52,6 +52,8 @@ METRICS = [
     reward/margin | score | score of the chosen side less that of the rejected one
     reward/confidence | share | probability of the preference that the model predicts; calibrated: as the accuracy
     reward/brier | - | squared error of the predicted probability
+    reward/ties | share | comparisons that are ties (rm_ties)
+    reward/tie_difference | score | absolute difference of the sides of a tie
     reward/rating | score | rating of a response, or of a marked step (rm_ratings)
     reward/score | score | what the reward model gives it
     reward/error | score | absolute difference of the two

@@ -156,6 +156,29 @@ def bradley_terry(
     return -(1.0 - label_smoothing) * right - label_smoothing * wrong
 
 
+def rao_kupper(chosen: Array, rejected: Array, tie: Array, threshold: float) -> Array:
+    """Negative log-likelihood, in nats, of a comparison that may be a tie.
+
+        d       = chosen - rejected
+        no tie  -log sigmoid(d - threshold)
+        tie     -log((exp(2 threshold) - 1) sigmoid(d - threshold) sigmoid(-d - threshold))
+
+    Args:
+        chosen, rejected: scores [B].
+        tie: bool[B].
+        threshold: log theta of the source, more than 0.
+
+    Returns:
+        f32[B]; finite for any finite scores.
+
+    Source: Rao and Kupper 1967, "Ties in paired-comparison experiments: a generalization of the Bradley-Terry model".
+    """
+    assert chosen.shape == rejected.shape == tie.shape, (chosen.shape, rejected.shape, tie.shape)
+    difference = chosen.astype(jnp.float32) - rejected
+    win, lose = jax.nn.log_sigmoid(difference - threshold), jax.nn.log_sigmoid(-difference - threshold)
+    return -jnp.where(tie, jnp.log(jnp.expm1(2.0 * threshold)) + win + lose, win)
+
+
 def ipo(
     chosen: Array,
     rejected: Array,

@@ -8,7 +8,13 @@ import pytest
 from jaxrlhf.data import batch_kinds
 from jaxrlhf.data.batch_kinds import kind_of_section
 from jaxrlhf.data.batches import Share, held_out_batches
-from tests.support.streams import demonstration_stream, preference_stream, prompt_stream, unpaired_stream
+from tests.support.streams import (
+    comparison_stream,
+    demonstration_stream,
+    preference_stream,
+    prompt_stream,
+    unpaired_stream,
+)
 
 from .conftest import in_memory
 
@@ -191,6 +197,18 @@ def test_margins_are_used_of_all_pairs_or_of_none(missing, letters, config):
     same = [PAIRS[0] | {"margin": None, "rejected": "+"}, *PAIRS]
     margins = one(preference_stream(in_memory(same), letters, config(), **options)).batch.preferences.margin
     assert margins.max() > 0
+
+
+def test_ties_are_for_comparisons_alone(letters, config):
+    """And a tie that is learned from as a pair would teach a preference that nobody has."""
+    some = [record | {"margin": None, "tie": number % 3 == 0} for number, record in enumerate(PAIRS)]
+    found = one(comparison_stream(in_memory(some), letters, config(), rows=5, seed=0)).batch.comparisons
+    for chosen, rejected, tie in zip(found.pairs.chosen.tokens, found.pairs.rejected.tokens, found.tie, strict=True):
+        assert tie == (int(letters.decode(chosen[:1])) % 3 == 0)
+        assert letters.decode(chosen[1:2]) == "+" and letters.decode(rejected[1:2]) == "-"
+    assert found.pairs.margin is None and found.tie.dtype == bool
+    with pytest.raises(ValueError, match="tie is true, and only rm_ties learns from ties"):
+        preference_stream(in_memory(some), letters, config(), rows=5, seed=0)
 
 
 def test_masks_do_not_come_from_ids(letters, config):

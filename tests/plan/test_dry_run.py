@@ -42,7 +42,7 @@ def checked(root, tmp_path, models, one_device):
 
 
 READ = {"sft": "demonstrations", "rm": "preferences", "dpo": "preferences", "ppo": "prompts", "grpo": "prompts"}
-READ |= {"kto": "unpaired", "raft": "prompts"} | dict.fromkeys(
+READ |= {"kto": "unpaired", "raft": "prompts", "rm_ties": "preferences"} | dict.fromkeys(
     ("ilql", "fqi", "mc_returns", "bc", "rm_ratings"), "trajectories"
 )
 

@@ -23,6 +23,7 @@ from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.step import Recipe
 from jaxrlhf.types import (
     Batch,
+    Comparisons,
     Grader,
     HeadSpec,
     Params,
@@ -109,6 +110,11 @@ def preferences(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 10, 
     return Preferences(*jax.tree.map(blank, pair), margin=put(margin))
 
 
+def comparisons(rows: int = 16) -> Comparisons:
+    """``preferences`` of which every third is a tie."""
+    return Comparisons(preferences(rows).replace(margin=None), put(np.arange(rows) % 3 == 0))
+
+
 def unpaired(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 20, vocab: int = 64) -> Unpaired:
     """``sequences`` of which every other is good, with other responses behind the same prompts; the last is padding."""
     own, others = (sequences(rows, prompt, room, seed + side, vocab) for side in range(2))
@@ -133,7 +139,7 @@ def trajectories(rows: int = 16, prompt: int = 4, room: int = 6, seed: int = 30,
 
 def every_field() -> Batch:
     """Rows of every kind of data."""
-    return Batch(prompts(), sequences(), preferences(), unpaired(), trajectories())
+    return Batch(prompts(), sequences(), preferences(), unpaired(), trajectories(), comparisons())
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
