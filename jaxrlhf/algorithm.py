@@ -20,6 +20,8 @@ from jaxrlhf.types import (
     Trees,
 )
 
+TARGET = "target_"  # the slow role target_X follows the trained role X
+
 
 class Updates(NamedTuple):
     """How one iteration learns from its experience. Every epoch shuffles all rows and splits them into minibatches."""
@@ -62,7 +64,8 @@ class NeedRoles(Protocol):
 
         Returns:
             (trained, slow): the head of each role. TrainState.params holds trained roles, TrainState.slow the others.
-            A slow head of action values starts as a trained one does, for ``after_update`` to move it.
+            A slow head of action values starts as a trained one does, for ``after_update`` to move it: target_X as X,
+            and heads of other names differ.
         """
         ...
 

@@ -6,15 +6,18 @@ the highest returns: data.keep_top: 0.1.
 
 import dataclasses
 
-from jaxrlhf.algorithm import Algorithm, update_once
+from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import sft
-from jaxrlhf.algorithms.trajectories import Rewarded, take_trajectories
+from jaxrlhf.algorithms.trajectories import Rewarded, plan_updates, take_trajectories
 from jaxrlhf.types import Batch, Mean, Nets, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class BCConfig:
     """Behaviour cloning: maximum likelihood of trajectories; with data.keep_top of those with the highest returns."""
+
+    num_epochs: int = 1  # passes over the trajectories of an iteration
+    num_minibatches: int = 1  # optimizer steps of a pass; the trajectories are shuffled and split among them
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: BCConfig) -> tuple[Rewarded, dict[str, Mean]]:
@@ -27,7 +30,7 @@ ALGORITHM = Algorithm(
     online=False,
     batch=lambda cfg: ("trajectories",),
     roles=lambda cfg: ({"policy": "lm"}, {}),
-    updates=update_once,
+    updates=plan_updates,
     prepare=prepare,
     loss=sft.loss,
 )

@@ -12,8 +12,8 @@ sampled from pi * exp(beta * Q): generate.beta.
 
 import dataclasses
 
-from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.algorithms.trajectories import Rewarded, follow_targets, following, take_trajectories
+from jaxrlhf.algorithm import Algorithm
+from jaxrlhf.algorithms.trajectories import Rewarded, follow_targets, following, plan_updates, take_trajectories
 from jaxrlhf.ops.losses import conservative_q_terms
 from jaxrlhf.ops.masked import sums
 from jaxrlhf.types import Ask, Batch, HeadSpec, Mean, Nets, TrainState, Trees, given
@@ -27,6 +27,8 @@ class FQIConfig:
     cql_coef: float = 0.0  # weight of log sum exp Q - Q(chosen), which lowers the Q of actions that the data lack
     polyak: float = 0.005  # share of the way to the Q head that the target goes when it moves; 1: it is copied
     target_period: int = 1  # iterations from one move of the target to the next
+    num_epochs: int = 1  # passes over the trajectories of an iteration
+    num_minibatches: int = 1  # optimizer steps of a pass; the trajectories are shuffled and split among them
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: FQIConfig) -> tuple[Rewarded, dict[str, Mean]]:
@@ -57,7 +59,7 @@ ALGORITHM = Algorithm(
     online=False,
     batch=lambda cfg: ("trajectories",),
     roles=lambda cfg: ({"policy": "lm", "q": ON_POLICY}, {"target_q": ON_POLICY}),
-    updates=update_once,
+    updates=plan_updates,
     prepare=prepare,
     loss=loss,
     after_update=lambda state, cfg: follow_targets(state, cfg.polyak, cfg.target_period),

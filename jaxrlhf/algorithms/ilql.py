@@ -16,8 +16,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.algorithms.trajectories import Rewarded, follow_targets, following, take_trajectories
+from jaxrlhf.algorithm import Algorithm
+from jaxrlhf.algorithms.trajectories import Rewarded, follow_targets, following, plan_updates, take_trajectories
 from jaxrlhf.ops.losses import conservative_q_terms, expectile_terms
 from jaxrlhf.ops.masked import keep, sums
 from jaxrlhf.types import Ask, Batch, HeadSpec, Mean, Nets, TrainState, Trees, given
@@ -33,6 +33,8 @@ class ILQLConfig:
     expectile: float = 0.7  # of the target Q over the actions of the data, that V is; near 1: their maximum
     cql_coef: float = 0.1  # weight of log sum exp Q - Q(chosen), which lowers the Q of actions that the data lack
     polyak: float = 0.005  # share of the way to its Q head that a target goes after each update
+    num_epochs: int = 1  # passes over the trajectories of an iteration
+    num_minibatches: int = 1  # optimizer steps of a pass; the trajectories are shuffled and split among them
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: ILQLConfig) -> tuple[Rewarded, dict[str, Mean]]:
@@ -74,7 +76,7 @@ ALGORITHM = Algorithm(
         {"policy": "lm", "value": HeadSpec("scalar", trunk="policy"), **dict.fromkeys(QS, ON_POLICY)},
         {f"target_{role}": ON_POLICY for role in QS},
     ),
-    updates=update_once,
+    updates=plan_updates,
     prepare=prepare,
     loss=loss,
     after_update=lambda state, cfg: follow_targets(state, cfg.polyak),

@@ -14,8 +14,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.algorithms.trajectories import Rewarded, take_trajectories
+from jaxrlhf.algorithm import Algorithm
+from jaxrlhf.algorithms.trajectories import Rewarded, plan_updates, take_trajectories
 from jaxrlhf.ops.advantages import gae
 from jaxrlhf.ops.losses import conservative_q_terms
 from jaxrlhf.ops.masked import sums
@@ -28,6 +28,8 @@ class MCReturnsConfig:
 
     gamma: float = 0.99  # discount a token
     cql_coef: float = 0.0  # weight of log sum exp Q - Q(chosen), which lowers the Q of actions that the data lack
+    num_epochs: int = 1  # passes over the trajectories of an iteration
+    num_minibatches: int = 1  # optimizer steps of a pass; the trajectories are shuffled and split among them
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: MCReturnsConfig) -> tuple[Rewarded, dict[str, Mean]]:
@@ -60,7 +62,7 @@ ALGORITHM = Algorithm(
     online=False,
     batch=lambda cfg: ("trajectories",),
     roles=lambda cfg: ({"policy": "lm", "q": HeadSpec("action", trunk="policy")}, {}),
-    updates=update_once,
+    updates=plan_updates,
     prepare=prepare,
     loss=loss,
 )

@@ -1,14 +1,15 @@
 """What algorithms share that learn from trajectories: rewards of tokens, the value that follows, moving targets."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrlhf.algorithm import TARGET, Updates
 from jaxrlhf.ops.advantages import next_values
 from jaxrlhf.ops.masked import at_last, keep, sums
 from jaxrlhf.types import Array, Batch, Experience, Mean, Sequences, TrainState, given
-
-TARGET = "target_"  # the slow role target_X follows the trained role X
 
 
 class Rewarded(Experience, kw_only=True):
@@ -24,6 +25,11 @@ def take_trajectories(batch: Batch) -> tuple[Rewarded, dict[str, Mean]]:
     responses, mask = rows.responses, rows.responses.response_mask
     returns = sums(keep(rows.rewards, mask).sum(-1), mask.any(-1))
     return Rewarded(responses=responses, rewards=rows.rewards, truncated=rows.truncated), {"return/mean": returns}
+
+
+def plan_updates(cfg: Any) -> Updates:
+    """num_epochs x num_minibatches optimizer steps an iteration."""
+    return Updates(cfg.num_epochs, cfg.num_minibatches)
 
 
 def following(values: Array, rows: Sequences, truncated: Array) -> Array:

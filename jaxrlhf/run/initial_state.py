@@ -1,7 +1,10 @@
 """The state that a run starts from: its weights read or drawn, or its shapes alone."""
 
+import zlib
+
 import jax
 
+from jaxrlhf.algorithm import TARGET
 from jaxrlhf.config.members import grader_of
 from jaxrlhf.models import parameters
 from jaxrlhf.models.files import hf_weights
@@ -28,6 +31,8 @@ def read_weights(run: Run, role: Role) -> Params:
     shares = grader_of(role) != role and run.cfg.models[role].share_trunk  # each such head is drawn by itself
     number = sorted(run.cfg.models).index(role if shares else base_role(run.cfg, role))
     key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)
+    if head == "action":  # the heads of one trunk differ, but for a target and what it follows
+        key = jax.random.fold_in(key, zlib.crc32(role.removeprefix(TARGET).encode()))
     if found.kind == "new":
         return jax.jit(lambda key: parameters.init(found.config, head, key, dtype))(key)  # one program for all seeds
     if (head == "bare" and found.head in ("lm", None)) or (head == "action" and found.head != "action"):

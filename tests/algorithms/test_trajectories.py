@@ -258,7 +258,7 @@ def learner(name: str, cfg: Any, rows: list[tuple[Prefix, Prefix, bool]]) -> tup
     return made, q
 
 
-@pytest.mark.parametrize("rows", [whole_rows, fragments])
+@pytest.mark.parametrize("rows", [pytest.param(whole_rows, marks=pytest.mark.nightly), fragments])
 def test_fitted_q_is_value_iteration(rows):
     """Also where each row is one step that a limit cut, so that all values but the last come by bootstrap."""
     made, q = learner("fqi", FQIConfig(gamma=GAMMA, polyak=0.1), rows())
@@ -266,3 +266,31 @@ def test_fitted_q_is_value_iteration(rows):
     found = tiny.program(lambda: read(train(made, STEPS)))()
     real = np.isfinite(q)
     np.testing.assert_allclose(np.asarray(found.chosen)[real], q[real], atol=1e-3)
+
+
+@pytest.mark.nightly
+def test_ilql_values_rise_with_the_expectile_and_stay_below_the_best_action():
+    """From those of the data's own mix of actions to those of the best one; in the process above data hold all."""
+    made, q = learner("ilql", ILQLConfig(gamma=GAMMA, cql_coef=0.0, polyak=0.1), whole_rows())
+    rows, mask = made.batch.trajectories, np.isfinite(q)
+    assert rows is not None
+
+    def values(expectile):
+        state = train(made, STEPS, expectile=expectile)
+        v, *twins = made.recipe.nets.read(
+            state.trees, rows.responses, Ask("value", "values"), *(Ask(n, "q") for n in QS)
+        )
+        return v, jnp.minimum(twins[0].largest, twins[1].largest)
+
+    found, highest = (np.asarray(x)[:, mask] for x in tiny.program(jax.vmap(values))(jnp.array([0.5, 0.8, 0.98])))
+    best = np.array([max(process().q[(*state, token)] for token in range(4)) for state in states_of(mask)])
+    assert (found <= highest + 0.02).all()
+    assert (found[0] < found[1] + 0.02).all() and (found[1] < found[2] + 0.02).all()
+    assert found[0].mean() + 0.2 < found[2].mean() < best.mean() + 0.02
+    assert np.abs(found[2] - best).mean() < 0.25 * np.abs(found[0] - best).mean()
+
+
+def states_of(mask: np.ndarray) -> list[Prefix]:
+    """The state before each response token of ``whole_rows``, as ``mask`` picks them."""
+    texts = [prompt + response for prompt, response, _ in whole_rows()]
+    return [texts[row][len(PROMPT) : t] for row, t in zip(*np.nonzero(mask))]

@@ -135,6 +135,8 @@ def test_a_run_is_guided_in_its_evaluations_and_in_what_it_generates(root, tmp_p
     written = {key for row in runs.rows(tmp_path / "run") for key in row} - {"step", "time"}
     assert {"loss/q2", "eval/value/above_q", "eval/response/length_mean"} <= written
     assert [key for key in written if find_metric(key) is None] == []
+    state = runs.read_state(tmp_path / "run", 2)
+    assert not np.allclose(state["params.q1/head/kernel"], state["params.q2/head/kernel"], atol=0.01)  # twins differ
     asked = ("generate", tmp_path / "run", "--prompt", "the film", "-n", 8, "--max-tokens", 8)
     assert command(*asked)[0] != command(*asked, "--beta", 1e6)[0]
     found = json.loads(command("evaluate", tmp_path / "run", "--json", "--beta", 0)[0])
