@@ -36,6 +36,7 @@ from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
 from jaxrlhf.run.feed import Feed, describe_data
 from jaxrlhf.run.initial_state import abstract_state, initial_state
+from jaxrlhf.run.kept_programs import shared
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
 from jaxrlhf.run.runtime import kernels_passed_over
@@ -294,7 +295,8 @@ class Trainer:
         (state, metrics, responses) in one program, or in two where the host scores the responses between them."""
         started, found, count = time.perf_counter(), {}, 0
         for batch in self.feed.shapes():
-            programs = compile_programs(self.ready, state, batch)
+            compiled = lambda batch=batch: compile_programs(self.ready, state, batch)
+            programs = shared("iteration", self.ready, compiled, state, batch)
             found[shapes(batch)] = joined(self.ready, programs)
             count += len(programs)
         processes.wait()

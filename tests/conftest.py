@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,15 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
     return shared_folder(tmp_path_factory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs() -> Iterator[None]:
+    """Runs of one worker that are alike compile once."""
+    from jaxrlhf.run.kept_programs import share_programs
+
+    with share_programs():
+        yield
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ IN_RUN = (
     ("checkpoint", "export", "origins", "resume"),
     ("weights", "tokenizer", "sampler", "runtime", "merge"),
     ("build", "bad_batch"),
-    ("initial_state", "recorded_asks", "feed"),
+    ("initial_state", "recorded_asks", "feed", "kept_programs"),
     ("programs", "normalize", "announce"),
     ("scoring",),
 )

@@ -27,6 +27,7 @@ from jaxrlhf.run import build
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.feed import held_out, read_source
 from jaxrlhf.run.initial_state import read_weights
+from jaxrlhf.run.kept_programs import shared
 from jaxrlhf.run.scoring import nothing, score
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState, Trees, given
@@ -68,7 +69,7 @@ class PolicyEvaluation:
         self.judge: Judge | None = None
         self.extra: dict[Role, Params] | None = None
         self.before: Responses | None = None
-        self.program = processes.jit(self.answer)
+        self.program = shared("answer", self.ready, lambda: processes.jit(self.answer))
 
     def run(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
         """What the policy writes; at first, and each time where the reward learns, what the reference writes too.

@@ -16,6 +16,7 @@ from jaxrlhf.hosts import processes
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.feed import counts_of, held_out
 from jaxrlhf.run.initial_state import abstract_state
+from jaxrlhf.run.kept_programs import shared
 from jaxrlhf.run.transfer import put
 from jaxrlhf.step import make_measure
 from jaxrlhf.types import Mean, TrainState
@@ -86,7 +87,7 @@ class Measure:
         self.mesh = ready.mesh
         self.batches = held_out(ready, kind, cfg.eval.size, rows)
         self.whole = make_measure(ready.recipe)
-        self.program = processes.jit(self.whole)
+        self.program = shared("measure", ready, lambda: processes.jit(self.whole))
 
     def run(self, state: TrainState, between: Callable[[], None] = nothing) -> dict[str, float]:
         """Means over all held-out batches; nothing where the config names no such data."""
