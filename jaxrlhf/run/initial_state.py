@@ -6,7 +6,6 @@ import jax
 
 from jaxrlhf.algorithm import TARGET
 from jaxrlhf.config.members import grader_of
-from jaxrlhf.models import parameters
 from jaxrlhf.models.files import hf_weights
 from jaxrlhf.run import saved_run, state
 from jaxrlhf.run.build import Blueprint, Run
@@ -34,7 +33,7 @@ def read_weights(run: Run, role: Role) -> Params:
     if head == "action":  # the heads of one trunk differ, but for a target and what it follows
         key = jax.random.fold_in(key, zlib.crc32(role.removeprefix(TARGET).encode()))
     if found.kind == "new":
-        return jax.jit(lambda key: parameters.init(found.config, head, key, dtype))(key)  # one program for all seeds
+        return state.draw(found.config, head, key, dtype)
     if (head == "bare" and found.head in ("lm", None)) or (head == "action" and found.head != "action"):
         return state.new_head(found.config, head, key, dtype, zero)  # there is nothing to read
     if found.kind == "run":

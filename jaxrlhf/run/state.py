@@ -11,6 +11,8 @@ from jaxrlhf.models.parameters import init
 from jaxrlhf.sharding import concrete
 from jaxrlhf.types import Array, Head, Params, Role, TrainState
 
+draw = jax.jit(init, static_argnums=(0, 1, 3))  # one program for all seeds and for all runs of a process
+
 
 def new_state(
     seed: int,
@@ -44,7 +46,7 @@ def describe_state(
 def new_head(cfg: ModelConfig, head: Head, key: Array, dtype, zero: bool) -> Params:
     """A head on a trunk ("bare", "action") as parameters.init would have it, or at 0 (``zero``: a value model that
     knows nothing)."""
-    params = jax.jit(lambda: init(cfg, head, key, dtype))()
+    params = draw(cfg, head, key, dtype)
     return jax.tree.map(jnp.zeros_like, params) if zero else params
 
 
