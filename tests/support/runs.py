@@ -294,6 +294,7 @@ def main() -> None:
     parent_death.ends_with_launcher(signal.SIGKILL)
     plan = json.loads(Path(sys.argv[1]).read_text())
     from jaxrlhf.cli import app
+    from jaxrlhf.run.kept_programs import share_programs
     from tests.support import fake_gcs
 
     if fake_gcs.ROOT in os.environ:
@@ -301,16 +302,17 @@ def main() -> None:
     events = watch(plan)
     atexit.register(lambda: Path(plan["events"]).write_text(json.dumps(events)))
     code: Any = 0
-    for number, command in enumerate(plan["commands"]):
-        if number:
-            print(SEPARATOR, end="", flush=True)
-        sys.argv = ["jaxrlhf", *command]
-        try:
-            app.main()
-        except SystemExit as stop:
-            code = stop.code
-        if code:
-            break
+    with share_programs():  # an evaluation has those of the run
+        for number, command in enumerate(plan["commands"]):
+            if number:
+                print(SEPARATOR, end="", flush=True)
+            sys.argv = ["jaxrlhf", *command]
+            try:
+                app.main()
+            except SystemExit as stop:
+                code = stop.code
+            if code:
+                break
     sys.exit(code)
 
 
