@@ -350,12 +350,13 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(root, tm
     assert [row[metric] for row in runs.rows(tmp_path / "sft")] == [1.0, 1.0, None]
 
 
-def test_an_infinite_loss_is_exit_code_1(root, tmp_path, fake, command):
+def test_an_infinite_loss_is_exit_code_1_also_where_its_batch_can_t_be_written(root, tmp_path, fake, command):
     fake(lambda step: {"loss/value": jnp.where(step == 2, jnp.inf, 1.0)})
     config = tmp_path / "sft.yaml"
+    (tmp_path / "sft" / "bad_batch_2.npz").mkdir(parents=True)
     config.write_text(dump(bare(root, tmp_path)))
     _, err = command("train", config, code=1)
-    assert err.startswith("step 2: loss/value is inf; last good checkpoint: step None; the batch: ")
+    assert err.startswith("step 2: loss/value is inf; last good checkpoint: step None; the batch: not written (")
 
 
 @pytest.mark.parametrize(("bad", "stopped"), [((2, 3, 5), None), ((2, 3, 4), 4)])

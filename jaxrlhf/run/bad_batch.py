@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf.config.record import Config
+from jaxrlhf.errors import one_line
 from jaxrlhf.hosts import processes
 
 
@@ -46,12 +47,15 @@ class NotFinite:
         raise FloatingPointError(f"{what}; last good checkpoint: step {kept}; the batch: {file}; {again}")
 
     def dump(self, step: int, rows: Any) -> str:
-        """Writes the rows as NumPy arrays under their paths; from the last checkpoint, the same command up to this step
-        makes them again."""
+        """Writes the rows as NumPy arrays under their paths, and gives the file, or why there is none: a full disk must
+        not hide the loss. From the last checkpoint, the same command up to this step makes the rows again."""
         own = f".{jax.process_index()}" if processes.several() else ""
         file = epath.Path(self.cfg.run_dir) / f"bad_batch_{step}{own}.npz"
         arrays = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(rows)}
         whole = io.BytesIO()
         np.savez(whole, **arrays)  # pyright: ignore[reportArgumentType]
-        file.write_bytes(whole.getvalue())
+        try:
+            file.write_bytes(whole.getvalue())
+        except OSError as error:
+            return f"not written ({one_line(error)})"
         return str(file)

@@ -192,11 +192,12 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def require(run_dir, step: int, name: str) -> None:
-    """Raises Damaged where this step, which ``name`` asks for, isn't good."""
+def require(run_dir, step: int, name: str, ours: bool = False) -> None:
+    """Raises Damaged where this step, which ``name`` asks for, isn't good. ``ours``: this process holds the run's lock,
+    so that nobody is writing it."""
     if not hold(run_dir, step):
         raise Damaged(f"{name}: step {step} is being deleted by the run that trains")
-    if wrong := UNDER_WAY if is_under_way(run_dir, step) else problem(run_dir, step):
+    if wrong := UNDER_WAY if not ours and is_under_way(run_dir, step) else problem(run_dir, step):
         good = [other for other in committed(run_dir) if other != step and problem(run_dir, other) is None]
         there = f"the newest good one is step {good[-1]}" if good else "no other one is good"
         raise Damaged(f"{name}: {described(step, wrong)}; {there}")
@@ -268,7 +269,7 @@ def rewind(run_dir, step: int) -> list[int]:
         if step not in there:
             held = ", ".join(map(str, there)) or "none"
             raise ValueError(f"{run_dir}: has no step {step}; its steps: {held}")
-        require(run_dir, step, os.fspath(run_dir))
+        require(run_dir, step, os.fspath(run_dir), ours=True)
         if newer := [other for other in there if other > step]:
             set_aside(run_dir, newer)
         return newer

@@ -254,6 +254,9 @@ def test_a_run_is_wound_back_only_to_a_step_that_is_there_and_good_and_while_nob
     with pytest.raises(RunDirBusy, match="already being written"):
         verified_steps.rewind(run, 1)
     lock.close()
+    (run / "checkpoints" / "3" / "manifest.json").unlink()  # nobody is writing it: the lock is ours
+    with pytest.raises(Damaged, match=r"step 3 is damaged .*; the newest good one is step 1$"):
+        verified_steps.rewind(run, 3)
     assert steps_of(run) == [1, 2, 3]
 
 
