@@ -99,13 +99,27 @@ def root(tmp_path_factory) -> Path:
     return shared_folder(tmp_path_factory)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def programs() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def all_programs() -> Iterator[None]:
     """Runs of one worker that are alike compile once."""
     from jaxrlhf.run.kept_programs import share_programs
 
     with share_programs():
         yield
+
+
+@pytest.fixture(autouse=True)
+def programs(request: pytest.FixtureRequest, all_programs) -> Iterator[None]:
+    """``all_programs``, but not for a test that replaces code: its programs are of its own."""
+    from jaxrlhf.run.kept_programs import KEPT
+
+    own, every = request.node._fixtureinfo.argnames, request.fixturenames
+    if "monkeypatch" not in own and "fake" not in every:
+        yield
+        return
+    token = KEPT.set(None)
+    yield
+    KEPT.reset(token)
 
 
 @pytest.fixture
