@@ -1,0 +1,132 @@
+"""What holds for every algorithm: its gradient depends on the rows that count, and not on how they come."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf import step as steps
+from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.algorithms.grpo import GRPOConfig
+from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.algorithms.rm import RMConfig
+from jaxrlhf.algorithms.rm_ratings import RMRatingsConfig
+from jaxrlhf.types import Batch
+from tests.support import tiny
+
+ROWS = 8
+CONFIGS: dict[str, Any] = {
+    # the unbiased variance is that of more rows where rows come twice
+    "ppo": PPOConfig(reward_update=True, whiten_advantages="biased", entropy_coef=0.1),
+    "grpo": GRPOConfig(kl_coef=0.0),  # so that a constant reward leaves nothing to learn
+    "rm": RMConfig(centering=0.1),
+    "rm_ratings": RMRatingsConfig("steps"),
+}
+NAMES = sorted(ALGORITHMS)
+
+
+def config(name: str) -> Any:
+    return CONFIGS.get(name) or ALGORITHMS[name].config()
+
+
+def every_row() -> Batch:
+    """ROWS rows of every kind of data, as NumPy arrays; two responses to each prompt, of which row 1 has all tokens."""
+    rng = np.random.default_rng(0)
+    sequences = tiny.sequences(rows=ROWS)
+    mask = np.asarray(sequences.response_mask)
+    logprobs = np.where(mask, rng.normal(-np.log(64), 0.3, mask.shape), 0).astype(np.float32)
+    sequences = sequences.replace(logprobs=logprobs, scores=rng.normal(size=ROWS).astype(np.float32))
+    pairs = tiny.preferences(rows=ROWS + 1)
+    cut = functools.partial(jax.tree.map, lambda x: np.asarray(x)[:ROWS])  # the last row behind them is padding
+    return jax.tree.map(
+        np.asarray,
+        Batch(
+            prompts=tiny.prompts(rows=ROWS // 2),
+            sequences=sequences,
+            preferences=cut(pairs),
+            unpaired=cut(tiny.unpaired(rows=ROWS + 1)),
+            trajectories=cut(tiny.trajectories(rows=ROWS + 1)),
+            comparisons=cut(tiny.comparisons(rows=ROWS + 1)),
+        ),
+    )
+
+
+@functools.cache
+def gradient_of(name: str, num_micro: int = 1):
+    """(batch -> (each role's gradient, each role's loss), compiled once; the algorithm's own rows)."""
+    algorithm, cfg = ALGORITHMS[name], config(name)
+    fields = {*algorithm.batch(cfg), *(("sequences",) if algorithm.online else ())}
+    batch = Batch(**{field: getattr(every_row(), field) for field in fields})
+    run = tiny.build(name, cfg, batch=batch, share_prompts=False, num_micro=num_micro, samples_per_prompt=2)
+
+    @tiny.program
+    def gradient(state, batch):
+        experience, _ = algorithm.prepare(run.recipe.nets, state, batch, cfg)
+        grads, _, losses = steps.gradients(run.recipe, state, jax.lax.stop_gradient(experience))
+        return grads, {role: mean.value() for role, mean in losses.items()}
+
+    return functools.partial(gradient, run.state), batch
+
+
+def moved(batch: Batch, order: np.ndarray) -> Batch:
+    """The rows in another ``order`` of pairs of rows: what belongs together stays together."""
+    pairs = np.repeat(order, 2) * 2 + np.tile([0, 1], len(order))
+    return jax.tree.map(lambda x: x[order] if len(x) == ROWS // 2 else x[pairs], batch)
+
+
+def blanked(batch: Batch, first: int) -> Batch:
+    """The rows from ``first`` on as padding: nothing in them is valid, and no response is in them."""
+    blank = lambda x: np.where(np.arange(len(x)).reshape(-1, *(1,) * (x.ndim - 1)) * (ROWS // len(x)) < first, x, 0)
+    return jax.tree.map(lambda x: blank(x).astype(x.dtype), batch)
+
+
+def close(found, expected, atol=2e-6) -> None:
+    (grads, losses), (others, other_losses) = found, expected
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), grads, others)
+    for role, loss in losses.items():
+        np.testing.assert_allclose(loss, other_losses[role], rtol=1e-5, atol=1e-6, err_msg=role)
+
+
+def largest(grads) -> float:
+    return max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_rows_changes_nothing(name):
+    gradient, batch = gradient_of(name)
+    found = gradient(batch)
+    assert largest(found[0]) > 1e-3, "no gradient, no test"
+    close(gradient(moved(batch, np.array([2, 0, 3, 1]))), found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_that_are_all_padding_change_nothing(name):
+    """The mean over four rows is the mean over these twice, and over these with four rows of padding."""
+    gradient, batch = gradient_of(name)
+    padded = gradient(blanked(batch, ROWS // 2))
+    close(padded, gradient(moved(batch, np.array([0, 1, 0, 1]))))
+    assert largest(padded[0]) > 1e-3, "no gradient, no test"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_of_padding_alone_has_no_gradient(name):
+    gradient, batch = gradient_of(name)
+    assert largest(gradient(blanked(batch, 0))[0]) == 0.0
+
+
+SOON = ("ilql", "raft", "rm_ratings")  # by day; ppo is in test_step
+EACH = [name if name in SOON else pytest.param(name, marks=pytest.mark.nightly) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_micro_batches_change_nothing(name):
+    close(gradient_of(name, num_micro=2)[0](gradient_of(name)[1]), gradient_of(name)[0](gradient_of(name)[1]))
+
+
+def test_a_constant_reward_leaves_a_group_nothing_to_learn():
+    gradient, batch = gradient_of("grpo")
+    assert batch.sequences is not None
+    constant = batch.replace(sequences=batch.sequences.replace(scores=np.full(ROWS, 3.0, np.float32)))
+    assert largest(gradient(constant)[0]) == 0.0
