@@ -288,7 +288,11 @@ def test_figures_are_drawn(tmp_path):
 # ---- the benchmarks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", catalog.names())
+SLOW = ("overoptimization",)  # five programs are compiled; its parts have a test of their own
+TWINS = [pytest.param(name, marks=pytest.mark.nightly if name in SLOW else ()) for name in catalog.names()]
+
+
+@pytest.mark.parametrize("name", TWINS)
 def test_the_short_twin_has_its_signature(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     quick = catalog.find(name, quick=True)

@@ -1,0 +1,329 @@
+"""Over-optimisation: a learned reward keeps rising, the true one falls; what ensembles and a KL penalty change."""
+
+import dataclasses
+import functools
+import json
+import random
+import statistics
+import string
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.signature import Above, Below, HigherThan, Holds, Rise
+
+LETTERS = string.ascii_letters + string.digits  # by their frequency
+SEEN_WELL = 14  # letters that are common; the others are typos
+LONGEST = 12  # letters of a response
+BEST_LENGTH = 8
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # n of best of n
+PAIRS, HELD_OUT = 3000, 64
+FEW = 500  # pairs of the smaller data
+
+
+# ---- the task -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def worth(seed: int) -> dict[str, float]:
+    """What a letter adds to the gold score: common ones around 0, typos less than nothing."""
+    rng = random.Random(1000 + seed)
+    common = {letter: rng.gauss(0.0, 1.0) for letter in LETTERS[:SEEN_WELL]}
+    return common | dict.fromkeys(LETTERS[SEEN_WELL:], -1.5)
+
+
+def gold_of(text: str, seed: int) -> float:
+    """The mean worth of the letters times 4, less a quadratic penalty for another length than BEST_LENGTH."""
+    letters = [worth(seed)[letter] for letter in text if letter in worth(seed)]
+    total = sum(letters) / max(len(letters), 1) * 4
+    return total - 0.05 * (len(text) - BEST_LENGTH) ** 2
+
+
+def gold(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    """The second reward, which nothing is trained on."""
+    return [gold_of(text, record["seed"]) for text, record in zip(responses, records, strict=True)]
+
+
+def write(rng: random.Random) -> str:
+    """A response as the policy writes before it is optimised: letters by Zipf's law, 4 to 12 of them."""
+    weights = [1 / (rank + 1) ** 1.1 for rank in range(len(LETTERS))]
+    return "".join(rng.choices(LETTERS, weights, k=rng.randint(4, LONGEST)))
+
+
+def constant(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    """The control that rewards every response alike."""
+    return [1.0] * len(responses)
+
+
+def coin(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
+    """The control of a random reward: 0 or 1, by a hash of the response."""
+    return [float(zlib.crc32(text.encode()) >> 16 & 1) for text in responses]
+
+
+def write_data(folder: Path, seed: int, held_out: int = HELD_OUT) -> None:
+    """demonstrations, prompts, held-out prompts; pairs labelled by the gold score with 25 % of the labels swapped, all
+    and a few; held-out pairs with right labels."""
+    rng = random.Random(seed)
+    prompt = lambda: {"prompt": rng.choice(LETTERS) + ":", "seed": seed}
+    rows: dict[str, list[dict[str, Any]]] = {
+        "demonstrations": [prompt() | {"response": write(rng)} for _ in range(8000)],
+        "prompts": [prompt() for _ in range(1000)],
+        "held_out": [prompt() for _ in range(held_out)],
+    }
+    for name, count, noise in (("pairs", PAIRS, 0.25), ("held_out_pairs", 500, 0.0)):
+        rows[name] = [pair(rng, prompt()["prompt"], seed, noise) for _ in range(count)]
+    rows["few_pairs"] = rows["pairs"][:FEW]
+    for name, found in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def pair(rng: random.Random, prompt: str, seed: int, noise: float) -> dict[str, str]:
+    """Two responses, labelled wrongly with the probability ``noise``."""
+    one, other = write(rng), write(rng)
+    right = gold_of(one, seed) > gold_of(other, seed)
+    chosen, rejected = (one, other) if right != (rng.random() < noise) else (other, one)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+WAYS = ("single", "mean", "median", "wco", "uwo")
+CURVES = (("gold", "gold/mean"), ("proxy", "score/mean"), ("kl", "kl/reference"))
+
+
+def measure(done: Finished) -> Measured:
+    """Of a reward model: best of n by it. Of GRPO: gold, proxy and KL on held-out prompts over the run."""
+    if done.cell == "sft":
+        return {"loss": done.curve("loss/policy")[-1]}
+    return measure_best_of(done) if done.cell.startswith("rm") else measure_training(done)
+
+
+def measure_training(done: Finished) -> Measured:
+    """Gold, proxy and KL from the reference at each evaluation, their last values, and what gold lost of its rise; how
+    Gao's form for reinforcement learning, d (alpha - beta log d), fits to the rise of gold."""
+    curves = {name: rounded(done.curve(f"eval/{metric}")) for name, metric in CURVES}
+    found: Measured = {f"{name}_curve": curve for name, curve in curves.items()}
+    found |= {f"{name}_end": curve[-1] for name, curve in curves.items()}
+    gold = curves["gold"]
+    found |= {"gold_peak": max(gold), "fall": fall(gold), "gold_gain": gold[-1] - gold[0]}
+    found["proxy_gain"] = curves["proxy"][-1] - curves["proxy"][0]
+    if max(curves["kl"]) > 1:
+        found["alpha"], found["beta"] = fit_training(curves["kl"], gold)
+    return found
+
+
+def measure_best_of(done: Finished) -> Measured:
+    """Gold and proxy of the best of n, for each n of SIZES and each way to combine the members; "single" is the mean of
+    what each member does alone. Gao's form for best of n, d (alpha - beta d), fitted to the gold of single members."""
+    import numpy as np
+
+    from jaxrlhf.ops.best_of import best_of, best_of_kl
+
+    scores, gold = sampled(done)
+    curve = lambda proxy, by: best_of(proxy, by, SIZES).mean(1)
+    mean = scores.mean(0)
+    ways = {"mean": mean, "median": np.median(scores, axis=0), "wco": scores.min(0), "uwo": mean - 0.5 * scores.var(0)}
+    golds = {"single": np.mean([curve(one, gold) for one in scores], axis=0)}
+    golds |= {way: curve(proxy, gold) for way, proxy in ways.items()}
+    proxy = np.mean([curve(one, one) for one in scores], axis=0)
+    accuracies = [done.curve(f"eval/reward/accuracy/reward_{member}")[-1] for member in range(len(scores))]
+    found: Measured = {"accuracy": statistics.fmean(accuracies), "proxy_curve": rounded(proxy)}
+    found |= {"proxy_rise": float(np.diff(proxy).min()), "ideal_curve": rounded(curve(gold, gold))}
+    for way, values in golds.items():
+        found |= {f"{way}_curve": rounded(values), f"{way}_end": float(values[-1] - values[0])}
+        found |= {f"{way}_peak": float(max(values) - values[0]), f"{way}_fall": fall(list(values))}
+    distance = np.sqrt([best_of_kl(n) for n in SIZES])
+    found["alpha"], found["beta"] = fitted(distance, golds["single"] - golds["single"][0], distance)
+    return found
+
+
+def sampled(done: Finished) -> tuple[Any, Any]:
+    """(scores f64[members, prompts, N], gold f64[prompts, N]) of SIZES[-1] responses of the supervised policy to each
+    held-out prompt."""
+    import numpy as np
+
+    from jaxrlhf.benchmarks.reproduce import config_of
+    from jaxrlhf.config.load import load
+    from jaxrlhf.config.resolved import resolve_config
+    from jaxrlhf.evaluate.against_reference import PolicyEvaluation
+    from jaxrlhf.run.build import build
+    from jaxrlhf.run.initial_state import initial_state
+    from jaxrlhf.sharding import current
+
+    members = [role for role in load(done.run_dir / "config.yaml").models if role.startswith("reward")]
+    several = {"models.reward": [{"init_from": f"{FOLDER}/{done.cell}"}] * len(members)}
+    rows = {"batch.prompts_per_step": HELD_OUT * SIZES[-1] // 8}  # all prompts in one batch
+    cell = Cell(f"best_of_{done.cell}", "", "grpo", several | rows)
+    ready = build(resolve_config(config_of(BENCHMARK, cell, done.folder, done.seed)), keep=False)
+    with current(ready.mesh):
+        written = PolicyEvaluation(ready, judge=False, samples=SIZES[-1]).write(initial_state(ready))
+    grouped = lambda x: np.asarray(x, np.float64).reshape(-1, SIZES[-1])
+    return np.stack([grouped(written.grades[role]) for role in members]), grouped(written.gold)
+
+
+def rounded(curve: Any) -> list[float]:
+    return [round(float(value), 3) for value in curve]
+
+
+def fall(curve: Sequence[float]) -> float:
+    """How much of its rise from the start a curve has lost at its end: 0 where it ends at its peak, 1 where it is back
+    at the start."""
+    rise = max(curve) - curve[0]
+    return float((max(curve) - curve[-1]) / rise) if rise > 0 else 0.0
+
+
+def fit_training(kl: Sequence[float], gold: Sequence[float]) -> tuple[float, float]:
+    """(alpha, beta) of gold's rise = d (alpha - beta log d), where d = sqrt(KL) is at least 1: it does not hold near
+    0."""
+    import numpy as np
+
+    distance = np.sqrt(np.maximum(kl, 0.0))
+    far = distance >= 1
+    return fitted(distance[far], np.asarray(gold)[far] - gold[0], np.log(distance[far]))
+
+
+def fitted(distance: Any, rises: Any, factor: Any) -> tuple[float, float]:
+    """(alpha, beta) of rises = distance (alpha - beta factor), by least squares."""
+    import numpy as np
+
+    terms = np.stack([distance, -distance * factor], axis=1)
+    alpha, beta = np.linalg.lstsq(terms, rises, rcond=None)[0]
+    return float(alpha), float(beta)
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def plot(figure: Any, results: Results) -> None:
+    """Best of n by each way to combine; GRPO's gold and proxy over the distance from the reference."""
+    import numpy as np
+
+    from jaxrlhf.benchmarks.figure import tidy
+
+    left, middle, right = figure.subplots(1, 3)
+    average = lambda cell, name: np.mean(results.of(cell, name), axis=0)
+    for number, way in enumerate(WAYS):
+        left.plot(SIZES, average("rm", f"{way}_curve"), "o-", color=f"C{number}", markersize=3, label=way)
+    left.plot(SIZES, average("rm", "proxy_curve"), "--", color="gray", label="proxy of single")
+    left.set(xscale="log", xlabel="n", title="gold of the best of n")
+    cells = [cell for cell in ("single", "kl", "uwo") if cell in results.measured]
+    for axes, name in ((middle, "gold"), (right, "proxy")):
+        for number, cell in enumerate(cells):
+            for at, (kl, values) in enumerate(zip(results.of(cell, "kl_curve"), results.of(cell, f"{name}_curve"))):
+                label = {"label": cell} if at == 0 else {}
+                axes.plot(np.sqrt(np.maximum(kl, 0)), values, color=f"C{number}", linewidth=1, alpha=0.8, **label)
+        axes.set(xlabel="sqrt(KL), nats", title=f"{name} of GRPO")
+    for axes in (left, middle, right) if cells else (left,):
+        axes.legend(fontsize=6)
+        tidy(axes)
+
+
+# ---- the benchmark --------------------------------------------------------------------------------------------------
+
+
+def ordered(results: Results) -> tuple[bool, str]:
+    """Gold of the best of the largest n, the mean over seeds: WCO and UWO at least the mean's, that at least a single
+    model's."""
+    ends = {way: results.mean("rm", f"{way}_end") for way in WAYS}
+    held = min(ends["wco"], ends["uwo"]) >= ends["mean"] >= ends["single"]
+    return held, ", ".join(f"{way} {end:.2f}" for way, end in ends.items())
+
+
+def same_frontier(results: Results) -> tuple[bool, str]:
+    """Where the run with a KL penalty ends, its gold less that of the run without one at the same KL: within 0.5, the
+    mean over seeds."""
+    import numpy as np
+
+    gains = []
+    for kl, gold, end_kl, end in zip(
+        *(results.of("single", name) for name in ("kl_curve", "gold_curve")),
+        *(results.of("kl", name) for name in ("kl_end", "gold_end")),
+        strict=True,
+    ):
+        order = np.argsort(kl)
+        gains.append(end - float(np.interp(end_kl, np.asarray(kl)[order], np.asarray(gold)[order])))
+    return abs(statistics.fmean(gains)) <= 0.5, ", ".join(f"{gain:+.2f}" for gain in gains)
+
+
+FOLDER = "runs/benchmarks/overoptimization"
+RM = {"init_from": f"{FOLDER}/rm"}
+NO_MODEL = {"models": {"policy": {"init_from": f"{FOLDER}/sft"}}, "iterations": 30}
+CELLS = (
+    Cell("sft", "the policy: supervised, from random weights"),
+    Cell("rm", f"five reward models on {PAIRS:,} pairs, 25 % labelled wrongly"),
+    Cell("rm_few", f"the same on {FEW} pairs", "rm", {"data.preferences.path": f"{FOLDER}/data/few_pairs.jsonl"}),
+    Cell("single", "GRPO against one of them", "grpo", {"models.reward": [RM]}),
+    Cell("kl", "the same with a KL penalty of 0.1", "grpo", {"models.reward": [RM], "algorithm.kl_coef": 0.1}),
+    Cell(
+        "uwo",
+        "GRPO against mean - 0.5 x variance of five scores",
+        "grpo",
+        {"models.reward": [RM] * 5, "rewards.combine": "mean_minus_variance"},
+    ),
+    Cell("constant", "control: GRPO with a constant reward", "grpo", NO_MODEL | {"rewards.function": constant}),
+    Cell("random", "control: GRPO with a random reward", "grpo", NO_MODEL | {"rewards.function": coin}),
+)
+
+BENCHMARK = Benchmark(
+    name="overoptimization",
+    title="Over-optimisation: the learned reward keeps rising, the true one falls; ensembles hold it",
+    after="Gao et al. 2022 ([arXiv 2210.10760](https://arxiv.org/abs/2210.10760)), Coste et al. 2023 "
+    "([arXiv 2310.02743](https://arxiv.org/abs/2310.02743))",
+    about=(
+        "A response is 4 to 12 letters of 62, drawn by Zipf's law. The true score (gold) is the mean worth of its"
+        " letters, less a penalty for the wrong length: 14 common letters are worth a number around 0, 48 rare "
+        "ones, the typos, -1.5. Reward models of one layer and 32 features, each from random weights of its own, "
+        "learn from 3,000 pairs of which 25 % are labelled wrongly, each from a bootstrap sample: of rare letters"
+        " they know little. Then the response is chosen that a model holds best of n (up to 1,024, 64 held-out "
+        "prompts, the unbiased estimator), or GRPO runs 150 steps against it. `single` is one model, in best of n"
+        " the mean of what each of five does alone; `wco` the lowest of five scores, `uwo` mean - 0.5 x variance."
+        " `X_fall` is the share of gold's rise that is lost at the end. alpha and beta are those of Gao's forms: "
+        "d (alpha - beta d) for best of n, d (alpha - beta log d) for GRPO where d is 1 or more, d = sqrt(KL). "
+        "The settings were chosen on seed 100."
+    ),
+    cells=CELLS,
+    data=write_data,
+    measure=measure,
+    signature=(
+        Above("rm", "proxy_rise", 0.0),
+        Above("rm", "single_fall", 0.2),
+        Above("rm", "beta", 0.0),
+        Rise("rm", "rm_few", "single_peak"),
+        Holds(f"gold of the best of {SIZES[-1]}: wco and uwo >= mean >= single", ordered),
+        Above("single", "proxy_gain", 1.0),
+        Above("single", "fall", 0.2),
+        HigherThan("uwo", "single", "gold_end", 1.0),
+        Below("uwo", "fall", 0.2),
+        Below("kl", "fall", 0.2),
+        HigherThan("single", "kl", "kl_end", 1.0),
+        Holds(
+            "the KL penalty moves gold along the frontier of gold and KL only: within 0.5 at the same KL", same_frontier
+        ),
+        Below("constant", "gold_gain", 0.01),
+        Below("random", "gold_gain", 0.5),
+    ),
+    shown=("accuracy", "single_peak", "single_end", "mean_end", "wco_end", "uwo_end", "alpha", "beta")
+    + ("proxy_end", "gold_peak", "gold_end", "fall", "kl_end"),
+    plot=plot,
+)
+
+QUICK = dataclasses.replace(
+    BENCHMARK,
+    cells=(
+        dataclasses.replace(CELLS[0], overrides={"iterations": 60}),
+        dataclasses.replace(
+            CELLS[1],
+            overrides={
+                "iterations": 60,
+                "models.reward": [{"architecture": {"hidden_size": 16, "num_layers": 1, "num_heads": 2}}] * 2,
+                "algorithm.normalize_samples": 0,
+                "batch.micro_batch_size": 64,
+            },
+        ),
+    ),
+    data=functools.partial(write_data, held_out=8),
+    signature=(Above("rm", "proxy_rise", 0.0), Above("rm", "wco_peak", 0.3), Above("rm", "accuracy", 0.55)),
+    quick=True,
+)
