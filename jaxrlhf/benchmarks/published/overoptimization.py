@@ -202,6 +202,7 @@ def plot(figure: Any, results: Results) -> None:
 
     from jaxrlhf.benchmarks.figure import tidy
 
+    figure.set_size_inches(9, 2.8)
     left, middle, right = figure.subplots(1, 3)
     average = lambda cell, name: np.mean(results.of(cell, name), axis=0)
     for number, way in enumerate(WAYS):
