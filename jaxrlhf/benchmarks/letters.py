@@ -1,0 +1,27 @@
+"""A tokenizer of a few letters: one token a letter, and one that ends a text. For tasks whose actions are letters."""
+
+from pathlib import Path
+from typing import Any
+
+EOS = "<eos>"  # id 0; padding too, so that every token is an action
+
+
+def letters_tokenizer(letters: str) -> Any:
+    """A transformers fast tokenizer. Letter n is token n + 1; nothing is put before a text."""
+    from tokenizers import Tokenizer, decoders, models
+
+    from jaxrlhf.data.tokenizer import import_transformers
+
+    vocab = {EOS: 0} | {letter: at for at, letter in enumerate(letters, 1)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def write_letters(letters: str, folder: Path) -> None:
+    """letters_tokenizer as a folder that tokenizer.init_from reads."""
+    from jaxrlhf.data.tokenizer import save_tokenizer
+
+    save_tokenizer(letters_tokenizer(letters), str(folder))
