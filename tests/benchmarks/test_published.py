@@ -10,7 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxrlhf import api
 from jaxrlhf.benchmarks import catalog, figure, reproduce, results_page
+from jaxrlhf.benchmarks.published import perfectible, reverse
 from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Results
 from jaxrlhf.benchmarks.signature import Above, Below, Between, HigherThan, Holds, NoRise, Rise
 from jaxrlhf.cli import benchmark as cli
@@ -283,6 +285,58 @@ def test_figures_are_drawn(tmp_path):
     files = [tmp_path / "a.svg", tmp_path / "a.png"]
     figure.draw(lambda on: figure.plot_all_dots(on, FOUND, ["x"]), files, size=(3, 2))
     assert all(path.stat().st_size > 1000 for path in files)
+
+
+# ---- what the benchmarks are made of ---------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_reverse_has_sloppy_demonstrations_and_holds_words_out(tmp_path):
+    reverse.write_data(tmp_path, 0)
+    shown, prompts, held_out = (read(tmp_path / f"{name}.jsonl") for name in ("demonstrations", "prompts", "held_out"))
+    assert {row["prompt"] for row in prompts}.isdisjoint(row["prompt"] for row in held_out)
+    assert all(row["answer"] == row["prompt"][:-1][::-1] for row in [*prompts, *held_out])
+    likeness = reverse.similarity([row["response"] for row in shown], prompts)
+    wrong = 1 - sum(likeness) / len(likeness)
+    assert abs(wrong - 0.2 * 9 / 10) < 0.01  # drawn anew from ten letters, a fifth of them
+
+
+def test_rewards_of_the_benchmarks_by_hand():
+    records = [{"prompt": "abc>", "answer": "cba"}] * 5
+    texts = ["cba", "cb", "cbaa", "abc", ""]
+    assert reverse.similarity(texts, records) == [1.0, 2 / 3, 3 / 4, 1 / 3, 0.0]
+    assert perfectible.solved(["12", "12 ", "1"], [{"answer": "12"}] * 3) == [1.0, 0.0, 0.0]
+    assert reverse.constant(texts, records) == [1.0] * 5
+    flips = reverse.coin([str(number) for number in range(1000)], [{"prompt": "a"}] * 1000)
+    assert set(flips) == {0.0, 1.0} and 450 < sum(flips) < 550
+
+
+def test_perfectible_items_are_solved_in_20_to_80_percent_of_40_samples(tmp_path, monkeypatch):
+    """A model that solves sum i in i of 40 samples, in any order, and in i of 8."""
+
+    def sample(model, prompts, *, n, max_new_tokens, seed):
+        assert model == str(tmp_path / "sft")
+        right = [int(prompt.partition("+")[0]) * (1 if n == 40 else n / 40) for prompt in prompts]
+        return [[answers[prompt] if at < many else "?" for at in range(n)] for prompt, many in zip(prompts, right)]
+
+    monkeypatch.setattr(api, "sample", sample)
+    perfectible.write_data(tmp_path, 0, numbers=(0, 40), candidates=41 * 41)
+    (tmp_path / "data").mkdir()
+    rows = [row for row in read(tmp_path / "candidates.jsonl") if row["prompt"].endswith("+1=")]
+    answers = {row["prompt"]: row["answer"] for row in rows}
+    perfectible.write_rows(tmp_path / "data" / "candidates.jsonl", rows)
+    perfectible.choose_items(tmp_path, 0)
+    chosen = read(tmp_path / "items" / "items.jsonl")
+    assert len(chosen) == 41 // 4 and all(0.2 <= row["before"] <= 0.8 for row in chosen)
+    assert all(row["before"] == int(row["prompt"].partition("+")[0]) / 40 for row in chosen)
+    perfectible.write_rows(
+        tmp_path / "data" / "candidates.jsonl", rows[:0] + [row for row in rows if row not in chosen]
+    )
+    perfectible.choose_items(tmp_path, 0)  # nothing is chosen anew
+    assert read(tmp_path / "items" / "items.jsonl") == chosen
 
 
 # ---- the benchmarks -------------------------------------------------------------------------------------------------

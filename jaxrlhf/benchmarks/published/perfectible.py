@@ -21,16 +21,17 @@ MOST = 24  # items
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def write_data(folder: Path, seed: int, numbers: tuple[int, int] = (10, 99), candidates: int = 1000) -> None:
-    """demonstrations.jsonl, and candidates.jsonl of other sums."""
+def write_data(
+    folder: Path, seed: int, numbers: tuple[int, int] = (10, 99), candidates: int = 1000, seen: bool = False
+) -> None:
+    """demonstrations.jsonl, and candidates.jsonl of other sums; ``seen``: they are demonstrated too."""
     low, high = numbers
     sums = [(a, b) for a in range(low, high + 1) for b in range(low, high + 1)]
     random.Random(seed).shuffle(sums)
     rows = [(f"{a}+{b}=", str(a + b)) for a, b in sums]
-    found = [{"prompt": prompt, "answer": answer} for prompt, answer in rows[:candidates]]
-    write_rows(folder / "candidates.jsonl", found)
-    demonstrations = [{"prompt": prompt, "response": answer} for prompt, answer in rows[candidates:]]
-    write_rows(folder / "demonstrations.jsonl", demonstrations)
+    write_rows(folder / "candidates.jsonl", [{"prompt": sum, "answer": answer} for sum, answer in rows[:candidates]])
+    shown = rows if seen else rows[candidates:]
+    write_rows(folder / "demonstrations.jsonl", [{"prompt": sum, "response": answer} for sum, answer in shown])
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -157,17 +158,22 @@ BENCHMARK = Benchmark(
     plot=plot,
 )
 
+START = {
+    "iterations": 36,
+    "optimizer.default.learning_rate": 6e-3,
+    "models.policy.architecture.num_layers": 1,
+}
 SHORT = {"iterations": 12, "batch.prompts_per_step": 8, "algorithm.num_minibatches": 2}
 
 QUICK = dataclasses.replace(
     BENCHMARK,
     cells=(
-        dataclasses.replace(CELLS[0], overrides={"iterations": 60, "optimizer.default.learning_rate": 6e-3}),
+        dataclasses.replace(CELLS[0], overrides=START),
         *(dataclasses.replace(cell, overrides={**cell.overrides, **SHORT}) for cell in CELLS[1:3]),
     ),
-    data=partial(write_data, numbers=(1, 9), candidates=32),
+    data=partial(write_data, numbers=(1, 9), candidates=32, seen=True),
     signature=(
-        Rise("grpo", "sft", "pass_rate", 0.1),
+        Rise("grpo", "sft", "pass_rate", 0.3),
         NoRise("constant", "sft", "pass_rate"),
     ),
     quick=True,
