@@ -96,10 +96,12 @@ OTHER: dict[str, str | None] = {
     "batch.micro_batch_size": "4",
     "algorithm.num_minibatches": "2",
     "generate.beta": None,  # with action values
+    "rewards.combine": None,  # with an ensemble
     "generate.stop": "[film]",
     "generate.int8": "[weights]",
     "checkpoint.best": "eval/score/mean",
     "eval.judge": "{{path: {text}/labels.jsonl}}",
+    "eval.gold": "tests.support.runs:praise",
     "distributed.coordinator": "here:1234",
     "profile": '"3:4"',
 }
