@@ -31,6 +31,7 @@ from jaxrlhf.errors import ConfigError, nearest
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log.progress import Lines, open_progress
+from jaxrlhf.run.kept_programs import share_programs
 from jaxrlhf.train import DONE, Step, run
 
 KEEP_PROGRAMS_OF = 0.1  # seconds of compilation from which a program is kept: those of small models take little
@@ -67,7 +68,7 @@ def reproduce(benchmark: Benchmark, seeds: Sequence[int], out: Path, stop: Stop 
         check_kept(folders[seed] / f"{name}.json", cfg)
     kept: dict[str, list[Kept]] = {cell.name: [] for cell in benchmark.cells}
     progress = open_progress(len(configs), console=console_of(sys.stdout), unit="cell")
-    with contextlib.closing(progress):
+    with contextlib.closing(progress), share_programs():
         for seed, folder in folders.items():
             write_data(benchmark, folder, seed)
             for cell in benchmark.cells:

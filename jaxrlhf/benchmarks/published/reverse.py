@@ -106,7 +106,8 @@ BENCHMARK = Benchmark(
         "layers and 64 features learns, from random weights, from 7,744 demonstrations in which one letter of five is "
         "drawn at random: what it writes is as sloppy. Then GRPO runs 20 steps of 8 prompts x 16 responses, rewarded "
         "by the share of letters at their right places. Measured on 256 held-out prompts with 4 responses each, at "
-        "temperature 1: exact matches, and similarity, which is the reward. The settings were chosen on seed 100."
+        "temperature 1: exact matches, and similarity, which is the reward. The settings were chosen on seeds 100 "
+        "and 101."
     ),
     cells=CELLS,
     data=write_data,
