@@ -8,6 +8,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config.field_types import records
+from jaxrlhf.config.members import GRADERS
 from jaxrlhf.config.ranges import interval_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.reference import field_comments
@@ -39,6 +40,9 @@ def schema() -> dict[str, Any]:
     whole = defs.pop("Config")
     del whole["properties"]["algorithm_name"]
     whole["properties"]["algorithm"] = choice_of_algorithm()
+    one = whole["properties"]["models"]["additionalProperties"]
+    ensemble = {"type": "array", "items": one, "minItems": 1, "description": "The members of an ensemble."}
+    whole["properties"]["models"]["properties"] = {grader: {"anyOf": [one, ensemble]} for grader in GRADERS}
     whole["required"] = [key for key in whole["required"] if key != "algorithm_name"]
     whole |= {"anyOf": [{"required": ["iterations"]}, {"required": ["epochs"]}], "not": BOTH_LENGTHS}
     return {"$schema": DIALECT} | whole | {"title": "A run of jaxrlhf", "$defs": defs}

@@ -195,22 +195,6 @@ def test_the_record():
     assert not dpo.ALGORITHM.online
 
 
-@pytest.mark.parametrize(
-    "cfg", [DPOConfig(), pytest.param(DPOConfig(objective="ipo"), marks=pytest.mark.nightly)], ids=str
-)
-def test_the_number_of_micro_batches_changes_nothing(cfg):
-    """Sums are divided by the pairs of the minibatch, of which the last is padding."""
-    after = []
-    for num_micro in (1, 4):
-        made = tiny.build("dpo", cfg, num_micro=num_micro, batch=Batch(preferences=tiny.preferences()))
-        apart = made.state.replace(params={"policy": tiny.parameters(tiny.MODEL, "lm", 5)})  # from the reference
-        state, metrics, _ = tiny.program(steps.make_iteration(made.recipe))(apart, made.batch)
-        after.append((state.params["policy"], metrics))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after[0][0], after[1][0])
-    for name, value in after[0][1].items():
-        np.testing.assert_allclose(after[1][1][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-
-
 def gradients(made: tiny.Tiny):
     """(gradient, metrics as numbers) of the pairs in ``made``, from a policy that is not its reference."""
     apart = made.state.replace(params={"policy": tiny.parameters(tiny.MODEL, "lm", 5)})

@@ -139,12 +139,6 @@ SOME = [pytest.param(name, marks=[] if name == "ilql" else pytest.mark.nightly) 
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_the_number_of_micro_batches_changes_nothing(name):
-    made, state = start(name, num_micro=4)
-    is_same(tiny.program(make_iteration(made.recipe))(state, made.batch), name)
-
-
-@pytest.mark.parametrize("name", SOME)
 def test_a_mesh_changes_nothing(name):
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
         made, state = start(name, num_micro=2)
