@@ -26,7 +26,8 @@ from tests.support import tiny
 def drawn(algorithm: Algorithm, cfg: Any) -> Any:
     """What of a Blueprint is looked at."""
     run = SimpleNamespace(algorithm=cfg, models={})
-    return SimpleNamespace(algorithm=algorithm, cfg=run)
+    recipe = SimpleNamespace(nets=SimpleNamespace(graders={}))
+    return SimpleNamespace(algorithm=algorithm, cfg=run, recipe=recipe)
 
 
 def shapes() -> Batch:

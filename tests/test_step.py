@@ -350,21 +350,21 @@ def experience_of(sequences: Sequences, preferences: Preferences | None) -> PPOE
 
 @pytest.fixture(scope="module")
 def updated():
-    """The same minibatch of ragged rows in 1, 2 and 4 parts, and packed in 4 (as -4): {parts: (state, means)}, by plain
+    """The same minibatch of ragged rows whole (1), and packed in 4 parts (-4): {parts: (state, means)}, by plain
     gradient descent."""
     run = tiny.build("ppo", PPOConfig(reward_update=True, entropy_coef=0.1, reward_centering=0.1))
     experience = experience_of(tiny.sequences(), tiny.preferences())
     optimizers = {role: optax.sgd(1.0) for role in run.recipe.optimizers}
     state = replace(run.state, opt_state={role: sgd.init(run.state.params[role]) for role, sgd in optimizers.items()})
     found = {}
-    for parts in (1, 4, -4):
+    for parts in (1, -4):
         widths = 3 if parts < 0 else 1
         recipe = run.recipe._replace(num_micro=abs(parts), optimizers=optimizers, pack_widths=widths)
         found[parts] = tiny.program(partial(steps.update_minibatch, recipe))(state, experience)[:2]
     return state, found
 
 
-@pytest.mark.parametrize("parts", [4, -4], ids=["4", "4 packed"])
+@pytest.mark.parametrize("parts", [-4], ids=["4 packed"])  # others, of all algorithms: algorithms/test_properties
 def test_the_number_of_micro_batches_changes_nothing(updated, parts):
     start, found = updated
     whole, means = found[1]

@@ -83,6 +83,7 @@ def ilql_by_loop(state: TrainState, rows: Any, good: np.ndarray, cfg: ilql_shape
     return {role: float(np.mean(terms)) for role, terms in losses.items()}
 
 
+@pytest.mark.nightly  # by day: the loop of ilql itself, in test_trajectories
 def test_an_ilql_shaped_algorithm_learns_values_as_a_numpy_loop_has_them():
     rows = tiny.unpaired()
     states, (first, second) = trained("ilql_shaped", ILQL, Batch(unpaired=rows))

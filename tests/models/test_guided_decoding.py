@@ -126,6 +126,7 @@ checkpoint: {{every: 2}}
 """
 
 
+@pytest.mark.nightly  # by day: the log-probs of guided rows, above
 def test_a_run_is_guided_in_its_evaluations_and_in_what_it_generates(root, tmp_path, command, one_device):
     from jaxrlhf.log.metric_names import find_metric
 

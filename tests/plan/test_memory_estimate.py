@@ -72,7 +72,7 @@ ESTIMATED = {
 }
 
 
-OFTEN = ("sft, fsdp", "ppo, samples of a prompt")
+OFTEN = ("sft, fsdp", "ppo, shared trunk")
 
 
 @pytest.mark.parametrize(
