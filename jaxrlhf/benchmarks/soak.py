@@ -166,7 +166,7 @@ def disturb(processes: Sequence[Process], moment: Moment, lengths: Mapping[str, 
     first, share, skip = processes[0], moment.share, moment.skip  # the first alone says what it does
     limit = time.monotonic() + PATIENCE
     while time.monotonic() < limit:
-        while (phase := first.phase()) not in (moment.phase, ENDED) and time.monotonic() < limit:
+        while not reached(phase := first.phase(), moment.phase) and time.monotonic() < limit:
             time.sleep(LOOK)
         wait = time.monotonic() + share * lengths.get(moment.phase, 0.0)
         while (phase := first.phase()) == moment.phase and (skip or time.monotonic() < wait):
@@ -183,6 +183,13 @@ def disturb(processes: Sequence[Process], moment: Moment, lengths: Mapping[str, 
             processes[moment.process].send(signal.Signals[moment.what])
         return phase
     return None
+
+
+def reached(phase: str, wanted: str) -> bool:
+    """Whether a process in ``phase`` is in the phase ``wanted``, or past it: one that comes once may be over before it
+    is seen."""
+    late = wanted in ONCE and phase not in ONCE[: ONCE.index(wanted)]
+    return phase in (wanted, ENDED) or late
 
 
 def fill(processes: Sequence[Process]) -> None:

@@ -84,6 +84,15 @@ def test_a_phase_that_was_shorter_than_usual_is_waited_for_again_where_it_comes_
     assert soak_process.finish([again, once], 10.0) == [-9, -9]
 
 
+def test_a_phase_that_is_over_before_it_is_seen_is_not_waited_for(tmp_path):
+    at_once = TRAINING.replace('(run / ".lock").write_text("")\nwait()', '(run / ".lock").write_text("")')
+    running = process(tmp_path / "quick", at_once)
+    assert soak.disturb([running], Moment("SIGKILL", "load", 0.0, 0, 0), {}) in ("load", "compile")
+    assert soak_process.finish([running], 10) == [-9]
+    for wanted, phases in {"load": "load compile loop save reward ended", "loop": "loop ended"}.items():
+        assert {phase for phase in (*PHASES, ENDED) if soak.reached(phase, wanted)} == {*phases.split()}
+
+
 def test_what_ends_otherwise_than_it_should_is_told(tmp_path):
     moment = Moment("SIGTERM", "loop", 0.0, 0, 0)
     running = process(tmp_path, "print('gone'); raise SystemExit(3)")
