@@ -26,6 +26,7 @@ FULL = "full disk"  # in the place of a signal
 PATIENCE = 1800.0  # seconds that a run may go on without its moment, and after its signal: machines may be busy
 COLD = 3  # moments in compilation before which the cache of compiled programs is emptied
 ONCE = ("import", "load", "compile")  # phases that a process is in once: a signal that is late comes in the next one
+LATEST = 3 * EVERY  # calls of the reward function after which a signal waits for no phase: one may never come
 DISK = 20.0  # seconds that a disk is full at most
 # exit codes besides 0 of a run that was done: before Python has handlers a signal ends the process by itself
 CODES = {
@@ -91,8 +92,7 @@ class Soak:
 
     def run(self, moments: Sequence[Moment]) -> Soaked:
         """Raises RuntimeError where a run fails that nobody disturbed."""
-        # on a busy machine a signal comes late: more than EVERY steps may pass between two of them
-        began, steps = time.monotonic(), 2 * EVERY * len(moments) + 2 * EVERY
+        began, steps = time.monotonic(), LATEST * len(moments) + 2 * EVERY
         names = ["undisturbed", "again", "disturbed"]
         for name in names:
             make_run(self.folder / name, self.algorithm, steps, self.seed)
@@ -166,14 +166,15 @@ def disturb(processes: Sequence[Process], moment: Moment, lengths: Mapping[str, 
     first, share, skip = processes[0], moment.share, moment.skip  # the first alone says what it does
     limit = time.monotonic() + PATIENCE
     while time.monotonic() < limit:
-        while not reached(phase := first.phase(), moment.phase) and time.monotonic() < limit:
+        late = lambda: len(first.seen) >= LATEST
+        while not reached(phase := first.phase(), moment.phase) and not late() and time.monotonic() < limit:
             time.sleep(LOOK)
         wait = time.monotonic() + share * lengths.get(moment.phase, 0.0)
-        while (phase := first.phase()) == moment.phase and (skip or time.monotonic() < wait):
+        while (phase := first.phase()) == moment.phase and not late() and (skip or time.monotonic() < wait):
             time.sleep(LOOK)
         if phase == ENDED:
             return None
-        if phase != moment.phase and moment.phase not in ONCE:
+        if phase != moment.phase and moment.phase not in ONCE and not late():
             skip, share = max(skip - 1, 0), share if skip else share / 2  # it was shorter this time
             continue
         if moment.what == FULL:

@@ -93,6 +93,15 @@ def test_a_phase_that_is_over_before_it_is_seen_is_not_waited_for(tmp_path):
         assert {phase for phase in (*PHASES, ENDED) if soak.reached(phase, wanted)} == {*phases.split()}
 
 
+def test_a_phase_that_never_comes_is_not_waited_for_to_the_end(tmp_path):
+    """On a busy machine a run may be saving all the time."""
+    always = TRAINING.replace('(run / "checkpoints" / "3" / "manifest.json").write_text("")\n    wait()', "")
+    always = always.replace('(run / "checkpoints" / "3" / "manifest.json").unlink()', "")
+    running = process(tmp_path / "busy", always)
+    assert soak.disturb([running], Moment("SIGKILL", "loop", 0.5, 3, 0), {}) in ("save", "reward")
+    assert soak_process.finish([running], 10) == [-9] and soak.LATEST <= len(running.seen) < 20
+
+
 def test_what_ends_otherwise_than_it_should_is_told(tmp_path):
     moment = Moment("SIGTERM", "loop", 0.0, 0, 0)
     running = process(tmp_path, "print('gone'); raise SystemExit(3)")
