@@ -8,8 +8,7 @@ import dataclasses
 
 from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import sft
-from jaxrlhf.algorithms.trajectories import Rewarded, plan_updates, take_trajectories
-from jaxrlhf.types import Batch, Mean, Nets, TrainState
+from jaxrlhf.algorithms.trajectories import plan_updates, take_trajectories
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +19,12 @@ class BCConfig:
     num_minibatches: int = 1  # optimizer steps of a pass; the trajectories are shuffled and split among them
 
 
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: BCConfig) -> tuple[Rewarded, dict[str, Mean]]:
-    """Trajectories are learned from as they come."""
-    return take_trajectories(batch)
-
-
 ALGORITHM = Algorithm(
     config=BCConfig,
     online=False,
     batch=lambda cfg: ("trajectories",),
     roles=lambda cfg: ({"policy": "lm"}, {}),
     updates=plan_updates,
-    prepare=prepare,
+    prepare=take_trajectories,
     loss=sft.loss,
 )

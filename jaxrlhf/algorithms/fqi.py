@@ -16,7 +16,7 @@ from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms.trajectories import Rewarded, follow_targets, following, plan_updates, take_trajectories
 from jaxrlhf.ops.losses import conservative_q_terms
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.types import Ask, Batch, HeadSpec, Mean, Nets, TrainState, Trees, given
+from jaxrlhf.types import Ask, HeadSpec, Mean, Nets, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,6 @@ class FQIConfig:
     target_period: int = 1  # iterations from one move of the target to the next
     num_epochs: int = 1  # passes over the trajectories of an iteration
     num_minibatches: int = 1  # optimizer steps of a pass; the trajectories are shuffled and split among them
-
-
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: FQIConfig) -> tuple[Rewarded, dict[str, Mean]]:
-    """Trajectories are learned from as they come."""
-    return take_trajectories(batch)
 
 
 def loss(nets: Nets, trees: Trees, minibatch: Rewarded, cfg: FQIConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
@@ -60,7 +55,7 @@ ALGORITHM = Algorithm(
     batch=lambda cfg: ("trajectories",),
     roles=lambda cfg: ({"policy": "lm", "q": ON_POLICY}, {"target_q": ON_POLICY}),
     updates=plan_updates,
-    prepare=prepare,
+    prepare=take_trajectories,
     loss=loss,
     after_update=lambda state, cfg: follow_targets(state, cfg.polyak, cfg.target_period),
 )

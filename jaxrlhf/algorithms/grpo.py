@@ -42,9 +42,7 @@ class GRPOConfig:
     kl_estimator: Literal["k2", "k3"] = "k3"  # of that KL; k1 has no gradient on average
     entropy_coef: float = 0.0  # bonus for each nat of a token's entropy
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end
-    stop_kl: float | None = (
-        None  # nats per token from the old policy: past it the iteration's other updates are skipped
-    )
+    stop_kl: float | None = None  # nats per token from the old policy beyond which other updates are skipped
     old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
     sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
 

@@ -20,7 +20,7 @@ from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms.trajectories import Rewarded, follow_targets, following, plan_updates, take_trajectories
 from jaxrlhf.ops.losses import conservative_q_terms, expectile_terms
 from jaxrlhf.ops.masked import keep, sums
-from jaxrlhf.types import Ask, Batch, HeadSpec, Mean, Nets, TrainState, Trees, given
+from jaxrlhf.types import Ask, HeadSpec, Mean, Nets, Trees, given
 
 QS = ("q1", "q2")
 
@@ -35,11 +35,6 @@ class ILQLConfig:
     polyak: float = 0.005  # share of the way to its Q head that a target goes after each update
     num_epochs: int = 1  # passes over the trajectories of an iteration
     num_minibatches: int = 1  # optimizer steps of a pass; the trajectories are shuffled and split among them
-
-
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: ILQLConfig) -> tuple[Rewarded, dict[str, Mean]]:
-    """Trajectories are learned from as they come."""
-    return take_trajectories(batch)
 
 
 def loss(nets: Nets, trees: Trees, minibatch: Rewarded, cfg: ILQLConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
@@ -77,7 +72,7 @@ ALGORITHM = Algorithm(
         {f"target_{role}": ON_POLICY for role in QS},
     ),
     updates=plan_updates,
-    prepare=prepare,
+    prepare=take_trajectories,
     loss=loss,
     after_update=lambda state, cfg: follow_targets(state, cfg.polyak),
 )

@@ -19,7 +19,7 @@ from jaxrlhf.algorithms.trajectories import Rewarded, plan_updates, take_traject
 from jaxrlhf.ops.advantages import gae
 from jaxrlhf.ops.losses import conservative_q_terms
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.types import Ask, Batch, HeadSpec, Mean, Nets, TrainState, Trees, given
+from jaxrlhf.types import Ask, HeadSpec, Mean, Nets, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,6 @@ class MCReturnsConfig:
     cql_coef: float = 0.0  # weight of log sum exp Q - Q(chosen), which lowers the Q of actions that the data lack
     num_epochs: int = 1  # passes over the trajectories of an iteration
     num_minibatches: int = 1  # optimizer steps of a pass; the trajectories are shuffled and split among them
-
-
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: MCReturnsConfig) -> tuple[Rewarded, dict[str, Mean]]:
-    """Trajectories are learned from as they come."""
-    return take_trajectories(batch)
 
 
 def loss(
@@ -63,6 +58,6 @@ ALGORITHM = Algorithm(
     batch=lambda cfg: ("trajectories",),
     roles=lambda cfg: ({"policy": "lm", "q": HeadSpec("action", trunk="policy")}, {}),
     updates=plan_updates,
-    prepare=prepare,
+    prepare=take_trajectories,
     loss=loss,
 )

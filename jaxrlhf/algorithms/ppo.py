@@ -58,9 +58,7 @@ class PPOConfig:
     whiten_advantages: Literal["no", "unbiased", "biased"] = "unbiased"  # by which variance
     whiten_rewards: bool = False  # divide rewards by their standard deviation; their mean stays
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end, before KL shaping
-    stop_kl: float | None = (
-        None  # nats per token from the old policy: past it the iteration's other updates are skipped
-    )
+    stop_kl: float | None = None  # nats per token from the old policy beyond which other updates are skipped
     old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
     sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
     reward_update: bool = False  # also train the reward model on preference pairs, in the same program

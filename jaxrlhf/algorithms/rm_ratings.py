@@ -20,7 +20,7 @@ from jaxrlhf.algorithms import rm
 from jaxrlhf.algorithms.grading import members_of
 from jaxrlhf.algorithms.trajectories import Rewarded, take_trajectories
 from jaxrlhf.ops.masked import at_last, keep, sums
-from jaxrlhf.types import Array, Ask, Batch, Mean, Nets, Sequences, TrainState, Trees, given
+from jaxrlhf.types import Array, Ask, Mean, Nets, Sequences, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,6 @@ class RMRatingsConfig:
 
     at: Literal["response", "steps"] = "response"  # where a score is rated: a response's end, or tokens with a reward
     normalize_samples: int = 0  # responses of models.policy on which final scores get mean 0, std 1; 0: leave them
-
-
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: RMRatingsConfig) -> tuple[Rewarded, dict[str, Mean]]:
-    """Ratings are learned from as they come."""
-    return take_trajectories(batch)
 
 
 def loss(
@@ -74,7 +69,7 @@ ALGORITHM = Algorithm(
     batch=lambda cfg: ("trajectories",),
     roles=lambda cfg: ({"reward": "scalar"}, {}),
     updates=update_once,
-    prepare=prepare,
+    prepare=take_trajectories,
     loss=loss,
     finish=rm.finish,
     problems=rm.problems,

@@ -9,7 +9,7 @@ import optax
 from jaxrlhf.algorithm import TARGET, Updates
 from jaxrlhf.ops.advantages import next_values
 from jaxrlhf.ops.masked import at_last, keep, sums
-from jaxrlhf.types import Array, Batch, Experience, Mean, Sequences, TrainState, given
+from jaxrlhf.types import Array, Batch, Experience, Mean, Nets, Sequences, TrainState, given
 
 
 class Rewarded(Experience, kw_only=True):
@@ -19,8 +19,8 @@ class Rewarded(Experience, kw_only=True):
     truncated: Array  # bool[B]
 
 
-def take_trajectories(batch: Batch) -> tuple[Rewarded, dict[str, Mean]]:
-    """Trajectories are learned from as they come; their returns are measured."""
+def take_trajectories(nets: Nets, state: TrainState, batch: Batch, cfg: Any) -> tuple[Rewarded, dict[str, Mean]]:
+    """``Algorithm.prepare``: trajectories are learned from as they come; their returns are measured."""
     rows = given(batch.trajectories, "batch.trajectories")
     responses, mask = rows.responses, rows.responses.response_mask
     returns = sums(keep(rows.rewards, mask).sum(-1), mask.any(-1))

@@ -1,4 +1,4 @@
-"""Loss terms, one number per token or a pair, and the ways to sum them.
+"""Loss terms, one number per token or pair, and the ways to sum them.
 
 The terms take no mask: ``aggregate`` drops what is outside it, and what may be NaN there goes through ``masked.keep``
 first, since 0 * NaN would reach the gradient.

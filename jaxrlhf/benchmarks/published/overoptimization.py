@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.benchmarks.controls import constant
 from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, Below, HigherThan, Holds, Rise
 
@@ -50,11 +51,6 @@ def write(rng: random.Random) -> str:
     """A response as the policy writes before it is optimised: letters by Zipf's law, 4 to 12 of them."""
     weights = [1 / (rank + 1) ** 1.1 for rank in range(len(LETTERS))]
     return "".join(rng.choices(LETTERS, weights, k=rng.randint(4, LONGEST)))
-
-
-def constant(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
-    """The control that rewards every response alike."""
-    return [1.0] * len(responses)
 
 
 def coin(responses: list[str], records: list[dict[str, Any]]) -> list[float]:

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import random
 import statistics
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.benchmarks.controls import coin, constant
 from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, Between, HigherThan, NoRise, Rise
 
@@ -77,17 +77,6 @@ def pass_rates(run_dir: Path, rows: list[dict[str, Any]], seed: int, count: int 
 def solved(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
     """1 where the response is the answer."""
     return [float(text == record["answer"]) for text, record in zip(responses, records, strict=True)]
-
-
-def constant(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
-    """The control that rewards every response alike."""
-    return [1.0] * len(responses)
-
-
-def coin(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
-    """The control of a random reward: 0 or 1, by a hash of sum and response."""
-    texts = [f"{record['prompt']}{text}" for text, record in zip(responses, records, strict=True)]
-    return [float(zlib.crc32(text.encode()) >> 16 & 1) for text in texts]
 
 
 # ---- the benchmark --------------------------------------------------------------------------------------------------
