@@ -107,6 +107,7 @@ def test_the_number_of_micro_batches_changes_nothing():
     close(gradients(SHARE, bare, num_micro=4), gradients(SHARE, bare))
 
 
+@pytest.mark.nightly  # by day: its gradients, above
 def test_a_trunk_that_is_not_to_learn_values_learns_as_beside_another_model():
     """trunk_gradient 0: after an update the policy is what its own loss makes of it."""
     bare, whole = trees()

@@ -134,6 +134,7 @@ def test_a_policy_that_is_the_reference():
     np.testing.assert_allclose(gradient, np.where(case.mask, [[[-0.15]], [[0.15]]], 0), atol=1e-6)
 
 
+@pytest.mark.nightly  # by day: all algorithms, in test_properties
 @pytest.mark.parametrize("name", CONFIGS)
 def test_padding_pairs_count_for_nothing(name):
     case, cfg = Case(rows=5), CONFIGS[name]

@@ -126,6 +126,7 @@ def test_what_is_outside_the_responses_never_counts(ratio, junk):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(dirty_grads))
 
 
+@pytest.mark.nightly  # by day: all algorithms, in test_properties
 @pytest.mark.parametrize("cfg", [GRPOConfig(entropy_coef=0.1), GRPOConfig(ratio="sequence", kl_coef=0.0)], ids=str)
 def test_padding_rows_count_for_nothing(cfg):
     """A whole group of them, and one more in each group: same metrics, losses and gradients of the others."""

@@ -138,6 +138,7 @@ def test_a_policy_that_is_the_reference():
     assert gradient[0, :, 1] == pytest.approx([-0.05, 0.05, -0.05])
 
 
+@pytest.mark.nightly  # by day: all algorithms, in test_properties
 def test_padding_rows_count_for_nothing():
     case, padded = Case(rows=5), Case(rows=5)
     loss, metrics, gradient = case.compute(CONFIGS["weights"])

@@ -146,6 +146,7 @@ checkpoint: {{every: 1, keep: 3}}
 """
 
 
+@pytest.mark.nightly  # by day: runs of ppo that go on, in run/test_resume
 def test_a_run_with_heads_on_a_trunk_is_saved_and_goes_on(root, tmp_path, command, one_device):
     """From a config that names nothing but the policy: its heads and their targets start equal, and follow over a
     restart."""

@@ -438,6 +438,7 @@ def enumerated():
     return exact, train
 
 
+@pytest.mark.nightly  # by day: that of grpo, in test_grpo_exact
 def test_expected_reward_rises(enumerated):
     exact, train = enumerated
     start, end = train(0.0)

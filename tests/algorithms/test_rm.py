@@ -108,6 +108,7 @@ def test_centering_pulls_scores_to_zero_together():
     np.testing.assert_allclose(gradient, [[0.01 * 2 * 100.0]] * 2, rtol=1e-4)
 
 
+@pytest.mark.nightly  # by day: all algorithms, in test_properties
 @pytest.mark.parametrize("cfg", CONFIGS, ids=str)
 def test_padding_rows_count_for_nothing(cfg):
     chosen, rejected, margin = draw(1)

@@ -222,6 +222,7 @@ def test_runs_of_another_config_or_data_are_refused_before_any_work(trained, mon
         reproduce.reproduce(other, [3], out)
 
 
+@pytest.mark.benchmark
 def test_a_signal_stops_and_the_same_command_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     stop, run = Stop(), reproduce.run
@@ -342,11 +343,8 @@ def test_perfectible_items_are_solved_in_20_to_80_percent_of_40_samples(tmp_path
 # ---- the benchmarks -------------------------------------------------------------------------------------------------
 
 
-SLOW = ("overoptimization",)  # five programs are compiled; its parts have a test of their own
-TWINS = [pytest.param(name, marks=pytest.mark.nightly if name in SLOW else ()) for name in catalog.names()]
-
-
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.benchmark
+@pytest.mark.parametrize("name", catalog.names())
 def test_the_short_twin_has_its_signature(name, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     quick = catalog.find(name, quick=True)

@@ -51,6 +51,7 @@ def check_report(report: dict, phases: list[str], rows: int) -> None:
     assert report["tokens"]["update_valid_share"] == 1
 
 
+@pytest.mark.nightly  # by day: sft, below
 @pytest.mark.parametrize("name, phases", [("grpo", ["iteration", "rollout", "score", "update", "idle"])])
 def test_a_reward_on_the_host_lies_between_two_programs(command, name, phases):
     report = json.loads(command("--algorithm", name, "--samples", 2, *QUICK)[0])

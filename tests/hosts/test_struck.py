@@ -108,6 +108,7 @@ def files(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.nightly  # by day: pairs that train, in test_processes
 def test_a_pair_that_is_struck_goes_on_in_one_process_with_the_same_bits(root):
     """Stopped by Ctrl-C while it compiles; then one process of two devices is the same mesh."""
     folder = begun(root, "goes-on")

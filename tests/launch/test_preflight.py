@@ -158,6 +158,7 @@ def pair(*overrides: str) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.mark.nightly  # by day: pairs that train, in hosts/test_processes
 def test_two_processes_sum_over_all_devices(tmp_path):
     first, second, again, quiet = pair(f"run_dir={tmp_path}/run")
     for code, out in (first, again):

@@ -85,6 +85,7 @@ def test_loading_holds_no_second_copy(tmp_path, home, write):
     assert 0.9 * found["held"] < found["grown"] <= 1.3 * found["held"]
 
 
+@pytest.mark.nightly  # by day: one process, above
 def test_each_process_reads_and_holds_its_share_of_the_weights(tmp_path):
     """Two processes of four devices, a model split over the eight: each takes half of the file, no byte is lost, and
     neither has memory for more than its half and the part of a leaf that is being put together."""
