@@ -24,7 +24,7 @@ TARGET = "target_"  # the slow role target_X follows the trained role X
 
 
 class Updates(NamedTuple):
-    """How one iteration learns from its experience. Every epoch shuffles all rows and splits them into minibatches."""
+    """How one iteration learns from its experience. With several minibatches, each epoch shuffles all rows first."""
 
     epochs: int = 1  # passes over the experience
     minibatches: int = 1  # optimizer steps an epoch
@@ -32,7 +32,8 @@ class Updates(NamedTuple):
 
 
 class Normalization(NamedTuple):
-    """Once, after the last iteration: give one role's scores of the policy's responses mean 0 and deviation 1."""
+    """After the last iteration: rescale the scalar head of one role, so that its scores of responses of models.policy
+    have mean 0 and standard deviation 1."""
 
     role: Role  # a trained role with a scalar head
     samples: int  # responses of models.policy that it scores; at least 2
@@ -64,8 +65,8 @@ class NeedRoles(Protocol):
 
         Returns:
             (trained, slow): the head of each role. TrainState.params holds trained roles, TrainState.slow the others.
-            A slow head of action values starts as a trained one does, for ``after_update`` to move it: target_X as X,
-            and heads of other names differ.
+            A slow head of action values is initialised like a trained one: target_X starts equal to X, other heads
+            start with other numbers. ``after_update`` may then change it.
         """
         ...
 
@@ -94,7 +95,7 @@ class Prepare(Protocol):
             cfg: the algorithm's config.
 
         Returns:
-            (experience, metrics as Means). Every array of the experience has B rows.
+            (experience, metrics as Means). Every array of the experience has B rows, except those inside a Rows.
         """
         ...
 
@@ -113,8 +114,8 @@ class Loss(Protocol):
         Args:
             nets: the run's networks.
             trees: the gradient is that of ``trees.params``.
-            minibatch: the Experience that ``prepare`` made, of some rows; of a micro-batch where gradients are
-                accumulated.
+            minibatch: some rows of the Experience that ``prepare`` made: a minibatch, or with gradient accumulation
+                one of its micro-batches.
             cfg: the algorithm's config.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The fused step: one iteration of RLHF is one compiled program.
+"""The fused step: one iteration of RLHF is one compiled program, if models give the scores.
 
     sample responses -> score, compare with the reference, estimate advantages -> epochs x minibatches of updates
 
@@ -51,7 +51,7 @@ class Recipe(NamedTuple):
     pack_widths: int = 1  # compiled widths of packed responses; 1: no packing, all padded columns
     schedules: Mapping[Role, optax.Schedule] = MappingProxyType({})  # whose learning rates are metrics
     spike_sigmas: Mapping[Role, float] = MappingProxyType({})  # whose updates are skipped at a spike: notice_spike
-    together: int = 1  # block size of the shuffle: so many responses to a prompt stay in one minibatch
+    together: int = 1  # shuffle block: consecutive responses to a prompt that stay in one minibatch
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -149,7 +149,7 @@ def make_measure(recipe: Recipe) -> Callable[[TrainState, Batch], dict[str, Mean
 
 
 def update_epochs(recipe: Recipe, state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, Mean]]:
-    """Epochs x minibatches of updates. Several minibatches are split from a fresh shuffle of all rows, epoch by epoch.
+    """Epochs x minibatches of updates. With more than one minibatch, each epoch shuffles all rows first.
 
     The shuffle moves blocks of ``recipe.together`` responses to one prompt, even if micro-batches or devices later
     split a block. So what a minibatch holds does not depend on the micro-batch size or the number of devices."""
@@ -206,7 +206,7 @@ def balanced(recipe: Recipe, experience: Experience) -> Experience:
 
 
 def rearranged(experience: Experience, move: Callable[[Any], Any], move_apart: Callable[[Any], Any]) -> Experience:
-    """Apply ``move`` to every array, but ``move_apart`` to those inside a Rows, which have rows of their own."""
+    """Apply ``move`` to arrays with the rows of the responses, ``move_apart`` to those inside a Rows."""
     one = lambda x: jax.tree.map(move_apart, x) if isinstance(x, Rows) else move(x)
     return jax.tree.map(one, experience, is_leaf=lambda x: isinstance(x, Rows))
 
@@ -214,9 +214,10 @@ def rearranged(experience: Experience, move: Callable[[Any], Any], move_apart: C
 def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -> tuple[TrainState, dict[str, Mean]]:
     """One optimizer step of every role, and what the algorithm does after it: (state, metrics as Means).
 
-    The update of a role is skipped, and its parameters and optimizer state stay bit for bit,
-        - if its loss covers no rows (every response of the minibatch is unscorable, say): with a zero gradient Adam
-          would still move by its old moments;
+    The update of a role is skipped, and its parameters and optimizer state stay bit for bit (but for the statistics of
+    spike detection),
+        - if no row contributes to its loss (no response of the minibatch has a score, say): Adam would still move the
+          parameters by its old moments;
         - until its delay is over;
         - at a spike of its loss or gradient norm, if it has spike_sigmas: <role>/spikes counts it;
         - if a loss, a gradient or a new parameter of any role is not finite: update/not_finite counts it.

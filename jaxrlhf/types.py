@@ -1,4 +1,4 @@
-"""The nouns of the house: every pytree and record that passes between the parts.
+"""The pytrees and records that pass between the parts.
 
 Alignment, said once: every per-token array is [B, S] and column t is about token t. ``logprobs[:, t]`` is
 log p(token t | tokens before t) and ``values[:, t]`` is V(state before token t); column 0 is masked.
@@ -16,8 +16,8 @@ from flax import struct
 Array = jax.Array
 Params = Any  # a pytree of arrays
 Role = str  # "policy" | "value" | "reward" | "reference" | ...
-# what a role's parameters end with: next-token logits; one number per token; the same, and action values of every next
-# token, on another role's trunk
+# the output head of a role: "lm" gives next-token logits, "scalar" one number per token; "bare" is a scalar head on
+# another role's trunk, "action" a head there that gives the action value of every next token
 Head = Literal["lm", "scalar", "bare", "action"]
 Metrics = dict[str, Array]  # flat: "loss/policy", "kl/reference", "score/mean", ...; each f32[]
 
@@ -41,8 +41,8 @@ class Prompts(struct.PyTreeNode):
 
     tokens: Array  # i32[B, P]
     valid: Array  # bool[B, P]
-    # i32[B]: what keys the row's sampling noise, with seed, step and position: the row of the global batch in training,
-    # of all held-out rows in an evaluation
+    # i32[B]: keys the sampling noise of the row, together with seed, step and position: its index in the global batch
+    # (training) or among all held-out rows (evaluation)
     sample_id: Array
 
 
@@ -58,9 +58,10 @@ class Sequences(struct.PyTreeNode):
     grades: dict[str, Array] | None = None  # f32[B] by name of several graders on the host; NaN: it could not
     ended: Array | None = None  # bool[B]: the response ended with EOS or a stop text, not by its length
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
-    copies: int = struct.field(pytree_node=False, default=1)  # every so many rows have one prompt: it is computed once
-    # response tokens to one prompt at most, where a bound below copies * response columns is known: networks pack the
-    # responses into so many columns; None: it is not known
+    # consecutive rows that share a prompt, which is computed once
+    copies: int = struct.field(pytree_node=False, default=1)
+    # upper bound on the response tokens of one prompt, if one below copies * response columns is known: networks pack
+    # the responses into this many columns; None: not known
     width: int | None = struct.field(pytree_node=False, default=None)
 
 
@@ -90,8 +91,8 @@ class Unpaired(struct.PyTreeNode):
 class Trajectories(struct.PyTreeNode):
     """Responses whose tokens each earned a reward.
 
-    A trajectory that a limit cut has one token behind it that is no response token: the state before that token is the
-    last one, whose value stands for what would have followed. Nothing follows one that ended."""
+    A truncated trajectory is followed by one token that is not a response token. The value of the state before that
+    token is the bootstrap value. A trajectory that ended has no bootstrap value."""
 
     responses: Sequences
     rewards: Array  # f32[B, S]; 0 outside the response mask
@@ -116,7 +117,7 @@ class Rows(struct.PyTreeNode):
 
 
 class Experience(struct.PyTreeNode, kw_only=True):
-    """What the epochs of one iteration learn from. An algorithm adds its fields in a class of its own::
+    """What the updates of one iteration learn from. An algorithm adds its fields in a class of its own::
 
         class MyExperience(Experience, kw_only=True):
             advantages: Array  # f32[B, S]
@@ -151,10 +152,10 @@ class HeadSpec(NamedTuple):
 
     outputs: Literal["lm", "scalar", "action"]  # action: f32[V] a token, read as Q(s, a) of every next token a
     trunk: Role | None = None  # None: a model of its own; else a head on that role's trunk, whose pass serves both
-    gradient: float = 1.0  # share of the head's gradient that reaches the trunk
+    gradient: float = 1.0  # factor on the gradient from this head into the trunk; 0: none
 
 
-AskedHead = Literal["lm", "scalar"] | HeadSpec  # how an algorithm names a head
+AskedHead = Literal["lm", "scalar"] | HeadSpec  # what an algorithm may declare as the head of a role
 
 
 class QStats(struct.PyTreeNode):
@@ -242,7 +243,7 @@ class Nets(NamedTuple):
 
     read: Read
     sample: Sample
-    graders: Mapping[Role, Grader] = MappingProxyType({})  # those that are ensembles, by the role that they stand for
+    graders: Mapping[Role, Grader] = MappingProxyType({})  # ensembles, by the role whose scores they give
 
 
 T = TypeVar("T")

@@ -1,8 +1,12 @@
 """Group-relative policy optimisation (Shao et al. 2024, arXiv:2402.03300): PPO's clipped step without a value model.
 
 Every prompt gets batch.samples_per_prompt responses. A response's advantage, the same for each of its tokens, is how
-much better its score is than those of the others; the KL from the reference is a term of the loss, not of the reward.
-The fields that tell its variants apart:
+much better its score is than those of the others; the KL from the reference is a term of the loss, not of the reward:
+
+    A = (score - mean of the group) / standard deviation of the group             ratio = pi / pi_old
+    loss = - min(A * ratio, A * clip(ratio, 1 - clip_range_low, 1 + clip_range_high)) + kl_coef * KL
+
+Variants and their fields:
 
     the paper      advantages: mean_std        aggregation: seq-mean-token-mean
     Dr. GRPO       advantages: mean            aggregation: seq-mean-token-sum    (arXiv:2503.20783)
@@ -32,17 +36,17 @@ class GRPOConfig:
 
     num_epochs: int = 1  # passes over the responses of an iteration
     num_minibatches: int = 1  # updates an epoch
-    advantages: GroupBaseline = "mean_std"  # a score less the group's mean, or its others' mean; over its deviation
+    advantages: GroupBaseline = "mean_std"  # score - mean of the group, / its std; leave_one_out: - mean of the others
     ratio: Literal["token", "sequence"] = "token"  # sequence: the geometric mean of a response's token ratios
     clip_range_low: float = 0.2  # how far the ratio may fall under 1
     clip_range_high: float = 0.2  # how far it may rise over 1
     dual_clip: float | None = None  # the largest ratio that counts against a response; null: no bound
-    aggregation: Aggregation = "token-mean"  # over tokens alike, or over responses by their sums or means
+    aggregation: Aggregation = "token-mean"  # mean over all tokens; or over responses, of their token sums or means
     kl_coef: float = 0.04  # weight of the KL from the reference in the loss; 0: no reference is held
     kl_estimator: Literal["k2", "k3"] = "k3"  # of that KL; k1 has no gradient on average
     entropy_coef: float = 0.0  # bonus for each nat of a token's entropy
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end
-    stop_kl: float | None = None  # nats per token from the old policy beyond which other updates are skipped
+    stop_kl: float | None = None  # KL from the old policy, nats per token, above which further updates are skipped
     old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
     sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
 
@@ -63,8 +67,7 @@ def roles(cfg: GRPOConfig) -> tuple[dict[Role, AskedHead], dict[Role, AskedHead]
 
 
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tuple[GRPOExperience, dict[str, Mean]]:
-    """Score the responses and compare each with its group. A row without a response, or without a score, is in no
-    group."""
+    """Score the responses and compare each with its group. Rows without a response or a score are excluded."""
     sequences = given(batch.sequences, "batch.sequences")
     group_size = len(sequences.tokens) // len(given(batch.prompts, "batch.prompts").tokens)
     scores, members = on_policy.scores_of(nets, state.trees, sequences)

@@ -1,9 +1,12 @@
-"""Proximal policy optimisation against a reward model (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022).
+"""Proximal policy optimisation of scores (Ziegler et al. 2019; Stiennon et al. 2020; Ouyang et al. 2022).
 
-A response is an episode: a state is the tokens so far, an action the next token. The reward model's score comes with
-the last token; on the way every token pays kl_coef nats for each nat that it strays from the reference. The value
-model predicts what is still to come (the Bellman equation), and generalised advantage estimation says which tokens
-did better than it expected. The policy learns from those, a clipped step at a time.
+A response is an episode: a state is the tokens so far, an action the next token. A reward model or functions on the
+host give the response a score. The reward of a token is -kl_coef times its estimated KL from the reference, plus the
+score at the last token. With d the error of the Bellman equation, the advantages (GAE) and the losses are
+
+    d[t] = r[t] + gamma * V[t + 1] - V[t]         A[t] = d[t] + gamma * gae_lambda * A[t + 1]
+    policy: - min(A * ratio, A * clip(ratio, 1 - clip_range, 1 + clip_range))        ratio = pi / pi_old
+    value:  1/2 * max((V - R)^2, (clip(V, V_old - value_clip_range, V_old + value_clip_range) - R)^2)     R = A + V_old
 """
 
 import dataclasses
@@ -40,8 +43,8 @@ from jaxrlhf.types import (
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """Proximal policy optimisation against a reward model. The value model is one of its own, or a head on the policy's
-    trunk (models.value.share_trunk)."""
+    """Proximal policy optimisation. The value model is one of its own, or a head on the policy's trunk
+    (models.value.share_trunk)."""
 
     num_epochs: int = 4  # passes over the responses of an iteration
     num_minibatches: int = 1  # updates an epoch
@@ -49,7 +52,7 @@ class PPOConfig:
     value_clip_range: float | None = 0.2  # of a value, around the old one; null: no clipping
     gamma: float = 1.0  # discount a token
     gae_lambda: float = 0.95  # 1: advantages from whole returns; 0: from the value model's one-step errors
-    kl_coef: float = 0.05  # reward lost for each nat from the reference
+    kl_coef: float = 0.05  # reward lost per nat of KL from the reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
     kl_controller: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef moves so that the KL meets kl_target
     kl_target: float = 6.0  # nats per response (adaptive)
@@ -58,7 +61,7 @@ class PPOConfig:
     whiten_advantages: Literal["no", "unbiased", "biased"] = "unbiased"  # by which variance
     whiten_rewards: bool = False  # divide rewards by their standard deviation; their mean stays
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end, before KL shaping
-    stop_kl: float | None = None  # nats per token from the old policy beyond which other updates are skipped
+    stop_kl: float | None = None  # KL from the old policy, nats per token, above which further updates are skipped
     old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
     sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
     reward_update: bool = False  # also train the reward model on preference pairs, in the same program
@@ -67,7 +70,7 @@ class PPOConfig:
 
 
 class PPOExperience(Experience, kw_only=True):
-    """Responses, and what was known of their tokens when they were sampled."""
+    """Responses, and what ``prepare`` computed for each of their tokens."""
 
     advantages: Array  # f32[B, S]
     returns: Array  # f32[B, S]
@@ -125,7 +128,8 @@ def shaped_rewards(
 
 
 def value_metrics(mask: Array, rewards: Array, values: Array, returns: Array) -> dict[str, Mean]:
-    """What the critic expects and what it explains of the returns; reward/mean is a response's, KL paid."""
+    """Mean value and explained variance of the returns. reward/mean: the sum over a response's tokens, with the KL
+    penalty."""
     error, spread = variance(keep(returns, mask) - values, mask, False), variance(returns, mask, False)
     explained = jnp.where(spread > 0, 1 - error / jnp.maximum(spread, 1e-8), 0.0)
     return {

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: maximum likelihood of demonstrated responses."""
+"""Supervised fine-tuning: maximum likelihood of demonstrated responses (as in Ouyang et al. 2022, arXiv:2203.02155).
+
+    loss = - mean over response tokens of log pi(token | before)
+"""
 
 import dataclasses
 

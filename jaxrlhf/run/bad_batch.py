@@ -1,4 +1,4 @@
-"""Updates that the step left out, as something was NaN or infinite: what is said and kept, and when the run stops."""
+"""After the step skipped an update that was not finite: report it, dump its batch, and decide when the run stops."""
 
 import io
 import math
