@@ -1,6 +1,8 @@
 """Supervised fine-tuning: maximum likelihood of demonstrated responses (as in Ouyang et al. 2022, arXiv:2203.02155).
 
     loss = - mean over response tokens of log pi(token | before)
+
+The mean is over all response tokens of the minibatch.
 """
 
 import dataclasses
