@@ -52,6 +52,7 @@ class Recipe(NamedTuple):
     schedules: Mapping[Role, optax.Schedule] = MappingProxyType({})  # whose learning rates are metrics
     spike_sigmas: Mapping[Role, float] = MappingProxyType({})  # whose updates are skipped at a spike: notice_spike
     together: int = 1  # shuffle block: consecutive responses to a prompt that stay in one minibatch
+    graders: tuple[str, ...] = ()  # names of several graders on the host: of Sequences.grades
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -100,7 +101,7 @@ def make_read(recipe: Recipe) -> Callable[[TrainState, Batch], tuple]:
         answers: list[Any] = []
         sequences = given(batch.sequences, "batch.sequences")
         no_scores = jnp.zeros_like(given(sequences.ended, "batch.sequences.ended"), jnp.float32)
-        sequences = sequences.replace(scores=no_scores)
+        sequences = sequences.replace(scores=no_scores, grades=dict.fromkeys(recipe.graders, no_scores) or None)
         recipe.algorithm.prepare(recording(nets, answers), state, batch.replace(sequences=sequences), recipe.cfg)
         return tuple(answers)
 

@@ -13,10 +13,12 @@ import pytest
 
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.algorithms.cm import CMConfig
 from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.kto import KTOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.algorithms.ppo_lagrangian import PPOLagrangianConfig
 from jaxrlhf.algorithms.raft import RAFTConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.rm_ratings import RMRatingsConfig
@@ -42,7 +44,8 @@ from jaxrlhf.types import Batch
 from tests.support import runs, tiny
 
 OFF_TRAJECTORIES = ["ilql", "fqi", "mc_returns", "bc"]
-METHODS = ["sft", "rm", "rm_ratings", "rm_ties", "dpo", "kto", "ppo", "grpo", "raft", *OFF_TRAJECTORIES]
+METHODS = ["sft", "rm", "rm_ratings", "rm_ties", "cm", "dpo", "kto", "ppo", "ppo_lagrangian", "grpo", "raft"]
+METHODS += OFF_TRAJECTORIES
 
 # ---- required keys only ---------------------------------------------------------------------------------------------
 
@@ -58,6 +61,8 @@ REQUIRED = {
 REQUIRED["grpo"] = REQUIRED["raft"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
 REQUIRED |= {name: REQUIRED["kto"].replace("unpaired", "trajectories") for name in OFF_TRAJECTORIES}
 REQUIRED["rm_ties"] = REQUIRED["rm"]
+REQUIRED["cm"] = REQUIRED["kto"].replace("policy", "cost")
+REQUIRED["ppo_lagrangian"] = REQUIRED["ppo"].replace("reward:", "cost: {{init_from: {scalar}}}, reward:")
 REQUIRED["rm_ratings"] = REQUIRED["rm"].replace("preferences", "trajectories")
 SHORT = ["data.prompt_buckets=[16]", "generate.max_new_tokens=8"]  # of three programs that are compiled, one
 
@@ -96,7 +101,7 @@ def fill_in(starter: str, folder: Path, text: Path, models: dict[str, Path]) -> 
     """A starter config with what is marked CHANGE in it replaced."""
     for old, new in {
         r"HuggingFaceTB/[\w-]+": str(models["lm"]),
-        r"init_from: runs/my-rm": f"init_from: {models['scalar']}",
+        r"init_from: runs/my-[rc]m": f"init_from: {models['scalar']}",
         r"path: (\w+)\.jsonl": rf"path: {text}/\1.jsonl",
         r"jaxrlhf\.rewards\.math_answer:strict": "tests.support.runs:praise",
         r"runs/my-": f"{folder}/my-",
@@ -174,6 +179,8 @@ ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more f
     "rm_ratings": ("rm_ratings", RMRatingsConfig("steps"), 1, {}),
     "dpo": ("dpo", DPOConfig(), 1, {}),
     "kto": ("kto", KTOConfig(), 1, {}),
+    "cm": ("cm", CMConfig(pairs=True), 1, {}),
+    "ppo_lagrangian": ("ppo_lagrangian", PPOLagrangianConfig(), 1, {}),
     **{name: (name, ALGORITHMS[name].config(), 1, {}) for name in OFF_TRAJECTORIES},
     "ppo": ("ppo", PPOConfig(reward_update=True, whiten_rewards=True), 1, {}),
     "ppo, shared trunk": ("ppo", PPOConfig(num_epochs=2), 1, {"trunk_gradient": 0.5}),

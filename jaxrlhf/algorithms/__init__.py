@@ -2,7 +2,23 @@
 
 from jaxrlhf import user_code
 from jaxrlhf.algorithm import Algorithm
-from jaxrlhf.algorithms import bc, dpo, fqi, grpo, ilql, kto, mc_returns, ppo, raft, rm, rm_ratings, rm_ties, sft
+from jaxrlhf.algorithms import (
+    bc,
+    cm,
+    dpo,
+    fqi,
+    grpo,
+    ilql,
+    kto,
+    mc_returns,
+    ppo,
+    ppo_lagrangian,
+    raft,
+    rm,
+    rm_ratings,
+    rm_ties,
+    sft,
+)
 from jaxrlhf.algorithms.validated import checked
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -10,7 +26,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rm": rm.ALGORITHM,
     "rm_ratings": rm_ratings.ALGORITHM,
     "rm_ties": rm_ties.ALGORITHM,
+    "cm": cm.ALGORITHM,
     "ppo": ppo.ALGORITHM,
+    "ppo_lagrangian": ppo_lagrangian.ALGORITHM,
     "grpo": grpo.ALGORITHM,
     "raft": raft.ALGORITHM,
     "dpo": dpo.ALGORITHM,

@@ -22,11 +22,12 @@ def read_scores(nets: Nets, trees: Trees, rows: Sequences, grader: Role = "rewar
 
 
 def combined(nets: Nets, scores: dict[Role, Array], grader: Role = "reward") -> Array:
-    """f32[B] of the members' scores, as the grader combines them."""
+    """f32[B] of the members' scores, as the grader combines them. What holds a score low holds a cost high: ``min`` is
+    then the highest cost, ``mean_minus_variance`` the mean plus the variance."""
     if grader not in nets.graders:
         return scores[grader]
-    spec = nets.graders[grader]
-    return combine_scores(jnp.stack([*scores.values()]), spec.combine, spec.variance_coef)
+    spec, sign = nets.graders[grader], -1 if grader == "cost" else 1
+    return sign * combine_scores(sign * jnp.stack([*scores.values()]), spec.combine, spec.variance_coef)
 
 
 def member_metrics(scores: Mapping[Role, Array], mask: Array) -> dict[str, Mean]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Updates, read_logprobs
-from jaxrlhf.algorithms.grading import member_metrics, read_scores
+from jaxrlhf.algorithms.grading import member_metrics, members_of, read_scores
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
 from jaxrlhf.ops.token_rewards import missing_eos
@@ -19,6 +19,25 @@ def scores_of(nets: Nets, trees: Trees, sequences: Sequences) -> tuple[Array, di
     """(f32[B]: what the host gave, else what the reward model says, or its members together; what each of several
     members says)."""
     return read_scores(nets, trees, sequences) if sequences.scores is None else (sequences.scores, {})
+
+
+def costs_of(nets: Nets, trees: Trees, sequences: Sequences) -> tuple[Array, Sequences]:
+    """(f32[B]: what the cost model says, or its members together, else what the host's grader ``cost`` gave;
+    ``sequences``, without a score where that gave none)."""
+    if members_of(nets, "cost")[0] in {**trees.params, **trees.slow}:
+        return read_scores(nets, trees, sequences, "cost")[0], sequences
+    costs = given(given(sequences.grades, "sequences.grades").get("cost"), "sequences.grades['cost']")
+    scores = jnp.where(jnp.isnan(costs), jnp.nan, given(sequences.scores, "sequences.scores"))
+    return costs, sequences.replace(scores=scores)
+
+
+def cost_metrics(costs: Array, rows: Array) -> dict[str, Mean]:
+    """The cost of a response, and how many are unsafe. ``rows``: bool[B], those that count."""
+    return {
+        "cost/mean": sums(costs, rows),
+        "cost/std": Mean(jnp.sqrt(variance(costs, rows, True)), jnp.float32(1)),
+        "cost/violations": sums(costs > 0, rows),
+    }
 
 
 def scorable(sequences: Sequences) -> Sequences:

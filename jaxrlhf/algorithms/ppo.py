@@ -35,6 +35,7 @@ from jaxrlhf.types import (
     Role,
     Rows,
     Sequences,
+    TokenStats,
     TrainState,
     Trees,
     given,
@@ -90,12 +91,7 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     """Score the responses, charge for KL, and work out advantages and returns. Nothing here is differentiated."""
     sequences = given(batch.sequences, "batch.sequences")
     scores, members = on_policy.scores_of(nets, state.trees, sequences)
-    if cfg.old_logprobs == "sampler":
-        logprobs = given(sequences.logprobs, "sequences.logprobs")
-        (values,) = nets.read(state.trees, sequences, Ask("value", "values"))
-    else:
-        stats, values = nets.read(state.trees, sequences, Ask("policy", "token_stats"), Ask("value", "values"))
-        logprobs = stats.logprobs
+    logprobs, (values,) = before_updates(nets, state, sequences, cfg, ("value",))
     ref_logprobs = read_logprobs(nets, "reference", state.trees, sequences)
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs, members)
     sequences = on_policy.scorable(sequences)
@@ -103,15 +99,38 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     values = keep(values, mask)
     rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
-    metrics |= value_metrics(mask, rewards, values, returns)
+    metrics |= {"reward/mean": sums(rewards.sum(-1), mask.any(-1))} | value_metrics("value", mask, values, returns)
     metrics["kl/coef"] = Mean(kl_coef(state, cfg), jnp.float32(1))
-    if cfg.whiten_advantages != "no":
-        advantages = whiten(advantages, mask, variance=cfg.whiten_advantages)
-    advantages, corrected = on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
+    advantages, corrected = normalised(advantages, logprobs, sequences, cfg)
     sequences = sequences.replace(scores=scores, logprobs=logprobs)
-    pairs = Rows(given(batch.preferences, "batch.preferences")) if cfg.reward_update else None
+    pairs = pairs_of(batch, cfg)
     experience = PPOExperience(responses=sequences, advantages=advantages, returns=returns, values=values, pairs=pairs)
     return experience, metrics | corrected
+
+
+def before_updates(
+    nets: Nets, state: TrainState, sequences: Sequences, cfg: PPOConfig, critics: tuple[Role, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    """(old log-probs f32[B, S], the values f32[B, S] of each critic), in one pass where they share a trunk."""
+    asks = [Ask(role, "values") for role in critics]
+    if cfg.old_logprobs == "sampler":
+        return given(sequences.logprobs, "sequences.logprobs"), nets.read(state.trees, sequences, *asks)
+    stats, *values = nets.read(state.trees, sequences, Ask("policy", "token_stats"), *asks)
+    return stats.logprobs, tuple(values)
+
+
+def normalised(
+    advantages: Array, logprobs: Array, sequences: Sequences, cfg: PPOConfig
+) -> tuple[Array, dict[str, Mean]]:
+    """(advantages f32[B, S], whitened and corrected for the sampler as the config asks; the correction's metrics)."""
+    if cfg.whiten_advantages != "no":
+        advantages = whiten(advantages, sequences.response_mask, variance=cfg.whiten_advantages)
+    return on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
+
+
+def pairs_of(batch: Batch, cfg: PPOConfig) -> Rows | None:
+    """The pairs that the reward model learns from, where it does."""
+    return Rows(given(batch.preferences, "batch.preferences")) if cfg.reward_update else None
 
 
 def shaped_rewards(
@@ -127,15 +146,13 @@ def shaped_rewards(
     return rewards
 
 
-def value_metrics(mask: Array, rewards: Array, values: Array, returns: Array) -> dict[str, Mean]:
-    """Mean value and explained variance of the returns. reward/mean: the sum over a response's tokens, with the KL
-    penalty."""
+def value_metrics(role: Role, mask: Array, values: Array, returns: Array) -> dict[str, Mean]:
+    """Mean value of a critic and explained variance of the returns."""
     error, spread = variance(keep(returns, mask) - values, mask, False), variance(returns, mask, False)
     explained = jnp.where(spread > 0, 1 - error / jnp.maximum(spread, 1e-8), 0.0)
     return {
-        "reward/mean": sums(rewards.sum(-1), mask.any(-1)),
-        "value/mean": sums(values, mask),
-        "value/explained_variance": Mean(explained, jnp.float32(1)),
+        f"{role}/mean": sums(values, mask),
+        f"{role}/explained_variance": Mean(explained, jnp.float32(1)),
     }
 
 
@@ -144,24 +161,43 @@ def loss(nets: Nets, trees: Trees, minibatch: PPOExperience, cfg: PPOConfig) -> 
     sequences = given(minibatch.responses, "responses")
     mask = sequences.response_mask
     stats, values = nets.read(trees, sequences, Ask("policy", "token_stats"), Ask("value", "values"))
+    policy, metrics = policy_loss(stats, minibatch, cfg)
+    value, value_metrics = value_loss("value", values, minibatch.values, minibatch.returns, mask, cfg)
+    reward, reward_metrics = reward_losses(nets, trees, minibatch, cfg)
+    return policy | value | reward, metrics | value_metrics | reward_metrics
+
+
+def policy_loss(
+    stats: TokenStats, minibatch: PPOExperience, cfg: PPOConfig
+) -> tuple[dict[Role, Mean], dict[str, Mean]]:
+    """The clipped loss of a response token less its entropy bonus, and how far the update is from the old policy."""
+    sequences = given(minibatch.responses, "responses")
+    mask = sequences.response_mask
     logprobs, old = keep(stats.logprobs, mask), keep(given(sequences.logprobs, "responses.logprobs"), mask)
     policy, ratio, clipped = clipped_policy_terms(logprobs, old, minibatch.advantages, cfg.clip_range, cfg.clip_range)
     entropy = keep(stats.entropy, mask)
-    values = keep(values, mask)
-    value, value_clipped = clipped_value_terms(values, minibatch.values, minibatch.returns, cfg.value_clip_range)
-    losses = {"policy": sums(policy - cfg.entropy_coef * entropy, mask), "value": sums(value, mask)}
-    metrics = {
-        "loss/policy": sums(policy, mask),
-        "loss/value": losses["value"],
-        "value/clip_fraction": sums(value_clipped, mask),
-    } | on_policy.update_metrics(logprobs, old, entropy, ratio, clipped, mask)
-    if minibatch.pairs is not None:
-        pairs: Preferences = minibatch.pairs.data
-        members, reward_metrics = preference_losses(
-            nets, trees, pairs, cfg.reward_label_smoothing, cfg.reward_centering
-        )
-        losses, metrics = losses | members, metrics | reward_metrics
-    return losses, metrics
+    metrics = {"loss/policy": sums(policy, mask)}
+    metrics |= on_policy.update_metrics(logprobs, old, entropy, ratio, clipped, mask)
+    return {"policy": sums(policy - cfg.entropy_coef * entropy, mask)}, metrics
+
+
+def value_loss(
+    role: Role, values: Array, old: Array, returns: Array, mask: Array, cfg: PPOConfig
+) -> tuple[dict[Role, Mean], dict[str, Mean]]:
+    """The clipped squared error of a critic, a response token; all [B, S]."""
+    terms, clipped = clipped_value_terms(keep(values, mask), old, returns, cfg.value_clip_range)
+    value = sums(terms, mask)
+    return {role: value}, {f"loss/{role}": value, f"{role}/clip_fraction": sums(clipped, mask)}
+
+
+def reward_losses(
+    nets: Nets, trees: Trees, minibatch: PPOExperience, cfg: PPOConfig
+) -> tuple[dict[Role, Mean], dict[str, Mean]]:
+    """Of the reward model where it learns, or of its members."""
+    if minibatch.pairs is None:
+        return {}, {}
+    pairs: Preferences = minibatch.pairs.data
+    return preference_losses(nets, trees, pairs, cfg.reward_label_smoothing, cfg.reward_centering)
 
 
 def kl_coef(state: TrainState, cfg: PPOConfig) -> Array:

@@ -27,13 +27,15 @@ HEAD, VOCAB = 64, 8192  # features of a head; tokens
 KNOWN: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "grpo": ({"kl_coef": 0.04, "num_epochs": 1}, 8, 8, "host"),
     "ppo": ({"num_epochs": 4}, 64, 1, "model"),
+    "ppo_lagrangian": ({"num_epochs": 4}, 64, 1, "model"),
     "raft": ({}, 8, 8, "host"),
     "dpo": ({}, 32, 1, ""),
     "kto": ({}, 32, 1, ""),
-    **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc", "rm_ratings", "rm_ties"), ({}, 32, 1, "")),
+    **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc", "rm_ratings", "rm_ties", "cm"), ({}, 32, 1, "")),
     "rm": ({}, 32, 1, ""),
     "sft": ({}, 32, 1, ""),
 }
+ALONE = {"rm": "reward", "rm_ratings": "reward", "rm_ties": "reward", "cm": "cost"}  # algorithm -> its one model
 DOUBLED = ("samples", "new tokens", "layers")
 
 
@@ -187,9 +189,11 @@ def tree_of(name: str, section: dict[str, Any], sizes: dict[str, int], reward: s
         "mlp_size": sizes["hidden"] * 8 // 3 // 64 * 64,
         "max_positions": 2 * longest,
     }
-    models: dict[str, Any] = {"reward" if name == "rm" else "policy": {"architecture": architecture}}
+    models: dict[str, Any] = {ALONE.get(name, "policy"): {"architecture": architecture}}
     if reward == "model":
         models["reward"] = {"init_from": "policy"}
+    if name == "ppo_lagrangian":
+        models["cost"] = {"init_from": "policy"}
     somewhere = {"path": "random"}
     return {
         "run_dir": "benchmark",

@@ -22,7 +22,8 @@ from jaxrlhf.rewards.graders import gold_graders, grader_problems
 from jaxrlhf.sharding import AXES, mesh_shape
 from jaxrlhf.types import Role
 
-ROLES = ("policy", "value", "reward", "reference", "cost", "q", "target_q", "gold")
+CRITICS = ("value", "cost_value")
+ROLES = ("policy", *CRITICS, "reward", "reference", "cost", "q", "target_q", "gold")
 # what of a model some mesh axes must divide; heads need not be
 SPLIT = {"mlp_size": ("decode", "tensor"), "hidden_size": ("fsdp", "decode")}
 
@@ -71,7 +72,7 @@ def role_problems(resolved: Resolved) -> Iterator[str]:
 
 
 def trunk_problems(resolved: Resolved, role: Role) -> Iterator[str]:
-    """What the algorithm puts on a trunk stays there; else only the value model shares one, and only the policy's."""
+    """What the algorithm puts on a trunk stays there; else only a value model shares one, and only the policy's."""
     model, trained, name = resolved.cfg.models[role], resolved.roles.trained, resolved.cfg.algorithm_name
     where, default = f"models.{role}.share_trunk: true", type(model).trunk_gradient
     if (spec := resolved.roles.declared.get(role)) is not None:
@@ -88,7 +89,7 @@ def trunk_problems(resolved: Resolved, role: Role) -> Iterator[str]:
         first = members_in(trained, grader_of(role))[0]
         if model.init_from != first or role == first or resolved.cfg.models[first].share_trunk:
             yield f"{where}: init_from {model.init_from}: expected {first}, a model of its own, from another member"
-    elif role != "value" or role not in trained:
+    elif role not in CRITICS or role not in trained:
         yield f"{where}: only a value model that learns beside the policy shares its trunk; expected false"
     elif model.init_from != "policy" or trained.get("policy") != "lm":
         start = f"init_from {model.init_from}" if model.init_from else "an architecture of its own"
@@ -99,7 +100,7 @@ def reward_problems(resolved: Resolved) -> Iterator[str]:
     """Reward functions can be found, have something to score, and no reward model scores beside them."""
     cfg, algorithm = resolved.cfg, resolved.algorithm
     name, rewards = cfg.algorithm_name, cfg.rewards
-    if rewards.combine != type(rewards).combine and "reward" not in graders_of(cfg):
+    if rewards.combine != type(rewards).combine and not graders_of(cfg):
         yield f"rewards.combine: {rewards.combine}: there is no ensemble; expected mean, or a list under models.reward"
     if not rewards.on_host:
         yield from grader_problems(rewards)
@@ -111,6 +112,8 @@ def reward_problems(resolved: Resolved) -> Iterator[str]:
         return
     if (members := members_in(cfg.models, "reward"))[0] in cfg.models:
         yield f"models.{members[0]}: rewards.{given} {shown} is given too; expected one of them"
+    if "cost" in rewards.functions and (costs := members_in(cfg.models, "cost"))[0] in cfg.models:
+        yield f"models.{costs[0]}: rewards.functions.cost is given too; expected one of them"
     if "reward" in algorithm.roles(cfg.algorithm)[0]:
         expected = "{}" if rewards.functions else "null"
         yield f"rewards.{given}: {shown}: no model that can learn, and {name} trains one; expected {expected}"

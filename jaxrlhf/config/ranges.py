@@ -11,14 +11,14 @@ from jaxrlhf.errors import ConfigError, dotted, show
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings temperature top_k size
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
-        desirable_weight undesirable_weight cql_coef variance_coef
+        desirable_weight undesirable_weight cql_coef variance_coef multiplier multiplier_learning_rate
         EvalConfig.every GenerateConfig.beta process_id
         vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """timeout max_run_duration epochs clip_norm spike_sigmas eps clip_range clip_range_low clip_range_high
-        value_clip_range kl_target stop_kl beta tie_threshold sampler_ratio_cap norm_eps rope_theta low_freq_factor
-        high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast beta_slow attention_factor
-        short_factor long_factor""",
+        value_clip_range kl_target stop_kl multiplier_max beta tie_threshold sampler_ratio_cap norm_eps rope_theta
+        low_freq_factor high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast beta_slow
+        attention_factor short_factor long_factor""",
     "(1, inf)": "dual_clip",
     "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt
         sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size
@@ -34,7 +34,7 @@ RANGES = {
     "(0, 1)": "expectile",
     "[0, 1)": "b1 b2",
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
-    "(-inf, inf)": "weight",
+    "(-inf, inf)": "weight cost_limit",
     "[0, 2147483647]": "seed",
 }
 LARGEST = 2**31 - 1  # devices count in 32 bits

@@ -46,16 +46,17 @@ class Roles(NamedTuple):
 
 
 def roles_of(cfg: Config, algorithm: Algorithm) -> Roles:
-    """The roles that the run needs. A reward function takes the place of the reward model; an ensemble's members that
-    of their grader; what shares a trunk is a bare head."""
-    scored = cfg.rewards.on_host and algorithm.online  # offline there is nothing to score
+    """The roles that the run needs. Functions take the place of the reward model, and one called cost that of the cost
+    model; an ensemble's members take that of their grader; what shares a trunk is a bare head."""
+    on_host = {"reward", *({"cost"} & cfg.rewards.functions.keys())} if cfg.rewards.on_host else set()
+    scored = on_host if algorithm.online else set()  # offline there is nothing to score
     shared = {role for role, model in cfg.models.items() if model.share_trunk}
 
     def needed(heads: Mapping[Role, AskedHead]) -> dict[Role, Head]:
         return {
             member: head_of(head, member in shared)
             for role, head in heads.items()
-            if not (scored and role == "reward")
+            if role not in scored
             for member in members_in(cfg.models, role)
         }
 
@@ -67,12 +68,15 @@ def roles_of(cfg: Config, algorithm: Algorithm) -> Roles:
 
 def with_default_roles(cfg: Config, algorithm: Algorithm) -> Config:
     """Fills in the roles that the algorithm needs and the config leaves out: the reference starts as the policy, the
-    value model as the reward model, or where there is none, or it shares a trunk, as the policy. A policy that learns
-    from its own responses always has a reference: an evaluation compares with it."""
+    value model as the reward model, that of the cost as the cost model, or where there is none, or it shares a trunk,
+    as the policy. A policy that learns from its own responses always has a reference: an evaluation compares with
+    it."""
     roles = roles_of(cfg, algorithm)
     needed = {*roles.heads} | ({"reference"} if algorithm.online else set())
-    reward = members_in(cfg.models, "reward")[0]
-    origins = {"reference": "policy", "value": reward if reward in needed else "policy"}
+    origins = {"reference": "policy"}
+    for critic, grader in (("value", "reward"), ("cost_value", "cost")):
+        first = members_in(cfg.models, grader)[0]
+        origins[critic] = first if first in needed else "policy"
     default = {role: RoleConfig(init_from=start) for role, start in origins.items() if role in needed}
     for role, spec in roles.declared.items():
         default[role] = RoleConfig(init_from=spec.trunk, share_trunk=True, trunk_gradient=spec.gradient)

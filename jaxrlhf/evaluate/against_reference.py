@@ -43,6 +43,7 @@ class Responses(NamedTuple):
     scores: np.ndarray | None  # f32; NaN where the reward functions give none
     marks: np.ndarray | None  # f64: the judge's probability that the text is positive
     gold: np.ndarray | None = None  # f32, by the second reward; NaN where its function gives none
+    cost: np.ndarray | None = None  # f32, by the cost model, or the function of that name; NaN where it gives none
     grades: Mapping[str, np.ndarray] = MappingProxyType(
         {}
     )  # what each of several functions, or of an ensemble's members, gives
@@ -51,13 +52,14 @@ class Responses(NamedTuple):
 class PolicyEvaluation:
     """The held-out prompts of a run, and the program that has them answered and scored.
 
-    A reference or a reward model that the config names and the algorithm does without is read at the first evaluation
-    and kept."""
+    A reference, a reward model or a cost model that the config names and the algorithm does without is read at the
+    first evaluation and kept."""
 
     def __init__(self, ready: Run, judge: bool = True, samples: int = 1):
         cfg, self.samples = ready.cfg, samples  # responses to each prompt
         self.graders: tuple[Role, ...] = members_of(ready.recipe.nets)  # the reward model, or its members
-        scalar: dict[Role, Head] = dict.fromkeys(self.graders, "scalar")
+        self.costs = members_of(ready.recipe.nets, "cost")
+        scalar: dict[Role, Head] = dict.fromkeys((*self.graders, *self.costs), "scalar")
         heads: dict[Role, Head] = {"reference": "lm", "gold": "scalar", **scalar}
         more = [role for role in heads if role in cfg.models and role not in ready.heads]
         self.more: dict[Role, Head] = {role: heads[role] for role in more}
@@ -90,7 +92,7 @@ class PolicyEvaluation:
         self, state: TrainState, extra: dict[Role, Params], prompts: Prompts
     ) -> tuple[Sequences, dict[str, Array]]:
         """(responses, with scores where a reward model gives them, and grades where it is an ensemble; f32[B] of each
-        that is known: "kl" in nats, "gold" by models.gold)."""
+        that is known: "kl" in nats, "gold" by models.gold, "cost" by models.cost)."""
         nets, trees = self.ready.recipe.nets, Trees(state.params, extra | state.slow)
         rollout = self.ready.algorithm.rollout
         # under step 0, so that all evaluations share their noise
@@ -100,6 +102,8 @@ class PolicyEvaluation:
             scores, members = read_scores(nets, trees, sequences)
             sequences = sequences.replace(scores=scores, grades=members or None)
         found = {"gold": read_scores(nets, trees, sequences, "gold")[0]} if "gold" in known else {}
+        if self.costs[0] in known:
+            found["cost"] = read_scores(nets, trees, sequences, "cost")[0]
         if "reference" in known:
             reference = read_logprobs(nets, "reference", trees, sequences)
             logprobs = given(sequences.logprobs, "sequences.logprobs")
@@ -108,7 +112,15 @@ class PolicyEvaluation:
 
     def write(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
         """All prompts answered by the policy in ``state``: ``samples`` responses to each, side by side."""
-        columns: dict[str, list] = {"rows": [], "lengths": [], "ended": [], "kl": [], "scores": [], "gold": []}
+        columns: dict[str, list] = {
+            "rows": [],
+            "lengths": [],
+            "ended": [],
+            "kl": [],
+            "scores": [],
+            "gold": [],
+            "cost": [],
+        }
         grades: dict[str, list] = {}
         for host in self.batches:
             between()
@@ -129,6 +141,8 @@ class PolicyEvaluation:
         rows = columns.pop("rows")
         arrays: dict[str, Any] = {name: np.concatenate(parts) if parts else None for name, parts in columns.items()}
         each = {name: np.concatenate(parts) for name, parts in grades.items()}
+        if self.ready.graders is not None and "cost" in each:
+            arrays["cost"] = each["cost"]
         return Responses(rows=rows, marks=self.marks(rows), grades=each, **arrays)
 
     def marks(self, rows: list[dict[str, Any]]) -> np.ndarray | None:
@@ -154,6 +168,9 @@ class PolicyEvaluation:
             if values is not None:
                 spread = values.std(ddof=len(values) > 1) if len(values) else np.nan
                 found |= {f"{name}/mean": mean(values), f"{name}/std": spread}
+        if responses.cost is not None:
+            costs = responses.cost[known & ~np.isnan(responses.cost)]
+            found |= {"cost/mean": mean(costs), "cost/violations": mean(costs > 0)}
         if on_host:
             found["score/unscorable"] = (~known).sum()
         for name, grade in responses.grades.items():
@@ -185,6 +202,7 @@ class PolicyEvaluation:
         grades = dict.fromkeys(members if graders is None else graders.names, numbers)
         known = {"kl": "reference" in roles, "scores": scored, "marks": self.asks_judge}
         known["gold"] = self.gold is not None or "gold" in roles
+        known["cost"] = self.costs[0] in roles or "cost" in grades
         given: dict[str, Any] = {name: numbers if there else None for name, there in known.items()}
         responses = Responses([], numbers, numbers > 0, **given, grades=grades)
         made.before = responses if "reference" in roles else None

@@ -177,6 +177,8 @@ def compare(responses: dict[str, list[dict[str, Any]]], count: int) -> list[dict
 SHOWN = {  # metric -> what a reader calls it
     "score/mean": "reward",
     "score/std": "standard deviation of the reward",
+    "cost/mean": "cost",
+    "cost/violations": "unsafe responses (cost above 0)",
     "kl/reference": "KL from the reference (nats per response)",
     "response/length_mean": "length (tokens)",
     "response/ended": "responses that ended with EOS or a stop text",

@@ -22,6 +22,9 @@ METRICS = [
     loss/policy | nats | loss of the policy: sft a token's, dpo a pair's; ppo, grpo (clipped), kto have no unit
     loss/value | - | loss of the value model, half the squared error of a token's value
     loss/reward | nats | loss of the reward model, a pair
+    loss/cost_value | - | loss of the critic of the cost, as that of the value model (ppo_lagrangian)
+    loss/cost | nats | loss of the cost model, a label: safe or not (cm)
+    loss/cost_pairs | nats | loss of the cost model, a pair (cm)
     loss/q | - | loss of the Q head: squared error of a token's action value, plus the CQL term (fqi, mc_returns)
     loss/q1 | - | the same of the first Q head (ilql)
     loss/q2 | - | the same of the second Q head (ilql)
@@ -59,6 +62,17 @@ METRICS = [
     reward/error | score | absolute difference of the two
     reward/chosen | score | score of the chosen sides
     reward/rejected | score | score of the rejected sides
+    cost/mean | cost | cost of a response, by the cost model or the reward function called cost
+    cost/std | cost | standard deviation of the costs
+    cost/violations | share | unsafe responses: their cost is above 0
+    cost/multiplier | - | score lost for each unit of cost, in this iteration (ppo_lagrangian)
+    cost/accuracy | share | labels that the sign of the cost is right about (cm)
+    cost/pair_accuracy | share | pairs whose chosen side has the lower cost; a tie is half (cm)
+    cost/safe | cost | cost of responses that are labelled safe (cm)
+    cost/unsafe | cost | cost of those that are labelled unsafe (cm)
+    cost_value/mean | cost | cost to come at a response token, by its critic (ppo_lagrangian)
+    cost_value/explained_variance | share | variance of the cost to come that its critic explains
+    cost_value/clip_fraction | share | response tokens whose cost value was clipped
     implicit_reward/chosen | - | beta (log p - log reference) of the chosen sides (dpo)
     implicit_reward/rejected | - | the same of the rejected sides
     implicit_reward/margin | - | difference of the two

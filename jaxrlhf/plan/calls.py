@@ -66,7 +66,9 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     if drawn.algorithm.online:
         sequences = jax.eval_shape(make_rollout(recipe), state, batch)
         if drawn.cfg.rewards.on_host:
-            sequences = sequences.replace(scores=jax.ShapeDtypeStruct(sequences.ended.shape, jnp.float32))
+            scores = jax.ShapeDtypeStruct(sequences.ended.shape, jnp.float32)
+            grades = dict.fromkeys(drawn.recipe.graders, scores) or None
+            sequences = sequences.replace(scores=scores, grades=grades)
         batch = batch.replace(sequences=sequences)
     rollout, notes[:] = list(notes), []
     prepare = lambda state, batch: drawn.algorithm.prepare(nets, state, batch, drawn.cfg.algorithm)[0]

@@ -117,6 +117,7 @@ def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weight
         schedules=schedules,
         spike_sigmas=spikes,
         together=kept_together(resolved),
+        graders=tuple(cfg.rewards.functions),
     )
     return Blueprint(resolved, mesh, weights, resolved.roles.heads, recipe, sampler)
 

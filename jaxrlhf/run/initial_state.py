@@ -26,7 +26,7 @@ def initial_state(run: Run) -> TrainState:
 def read_weights(run: Run, role: Role) -> Params:
     """One role's parameters on the mesh, under the head it needs. Random weights depend on the seed and on where the
     role starts, so that roles that start from the same random weights do."""
-    found, head, zero = run.weights[role], run.heads[role], role == "value"
+    found, head, zero = run.weights[role], run.heads[role], role in ("value", "cost_value")
     shares = grader_of(role) != role and run.cfg.models[role].share_trunk  # each such head is drawn by itself
     number = sorted(run.cfg.models).index(role if shares else base_role(run.cfg, role))
     key, dtype = jax.random.fold_in(jax.random.key(run.cfg.seed), number), run.dtype_of(role)

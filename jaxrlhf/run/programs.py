@@ -50,7 +50,7 @@ def compile_parts(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str
     if overlaps(drawn) and asked_before_scores(drawn, state, batch):
         found["read"] = compile_program(make_read(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
     scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(drawn.mesh, 1))
-    grades = dict.fromkeys(drawn.cfg.rewards.functions, scores) or None
+    grades = dict.fromkeys(drawn.recipe.graders, scores) or None
     batch = batch.replace(sequences=rollout.out.replace(scores=scores, grades=grades))
     rows = Answered(batch, found["read"].out) if "read" in found else batch
     learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, rows, rows=(False, False), donate=True)

@@ -66,12 +66,13 @@ def asked_before_scores(drawn: Blueprint, state: TrainState, batch: Batch) -> bo
     """Whether ``prepare`` asks anything of networks, and no score decides what: then they can be asked before the
     scores are known. ``batch``: with responses. What it asks inside a loop of its own can't be."""
     asked: list[Sequences] = []
-    read_of = lambda rows: rows.replace(logprobs=None, scores=None, ended=None)  # as networks do
+    read_of = lambda rows: rows.replace(logprobs=None, scores=None, grades=None, ended=None)  # as networks do
     nets = note_taker(drawn, lambda role, kind, rows: asked.append(read_of(rows)))
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
     def ask(scores, state: TrainState, batch: Batch) -> list[Sequences]:
-        scored = batch.replace(sequences=given(batch.sequences, "batch.sequences").replace(scores=scores))
+        graded = {"scores": scores, "grades": dict.fromkeys(drawn.recipe.graders, scores) or None}
+        scored = batch.replace(sequences=given(batch.sequences, "batch.sequences").replace(**graded))
         drawn.algorithm.prepare(nets, state, scored, drawn.cfg.algorithm)
         return asked
 

@@ -9,8 +9,10 @@ import pytest
 
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
+from jaxrlhf.algorithms.cm import CMConfig
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.algorithms.ppo_lagrangian import PPOLagrangianConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.rm_ratings import RMRatingsConfig
 from jaxrlhf.types import Batch
@@ -20,6 +22,8 @@ ROWS = 8
 CONFIGS: dict[str, Any] = {
     # the unbiased variance is that of more rows where rows come twice
     "ppo": PPOConfig(reward_update=True, whiten_advantages="biased", entropy_coef=0.1),
+    "ppo_lagrangian": PPOLagrangianConfig(whiten_advantages="biased"),
+    "cm": CMConfig(pairs=True),
     "grpo": GRPOConfig(kl_coef=0.0),  # so that a constant reward leaves nothing to learn
     "rm": RMConfig(centering=0.1),
     "rm_ratings": RMRatingsConfig("steps"),

@@ -264,7 +264,18 @@ def test_bash_completes(words, offered):
 # ---- the way from TRL, in jaxrlhf/data/README.md ---------------------------------------------------------------------
 
 
-NOT_IN_TRL = {"ppo", "raft", "rm_ratings", "rm_ties", "ilql", "fqi", "mc_returns", "bc"}  # of version 1.16
+NOT_IN_TRL = {
+    "ppo",
+    "ppo_lagrangian",
+    "cm",
+    "raft",
+    "rm_ratings",
+    "rm_ties",
+    "ilql",
+    "fqi",
+    "mc_returns",
+    "bc",
+}  # of version 1.16
 
 
 def way_from_trl() -> str:

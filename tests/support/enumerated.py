@@ -32,12 +32,20 @@ def reward_of(sequences: Sequences):
     return 1.0 * count(3) - 1.0 * count(2) + 1.5 * count(LAST)
 
 
+def cost_of(sequences: Sequences):
+    """+1 a token 3: what is rewarded is what costs."""
+    return 1.0 * ((sequences.tokens == 3) & sequences.response_mask).sum(-1)
+
+
+GRADERS = {"reward": reward_of, "cost": cost_of}
+
+
 class Exact:
     """Expected rewards and KL, summed over all responses."""
 
     def __init__(self, nets: Nets):
         self.responses = every_response()
-        self.rewards = np.asarray(reward_of(self.responses), np.float64)
+        self.rewards, self.costs = (np.asarray(grade(self.responses), np.float64) for grade in (reward_of, cost_of))
         self.log_p = tiny.program(lambda params: self.logprobs(nets, params))
 
     def logprobs(self, nets: Nets, params):
@@ -57,7 +65,7 @@ class Exact:
 
 
 def run(name: str, cfg: Any, rows: int = 64, samples_per_prompt: int = 1) -> tuple[tiny.Tiny, Exact]:
-    """The algorithm on ``rows`` responses to the prompt, scored by ``reward_of``."""
+    """The algorithm on ``rows`` responses to the prompt, scored by ``reward_of``; ``cost_of`` is the cost model."""
     prompts = rows // samples_per_prompt
     tokens = jnp.tile(jnp.array([[2, 3]], jnp.int32), (prompts, 1))
     batch = Batch(prompts=Prompts(tokens, jnp.ones((prompts, 2), bool), jnp.arange(prompts)))
@@ -75,6 +83,6 @@ def run(name: str, cfg: Any, rows: int = 64, samples_per_prompt: int = 1) -> tup
 
     def read(trees: Trees, rows: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
         found = iter(nets.read(trees, rows, *(ask for ask in asks if ask.what != "scores")))
-        return tuple(reward_of(rows) if ask.what == "scores" else next(found) for ask in asks)
+        return tuple(GRADERS[ask.role](rows) if ask.what == "scores" else next(found) for ask in asks)
 
     return made._replace(recipe=made.recipe._replace(nets=nets._replace(read=read))), Exact(nets)

@@ -186,7 +186,7 @@ def build(
             trunks[role] = Trunk(spec.trunk, spec.gradient)
     seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2, "q1": 3, "q2": 4, "target_q1": 3, "target_q2": 4}
     seeds |= {role: 5 + number for number, role in enumerate(several)}
-    seeds |= {"q": 3, "target_q": 3}
+    seeds |= {"q": 3, "target_q": 3, "cost": 5, "cost_value": 6}
     head_in = lambda heads, role: head_of(heads[role], role in trunks)
     make = lambda heads: {role: parameters(model, head_in(heads, role), seeds[role]) for role in heads}
     optimizers = {role: make_optimizer(optimizer, iterations) for role in trained}
