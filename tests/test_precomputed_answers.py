@@ -14,6 +14,7 @@ from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
+from jaxrlhf.algorithms.ppo_lagrangian import PPOLagrangianConfig
 from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.run import scoring
@@ -26,7 +27,7 @@ from tests.support import tiny
 def drawn(algorithm: Algorithm, cfg: Any) -> Any:
     """What of a Blueprint is looked at."""
     run = SimpleNamespace(algorithm=cfg, models={})
-    recipe = SimpleNamespace(nets=SimpleNamespace(graders={}))
+    recipe = SimpleNamespace(nets=SimpleNamespace(graders={}), graders=("help", "cost"))
     return SimpleNamespace(algorithm=algorithm, cfg=run, recipe=recipe)
 
 
@@ -80,7 +81,7 @@ def with_its_own_look_at_the_weights(nets, state, batch: Batch, cfg):
     return Experience(responses=sequences.replace(logprobs=logprobs + state.params["policy"]["bias"].sum())), {}
 
 
-GRPO, PPO = ALGORITHMS["grpo"], ALGORITHMS["ppo"]
+GRPO, PPO, PPO_LAGRANGIAN = (ALGORITHMS[name] for name in ("grpo", "ppo", "ppo_lagrangian"))
 
 
 @pytest.mark.parametrize(
@@ -90,16 +91,19 @@ GRPO, PPO = ALGORITHMS["grpo"], ALGORITHMS["ppo"]
         (GRPO, GRPOConfig(kl_coef=0.0), False),  # nothing is asked
         (GRPO, GRPOConfig(kl_coef=0.0, old_logprobs="recompute"), True),
         (PPO, PPOConfig(), True),
+        (PPO_LAGRANGIAN, PPOLagrangianConfig(), True),
         (GRPO._replace(prepare=only_the_good), GRPOConfig(), False),
         (GRPO._replace(prepare=in_another_order), GRPOConfig(), False),
         (GRPO._replace(prepare=one_by_one), GRPOConfig(), False),
         (GRPO._replace(prepare=with_its_own_look_at_the_weights), GRPOConfig(), True),
     ],
-    ids=["grpo", "no kl", "recompute", "ppo", "filtered by score", "sorted by score", "in a loop", "weights"],
+    ids=["grpo", "no kl", "recompute", "ppo", "cost", "filtered by score", "sorted by score", "in a loop", "weights"],
 )
 def test_what_can_be_asked_before_the_scores(algorithm, cfg, expected):
-    trees = {role: {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)} for role in ("policy", "value", "reference")}
-    state = TrainState(jnp.int32(0), jnp.int32(0), trees, trees, {}, {"kl_coef": jnp.float32(0.1)})
+    roles = ("policy", "value", "cost_value", "reference")
+    trees = {role: {"bias": jax.ShapeDtypeStruct((3,), jnp.float32)} for role in roles}
+    controls = {"kl_coef": jnp.float32(0.1), "multiplier": jnp.float32(1)}
+    state = TrainState(jnp.int32(0), jnp.int32(0), trees, trees, {}, controls)
     assert asked_before_scores(drawn(algorithm, cfg), state, shapes()) is expected
 
 

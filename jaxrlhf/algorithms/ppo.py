@@ -146,13 +146,13 @@ def shaped_rewards(
     return rewards
 
 
-def value_metrics(role: Role, mask: Array, values: Array, returns: Array) -> dict[str, Mean]:
+def value_metrics(critic: Role, mask: Array, values: Array, returns: Array) -> dict[str, Mean]:
     """Mean value of a critic and explained variance of the returns."""
     error, spread = variance(keep(returns, mask) - values, mask, False), variance(returns, mask, False)
     explained = jnp.where(spread > 0, 1 - error / jnp.maximum(spread, 1e-8), 0.0)
     return {
-        f"{role}/mean": sums(values, mask),
-        f"{role}/explained_variance": Mean(explained, jnp.float32(1)),
+        f"{critic}/mean": sums(values, mask),
+        f"{critic}/explained_variance": Mean(explained, jnp.float32(1)),
     }
 
 
@@ -182,12 +182,12 @@ def policy_loss(
 
 
 def value_loss(
-    role: Role, values: Array, old: Array, returns: Array, mask: Array, cfg: PPOConfig
+    critic: Role, values: Array, old: Array, returns: Array, mask: Array, cfg: PPOConfig
 ) -> tuple[dict[Role, Mean], dict[str, Mean]]:
     """The clipped squared error of a critic, a response token; all [B, S]."""
     terms, clipped = clipped_value_terms(keep(values, mask), old, returns, cfg.value_clip_range)
     value = sums(terms, mask)
-    return {role: value}, {f"loss/{role}": value, f"{role}/clip_fraction": sums(clipped, mask)}
+    return {critic: value}, {f"loss/{critic}": value, f"{critic}/clip_fraction": sums(clipped, mask)}
 
 
 def reward_losses(

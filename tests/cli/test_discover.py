@@ -158,7 +158,7 @@ def test_every_metric_in_the_source_is_in_the_table():
     found = names_in_the_source()
     assert {"loss/policy", "kl/coef", "{role}/grad_norm", "time/rewards"} <= found
     for name in found - {"eval/{name}", "data/{kind}_{what}"}:
-        name = name.replace("{name}", "reward").replace("{role}", "policy")
+        name = name.replace("{name}", "reward").replace("{role}", "policy").replace("{critic}", "cost_value")
         assert find_metric("score/mean" if name in ("reward/mean", "reward/std") else name), name
 
 
