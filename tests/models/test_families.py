@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_rows_that_a_model_does_not_compute_are_refused():
     cfg = resolve(ModelConfig(**SMALL, num_heads=2, rope_scaling=LONGROPE))
     params = tiny.parameters(cfg, "lm", 0)
     tokens = lambda size: jnp.ones((1, size), jnp.int32)
-    assert np.isfinite(forward(params, cfg, tokens(16), tokens(16), Runtime())).all()
+    assert np.isfinite(jax.jit(lambda params: forward(params, cfg, tokens(16), tokens(16), Runtime()))(params)).all()
     with pytest.raises(ValueError, match=r"^rows of 17 columns: more than this llama model computes; nearest: 16$"):
         forward(params, cfg, tokens(17), tokens(17), Runtime())
     unstacked = params | {"layers": []}

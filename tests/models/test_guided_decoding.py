@@ -25,7 +25,7 @@ ROOM, EOS = 8, (1,)
 
 def parameters(heads: int = 2) -> tuple[Any, tuple[Any, ...]]:
     """A policy, and heads with action values of size 1."""
-    wide = lambda tree: jax.tree.map(lambda x: x * 12, tree)
+    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x) * 12, tree)
     return tiny.parameters(MODEL, "lm", 0), tuple(wide(tiny.parameters(MODEL, "action", 5 + n)) for n in range(heads))
 
 
@@ -37,12 +37,17 @@ def sampled(beta: float, sampling: Sampling, copies: int = 2, **more: Any):
     return tiny.program(call)(params, guides)
 
 
+@tiny.program
+def forward_logits(params, guides, sequences):
+    """Those of the policy and of each head, for whole rows."""
+    hidden = forward(params, MODEL, sequences.tokens, segments(sequences), Runtime())
+    return [lm_logits(tree, MODEL, hidden) for tree in (params, *guides)]
+
+
 def guided_logits(sequences, beta: float) -> np.ndarray:
     """f64[B, S, 50]: log policy + beta * the lower Q, column t of the token after t, by the whole-row forward pass."""
-    params, guides = parameters()
-    hidden = forward(params, MODEL, sequences.tokens, segments(sequences), Runtime())
-    read = lambda tree: np.asarray(lm_logits(tree, MODEL, hidden), np.float64)[..., :50]
-    return read(params) + beta * np.minimum(*map(read, guides))
+    policy, *q = (np.asarray(x, np.float64)[..., :50] for x in forward_logits(*parameters(), sequences))
+    return policy + beta * np.minimum(*q)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +58,7 @@ def guided_logits(sequences, beta: float) -> np.ndarray:
     ],
 )
 def test_logprobs_are_of_the_guided_distribution(beta, sampling, more):
-    found = sampled(beta, sampling, **more)
+    found = jax.device_get(sampled(beta, sampling, **more))
     logits = guided_logits(found, beta) / sampling.temperature
     logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
     logprobs -= logits.max(-1, keepdims=True)
@@ -65,7 +70,7 @@ def test_logprobs_are_of_the_guided_distribution(beta, sampling, more):
 
 
 def test_a_large_beta_is_greedy_by_q():
-    found = sampled(1e6, Sampling(temperature=0.0, eos_ids=EOS), copies=1)
+    found = jax.device_get(sampled(1e6, Sampling(temperature=0.0, eos_ids=EOS), copies=1))
     q = guided_logits(found, 1e6)
     for row, t in zip(*np.nonzero(found.response_mask)):
         assert int(found.tokens[row, t]) == q[row, t - 1].argmax()
