@@ -207,8 +207,18 @@ def only_row(name: str) -> Batch:
     return Batch(**{field: every[field] for field in ALGORITHMS[algorithm].batch(cfg)})
 
 
-@pytest.mark.parametrize("where", ["one device", pytest.param("tensor", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("name", ONE_ROW)
+# by day: groups of one prompt, packed too, and a row a device of every method, below
+BY_DAY = ("ppo", "grpo, one prompt", "grpo, cut", "grpo, packed")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        pytest.param(name, where, marks=[] if (where, name in BY_DAY) == ("one device", True) else pytest.mark.nightly)
+        for name in ONE_ROW
+        for where in ALONE
+    ],
+)
 def test_an_iteration_of_one_row_is_traced(name, where):
     """A reshape drops the layout of an axis of size 1, unless it is told: seen while tracing only."""
     algorithm, cfg, copies, more = ONE_ROW[name]

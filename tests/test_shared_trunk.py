@@ -65,9 +65,14 @@ def test_log_probs_and_values_are_those_of_two_models(kind):
     sequences, (bare, whole) = kinds()[kind], trees()
     mask = sequences.response_mask
     asks = Ask("policy", "token_stats"), Ask("value", "values")
-    both = lambda share, params: nets_of(share).read(Trees(params, {}), sequences, *asks)
-    (stats, values), (stats_apart, values_apart) = both(SHARE, bare), both(None, whole)
-    alone = [nets_of(SHARE).read(Trees(bare, {}), sequences, ask)[0] for ask in reversed(asks)]
+
+    @tiny.program
+    def read(bare, whole):
+        both = lambda share, params: nets_of(share).read(Trees(params, {}), sequences, *asks)
+        alone = [nets_of(SHARE).read(Trees(bare, {}), sequences, ask)[0] for ask in reversed(asks)]
+        return both(SHARE, bare), both(None, whole), alone
+
+    (stats, values), (stats_apart, values_apart), alone = read(bare, whole)
     assert float(jnp.abs(jnp.where(mask, values, 0)).max()) > 0.1
     for found in (values, alone[0]):
         np.testing.assert_allclose(jnp.where(mask, found - values_apart, 0), 0, atol=1e-6)

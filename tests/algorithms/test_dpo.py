@@ -226,6 +226,7 @@ def test_a_mesh_changes_nothing(alone):
         is_same(gradients(tiny.build("dpo", DPOConfig(), num_micro=2)), alone)
 
 
+@pytest.mark.nightly  # by day: padding of all algorithms, in test_properties
 def test_the_amount_of_padding_changes_nothing(alone):
     """Columns of padding on either side, and whatever token they hold."""
     made = tiny.build("dpo", DPOConfig())
@@ -241,6 +242,7 @@ def test_the_amount_of_padding_changes_nothing(alone):
     is_same(gradients(made._replace(batch=Batch(preferences=wide))), alone)
 
 
+@pytest.mark.nightly  # by day: what its optimum is, above
 def test_a_policy_learns_the_preferences():
     made = tiny.build(
         "dpo",

@@ -75,6 +75,7 @@ def test_the_gradient_is_that_of_the_expected_reward(advantages, share):
     np.testing.assert_allclose(expected_gradient(THETA, THETA, cfg, 2), -share * exact, atol=2e-6)
 
 
+@pytest.mark.nightly  # by day: other advantages, above
 def test_the_gradient_of_normalised_advantages_is_a_sum_over_groups():
     """(score - mean) / deviation by NumPy, times grad log p by autodiff, over all 343 groups of three."""
     cfg = GRPOConfig(aggregation="seq-mean-token-sum", kl_coef=0.0, old_logprobs="recompute")

@@ -189,6 +189,7 @@ def test_a_mesh_changes_nothing(alone):
     assert float(alone[1]["kl/baseline"]) > 0.01, "no baseline, no test"
 
 
+@pytest.mark.nightly  # by day: losses by a NumPy loop, above
 def test_a_policy_learns_the_labels():
     made = tiny.build(
         "kto",

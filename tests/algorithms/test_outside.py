@@ -240,7 +240,12 @@ def test_what_a_function_raises_is_one_line_with_its_place():
     )
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+BY_DAY = ("ppo", "ilql")  # the step of the others: tests/test_minimal.py
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in BY_DAY else pytest.mark.nightly) for name in ALGORITHMS]
+)
 def test_a_right_algorithm_passes(name):
     """Every one of the table, as if it came from outside."""
     cfg, batch = ALGORITHMS[name].config(), tiny.every_field()

@@ -173,6 +173,7 @@ def test_a_separable_preference_is_learned(run):
     assert losses[0] > 0.5 and losses[-1] < 0.1 and accuracies[0] < 0.9 and accuracies[-1] == 1
 
 
+@pytest.mark.nightly  # by day: padding of all algorithms, in test_properties
 @pytest.mark.parametrize(
     ("left", "right"), [(2, 1), *(pytest.param(*pad, marks=pytest.mark.nightly) for pad in ((0, 3), (3, 0)))]
 )

@@ -135,7 +135,7 @@ def is_same(found: Any, name: str) -> None:
         np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-SOME = [pytest.param(name, marks=[] if name == "ilql" else pytest.mark.nightly) for name in CONFIGS]
+SOME = [pytest.param(name, marks=pytest.mark.nightly) for name in CONFIGS]  # by day: test_properties
 
 
 @pytest.mark.parametrize("name", SOME)

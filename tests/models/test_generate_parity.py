@@ -140,7 +140,10 @@ MODELS = [("llama", "plain"), ("llama", "shaped"), ("gpt2", "shaped"), ("gemma3_
 # ---- the sampler and the trainer agree ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model, name", MODELS)
+@pytest.mark.parametrize(
+    "model, name",
+    [pytest.param(*case, marks=pytest.mark.nightly if case[0] == "gpt2" else []) for case in MODELS],
+)
 def test_decode_logprobs_equal_full_forward_logprobs(model, name):
     """Left padding, temperature, top-k, top-p, min_new_tokens, stop texts, four EOS ids, two samples a prompt."""
     sequences = draw(model, name)

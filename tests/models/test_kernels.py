@@ -135,7 +135,7 @@ def test_splash_in_bfloat16():
     compare(CASES["all"], SPLASH, jnp.bfloat16, 0.02)
 
 
-@pytest.mark.parametrize("name", ["plain", "one kv head", "wide window"])
+@pytest.mark.parametrize("name", often(("plain", "one kv head", "wide window"), "wide window"))
 def test_what_cudnn_is_told(name):
     compare(CASES[name], by_library, jnp.float32, 1e-4)
 
@@ -263,12 +263,12 @@ def groups_by_library(case: Group, readable):
     return lambda query, key, value: kernels.library_groups(query, key, value, readable, **how)
 
 
-@pytest.mark.parametrize("name", often(GROUPS, "plain", "narrow window"))
+@pytest.mark.parametrize("name", often(GROUPS, "narrow window"))
 def test_splash_computes_groups_as_we_do(name):
     compare_groups(GROUPS[name], functools.partial(groups_by, "splash"))
 
 
-@pytest.mark.parametrize("name", ["plain", "narrow window", "wide window"])
+@pytest.mark.parametrize("name", often(("plain", "narrow window", "wide window"), "narrow window"))
 def test_what_cudnn_is_told_of_groups(name):
     compare_groups(GROUPS[name], groups_by_library)
 
@@ -399,7 +399,7 @@ def test_prefill_by_splash_and_decoding():
     )
 
 
-@pytest.mark.parametrize("style", ["mesh", "pmap"])
+@pytest.mark.parametrize("style", often(("mesh", "pmap"), "mesh"))
 def test_a_model_by_splash_over_devices(style):
     """A mesh whose fsdp has a decode group, in the layout of decoding; and pmap, which brings its own shard_map."""
     params, ids = tiny.parameters(LLAMA, "lm", 0), segments(20)

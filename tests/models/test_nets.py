@@ -46,5 +46,5 @@ def test_tokens_after_a_gap_are_predicted_from_what_is_in_it_and_a_loss_counts_n
     assert not changed[:, :column].any()
     longest = int(mask.sum(1).argmax())
     assert changed[longest, column + 1 :][mask[longest, column + 1 :]].all()
-    (packed,) = run.recipe.nets.read(run.state.trees, rows.replace(width=6), Ask("policy", "token_stats"))
-    np.testing.assert_allclose(np.where(mask, packed.logprobs, 0), np.where(mask, logprobs, 0), atol=1e-5)
+    packed = read(run.state.params, rows.replace(width=6))[0]
+    np.testing.assert_allclose(np.where(mask, packed, 0), np.where(mask, logprobs, 0), atol=1e-5)

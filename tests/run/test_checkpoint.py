@@ -171,9 +171,14 @@ def test_a_name_says_which_checkpoint(tmp_path, mode, best):
     assert saved_run.describe_step(run, 5) == "step 5"
 
 
+@pytest.fixture(scope="module")
+def run_of_five(tmp_path_factory) -> str:
+    return measured(tmp_path_factory.mktemp("five") / "run", "max")
+
+
 @pytest.mark.parametrize("wrong", ["7", "bset", "-1", "1.5", "", "latest"])
-def test_a_wrong_step_is_one_line_with_the_steps_there_are(tmp_path, wrong):
-    run = measured(tmp_path / "run", "max")
+def test_a_wrong_step_is_one_line_with_the_steps_there_are(run_of_five, wrong):
+    run = run_of_five
     with pytest.raises(ValueError) as error:
         saved_run.find_step(f"{run}@{wrong}")
     there = f"no step {wrong}; {run} has: 1, 2, 3, 4, 5; best: 2 by eval/score"

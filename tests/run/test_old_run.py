@@ -32,5 +32,9 @@ def test_it_goes_on(old, root, one_device, command):
     assert found.keys() >= set(compared) and len(compared) > 20
     for key in compared:
         np.testing.assert_allclose(found[key], expected[key], rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.nightly
+def test_it_is_sampled_from(old, one_device, command):
     out, _ = command("generate", f"{old}@1", "--prompt", "the film", "--max-tokens", 4)
     assert out.strip()
