@@ -54,15 +54,20 @@ def expected_gradient(theta, reference, cfg: GRPOConfig, size: int):
     The loss is a sum over groups, so a group counts as often as it is sampled once its advantages are multiplied by
     its probability (kl_coef 0)."""
     groups = np.array(list(itertools.product(range(len(RESPONSES)), repeat=size)))
-    slow = {"reference": reference, "reward": jnp.array(REWARDS)}
-    state = TrainState(jnp.int32(0), jnp.int32(0), {"policy": theta}, slow, {}, {})
-    batch = Batch(prompts=prompts_of(len(groups)), sequences=responses_of(groups.ravel()))
-    experience, _ = grpo.prepare(TABULAR, state, batch, cfg)
-    chance = jnp.exp(tabular(theta).sum(1))[groups].prod(1)
-    weight = jnp.repeat(chance, size)[:, None] * len(groups)
-    experience = replace(experience, advantages=experience.advantages * weight)
-    loss = lambda theta: grpo.loss(TABULAR, Trees({"policy": theta}, slow), experience, cfg)[0]["policy"].value()
-    return jax.grad(loss)(theta)
+
+    @tiny.program
+    def gradient(theta, reference):
+        slow = {"reference": reference, "reward": jnp.array(REWARDS)}
+        state = TrainState(jnp.int32(0), jnp.int32(0), {"policy": theta}, slow, {}, {})
+        batch = Batch(prompts=prompts_of(len(groups)), sequences=responses_of(groups.ravel()))
+        experience, _ = grpo.prepare(TABULAR, state, batch, cfg)
+        chance = jnp.exp(tabular(theta).sum(1))[groups].prod(1)
+        weight = jnp.repeat(chance, size)[:, None] * len(groups)
+        experience = replace(experience, advantages=experience.advantages * weight)
+        loss = lambda theta: grpo.loss(TABULAR, Trees({"policy": theta}, slow), experience, cfg)[0]["policy"].value()
+        return jax.grad(loss)(theta)
+
+    return gradient(theta, reference)
 
 
 @pytest.mark.parametrize(("advantages", "share"), [("leave_one_out", 1.0), ("mean", 1 / 2)])
@@ -70,7 +75,7 @@ def test_the_gradient_is_that_of_the_expected_reward(advantages, share):
     """Summed over all 49 pairs of responses; with the mean of the group as baseline, (n - 1) / n of it."""
     cfg = GRPOConfig(advantages=advantages, aggregation="seq-mean-token-sum", kl_coef=0.0, old_logprobs="recompute")
     expected_reward = lambda theta: jnp.exp(tabular(theta).sum(1)) @ jnp.array(REWARDS)
-    exact = jax.grad(expected_reward)(THETA)
+    exact = tiny.program(jax.grad(expected_reward))(THETA)
     assert jnp.abs(exact).max() > 0.1
     np.testing.assert_allclose(expected_gradient(THETA, THETA, cfg, 2), -share * exact, atol=2e-6)
 
@@ -96,6 +101,7 @@ def test_the_kl_regularised_optimum_is_a_stationary_point():
     best = jax.nn.log_softmax(reference + rewards / beta)
     cfg = GRPOConfig(advantages="leave_one_out", kl_coef=beta, kl_estimator="k2", old_logprobs="recompute")
 
+    @tiny.program
     def gradient(log_p):
         """Over all pairs; a pair's loss is differentiated by itself, then weighted."""
         total = jnp.zeros(VOCAB)
