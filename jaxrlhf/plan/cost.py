@@ -321,7 +321,7 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
     for one in passes.rollout:
         cfg, _ = models[one.role]
         add("gather weights for decoding", gather_for_decoding(cfg, setup))
-        add("read prompts", prefill(cfg, one, setup))
+        add("prefill", prefill(cfg, one, setup))
         add(f"decode {one.read} tokens", decode_step(cfg, one, setup).times(one.read))
     for one in passes.prepare:
         add(f"{NAMES[one.kind]} {one.role}", forward(*models[one.role], one, setup))
