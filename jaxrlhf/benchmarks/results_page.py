@@ -19,11 +19,6 @@ from jaxrlhf.benchmarks.signature import Verdict, listed
 LARGEST_FIGURE, LARGEST_RESULTS = 100_000, 30_000  # bytes of what is published
 
 
-def verdicts(benchmark: Benchmark, results: Results) -> list[Verdict]:
-    """Each line of the signature, held or missed."""
-    return [line(results) for line in benchmark.signature]
-
-
 def print_results(benchmark: Benchmark, results: Results, found: Sequence[Verdict]) -> None:
     """The table of all seeds, and the signature."""
     console = Console(soft_wrap=True)

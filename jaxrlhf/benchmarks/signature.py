@@ -19,6 +19,11 @@ class Line(Protocol):
     def __call__(self, results: Any) -> Verdict: ...
 
 
+def verdicts(lines: Sequence[Line], results: Any) -> list[Verdict]:
+    """Each line of a signature, held or missed by what was measured."""
+    return [line(results) for line in lines]
+
+
 def listed(values: Sequence[float]) -> str:
     """ "0.71, 0.74, 0.69": a value a seed."""
     return ", ".join(f"{value:.3g}" for value in values)

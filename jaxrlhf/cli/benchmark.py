@@ -56,6 +56,7 @@ def reproduce(
     from pathlib import Path
 
     from jaxrlhf.benchmarks import catalog, figure
+    from jaxrlhf.benchmarks.signature import verdicts
     from jaxrlhf.errors import ConfigError
     from jaxrlhf.hosts.exit_codes import EXIT_BROKEN
     from jaxrlhf.hosts.signals import Stop
@@ -76,7 +77,7 @@ def reproduce(
         except Interrupted:
             typer.echo(f"{stop.asked}: stopped; the same command goes on")
             raise typer.Exit(stop.code) from None
-        found = results_page.verdicts(benchmark, done.results)
+        found = verdicts(benchmark.signature, done.results)
         results_page.print_results(benchmark, done.results, found)
         chosen = [("--seeds", seeds, 3), ("--first-seed", first_seed, 0)]
         words = [f" {option} {value}" for option, value, default in chosen if value != default]

@@ -14,7 +14,7 @@ from jaxrlhf import api
 from jaxrlhf.benchmarks import catalog, figure, reproduce, results_page
 from jaxrlhf.benchmarks.published import perfectible, reverse
 from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Results
-from jaxrlhf.benchmarks.signature import Above, Below, Between, HigherThan, Holds, NoRise, Rise
+from jaxrlhf.benchmarks.signature import Above, Below, Between, HigherThan, Holds, NoRise, Rise, verdicts
 from jaxrlhf.cli import benchmark as cli
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.signals import Stop
@@ -350,7 +350,7 @@ def test_the_short_twin_has_its_signature(name, tmp_path, monkeypatch):
     quick = catalog.find(name, quick=True)
     assert quick.quick and quick.signature
     done = reproduce.reproduce(quick, [0], tmp_path)
-    assert [verdict for verdict in results_page.verdicts(quick, done.results) if not verdict.held] == []
+    assert [verdict for verdict in verdicts(quick.signature, done.results) if not verdict.held] == []
 
 
 @pytest.mark.parametrize("name", catalog.names())
