@@ -281,8 +281,8 @@ def test_what_is_published_is_small(tmp_path, monkeypatch):
         results_page.publish(TINY, tmp_path)
 
 
+@pytest.mark.benchmark  # matplotlib is there then
 def test_figures_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
     files = [tmp_path / "a.svg", tmp_path / "a.png"]
     figure.draw(lambda on: figure.plot_all_dots(on, FOUND, ["x"]), files, size=(3, 2))
     assert all(path.stat().st_size > 1000 for path in files)
