@@ -40,6 +40,7 @@ RULES: Rules = {
     "layers": None,
     "positions": None,  # rows of a learned position table
     "score": None,  # the one column of a scalar head
+    "observation": None,  # numbers of an environment's observation
 }
 # While responses are sampled no weight is gathered for a token: those of a decode group share one copy among them, as
 # tensor does, and their rows.

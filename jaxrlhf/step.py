@@ -23,6 +23,7 @@ from jaxrlhf.precomputed_answers import Answered, recording, replaying
 from jaxrlhf.response_widths import alike_in_parts, at_least_width, packed_nets
 from jaxrlhf.sharding import across, all_finite
 from jaxrlhf.types import (
+    Acting,
     Array,
     Batch,
     Experience,
@@ -76,6 +77,12 @@ def make_rollout(recipe: Recipe) -> Callable[[TrainState, Batch], Sequences]:
     assert recipe.algorithm.online, "an offline algorithm samples nothing"
     rollout = recipe.algorithm.rollout
     return lambda state, batch: rollout(recipe.nets, state, given(batch.prompts, "batch.prompts"))
+
+
+def make_act(recipe: Recipe) -> Callable[[TrainState, Acting], tuple[Array, Array]]:
+    """(state, rows of episodes that wait for an action) -> (the policy's actions i32[B], their log-probs f32[B])."""
+    act = given(recipe.nets.act, "nets.act")
+    return lambda state, acting: act("policy", state.trees, acting, state.seed, state.step)
 
 
 def make_learn(recipe: Recipe) -> Callable[[TrainState, Batch | Answered], tuple[TrainState, Metrics]]:

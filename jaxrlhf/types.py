@@ -57,6 +57,10 @@ class Sequences(struct.PyTreeNode):
     scores: Array | None = None  # f32[B]: one number per sequence; NaN: graders on the host could not score it
     grades: dict[str, Array] | None = None  # f32[B] by name of several graders on the host; NaN: it could not
     ended: Array | None = None  # bool[B]: the response ended with EOS or a stop text, not by its length
+    # of an environment (control), where tokens are actions: f32[B, S, D], column t is what it showed after token t, and
+    # what networks are computed from; f32[B, S], what each token earned by the environment itself
+    observations: Array | None = None
+    rewards: Array | None = None
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
     # consecutive rows that share a prompt, which is computed once
     copies: int = struct.field(pytree_node=False, default=1)
@@ -97,6 +101,14 @@ class Trajectories(struct.PyTreeNode):
     responses: Sequences
     rewards: Array  # f32[B, S]; 0 outside the response mask
     truncated: Array  # bool[B]: cut by a limit, not ended
+
+
+class Acting(struct.PyTreeNode):
+    """Rows of episodes that wait for an action."""
+
+    observations: Array  # f32[B, D]
+    sample_id: Array  # i32[B]: as that of Prompts
+    position: Array  # i32[B]: actions before this one
 
 
 class Batch(struct.PyTreeNode):
@@ -187,12 +199,13 @@ class Ask(NamedTuple):
 
     token_stats: TokenStats of the response tokens, under the distribution that responses are sampled from.
     values: f32[B, S], column t of the state before token t.
-    scores: f32[B], at the last valid token.
+    scores: f32[B], at the last valid token; of rows with observations the sum of their rewards.
+    rewards: f32[B, S], column t of the state that token t led to.
     q: QStats of the action values at each response token; of an "lm" head, its logits are the action values.
     """
 
     role: Role
-    what: Literal["token_stats", "values", "scores", "q"]
+    what: Literal["token_stats", "values", "scores", "rewards", "q"]
 
 
 class Read(Protocol):
@@ -227,6 +240,23 @@ class Sample(Protocol):
         ...
 
 
+class Act(Protocol):
+    def __call__(self, role: Role, trees: Trees, acting: Acting, seed: Array, step: Array, /) -> tuple[Array, Array]:
+        """Choose the next action of every row.
+
+        Args:
+            role: whose distribution.
+            trees: its parameters are among them.
+            acting: B rows.
+            seed: i32[]; with step, sample id and position it keys the noise.
+            step: i32[].
+
+        Returns:
+            (tokens i32[B], their log-probs f32[B]).
+        """
+        ...
+
+
 Combine = Literal["mean", "median", "min", "mean_minus_variance"]
 
 
@@ -244,6 +274,7 @@ class Nets(NamedTuple):
     read: Read
     sample: Sample
     graders: Mapping[Role, Grader] = MappingProxyType({})  # ensembles, by the role whose scores they give
+    act: Act | None = None  # of networks that are computed from observations
 
 
 T = TypeVar("T")

@@ -29,7 +29,6 @@ IN_RUN = (
         "export_pad_token",
         "epochs",
         "transfer",
-        "batch_shapes",
         "manifest",
         "agreed_saves",
         "reader_leases",
@@ -40,8 +39,10 @@ IN_RUN = (
     ("checkpoint", "export", "origins", "resume"),
     ("weights", "tokenizer", "sampler", "runtime", "merge"),
     ("build", "bad_batch"),
+    ("batch_shapes",),
     ("initial_state", "recorded_asks", "feed", "kept_programs"),
     ("programs", "normalize", "announce"),
+    ("episodes",),
     ("scoring",),
 )
 RUN_LAYERS = {f"run.{name}": floor for floor, names in enumerate(IN_RUN) for name in names} | {"run": -1}

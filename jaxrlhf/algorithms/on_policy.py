@@ -8,11 +8,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Updates, read_logprobs
-from jaxrlhf.algorithms.grading import member_metrics, members_of, read_scores
+from jaxrlhf.algorithms.grading import combined, member_metrics, members_of, read_scores
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import count, keep, sums, variance
 from jaxrlhf.ops.token_rewards import missing_eos
-from jaxrlhf.types import Array, Mean, Nets, Role, Sequences, TrainState, Trees, given
+from jaxrlhf.types import Array, Ask, Mean, Nets, Role, Sequences, TrainState, Trees, given
 
 
 def scores_of(nets: Nets, trees: Trees, sequences: Sequences) -> tuple[Array, dict[Role, Array]]:
@@ -38,6 +38,18 @@ def cost_metrics(costs: Array, rows: Array) -> dict[str, Mean]:
         "cost/std": Mean(jnp.sqrt(variance(costs, rows, True)), jnp.float32(1)),
         "cost/violations": sums(costs > 0, rows),
     }
+
+
+def earned_by_actions(nets: Nets, trees: Trees, sequences: Sequences) -> Array | None:
+    """f32[B, S]: what every action of an episode earned, by the environment or the reward model, or its members
+    together. None of text: a response has one score."""
+    if sequences.observations is None:
+        return None
+    if sequences.scores is not None:
+        return given(sequences.rewards, "sequences.rewards")
+    members = members_of(nets)
+    each = nets.read(trees, sequences, *(Ask(role, "rewards") for role in members))
+    return combined(nets, dict(zip(members, each)))
 
 
 def scorable(sequences: Sequences) -> Sequences:
@@ -128,6 +140,8 @@ def rollout_metrics(
         "response/tokens": Mean(count(sequences.response_mask), one),
         "response/count": Mean(count(rows), one),
     }
+    if sequences.rewards is not None:
+        metrics["return/mean"] = sums(keep(sequences.rewards, mask).sum(-1), rows)
     if ref_logprobs is not None:
         metrics["kl/reference"] = sums((old - keep(ref_logprobs, mask)).sum(-1), rows)
     return metrics | grader_metrics(sequences, rows) | member_metrics(members, rows)

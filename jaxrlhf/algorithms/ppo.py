@@ -97,7 +97,8 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
     values = keep(values, mask)
-    rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg)
+    earned = on_policy.earned_by_actions(nets, state.trees, sequences)
+    rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg, earned)
     advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
     metrics |= {"reward/mean": sums(rewards.sum(-1), mask.any(-1))} | value_metrics("value", mask, values, returns)
     metrics["kl/coef"] = Mean(kl_coef(state, cfg), jnp.float32(1))
@@ -134,13 +135,19 @@ def pairs_of(batch: Batch, cfg: PPOConfig) -> Rows | None:
 
 
 def shaped_rewards(
-    sequences: Sequences, scores: Array, logprobs: Array, ref_logprobs: Array, state: TrainState, cfg: PPOConfig
+    sequences: Sequences,
+    scores: Array,
+    logprobs: Array,
+    ref_logprobs: Array,
+    state: TrainState,
+    cfg: PPOConfig,
+    earned: Array | None = None,
 ) -> Array:
-    """f32[B, S]: -kl_coef * KL on every response token, and on the last one the score."""
+    """f32[B, S]: -kl_coef * KL on every response token, and the score on the last, or on each what it ``earned``."""
     mask = sequences.response_mask
     scores = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
     penalty = kl_coef(state, cfg) * kl_estimate(logprobs, ref_logprobs, cfg.kl_estimator)
-    rewards = score_to_rewards(scores, penalty, mask)
+    rewards = score_to_rewards(scores, penalty, mask) if earned is None else keep(earned - penalty, mask)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, variance="unbiased", shift_mean=False)
     return rewards

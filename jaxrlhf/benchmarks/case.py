@@ -81,6 +81,8 @@ def make_cases(shape: Shape, path: str | None, overrides: Sequence[str], lengths
             )
         cfg, source, beside = load(path, overrides), path, load_beside(path)
     cfg = without_world(cfg)
+    if cfg.acts:
+        raise ConfigError(f"{source}: environment.id: {cfg.environment.id}: only text is timed; expected null")
     made = blueprint(check(cfg, jax.device_count(), source), make_mesh(cfg.mesh), configs_by_run(beside))
     case = ready(*made, lengths)  # type: ignore[arg-type]
     return [case, *(doubled(case, what) for what in DOUBLED)] if growth else [case]

@@ -49,6 +49,8 @@ def longest_row(resolved: Resolved) -> tuple[int, str]:
     if not reads_prompts(resolved):
         return cfg.data.max_length, "data.max_length"
     longest, room = max(cfg.data.prompt_buckets, default=0), cfg.generate.max_new_tokens
+    if cfg.acts:
+        return 1 + room, f"the start + generate.max_new_tokens {room}"
     return longest + room, f"the largest of data.prompt_buckets + generate.max_new_tokens {room}"
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxrlhf.config.batch import divisors, longest_row, rows_of, rows_taken
+from jaxrlhf.config.environment import environment_problems
 from jaxrlhf.config.field_types import hints
 from jaxrlhf.config.members import grader_of, members_in, numbering_problems
 from jaxrlhf.config.places import place_problems
@@ -16,7 +17,7 @@ from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.errors import ConfigError, counted, show
 from jaxrlhf.log.run_dir import is_local
-from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.config import MLP, ModelConfig, resolve
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16
 from jaxrlhf.rewards.graders import gold_graders, grader_problems
 from jaxrlhf.sharding import AXES, mesh_shape
@@ -37,7 +38,12 @@ def check(cfg: Config, num_devices: int, source: str = "config", place: str = "h
     found = resolve_config(cfg)
     problems = [*role_problems(found), *reward_problems(found), *data_problems(found), *generate_problems(found)]
     problems += [*tokenizer_problems(cfg), *evaluation_problems(found), *model_problems(found)]
-    problems += [*place_problems(cfg), *profile_problems(cfg), *device_problems(found, num_devices, place)]
+    problems += [
+        *environment_problems(found),
+        *place_problems(cfg),
+        *profile_problems(cfg),
+        *device_problems(found, num_devices, place),
+    ]
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
     return found
@@ -141,6 +147,8 @@ def data_problems(resolved: Resolved) -> Iterator[str]:
     """What the algorithm reads is given, each source as one thing, and lengths make sense."""
     cfg, name, data = resolved.cfg, resolved.cfg.algorithm_name, resolved.cfg.data
     for section in sections_read(resolved):
+        if cfg.acts and section == "prompts":
+            continue  # episodes start from environment.starts seeds
         if getattr(data, section, None) is None:
             yield f"data.{section}: missing; {name} reads it; expected path, tfds or hf"
     for kind in resolved.kinds:
@@ -215,7 +223,7 @@ def tokenizer_problems(cfg: Config) -> Iterator[str]:
     elif size and cfg.data.demonstrations is None:
         yield f"tokenizer.train_vocab_size: {size}: there is no text to train on; expected data.demonstrations"
     from_scratch = all(model.init_from in {None, *cfg.models} for model in cfg.models.values())
-    if from_scratch and not size and not tokenizer.init_from:
+    if from_scratch and not size and not tokenizer.init_from and not cfg.acts:
         yield "tokenizer: null: no model is given that has one; expected init_from or train_vocab_size"
 
 
@@ -224,7 +232,7 @@ def model_problems(resolved: Resolved) -> Iterator[str]:
     longest, what = longest_row(resolved)
     for role, shape in architectures(resolved.cfg):
         key = f"models.{role}.architecture"
-        if not shape.head_dim and shape.hidden_size % shape.num_heads:
+        if shape.family != MLP and not shape.head_dim and shape.hidden_size % shape.num_heads:
             nearest = min(divisors(shape.hidden_size), key=lambda heads: abs(heads - shape.num_heads))
             wrong = f"{shape.num_heads}: does not divide hidden_size {shape.hidden_size}"
             yield f"{key}.num_heads: {wrong}; nearest: {nearest}"
@@ -233,7 +241,7 @@ def model_problems(resolved: Resolved) -> Iterator[str]:
                 resolve(shape)
             except ValueError as error:
                 yield f"{key}.{error}"
-        if shape.max_positions < longest:
+        if shape.family != MLP and shape.max_positions < longest:
             yield f"{key}.max_positions: {shape.max_positions}: less than {longest} = {what}; nearest: {longest}"
 
 

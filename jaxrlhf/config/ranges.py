@@ -13,7 +13,7 @@ RANGES = {
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
         desirable_weight undesirable_weight cql_coef variance_coef multiplier multiplier_learning_rate
         EvalConfig.every GenerateConfig.beta process_id
-        vocab_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
+        vocab_size observation_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """timeout max_run_duration epochs clip_norm spike_sigmas eps clip_range clip_range_low clip_range_high
         value_clip_range kl_target stop_kl multiplier_max beta tie_threshold sampler_ratio_cap norm_eps rope_theta
@@ -24,7 +24,7 @@ RANGES = {
         sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size
         pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon target_period
         hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
-        init_timeout slices""",
+        init_timeout slices starts""",
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",
     "[120, inf)": "grace_seconds",

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from jaxrlhf.config.members import grader_of
+from jaxrlhf.config.members import grader_of, members_in
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.hosts.processes import DistributedConfig
@@ -11,6 +11,7 @@ from jaxrlhf.log.metrics import LogConfig
 from jaxrlhf.models.attention.kernels import Asked
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.rewards.environments import EnvironmentConfig
 from jaxrlhf.rewards.functions import RewardsConfig
 from jaxrlhf.sharding import MeshConfig
 from jaxrlhf.types import Role
@@ -104,6 +105,7 @@ class Config:
     batch: BatchConfig = BatchConfig()
     generate: GenerateConfig = GenerateConfig()
     rewards: RewardsConfig = RewardsConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
@@ -116,6 +118,16 @@ class Config:
         """The iterations of the run, where its epochs have been counted."""
         assert self.iterations is not None, "epochs have not been counted"
         return self.iterations
+
+    @property
+    def acts(self) -> bool:
+        """Whether the policy acts in an environment, in place of writing."""
+        return self.environment.id is not None
+
+    @property
+    def environment_scores(self) -> bool:
+        """Whether the environment's own rewards count, as no reward model is given."""
+        return self.acts and members_in(self.models, "reward")[0] not in self.models
 
     def optimizer_of(self, role: Role) -> OptimizerConfig:
         """The role's own row of ``optimizer``, else that of the grader that it is a member of, else the row "default",

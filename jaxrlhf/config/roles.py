@@ -46,9 +46,11 @@ class Roles(NamedTuple):
 
 
 def roles_of(cfg: Config, algorithm: Algorithm) -> Roles:
-    """The roles that the run needs. Functions take the place of the reward model, and one called cost that of the cost
-    model; an ensemble's members take that of their grader; what shares a trunk is a bare head."""
+    """The roles that the run needs. Functions, or an environment, take the place of the reward model, and a function
+    called cost that of the cost model; an ensemble's members take that of their grader; what shares a trunk is a bare
+    head."""
     on_host = {"reward", *({"cost"} & cfg.rewards.functions.keys())} if cfg.rewards.on_host else set()
+    on_host |= {"reward"} if cfg.environment_scores else set()
     scored = on_host if algorithm.online else set()  # offline there is nothing to score
     shared = {role for role, model in cfg.models.items() if model.share_trunk}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.data.actions import encode_segments, is_segment, observes
 from jaxrlhf.data.batches import Layout
 from jaxrlhf.data.encode import Encoded, encode_demonstration, encode_pair, encode_prompt
 from jaxrlhf.data.record_kinds import BadRecord, DataKind
@@ -32,6 +33,8 @@ def encode_demonstrations(record: Mapping[str, Any], tokenizer: Any, cfg: DataCo
 def encode_preferences(record: Mapping[str, Any], tokenizer: Any, cfg: DataConfig, eos: Sequence[int]) -> Sides:
     if record.get("tie"):
         raise BadRecord("tie is true, and only rm_ties learns from ties; expected a pair with a preferred side")
+    if is_segment(record) or observes(tokenizer):
+        return encode_segments(record, tokenizer)
     return encode_pair(record, tokenizer, eos, cfg.append_eos)
 
 
@@ -64,8 +67,8 @@ def make_packed(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Ba
         documents = [layout.examples.sides(record)[0] for record in layout.records([unit])]
         lengths = [len(document.tokens) for document in documents]
         segments[row, : sum(lengths)] = np.repeat(np.arange(1, len(documents) + 1), lengths)
-        tokens, masks, _ = zip(*documents)
-        rows.append(Encoded(np.concatenate(tokens), np.concatenate(masks)))
+        joined = lambda field: np.concatenate([getattr(document, field) for document in documents])  # noqa: B023
+        rows.append(Encoded(joined("tokens"), joined("response_mask")))
     return Batch(sequences=_right_padded(rows, layout).replace(segment_ids=segments)), None
 
 
@@ -146,11 +149,23 @@ def _right_padded(encoded: Sequence[Encoded], layout: Layout) -> Any:
     shape = (layout.local, layout.examples.max_length)
     tokens = np.full(shape, layout.pad, np.int32)
     valid, response_mask = np.zeros(shape, bool), np.zeros(shape, bool)
-    for row, (ids, mask, _) in enumerate(encoded):
-        tokens[row, : len(ids)] = ids
-        valid[row, : len(ids)] = True
-        response_mask[row, : len(ids)] = mask
-    return Sequences(*_arrays(tokens, valid, response_mask))
+    for row, side in enumerate(encoded):
+        length = len(side.tokens)
+        tokens[row, :length] = side.tokens
+        valid[row, :length] = True
+        response_mask[row, :length] = side.response_mask
+    return Sequences(*_arrays(tokens, valid, response_mask), observations=_observations(encoded, shape))
+
+
+def _observations(encoded: Sequence[Encoded], shape: tuple[int, int]) -> Any:
+    """f32[*shape, D], 0 in padding; None of text."""
+    seen = [(row, side.observations) for row, side in enumerate(encoded) if side.observations is not None]
+    if not seen:
+        return None
+    found = np.zeros((*shape, seen[0][1].shape[1]), np.float32)
+    for row, observations in seen:
+        found[row, : len(observations)] = observations
+    return found
 
 
 def _arrays(*arrays: np.ndarray) -> Any:

@@ -25,6 +25,7 @@ class Encoded(NamedTuple):
     tokens: np.ndarray  # i32[S]
     response_mask: np.ndarray  # bool[S]: the tokens to learn, EOS among them, never the first
     rewards: np.ndarray | None = None  # f32[S] of a trajectory: what each token earned
+    observations: np.ndarray | None = None  # f32[S, D] of an episode: what was observed after each token
 
 
 def as_turns(record: Record) -> Record:

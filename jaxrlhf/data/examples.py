@@ -182,7 +182,9 @@ def _used(kind: DataKind, sides: Sides) -> int:
     if not kind.is_prompt and not all(side.response_mask.any() for side in sides):
         return EMPTY
     if len(sides) == 2 and np.array_equal(sides[0].tokens, sides[1].tokens):
-        return IDENTICAL
+        seen = [side.observations for side in sides]
+        if seen[0] is None or np.array_equal(seen[0], seen[1]):  # type: ignore[arg-type]
+            return IDENTICAL
     return longest(sides)
 
 

@@ -8,7 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrlhf.data.conversations import fit_pair, fit_response, read_value, text_holds_messages, with_system
-from jaxrlhf.data.record_kinds import KINDS, USUAL, BadRecord, Words, boolean, check_record, closeness, nearest, number
+from jaxrlhf.data.record_kinds import (
+    KINDS,
+    SEGMENTS,
+    USUAL,
+    BadRecord,
+    Words,
+    boolean,
+    check_record,
+    closeness,
+    nearest,
+    number,
+)
 
 SYSTEM = ("system", "system_prompt")  # columns with a system prompt, beside any prompt or messages
 CONVERSATIONS = ("prompt", "response", "chosen", "rejected", "messages")  # words whose values may be messages
@@ -53,7 +64,8 @@ def recognise(row: Mapping[str, Any], kind: str, fields: Words, where: str, from
     known, words, notes = KINDS[kind], _choose(row, kind, fields, where), set[str]()
     columns = [*words.values(), *(part for column, part in PARTS.items() if column in words.values() and part in row)]
     taken = _values(row, words, notes)
-    taken = fit_pair(taken, where, notes) if "chosen" in known.checks else fit_response(taken, where, notes)
+    if not {*words} & {*SEGMENTS}:
+        taken = fit_pair(taken, where, notes) if "chosen" in known.checks else fit_response(taken, where, notes)
     system = _system_column(row, taken, where)
     if system:
         columns = [system, *columns]
@@ -135,6 +147,8 @@ def check_columns(columns: Iterable[str], kind: str, fields: Words, where: str) 
         return
     ours = [words for words in formats if all(word == column for word, column in words.items())]
     ours = [words for words in ours if not any(set(other) < set(words) for other in ours)]
+    if not {*SEGMENTS} & {*columns}:
+        ours = [words for words in ours if {*words} != {*SEGMENTS}]  # of an environment, which is rare
     wanted = " or ".join(" + ".join(words) for words in ours)
     words = max([*ours, *formats], key=lambda words: closeness(tuple(words.values()), columns))
     missing = next(column for column in words.values() if column not in columns)

@@ -103,6 +103,13 @@ def numbers(value: Any) -> str | None:
     return next((f"[{at}] {wrong}" for at, item in enumerate(value) if (wrong := number(item))), None)
 
 
+def numbers_each(value: Any) -> str | None:
+    """A list of lists of finite numbers."""
+    if not isinstance(value, list) or not value:
+        return "is empty" if value == [] else f"is {type_name(value)}, expected a list of lists of numbers"
+    return next((f"[{at}] {wrong}" for at, item in enumerate(value) if (wrong := numbers(item))), None)
+
+
 def steps(value: Any) -> str | None:
     """A list of {"text": text, "reward": number}, what was said and earned, and {"observation": text}, what came back;
     a step without a reward earned nothing."""
@@ -215,6 +222,8 @@ ANSWERED: dict[str, Check] = {
     "response": text_or(answered),
     "messages": answered,
 }
+# two segments of episodes: the actions, and what was observed before the first and after each
+SEGMENTS = ("chosen_observations", "chosen_actions", "rejected_observations", "rejected_actions")
 EARNED = ("reward", "rewards")  # of a whole response; of each of its tokens
 KINDS: dict[str, Kind] = {
     "demonstrations": Kind(
@@ -224,15 +233,17 @@ KINDS: dict[str, Kind] = {
         whole=same_sort("prompt", "response"),
     ),
     "preferences": Kind(
-        forms=(("chosen", "rejected"),),
+        forms=(("chosen", "rejected"), SEGMENTS),
         checks={
+            **{f"{side}_actions": numbers for side in ("chosen", "rejected")},
+            **{f"{side}_observations": numbers_each for side in ("chosen", "rejected")},
             "chosen": text_or(answered),
             "rejected": text_or(answered),
             "prompt": text_or(unanswered, text),
             "margin": number,
             "tie": boolean,
         },
-        formats=_pairs(),
+        formats=[*_pairs(), {name: name for name in SEGMENTS}],
         whole=same_sort("chosen", "rejected"),
         beside=("margin", "tie"),
     ),

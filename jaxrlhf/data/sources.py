@@ -48,7 +48,7 @@ class DataConfig:
     """What a run learns from and is evaluated on, and how text becomes rows of tokens."""
 
     demonstrations: SourceConfig | None = None  # prompt + response, or messages, or text
-    preferences: SourceConfig | None = None  # chosen + rejected (prompt, margin, tie): text or messages
+    preferences: SourceConfig | None = None  # chosen + rejected (prompt, margin, tie): text, messages; or segments
     unpaired: SourceConfig | None = None  # prompt + response + label (true: good), or messages + label
     trajectories: SourceConfig | None = None  # a response with reward or rewards (a token), or steps; truncated
     prompts: SourceConfig | None = None  # prompt or messages; the other columns go to the rewards

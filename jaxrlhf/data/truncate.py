@@ -33,6 +33,8 @@ def truncate(record: Record, encode: Encoder, tokenizer: Any, max_length: int) -
         record, sides = shorter, encode(shorter)
     if longest(sides) <= max_length:
         return sides
+    if sides[0].observations is not None:  # a part of an episode would have another return
+        return None
     if "text" in record and not {"prompt", "messages", "chosen"} & {key for key in record if record[key] is not None}:
         return tuple(Encoded(side.tokens[:max_length], side.response_mask[:max_length]) for side in sides)
     return cut(sides, max_length, edges_of(record, sides, tokenizer))

@@ -91,7 +91,7 @@ METRICS = [
     value/above_q | share | response tokens whose value is above the highest action value (ilql)
     q/chosen | score | action value of a response token (ilql: the lower of two)
     q/largest | score | highest action value at a response token (ilql: the lower of two)
-    return/mean | score | return of a trajectory, not discounted
+    return/mean | score | return of a trajectory, or of an episode by its environment; not discounted
     value/explained_variance | share | variance of the returns that the values explain
     value/clip_fraction | share | response tokens whose value was clipped
     group/zero_variance | share | prompts whose responses all have the same score (grpo)
@@ -116,6 +116,7 @@ METRICS = [
     data/<kind>_outranked | rows | trajectories left out because data.keep_top keeps those with higher returns
     time/iteration | s | of the iteration
     time/rewards | s | of it, in reward functions
+    time/environment | s | of it, in the episodes of an environment
     throughput/response_tokens_per_second | tokens/s | response tokens over the time of the iteration
     """.strip().splitlines()
 ]

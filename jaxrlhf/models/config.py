@@ -7,6 +7,7 @@ from typing import Literal
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.rope import RopeScaling, rope_magnitude
 
+MLP = "mlp"  # the family of models that are computed from observations, each by itself
 LayerTypes = tuple[Literal["local", "global"], ...]
 
 
@@ -15,11 +16,12 @@ class ModelConfig:
     """The architecture: what a HF config.json says, in the words of the house."""
 
     family: Literal[
-        "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "gpt2", "gpt_neox"
-    ] = "llama"  # the layers: normalisation, mlp, biases, soft-caps, as models of this name have them
+        "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mlp"
+    ] = "llama"  # the layers: normalisation, mlp, biases, soft-caps, as models of this name have them; mlp: for control
     vocab_size: int = 0  # 0: the tokenizer's
+    observation_size: int = 0  # of mlp, which is computed from observations: their numbers; 0: the environment's
     hidden_size: int = 128  # features of the residual stream
-    num_layers: int = 2  # transformer layers
+    num_layers: int = 2  # transformer layers; of mlp: hidden ones
     num_heads: int = 4  # query heads of a layer's attention
     num_kv_heads: int = 0  # 0: num_heads
     head_dim: int = 0  # 0: hidden_size / num_heads
@@ -45,6 +47,10 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
     """``cfg`` with everything that was left open filled in, and one way of saying each thing.
 
     Raises ValueError, in one line, where its fields do not fit each other."""
+    if cfg.family == MLP:
+        return resolve_mlp(cfg, vocab_size)
+    if (size := cfg.observation_size) != 0:
+        raise ValueError(f"observation_size: {size}: {cfg.family} reads tokens; expected 0, or family mlp")
     family = FAMILIES[cfg.family]
     mlp = math.ceil(cfg.hidden_size * 8 / 3 / 64) * 64 if family.gated else 4 * cfg.hidden_size
     head_dim = cfg.head_dim or cfg.hidden_size // cfg.num_heads
@@ -69,6 +75,21 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
     if family.positions == "rope":
         check_rope(cfg)
     return cfg
+
+
+def resolve_mlp(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
+    """``resolve`` of a model of observations: its layers are hidden_size wide, and of the rest it has the head alone.
+
+    Raises ValueError where a field is given that it does not have."""
+    own = {"family", "vocab_size", "observation_size", "hidden_size", "num_layers", "mlp_size", "tie_embeddings"}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name not in own and value != field.default:
+            raise ValueError(f"{field.name}: {value}: family mlp has no such thing; nearest: {field.default}")
+    if cfg.mlp_size not in (0, cfg.hidden_size):
+        raise ValueError(f"mlp_size: {cfg.mlp_size}: family mlp has layers of hidden_size; nearest: {cfg.hidden_size}")
+    size = cfg.vocab_size or vocab_size
+    return dataclasses.replace(cfg, vocab_size=size, mlp_size=cfg.hidden_size, tie_embeddings=False)
 
 
 def resolve_layers(cfg: ModelConfig) -> tuple[LayerTypes, int]:
@@ -114,6 +135,8 @@ def row_limit(cfg: ModelConfig) -> int | None:
     """How many columns a row may have; None where any number will do.
 
     Beyond them learned positions end, and longrope would need its long factors, whose choice depends on the row."""
+    if cfg.family == MLP:
+        return None
     if FAMILIES[cfg.family].positions == "learned":
         return cfg.max_positions
     scaling = cfg.rope_scaling

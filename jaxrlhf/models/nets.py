@@ -7,16 +7,30 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.config import MLP, ModelConfig
 from jaxrlhf.models.heads import gathered_head, lm_logits, scalar, scale_gradient
+from jaxrlhf.models.mlp import observed_states
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.models.response_packing import Places, apart, places, side_by_side
 from jaxrlhf.models.transformer import Runtime, forward, forward_responses
 from jaxrlhf.ops.logprobs import action_values, in_chunks, stored_logits, token_logprobs
-from jaxrlhf.ops.masked import at_last
+from jaxrlhf.ops.masked import at_last, keep
 from jaxrlhf.ops.rows import group_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, shape_logits
-from jaxrlhf.types import Array, Ask, Grader, Nets, Params, QStats, Role, Sample, Sequences, TokenStats, Trees
+from jaxrlhf.types import (
+    Array,
+    Ask,
+    Grader,
+    Nets,
+    Params,
+    QStats,
+    Role,
+    Sample,
+    Sequences,
+    TokenStats,
+    Trees,
+    given,
+)
 
 
 def segments(sequences: Sequences) -> Array:
@@ -81,7 +95,6 @@ def make_nets(
 ) -> Nets:
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
     ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head; ``graders``: the ensembles."""
-
     stored = stored_logits(runtime.hardware.platform)
 
     def trunk_of(role: Role) -> Role:
@@ -120,16 +133,26 @@ def make_nets(
     def values(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         return widen(found.rows(scalar(trees.of(role), states_of(found, role))), sequences)
 
+    def rewards(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+        every = scalar(trees.of(role), found.states)
+        return keep(widen(found.rows(every[:, 1:]), sequences), sequences.response_mask)
+
     def scores(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+        if sequences.observations is not None:
+            return rewards(found, role, trees, sequences).sum(-1)
         every = scalar(trees.of(role), found.states)
         return found.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
-    answers = {"token_stats": token_stats, "values": values, "scores": scores, "q": q}
+    answers = {"token_stats": token_stats, "values": values, "scores": scores, "rewards": rewards, "q": q}
     return Nets(read, sample, graders)
 
 
 def run_trunk(params: Params, cfg: ModelConfig, sequences: Sequences, runtime: Runtime) -> Pass:
     """The forward pass of one trunk over the rows."""
+    if cfg.family == MLP:
+        observations = given(sequences.observations, "sequences.observations")
+        states = observed_states(params, cfg, observations, runtime)[:, sequences.response_start - 1 :]
+        return Pass(states, sequences.tokens[:, sequences.response_start :], None)
     start, tokens, valid, copies = sequences.response_start, sequences.tokens, sequences.valid, sequences.copies
     if sequences.segment_ids is not None or start == 1:
         states = forward(params, cfg, tokens, segments(sequences), runtime)[:, start - 1 :]

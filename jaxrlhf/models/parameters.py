@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.attention.products import head_axis
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.config import MLP, ModelConfig
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.sharding import spec
 from jaxrlhf.types import Array, Head, Params
@@ -36,6 +36,9 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
         return {"head": scalar_table(cfg)}
     if head == "action":
         return {"head": {"kernel": Leaf((dim, vocab), ("embed", "vocab"), 0.02)}}
+    if cfg.family == MLP:
+        own = scalar_table(cfg) if head == "scalar" else {"kernel": Leaf((dim, vocab), ("embed", "vocab"), 0.02)}
+        return mlp_trunk_table(cfg) | {"head": own}
     table = {
         "embed": {"tokens": {"embedding": Leaf((vocab, dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
         "layers": {"attention": attention_table(cfg) | branch_norms(cfg), "mlp": mlp_table(cfg) | branch_norms(cfg)},
@@ -55,6 +58,17 @@ def scalar_table(cfg: ModelConfig) -> dict:
     dim = cfg.hidden_size
     kernel = Leaf((dim, 1), ("embed", "score"), 1 / math.sqrt(dim + 1))
     return {"kernel": kernel, "bias": Leaf((1,), ("score",), "zeros")}
+
+
+def mlp_trunk_table(cfg: ModelConfig) -> dict:
+    """Leafs of a model of observations without its head: a layer from the observation, num_layers - 1 behind it."""
+    size, dim, behind = cfg.observation_size, cfg.hidden_size, cfg.num_layers - 1
+    first = {
+        "kernel": Leaf((size, dim), ("observation", "embed"), 1 / math.sqrt(size)),
+        "bias": Leaf((dim,), ("embed",), "zeros"),
+    }
+    sizes = {"layers": behind, "embed": dim, "mlp": dim}
+    return {"observations": first} | ({"layers": linear_table(sizes, dim, True, 1)} if behind else {})
 
 
 def attention_table(cfg: ModelConfig) -> dict:

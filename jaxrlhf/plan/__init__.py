@@ -12,6 +12,7 @@ from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.compiled_memory import Compiled, TooBig, compile_for
 from jaxrlhf.plan.cost import Timed, phases, timed
@@ -95,6 +96,8 @@ def plan(
     Raises ConfigError, in one line, for a wrong topology, mesh or batch, and where a model's shape is not known."""
     where = find_target(topology, slices)
     place = "in the slice" if slices == 1 else f"in the {slices} slices"
+    if cfg.acts:
+        raise ConfigError(f"{source}: environment.id: {cfg.environment.id}: plans are of text alone; expected null")
     resolved, uncounted = with_length(check(cfg, len(where.devices), source, place))
     cfg = resolved.cfg
     drawn, sources = blueprint(resolved, make_mesh(cfg.mesh, where.devices), configs_by_run(others))

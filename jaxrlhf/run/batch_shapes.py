@@ -1,6 +1,6 @@
 """The shapes and layouts of the batches that one iteration can be given."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -8,9 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrlhf.config.batch import rows_taken
+from jaxrlhf.config.environment import spaces_of
 from jaxrlhf.config.resolved import Resolved
+from jaxrlhf.run.build import Blueprint
 from jaxrlhf.sharding import row_layout
-from jaxrlhf.types import Batch, Prompts
+from jaxrlhf.types import Acting, Batch, Prompts, Sequences, given
 
 
 def batch_shapes(resolved: Resolved, mesh: Mesh, margins: bool = False) -> Iterator[Batch]:
@@ -24,6 +26,10 @@ def batch_shapes(resolved: Resolved, mesh: Mesh, margins: bool = False) -> Itera
     cfg, kinds = resolved.cfg, resolved.kinds
     learned = {kind.field: kind.shapes(rows, rows_taken(cfg, kind), cfg.data, margins) for kind in kinds if kind.shapes}
     batch = Batch(**learned)
+    if (spaces := spaces_of(cfg)) is not None:
+        seen = lambda side: side.replace(observations=rows(np.float32, *side.tokens.shape, spaces.observation))
+        is_side = lambda part: isinstance(part, Sequences)
+        batch = jax.tree.map(lambda part: seen(part) if is_side(part) else part, batch, is_leaf=is_side)
     if not any(kind.is_prompt for kind in kinds):
         yield batch
         return
@@ -31,3 +37,32 @@ def batch_shapes(resolved: Resolved, mesh: Mesh, margins: bool = False) -> Itera
     for width in cfg.data.prompt_buckets:
         prompts = Prompts(rows(np.int32, count, width), rows(bool, count, width), rows(np.int32, count))
         yield batch.replace(prompts=prompts)
+
+
+def acting_shapes(drawn: Blueprint, episodes: int) -> Acting:
+    """So many episodes while they wait for an action, as shapes with layouts."""
+    rows, size = row_shapes(drawn, episodes), given(spaces_of(drawn.cfg), "environment.id").observation
+    return Acting(rows(np.float32, size), rows(np.int32), rows(np.int32))
+
+
+def episode_shapes(drawn: Blueprint, episodes: int) -> Sequences:
+    """So many whole episodes, as shapes with layouts: what run/episodes.py makes."""
+    rows, size = row_shapes(drawn, episodes), given(spaces_of(drawn.cfg), "environment.id").observation
+    columns = 1 + drawn.sampler.max_new_tokens
+    numbers, mask = rows(np.float32, columns), rows(bool, columns)
+    return Sequences(
+        tokens=rows(np.int32, columns),
+        valid=mask,
+        response_mask=mask,
+        logprobs=numbers,
+        scores=rows(np.float32) if drawn.cfg.environment_scores else None,
+        ended=rows(bool),
+        observations=rows(np.float32, columns, size),
+        rewards=numbers,
+    )
+
+
+def row_shapes(drawn: Blueprint, count: int) -> Callable[..., Any]:
+    """(dtype, *shape of a row) -> a ShapeDtypeStruct of ``count`` rows."""
+    layout = lambda shape: row_layout(drawn.mesh, 1 + len(shape))
+    return lambda dtype, *shape: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=layout(shape))

@@ -9,8 +9,10 @@ from typing import Any
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.data import batches
+from jaxrlhf.data.actions import starts
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.errors import counted
+from jaxrlhf.types import given
 
 
 def with_iterations(resolved: Resolved, tokenizer: Any, eos: Sequence[int]) -> Resolved:
@@ -20,8 +22,12 @@ def with_iterations(resolved: Resolved, tokenizer: Any, eos: Sequence[int]) -> R
     cfg, kind, data = resolved.cfg, resolved.kinds[0], resolved.cfg.data
     if cfg.epochs is None:
         return resolved
-    where, given = f"data.{kind.name}", getattr(data, kind.name)
-    source = open_source(given, kind.name, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
+    where, section = f"data.{kind.name}", getattr(data, kind.name)
+    if section is None and kind.is_prompt and cfg.acts:
+        source = starts(cfg.environment.starts)
+    else:
+        section = given(section, where)
+        source = open_source(section, kind.name, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
     rows = batches.count_rows(kind, source, tokenizer, cfg.data, seed=cfg.seed, eos=eos, where=where)
     iterations = math.ceil(cfg.epochs * rows / rows_taken(cfg, kind))
     return dataclasses.replace(resolved, cfg=dataclasses.replace(cfg, iterations=iterations, epochs=None))

@@ -11,6 +11,7 @@ from etils import epath
 
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.log.run_dir import split_step
+from jaxrlhf.models.config import MLP
 from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.run.export_pad_token import with_own_pad
 from jaxrlhf.run.saved_run import describe_step, model_of, read_extra, restore_model
@@ -53,6 +54,8 @@ def dtype_of(extra: Mapping[str, Any], run_dir: str, role: Role) -> str:
         raise ValueError(f"--role {role}: {run_dir} has no such role; it has: {', '.join(sorted(models))}")
     if models[role]["head"] == "action":
         raise ValueError(f"--role {role}: action values, which no Hugging Face class holds; expected policy")
+    if model_of(models[role])[0].family == MLP:
+        raise ValueError(f"--role {role}: a model of observations, which no Hugging Face class holds")
     return models[role].get("dtype") or extra["dtype"]  # an older run has one for all roles
 
 

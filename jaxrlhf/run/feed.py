@@ -5,16 +5,17 @@ from typing import Any
 
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.data import batches
+from jaxrlhf.data.actions import starts
 from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.data.record_kinds import DataKind
-from jaxrlhf.data.sources import SourceConfig, open_source
+from jaxrlhf.data.sources import Source, SourceConfig, open_source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.hosts import processes
 from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.transfer import share_of
 from jaxrlhf.sharding import batch_shards
-from jaxrlhf.types import Batch
+from jaxrlhf.types import Batch, given
 
 
 class Feed:
@@ -26,7 +27,7 @@ class Feed:
         for kind in ready.resolved.kinds:
             self.streams[kind.name] = batches.stream(
                 kind,
-                read_source(ready, kind.name, getattr(cfg.data, kind.name), f"data.{kind.name}"),
+                training_source(ready, kind),
                 ready.tokenizer,
                 cfg.data,
                 rows=rows_taken(cfg, kind),
@@ -92,6 +93,15 @@ def counts_of(summaries: Iterable[Summary]) -> dict[str, float]:
         kind = summary.where.rpartition(".")[2].removeprefix("eval_")
         found |= {f"data/{kind}_{what}": float(n) for what, n in summary.counts.items() if n and what != "kept"}
     return found
+
+
+def training_source(ready: Run, kind: DataKind) -> Source:
+    """The records of one kind that the run learns from: as its section of ``data`` says; where that says nothing of
+    prompts, the seeds that an environment's episodes start from."""
+    source, where = getattr(ready.cfg.data, kind.name), f"data.{kind.name}"
+    if source is None and kind.is_prompt and ready.cfg.acts:
+        return starts(ready.cfg.environment.starts)
+    return read_source(ready, kind.name, given(source, where), where)
 
 
 def read_source(ready: Run, kind: str, source: SourceConfig, where: str):

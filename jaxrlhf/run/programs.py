@@ -10,12 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxrlhf.config.batch import rows_of
+from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.precomputed_answers import Answered
+from jaxrlhf.run.batch_shapes import acting_shapes, episode_shapes
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.run.recorded_asks import asked_before_scores
 from jaxrlhf.sharding import DEVICES, is_pmap, row_layout
-from jaxrlhf.step import make_iteration, make_learn, make_read, make_rollout
-from jaxrlhf.types import Batch, TrainState
+from jaxrlhf.step import make_act, make_iteration, make_learn, make_read, make_rollout
+from jaxrlhf.types import Acting, Batch, TrainState
 
 
 class Program(NamedTuple):
@@ -28,7 +31,9 @@ class Program(NamedTuple):
 
 def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
     """What an iteration runs, by name, in order: "iteration"; or "rollout", "read" where networks can be read while
-    the host scores the responses (rewards.overlap), and "learn"."""
+    the host scores the responses (rewards.overlap), and "learn"; or "act" and "learn" around an environment."""
+    if drawn.cfg.acts and drawn.recipe.algorithm.online:
+        return compile_acting(drawn, state, batch)
     if not drawn.cfg.rewards.on_host or not drawn.recipe.algorithm.online:
         return {"iteration": compile_whole(drawn, state, batch)}
     return compile_parts(drawn, state, batch)
@@ -57,6 +62,20 @@ def compile_parts(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str
     return found | {"learn": learn}
 
 
+def compile_acting(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
+    """The programs around an environment: "act" is run once a step of it, "learn" once its episodes are whole."""
+    episodes = rows_of(drawn.resolved)[PROMPTS.field]
+    batch = batch.replace(sequences=episode_shapes(drawn, episodes))
+    learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, batch, rows=(False, False), donate=True)
+    return {"act": compile_act(drawn, state, episodes), "learn": learn}
+
+
+def compile_act(drawn: Blueprint, state: TrainState, episodes: int) -> Program:
+    """What chooses the policy's next action in so many episodes, which leaves the state whole."""
+    acting = acting_shapes(drawn, episodes)
+    return compile_program(make_act(drawn.recipe), drawn.mesh, state, acting, rows=True, donate=False)
+
+
 def overlaps(drawn: Blueprint) -> bool:
     """Whether networks are to be read while the host scores. Where the run does not say: not on CPUs, whose cores the
     function shares (with one that takes no time, iterations took 1.04 of the time)."""
@@ -68,7 +87,7 @@ def compile_program(
     function: Callable[[TrainState, Any], Any],
     mesh: Mesh,
     state: TrainState,
-    batch: Batch | Answered,
+    batch: Batch | Answered | Acting,
     rows: Any,
     donate: bool,
 ) -> Program:
@@ -86,7 +105,7 @@ def compile_program(
 
 
 def map_program(
-    function, mesh: Mesh, state: TrainState, batch: Batch | Answered, rows: Any, donated: tuple[int, ...]
+    function, mesh: Mesh, state: TrainState, batch: Batch | Answered | Acting, rows: Any, donated: tuple[int, ...]
 ) -> Program:
     """compile_program by jax.pmap: the state is whole on every device, which sees its own part of the rows."""
     out_axes = jax.tree.map(lambda is_rows: 0 if is_rows else None, rows)
@@ -95,13 +114,13 @@ def map_program(
     lowered = program.lower(state, split_rows(batch, mesh.size))
     compiled = lowered.compile()
 
-    def run(state: TrainState, batch: Batch | Answered):
+    def run(state: TrainState, batch: Batch | Answered | Acting):
         return join_rows(compiled(state, split_rows(batch, mesh.size)), rows)
 
     return Program(run, join_rows(lowered.out_info, rows), compiled)
 
 
-def split_rows(batch: Batch | Answered, parts: int) -> Batch | Answered:
+def split_rows(batch: Batch | Answered | Acting, parts: int) -> Batch | Answered | Acting:
     """[B, ...] -> [parts, B / parts, ...], of arrays or of ShapeDtypeStructs."""
     return jax.tree.map(lambda x: reshaped(x, (parts, x.shape[0] // parts, *x.shape[1:])), batch)
 

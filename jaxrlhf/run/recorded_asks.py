@@ -13,7 +13,7 @@ from jaxrlhf.run.build import Blueprint
 from jaxrlhf.types import Ask, Batch, Nets, Prompts, QStats, Role, Sequences, TokenStats, TrainState, Trees, given
 
 # "states": of a trunk alone; "head": numbers of states that another pass left
-Kind = Literal["token_stats", "values", "scores", "q", "states", "head", "sample"]
+Kind = Literal["token_stats", "values", "scores", "rewards", "q", "states", "head", "sample"]
 
 
 def blank_state(drawn: Blueprint) -> TrainState:
@@ -59,7 +59,7 @@ def zeros_of(ask: Ask, sequences: Sequences) -> Any:
     """The answer to ``ask``, all zeros."""
     a_token, a_row = jnp.zeros(sequences.tokens.shape), jnp.zeros(sequences.tokens.shape[:1])
     stats, q = TokenStats(a_token, a_token), QStats(a_token, a_token, a_token)
-    return {"token_stats": stats, "values": a_token, "scores": a_row, "q": q}[ask.what]
+    return {"token_stats": stats, "values": a_token, "scores": a_row, "rewards": a_token, "q": q}[ask.what]
 
 
 def asked_before_scores(drawn: Blueprint, state: TrainState, batch: Batch) -> bool:

@@ -17,9 +17,9 @@ from jaxrlhf.errors import show as cut_short
 from jaxrlhf.run.saved_run import SavedRuns
 
 # keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
-FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.", "data.chat")
+FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.", "data.chat", "environment.id")
 FREE = (".trunk_gradient",)  # endings of keys that are not among them
-OF_DATA = ("data.", "batch.")  # keys that decide, with the data, which rows come when
+OF_DATA = ("data.", "batch.", "environment.starts")  # keys that decide, with the data, which rows come when
 OF_STATE = ("algorithm.", "optimizer.", "precision.")  # keys that decide which arrays a state has
 
 

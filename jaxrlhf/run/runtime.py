@@ -12,14 +12,15 @@ from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.config.roles import graders_of, trunks_of
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.generate import loop
+from jaxrlhf.generate.actions import choose_action
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models import nets, parameters
 from jaxrlhf.models.attention.kernels import choose_kernel, hardware_of, passed_over
-from jaxrlhf.models.config import ModelConfig, row_limit
+from jaxrlhf.models.config import MLP, ModelConfig, row_limit
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run.origins import Weights, base_role
-from jaxrlhf.types import Nets, Prompts, Role, Sequences, Trees
+from jaxrlhf.types import Acting, Array, Nets, Prompts, Role, Sequences, Trees
 
 
 def runtime_of(cfg: Config, mesh: jax.sharding.Mesh) -> Runtime:
@@ -47,8 +48,12 @@ def bind_nets(
         heads = tuple(trees.params[guide] for guide in guides if guided and guide in trees.params)
         return loop.sample(trees.of(role), configs[role], prompts, seed, step, sampler, runtime, heads)
 
+    def act(role: Role, trees: Trees, acting: Acting, seed, step, /) -> tuple[Array, Array]:
+        return choose_action(trees.of(role), configs[role], acting, seed, step, sampler.sampling, runtime)
+
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
-    return nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg))
+    found = nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg))
+    return found._replace(act=act) if cfg.acts else found
 
 
 def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sharding.Mesh) -> None:
@@ -68,6 +73,8 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
                 raise ConfigError(
                     f"{where}: its {name} {value} is not divided by {axes}: {devices}; nearest: {nearest}"
                 )
+        if found.config.family == MLP:
+            continue  # no attention
         limit = row_limit(found.config)
         if limit is not None and longest > limit:
             raise ConfigError(f"{where}: computes rows of {limit} columns at most; expected that of {longest} = {what}")
@@ -88,7 +95,7 @@ def kernels_passed_over(cfg: Config, mesh: jax.sharding.Mesh, shapes: dict[Role,
     runtime = runtime_of(cfg, mesh)
     reasons: dict[str, list[Role]] = {}
     for role, shape in shapes.items():
-        why = passed_over(runtime.hardware, shape, runtime.compute)
+        why = "" if shape.family == MLP else passed_over(runtime.hardware, shape, runtime.compute)
         if runtime.attention == "auto" and why:
             reasons.setdefault(why, []).append(role)
     return [f"attention: xla for {', '.join(roles)}: {why}" for why, roles in reasons.items()]

@@ -1,5 +1,7 @@
 """The run's sampler, and what ends a response."""
 
+import dataclasses
+
 from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.errors import ConfigError
@@ -15,6 +17,8 @@ from jaxrlhf.types import Role
 def run_sampler(saved_runs: SavedRuns, cfg: Config, tokenizer, weights: dict[Role, Weights]) -> Sampler:
     """The sampler that ``generate`` asks for; its EOS tokens end all the run's rows, learnt or sampled."""
     ask = cfg.generate
+    if cfg.acts:  # EOS is no action
+        ask = dataclasses.replace(ask, min_new_tokens=ask.max_new_tokens)
     policy, eos_ids = weights.get("policy"), find_eos(saved_runs, cfg, tokenizer, weights)
     size = parameters.padded_vocab(policy.config) if policy else len(tokenizer)
     sampler = sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)

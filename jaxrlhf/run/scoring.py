@@ -14,6 +14,7 @@ from jaxrlhf.hosts import processes
 from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run.build import Run
+from jaxrlhf.run.episodes import Player
 from jaxrlhf.run.programs import Program
 from jaxrlhf.run.transfer import fetch, holders, put, share_of
 from jaxrlhf.types import Batch, Sequences, TrainState, given
@@ -129,7 +130,8 @@ def joined(ready: Run, programs: dict[str, Program]) -> Callable:
     """programs.compile_programs as one function: (state, batch, records, meanwhile) -> (state, metrics, responses or
     None). ``meanwhile`` is called once the first program is under way.
 
-    Where there are several, the host scores the responses between them; ``records`` are for that alone."""
+    Where there are several, the host scores the responses between them, or steps an environment; ``records`` are for
+    that alone."""
 
     def whole(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
         found = programs["iteration"].run(state, batch)
@@ -143,6 +145,18 @@ def joined(ready: Run, programs: dict[str, Program]) -> Callable:
         state, metrics = programs["learn"].run(state, rows)
         return state, metrics | {"time/rewards": seconds}, sequences
 
+    player = Player(ready)
+
+    def acted(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
+        meanwhile()
+        started = time.perf_counter()
+        sequences = player.play(programs["act"], state, given(batch.prompts, "batch.prompts"), records)
+        seconds = time.perf_counter() - started
+        state, metrics = programs["learn"].run(state, batch.replace(sequences=sequences))
+        return state, metrics | {"time/environment": seconds}, sequences
+
+    if "act" in programs:
+        return acted
     return whole if "iteration" in programs else parts
 
 

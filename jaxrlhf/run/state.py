@@ -63,7 +63,7 @@ def change_head(params: Params, cfg: ModelConfig, old: Head, new: Head, key: Arr
         if not cfg.tie_embeddings:
             raise ValueError("a scalar-headed model with untied embeddings has no language-model head to start from")
         return trunk
-    return trunk | new_head(cfg, "bare", key, params["embed"]["tokens"]["embedding"].dtype, zero)
+    return trunk | new_head(cfg, "bare", key, jax.tree.leaves(trunk)[0].dtype, zero)
 
 
 def copy(params: Params) -> Params:

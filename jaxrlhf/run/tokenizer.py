@@ -5,9 +5,11 @@ import os
 
 from etils import epath
 
+from jaxrlhf.config.environment import spaces_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.data import chat
 from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.data.actions import actions_tokenizer
 from jaxrlhf.data.sources import open_source
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.processes import agree, is_main
@@ -20,8 +22,10 @@ from jaxrlhf.types import Role
 
 
 def find_tokenizer(saved_runs: SavedRuns, cfg: Config):
-    """The run's own tokenizer if it has a checkpoint; else the one the config names or asks to train, with the chat
-    template of data.chat."""
+    """That of the environment's actions, where the run has one. Else the run's own if it has a checkpoint; else the one
+    that the config names or asks to train, with the chat template of data.chat."""
+    if (spaces := spaces_of(cfg)) is not None:
+        return actions_tokenizer(spaces.actions, spaces.observation)
     if saved_runs.newest(cfg.run_dir) is not None:
         return tokenizers.load_tokenizer(os.fspath(epath.Path(cfg.run_dir) / "tokenizer"))
     if cfg.tokenizer.train_vocab_size:

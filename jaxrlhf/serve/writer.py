@@ -18,7 +18,7 @@ from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.attention.kernels import hardware_of
-from jaxrlhf.models.config import ModelConfig, row_limit
+from jaxrlhf.models.config import MLP, ModelConfig, row_limit
 from jaxrlhf.models.files import hf_config, hf_folder, hf_headers, hf_weights
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.models.transformer import Runtime
@@ -68,6 +68,8 @@ def read_found(name: str, mesh, dtype, role: Role, guided: bool) -> Model:
         role = saved_run.find_role(extra["models"], role)
         cfg, head = saved_run.model_of(extra["models"][role])
         check_head(f"{name}: its {role} model", head, wanted)
+        if cfg.family == MLP:
+            raise ValueError(f"{name}: its {role} model acts in an environment; expected a model of text")
         params = saved_run.restore_model(split_step(name)[0], step, extra["models"], role, dtype, mesh)
         ids = token_ids(tokenizer, {"eos_token_id": extra.get("eos_ids")})
         trained = read_yaml(extra["config"], "config").get("data") or {}

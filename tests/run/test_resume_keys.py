@@ -97,6 +97,7 @@ OTHER: dict[str, str | None] = {
     "algorithm.num_minibatches": "2",
     "generate.beta": None,  # with action values
     "rewards.combine": None,  # with an ensemble
+    **dict.fromkeys(("environment.id", "environment.arguments"), None),  # with models of observations
     "generate.stop": "[film]",
     "generate.int8": "[weights]",
     "checkpoint.best": "eval/score/mean",

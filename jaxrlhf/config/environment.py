@@ -1,0 +1,69 @@
+"""What a run in an environment is made of: its spaces, and which keys go with one."""
+
+from collections.abc import Iterator
+
+from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import Resolved
+from jaxrlhf.errors import ConfigError, show
+from jaxrlhf.models.config import MLP
+from jaxrlhf.rewards import environments
+from jaxrlhf.rewards.environments import Spaces
+
+LEARNED = ("prompts", "preferences")  # sections of data that episodes and their segments fill
+
+
+def spaces_of(cfg: Config) -> Spaces | None:
+    """Those of the run's environment; None without one. Raises ConfigError where it can't be had."""
+    if not cfg.acts:
+        return None
+    try:
+        return environments.spaces_of(cfg.environment)
+    except ValueError as error:
+        raise ConfigError(f"environment.{error}") from None
+
+
+def environment_problems(resolved: Resolved) -> Iterator[str]:
+    """The environment can be had, the models are computed from its observations, and nothing asks for text."""
+    cfg, name = resolved.cfg, resolved.cfg.algorithm_name
+    shapes = {role: model.architecture for role, model in cfg.models.items() if model.architecture}
+    if not cfg.acts:
+        for role, shape in shapes.items():
+            if shape.family == MLP:
+                yield f"models.{role}.architecture.family: {MLP}: computed from observations; expected environment.id"
+        return
+    try:
+        spaces = environments.spaces_of(cfg.environment)
+    except ValueError as error:
+        yield f"environment.{error}"
+        return
+    for role, shape in shapes.items():
+        key = f"models.{role}.architecture"
+        if shape.family != MLP:
+            yield f"{key}.family: {shape.family}: reads tokens, and an environment shows numbers; nearest: {MLP}"
+        elif shape.observation_size not in (0, spaces.observation):
+            yield f"{key}.observation_size: {shape.observation_size}: nearest: {spaces.observation}, the environment's"
+    for kind in resolved.kinds:
+        if kind.name not in LEARNED:
+            yield f"environment.id: {cfg.environment.id}: {name} reads {kind.name}, which are text; expected null"
+    yield from text_problems(resolved)
+
+
+def text_problems(resolved: Resolved) -> Iterator[str]:
+    """Keys of text that are given although the run acts in an environment."""
+    cfg = resolved.cfg
+    given = {
+        "tokenizer.init_from": (cfg.tokenizer.init_from, None),
+        "tokenizer.train_vocab_size": (cfg.tokenizer.train_vocab_size, None),
+        "rewards.function": (cfg.rewards.function, None),
+        "rewards.functions": ([*cfg.rewards.functions], []),
+        "data.chat": (cfg.data.chat, None),
+        "data.eval_prompts": (cfg.data.eval_prompts, None),
+        "generate.stop": ([*cfg.generate.stop], []),
+        "eval.gold": (cfg.eval.gold, None),
+    }
+    for key, (value, neutral) in given.items():
+        if value != neutral:
+            shown = show(value if isinstance(value, (str, int, list)) else "given")
+            yield f"{key}: {shown}: of text, and the run acts in environment.id; expected {show(neutral)}"
+    if resolved.algorithm.finish(cfg.algorithm) is not None:
+        yield "algorithm.normalize_samples: of text, and the run acts in environment.id; expected 0"
