@@ -17,7 +17,7 @@ from jaxrlhf.hosts import processes
 from jaxrlhf.hosts.processes import DistributedConfig
 from jaxrlhf.run.transfer import fetch, holders, put, share_of
 from tests.support import runs
-from tests.support.pair import Pair, whole
+from tests.support.pair import command, under_way
 
 FUNCTION = ["grpo:models={policy: {init_from: SFT}}", "grpo:rewards.function=tests.support.runs:praise"]
 SHORT = ["mesh.fsdp=2", "checkpoint.every=4", "grpo:batch.prompts_per_step=8"]
@@ -124,10 +124,13 @@ def test_two_processes_compute_what_one_does_with_a_reward_model(root):
         np.testing.assert_allclose(weights[1][name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_one_process_writes_and_speaks(root):
-    folder = whole(root)
-    first, second = (Pair([], folder).output(number) for number in (0, 1))
-    assert "compiled 2 programs" in first and "step 8/8" in first and "step 4/4" in first
+def test_one_process_writes_and_speaks(root, tmp_path):
+    """Of two that train grpo by a reward function."""
+    runs.whole(root)
+    with under_way(tmp_path, command(root, tmp_path, "grpo", origin=root / "whole" / "sft")) as pair:
+        assert pair.ended() == {0: 0, 1: 0}, pair.said()
+    folder, (first, second) = tmp_path, (pair.output(number) for number in (0, 1))
+    assert "compiled 2 programs" in first and "step 4/4" in first
     gloo = re.compile(r"\[Gloo\].*|\d*")  # its threads write into each other's lines
     assert [line for line in second.splitlines() if not gloo.fullmatch(line)] == []
     steps = [row["step"] for row in runs.rows(folder / "grpo")]

@@ -111,8 +111,9 @@ def state(pid: int) -> str:
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
-def command(root: Path, folder: Path, *names: str, more: Sequence[str] = ()) -> list[str]:
-    """Trains ``names`` (sft, and grpo from it with a reward function) in ``folder``."""
+def command(root: Path, folder: Path, *names: str, more: Sequence[str] = (), origin: Path | None = None) -> list[str]:
+    """Trains ``names`` (sft, and grpo from it, or from ``origin``, with a reward function) in ``folder``."""
+    origin = origin or root / "pair" / "whole" / "sft"
     every = ["checkpoint.keep=9", "distributed.heartbeat_timeout=10", "distributed.init_timeout=20"]
     own = [
         f"sft:iterations={LAST}",
@@ -120,7 +121,7 @@ def command(root: Path, folder: Path, *names: str, more: Sequence[str] = ()) -> 
         "sft:mesh.fsdp=2",
         "grpo:rewards.function=tests.support.runs:praise",
     ]
-    own += ["grpo:iterations=4", "grpo:mesh.fsdp=2", f"grpo:models={{policy: {{init_from: {root}/pair/whole/sft}}}}"]
+    own += ["grpo:iterations=4", "grpo:mesh.fsdp=2", f"grpo:models={{policy: {{init_from: {origin}}}}}"]
     given = [text for text in runs.overrides(runs.text(root), folder) if not text.startswith("grpo:models.")]
     return runs.train(*given, *every, *own, *more, configs=[runs.tiny_config(name) for name in names])
 
