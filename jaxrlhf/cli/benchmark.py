@@ -1,6 +1,7 @@
 """``jaxrlhf benchmark``."""
 
 import json
+import re
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,8 @@ def list_benchmarks() -> None:
 
     for name in catalog.names():
         found = catalog.find(name)
-        tell(name, f"{found.title} (after {found.after})")
+        after = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", found.after)  # links are for its page
+        tell(name, f"{found.title} (after {after})")
     tell("jaxrlhf benchmark NAME reproduces one.")
 
 

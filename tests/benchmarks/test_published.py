@@ -103,6 +103,7 @@ def test_list_and_help_answer_without_jax():
     assert (listed.returncode, listed.stderr, helped.returncode) == (0, "", 0)
     for name in catalog.names():
         assert f"\n{name}\n" in f"\n{listed.stdout}", listed.stdout
+    assert "arXiv 2510.26788" in " ".join(listed.stdout.split()) and "](" not in listed.stdout
     assert {"NAME", "list", "throughput", "soak"} <= set(helped.stdout.split())
 
 
