@@ -15,6 +15,7 @@ from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.rewards import upright
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import build
 from jaxrlhf.run.export import export
@@ -115,9 +116,9 @@ def test_episodes_are_rows_and_what_sampled_is_what_learns(one_device):
     assert sequences.response_mask[:, 1:].all() and not sequences.response_mask[:, 0].any()
     assert set(np.unique(sequences.tokens[:, 1:])) <= {0, 1}
     assert metrics["kl/sampler_mismatch"] < 1e-6 and metrics["policy/clip_fraction"] < 0.5
-    upright = np.cos(sequences.observations[:, 1:, 2])  # of the state that each action led to
-    np.testing.assert_allclose(sequences.rewards[:, 1:], upright, atol=1e-5)
-    np.testing.assert_allclose(metrics["return/mean"], upright.sum(1).mean(), rtol=1e-5)
+    earned = upright.reward_of(sequences.observations[:, 1:])  # of the state that each action led to
+    np.testing.assert_allclose(sequences.rewards[:, 1:], earned, atol=1e-5)
+    np.testing.assert_allclose(metrics["return/mean"], earned.sum(1).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["score/mean"], metrics["return/mean"], rtol=1e-5)
 
 

@@ -1,15 +1,23 @@
 """CartPole whose episodes don't end, so that their length says nothing: the pole falls and swings on.
 
 CartPole's own reward is 1 a step until the pole has fallen, and a constant reward would teach as much. Here a step
-earns the cosine of the pole's angle, and every episode has as many steps. Importing this registers UprightCartPole-v0.
+earns the cosine of the pole's angle, less what the cart is off the middle of its track, and every episode has as many
+steps. Importing this registers UprightCartPole-v0.
 """
 
 import math
 from typing import Any
 
 import gymnasium  # pyright: ignore[reportMissingImports]
+import numpy as np
 
 NAME = "UprightCartPole-v0"
+TRACK = 2.4  # from the middle to the end: CartPole's own limit
+
+
+def reward_of(observations: np.ndarray) -> np.ndarray:
+    """f32[...]: what is earned in the states f32[..., 4]: cos(angle) - min((x / 2.4)^2, 1), at most 1."""
+    return np.cos(observations[..., 2]) - np.minimum(np.square(observations[..., 0] / TRACK), 1)
 
 
 class Upright(gymnasium.Wrapper):
@@ -24,9 +32,8 @@ class Upright(gymnasium.Wrapper):
         cart: Any = self.env.unwrapped
         cart.steps_beyond_terminated = None  # else it warns of steps behind the end
         observation, _, _, _, info = self.env.step(action)
-        angle = float(observation[2])
-        observation[2] = math.remainder(angle, math.tau)
-        return observation, 1.0 if self.constant else math.cos(angle), False, False, info
+        observation[2] = math.remainder(float(observation[2]), math.tau)
+        return observation, 1.0 if self.constant else float(reward_of(observation)), False, False, info
 
 
 def make(constant: bool = False) -> gymnasium.Env:
