@@ -6,21 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf import api, step
 from jaxrlhf import train as trainer
+from jaxrlhf.algorithms import on_policy
 from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.ops.advantages import gae
 from jaxrlhf.rewards import upright
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import build
 from jaxrlhf.run.export import export
 from jaxrlhf.run.feed import Feed
 from jaxrlhf.run.initial_state import initial_state
+from jaxrlhf.run.kept_programs import share_programs
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.scoring import joined
 from jaxrlhf.run.transfer import fetch_all, put
@@ -112,12 +116,13 @@ def one_device(tmp_path_factory) -> tuple[TrainState, dict[str, float], Sequence
 
 def test_episodes_are_rows_and_what_sampled_is_what_learns(one_device):
     _, metrics, sequences = one_device
-    assert sequences.tokens.shape == (8, STEPS + 1) and sequences.observations.shape == (8, STEPS + 1, 4)
-    assert sequences.response_mask[:, 1:].all() and not sequences.response_mask[:, 0].any()
-    assert set(np.unique(sequences.tokens[:, 1:])) <= {0, 1}
+    assert sequences.tokens.shape == (8, STEPS + 2) and sequences.observations.shape == (8, STEPS + 2, 4)
+    assert sequences.response_mask[:, 1:-1].all() and not sequences.response_mask[:, [0, -1]].any()
+    assert sequences.valid.all() and not sequences.ended.any()  # a limit cut them
+    assert set(np.unique(sequences.tokens[:, 1:-1])) <= {0, 1}
     assert metrics["kl/sampler_mismatch"] < 1e-6 and metrics["policy/clip_fraction"] < 0.5
-    earned = upright.reward_of(sequences.observations[:, 1:])  # of the state that each action led to
-    np.testing.assert_allclose(sequences.rewards[:, 1:], earned, atol=1e-5)
+    earned = upright.reward_of(sequences.observations[:, 1:-1])  # of the state that each action led to
+    np.testing.assert_allclose(sequences.rewards[:, 1:-1], earned, atol=1e-5)
     np.testing.assert_allclose(metrics["return/mean"], earned.sum(1).mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["score/mean"], metrics["return/mean"], rtol=1e-5)
 
@@ -140,8 +145,9 @@ def test_eight_devices_do_what_one_does(tmp_path, one_device, devices):
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
     whole, parts = config(tmp_path / "whole", iterations=4), config(tmp_path / "parts", iterations=2)
-    assert trainer.run(whole) == "done" and trainer.run(parts) == "done"
-    assert trainer.run(config(tmp_path / "parts", iterations=4)) == "done"
+    with share_programs():
+        assert trainer.run(whole) == "done" and trainer.run(parts) == "done"
+        assert trainer.run(config(tmp_path / "parts", iterations=4)) == "done"
     rows = [(Path(cfg.run_dir) / "metrics.jsonl").read_text().splitlines() for cfg in (whole, parts)]
     own = lambda line: {
         name: value for name, value in json.loads(line).items() if "time" not in name and "per_second" not in name
@@ -166,10 +172,24 @@ def test_learned_rewards_of_every_action_take_the_place_of_the_environments(tmp_
     assert metrics["return/mean"] == pytest.approx(sequences.rewards.sum(1).mean(), rel=1e-6)
 
 
+def test_a_constant_reward_tells_nothing_where_a_limit_cuts_and_much_where_episodes_end():
+    """Of the values that it has: r / (1 - gamma) of every state if episodes go on for ever, r at the last action."""
+    mask = jnp.array([[False, True, True, True, False], [False, True, True, False, False]])
+    cut = jnp.array([[True] * 5, [True] * 3 + [False] * 2])
+    rows = Sequences(cut, cut, mask, observations=jnp.zeros((2, 5, 1)))
+    values, ones = jnp.full(mask.shape, 1 / (1 - 0.9)), jnp.ones(mask.shape)
+    whole = on_policy.with_what_follows(ones, values, rows, 0.9)
+    np.testing.assert_allclose(whole[0], [1, 1, 1, 10, 1], rtol=1e-6)  # 1 + 0.9 x 10
+    np.testing.assert_allclose(whole[1], [1, 1, 1, 1, 1], rtol=1e-6)  # it ended
+    advantages, _ = gae(whole, values, mask, gamma=0.9, gae_lambda=0.95)
+    np.testing.assert_allclose(advantages[0], 0, atol=1e-5)
+    assert advantages[1, 2] == pytest.approx(1 - 10, rel=1e-5)
+
+
 def test_groups_of_episodes_with_one_start(tmp_path):
     changes = {"batch.prompts_per_step": 4, "batch.samples_per_prompt": 2}
     _, _, sequences = iterated(config(tmp_path, "grpo", **changes), 1, count=1)
-    starts = sequences.observations[:, 0]
+    starts = np.asarray(sequences.observations)[:, 0]
     np.testing.assert_array_equal(starts[::2], starts[1::2])
     assert not np.array_equal(starts[0], starts[2]) and not np.array_equal(sequences.tokens[0], sequences.tokens[1])
 

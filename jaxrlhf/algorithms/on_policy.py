@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxrlhf.algorithm import Updates, read_logprobs
 from jaxrlhf.algorithms.grading import combined, member_metrics, members_of, read_scores
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
-from jaxrlhf.ops.masked import count, keep, sums, variance
+from jaxrlhf.ops.masked import at_last, count, keep, sums, variance
 from jaxrlhf.ops.token_rewards import missing_eos
 from jaxrlhf.types import Array, Ask, Mean, Nets, Role, Sequences, TrainState, Trees, given
 
@@ -50,6 +50,18 @@ def earned_by_actions(nets: Nets, trees: Trees, sequences: Sequences) -> Array |
     members = members_of(nets)
     each = nets.read(trees, sequences, *(Ask(role, "rewards") for role in members))
     return combined(nets, dict(zip(members, each)))
+
+
+def with_what_follows(rewards: Array, values: Array, sequences: Sequences, gamma: float) -> Array:
+    """f32[B, S]: ``rewards``, and at the last action of an episode that a limit cut gamma * V of the state it came to,
+    for what would have followed: else a constant reward would teach to look young. As they are for text.
+
+    That state is the one before the column behind the actions, which is valid where an episode was cut."""
+    if sequences.observations is None:
+        return rewards
+    behind = at_last(sequences.valid) & ~sequences.response_mask
+    last = jnp.where(behind, values, 0.0).sum(-1, keepdims=True)
+    return rewards + gamma * jnp.where(at_last(sequences.response_mask), last, 0.0)
 
 
 def scorable(sequences: Sequences) -> Sequences:

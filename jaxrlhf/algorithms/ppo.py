@@ -96,10 +96,11 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs, members)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
-    values = keep(values, mask)
+    every_value, values = values, keep(values, mask)
     earned = on_policy.earned_by_actions(nets, state.trees, sequences)
     rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg, earned)
-    advantages, returns = gae(rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
+    whole = on_policy.with_what_follows(rewards, every_value, sequences, cfg.gamma)
+    advantages, returns = gae(whole, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
     metrics |= {"reward/mean": sums(rewards.sum(-1), mask.any(-1))} | value_metrics("value", mask, values, returns)
     metrics["kl/coef"] = Mean(kl_coef(state, cfg), jnp.float32(1))
     advantages, corrected = normalised(advantages, logprobs, sequences, cfg)

@@ -50,7 +50,7 @@ def longest_row(resolved: Resolved) -> tuple[int, str]:
         return cfg.data.max_length, "data.max_length"
     longest, room = max(cfg.data.prompt_buckets, default=0), cfg.generate.max_new_tokens
     if cfg.acts:
-        return 1 + room, f"the start + generate.max_new_tokens {room}"
+        return 2 + room, f"the start, the state at the end, and generate.max_new_tokens {room}"
     return longest + room, f"the largest of data.prompt_buckets + generate.max_new_tokens {room}"
 
 

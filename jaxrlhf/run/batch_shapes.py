@@ -48,7 +48,7 @@ def acting_shapes(drawn: Blueprint, episodes: int) -> Acting:
 def episode_shapes(drawn: Blueprint, episodes: int) -> Sequences:
     """So many whole episodes, as shapes with layouts: what run/episodes.py makes."""
     rows, size = row_shapes(drawn, episodes), given(spaces_of(drawn.cfg), "environment.id").observation
-    columns = 1 + drawn.sampler.max_new_tokens
+    columns = 2 + drawn.sampler.max_new_tokens
     numbers, mask = rows(np.float32, columns), rows(bool, columns)
     return Sequences(
         tokens=rows(np.int32, columns),

@@ -24,7 +24,8 @@ class Player:
     def play(
         self, act: Program, state: TrainState, prompts: Prompts, records: Sequence[Mapping[str, Any]]
     ) -> Sequences:
-        """Whole episodes, one a row, laid out as rows. ``prompts``: of this iteration, on the mesh; ``records``: those
+        """Whole episodes, one a row, laid out as rows: the start, the actions, and behind those of an episode that was
+        cut one more valid column, as in Trajectories. ``prompts``: of this iteration, on the mesh; ``records``: those
         of this process's prompts, which its episodes are reset by."""
         copies, room, mesh = self.ready.sampler.samples_per_prompt, self.ready.sampler.max_new_tokens, self.ready.mesh
         records = [record for record in records for _ in range(copies)]
@@ -33,7 +34,7 @@ class Player:
         episodes, rows = self.episodes, len(records)
         (first,) = fetch((prompts.sample_id,))
         ids: Any = put(mesh, np.repeat(first, copies) * copies + np.arange(rows, dtype=np.int32) % copies)
-        tokens = np.full((rows, 1 + room), self.ready.sampler.pad_id, np.int32)
+        tokens = np.full((rows, 2 + room), self.ready.sampler.pad_id, np.int32)
         mask, (logprobs, rewards) = np.zeros(tokens.shape, bool), np.zeros((2, *tokens.shape), np.float32)
         episodes.reset(records)
         observations = np.zeros((*tokens.shape, episodes.observations.shape[1]), np.float32)
@@ -48,7 +49,7 @@ class Player:
             rewards[:, 1 + at] = episodes.step(taken)
             tokens[live, 1 + at], logprobs[live, 1 + at] = taken[live], found[live]
             observations[live, 1 + at] = episodes.observations[live]
-        valid = mask.copy()
+        valid = mask | (np.roll(mask, 1, axis=1) & ~episodes.ended[:, None])
         valid[:, 0] = True
         rows_of: dict[str, Any] = {"tokens": tokens, "valid": valid, "response_mask": mask, "logprobs": logprobs}
         rows_of |= {"observations": observations, "rewards": rewards, "ended": episodes.ended.copy()}

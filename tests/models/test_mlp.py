@@ -39,13 +39,15 @@ def by_numpy(params, observations: np.ndarray) -> np.ndarray:
 def read(head, *asks: Ask):
     params = jax.jit(init, static_argnums=(0, 1))(CFG, head, jax.random.key(1))
     found = nets.make_nets({"role": CFG}, Runtime(), SAMPLING, lambda *_: None)  # type: ignore[arg-type]
-    return jax.device_get(params), found.read(Trees({"role": params}, {}), rows(), *asks)
+    return jax.device_get(params), jax.jit(lambda params: found.read(Trees({"role": params}, {}), rows(), *asks))(
+        params
+    )
 
 
 def test_layers_of_tanh():
-    params = jax.device_get(init(CFG, "scalar", jax.random.key(0)))
+    params = jax.device_get(jax.jit(init, static_argnums=(0, 1))(CFG, "scalar", jax.random.key(0)))
     observations = np.asarray(rows().observations)
-    found = observed_states(params, CFG, jnp.asarray(observations), Runtime())
+    found = jax.jit(lambda params, x: observed_states(params, CFG, x, Runtime()))(params, observations)
     np.testing.assert_allclose(found, by_numpy(params, observations), atol=1e-6)
     with pytest.raises(ValueError, match="observations of 3 numbers: the model reads 4"):
         observed_states(params, CFG, jnp.zeros((1, 1, 3)), Runtime())
@@ -66,9 +68,10 @@ def test_a_value_is_of_the_state_before_and_a_reward_of_the_state_after_an_actio
 def test_actions_are_chosen_under_the_distribution_that_is_learned():
     params, (stats,) = read("lm", Ask("role", "token_stats"))
     given, found = rows(), []
+    seen = jnp.asarray(given.observations)
+    act = jax.jit(lambda acting: choose_action(params, CFG, acting, jnp.int32(7), jnp.int32(3), SAMPLING, Runtime()))
     for at in range(5):
-        acting = Acting(given.observations[:, at], jnp.arange(4), jnp.full(4, at))
-        token, logprob = choose_action(params, CFG, acting, jnp.int32(7), jnp.int32(3), SAMPLING, Runtime())
+        token, logprob = act(Acting(seen[:, at], jnp.arange(4), jnp.full(4, at)))
         other = jnp.log1p(-jnp.exp(logprob))  # two actions, and EOS is none
         found.append(jnp.where(token == given.tokens[:, 1 + at], logprob, other))
         assert set(np.asarray(token).tolist()) <= {0, 1}

@@ -38,7 +38,7 @@ class Count(gymnasium.Env):
         )
 
 
-gymnasium.register("CountOfTests-v0", entry_point=Count)
+gymnasium.register("CountOfTests-v0", entry_point=lambda **_: Count())
 
 
 def test_spaces():
