@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrlhf.hosts import processes
 from jaxrlhf.rewards.environments import Episodes
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.programs import Program
@@ -41,7 +42,7 @@ class Player:
         observations[:, 0] = episodes.observations
         for at in range(room):
             mask[:, 1 + at] = live = episodes.live.copy()
-            if not live.any():
+            if not live.any() and not processes.several():  # several choose together, to the end
                 break
             waiting: Any = (episodes.observations, np.full(rows, at, np.int32))
             shown, position = put(mesh, waiting)
