@@ -12,8 +12,9 @@ As PPO, with a second critic, cost_value, which predicts the cost to come. Of ev
 
 Both pay for KL, so that it weighs kl_coef in A whatever lambda is. After the updates of an iteration, by its mean cost:
 
-    log lambda = log lambda + multiplier_learning_rate * lambda * J
+    lambda = min(max(0, lambda + multiplier_learning_rate * J), multiplier_max)      projected gradient ascent
 
+The paper moves log lambda by the gradient, lambda * J: that stalls where lambda is small and leaps where it is large.
 With multiplier_learning_rate 0 the weight of the cost is fixed: reward shaping, the baseline of the paper.
 
 A cost is a grader like any other: models.cost (a run of ``cm``, or a list of them), or the function under
@@ -43,7 +44,7 @@ class PPOLagrangianConfig(PPOConfig):
 
     cost_limit: float = 0.0  # expected cost of a response that is allowed
     multiplier: float = 1.0  # where the multiplier starts: score lost for each unit of cost
-    multiplier_learning_rate: float = 0.1  # of its logarithm; 0: a fixed weight of the cost
+    multiplier_learning_rate: float = 0.1  # its rise in an iteration for each unit above the limit; 0: a fixed weight
     multiplier_max: float = 100.0  # it never rises above
 
 
@@ -128,9 +129,8 @@ def after(state: TrainState, metrics: Metrics, cfg: PPOLagrangianConfig) -> Trai
     state = ppo.after(state, metrics, cfg)
     multiplier, excess = state.controls["multiplier"], metrics["cost/mean"] - cfg.cost_limit
     rate = jnp.where(metrics["response/count"] > 0, cfg.multiplier_learning_rate, 0.0)
-    # exp of more than 80 is no float32
-    moved = multiplier * jnp.exp(jnp.minimum(rate * multiplier * excess, 80.0))
-    return state.replace(controls=state.controls | {"multiplier": jnp.minimum(moved, cfg.multiplier_max)})
+    moved = jnp.clip(multiplier + rate * excess, 0.0, cfg.multiplier_max)
+    return state.replace(controls=state.controls | {"multiplier": moved})
 
 
 def problems(cfg: PPOLagrangianConfig) -> Iterator[str]:
@@ -139,8 +139,6 @@ def problems(cfg: PPOLagrangianConfig) -> Iterator[str]:
     if cfg.multiplier > cfg.multiplier_max:
         most = f"{cfg.multiplier_max:g}"
         yield f"multiplier: {cfg.multiplier:g}: more than multiplier_max; expected at most {most}; nearest: {most}"
-    if cfg.multiplier == 0 and cfg.multiplier_learning_rate:
-        yield "multiplier: 0: its logarithm is what moves; expected more than 0, or multiplier_learning_rate 0"
     if cfg.whiten_rewards:
         yield "whiten_rewards: true: score and cost would lose the units that the multiplier compares; expected false"
 
