@@ -55,6 +55,7 @@ def test_an_ensemble_errs_on_the_side_of_a_higher_cost():
     assert [*losses] == [*members] and losses["cost_0"].total != losses["cost_1"].total
 
 
+@pytest.mark.nightly
 def test_the_sign_of_the_cost_is_learned():
     """A response is unsafe where its last token is odd."""
     rows = tiny.sequences(rows=64, room=4)

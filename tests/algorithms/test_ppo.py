@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrlhf import step as steps
@@ -466,3 +467,31 @@ def test_the_kl_regularised_optimum_is_approached(enumerated):
     print(f"\nkl_coef 1: reward - KL {before:.3f} -> {after - moved:.3f} of {best:.3f}, KL {moved:.3f}")
     assert best > before + 0.5 and after - moved > before + 0.8 * (best - before)
     assert after - moved <= best + 1e-4  # or the enumeration is wrong
+
+
+def test_a_constant_reward_moves_the_policy_nowhere_in_expectation():
+    """The gradient of the first update, summed over all responses by their probability: with gae_lambda 1 and no KL an
+    advantage is the constant less the value of the state, a baseline. With another sign in every other row the same
+    sum is no zero."""
+    cfg = PPOConfig(whiten_advantages="no", gae_lambda=1.0, kl_coef=0.0, old_logprobs="recompute")
+    run, exact = enumerated_run("ppo", cfg)
+    count, nets = len(exact.rewards), run.recipe.nets
+    given = {"scores": jnp.full(count, 2.0), "ended": jnp.ones(count, bool)}
+    rows = replace(exact.responses, logprobs=jnp.zeros(exact.responses.tokens.shape), **given)
+    probability = jnp.exp(exact.log_p(run.state.params["policy"]))
+
+    @tiny.program
+    def expected(state, rows, weights):
+        experience, _ = ppo.prepare(nets, state, Batch(sequences=rows), cfg)
+        advantages = jax.lax.stop_gradient(experience.advantages * weights[:, None])
+
+        def total(params):
+            trees = Trees(state.params | {"policy": params}, state.slow)
+            return ppo.loss(nets, trees, replace(experience, advantages=advantages), cfg)[0]["policy"].total
+
+        return optax.tree.norm(jax.grad(total)(state.params["policy"]))
+
+    found = expected(run.state, rows, probability)
+    scale = expected(run.state, rows, probability * (-1.0) ** jnp.arange(count))
+    assert scale > 0.1, "no gradient, no test"
+    assert found < 1e-5 * scale

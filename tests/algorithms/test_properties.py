@@ -15,7 +15,9 @@ from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.algorithms.ppo_lagrangian import PPOLagrangianConfig
 from jaxrlhf.algorithms.rm import RMConfig
 from jaxrlhf.algorithms.rm_ratings import RMRatingsConfig
-from jaxrlhf.types import Batch
+from jaxrlhf.run.checkpoint import Checkpoints, restore
+from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.types import Batch, TrainState
 from tests.support import tiny
 
 ROWS = 8
@@ -57,13 +59,28 @@ def every_row() -> Batch:
     )
 
 
+def rows_of(name: str) -> Batch:
+    """Rows of all kinds that the algorithm reads; its responses are given, not sampled."""
+    algorithm = ALGORITHMS[name]
+    fields = {*algorithm.batch(config(name)), *(("sequences",) if algorithm.online else ())}
+    return Batch(**{field: getattr(every_row(), field) for field in fields})
+
+
+def built(name: str, batch: Batch, num_micro: int = 1) -> tiny.Tiny:
+    """The algorithm on these rows, on the current mesh."""
+    return tiny.build(name, config(name), batch=batch, share_prompts=False, num_micro=num_micro, samples_per_prompt=2)
+
+
 @functools.cache
 def gradient_of(name: str, num_micro: int = 1):
     """(batch -> (each role's gradient, losses and metrics), compiled once; the algorithm's own rows)."""
-    algorithm, cfg = ALGORITHMS[name], config(name)
-    fields = {*algorithm.batch(cfg), *(("sequences",) if algorithm.online else ())}
-    batch = Batch(**{field: getattr(every_row(), field) for field in fields})
-    run = tiny.build(name, cfg, batch=batch, share_prompts=False, num_micro=num_micro, samples_per_prompt=2)
+    run = built(name, rows_of(name), num_micro)
+    return functools.partial(gradient_program(run), run.state), run.batch
+
+
+def gradient_program(run: tiny.Tiny):
+    """(state, batch) -> (each role's gradient, losses and metrics)."""
+    algorithm, cfg = run.recipe.algorithm, run.recipe.cfg
 
     @tiny.program
     def gradient(state, batch):
@@ -71,7 +88,7 @@ def gradient_of(name: str, num_micro: int = 1):
         grads, means, losses = steps.gradients(run.recipe, state, jax.lax.stop_gradient(experience))
         return grads, {name: mean.value() for name, mean in (means | losses).items()}
 
-    return functools.partial(gradient, run.state), batch
+    return gradient
 
 
 def moved(batch: Batch, order: np.ndarray) -> Batch:
@@ -123,6 +140,40 @@ def test_a_batch_of_padding_alone_has_no_gradient(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_micro_batches_change_nothing(name):
     close(gradient_of(name, num_micro=2)[0](gradient_of(name)[1]), gradient_of(name)[0](gradient_of(name)[1]))
+
+
+@pytest.mark.nightly  # by day: GRPO in test_mesh.py
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_devices_change_nothing(name):
+    """Rows are split over four of them, and weights over all."""
+    gradient, batch = gradient_of(name)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
+        run = built(name, tiny.put(batch))
+        found = jax.device_get(gradient_program(run)(run.state, run.batch))
+    close(found, gradient(batch), atol=1e-5)
+
+
+@pytest.mark.nightly  # by day: SFT and PPO in run/test_resume.py
+@pytest.mark.parametrize("name", NAMES)
+def test_a_restored_state_goes_on_with_the_same_bits(name, tmp_path):
+    """Four iterations, and two and two with a checkpoint between them: weights, moments, targets, controls, metrics."""
+    run = built(name, rows_of(name))
+    learn, batch = tiny.program(steps.make_learn(run.recipe)), run.batch
+
+    def go_on(state: TrainState) -> tuple[TrainState, dict]:
+        for _ in range(2):
+            state, metrics = learn(state, batch)
+        return state, metrics
+
+    half, _ = go_on(run.state)
+    saved = Checkpoints(tmp_path, background=False)
+    saved.save(2, half, {})
+    saved.close()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), half)
+    whole, restored = go_on(half), go_on(restore(tmp_path, 2, abstract))
+    assert tiny.equal_trees(whole, restored)
+    changed = [not tiny.equal_trees(half.params[role], whole[0].params[role]) for role in half.params]
+    assert all(changed), "nothing was learned, nothing is compared"
 
 
 def test_a_constant_reward_leaves_a_group_nothing_to_learn():

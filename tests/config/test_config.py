@@ -123,6 +123,26 @@ def test_a_reward_function_takes_the_place_of_the_reward_model(ppo):
     assert resolve_config(load(ppo)).roles.slow == {"reference": "lm", "reward": "scalar"}
 
 
+LAGRANGIAN = ("algorithm={name: ppo_lagrangian}", "models.cost={init_from: runs/cm}")
+COSTS = (
+    "algorithm={name: ppo_lagrangian}",
+    "models={policy: {init_from: runs/sft}}",
+    "rewards.functions={help: {function: operator:add}, cost: {function: operator:sub, weight: 0}}",
+)
+
+
+def test_a_cost_is_a_model_or_a_function_called_cost(ppo):
+    models = load(ppo, LAGRANGIAN).models
+    assert (models["cost_value"].init_from, models["value"].init_from) == ("cost", "reward")
+    assert check(load(ppo, LAGRANGIAN), 8).roles.slow == {"reference": "lm", "reward": "scalar", "cost": "scalar"}
+    found = check(load(ppo, COSTS), 8)
+    assert found.roles.slow == {"reference": "lm"} and found.cfg.models["cost_value"].init_from == "policy"
+    with pytest.raises(ConfigError, match=r"models\.cost: rewards\.functions\.cost is given too; expected one of them"):
+        check(load(ppo, [*COSTS, "models.cost={init_from: runs/cm}"]), 8)
+    with pytest.raises(ConfigError, match=r"models\.cost: missing; ppo_lagrangian needs it"):
+        check(load(ppo, LAGRANGIAN[:1]), 8)
+
+
 @pytest.mark.parametrize(
     "override",
     [

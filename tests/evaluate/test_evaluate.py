@@ -381,6 +381,8 @@ def test_metrics_are_worked_out_by_hand():
     assert several["score/reward_0"] == pytest.approx(13 / 3) and several["score/reward_1"] == pytest.approx(11 / 3)
     assert several["score/disagreement"] == pytest.approx((1 + 0 + 2) / 3)
     assert "score/unscorable" not in several
+    costly = PolicyEvaluation.metrics(SimpleNamespace(before=None, ready=ready), bare._replace(cost=row(-1, 2, 0.5)))  # type: ignore[arg-type]
+    assert costly["cost/mean"] == pytest.approx(0.5) and costly["cost/violations"] == pytest.approx(2 / 3)
 
 
 def test_the_judge_reads_prompt_and_response(labels):

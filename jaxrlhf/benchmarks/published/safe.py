@@ -122,12 +122,12 @@ def plot(on: Any, results: Results) -> None:
 
 HERE = "jaxrlhf.benchmarks.published.safe"
 STILL = {f"optimizer.{role}.learning_rate": 0.0 for role in ("policy", "value", "cost_value")}
-FIXED = {"algorithm.multiplier_learning_rate": 0.0}
+FIXED = {"iterations": 60, "eval.every": 1000, "algorithm.multiplier_learning_rate": 0.0}
 
 
 def control(name: str, about: str, overrides: dict[str, Any]) -> Cell:
     """ppo_lagrangian.yaml, shorter, with something changed."""
-    return Cell(name, about, "ppo_lagrangian", {"iterations": 40} | overrides)
+    return Cell(name, about, "ppo_lagrangian", {"iterations": 30, "eval.every": 1000} | overrides)
 
 
 CELLS = (
