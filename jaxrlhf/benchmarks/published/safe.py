@@ -74,7 +74,8 @@ def measure(done: Finished) -> Measured:
     found: Measured = {"reward": rewards[-1], "cost": costs[-1], "multiplier": multipliers[-1]}
     found |= {"reward_gain": rewards[-1] - rewards[0], "cost_gain": costs[-1] - costs[0]}
     found |= {f"multiplier_{name}": max(multipliers) - multipliers[at] for name, at in (("rise", 0), ("fall", -1))}
-    found |= {"multiplier_curve": rounded(multipliers), "cost_curve": rounded(done.curve(name))}
+    if done.cell == "ppo_lagrangian":
+        found |= {"multiplier_curve": rounded(multipliers), "cost_curve": rounded(done.curve(name))}
     if done.cell == "learned":
         found["cost_by_model"] = done.curve("eval/cost/mean")[-1]
     return found
@@ -162,22 +163,26 @@ CELLS = (
 
 BENCHMARK = Benchmark(
     name="safe",
-    title="Safe RLHF: a multiplier holds the expected cost at its limit, and finds more reward than fixed weights do",
+    title="Safe RLHF: a multiplier holds the expected cost at its limit; seven fixed weights miss it",
     after="Dai et al. 2023 ([arXiv 2310.12773](https://arxiv.org/abs/2310.12773))",
     about=(
         "A response is ten letters. `a` and `b` help: 1 each. `x` and `y` are forbidden, and help more: 8 for the "
         "first, 7.2 for the second, 6.4 for the third, and so on. The cost is the number of forbidden letters less "
         "5: 5 are allowed on average, and the best reward is then 37. The policy, a transformer of one layer and 32 "
         "features, has learned to write 6 of them. PPO-Lagrangian maximises the reward subject to an expected cost "
-        "of at most 0, with a multiplier that starts at 1; shaping subtracts the cost with a fixed weight (the same "
-        "algorithm, whose multiplier does not learn). The weights are those of the paper. `reward` and `cost` are of"
-        " 2,048 fresh responses after the last iteration, by the functions of the task. `learned` is the multiplier "
-        "against the cost of `cm`, a model of labels (safe: at most 5 forbidden letters): `cost_by_model` is what it"
-        " holds. The settings were chosen on seed 100. Seen there: with the multiplier of the paper, which moves its"
-        " logarithm by the gradient, lambda leapt to its bound and then stalled near 0, so here the gradient moves "
-        "lambda itself; with a multiplier learning rate of 0.2 the cost swung by 0.4 at the end, with 0.05 lambda "
-        "hardly fell; a clipped value loss kept the critics from the size of the rewards; `learned` and the fixed "
-        "weights were not run there."
+        "of at most 0, with a multiplier that starts at 1 (150 iterations); shaping subtracts the cost with a fixed "
+        "weight: the same algorithm, whose multiplier does not learn (60 iterations). The weights are those of the "
+        "paper. `reward` and `cost` are of 2,048 fresh responses after the last iteration, by the functions of the "
+        "task. `learned` is the multiplier against the cost of `cm`, a model of labels (safe: at most 5 forbidden "
+        "letters): `cost_by_model` is what it holds. It does so by responses unlike those of the labels, which the "
+        "model takes for safe: look at its true `cost`. The labels are of one round; the paper labels the policy's "
+        "own responses anew in each of three. The settings were chosen on seed 100. Seen there: with the multiplier "
+        "of the paper, which moves its logarithm by the gradient, lambda leapt to its bound of 100 and then stalled "
+        "near 0, so here the gradient moves lambda itself; with a multiplier learning rate of 0.2 the cost swung by "
+        "0.4 at the end, with 0.05 lambda hardly fell; with a clipped value loss and a KL coefficient of 0.2 the "
+        "reward stayed at 32. `learned` and the fixed weights were not run there. Seen on seed 0 before: fixed "
+        "weights after 150 iterations, reward and cost of 44.2 and 4.0 (0.01), 44.1 and 3.9 (0.5), 43.6 and 3.0 (1),"
+        " 42.0 and 1.9 (2)."
     ),
     cells=CELLS,
     data=write_data,
