@@ -1,11 +1,12 @@
 """What a run in an environment is made of: its spaces, and which keys go with one."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.errors import ConfigError, show
-from jaxrlhf.models.config import MLP
+from jaxrlhf.models.config import MLP, ModelConfig
 from jaxrlhf.rewards import environments
 from jaxrlhf.rewards.environments import Spaces
 
@@ -20,6 +21,15 @@ def spaces_of(cfg: Config) -> Spaces | None:
         return environments.spaces_of(cfg.environment)
     except ValueError as error:
         raise ConfigError(f"environment.{error}") from None
+
+
+def observing(cfg: Config, shape: ModelConfig) -> ModelConfig:
+    """A resolved ``shape`` with the size of the observations that the run's environment shows, where it leaves that
+    open."""
+    spaces = spaces_of(cfg)
+    if spaces is None or shape.observation_size:
+        return shape
+    return dataclasses.replace(shape, observation_size=spaces.observation)
 
 
 def environment_problems(resolved: Resolved) -> Iterator[str]:

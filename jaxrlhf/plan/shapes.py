@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from jaxrlhf.config.environment import observing, spaces_of
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved
@@ -57,7 +58,8 @@ def find_shape(cfg: Config, role: Role, beside: Mapping[str, Config], seen: tupl
     """The shape at the end of the role's chain of origins, through runs that start from other runs."""
     model, path = origin(cfg, role), origin(cfg, role).init_from or ""
     if model.architecture is not None:
-        return Found(resolve(model.architecture, model.architecture.vocab_size or vocabulary(cfg, beside)), "random")
+        shape = resolve(model.architecture, model.architecture.vocab_size or vocabulary(cfg, beside))
+        return Found(observing(cfg, shape), "random")
     if saved_run.is_run(path) and committed(split_step(path)[0]):
         step, extra = saved_run.read_extra(path)
         there = saved_run.find_role(extra["models"], role)
@@ -125,6 +127,8 @@ def on_the_hub(name: str) -> dict[str, Any] | None:
 
 def vocabulary(cfg: Config, beside: Mapping[str, Config]) -> int:
     """Tokens of the run's tokenizer: those that are asked for, else as many as its model has rows for."""
+    if (spaces := spaces_of(cfg)) is not None:
+        return spaces.actions + 1  # and EOS
     if cfg.tokenizer.train_vocab_size:
         return cfg.tokenizer.train_vocab_size
     named = cfg.tokenizer.init_from or ""

@@ -1,10 +1,9 @@
 """What each role's weights start from: the run's own checkpoint, another run, files, or a draw."""
 
-import dataclasses
 import functools
 import os
 
-from jaxrlhf.config.environment import spaces_of
+from jaxrlhf.config.environment import observing
 from jaxrlhf.config.record import Config
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import resolve
@@ -25,9 +24,7 @@ def find_weights(saved_runs: SavedRuns, cfg: Config, role: Role, vocab_size: int
         return of_run(cfg.run_dir, step, extra, role)
     start, base = origin(cfg, role), base_role(cfg, role)
     if start.architecture is not None:
-        shape = resolve(start.architecture, vocab_size)
-        if (spaces := spaces_of(cfg)) is not None and not shape.observation_size:
-            shape = dataclasses.replace(shape, observation_size=spaces.observation)
+        shape = observing(cfg, resolve(start.architecture, vocab_size))
         return Weights("new", None, shape, "lm")
     path = start.init_from or ""
     if saved_run.is_run(path):
