@@ -22,6 +22,7 @@ GAP = "  "
 # the most telling numbers, in the order in which they are shown: a form, and the metrics of which the first is taken
 TELLING = (
     ("reward {:+.3f}", "score/mean"),
+    ("cost {:+.3f}", "cost/mean"),
     ("{:.0f} unscorable", "score/unscorable"),
     ("kl {:.3f}", "kl/reference"),
     ("length {:.1f}", "response/length_mean"),
