@@ -36,11 +36,11 @@ class Upright(gymnasium.Wrapper):
         return observation, 1.0 if self.constant else float(reward_of(observation)), False, False, info
 
 
-def make(constant: bool = False) -> gymnasium.Env:
-    """The environment, of any length."""
+def make(**options: Any) -> gymnasium.Env:
+    """The environment, of any length, with the options of ``Upright``."""
     from gymnasium.envs.classic_control.cartpole import CartPoleEnv  # pyright: ignore[reportMissingImports]
 
-    return Upright(CartPoleEnv(), constant)
+    return Upright(CartPoleEnv(), **options)
 
 
 if NAME not in gymnasium.registry:
