@@ -64,6 +64,7 @@ OTHER = {
     "batch": {"sequences_per_step": 4},
     "generate": {"temperature": 0.5},
     "rewards": {"function": "my:f"},
+    "environment": {"id": "CartPole-v1"},
     "models": {"policy": {"architecture": SHAPE | {"hidden_size": 32}}},
     "algorithm": {"name": "dpo"},
 }
