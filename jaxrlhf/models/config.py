@@ -19,7 +19,6 @@ class ModelConfig:
         "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mlp"
     ] = "llama"  # the layers: normalisation, mlp, biases, soft-caps, as models of this name have them; mlp: for control
     vocab_size: int = 0  # 0: the tokenizer's
-    observation_size: int = 0  # of mlp, which is computed from observations: their numbers; 0: the environment's
     hidden_size: int = 128  # features of the residual stream
     num_layers: int = 2  # transformer layers; of mlp: hidden ones
     num_heads: int = 4  # query heads of a layer's attention
@@ -41,6 +40,7 @@ class ModelConfig:
     query_pre_attn_scalar: int = 0  # attention's products are divided by its root; 0: head_dim
     attention_softcap: float | None = None  # products x become softcap x tanh(x / softcap)
     logit_softcap: float | None = None  # the same of the next-token logits
+    observation_size: int = 0  # of mlp, which is computed from observations: their numbers; 0: the environment's
 
 
 def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
