@@ -103,6 +103,7 @@ def reward_run(tmp_path_factory) -> Path:
     return folder / "rm"
 
 
+@pytest.mark.nightly  # by day: the short twin of the benchmark control
 def test_reward_models_learn_from_segments(reward_run):
     rows = [json.loads(line) for line in (reward_run / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["reward/accuracy"] < 0.8 < 0.95 < rows[-1]["reward/accuracy"]
@@ -127,6 +128,7 @@ def test_episodes_are_rows_and_what_sampled_is_what_learns(one_device):
     np.testing.assert_allclose(metrics["score/mean"], metrics["return/mean"], rtol=1e-5)
 
 
+@pytest.mark.nightly  # by day: text on eight devices, in test_mesh
 @pytest.mark.parametrize(
     "devices",
     [

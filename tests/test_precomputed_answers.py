@@ -119,6 +119,7 @@ def test_where_networks_are_read_while_the_host_scores(asked, platform, expected
     assert overlaps(run) is expected
 
 
+@pytest.mark.nightly  # by day: the reward model as a function, in run/test_scoring
 @pytest.mark.parametrize(
     ("how", "widths"),
     [

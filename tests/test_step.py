@@ -364,6 +364,7 @@ def updated():
     return state, found
 
 
+@pytest.mark.nightly  # by day: rows that are not packed, in algorithms/test_properties
 @pytest.mark.parametrize("parts", [-4], ids=["4 packed"])  # others, of all algorithms: algorithms/test_properties
 def test_the_number_of_micro_batches_changes_nothing(updated, parts):
     start, found = updated

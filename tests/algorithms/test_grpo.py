@@ -286,6 +286,7 @@ def watched(nets, trees: Trees, minibatch, cfg):
     return losses, metrics | {"distance": Mean(distance, jnp.float32(1))}
 
 
+@pytest.mark.nightly  # by day: that of ppo, in test_ppo
 def test_the_first_ratio_is_exactly_1_with_recompute():
     run = tiny.build("grpo", GRPOConfig(old_logprobs="recompute"), samples_per_prompt=4)
     recipe = run.recipe._replace(algorithm=run.recipe.algorithm._replace(loss=watched))
@@ -300,6 +301,7 @@ def test_the_first_ratio_is_exactly_1_with_recompute():
     assert not tiny.equal_trees(state.params, run.state.params)
 
 
+@pytest.mark.nightly  # by day: other means, in test_properties
 def test_the_number_of_micro_batches_changes_no_mean_of_sequences():
     run = tiny.build("grpo", GRPOConfig(ratio="sequence", aggregation="seq-mean-token-mean", entropy_coef=0.1))
     sequences, rng = tiny.sequences(), np.random.default_rng(0)

@@ -458,6 +458,7 @@ def test_a_large_kl_coef_holds_the_policy_at_the_reference(enumerated):
     assert 0 < moved < 0.1
 
 
+@pytest.mark.nightly  # by day: the optimum of grpo, in test_grpo_exact
 def test_the_kl_regularised_optimum_is_approached(enumerated):
     """At kl_coef 1 the best policy is known: reference * exp(reward), normalised."""
     exact, train = enumerated

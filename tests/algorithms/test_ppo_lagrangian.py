@@ -144,6 +144,7 @@ def best_under(exact, reference, kl_coef: float, limit: float) -> tuple[float, n
     return low, p
 
 
+@pytest.mark.nightly  # by day: the multiplier by hand; the short twin of the benchmark safe
 def test_the_constraint_holds_where_all_responses_are_enumerated():
     """A token 3 is what is rewarded and what costs. The multiplier finds the weight that bisection finds, and the
     policy what is best under it."""

@@ -176,6 +176,7 @@ def trained(tmp_path_factory):
         return out, reproduce.reproduce(TINY, [3, 4], out)
 
 
+@pytest.mark.benchmark
 def test_each_cell_of_each_seed_is_an_ordinary_run(trained):
     out, done = trained
     assert done.results.of("sft", "iterations") == [2.0, 2.0] == done.results.of("still", "iterations")
@@ -188,12 +189,14 @@ def test_each_cell_of_each_seed_is_an_ordinary_run(trained):
     assert len({*done.results.of("sft", "loss"), *done.results.of("still", "loss")}) == 4
 
 
+@pytest.mark.benchmark
 def test_later_seeds_compile_nothing(trained):
     """Beside the random weights of a model, whose seed is a constant of the program that draws them."""
     _, done = trained
     assert done.compiled["sft"][1] <= 1 and done.compiled["still"][1] <= 1
 
 
+@pytest.mark.benchmark
 def test_what_is_finished_is_not_repeated(trained, monkeypatch, capsys):
     out, done = trained
     monkeypatch.setattr(reproduce, "run", None)
@@ -201,6 +204,7 @@ def test_what_is_finished_is_not_repeated(trained, monkeypatch, capsys):
     assert capsys.readouterr().out.count("done before") == 4
 
 
+@pytest.mark.benchmark
 def test_what_is_measured_otherwise_is_measured_again_and_not_trained_again(trained, capsys):
     out, done = trained
     path = out / "seed3" / "sft.json"
@@ -212,6 +216,7 @@ def test_what_is_measured_otherwise_is_measured_again_and_not_trained_again(trai
     assert capsys.readouterr().out.count("done before") == 3
 
 
+@pytest.mark.benchmark
 def test_runs_of_another_config_or_data_are_refused_before_any_work(trained, monkeypatch):
     out, _ = trained
     monkeypatch.setattr(reproduce, "run", None)
@@ -248,6 +253,7 @@ def test_a_config_that_is_not_there_names_the_nearest():
         reproduce.config_of(TINY, cell, Path("out/seed0"), 0)
 
 
+@pytest.mark.benchmark
 def test_a_missed_line_exits_with_1_and_is_listed_as_missed(trained, command, monkeypatch):
     out, _ = trained
     monkeypatch.setattr(catalog, "find", lambda *_: TINY)

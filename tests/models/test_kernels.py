@@ -380,6 +380,7 @@ def test_a_model_and_its_gradients_by_splash(cfg, remat):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * np.abs(y).max()), found, wanted)
 
 
+@pytest.mark.nightly  # by day: a model by splash, above
 def test_prefill_by_splash_and_decoding():
     """The same caches and states of left-padded prompts, and the same next token's."""
     params = tiny.parameters(GEMMA3, "lm", 0)

@@ -72,7 +72,7 @@ ESTIMATED = {
 }
 
 
-OFTEN = ("sft, fsdp", "ppo, shared trunk")
+OFTEN = ("sft, fsdp",)
 
 
 @pytest.mark.parametrize(
