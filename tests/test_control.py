@@ -145,6 +145,7 @@ def test_eight_devices_do_what_one_does(tmp_path, one_device, devices):
     assert numbers["return/mean"] == pytest.approx(others["return/mean"], rel=1e-6)
 
 
+@pytest.mark.nightly  # by day: runs of text, in run/test_resume
 def test_a_resumed_run_is_the_same_run(tmp_path):
     whole, parts = config(tmp_path / "whole", iterations=4), config(tmp_path / "parts", iterations=2)
     with share_programs():

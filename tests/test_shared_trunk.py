@@ -93,6 +93,7 @@ def gradients(share: float | None, params: dict, num_micro: int = 1) -> dict:
     return tiny.program(partial(steps.gradients, recipe))(state, experience)[0]
 
 
+@pytest.mark.nightly  # by day: numbers of both models, above
 @pytest.mark.parametrize("share", [SHARE, *(pytest.param(one, marks=pytest.mark.nightly) for one in (0.0, 1.0))])
 def test_the_trunk_learns_from_both_losses_and_the_head_from_its_own(share):
     """With two equal trunks, autodiff gives each loss's gradient by itself; the shared one's is their weighted sum."""

@@ -164,9 +164,11 @@ def write_kept(path: Path, kept: Kept) -> None:
 
 
 def check_kept(path: Path, cfg: Config) -> None:
-    """Raises ConfigError where the cell's run was made by another config: it would pass for one of this."""
+    """Raises ConfigError where the cell's run was made by another config: it would pass for one of this. The order of
+    keys is that of the version that wrote them."""
     kept, wanted = read_kept(path), dump(cfg)
-    if kept is not None and kept.config != wanted:
+    tree = lambda text: read_yaml(text, os.fspath(path))
+    if kept is not None and tree(kept.config) != tree(wanted):
         lines = difflib.unified_diff(kept.config.splitlines(), wanted.splitlines(), lineterm="", n=0)
         changed = ", ".join(line[:1] + line[1:].strip() for line in lines if line[:3] not in ("---", "+++", "@@ "))
         raise ConfigError(f"--out: {path.with_suffix('')}: made by another config ({changed}); expected another folder")

@@ -66,6 +66,7 @@ def test_scores_of_the_host_come_before_those_of_an_ensemble():
     assert "score/disagreement" not in metrics
 
 
+@pytest.mark.nightly  # by day: their losses, above
 def test_members_learn_beside_the_policy():
     """PPO with reward_update: each member has an optimizer of its own."""
     run = tiny.build("ppo", PPOConfig(num_epochs=1, reward_update=True), members=2)

@@ -136,6 +136,7 @@ def trained(cfg: GRPOConfig):
     return exact, run.state.params["policy"], state.params["policy"]
 
 
+@pytest.mark.nightly  # by day: the gradient, above
 @pytest.mark.parametrize(
     "cfg",
     [

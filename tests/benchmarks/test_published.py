@@ -220,6 +220,12 @@ def test_what_is_measured_otherwise_is_measured_again_and_not_trained_again(trai
 def test_runs_of_another_config_or_data_are_refused_before_any_work(trained, monkeypatch):
     out, _ = trained
     monkeypatch.setattr(reproduce, "run", None)
+    path = out / "seed3" / "sft.json"
+    kept = json.loads(path.read_text())
+    turned = "\n".join(reversed(kept["config"].splitlines()[:2])) + "\n" + "\n".join(kept["config"].splitlines()[2:])
+    assert turned != kept["config"].rstrip("\n")
+    path.write_text(json.dumps(kept | {"config": turned}))
+    reproduce.reproduce(dataclasses.replace(TINY, cells=TINY.cells[:1]), [3], out)  # in another order it is the same
     cell = dataclasses.replace(TINY.cells[0], overrides={**SHORT, "iterations": 3})
     with pytest.raises(ConfigError, match=r"^--out: \S+sft: made by another config \(-iterations: 2, \+iterations: 3"):
         reproduce.reproduce(dataclasses.replace(TINY, cells=(cell,)), [3], out)

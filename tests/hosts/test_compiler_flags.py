@@ -182,6 +182,7 @@ print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((500, 500))))
 """
 
 
+@pytest.mark.nightly  # by day: flags, above
 @pytest.mark.skipif(libc_ver()[0] != "glibc" or (os.cpu_count() or 1) > heap.FEW_CORES, reason="heaps of each thread")
 def test_holes_are_taken_where_there_is_one_heap():
     """200 of 300 kB, whose whole pages the system gets back; what is asked for afterwards is given."""

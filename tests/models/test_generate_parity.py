@@ -178,6 +178,7 @@ def dequantized(params):
     return found | {"head": {"kernel": wide(quantized(params["embed"]["tokens"]["embedding"], (1,))).T}}
 
 
+@pytest.mark.nightly  # by day: a linear map in 8 bits, in test_int8
 def test_int8_weights_are_what_their_scales_make_of_them():
     """Log-probs are those of a full pass over the weights that 8 bits stand for, and near those of the real ones."""
     runtime = FLOAT32._replace(int8=("weights",))

@@ -358,6 +358,7 @@ GEMMA3 = resolve(
 INTERPRETED = Runtime(attention="splash", hardware=TPU, interpret=True)
 
 
+@pytest.mark.nightly  # by day: a model by splash over devices, below
 @pytest.mark.parametrize(
     ("cfg", "remat"),
     [(LLAMA, "none"), *(pytest.param(GEMMA3, remat, marks=pytest.mark.nightly) for remat in ("full", "dots"))],

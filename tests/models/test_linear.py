@@ -84,6 +84,7 @@ def test_gradients_are_those_of_kernels_that_are_kept(remat, monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
 
 
+@pytest.mark.nightly  # by day: what a layer gathers, above
 def test_gradients_in_steps_are_those_of_one(monkeypatch):
     """Within decode groups first, then over fsdp; the program says so twice for each of seven kernels."""
     cfg, mesh = model(2), make_mesh(SHARED[1], jax.devices()[:8])

@@ -369,6 +369,7 @@ def test_init_does_not_depend_on_the_mesh():
     assert not np.array_equal(kernel[0], kernel[1])
 
 
+@pytest.mark.nightly  # by day: what is recomputed, below
 @pytest.mark.parametrize("cfg", [LLAMA, pytest.param(CAPPED, marks=pytest.mark.nightly)])
 def test_remat_gives_the_same_gradients(cfg):
     """Compiled without optimisation, which takes half the time."""
