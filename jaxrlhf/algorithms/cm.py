@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.algorithms.grading import combined, members_of
+from jaxrlhf.algorithms.grading import combined, over_members, read_members
+from jaxrlhf.algorithms.rm import combined_sides, right, score_pairs
 from jaxrlhf.ops.losses import bradley_terry
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.ops.rows import deinterleave, interleave
 from jaxrlhf.types import (
     Array,
-    Ask,
     Batch,
     Experience,
     Mean,
@@ -60,22 +59,21 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: CMConfig) -> tuple
 def loss(nets: Nets, trees: Trees, minibatch: CMExperience, cfg: CMConfig) -> tuple[dict[Role, Mean], dict[str, Mean]]:
     """-log p(label) of a response and -log p(chosen is less harmful) of a pair, in nats: the mean of all of them, for
     each member. Padding rows count for nothing."""
-    members, rows = members_of(nets, "cost"), minibatch.labelled.responses
-    costs = dict(zip(members, nets.read(trees, rows, *(Ask(role, "scores") for role in members))))
+    rows = minibatch.labelled.responses
+    costs = read_members(nets, trees, rows, "cost")
     real, safe = rows.valid.any(-1), minibatch.labelled.desirable
     labels = {role: sums(-jax.nn.log_sigmoid(jnp.where(safe, -cost, cost)), real) for role, cost in costs.items()}
-    metrics = {"loss/cost": total(labels)} | label_metrics(combined(nets, costs, "cost"), safe, real)
+    metrics = {"loss/cost": over_members(labels.values())} | label_metrics(combined(nets, costs, "cost"), safe, real)
     if minibatch.pairs is None:
         return labels, metrics
     ranks, pair_metrics = rank_losses(nets, trees, minibatch.pairs.data)
-    return {role: labels[role] + ranks[role] for role in members}, metrics | pair_metrics
+    return {role: labels[role] + rank for role, rank in ranks.items()}, metrics | pair_metrics
 
 
 def label_metrics(cost: Array, safe: Array, real: Array) -> dict[str, Mean]:
     """How often the sign of the cost is the label, and the cost of either kind; f32[B], bool[B], bool[B]."""
-    right = jnp.where(safe, cost < 0, cost > 0) + 0.5 * (cost == 0)
     return {
-        "cost/accuracy": sums(right, real),
+        "cost/accuracy": sums(right(jnp.where(safe, -cost, cost)), real),
         "cost/safe": sums(cost, real & safe),
         "cost/unsafe": sums(cost, real & ~safe),
     }
@@ -83,19 +81,11 @@ def label_metrics(cost: Array, safe: Array, real: Array) -> dict[str, Mean]:
 
 def rank_losses(nets: Nets, trees: Trees, pairs: Preferences) -> tuple[dict[Role, Mean], dict[str, Mean]]:
     """-log p(chosen is less harmful) of each member, and how often the combined cost says so."""
-    members, real = members_of(nets, "cost"), pairs.chosen.valid.any(-1)
-    rows = interleave(pairs.chosen, pairs.rejected)
-    sides = [deinterleave(cost) for cost in nets.read(trees, rows, *(Ask(role, "scores") for role in members))]
-    losses = {role: sums(bradley_terry(-chosen, -rejected), real) for role, (chosen, rejected) in zip(members, sides)}
-    chosen, rejected = (combined(nets, dict(zip(members, side)), "cost") for side in zip(*sides))
-    right = (chosen < rejected) + 0.5 * (chosen == rejected)
-    return losses, {"loss/cost_pairs": total(losses), "cost/pair_accuracy": sums(right, real)}
-
-
-def total(losses: dict[Role, Mean]) -> Mean:
-    """The mean over the members."""
-    first, *others = losses.values()
-    return sum(others, first)
+    scores, real = score_pairs(nets, trees, pairs, "cost"), pairs.chosen.valid.any(-1)
+    losses = {role: sums(bradley_terry(-chosen, -rejected), real) for role, (chosen, rejected) in scores.items()}
+    chosen, rejected = combined_sides(nets, scores, "cost")
+    accuracy = sums(right(rejected - chosen), real)
+    return losses, {"loss/cost_pairs": over_members(losses.values()), "cost/pair_accuracy": accuracy}
 
 
 ALGORITHM = Algorithm(

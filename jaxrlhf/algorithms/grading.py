@@ -1,6 +1,7 @@
 """What graders that networks answer say of rows: one model, or the members of an ensemble combined."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -14,16 +15,29 @@ def members_of(nets: Nets, grader: Role = "reward") -> tuple[Role, ...]:
     return nets.graders[grader].members if grader in nets.graders else (grader,)
 
 
+def read_members(
+    nets: Nets, trees: Trees, rows: Sequences, grader: Role = "reward", what: Literal["scores", "rewards"] = "scores"
+) -> dict[Role, Array]:
+    """What each member says of the rows: scores f32[B], or rewards f32[B, S]."""
+    members = members_of(nets, grader)
+    return dict(zip(members, nets.read(trees, rows, *(Ask(role, what) for role in members))))
+
+
 def read_scores(nets: Nets, trees: Trees, rows: Sequences, grader: Role = "reward") -> tuple[Array, dict[Role, Array]]:
     """(f32[B]: the score of each row; the scores of each member, where they are several)."""
-    members = members_of(nets, grader)
-    each = nets.read(trees, rows, *(Ask(role, "scores") for role in members))
-    return combined(nets, dict(zip(members, each)), grader), dict(zip(members, each)) if len(each) > 1 else {}
+    each = read_members(nets, trees, rows, grader)
+    return combined(nets, each, grader), each if len(each) > 1 else {}
+
+
+def over_members(losses: Iterable[Mean]) -> Mean:
+    """The mean over the rows of all members."""
+    first, *others = losses
+    return sum(others, first)
 
 
 def combined(nets: Nets, scores: dict[Role, Array], grader: Role = "reward") -> Array:
-    """f32[B] of the members' scores, as the grader combines them. What holds a score low holds a cost high: ``min`` is
-    then the highest cost, ``mean_minus_variance`` the mean plus the variance."""
+    """The members' scores f32[B], or rewards f32[B, S], as the grader combines them. What holds a score low holds a
+    cost high: ``min`` is then the highest cost, ``mean_minus_variance`` the mean plus the variance."""
     if grader not in nets.graders:
         return scores[grader]
     spec, sign = nets.graders[grader], -1 if grader == "cost" else 1

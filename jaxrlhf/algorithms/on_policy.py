@@ -8,11 +8,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Updates, read_logprobs
-from jaxrlhf.algorithms.grading import combined, member_metrics, members_of, read_scores
+from jaxrlhf.algorithms.grading import combined, member_metrics, members_of, read_members, read_scores
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
 from jaxrlhf.ops.masked import at_last, count, keep, sums, variance
 from jaxrlhf.ops.token_rewards import missing_eos
-from jaxrlhf.types import Array, Ask, Mean, Nets, Role, Sequences, TrainState, Trees, given
+from jaxrlhf.types import Array, Mean, Nets, Role, Sequences, TrainState, Trees, given
 
 
 def scores_of(nets: Nets, trees: Trees, sequences: Sequences) -> tuple[Array, dict[Role, Array]]:
@@ -47,9 +47,7 @@ def earned_by_actions(nets: Nets, trees: Trees, sequences: Sequences) -> Array |
         return None
     if sequences.scores is not None:
         return given(sequences.rewards, "sequences.rewards")
-    members = members_of(nets)
-    each = nets.read(trees, sequences, *(Ask(role, "rewards") for role in members))
-    return combined(nets, dict(zip(members, each)))
+    return combined(nets, read_members(nets, trees, sequences, what="rewards"))
 
 
 def with_what_follows(rewards: Array, values: Array, sequences: Sequences, gamma: float) -> Array:

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from jaxrlhf.algorithm import Algorithm, read_logprobs
+from jaxrlhf.algorithm import read_logprobs
 from jaxrlhf.algorithms import on_policy, ppo
 from jaxrlhf.algorithms.ppo import PPOConfig, PPOExperience
 from jaxrlhf.ops.advantages import gae
@@ -143,12 +143,9 @@ def problems(cfg: PPOLagrangianConfig) -> Iterator[str]:
         yield "whiten_rewards: true: score and cost would lose the units that the multiplier compares; expected false"
 
 
-ALGORITHM = Algorithm(
+ALGORITHM = ppo.ALGORITHM._replace(
     config=PPOLagrangianConfig,
-    online=True,
-    batch=ppo.ALGORITHM.batch,
     roles=roles,
-    updates=on_policy.updates,
     prepare=prepare,
     loss=loss,
     controls=controls,

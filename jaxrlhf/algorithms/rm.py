@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm, Normalization, update_once
-from jaxrlhf.algorithms.grading import combined, members_of
+from jaxrlhf.algorithms.grading import combined, over_members, read_members
 from jaxrlhf.ops.ensembles import bootstrap_counts, disagreement, row_hash
 from jaxrlhf.ops.losses import bradley_terry, centering
 from jaxrlhf.ops.masked import keep, sums
 from jaxrlhf.ops.rows import deinterleave, interleave
-from jaxrlhf.types import Array, Ask, Batch, Experience, Mean, Nets, Params, Preferences, Role, TrainState, Trees, given
+from jaxrlhf.types import Array, Batch, Experience, Mean, Nets, Params, Preferences, Role, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,18 @@ class RMExperience(Experience, kw_only=True):
     pairs: Preferences
 
 
-def score_pairs(nets: Nets, trees: Trees, pairs: Preferences) -> dict[Role, tuple[Array, Array]]:
+def score_pairs(
+    nets: Nets, trees: Trees, pairs: Preferences, grader: Role = "reward"
+) -> dict[Role, tuple[Array, Array]]:
     """Scores f32[B] of the chosen and of the rejected rows by each member, in one pass of each."""
-    members, rows = members_of(nets), interleave(pairs.chosen, pairs.rejected)
-    scores = nets.read(trees, rows, *(Ask(role, "scores") for role in members))
-    return {role: deinterleave(each) for role, each in zip(members, scores)}
+    scores = read_members(nets, trees, interleave(pairs.chosen, pairs.rejected), grader)
+    return {role: deinterleave(each) for role, each in scores.items()}
+
+
+def combined_sides(nets: Nets, scores: dict[Role, tuple[Array, Array]], grader: Role = "reward") -> tuple[Array, Array]:
+    """What the members say of the chosen rows together, and of the rejected ones; each f32[B]."""
+    chosen, rejected = (combined(nets, {role: pair[side] for role, pair in scores.items()}, grader) for side in (0, 1))
+    return chosen, rejected
 
 
 def preference_losses(
@@ -59,7 +66,7 @@ def preference_losses(
             drift = sums(away, real) if counts is None else weighted_sums(away, counts, real)
             loss = Mean(loss.total + center * drift.total, loss.count)
         losses[role] = loss
-    return losses, {"loss/reward": sum(likelihoods[1:], likelihoods[0])} | pair_metrics(nets, scores, real)
+    return losses, {"loss/reward": over_members(likelihoods)} | pair_metrics(nets, scores, real)
 
 
 def weighted_sums(x: Array, counts: Array, real: Array) -> Mean:
@@ -80,7 +87,7 @@ def pair_metrics(nets: Nets, scores: dict[Role, tuple[Array, Array]], real: Arra
     Calibration: ``reward/confidence`` is the mean probability given to the preference that the model itself predicts;
     a calibrated model has it equal to ``reward/accuracy``. ``reward/brier`` is the squared error of that probability.
     """
-    chosen, rejected = (combined(nets, {role: pair[side] for role, pair in scores.items()}) for side in (0, 1))
+    chosen, rejected = combined_sides(nets, scores)
     difference = chosen - rejected
     probability = jax.nn.sigmoid(difference)
     metrics = {

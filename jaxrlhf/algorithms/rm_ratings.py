@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm, update_once
 from jaxrlhf.algorithms import rm
-from jaxrlhf.algorithms.grading import members_of
+from jaxrlhf.algorithms.grading import members_of, over_members, read_members
 from jaxrlhf.algorithms.trajectories import Rewarded, take_trajectories
 from jaxrlhf.ops.masked import at_last, keep, sums
 from jaxrlhf.types import Array, Ask, Mean, Nets, Sequences, Trees, given
@@ -37,18 +37,16 @@ def loss(
     """Mean squared error of a rated score, of each member of an ensemble."""
     rows = given(minibatch.responses, "responses")
     rewards = keep(minibatch.rewards, rows.response_mask)
-    members = members_of(nets)
     if cfg.at == "response":
         ratings, rated = rewards.sum(-1), rows.response_mask.any(-1)
-        scores = dict(zip(members, nets.read(trees, rows, *(Ask(role, "scores") for role in members))))
+        scores = read_members(nets, trees, rows)
     else:
         ratings, rated = rewards, rewards != 0
-        scores = {role: step_scores(nets, trees, rows, role) for role in members}
+        scores = {role: step_scores(nets, trees, rows, role) for role in members_of(nets)}
     losses = {role: sums(jnp.square(score - ratings), rated) for role, score in scores.items()}
-    found = [*losses.values()]
     mean_score = jnp.mean(jnp.stack([*scores.values()]), axis=0)
     return losses, {
-        "loss/reward": sum(found[1:], found[0]),
+        "loss/reward": over_members(losses.values()),
         "reward/rating": sums(ratings, rated),
         "reward/score": sums(mean_score, rated),
         "reward/error": sums(jnp.abs(mean_score - ratings), rated),

@@ -8,16 +8,9 @@ EOS = "<eos>"  # id 0; padding too, so that every token is an action
 
 def letters_tokenizer(letters: str) -> Any:
     """A transformers fast tokenizer. Letter n is token n + 1; nothing is put before a text."""
-    from tokenizers import Tokenizer, decoders, models
+    from jaxrlhf.data.tokenizer import sign_tokenizer
 
-    from jaxrlhf.data.tokenizer import import_transformers
-
-    vocab = {EOS: 0} | {letter: at for at, letter in enumerate(letters, 1)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.decoder = decoders.Fuse()  # type: ignore[assignment]
-    return import_transformers().PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
-    )
+    return sign_tokenizer({EOS: 0} | {letter: at for at, letter in enumerate(letters, 1)}, EOS)
 
 
 def write_letters(letters: str, folder: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxrlhf.data.encode import Encoded
 from jaxrlhf.data.record_kinds import SEGMENTS, BadRecord
 from jaxrlhf.data.sources import Source
-from jaxrlhf.data.tokenizer import EOS, import_transformers
+from jaxrlhf.data.tokenizer import EOS, sign_tokenizer
 
 SIGNS = string.digits + string.ascii_letters  # how actions are written
 
@@ -17,14 +17,7 @@ SIGNS = string.digits + string.ascii_letters  # how actions are written
 def actions_tokenizer(actions: int, observation_size: int) -> Any:
     """A transformers fast tokenizer in which token n is action n, a sign; behind the actions comes EOS, which starts
     rows and fills them up. It knows the size of observations."""
-    from tokenizers import Tokenizer, decoders, models
-
-    vocab = {sign: at for at, sign in enumerate(SIGNS[:actions])} | {EOS: actions}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.decoder = decoders.Fuse()  # type: ignore[assignment]
-    tokenizer = import_transformers().PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
-    )
+    tokenizer = sign_tokenizer({sign: at for at, sign in enumerate(SIGNS[:actions])} | {EOS: actions}, EOS)
     tokenizer.observation_size = observation_size
     return tokenizer
 

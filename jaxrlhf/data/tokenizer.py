@@ -112,6 +112,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()
     )
 
 
+def sign_tokenizer(vocab: Mapping[str, int], eos: str) -> Any:
+    """A transformers fast tokenizer of signs, a token each; nothing is put before a text. ``eos``, one of ``vocab``,
+    is the padding, too."""
+    from tokenizers import Tokenizer, decoders, models
+
+    backend = Tokenizer(models.BPE(vocab=dict(vocab), merges=[]))
+    backend.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return import_transformers().PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=eos, pad_token=eos, clean_up_tokenization_spaces=False
+    )
+
+
 def save_tokenizer(tokenizer: Any, path: str) -> None:
     """Writes tokenizer.json, its config, its chat template and what ends a response (generation_config.json) into the
     folder ``path`` (local or remote)."""

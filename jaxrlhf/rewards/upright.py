@@ -44,4 +44,4 @@ def make(**options: Any) -> gymnasium.Env:
 
 
 if NAME not in gymnasium.registry:
-    gymnasium.register(id=NAME, entry_point=make)  # pyright: ignore[reportArgumentType]
+    gymnasium.register(id=NAME, entry_point=make)
