@@ -56,7 +56,7 @@ def encode_trajectories(record: Mapping[str, Any], tokenizer: Any, cfg: DataConf
 
 def make_demonstrations(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
     """``sequences`` [rows here, max_length], one record a row."""
-    encoded = [layout.examples.sides(record)[0] for record in layout.records(mine)]
+    encoded = [side for (side,) in layout.sides(mine)]
     return Batch(sequences=_right_padded(encoded, layout)), None
 
 
@@ -64,7 +64,7 @@ def make_packed(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Ba
     """``sequences`` with segment_ids: several records a row."""
     rows, segments = [], np.zeros((layout.local, layout.examples.max_length), np.int32)
     for row, unit in enumerate(mine):
-        documents = [layout.examples.sides(record)[0] for record in layout.records([unit])]
+        documents = [side for (side,) in layout.sides([unit])]
         lengths = [len(document.tokens) for document in documents]
         segments[row, : sum(lengths)] = np.repeat(np.arange(1, len(documents) + 1), lengths)
         joined = lambda field: np.concatenate([getattr(document, field) for document in documents])  # noqa: B023
@@ -74,13 +74,11 @@ def make_packed(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Ba
 
 def make_preferences(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
     """``preferences``: both sides [rows here, max_length]; the margin is there if all pairs have one."""
-    examples = layout.examples
-    records = layout.records(mine)
-    pairs = [examples.sides(record) for record in records]
+    pairs = layout.sides(mine)
     chosen, rejected = (_right_padded([pair[side] for pair in pairs], layout) for side in (0, 1))
-    margin: Any = np.zeros(layout.local, np.float32) if examples.margins else None
-    if examples.margins:
-        margin[: len(records)] = [record["margin"] for record in records]
+    margin: Any = np.zeros(layout.local, np.float32) if layout.examples.margins else None
+    if layout.examples.margins:
+        margin[: len(pairs)] = [record["margin"] for record in layout.records(mine)]
     return Batch(preferences=Preferences(chosen, rejected, margin)), None
 
 
@@ -100,8 +98,7 @@ def make_unpaired(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[
     # a last row alone, in an evaluation, takes the response of another batch
     others = units[(at + 1) % len(units)] if len(units) > 1 else (mine + 1) % len(layout.units)
     records = layout.records(mine)
-    own = [examples.sides(record)[0] for record in records]
-    responses = [examples.sides(record)[0] for record in layout.records(others)]
+    own, responses = ([side for (side,) in layout.sides(which)] for which in (mine, others))
     swapped = [_with_response(one, other, examples.max_length) for one, other in zip(own, responses, strict=True)]
     desirable = np.zeros(layout.local, bool)
     desirable[: len(records)] = [record["label"] for record in records]
@@ -119,7 +116,7 @@ def _with_response(one: Encoded, other: Encoded, max_length: int) -> Encoded:
 def make_trajectories(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
     """``trajectories``: responses and rewards [rows here, max_length], and which of them a limit cut."""
     records = layout.records(mine)
-    own = [layout.examples.sides(record)[0] for record in records]
+    own = [side for (side,) in layout.sides(mine)]
     rewards = np.zeros((layout.local, layout.examples.max_length), np.float32)
     truncated = np.zeros(layout.local, bool)
     for row, (record, side) in enumerate(zip(records, own, strict=True)):
@@ -137,8 +134,8 @@ def make_prompts(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[B
     tokens = np.full((layout.local, width), layout.pad, np.int32)
     valid = np.zeros((layout.local, width), bool)
     records = layout.records(mine)
-    for row, record in enumerate(records):
-        ids = examples.sides(record)[0].tokens
+    for row, (side,) in enumerate(layout.sides(mine)):
+        ids = side.tokens
         tokens[row, width - len(ids) :] = ids
         valid[row, width - len(ids) :] = True
     return Batch(prompts=Prompts(*_arrays(tokens, valid, layout.here.astype(np.int32)))), records

@@ -20,6 +20,7 @@ from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import DataConfig, Source
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.data.tokenizer import pad_id
+from jaxrlhf.data.truncate import Sides
 from jaxrlhf.types import Batch
 
 READ_AHEAD = 2  # batches made, each in a thread, while the devices work
@@ -220,6 +221,10 @@ class Layout:
     def records(self, units: Iterable[int]) -> list[dict[str, Any]]:
         """The records of the units."""
         return [self.examples.source[int(index)] for unit in units for index in self.units[unit]]
+
+    def sides(self, units: Iterable[int]) -> list[Sides]:
+        """The records of the units as token rows."""
+        return [self.examples.sides_at(int(index)) for unit in units for index in self.units[unit]]
 
     def assemble(self, units: np.ndarray) -> HostBatch:
         """This process's rows of the global batch with ``units`` (fewer than ``rows`` at the end of an evaluation)."""

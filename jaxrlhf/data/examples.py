@@ -4,6 +4,7 @@ Nothing is lost silently: every record is measured, and what is dropped, cut or 
 """
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -24,6 +25,7 @@ from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id, 
 from jaxrlhf.data.truncate import Encoder, Sides, longest, truncate
 
 FORMAT = 9  # of the cached measures; raise it when the same record would give other tokens
+KEPT_ROWS, KEPT_TOKENS = 2**15, 2**23  # of one source, kept in memory once encoded: the bound is the lower one
 TOO_LONG, IDENTICAL, BAD, EMPTY, UNCUTTABLE = 0, -1, -2, -3, -4  # in place of a length
 
 
@@ -33,6 +35,7 @@ class Examples:
 
     source: Source
     sides: Callable[[Mapping[str, Any]], Sides]  # a record as token rows, cut to max_length
+    sides_at: Callable[[int], Sides]  # those of the record with this index; the latest are kept in memory
     max_length: int
     lengths: np.ndarray  # i32[records]: tokens of the longest side once cut, or why the record is not used
     truncated: np.ndarray  # bool[records]
@@ -66,6 +69,8 @@ def make_examples(
         assert found is not None, record  # it was measured, and is not used then
         return found
 
+    keep = functools.lru_cache(min(KEPT_ROWS, KEPT_TOKENS // max_length))  # an epoch does not encode them again
+    sides_at = keep(lambda index: sides(source[index]))
     key = _measure_key(kind, source, tokenizer, cfg, max_length, eos)
     measures = _cached(
         cfg.cache_dir, key, lambda: _measure(kind, source, lambda record: encode(convert(record)), cut, max_length, cfg)
@@ -90,7 +95,7 @@ def make_examples(
             f"{summary.way_out()}"
         )
     margins = _all_or_none(measures[kept, 3], kept, source, where)
-    return Examples(source, sides, max_length, lengths, truncated, kept, margins, summary)
+    return Examples(source, sides, sides_at, max_length, lengths, truncated, kept, margins, summary)
 
 
 def _all_or_none(margins: np.ndarray, kept: np.ndarray, source: Source, where: str) -> bool:

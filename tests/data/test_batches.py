@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxrlhf.data import batch_kinds
+from jaxrlhf.data import batch_kinds, examples
 from jaxrlhf.data.batch_kinds import kind_of_section
-from jaxrlhf.data.batches import Share, held_out_batches
+from jaxrlhf.data.batches import READ_AHEAD, Share, held_out_batches
+from jaxrlhf.data.sources import Source
 from tests.support.streams import (
     comparison_stream,
     demonstration_stream,
@@ -52,6 +53,22 @@ def streams(tokenizer, config):
         "pairs": lambda **o: preference_stream(in_memory(PAIRS), tokenizer, plain, **o),
         "prompts": lambda **o: prompt_stream(in_memory(PROMPTS), tokenizer, config(prompt_buckets=(4, 8)), **o),
     }
+
+
+def test_a_record_is_encoded_once_where_memory_holds_it(letters, config, monkeypatch):
+    """Later epochs read no record; with room for fewer rows they do, and give the same."""
+
+    def epochs(rows_kept: int) -> tuple[list[Any], int]:
+        monkeypatch.setattr(examples, "KEPT_ROWS", rows_kept)
+        reads: list[int] = []
+        source = Source(lambda index: reads.append(index) or TEXTS[index], len(TEXTS), "memory", "f")
+        stream = demonstration_stream(source, letters, config(max_length=16, pack=False), rows=len(TEXTS), seed=3)
+        return take(stream, 8), len(reads)
+
+    (kept, few), (again, many) = epochs(100), epochs(4)
+    assert few <= (1 + READ_AHEAD) * len(TEXTS)  # measured, then encoded, by each thread at most
+    assert many >= len(TEXTS) + 8 * (len(TEXTS) - 4)
+    assert all(map(same, kept, again))
 
 
 @pytest.mark.parametrize("sort", ["packed", "plain", "pairs", "prompts"])
