@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LOG_WIDTH = 80  # columns of a line of numbers in a log
 MARGIN = 6  # columns that the bar leaves free: "^C" of the keyboard must not wrap it, or its first line stays
 SHOWN_SAMPLES = 2  # responses of an evaluation that stay above the bar
 GAP = "  "
@@ -49,6 +50,17 @@ def summary(metrics: Mapping[str, float]) -> list[str]:
         if name is not None and (found[name] or name not in RARE):
             shown.append(form.format(found[name]))
     return ["held out:", *shown] if held_out else shown
+
+
+def fitting(parts: Iterable[str], room: int) -> str:
+    """The first of ``parts``, and those behind it as far as they fit into ``room`` columns."""
+    line = ""
+    for part in filter(None, parts):
+        longer = line + GAP * bool(line) + part
+        if line and cell_len(longer) > room:
+            break
+        line = longer
+    return line
 
 
 def one_line(text: str) -> str:
@@ -111,11 +123,12 @@ class Lines:
         """What goes on from here on, until the next numbers: shown by a bar alone."""
 
     def show(self, step: int, numbers: list[str]) -> None:
-        """The numbers of a finished iteration, or of an evaluation after it."""
+        """The numbers of a finished iteration, or of an evaluation after it, as far as they fit."""
         self.pace.saw(step)
         if step % self.every == 0 or step == self.total:
-            parts = [f"{self.unit} {step}/{self.total}", *numbers, self.pace.left()]
-            self.say(GAP.join(filter(None, parts)))
+            left = self.pace.left()
+            room = LOG_WIDTH - cell_len(GAP + left) * bool(left)
+            self.say(GAP.join(filter(None, [fitting([f"{self.unit} {step}/{self.total}", *numbers], room), left])))
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Responses: those of a log are in samples.jsonl."""
@@ -182,12 +195,7 @@ class Bar(Lines):
         width = options.max_width // 6 if options.max_width >= 60 else 0
         parts = [f"{self.unit} {self.step}/{self.total or '?'}", self.pace.left(time.monotonic())]
         parts += [self.state] if self.state else self.numbers
-        line = ""
-        for part in filter(None, parts):
-            longer = line + GAP * bool(line) + part
-            if line and cell_len(longer) > room - width - 1:
-                break
-            line = longer
+        line = fitting(parts, room - width - 1)
         table = Table.grid(padding=(0, 1, 0, 0))
         bar = [ProgressBar(total=self.total, completed=self.step, width=width)] if width else []
         table.add_row(*bar, Text(set_cell_size(line, min(cell_len(line), room)), no_wrap=True))

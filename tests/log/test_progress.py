@@ -219,6 +219,20 @@ def test_time_left_counts_from_the_first_update(clock):
     assert ends == ["x", "1:06:36 left", "1:06:26 left"]  # 2 s an update x 1998, then x 1993
 
 
+def test_a_line_of_a_log_has_80_columns_and_the_time_left(clock):
+    screen = io.StringIO()
+    lines = Lines(Console(file=screen), total=9)
+    numbers = [f"number {at} is {at}" for at in range(9)]
+    for step in (1, 2, 9):
+        clock[0] += 1.0
+        lines.show(step, numbers)
+    first, second, last = screen.getvalue().splitlines()
+    assert second == f"step 2/9  {'  '.join(numbers[:3])}  0:00:07 left"
+    assert first == last.replace("9/9", "1/9") == f"step 1/9  {'  '.join(numbers[:4])}" and len(first) <= 80
+    lines.show(9, ["x" * 90])  # a number is not cut: it is left out
+    assert screen.getvalue().splitlines()[-1] == "step 9/9"
+
+
 @pytest.mark.parametrize("environ", [{}, {"FORCE_COLOR": "1"}, {"CLICOLOR_FORCE": "1"}, {"TTY_COMPATIBLE": "1"}])
 def test_a_log_that_is_no_terminal_is_plain_whatever_the_environment_says(monkeypatch, capsys, environ):
     for name, value in environ.items():
