@@ -130,17 +130,12 @@ def learned_q(run_dir: Path, wanted: list[State]) -> dict[State, float]:
     import jax
     import numpy as np
 
-    from jaxrlhf.config.load import load
-    from jaxrlhf.config.resolved import resolve_config
-    from jaxrlhf.run import checkpoint
-    from jaxrlhf.run.build import build
-    from jaxrlhf.run.initial_state import abstract_state
-    from jaxrlhf.run.saved_run import find_step
+    from jaxrlhf.benchmarks.finished_run import opened
     from jaxrlhf.run.transfer import put
     from jaxrlhf.sharding import current
     from jaxrlhf.types import Ask, Sequences
 
-    ready = build(resolve_config(load(run_dir / "config.yaml")))
+    ready, state = opened(run_dir)
     tokens, mask = np.zeros((2, len(wanted), max(map(len, wanted))), np.int32)
     for row, step in enumerate(wanted):
         tokens[row, : len(step)], mask[row, : len(step)] = [at_of(action) for action in step], 1
@@ -148,7 +143,6 @@ def learned_q(run_dir: Path, wanted: list[State]) -> dict[State, float]:
     rows: Any = Sequences(tokens, mask > 0, last)  # type: ignore[arg-type]
     read = jax.jit(lambda trees, rows: ready.recipe.nets.read(trees, rows, Ask("q", "q"))[0].chosen)
     with current(ready.mesh):
-        state = checkpoint.restore(str(run_dir), find_step(str(run_dir)), abstract_state(ready))
         found = jax.device_get(read(state.trees, put(ready.mesh, rows)))
     return dict(zip(wanted, found[last].tolist(), strict=True))
 
