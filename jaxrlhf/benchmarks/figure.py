@@ -41,6 +41,11 @@ def draw(plot: Callable[[Any], None], to: Sequence[Path], source: str = "", size
                 path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
 
 
+def color_of(results: Results, cell: str) -> str:
+    """The same in every panel."""
+    return f"C{[*results.measured].index(cell)}"
+
+
 def plot_all_dots(figure: Any, results: Results, quantities: Sequence[str]) -> None:
     """A panel for each quantity."""
     grid = figure.subplots(1, len(quantities), squeeze=False)
@@ -52,9 +57,9 @@ def plot_dots(axes: Any, results: Results, quantity: str) -> None:
     """A dot for each seed of each cell, and a line at their mean."""
     cells = [cell for cell, found in results.measured.items() if quantity in found[0]]
     for place, cell in enumerate(cells):
-        values = results.of(cell, quantity)
-        axes.plot([place] * len(values), values, "o", color=f"C{place}", markersize=4.5, markeredgecolor="white")
-        axes.hlines(results.mean(cell, quantity), place - 0.25, place + 0.25, color=f"C{place}", linewidth=1.4)
+        values, color = results.of(cell, quantity), color_of(results, cell)
+        axes.plot([place] * len(values), values, "o", color=color, markersize=4.5, markeredgecolor="white")
+        axes.hlines(results.mean(cell, quantity), place - 0.25, place + 0.25, color=color, linewidth=1.4)
     axes.set_xticks(range(len(cells)), cells, rotation=30, ha="right")
     axes.set(title=quantity.replace("_", " "))
     axes.margins(y=0.1)
@@ -63,13 +68,18 @@ def plot_dots(axes: Any, results: Results, quantity: str) -> None:
 
 def plot_curves(axes: Any, results: Results, x: str | None, y: str, cells: Sequence[str] = ()) -> None:
     """The curves ``y`` over the curves ``x`` (None: over their number), a line for each seed: of all cells that have
-    them, or of those among ``cells``, each in the color that it has in plot_dots."""
-    for number, (cell, found) in enumerate(results.measured.items()):
+    them, or of those among ``cells``."""
+    for cell, found in results.measured.items():
         if y not in found[0] or (cells and cell not in cells):
             continue
         lines = results.of(cell, y)
         for at, line in enumerate(lines):
             places = results.of(cell, x)[at] if x else range(len(line))
             label = {"label": cell} if at == 0 else {}
-            axes.plot(places, line, color=f"C{number}", linewidth=1.0, alpha=0.8, **label)
+            axes.plot(places, line, color=color_of(results, cell), linewidth=1.0, alpha=0.8, **label)
     tidy(axes)
+
+
+def legend_beside(axes: Any) -> None:
+    """At the right of the axes, where no line is below it."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=6, frameon=False)

@@ -91,46 +91,24 @@ def ask_by_disagreement(folder: Path, seed: int, count: int = LABELS[1]) -> None
 # ---- what a run has learned -----------------------------------------------------------------------------------------
 
 
-def opened(run_dir: Path) -> tuple[Any, Any]:
-    """(a finished run made ready, its state); use them under ``sharding.current(ready.mesh)``."""
-    from jaxrlhf.config.load import load
-    from jaxrlhf.config.resolved import resolve_config
-    from jaxrlhf.run import checkpoint
-    from jaxrlhf.run.build import build
-    from jaxrlhf.run.initial_state import abstract_state
-    from jaxrlhf.run.saved_run import find_step
-    from jaxrlhf.sharding import current
-
-    ready = build(resolve_config(load(run_dir / "config.yaml")), keep=False)
-    with current(ready.mesh):
-        return ready, checkpoint.restore(str(run_dir), find_step(str(run_dir)), abstract_state(ready))
-
-
 def segment_scores(run_dir: Path, pairs: Sequence[Pair], side: str) -> Any:
     """f32[members, pairs]: what each reward model of a run gives to one side of the pairs."""
-    import jax
     import numpy as np
 
-    from jaxrlhf.algorithms.grading import members_of
-    from jaxrlhf.run.transfer import put
-    from jaxrlhf.sharding import current
-    from jaxrlhf.types import Ask, Sequences
+    from jaxrlhf.benchmarks.finished_run import member_scores
+    from jaxrlhf.types import Sequences
 
-    ready, state = opened(run_dir)
     observations = np.array([pair[f"{side}_observations"] for pair in pairs], np.float32)
     tokens = np.zeros((len(pairs), observations.shape[1]), np.int32)
     mask = np.tile(np.arange(tokens.shape[1]) > 0, (len(tokens), 1))
-    rows: Any = Sequences(tokens, mask, mask, observations=observations)  # type: ignore[arg-type]
-    asks = [Ask(role, "scores") for role in members_of(ready.recipe.nets)]
-    read = jax.jit(lambda trees, rows: ready.recipe.nets.read(trees, rows, *asks))
-    with current(ready.mesh):
-        return np.stack(jax.device_get(read(state.trees, put(ready.mesh, rows))))
+    return member_scores(run_dir, Sequences(tokens, mask, mask, observations=observations))  # type: ignore[arg-type]
 
 
 def true_return(run_dir: Path) -> float:
     """The mean return of the run's policy by the true reward, of PLAYED episodes whose starts no run has seen."""
     import numpy as np
 
+    from jaxrlhf.benchmarks.finished_run import opened
     from jaxrlhf.rewards import upright
     from jaxrlhf.run.episodes import Player
     from jaxrlhf.run.programs import compile_act
@@ -162,13 +140,13 @@ def measure(done: Finished) -> Measured:
 
 def plot(figure: Any, results: Results) -> None:
     """The true return over training, and at its end over the number of labels."""
-    from jaxrlhf.benchmarks.figure import plot_curves, plot_dots
+    from jaxrlhf.benchmarks.figure import legend_beside, plot_curves, plot_dots
 
     figure.set_size_inches(8, 2.8)
     left, right = figure.subplots(1, 2)
     plot_curves(left, results, None, "return_curve")
     left.set(xlabel="iteration", title="true return of an episode")
-    left.legend(fontsize=6)
+    legend_beside(left)
     plot_dots(right, results, "return")
 
 
