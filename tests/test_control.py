@@ -175,6 +175,29 @@ def test_learned_rewards_of_every_action_take_the_place_of_the_environments(tmp_
     assert metrics["return/mean"] == pytest.approx(sequences.rewards.sum(1).mean(), rel=1e-6)
 
 
+@pytest.mark.nightly  # by day: a NumPy loop, in algorithms/test_ppo_lagrangian
+def test_costs_of_every_action_are_those_of_the_cost_models(tmp_path, reward_run):
+    """A run of rm is a cost model where the chosen side costs more; the environment rewards."""
+    members = {f"cost_{at}": {"init_from": str(reward_run)} for at in (0, 1)}
+    start = {"models": {"policy": {"architecture": SHAPE}} | members, "algorithm.kl_coef": 0.0}
+    state, metrics, sequences = iterated(config(tmp_path, "ppo_lagrangian", **start), 1, count=1)
+    assert metrics["return/mean"] == pytest.approx(sequences.rewards.sum(1).mean(), rel=1e-6)
+    assert metrics["reward/mean"] == pytest.approx(metrics["return/mean"], rel=1e-5)
+    moved = 1.0 + 0.1 * float(metrics["cost/mean"])
+    assert metrics["cost/mean"] and float(state.controls["multiplier"]) == pytest.approx(max(moved, 0), rel=1e-5)
+
+
+def test_an_environment_gives_no_cost(tmp_path):
+    with pytest.raises(ConfigError, match=r"models\.cost: missing; ppo_lagrangian needs it"):
+        check(config(tmp_path, "ppo_lagrangian"), 8)
+    on_host = {"rewards.functions": {"cost": {"function": "mine:f"}}}
+    with pytest.raises(
+        ConfigError, match=r'rewards.functions: \["cost"\]: of text, and the run acts in environment.id'
+    ):
+        check(config(tmp_path, "ppo_lagrangian", **on_host), 8)
+    check(config(tmp_path, "ppo_lagrangian", **{"models.cost": {"architecture": SHAPE}}), 8)
+
+
 def test_a_constant_reward_tells_nothing_where_a_limit_cuts_and_much_where_episodes_end():
     """Of the values that it has: r / (1 - gamma) of every state if episodes go on for ever, r at the last action."""
     mask = jnp.array([[False, True, True, True, False], [False, True, True, False, False]])

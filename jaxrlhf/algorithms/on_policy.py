@@ -40,14 +40,14 @@ def cost_metrics(costs: Array, rows: Array) -> dict[str, Mean]:
     }
 
 
-def earned_by_actions(nets: Nets, trees: Trees, sequences: Sequences) -> Array | None:
-    """f32[B, S]: what every action of an episode earned, by the environment or the reward model, or its members
-    together. None of text: a response has one score."""
+def earned_by_actions(nets: Nets, trees: Trees, sequences: Sequences, grader: Role = "reward") -> Array | None:
+    """f32[B, S]: what every action of an episode earned (of the grader "cost": what it cost), by the reward model, or
+    its members together; a reward by the environment, where that scored. None of text: a response has one score."""
     if sequences.observations is None:
         return None
-    if sequences.scores is not None:
+    if grader == "reward" and sequences.scores is not None:
         return given(sequences.rewards, "sequences.rewards")
-    return combined(nets, read_members(nets, trees, sequences, what="rewards"))
+    return combined(nets, read_members(nets, trees, sequences, grader, "rewards"), grader)
 
 
 def with_what_follows(rewards: Array, values: Array, sequences: Sequences, gamma: float) -> Array:

@@ -96,11 +96,9 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs, members)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
-    every_value, values = values, keep(values, mask)
-    earned = on_policy.earned_by_actions(nets, state.trees, sequences)
-    rewards = shaped_rewards(sequences, scores, keep(logprobs, mask), keep(ref_logprobs, mask), state, cfg, earned)
-    whole = on_policy.with_what_follows(rewards, every_value, sequences, cfg.gamma)
-    advantages, returns = gae(whole, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
+    rewards = shaped_rewards(nets, state, sequences, scores, logprobs, ref_logprobs, cfg)
+    advantages, returns = estimated(rewards, values, sequences, cfg)
+    values = keep(values, mask)
     metrics |= {"reward/mean": sums(rewards.sum(-1), mask.any(-1))} | value_metrics("value", mask, values, returns)
     metrics["kl/coef"] = Mean(kl_coef(state, cfg), jnp.float32(1))
     advantages, corrected = normalised(advantages, logprobs, sequences, cfg)
@@ -136,22 +134,35 @@ def pairs_of(batch: Batch, cfg: PPOConfig) -> Rows | None:
 
 
 def shaped_rewards(
+    nets: Nets,
+    state: TrainState,
     sequences: Sequences,
     scores: Array,
     logprobs: Array,
     ref_logprobs: Array,
-    state: TrainState,
     cfg: PPOConfig,
-    earned: Array | None = None,
 ) -> Array:
-    """f32[B, S]: -kl_coef * KL on every response token, and the score on the last, or on each what it ``earned``."""
+    """f32[B, S]: -kl_coef * KL on every response token, and the score on the last, or on each what it earned."""
     mask = sequences.response_mask
     scores = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
-    penalty = kl_coef(state, cfg) * kl_estimate(logprobs, ref_logprobs, cfg.kl_estimator)
+    penalty = kl_penalty(state, logprobs, ref_logprobs, mask, cfg)
+    earned = on_policy.earned_by_actions(nets, state.trees, sequences)
     rewards = score_to_rewards(scores, penalty, mask) if earned is None else keep(earned - penalty, mask)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, variance="unbiased", shift_mean=False)
     return rewards
+
+
+def kl_penalty(state: TrainState, logprobs: Array, ref_logprobs: Array, mask: Array, cfg: PPOConfig) -> Array:
+    """f32[B, S]: kl_coef times the KL from the reference at each response token."""
+    return kl_coef(state, cfg) * kl_estimate(keep(logprobs, mask), keep(ref_logprobs, mask), cfg.kl_estimator)
+
+
+def estimated(rewards: Array, values: Array, sequences: Sequences, cfg: PPOConfig) -> tuple[Array, Array]:
+    """(advantages, returns), f32[B, S], by GAE: ``rewards`` of response tokens, ``values`` of all columns."""
+    mask = sequences.response_mask
+    whole = on_policy.with_what_follows(rewards, values, sequences, cfg.gamma)
+    return gae(whole, keep(values, mask), mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
 
 
 def value_metrics(critic: Role, mask: Array, values: Array, returns: Array) -> dict[str, Mean]:

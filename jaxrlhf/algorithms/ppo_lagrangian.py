@@ -18,7 +18,8 @@ The paper moves log lambda by the gradient, lambda * J: that stalls where lambda
 With multiplier_learning_rate 0 the weight of the cost is fixed: reward shaping, the baseline of the paper.
 
 A cost is a grader like any other: models.cost (a run of ``cm``, or a list of them), or the function under
-rewards.functions.cost, of weight 0 in the score. Above 0 a response is unsafe.
+rewards.functions.cost, of weight 0 in the score. Above 0 a response is unsafe. In an environment a model gives every
+action a cost, as it gives a reward: a run of ``rm`` on segments whose chosen side costs more.
 """
 
 import dataclasses
@@ -29,11 +30,22 @@ import jax.numpy as jnp
 from jaxrlhf.algorithm import read_logprobs
 from jaxrlhf.algorithms import on_policy, ppo
 from jaxrlhf.algorithms.ppo import PPOConfig, PPOExperience
-from jaxrlhf.ops.advantages import gae
-from jaxrlhf.ops.kl import kl_estimate
 from jaxrlhf.ops.masked import keep, sums
 from jaxrlhf.ops.token_rewards import score_to_rewards
-from jaxrlhf.types import Array, Ask, AskedHead, Batch, Mean, Metrics, Nets, Role, TrainState, Trees, given
+from jaxrlhf.types import (
+    Array,
+    Ask,
+    AskedHead,
+    Batch,
+    Mean,
+    Metrics,
+    Nets,
+    Role,
+    Sequences,
+    TrainState,
+    Trees,
+    given,
+)
 
 CRITICS = ("value", "cost_value")
 
@@ -73,13 +85,11 @@ def prepare(
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, ref_logprobs, members)
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
-    values, cost_values, old, reference = (keep(x, mask) for x in (values, cost_values, logprobs, ref_logprobs))
-    rewards = ppo.shaped_rewards(sequences, scores, old, reference, state, cfg)
-    kl = ppo.kl_coef(state, cfg) * kl_estimate(old, reference, cfg.kl_estimator)
-    paid = score_to_rewards(costs, -kl, mask)
-    weights = {"gamma": cfg.gamma, "gae_lambda": cfg.gae_lambda}
-    gains, returns = gae(rewards, values, mask, **weights)
-    losses, cost_returns = gae(paid, cost_values, mask, **weights)
+    rewards = ppo.shaped_rewards(nets, state, sequences, scores, logprobs, ref_logprobs, cfg)
+    charged = costs_with_kl(nets, state, sequences, costs, logprobs, ref_logprobs, cfg)
+    gains, returns = ppo.estimated(rewards, values, sequences, cfg)
+    losses, cost_returns = ppo.estimated(charged, cost_values, sequences, cfg)
+    values, cost_values = keep(values, mask), keep(cost_values, mask)
     multiplier = state.controls["multiplier"]
     advantages = (gains - multiplier * losses) / (1 + multiplier)
     metrics |= {"reward/mean": sums(rewards.sum(-1), mask.any(-1))}
@@ -99,6 +109,22 @@ def prepare(
         pairs=ppo.pairs_of(batch, cfg),
     )
     return experience, metrics | corrected
+
+
+def costs_with_kl(
+    nets: Nets,
+    state: TrainState,
+    sequences: Sequences,
+    costs: Array,
+    logprobs: Array,
+    ref_logprobs: Array,
+    cfg: PPOLagrangianConfig,
+) -> Array:
+    """f32[B, S]: kl_coef * KL on every response token, and the cost on the last, or on each what it cost."""
+    mask = sequences.response_mask
+    penalty = ppo.kl_penalty(state, logprobs, ref_logprobs, mask, cfg)
+    each = on_policy.earned_by_actions(nets, state.trees, sequences, "cost")
+    return score_to_rewards(costs, -penalty, mask) if each is None else keep(each + penalty, mask)
 
 
 def loss(

@@ -66,6 +66,30 @@ def test_advantages_are_a_numpy_loop(multiplier, on_host):
     np.testing.assert_allclose(metrics["cost/violations"], (COSTS[rows] > 0).mean(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("environment_scores", [False, True])
+def test_of_an_episode_every_action_has_its_reward_and_its_cost_and_a_limit_cuts_both(environment_scores):
+    """Rows 0 and 5 fill all columns: they ended. A limit cut the others, and the last column is what they came to."""
+    cfg = PPOLagrangianConfig(gamma=0.9, gae_lambda=0.8, kl_coef=0.3, whiten_advantages="no")
+    rng = np.random.default_rng(3)
+    rewards, costs, values, cost_values = rng.normal(size=(4, *CASE.mask.shape)).astype(np.float32)
+    state = state_of(2.0)
+    params = state.params | {"value": {"values": jnp.array(values)}, "cost_value": {"values": jnp.array(cost_values)}}
+    of_model = {"reward": {"scores": jnp.array(CASE.scores), "rewards": jnp.array(rewards)}}
+    cost = {"cost": {"scores": jnp.array(COSTS), "rewards": jnp.array(costs)}}
+    state = replace(state, params=params, slow=state.slow | of_model | cost)
+    earned = {"scores": jnp.array(CASE.scores), "rewards": jnp.array(rewards)} if environment_scores else {}
+    sequences = CASE.sequences(observations=jnp.zeros((*CASE.mask.shape, 1)), **earned)
+    experience, means = ppo_lagrangian.prepare(FAKE, state, Batch(sequences=sequences), cfg)
+    kl = np.where(CASE.mask, CASE.sampled.astype(np.float64) - CASE.reference, 0)
+    cut = ~CASE.mask[:, -1]
+    gains, returns = gae_by_loop(0.9 * np.where(cut, values[:, -1], 0), rewards - 0.3 * kl, values, cfg)
+    losses, cost_returns = gae_by_loop(0.9 * np.where(cut, cost_values[:, -1], 0), costs + 0.3 * kl, cost_values, cfg)
+    np.testing.assert_allclose(experience.advantages, (gains - 2.0 * losses) / 3.0, atol=1e-5)
+    np.testing.assert_allclose(experience.returns, returns, atol=1e-5)
+    np.testing.assert_allclose(experience.cost_returns, cost_returns, atol=1e-5)
+    np.testing.assert_allclose(means["cost/mean"].value(), COSTS[CASE.mask.any(1)].mean(), rtol=1e-5)
+
+
 def test_kl_weighs_the_same_whatever_the_multiplier_is():
     """Without score, cost and values the advantage is the KL to come, and the multiplier is no part of it."""
     cfg = PPOLagrangianConfig(kl_coef=0.3, whiten_advantages="no")

@@ -34,6 +34,7 @@ FAKE = answering(
     token_stats=lambda params, rows: TokenStats(params["logprobs"], params["entropy"]),
     values=lambda params, rows: params["values"],
     scores=lambda params, rows: params["scores"],
+    rewards=lambda params, rows: params["rewards"],
 )
 
 
