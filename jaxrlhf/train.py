@@ -20,7 +20,7 @@ from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.errors import one_line
 from jaxrlhf.evaluate import held_out
 from jaxrlhf.evaluate.against_reference import sample_rows
-from jaxrlhf.hosts import compiler_flags, heap, processes
+from jaxrlhf.hosts import compiler_flags, heap, memory, processes
 from jaxrlhf.hosts.profiler import Profiler
 from jaxrlhf.hosts.run_duration import TimeLimit
 from jaxrlhf.hosts.signals import Stop
@@ -354,7 +354,7 @@ class Trainer:
         numbers["time/iteration"], self.last_time = now - self.last_time, now
         if "response/tokens" in numbers:
             numbers["throughput/response_tokens_per_second"] = numbers["response/tokens"] / numbers["time/iteration"]
-        numbers |= {"data/epoch": self.feed.epoch(step)} | self.feed.counts()
+        numbers |= {"data/epoch": self.feed.epoch(step)} | self.feed.counts() | memory.used()
         self.log.write(step, numbers)
         self.not_finite.check(step, numbers, lambda: (host, fetch_all(sequences)), self.saved.latest())
         shown = sequences if self.samples_due(step) else None
@@ -387,6 +387,7 @@ class Trainer:
                 self.save(step, state)
                 self.unmeasured = step
 
+        began = time.perf_counter()
         with self.log.doing("evaluating"):
             try:
                 result = self.evaluation.run(state, save_at_a_signal)
@@ -398,7 +399,8 @@ class Trainer:
             return
         scores = {f"eval/{name}": value for name, value in result.metrics.items()}
         self.scores = step, scores
-        self.log.write(step, scores)
+        self.log.write(step, scores | {"eval/time/evaluation": time.perf_counter() - began})
+        self.log.histogram(step, "score", (row.get("score") for row in result.samples))
         samples = result.samples[: self.cfg.eval.samples]
         self.log.samples(step, samples)
         self.note(step, scores, samples, whole=True)

@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh "[test]"
 
 # XLA's own threads and two workers share the cores; tests of one file stay on one worker, which has their programs
-exec "$VENV/bin/python" -m pytest -n 2 --dist worksteal -m "not nightly and not benchmark" "$@"
+exec "$VENV/bin/python" -m pytest -n 2 --dist worksteal -m "not nightly and not benchmark and not browser" "$@"

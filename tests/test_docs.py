@@ -32,6 +32,7 @@ DOCUMENTS = [
     "jaxrlhf/data/README.md",
     "jaxrlhf/models/README.md",
     "jaxrlhf/plan/README.md",
+    "jaxrlhf/report/README.md",
     "jaxrlhf/rewards/README.md",
     "jaxrlhf/run/README.md",
     "launch/README.md",

@@ -17,7 +17,7 @@ FLOORS = (
     ("precomputed_answers", "response_widths", "step", "generate"),
     ("config",),
     ("run",),
-    ("evaluate", "plan", "serve"),
+    ("evaluate", "plan", "serve", "report"),
     ("train",),
     ("benchmarks", "launch", "api", "cli", "__main__"),
 )

@@ -28,7 +28,7 @@ class Remote(NamedTuple):
 @pytest.fixture(scope="module")
 def remote(root) -> Remote:
     """One process: sft to its second iteration; the rest of it; its evaluation and export; rm that starts from it; two
-    texts, one from the run and one from its export; and sft on local files."""
+    texts, one from the run and one from its export; sft on local files; and the page of sft."""
     folder = root / "remote"
     bucket = folder / "store" / "bucket"
 
@@ -50,6 +50,7 @@ def remote(root) -> Remote:
             ["generate", f"{STORE}/sft", *write],
             ["generate", f"{STORE}/hf", *write],
             runs.train(*runs.overrides(runs.text(root), folder / "local"), configs=sft),
+            ["report", f"{STORE}/sft"],
         ]
 
     def make() -> list[runs.Done]:
@@ -104,7 +105,7 @@ def test_it_computes_what_a_local_run_does(remote, root):
 
 
 def test_it_is_measured_exported_and_built_on(remote):
-    _, _, evaluated, exported, _, from_run, from_folder, _ = remote.done.outputs
+    _, _, evaluated, exported, _, from_run, from_folder, _, reported = remote.done.outputs
     report = json.loads(evaluated)
     assert report["step"] == 4 and report["after"]["loss/policy"] > 0
     assert exported == f"policy of {STORE}/sft, step 4, written to {STORE}/hf\n"
@@ -112,6 +113,8 @@ def test_it_is_measured_exported_and_built_on(remote):
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert (remote.bucket / "rm/checkpoints/1/commit_success.txt").exists()
     assert from_run == from_folder and from_run.strip()
+    assert reported.startswith(f"{STORE}/sft/report.html: ")
+    assert '"state":"finished","step":4,"iterations":4' in (remote.bucket / "sft" / "report.html").read_text()
 
 
 def test_its_manifests_hold_the_checksums_of_the_store(remote, monkeypatch, tmp_path):

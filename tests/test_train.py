@@ -27,6 +27,8 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log import progress
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
+from jaxrlhf.report.content import content_of
+from jaxrlhf.report.runs import read_run
 from jaxrlhf.run import build, checkpoint, programs, saved_run, verified_steps
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.resume import changes_since_saved
@@ -218,11 +220,24 @@ def test_the_last_two_checkpoints_stay(process, root, name):
         ".lock",
         "checkpoints",
         "config.yaml",
+        *(["histograms.jsonl"] if name not in ("sft", "rm") else []),
         "metrics.jsonl",
         "samples.jsonl",
         "tensorboard",
         "tokenizer",
     }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_shows_each_kind_of_run(process, root, name):
+    """All that it wrote has a chart, or is in the table of samples."""
+    run = read_run(str(root / "whole" / name), name)
+    page = content_of([run])
+    drawn = {chart["title"] for part in page["parts"] for chart in part["charts"]}
+    finite = {key.removeprefix("eval/") for row in run.metrics for key, value in row.items() if value is not None}
+    assert finite - {"step", "time"} <= drawn and run.state == "finished"
+    assert len(page["samples"]["rows"]) == len(run.samples)
+    assert bool(run.histograms) == ("scores of held-out responses" in drawn)
 
 
 def test_a_log_has_plain_lines(process):

@@ -23,6 +23,7 @@ from jaxrlhf.cli.generate import generate
 from jaxrlhf.cli.merge import merge
 from jaxrlhf.cli.plan import plan
 from jaxrlhf.cli.preflight import preflight
+from jaxrlhf.cli.report import report
 from jaxrlhf.cli.rewind import rewind
 from jaxrlhf.cli.train import train
 from jaxrlhf.hosts.exit_codes import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PREEMPTED
@@ -51,7 +52,19 @@ def options(
     """Train language models from rewards and preferences, in JAX."""
 
 
-for each in (train, preflight, plan, generate, evaluate, export, merge, rewind, discover.init, discover.metrics):
+for each in (
+    train,
+    preflight,
+    plan,
+    generate,
+    evaluate,
+    report,
+    export,
+    merge,
+    rewind,
+    discover.init,
+    discover.metrics,
+):
     app.command()(each)  # help lists them in this order
 
 

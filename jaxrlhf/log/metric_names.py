@@ -117,6 +117,9 @@ METRICS = [
     time/iteration | s | of the iteration
     time/rewards | s | of it, in reward functions
     time/environment | s | of it, in the episodes of an environment
+    time/evaluation | s | of the evaluation
+    memory/host_peak | GiB | most memory that the first process has held so far
+    memory/device_peak | GiB | most memory that one of its devices has held so far, where the device keeps account
     throughput/response_tokens_per_second | tokens/s | response tokens over the time of the iteration
     """.strip().splitlines()
 ]

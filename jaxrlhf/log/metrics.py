@@ -1,18 +1,22 @@
-"""The written record of a run: metrics.jsonl, samples.jsonl, TensorBoard events, and what a person sees of them."""
+"""The written record of a run: rows of metrics, samples and histograms, TensorBoard events, and what a person sees."""
 
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
+import numpy as np
 from etils import epath
 
 from jaxrlhf.log.events import Events
 from jaxrlhf.log.progress import Lines, open_progress, silent, summary
-from jaxrlhf.log.rows import JsonLines, plain
+from jaxrlhf.log.rows import JsonLines, plain, row_files
 from jaxrlhf.log.run_dir import is_local, keep_lock, lock_run_dir
+
+BINS = 24  # of a histogram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class LogConfig:
 class MetricsLog:
     """The written record of one run, from ``start`` (iterations done before) to ``total``.
 
-    On resume, rows of steps after ``start`` are removed from metrics.jsonl and samples.jsonl. The run directory is
+    On resume, rows of steps after ``start`` are removed from its files of rows. The run directory is
     locked against a second writer until ``close`` (``lock``: what lock_run_dir returned, where it was taken earlier).
     ``main``: False on every process but the first, where nothing is written. ``progress``: what a person sees, where
     it was opened earlier; it is closed with the log. Raises RunDirBusy.
@@ -54,11 +58,20 @@ class MetricsLog:
         path = self.run_dir
         self.lock = lock or lock_run_dir(path)
         self.progress = progress or open_progress(total, start, cfg.every)
-        last_step = start if start else -1  # at step 0 nothing is done yet: not even the evaluation before training
-        self.metrics = JsonLines(path, "metrics", last_step, parts=not is_local(path))
-        self.sampled = JsonLines(path, "samples", last_step, parts=not is_local(path))
+        self.last_step = (
+            start if start else -1
+        )  # at step 0 nothing is done yet: not even the evaluation before training
+        self.files: dict[str, JsonLines] = {}
+        for name in ("metrics", "samples", *(["histograms"] if row_files(path, "histograms") else [])):
+            self.open(name)
         self.events = Events(path, start) if cfg.tensorboard and is_local(path) else None
         self.failing: dict[str, str] = {}  # file that can't be written -> why
+
+    def open(self, name: str) -> JsonLines:
+        """NAME.jsonl, which is there from its first row on."""
+        if name not in self.files:
+            self.files[name] = JsonLines(self.run_dir, name, self.last_step, parts=not is_local(self.run_dir))
+        return self.files[name]
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row: ``step``, ``time`` (Unix seconds) and the metrics; NaN and infinity as null, counted, warned of."""
@@ -68,7 +81,7 @@ class MetricsLog:
         finite = {key: value for key, value in values.items() if value is not None}
         for key in values.keys() - finite.keys():
             self.warn(step, key, metrics[key])
-        self.metrics.append({"step": step, "time": round(time.time(), 3), **values})
+        self.files["metrics"].append({"step": step, "time": round(time.time(), 3), **values})
         if self.events:
             self.events.add(step, finite)
         self.tell_failures()
@@ -78,16 +91,25 @@ class MetricsLog:
         """Rows of samples.jsonl: prompt, response, score, split; ``step`` is put first."""
         rows = list(rows) if self.main else []
         for row in rows:
-            self.sampled.append({"step": step, **row})
+            self.files["samples"].append({"step": step, **row})
         if rows:
             self.tell_failures()
         held_out = [row for row in rows if row.get("split") == "eval"]
         self.evaluated = self.evaluated or bool(held_out)
         self.progress.samples(held_out if self.evaluated else rows)
 
+    def histogram(self, step: int, name: str, values: Iterable[float | None]) -> None:
+        """A row of histograms.jsonl: step, name, edges of at most BINS equal bins, counts. Nothing of no values."""
+        known = [value for value in values if value is not None]
+        if self.main and known:
+            counts, edges = np.histogram(known, min(BINS, math.isqrt(len(known)) + 1))
+            row = {"step": step, "name": name, "edges": [float(f"{edge:.6g}") for edge in edges]}
+            self.open("histograms").append(row | {"counts": counts.tolist()})
+            self.tell_failures()
+
     def tell_failures(self) -> None:
         """Says once that a file can't be written, and once that it can be again."""
-        files = {"metrics.jsonl": self.metrics.error, "samples.jsonl": self.sampled.error}
+        files = {f"{name}.jsonl": file.error for name, file in self.files.items()}
         for name, error in (files | ({"tensorboard": self.events.error} if self.events else {})).items():
             why = (error.strerror or str(error)) if error else ""
             if why and name not in self.failing:
@@ -100,7 +122,7 @@ class MetricsLog:
     def flush(self) -> None:
         """Nothing is held back after this: call it where the steps so far will not be done again. Raises OSError where
         a file can't be written."""
-        for file in (self.metrics, self.sampled) if self.main else ():
+        for file in self.files.values() if self.main else ():
             file.flush()
 
     def check_owner(self) -> None:
@@ -134,7 +156,7 @@ class MetricsLog:
             counts = ", ".join(f"{key} x {count}" for key, count in sorted(self.nonfinite.items()))
             self.say(f"warning: values that were not finite: {counts}")
         lost = []
-        for file in (self.metrics, self.sampled, self.events, self.lock):
+        for file in (*self.files.values(), self.events, self.lock):
             try:
                 if file:
                     file.close()

@@ -136,7 +136,15 @@ def test_an_editor_shows_meanings(command):
 
 # ---- metrics --------------------------------------------------------------------------------------------------------
 
-WRITERS = ["step", "train", "run/scoring", "run/feed", "evaluate/held_out", "evaluate/against_reference"]
+WRITERS = [
+    "step",
+    "train",
+    "hosts/memory",
+    "run/scoring",
+    "run/feed",
+    "evaluate/held_out",
+    "evaluate/against_reference",
+]
 PATTERNS = {"{name}/mean": "score/mean", "{name}/std": "score/std", "{role}/grad_norm": "<role>/grad_norm"}
 
 

@@ -494,8 +494,9 @@ def read_state(run: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def rows(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl or samples.jsonl, without what a clock says."""
-    timed = ("time", "time/iteration", "time/rewards", "throughput/response_tokens_per_second")
+    """The rows of metrics.jsonl or samples.jsonl, without what a clock or the machine says."""
+    timed = ("time", "time/iteration", "time/rewards", "throughput/response_tokens_per_second", "memory/host_peak")
+    timed += ("eval/time/evaluation",)
     lines = (run / f"{name}.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
 

@@ -1,0 +1,60 @@
+"""Which chart shows which metric, and in which part of the page."""
+
+import re
+from collections.abc import Iterable
+
+from jaxrlhf.log.metric_names import HELD_OUT
+
+# part of the page -> patterns of the metrics in it, in their order; a metric is in the first part that has it
+PARTS = {
+    "Score": (
+        "score/mean",
+        "score/kept",
+        "score/(?!length)[^/]+",
+        "reward/mean",
+        "judge/mean",
+        "gold/mean",
+        "win_rate/.*",
+    ),
+    "Cost": ("cost/.*", "cost_value/.*"),
+    "Reward model": ("reward/accuracy", "loss/reward", "reward/.*"),
+    "Preferences": ("implicit_reward/accuracy", "implicit_reward/.*", "logprobs/.*", "kl/baseline"),
+    "Policy": (
+        "kl/reference",
+        "loss/policy",
+        "policy/entropy",
+        "response/length_mean",
+        "policy/clip_fraction",
+        "response/ended",
+        "kl/.*",
+        "policy/(?!grad_norm|learning_rate).*",
+        "response/.*",
+        "score/.*",
+    ),
+    "Value and Q": (
+        "value/explained_variance",
+        "loss/value",
+        "value/(?!grad_norm|learning_rate).*",
+        "q/.*",
+        "loss/q.*",
+    ),
+    "Optimizer": ("loss/.*", ".*/grad_norm", ".*/learning_rate", "update/.*", ".*/spikes"),
+    "Time and memory": ("time/.*", "throughput/.*", "memory/.*"),
+    "Data": ("data/.*",),
+    "Other": (".*",),
+}
+CLOSED = ("Optimizer", "Data", "Other")  # parts that a reader opens
+FULL_RANGE = ("share", "probability")  # units whose axis begins at 0
+
+
+def arrange(names: Iterable[str]) -> dict[str, list[str]]:
+    """Part of the page -> its metrics, without the prefix eval/. ``names``: what the runs have written."""
+    left = sorted({name.removeprefix(HELD_OUT) for name in names})
+    found: dict[str, list[str]] = {}
+    for part, patterns in PARTS.items():
+        for pattern in patterns:
+            there = [name for name in left if re.fullmatch(pattern, name)]
+            left = [name for name in left if name not in there]
+            if there:
+                found.setdefault(part, []).extend(there)
+    return found

@@ -1,0 +1,84 @@
+"""What a run directory says of its run, finished or not, on a disk or in a bucket."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from etils import epath
+
+from jaxrlhf.errors import show
+from jaxrlhf.log.rows import read_rows
+from jaxrlhf.log.run_dir import is_local, is_locked
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """One run directory as it is now."""
+
+    name: str  # short, and unlike that of the other runs of the page
+    path: str
+    state: str  # "running", "finished", "stopped", "unfinished" (running or stopped: a bucket can't tell)
+    step: int  # of the newest row
+    iterations: int | None  # None: epochs that are not counted yet
+    config: dict[str, Any]  # as it was resolved: "algorithm.kl_coef": 0.1
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    histograms: list[dict[str, Any]]
+
+    @property
+    def algorithm(self) -> str:
+        return str(self.config.get("algorithm.name"))
+
+
+def read_runs(paths: Sequence[str]) -> list[RunRecord]:
+    """The runs, in their order. A run that is named twice is read once."""
+    paths = list(dict.fromkeys(path.rstrip("/") for path in paths))
+    return [read_run(path, name) for path, name in zip(paths, short_names(paths), strict=True)]
+
+
+def read_run(path: str, name: str) -> RunRecord:
+    """Raises ValueError, in one line, where config.yaml holds no config."""
+    file = epath.Path(path) / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: {show(config)}: expected the config that a run writes")
+    metrics = read_rows(path, "metrics")
+    step, iterations = max((row["step"] for row in metrics), default=0), config.get("iterations")
+    if is_local(path) and is_locked(path):
+        state = "running"
+    elif iterations is not None and step >= iterations:
+        state = "finished"
+    else:
+        state = "stopped" if is_local(path) else "unfinished"
+    return RunRecord(
+        name=name,
+        path=path,
+        state=state,
+        step=step,
+        iterations=iterations,
+        config=flatten(config),
+        metrics=metrics,
+        samples=read_rows(path, "samples"),
+        histograms=read_rows(path, "histograms"),
+    )
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"algorithm.kl_coef": 0.1} of {"algorithm": {"kl_coef": 0.1}}; lists and empty mappings stay values."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inside = isinstance(value, dict) and value
+        found |= flatten(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+    return found
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The last parts of each path, as many as make all of them different."""
+    parts = [os.path.abspath(path).split("/") if is_local(path) else path.split("/") for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)

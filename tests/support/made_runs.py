@@ -1,0 +1,39 @@
+"""Run directories that nobody trained: every metric of the table, samples, histograms, a config."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.log.metric_names import METRICS
+
+HOSTILE = "</script><script>document.title='taken'</script><b>bold</b> & \u2028 \ud83d half"
+CONFIG = (
+    "run_dir: {name}\niterations: {iterations}\nalgorithm:\n  name: ppo\n  kl_coef: {kl_coef}\nmodels: {{}}\nseed: 0\n"
+)
+
+
+def make_run(folder: Path, steps: int = 12, iterations: int = 12, kl_coef: float = 0.1, names: Any = None) -> Path:
+    """A run of ``steps`` iterations that is evaluated at 0 and at every fourth. ``names``: its metrics, else all."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG.format(name=folder, iterations=iterations, kl_coef=kl_coef))
+    names = names or [re.sub("<.*?>", "policy", row.name) for row in METRICS]
+    metrics, samples, histograms = [], [], []
+    for step in range(steps + 1):
+        numbers = {name: round(math.sin(step / 3 + at) + step * kl_coef, 4) for at, name in enumerate(names)}
+        if step:
+            metrics.append({"step": step, "time": 1.75e9 + step, **numbers})
+        if step % 4 == 0:
+            metrics.append({"step": step, "time": 1.75e9 + step, **{f"eval/{name}": x for name, x in numbers.items()}})
+            samples += [sample(step, at) for at in range(8)]
+            histograms.append({"step": step, "name": "score", "edges": [-1.0, 0.0, 1.0 + step], "counts": [3, step]})
+    for name, rows in (("metrics", metrics), ("samples", samples), ("histograms", histograms)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def sample(step: int, at: int) -> dict[str, Any]:
+    words = ["plain", "good", "great", "gorgeous"][min(step // 4, 3)]
+    response = HOSTILE if at == 0 else f"a {words} film number {at}"
+    return {"step": step, "prompt": f"prompt {at}", "response": response, "score": at - step / 2, "split": "eval"}
