@@ -21,6 +21,8 @@ from tests.support import compiler, runs
 
 PROMPTS = ["the film is", "the plot"]
 
+OF_THE_MACHINE = ("time", "throughput/", "memory/")  # metrics of the clock and of the memory
+
 
 def vowels(responses, records):
     """A reward function of this module."""
@@ -120,7 +122,7 @@ def test_iterate_gives_what_a_run_writes_down_and_a_loop_that_is_left_goes_on(sf
     rows = runs.rows(Path(sft.run_dir))
     for step in [*first, *rest]:
         mine = {name: value for row in rows if row["step"] == step.number for name, value in row.items()}
-        found = {name: value for name, value in step.metrics.items() if not name.startswith(("time", "throughput/"))}
+        found = {name: value for name, value in step.metrics.items() if not name.startswith(OF_THE_MACHINE)}
         assert found.keys() and {name: mine[name] for name in found} == pytest.approx(found)
         assert ("eval/loss/policy" in step.metrics) == (step.number % 2 == 0)
     assert list(api.iterate(sft)) == [], "all is done"

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrlhf.log.rows import read_rows
 
-OF_TIME = ("time", "throughput")  # what metrics begin with that no two runs have in common
+OF_TIME = ("time", "throughput", "memory")  # what metrics begin with that no two runs have in common
 
 
 def differences(expected: Path, found: Path, step: int) -> list[str]:
@@ -45,7 +45,7 @@ def first_difference(expected: list[dict], found: list[dict]) -> str:
 
 
 def without_time(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key.split("/")[0] not in OF_TIME}
+    return {key: value for key, value in row.items() if key.removeprefix("eval/").split("/")[0] not in OF_TIME}
 
 
 def same(one: Any, other: Any) -> bool:
