@@ -163,6 +163,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
         api.sample(whole.run_dir, ["0"], max_new_tokens=2)
 
 
+@pytest.mark.nightly  # by day: the short twin of the benchmark control
 def test_learned_rewards_of_every_action_take_the_place_of_the_environments(tmp_path, reward_run):
     members = {f"reward_{at}": {"init_from": str(reward_run)} for at in (0, 1)}
     start = {"models": {"policy": {"architecture": SHAPE}} | members, "algorithm.kl_coef": 0.0}

@@ -77,7 +77,8 @@ def check_donated(made: costs.Made) -> None:
     assert aliased >= made.state_bytes > 0, f"{made.state_bytes - aliased:,} bytes of the state are not donated"
 
 
-@pytest.mark.parametrize("name", cases("grpo"))
+@pytest.mark.nightly  # by day: what gathers, in test_mesh.py and models/test_linear.py
+@pytest.mark.parametrize("name", CASES)
 def test_collectives_of_eight_devices(name):
     made, expected = costs.compiled(name, 8), GOLDEN["collectives"][name]
     check_donated(made)

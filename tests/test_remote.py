@@ -28,7 +28,7 @@ class Remote(NamedTuple):
 @pytest.fixture(scope="module")
 def remote(root) -> Remote:
     """One process: sft to its second iteration; the rest of it; its evaluation and export; rm that starts from it; two
-    texts, one from the run and one from its export; sft on local files; and the page of sft."""
+    texts, one from the run and one from its export; and the page of sft."""
     folder = root / "remote"
     bucket = folder / "store" / "bucket"
 
@@ -49,7 +49,6 @@ def remote(root) -> Remote:
             runs.train(*arguments, *short, configs=rm),
             ["generate", f"{STORE}/sft", *write],
             ["generate", f"{STORE}/hf", *write],
-            runs.train(*runs.overrides(runs.text(root), folder / "local"), configs=sft),
             ["report", f"{STORE}/sft"],
         ]
 
@@ -95,17 +94,16 @@ def test_what_would_be_appended_is_written_in_parts(remote):
 
 def test_it_computes_what_a_local_run_does(remote, root):
     """The same numbers, though the local run was not stopped."""
+    runs.whole(root)
     run = remote.bucket / "sft"
     lines = [line for name in sorted(run.glob("metrics-*.jsonl")) for line in name.read_text().splitlines()]
     losses = [{key: value for key, value in json.loads(line).items() if "loss/" in key} for line in lines]
-    local = [
-        {key: value for key, value in row.items() if "loss/" in key} for row in runs.rows(root / "remote/local/sft")
-    ]
+    local = [{key: value for key, value in row.items() if "loss/" in key} for row in runs.rows(root / "whole/sft")]
     assert losses == local and len(losses) == 7
 
 
 def test_it_is_measured_exported_and_built_on(remote):
-    _, _, evaluated, exported, _, from_run, from_folder, _, reported = remote.done.outputs
+    _, _, evaluated, exported, _, from_run, from_folder, reported = remote.done.outputs
     report = json.loads(evaluated)
     assert report["step"] == 4 and report["after"]["loss/policy"] > 0
     assert exported == f"policy of {STORE}/sft, step 4, written to {STORE}/hf\n"

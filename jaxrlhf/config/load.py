@@ -141,9 +141,14 @@ def length_problems(tree: Mapping[str, Any]) -> list[tuple[tuple, str]]:
 
 def dump(cfg: Config, whole: bool = True) -> str:
     """YAML that loads back to an equal Config; not ``whole``: without what is at its default."""
+    return yaml.dump(as_tree(cfg, whole), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def as_tree(cfg: Config, whole: bool = True) -> dict[str, Any]:
+    """What ``dump`` writes, as ``read_yaml`` reads it."""
     tree = dataclasses.asdict(cfg) if whole else without_defaults(cfg)
     tree["algorithm"] = {"name": tree.pop("algorithm_name"), **tree["algorithm"]}
-    return yaml.dump(json.loads(json.dumps(tree)), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return json.loads(json.dumps(tree))
 
 
 def without_defaults(value: Any) -> Any:

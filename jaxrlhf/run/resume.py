@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from jaxrlhf.config.load import dump, parse
+from jaxrlhf.config.load import as_tree, parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.config.yaml_text import read_yaml
@@ -89,7 +89,7 @@ def with_new_controls(resolved: Resolved, saved: str, controls: dict[str, Array]
 
 def changed_keys(cfg: Config, saved: str) -> dict[str, tuple[object, object]]:
     """Dotted key -> (old, new) of what ``cfg`` says otherwise than the saved config; the run may be moved."""
-    old, new = settings(saved), settings(dump(cfg))
+    old, new = settings(saved), flat(as_tree(cfg))
     keys = [key for key in {**old, **new} if key != "run_dir" and old.get(key) != new.get(key)]
     return {key: (old.get(key), new.get(key)) for key in keys}
 
@@ -99,7 +99,7 @@ def settings(text: str) -> dict[str, object]:
     """Dotted key -> value of a config, as it was saved; keys that it is older than are at their defaults."""
     tree = read_yaml(text, "config")
     with contextlib.suppress(ConfigError):  # where a key is gone meanwhile: told as a change
-        tree = read_yaml(dump(parse(tree, "config")), "config")
+        tree = as_tree(parse(tree, "config"))
     return flat(tree)
 
 

@@ -69,7 +69,7 @@ def test_after_is_the_evaluation_at_the_end_of_training(root, reports, last_eval
         key: value for key, value in expected.items() if not key.startswith("data/")
     }  # which report["data"] has
     assert report["run"] == str(root / "whole" / name)
-    assert (report["algorithm"], report["step"]) == ("ppo" if name == "still" else name, 1 if name == "still" else 4)
+    assert (report["algorithm"], report["step"]) == ("dpo" if name == "still" else name, 1 if name == "still" else 4)
     assert report["after"].keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(report["after"][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
@@ -84,7 +84,7 @@ def test_only_a_policy_with_a_reference_has_a_before(reports):
         "dpo": ["after", "before", "samples"],
         "grpo": ["after", "before", "samples"],
         "ppo": ["after", "before", "reward_model", "samples"],
-        "still": ["after", "before", "reward_model", "samples"],
+        "still": ["after", "before", "samples"],
     }
 
 
@@ -109,7 +109,7 @@ def test_evaluations_share_their_noise(root, reports):
 def test_a_policy_that_did_not_learn_is_its_reference(root, reports):
     """Trained at learning rate 0: the same responses under the same noise, so the same of everything."""
     report = reports["still"]
-    assert report["before"] == report["after"]
+    assert report["before"].items() <= report["after"].items() and report["after"]["implicit_reward/margin"] == 0
     assert abs(report["after"]["kl/reference"]) < 1e-5
     assert report["after"]["win_rate/reward"] == report["after"]["win_rate/judge"] == 0.5
     assert all(row["before"] == row["after"] and row["score_before"] == row["score_after"] for row in report["samples"])

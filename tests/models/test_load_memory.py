@@ -20,7 +20,7 @@ from tests.support import runs
 from tests.support.tiny import parameters
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-SHAPE = resolve(ModelConfig(vocab_size=8192, hidden_size=512, num_layers=16, num_heads=8, mlp_size=1536))  # 59M
+SHAPE = resolve(ModelConfig(vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, mlp_size=1536))  # 34M
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def told(where: str, out: Path, processes: int, devices: int) -> list[dict]:
 def test_loading_holds_no_second_copy(tmp_path, home, write):
     """At most 1.3 times the float32 weights: them, and the one leaf that is being put together."""
     (found,) = told(write(tmp_path / "model"), tmp_path / "told", processes=1, devices=1)
-    assert found["held"] > 150e6
+    assert found["held"] > 100e6
     assert 0.9 * found["held"] < found["grown"] <= 1.3 * found["held"]
 
 

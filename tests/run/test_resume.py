@@ -93,47 +93,46 @@ def test_rows_are_those_of_an_unbroken_run(whole, parted, name, file):
 
 
 def test_sigterm_saves_and_says_so(root):
-    first, *_ = runs.parts(root)
-    assert first.code == 75
-    assert first.outputs[-1].endswith("SIGTERM: stopped at step 2; the same command resumes\n")
+    first, _ = runs.parts(root)
+    assert first.outputs[0].endswith("SIGTERM: stopped at step 2; the same command resumes\n")
     # checkpoint.every is 3: this one is there because of the signal
-    assert runs.steps_kept(root / "parts-1" / "ppo") == [2]
+    assert runs.steps_kept(root / "killed" / "ppo") == [2]
 
 
 def test_sigkill_leaves_the_checkpoint_before(root):
-    _, second, third = runs.parts(root)
-    killed = root / "parts-2" / "ppo"
-    assert second.code == -9
-    assert runs.steps_kept(killed) == [2]
+    first, second = runs.parts(root)
+    killed = root / "killed" / "ppo"
+    assert first.code == -9
     # step 3 was written down, and is redone without standing there twice
     assert [row["step"] for row in runs.rows(killed)] == [0, 1, 2, 2, 3]
     assert [row["step"] for row in runs.rows(killed, "samples")][-2:] == [3, 3]
-    assert "resumed from step 2" in third.outputs[0]
-    assert third.code == 0
+    assert "resumed from step 2" in second.outputs[0]
+    assert second.code == 0
 
 
 @pytest.mark.nightly
 def test_a_reward_model_is_normalised_once(root):
-    """The first process stopped before it."""
-    said = ["reward model: scores of 200 samples" in done.outputs[0] for done in runs.halves(root)]
+    """SIGTERM came before it."""
+    said = ["reward model: scores of 200 samples" in output for output in runs.halves(root)[0].outputs]
     assert said == [False, True]
 
 
 def test_a_resumed_run_says_what_changed_since(root):
-    first, second, third = runs.parts(root)
-    assert "changed since" not in first.outputs[0]
-    opening, changed, *_ = second.outputs[0].splitlines()
+    first, second = runs.parts(root)
+    stopped, killed = first.outputs
+    assert "changed since" not in stopped
+    opening, changed, *_ = killed.splitlines()
     assert opening.endswith("4 iterations, going on after 2, seed 0")
     assert changed == "changed since step 2: iterations: 2 -> 4"
-    assert [done.outputs[0].count("changed since") for done in (second, third)] == [1, 0]
+    assert [output.count("changed since") for output in (killed, second.outputs[0])] == [1, 0]
 
 
 def test_a_finished_run_is_left_alone(root):
-    *_, third = runs.parts(root)
-    assert "parts/sft: all 4 iterations are done; raise iterations= (or epochs=) to go on\n" in third.outputs[0]
+    *_, last = runs.parts(root)
+    assert "parts/sft: all 4 iterations are done; raise iterations= (or epochs=) to go on\n" in last.outputs[0]
     before, after = (
         {path.relative_to(side): path.stat().st_mtime_ns for path in side.rglob("*") if path.is_file()}
-        for side in (root / "parts-2" / "sft", root / "parts" / "sft")
+        for side in (root / "killed" / "sft", root / "parts" / "sft")
     )
     lock = Path(".lock")  # names the last process
     assert before.pop(lock) != after.pop(lock)

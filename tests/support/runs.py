@@ -173,6 +173,9 @@ def tiny_config(name: str) -> Path:
 
 # ---- processes ------------------------------------------------------------------------------------------------------
 
+Kill = tuple[str, str, str, int]  # signal, run, "metrics" or "samples", step: when this of this step is written down
+STOPPED = 75  # exit code after SIGTERM
+
 
 @dataclasses.dataclass
 class Done:
@@ -189,28 +192,27 @@ def process(
     folder: Path,
     commands: Sequence[Sequence[str]],
     devices: int = 1,
-    kill: tuple[str, str, str, int] | None = None,
+    kills: Sequence[Kill] = (),
     profile: str | None = None,
     timeout: float = 500,
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Done:
-    """Run the commands in a new process.
+    """Run the commands in a new process. After one that SIGTERM stopped comes the next; after another failure none.
 
     Args:
         folder: where it leaves what it notes.
         devices: fake CPU devices.
-        kill: (signal, run, "metrics" or "samples", step): the process gets the signal when it has written down this of
-            this step of this run.
+        kills: the process gets the signal when it has written down what is named.
         profile: a run between whose steps 2 and 4 dispatches are counted.
     """
-    return finish(start(folder, commands, devices, kill, profile, environment), timeout)
+    return finish(start(folder, commands, devices, kills, profile, environment), timeout)
 
 
 def together(
     folder: Path,
     commands: Sequence[Sequence[str]],
     devices: int = 4,
-    kills: Mapping[int, tuple[str, str, str, int]] = MappingProxyType({}),
+    kills: Mapping[int, Kill] = MappingProxyType({}),
     count: int = 2,
     timeout: float = 500,
     environment: Mapping[str, str] = MappingProxyType({}),
@@ -218,7 +220,13 @@ def together(
     """Run the commands in ``count`` processes of one run, with ``devices`` each; ``kills``: process -> kill."""
     joint = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count), **environment}
     started = [
-        start(folder / str(number), commands, devices, kills.get(number), None, joint | {"JAX_PROCESS_ID": str(number)})
+        start(
+            folder / str(number),
+            commands,
+            devices,
+            [kills[number]] if number in kills else [],
+            more=joint | {"JAX_PROCESS_ID": str(number)},
+        )
         for number in range(count)
     ]
     try:
@@ -247,13 +255,13 @@ def start(
     folder: Path,
     commands: Sequence[Sequence[str]],
     devices: int = 1,
-    kill: tuple[str, str, str, int] | None = None,
+    kills: Sequence[Kill] = (),
     profile: str | None = None,
     more: Mapping[str, str] = MappingProxyType({}),
 ) -> Started:
     """``process``, without waiting for its end; ``more``: of its environment."""
     folder.mkdir(parents=True, exist_ok=True)
-    plan = {"commands": commands, "events": str(folder / "events.json"), "kill": kill, "profile": profile}
+    plan = {"commands": commands, "events": str(folder / "events.json"), "kills": kills, "profile": profile}
     (folder / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "tests.support.runs", str(folder / "plan.json")]
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as errors:
@@ -311,7 +319,7 @@ def main() -> None:
                 app.main()
             except SystemExit as stop:
                 code = stop.code
-            if code:
+            if code and code != STOPPED:
                 break
     sys.exit(code)
 
@@ -345,8 +353,9 @@ def watch(plan: dict[str, Any]) -> list[dict[str, Any]]:
         kill_at(self.run_dir.name, "samples", step)
 
     def kill_at(*place: Any) -> None:
-        if plan["kill"] and plan["kill"][1:] == [*place]:
-            os.kill(os.getpid(), getattr(signal, plan["kill"][0]))
+        for name, *when in plan["kills"]:
+            if when == [*place]:
+                os.kill(os.getpid(), getattr(signal, name))
 
     def noting_compile(self: Any, state: Any) -> Any:
         before = compilations()
@@ -411,14 +420,15 @@ def text(root: Path) -> Path:
 
 
 def whole(root: Path) -> list[Done]:
-    """The process that trained ``root``/whole/{sft,rm,dpo,kto,grpo,ppo} without a break, and ppo as "still" at learning
+    """The process that trained ``root``/whole/{sft,rm,dpo,kto,grpo,ppo} without a break, and dpo as "still" at learning
     rate 0; that evaluated and exported them; and that wrote with the policy and with its export."""
     runs = root / "whole"
-    still = ["ppo:optimizer.default.learning_rate=0", "ppo:iterations=1", f"ppo:run_dir={runs}/still"]
+    still = ["dpo:optimizer.default.learning_rate=0", "dpo:iterations=1", f"dpo:run_dir={runs}/still"]
+    still += [f"dpo:eval.judge={{path: {text(root)}/labels.jsonl}}"]
     write = ["--prompt", "the film is", "--prompt", "the plot", "--temperature", "0", "--max-tokens", "8"]
     commands = [
         train(*overrides(text(root), runs), configs=ALL),
-        train(*overrides(text(root), runs), *still, configs=TINY[2:]),
+        train(*overrides(text(root), runs), *still, configs=[tiny_config("dpo")]),
         *(["evaluate", f"{runs / name}", "--json"] for name in ("sft", "rm", "dpo", "grpo", "ppo", "still")),
         ["export", f"{runs}/ppo", "--role", "policy", "--to", f"{runs}/policy-hf"],
         ["export", f"{runs}/rm", "--role", "reward", "--to", f"{runs}/reward-hf"],
@@ -431,34 +441,32 @@ def whole(root: Path) -> list[Done]:
 def parts(root: Path) -> list[Done]:
     """The processes that trained ``root``/parts/{sft,ppo} a part at a time, from where ``whole`` starts:
 
-    1. sft for 2 iterations; ppo until SIGTERM while its second is computed
-    2. the rest of sft; ppo until SIGKILL before the checkpoint after its third iteration
-    3. the rest of ppo
-
-    What is there after 1 and 2 is copied to parts-1 and parts-2."""
-    kills = [("SIGTERM", "ppo", "metrics", 1), ("SIGKILL", "ppo", "samples", 3), None]
+    1. sft for 2 iterations, ppo until SIGTERM while its second is computed; then, in the same process, the rest of sft,
+       and ppo until SIGKILL before the checkpoint after its third iteration: what is there then is copied to killed
+    2. the rest of ppo"""
+    kills = [("SIGTERM", "ppo", "metrics", 1), ("SIGKILL", "ppo", "samples", 3)]
     return in_parts(root, ("sft", "ppo"), kills, ["sft:iterations=2"])
 
 
 def halves(root: Path) -> list[Done]:
     """The processes that trained ``root``/parts/{dpo,grpo,rm} so: dpo and grpo for 2 iterations, and rm until SIGTERM
-    while its second is computed; the rest. To the loop kto is another dpo."""
-    kills = [("SIGTERM", "rm", "metrics", 1), None]
-    return in_parts(root, ("dpo", "grpo", "rm"), kills, ["dpo:iterations=2", "grpo:iterations=2"])
+    while its second is computed, then the rest; and once more, when all is done. To the loop kto is another dpo."""
+    return in_parts(
+        root, ("dpo", "grpo", "rm"), [("SIGTERM", "rm", "metrics", 1)], ["dpo:iterations=2", "grpo:iterations=2"]
+    )
 
 
-def in_parts(root: Path, names: Sequence[str], kills: Sequence[Any], short: Sequence[str]) -> list[Done]:
-    """Processes that train the ``names``, one a ``kill``; the first trains what is ``short``."""
+def in_parts(root: Path, names: Sequence[str], kills: Sequence[Kill], short: Sequence[str]) -> list[Done]:
+    """Two processes that train the ``names``: what is ``short`` and then the rest, with the ``kills``; what is left."""
     whole(root)
     arguments = [*overrides(text(root), root / "parts", root / "whole"), "checkpoint.every=3"]
+    first, rest = (train(*arguments, *more, configs=[tiny_config(name) for name in names]) for more in (short, ()))
 
     def make() -> Iterator[Done]:
-        for number, kill in enumerate(kills, 1):
-            more = short if number == 1 else ()
-            command = train(*arguments, *more, configs=[tiny_config(name) for name in names])
-            yield process(root / f"process-{names[0]}-{number}", [command], kill=kill)
-            if kill and "ppo" in names:
-                shutil.copytree(root / "parts", root / f"parts-{number}")
+        yield process(root / f"process-{names[0]}-1", [first, rest], kills=kills)
+        if "ppo" in names:
+            shutil.copytree(root / "parts", root / "killed")
+        yield process(root / f"process-{names[0]}-2", [rest])
 
     return once(root, f"parts-{names[0]}", make)
 
