@@ -1,11 +1,11 @@
 """A policy small enough to sum over all that it may say, and a reward: what is expected, and what would be best."""
 
-import itertools
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.benchmarks import enumerated
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.types import Ask, Batch, Nets, Prompts, Sequences, Trees
@@ -17,9 +17,7 @@ LAST, LONGEST = 1, 3  # token 1 ends a response; at most 3 tokens
 
 def every_response() -> Sequences:
     """All 40 responses to the prompt (2, 3): 13 that end with token 1, 27 of three other tokens."""
-    others = [token for token in range(4) if token != LAST]
-    ending = [(*head, LAST) for size in range(LONGEST) for head in itertools.product(others, repeat=size)]
-    rows = ending + list(itertools.product(others, repeat=LONGEST))
+    rows = enumerated.every_response(range(4), LAST, LONGEST)
     tokens = np.array([[2, 3, *row, *[0] * (LONGEST - len(row))] for row in rows], np.int32)
     columns = np.arange(2 + LONGEST)
     valid = columns < 2 + np.array([len(row) for row in rows])[:, None]
@@ -55,8 +53,8 @@ class Exact:
     def __call__(self, params, reference) -> tuple[float, float]:
         """(expected reward, KL(policy || reference) in nats)."""
         log_p, log_ref = (np.asarray(self.log_p(tree), np.float64) for tree in (params, reference))
-        np.testing.assert_allclose(np.exp(log_p).sum(), 1, atol=1e-5)
-        return float(np.exp(log_p) @ self.rewards), float(np.exp(log_p) @ (log_p - log_ref))
+        kl, reward = enumerated.expected(log_p[None], log_ref[None], self.rewards[None])
+        return reward, kl
 
     def best(self, reference, kl_coef: float) -> float:
         """The largest E[reward] - kl_coef * KL of any policy: kl_coef * log E_reference[exp(reward / kl_coef)]."""
