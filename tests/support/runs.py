@@ -442,7 +442,7 @@ def parts(root: Path) -> list[Done]:
     """The processes that trained ``root``/parts/{sft,ppo} a part at a time, from where ``whole`` starts:
 
     1. sft for 2 iterations, ppo until SIGTERM while its second is computed; then, in the same process, the rest of sft,
-       and ppo until SIGKILL before the checkpoint after its third iteration: what is there then is copied to killed
+       and ppo until SIGKILL before the checkpoint after its third iteration: the root then is copied to killed
     2. the rest of ppo"""
     kills = [("SIGTERM", "ppo", "metrics", 1), ("SIGKILL", "ppo", "samples", 3)]
     return in_parts(root, ("sft", "ppo"), kills, ["sft:iterations=2"])
