@@ -14,7 +14,6 @@ from jaxrlhf.config.check import check, profiled_steps
 from jaxrlhf.config.load import dump, without_place
 from jaxrlhf.config.places import check_places
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.config.roles import trunks_of
 from jaxrlhf.data.tokenizer import unreadable
 from jaxrlhf.errors import one_line
@@ -45,7 +44,8 @@ from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import batch_shards, current, for_programs
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
-DONE, PREEMPTED, INTERRUPTED, OUT_OF_TIME = "done", "preempted", "interrupted", "out of time"
+DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
+OUT_OF_TIME, ALARMED = "out of time", "alarmed"
 GOES_ON = "the same command resumes"
 SHARED = "a directory that all processes share: NFS or gs://"
 
@@ -63,8 +63,8 @@ Watch = Callable[[Step], None]
 
 def run(cfg: Config, raw: str = "", stop: Stop | None = None, watch: Watch | None = None) -> str:
     """Train as ``cfg`` says, going on from the run directory's last checkpoint: "done", "preempted" after SIGTERM,
-    "interrupted" after SIGINT, or "out of time" by max_run_duration, which all save; a second SIGINT raises
-    KeyboardInterrupt.
+    "interrupted" after SIGINT, "out of time" by max_run_duration, or "alarmed" by alarms.stop, which all save; a
+    second SIGINT raises KeyboardInterrupt.
 
     ``raw`` is the config as the user wrote it, kept beside the resolved one as source.yaml. ``stop``: who listens to
     signals, by default for this run alone. ``watch`` is told of every iteration. Raises ConfigError before any model is
@@ -100,7 +100,7 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     start, saved_runs = verified_steps.settle(cfg.run_dir), saved_run.SavedRuns()
     changes = changes_since_saved(saved_runs, resolved)
     processes.agree(f"run_dir: {cfg.run_dir}: latest step", str(start), SHARED)
-    if all_done(resolved, start):
+    if announce.all_done(resolved, start):
         return DONE
     compiler_flags.use_compilation_cache()
     progress = open_progress(cfg.iterations or 0, start, cfg.log.every) if main else silent()
@@ -112,14 +112,16 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
             check(cfg, jax.device_count())
             changes = changes_since_saved(saved_runs, resolved)
             progress.expect(cfg.length)
-            if all_done(resolved, start):
+            if announce.all_done(resolved, start):
                 return DONE
         need_room(ready)
         keep, best, mode = cfg.checkpoint.keep, cfg.checkpoint.best, cfg.checkpoint.mode
         saved = checkpoint.Checkpoints(run_dir, keep, best, mode, background=cfg.checkpoint.background)
         with (
             current(ready.mesh),
-            MetricsLog(cfg.run_dir, cfg.log, cfg.length, start, lock=lock, main=main, progress=progress) as log,
+            MetricsLog(
+                cfg.run_dir, cfg.log, cfg.length, start, lock=lock, main=main, progress=progress, alarms=cfg.alarms
+            ) as log,
             processes.naming_the_dead(patience),
         ):
             log.say(announce.opening(ready, start))
@@ -130,18 +132,6 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
             with log.doing("loading"):
                 trainer = Trainer(ready, saved, log, stop, watch)
             return trainer.run(start, raw)
-
-
-def all_done(resolved: Resolved, start: int) -> bool:
-    """Whether no iteration is left, which is said; False where epochs have to be counted first."""
-    cfg = resolved.cfg
-    done = cfg.iterations is not None and start >= cfg.iterations
-    if done and processes.is_main():
-        some = f"all {start} iterations are done" if start == cfg.iterations else f"{start} iterations are done"
-        more = "" if start == cfg.iterations else f", and iterations is {cfg.iterations}"
-        print(f"{cfg.run_dir}: {some}{more}; raise iterations= (or epochs=) to go on")
-        print("\n".join(announce.next_steps(resolved)))
-    return done
 
 
 def write_config(cfg: Config, raw: str) -> None:
@@ -231,6 +221,9 @@ class Trainer:
             step = self.loop(state, start, programs)
         self.log.close()  # the bar gives way to the last numbers
         if step < cfg.length:
+            if (alarm := self.log.alarms.stop) and not self.stop.asked:
+                self.log.say(f"alarms.stop: {alarm.name}: stopped at step {step}, which is saved; {GOES_ON}")
+                return ALARMED
             late = self.limit.over and not self.stop.asked
             name = "max_run_duration" if late else self.stop.asked or "SIGTERM"  # of another process
             self.log.say(f"{name}: stopped at step {step}; {GOES_ON}")
@@ -242,7 +235,7 @@ class Trainer:
         """Iterations up to the last one, or to a signal: the step that it came to, which is saved."""
         cfg, step = self.cfg, start
         self.last_time = time.perf_counter()
-        while step < cfg.length and not self.asked_to_stop() and not self.limit.reached():
+        while step < cfg.length and not (self.asked_to_stop() or self.limit.reached() or self.log.alarms.stop):
             position = self.feed.get_state()
             host, records = self.feed.next()
             batch = put(self.ready.mesh, host)

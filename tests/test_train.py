@@ -248,7 +248,7 @@ def test_a_log_has_plain_lines(process):
     assert any(line.startswith(batch) for line in lines[:8])
     assert "data.demonstrations: text" in lines and "data.preferences: chosen + rejected: text" in lines
     assert sum(line.startswith("compiled 1 program in ") for line in lines) == len(NAMES)
-    assert any(line.startswith("step 3/4  reward ") and "  kl " in line and " tok/s" in line for line in lines)
+    assert any(line.startswith("step 3/4  reward ") and "  kl " in line and "  loss " in line for line in lines)
     assert "\x1b" not in process.outputs[0]
 
 
@@ -485,6 +485,20 @@ def test_a_run_that_is_out_of_time_saves_and_resumes(root, tmp_path, fake, capsy
     assert 1 <= step < 4
     assert trainer.run(cfg_without) == "done"
     assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [1, 2, 3, 4]
+
+
+def test_an_alarm_stops_a_run_that_goes_on_by_the_same_command(root, tmp_path, fake, capsys):
+    """It is seen once its row is there, while the next iteration runs; that one is saved too."""
+    fake(lambda step: {"kl/sampler_mismatch": jnp.where(step >= 2, 0.5, 0.0)})
+    cfg = bare(root, tmp_path, "iterations=6", "checkpoint.every=6", "alarms.patience=1", "alarms.stop=[mismatch]")
+    assert trainer.run(cfg) == "alarmed"
+    (step,) = runs.steps_kept(tmp_path / "sft")
+    out = capsys.readouterr().out
+    assert step == 3 and "warning: mismatch at step 2: kl/sampler_mismatch is 0.5 (alarms.mismatch: 0.1)\n" in out
+    assert f"alarms.stop: mismatch: stopped at step {step}, which is saved; the same command resumes\n" in out
+    assert trainer.run(cfg) == "done"
+    assert [row["step"] for row in runs.rows(tmp_path / "sft")] == [1, 2, 3, 4, 5, 6]
+    assert "warning: mismatch" not in capsys.readouterr().out
 
 
 def test_sigterm_in_the_last_iteration_is_no_preemption(root, tmp_path, monkeypatch, fake):

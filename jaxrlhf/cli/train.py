@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from jaxrlhf.cli.setup import ConfigArguments, StrictOption, be_strict, load_joined
+from jaxrlhf.hosts.exit_codes import EXIT_BROKEN
 
 
 def train(
@@ -49,4 +50,4 @@ def train(
                 raise typer.Exit(stop.code)
             ended = run(cfg, decode(read_file(path), path), stop)
             if ended != "done":
-                raise typer.Exit(0 if ended == "out of time" else stop.code)
+                raise typer.Exit({"out of time": 0, "alarmed": EXIT_BROKEN}.get(ended, stop.code))

@@ -42,6 +42,7 @@ def check(cfg: Config, num_devices: int, source: str = "config", place: str = "h
         *environment_problems(found),
         *place_problems(cfg),
         *profile_problems(cfg),
+        *alarm_problems(cfg),
         *device_problems(found, num_devices, place),
     ]
     if problems:
@@ -75,6 +76,13 @@ def role_problems(resolved: Resolved) -> Iterator[str]:
             )
         if role != "default" and role not in {*needed, *map(grader_of, needed)}:
             yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
+
+
+def alarm_problems(cfg: Config) -> Iterator[str]:
+    """An alarm that stops the run has a threshold."""
+    for name in cfg.alarms.stop:
+        if getattr(cfg.alarms, name) is None:
+            yield f"alarms.stop: {name}: alarms.{name} is null, so it never tells; expected a number there"
 
 
 def trunk_problems(resolved: Resolved, role: Role) -> Iterator[str]:

@@ -14,27 +14,28 @@ RANGES = {
         desirable_weight undesirable_weight cql_coef variance_coef multiplier multiplier_learning_rate
         EvalConfig.every GenerateConfig.beta process_id
         vocab_size observation_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
+        AlarmsConfig.judge AlarmsConfig.gold AlarmsConfig.kl AlarmsConfig.mismatch
         poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """timeout max_run_duration epochs clip_norm spike_sigmas eps clip_range clip_range_low clip_range_high
         value_clip_range kl_target stop_kl multiplier_max beta tie_threshold sampler_ratio_cap norm_eps rope_theta
         low_freq_factor high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast beta_slow
         attention_factor short_factor long_factor""",
-    "(1, inf)": "dual_clip",
+    "(1, inf)": "dual_clip AlarmsConfig.length",
     "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt
         sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size
-        pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon target_period
+        patience pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon target_period
         hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
         init_timeout slices starts""",
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",
     "[120, inf)": "grace_seconds",
     "[259, 1048576]": "train_vocab_size",
-    "[0, 1]": "final_fraction gamma gae_lambda",
+    "[0, 1]": "final_fraction gamma gae_lambda AlarmsConfig.entropy AlarmsConfig.zero_variance",
     "(0, 1]": "top_p rotary_fraction keep_top polyak",
     "(0, 1)": "expectile",
     "[0, 1)": "b1 b2",
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
-    "(-inf, inf)": "weight cost_limit",
+    "(-inf, inf)": "weight cost_limit AlarmsConfig.explained_variance",
     "[0, 2147483647]": "seed",
 }
 LARGEST = 2**31 - 1  # devices count in 32 bits

@@ -7,6 +7,7 @@ from jaxrlhf.config.members import grader_of, members_in
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.hosts.processes import DistributedConfig
+from jaxrlhf.log.alarms import AlarmsConfig
 from jaxrlhf.log.metrics import LogConfig
 from jaxrlhf.models.attention.kernels import Asked
 from jaxrlhf.models.config import ModelConfig
@@ -109,6 +110,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     on_nonfinite: Literal["stop", "skip"] = "stop"  # after an update left out for a NaN or infinity
     max_nonfinite: int = 3  # skip: iterations with such updates, one after the other, at which the run stops
     profile: str | None = None  # "10:13": steps 10, 11 and 12 are traced into RUN_DIR/profile, for perfetto

@@ -11,9 +11,10 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
+from jaxrlhf.log.alarms import Alarms, AlarmsConfig
 from jaxrlhf.log.events import Events
 from jaxrlhf.log.progress import Lines, open_progress, silent, summary
-from jaxrlhf.log.rows import JsonLines, plain, row_files
+from jaxrlhf.log.rows import JsonLines, plain, read_rows, row_files
 from jaxrlhf.log.run_dir import is_local, keep_lock, lock_run_dir
 
 BINS = 24  # of a histogram
@@ -48,9 +49,13 @@ class MetricsLog:
         lock: IO | None = None,
         main: bool = True,
         progress: Lines | None = None,
+        alarms: AlarmsConfig = AlarmsConfig(),
     ):
         self.main, self.run_dir = main, epath.Path(run_dir)
         self.nonfinite: dict[str, int] = {}  # metric -> how often it was NaN or infinite
+        self.alarms = Alarms(alarms)  # of every process: they stop together
+        if start:
+            self.alarms.replay(row for row in read_rows(run_dir, "metrics") if row["step"] <= start)
         self.evaluated = False  # whether held-out responses are shown: then no others are
         if not main:
             self.progress = progress or silent()
@@ -75,6 +80,7 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One row: ``step``, ``time`` (Unix seconds) and the metrics; NaN and infinity as null, counted, warned of."""
+        told = self.alarms.see(step, metrics)
         if not self.main:
             return
         values = {key: plain(value) for key, value in metrics.items()}
@@ -86,6 +92,8 @@ class MetricsLog:
             self.events.add(step, finite)
         self.tell_failures()
         self.progress.show(step, summary(finite))
+        for alarm in told:
+            self.say(f"warning: {alarm.name} at step {step}: {alarm.message}")
 
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows of samples.jsonl: prompt, response, score, split; ``step`` is put first."""

@@ -1,5 +1,6 @@
 """What the page says of its runs: rows of every chart, samples, before and after, configs. All of it is JSON."""
 
+import dataclasses
 import difflib
 import math
 import re
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxrlhf.errors import counted
+from jaxrlhf.log.alarms import Alarms, AlarmsConfig
 from jaxrlhf.log.metric_names import HELD_OUT, find_metric
 from jaxrlhf.report import charts, layout
 from jaxrlhf.report.runs import RunRecord
@@ -37,6 +39,7 @@ def content_of(runs: Sequence[RunRecord]) -> dict[str, Any]:
         ],
         "specifications": charts.specifications(tuple(series)),
         "parts": [each for each in (compared, *parts) if each["charts"]],
+        "alarms": [alarm for run in runs for alarm in alarms(run)],
         "glance": glance(runs),
         "samples": samples(runs),
         "pairs": [pair for run in runs for pair in before_and_after(run)],
@@ -166,6 +169,16 @@ SHOWN = (
     "reward/accuracy",
 )
 SHOWN += ("implicit_reward/accuracy", "cost/violations", "loss/policy", "loss/q", "response/length_mean", "return/mean")
+
+
+def alarms(run: RunRecord) -> list[dict[str, Any]]:
+    """Those that the run told, by the thresholds of its config; of a run without them, by the defaults."""
+    names = [field.name for field in dataclasses.fields(AlarmsConfig)]
+    given = {name: run.config[key] for name in names if (key := f"alarms.{name}") in run.config}
+    watch = Alarms(AlarmsConfig(**given))
+    found = [alarm for row in run.metrics for alarm in watch.see(row["step"], row)]
+    shown = [{**alarm._asdict(), "run": run.name, "alarm": alarm.name} for alarm in found]
+    return [row | {"metrics": [name.removeprefix(HELD_OUT) for name in row["metrics"]]} for row in shown]
 
 
 def glance(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from jaxrlhf.data import chat
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.errors import counted
+from jaxrlhf.hosts import processes
 from jaxrlhf.models.parameters import parameter_table
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.feed import Feed, training_prompts
@@ -61,6 +62,18 @@ def duration(seconds: float) -> str:
     """ "0:03:12"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def all_done(resolved: Resolved, start: int) -> bool:
+    """Whether no iteration is left, which is said; False where epochs have to be counted first."""
+    cfg = resolved.cfg
+    done = cfg.iterations is not None and start >= cfg.iterations
+    if done and processes.is_main():
+        some = f"all {start} iterations are done" if start == cfg.iterations else f"{start} iterations are done"
+        more = "" if start == cfg.iterations else f", and iterations is {cfg.iterations}"
+        print(f"{cfg.run_dir}: {some}{more}; raise iterations= (or epochs=) to go on")
+        print("\n".join(next_steps(resolved)))
+    return done
 
 
 def closing(resolved: Resolved, seconds: float, best: int | None) -> str:

@@ -57,6 +57,8 @@ def calls(monkeypatch):
             return "preempted"
         if "late" in cfg.run_dir:
             return "out of time"
+        if "alarm" in cfg.run_dir:
+            return "alarmed"
         if "last" in cfg.run_dir:
             stop.asked = "Ctrl-C"  # in its last iteration
         return "done"
@@ -106,7 +108,8 @@ def test_preemption_exits_with_75_and_leaves_the_rest(sft, calls, run):
 
 def test_a_run_that_is_out_of_time_exits_with_0_and_leaves_the_rest(sft, calls, run):
     run("train", sft, sft.parent / "second.yaml", "first:run_dir=late", code=0)
-    assert [cfg.run_dir for _, cfg, *_ in calls] == ["late"]
+    run("train", sft, sft.parent / "second.yaml", "first:run_dir=alarm", code=1)
+    assert [cfg.run_dir for _, cfg, *_ in calls] == ["late", "alarm"]
 
 
 def test_ctrl_c_in_the_last_iteration_of_a_run_stops_before_the_next(sft, calls, run):

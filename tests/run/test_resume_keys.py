@@ -99,6 +99,8 @@ OTHER: dict[str, str | None] = {
     "rewards.combine": None,  # with an ensemble
     **dict.fromkeys(("environment.id", "environment.arguments"), None),  # with models of observations
     "generate.stop": "[film]",
+    "alarms.stop": "[kl]",
+    "alarms.length": "3",
     "generate.int8": "[weights]",
     "checkpoint.best": "eval/score/mean",
     "eval.judge": "{{path: {text}/labels.jsonl}}",
