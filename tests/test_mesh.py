@@ -198,7 +198,6 @@ def compare(alone: Ran, split: Ran, tolerance: float) -> None:
     assert min(changes) > 0 and alone.metrics[0]["loss/policy"] != alone.metrics[-1]["loss/policy"]
 
 
-@pytest.mark.nightly  # by day: groups over a mesh, above
 @pytest.mark.parametrize(
     ("shape", "cut", "whole"),
     [(8, "cut", "groups"), NIGHTLY(ALONE, "cut", "groups"), NIGHTLY(ALONE, "twice cut", "twice")],

@@ -287,6 +287,7 @@ def learned(text, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.nightly  # by day: the short twin of the benchmark reverse
 def test_a_policy_learns_what_the_function_pays_for(learned):
     rows = runs.rows(learned)
     before, after = (row["eval/score/mean"] for row in rows if "eval/score/mean" in row)
@@ -295,6 +296,7 @@ def test_a_policy_learns_what_the_function_pays_for(learned):
     assert len(scores) == 80 and np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.2
 
 
+@pytest.mark.nightly  # by day: the short twin of the benchmark reverse
 def test_samples_carry_their_own_scores(learned):
     """In training and held out: the function on the text that is shown gives the score that is shown."""
     rows = runs.rows(learned, "samples")
@@ -303,6 +305,7 @@ def test_samples_carry_their_own_scores(learned):
         assert row["score"] == pytest.approx(vowels([row["response"]], [])[0], abs=1e-4)
 
 
+@pytest.mark.nightly  # by day: the short twin of the benchmark reverse
 def test_the_time_in_the_function_is_a_metric(learned):
     lines = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in lines if "time/iteration" in row]
@@ -328,6 +331,7 @@ def test_an_iteration_before_an_evaluation_takes_its_own_time(text, tmp_path):
         assert row["time/iteration"] >= row["time/rewards"] >= slept
 
 
+@pytest.mark.nightly  # by day: the short twin of the benchmark reverse
 def test_a_finished_run_is_evaluated_with_its_function(learned):
     with rewarded_by(vowels):
         report = evaluate_run(str(learned))
@@ -432,11 +436,13 @@ def test_a_function_that_is_not_there_is_refused_before_anything_is_built(text, 
     assert not (tmp_path / "grpo").exists()
 
 
+@pytest.mark.nightly  # by day: the short twin of the benchmark reverse
 def test_a_run_whose_function_is_gone_is_refused_in_one_line(learned):
     with pytest.raises(ConfigError, match=r"^rewards\.function: my_rewards:f: no module my_rewards; .*$"):
         evaluate_run(str(learned))
 
 
+@pytest.mark.nightly  # by day: the short twin of the benchmark reverse
 def test_roles_of_a_run_with_a_function(learned):
     _, extra = saved_run.read_extra(str(learned))
     assert extra["models"].keys() == {"policy", "reference"}
