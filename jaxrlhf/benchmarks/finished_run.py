@@ -19,7 +19,7 @@ from jaxrlhf.run.transfer import put
 from jaxrlhf.sharding import current
 from jaxrlhf.types import Ask, Sequences, TrainState
 
-ROWS = 4096  # that are scored at a time
+ROWS = 256  # that are scored at a time
 
 
 def opened(run_dir: Path) -> tuple[Run, TrainState]:

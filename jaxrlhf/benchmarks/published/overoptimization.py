@@ -21,7 +21,10 @@ LONGEST = 12  # letters of a response
 BEST_LENGTH = 8
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # n of best of n
 PAIRS, HELD_OUT = 3000, 64
-FEW = 500  # pairs of the smaller data
+FEW = 250  # pairs of the smaller data
+NARROW, WIDE = 4, 64  # features of the smallest and the largest reward models
+NOISE = 0.25  # the share of labels that are wrong
+USUAL, CAREFUL = 1.1, 1.6  # exponents of Zipf's law: of what the policy writes, and of the pairs, with fewer typos
 
 
 # ---- the task -------------------------------------------------------------------------------------------------------
@@ -29,10 +32,11 @@ FEW = 500  # pairs of the smaller data
 
 @functools.cache
 def worth(seed: int) -> dict[str, float]:
-    """What a letter adds to the gold score: common ones around 0, typos less than nothing."""
-    rng = random.Random(1000 + seed)
-    common = {letter: rng.gauss(0.0, 1.0) for letter in LETTERS[:SEEN_WELL]}
-    return common | dict.fromkeys(LETTERS[SEEN_WELL:], -1.5)
+    """What a letter adds to the gold score: common ones the quantiles of a normal distribution, in an order of the
+    seed's; typos less than nothing."""
+    quantiles = [statistics.NormalDist().inv_cdf((at + 0.5) / SEEN_WELL) for at in range(SEEN_WELL)]
+    random.Random(1000 + seed).shuffle(quantiles)
+    return dict(zip(LETTERS, quantiles)) | dict.fromkeys(LETTERS[SEEN_WELL:], -1.5)
 
 
 def gold_of(text: str, seed: int) -> float:
@@ -47,9 +51,9 @@ def gold(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
     return [gold_of(text, record["seed"]) for text, record in zip(responses, records, strict=True)]
 
 
-def write(rng: random.Random) -> str:
-    """A response as the policy writes before it is optimised: letters by Zipf's law, 4 to 12 of them."""
-    weights = [1 / (rank + 1) ** 1.1 for rank in range(len(LETTERS))]
+def write(rng: random.Random, exponent: float = USUAL) -> str:
+    """4 to 12 letters by Zipf's law."""
+    weights = [1 / (rank + 1) ** exponent for rank in range(len(LETTERS))]
     return "".join(rng.choices(LETTERS, weights, k=rng.randint(4, LONGEST)))
 
 
@@ -59,28 +63,32 @@ def coin(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
 
 
 def write_data(folder: Path, seed: int, held_out: int = HELD_OUT) -> None:
-    """demonstrations, prompts, held-out prompts; pairs labelled by the gold score with 25 % of the labels swapped, all
-    and a few; held-out pairs with right labels."""
+    """demonstrations, prompts, held-out prompts; pairs labelled by the gold score, all, a few, and all with 25 % of the
+    labels swapped; held-out pairs with right labels."""
     rng = random.Random(seed)
     prompt = lambda: {"prompt": rng.choice(LETTERS) + ":", "seed": seed}
     rows: dict[str, list[dict[str, Any]]] = {
         "demonstrations": [prompt() | {"response": write(rng)} for _ in range(8000)],
         "prompts": [prompt() for _ in range(1000)],
         "held_out": [prompt() for _ in range(held_out)],
+        "clean_pairs": [pair(rng, prompt()["prompt"], seed) for _ in range(PAIRS)],
+        "held_out_pairs": [pair(rng, prompt()["prompt"], seed) for _ in range(500)],
     }
-    for name, count, noise in (("pairs", PAIRS, 0.25), ("held_out_pairs", 500, 0.0)):
-        rows[name] = [pair(rng, prompt()["prompt"], seed, noise) for _ in range(count)]
+    rows["pairs"] = [swapped(one) if rng.random() < NOISE else one for one in rows["clean_pairs"]]
     rows["few_pairs"] = rows["pairs"][:FEW]
     for name, found in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
 
 
-def pair(rng: random.Random, prompt: str, seed: int, noise: float) -> dict[str, str]:
-    """Two responses, labelled wrongly with the probability ``noise``."""
-    one, other = write(rng), write(rng)
-    right = gold_of(one, seed) > gold_of(other, seed)
-    chosen, rejected = (one, other) if right != (rng.random() < noise) else (other, one)
+def pair(rng: random.Random, prompt: str, seed: int) -> dict[str, str]:
+    """Two responses: the one with the higher gold score is chosen."""
+    rejected, chosen = sorted((write(rng, CAREFUL) for _ in range(2)), key=lambda text: gold_of(text, seed))
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def swapped(pair: dict[str, str]) -> dict[str, str]:
+    """With the wrong label."""
+    return pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
@@ -92,6 +100,7 @@ CURVES = (("gold", "gold/mean"), ("proxy", "score/mean"), ("kl", "kl/reference")
 def measure(done: Finished) -> Measured:
     """Of a reward model: best of n by it. Of GRPO: gold, proxy and KL on held-out prompts over the run."""
     if done.cell == "sft":
+        write_responses(done)
         return {"loss": done.curve("loss/policy")[-1]}
     return measure_best_of(done) if done.cell.startswith("rm") else measure_training(done)
 
@@ -117,7 +126,7 @@ def measure_best_of(done: Finished) -> Measured:
 
     from jaxrlhf.ops.best_of import best_of, best_of_kl
 
-    scores, gold = sampled(done)
+    scores, gold = scored(done)
     curve = lambda proxy, by: best_of(proxy, by, SIZES).mean(1)
     mean = scores.mean(0)
     ways = {"mean": mean, "median": np.median(scores, axis=0), "wco": scores.min(0), "uwo": mean - 0.5 * scores.var(0)}
@@ -135,28 +144,51 @@ def measure_best_of(done: Finished) -> Measured:
     return found
 
 
-def sampled(done: Finished) -> tuple[Any, Any]:
-    """(scores f64[members, prompts, N], gold f64[prompts, N]) of SIZES[-1] responses of the supervised policy to each
-    held-out prompt."""
+def write_responses(done: Finished) -> None:
+    """responses.npz in the seed's folder: SIZES[-1] responses of the supervised policy to each held-out prompt, which
+    all reward models score, and their gold score."""
+    import jax
     import numpy as np
 
     from jaxrlhf.benchmarks.reproduce import config_of
-    from jaxrlhf.config.load import load
     from jaxrlhf.config.resolved import resolve_config
+    from jaxrlhf.data.tokenizer import decode_rows
     from jaxrlhf.evaluate.against_reference import PolicyEvaluation
     from jaxrlhf.run.build import build
     from jaxrlhf.run.initial_state import initial_state
+    from jaxrlhf.run.transfer import put
     from jaxrlhf.sharding import current
 
-    members = [role for role in load(done.run_dir / "config.yaml").models if role.startswith("reward")]
-    several = {"models.reward": [{"init_from": f"{FOLDER}/{done.cell}"}] * len(members)}
-    rows = {"batch.prompts_per_step": HELD_OUT * SIZES[-1] // 8}  # all prompts in one batch
-    cell = Cell(f"best_of_{done.cell}", "", "grpo", several | rows)
+    policy = {"models": {"policy": {"init_from": f"{FOLDER}/sft"}}, "rewards.function": constant}
+    cell = Cell(
+        "writer",
+        "",
+        "grpo",
+        policy | {"batch.prompts_per_step": HELD_OUT * SIZES[-1], "batch.samples_per_prompt": 2, "eval.gold": None},
+    )
     ready = build(resolve_config(config_of(BENCHMARK, cell, done.folder, done.seed)), keep=False)
     with current(ready.mesh):
-        written = PolicyEvaluation(ready, judge=False, samples=SIZES[-1]).write(initial_state(ready))
-    grouped = lambda x: np.asarray(x, np.float64).reshape(-1, SIZES[-1])
-    return np.stack([grouped(written.grades[role]) for role in members]), grouped(written.gold)
+        evaluation = PolicyEvaluation(ready, judge=False, samples=SIZES[-1])
+        (prompts,) = evaluation.batches  # as many rows an iteration
+        rows, _ = evaluation.program(initial_state(ready), {}, put(ready.mesh, prompts.batch).prompts)
+    rows = jax.device_get(rows)
+    texts = decode_rows(ready.tokenizer, rows.tokens, rows.response_mask)
+    arrays = {"tokens": rows.tokens, "valid": rows.valid, "response_mask": rows.response_mask}
+    np.savez(done.folder / "responses.npz", **arrays, gold=[gold_of(text, done.seed) for text in texts])
+
+
+def scored(done: Finished) -> tuple[Any, Any]:
+    """(scores f64[members, prompts, N], gold f64[prompts, N]) of the responses of ``write_responses``."""
+    import numpy as np
+
+    from jaxrlhf.benchmarks.finished_run import member_scores
+    from jaxrlhf.types import Sequences
+
+    with np.load(done.folder / "responses.npz") as found:
+        rows: Any = Sequences(found["tokens"], found["valid"], found["response_mask"])
+        gold = found["gold"].reshape(-1, SIZES[-1])
+    scores = member_scores(done.run_dir, rows).astype(np.float64)
+    return scores.reshape(len(scores), *gold.shape), gold
 
 
 def rounded(curve: Any) -> list[float]:
@@ -246,19 +278,36 @@ def same_frontier(results: Results) -> tuple[bool, str]:
 
 FOLDER = "runs/benchmarks/overoptimization"
 RM = {"init_from": f"{FOLDER}/rm"}
-NO_MODEL = {"models": {"policy": {"init_from": f"{FOLDER}/sft"}}, "iterations": 30}
+NO_MODEL = {"models": {"policy": {"init_from": f"{FOLDER}/sft"}}, "iterations": 24}
+
+
+def of_pairs(name: str) -> dict[str, Any]:
+    return {"data.preferences.path": f"{FOLDER}/data/{name}.jsonl"}
+
+
+def of_width(features: int, members: int = 2) -> dict[str, Any]:
+    """Reward models of another width."""
+    model = {"hidden_size": features, "num_layers": 1, "num_heads": 2, "max_positions": 32}
+    return {"models.reward": [{"architecture": model}] * members}
+
+
+def against(combine: str, members: int = 5) -> dict[str, Any]:
+    """GRPO against the members of ``rm``, combined."""
+    return {"models.reward": [RM] * members, "rewards.combine": combine}
+
+
 CELLS = (
     Cell("sft", "the policy: supervised, from random weights"),
-    Cell("rm", f"five reward models on {PAIRS:,} pairs, 25 % labelled wrongly"),
-    Cell("rm_few", f"the same on {FEW} pairs", "rm", {"data.preferences.path": f"{FOLDER}/data/few_pairs.jsonl"}),
-    Cell("single", "GRPO against one of them", "grpo", {"models.reward": [RM]}),
+    Cell("rm", f"five reward models of 32 features on {PAIRS:,} pairs, 25 % labelled wrongly"),
+    Cell("rm_few", f"the same on {FEW} pairs", "rm", of_pairs("few_pairs")),
+    Cell("rm_clean", f"the same on {PAIRS:,} pairs with right labels", "rm", of_pairs("clean_pairs")),
+    Cell("rm_narrow", f"two of {NARROW} features", "rm", of_width(NARROW)),
+    Cell("rm_wide", f"two of {WIDE} features", "rm", of_width(WIDE)),
+    Cell("single", "GRPO against the first of `rm`", "grpo", {"models.reward": [RM]}),
     Cell("kl", "the same with a KL penalty of 0.1", "grpo", {"models.reward": [RM], "algorithm.kl_coef": 0.1}),
-    Cell(
-        "uwo",
-        "GRPO against mean - 0.5 x variance of five scores",
-        "grpo",
-        {"models.reward": [RM] * 5, "rewards.combine": "mean_minus_variance"},
-    ),
+    Cell("mean", "GRPO against the mean of all five", "grpo", against("mean")),
+    Cell("wco", "GRPO against the lowest of the five scores", "grpo", against("min")),
+    Cell("uwo", "GRPO against mean - 0.5 x variance of the five", "grpo", against("mean_minus_variance")),
     Cell("constant", "control: GRPO with a constant reward", "grpo", NO_MODEL | {"rewards.function": constant}),
     Cell("random", "control: GRPO with a random reward", "grpo", NO_MODEL | {"rewards.function": coin}),
 )
