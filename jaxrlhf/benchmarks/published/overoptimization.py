@@ -93,6 +93,8 @@ def swapped(pair: dict[str, str]) -> dict[str, str]:
 
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
+PROXIES = ("rm_narrow", "rm_few", "rm", "rm_wide", "rm_clean")  # cells of reward models
+OPTIMIZED = ("single", "kl", "mean", "wco", "uwo")  # cells of GRPO
 WAYS = ("single", "mean", "median", "wco", "uwo")
 CURVES = (("gold", "gold/mean"), ("proxy", "score/mean"), ("kl", "kl/reference"))
 
@@ -171,7 +173,7 @@ def write_responses(done: Finished) -> None:
         evaluation = PolicyEvaluation(ready, judge=False, samples=SIZES[-1])
         (prompts,) = evaluation.batches  # as many rows an iteration
         rows, _ = evaluation.program(initial_state(ready), {}, put(ready.mesh, prompts.batch).prompts)
-    rows = jax.device_get(rows)
+    rows = jax.tree.map(lambda x: x[: prompts.real * SIZES[-1]], jax.device_get(rows))
     texts = decode_rows(ready.tokenizer, rows.tokens, rows.response_mask)
     arrays = {"tokens": rows.tokens, "valid": rows.valid, "response_mask": rows.response_mask}
     np.savez(done.folder / "responses.npz", **arrays, gold=[gold_of(text, done.seed) for text in texts])
@@ -225,39 +227,47 @@ def fitted(distance: Any, rises: Any, factor: Any) -> tuple[float, float]:
 
 
 def plot(figure: Any, results: Results) -> None:
-    """Best of n by each way to combine; GRPO's gold and proxy over the distance from the reference."""
+    """Gold of the best of n, by how members are combined, and by data, labels and width; GRPO's gold and proxy over the
+    distance from the reference. The mean over the seeds."""
     import numpy as np
 
-    from jaxrlhf.benchmarks.figure import tidy
+    from jaxrlhf.benchmarks.figure import legend_beside, tidy
 
-    figure.set_size_inches(9, 2.8)
-    left, middle, right = figure.subplots(1, 3)
+    figure.set_size_inches(9, 5)
+    (ways, proxies), (gold, proxy) = figure.subplots(2, 2)
     average = lambda cell, name: np.mean(results.of(cell, name), axis=0)
     for number, way in enumerate(WAYS):
-        left.plot(SIZES, average("rm", f"{way}_curve"), "o-", color=f"C{number}", markersize=3, label=way)
-    left.plot(SIZES, average("rm", "proxy_curve"), "--", color="gray", label="proxy of single")
-    left.set(xscale="log", xlabel="n", title="gold of the best of n")
-    cells = [cell for cell in ("single", "kl", "uwo") if cell in results.measured]
-    for axes, name in ((middle, "gold"), (right, "proxy")):
-        for number, cell in enumerate(cells):
-            for at, (kl, values) in enumerate(zip(results.of(cell, "kl_curve"), results.of(cell, f"{name}_curve"))):
-                label = {"label": cell} if at == 0 else {}
-                axes.plot(np.sqrt(np.maximum(kl, 0)), values, color=f"C{number}", linewidth=1, alpha=0.8, **label)
-        axes.set(xlabel="sqrt(KL), nats", title=f"{name} of GRPO")
-    for axes in (left, middle, right) if cells else (left,):
-        axes.legend(fontsize=6)
+        ways.plot(SIZES, average("rm", f"{way}_curve"), "o-", color=f"C{number}", markersize=3, label=way)
+    ways.plot(SIZES, average("rm", "proxy_curve"), "--", color="gray", label="proxy of single")
+    for number, cell in enumerate(PROXIES):
+        proxies.plot(SIZES, average(cell, "single_curve"), "o-", color=f"C{number}", markersize=3, label=cell)
+    for number, cell in enumerate(OPTIMIZED):
+        distance = np.sqrt(np.maximum(average(cell, "kl_curve"), 0))
+        for axes, name in ((gold, "gold"), (proxy, "proxy")):
+            axes.plot(distance, average(cell, f"{name}_curve"), "o-", color=f"C{number}", markersize=3, label=cell)
+    for axes, title in ((ways, "members combined"), (proxies, "single members of each cell")):
+        axes.set(xscale="log", xlabel="n", title=f"gold of the best of n, {title}")
+    for axes, name in ((gold, "gold"), (proxy, "proxy")):
+        axes.set(xlabel="sqrt(KL), nats", title=f"{name} over GRPO")
+    for axes in (ways, proxies, gold, proxy):
+        legend_beside(axes)
         tidy(axes)
 
 
 # ---- the benchmark --------------------------------------------------------------------------------------------------
 
 
-def ordered(results: Results) -> tuple[bool, str]:
-    """Gold of the best of the largest n, the mean over seeds: WCO and UWO at least the mean's, that at least a single
-    model's."""
-    ends = {way: results.mean("rm", f"{way}_end") for way in WAYS}
-    held = min(ends["wco"], ends["uwo"]) >= ends["mean"] >= ends["single"]
-    return held, ", ".join(f"{way} {end:.2f}" for way, end in ends.items())
+def ordered(results: Results, ends: dict[str, tuple[str, str]]) -> tuple[bool, str]:
+    """Gold at the end of way -> (cell, quantity), the mean over seeds: WCO's and UWO's at least the mean's, that at
+    least a single model's."""
+    found = {way: results.mean(*where) for way, where in ends.items()}
+    held = min(found["wco"], found["uwo"]) >= found["mean"] >= found["single"]
+    return held, ", ".join(f"{way} {end:.2f}" for way, end in found.items())
+
+
+ORDER = "wco and uwo >= mean >= single"
+BEST_OF = {way: ("rm", f"{way}_end") for way in WAYS}
+GRPO = {way: (way, "gold_end") for way in ("single", "mean", "wco", "uwo")}
 
 
 def same_frontier(results: Results) -> tuple[bool, str]:
@@ -337,10 +347,13 @@ BENCHMARK = Benchmark(
         Above("rm", "single_fall", 0.2),
         Above("rm", "beta", 0.0),
         Rise("rm", "rm_few", "single_peak"),
-        Holds(f"gold of the best of {SIZES[-1]}: wco and uwo >= mean >= single", ordered),
+        Rise("rm", "rm_narrow", "single_peak"),
+        Rise("rm_wide", "rm_narrow", "single_peak"),
+        Rise("rm_clean", "rm", "single_peak"),
+        Holds(f"gold of the best of {SIZES[-1]}: {ORDER}", functools.partial(ordered, ends=BEST_OF)),
         Above("single", "proxy_gain", 1.0),
         Above("single", "fall", 0.2),
-        HigherThan("uwo", "single", "gold_end", 1.0),
+        Holds(f"gold at the end of GRPO: {ORDER}", functools.partial(ordered, ends=GRPO)),
         Below("uwo", "fall", 0.2),
         Below("kl", "fall", 0.2),
         HigherThan("single", "kl", "kl_end", 1.0),
