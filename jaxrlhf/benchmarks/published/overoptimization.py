@@ -336,11 +336,10 @@ BENCHMARK = Benchmark(
         "one model, in best of n the mean of what each member does alone; `wco` the lowest of five scores, `uwo` mean "
         "- 0.5 x variance. `fall` is the share of gold's rise that is lost at the end. alpha and beta are those of "
         "Gao's forms: d (alpha - beta d) for best of n, d (alpha - beta log d) for GRPO where d is 1 or more, d = "
-        "sqrt(KL). The settings were chosen on seed 100; `rm_wide` and the controls were not run there, nor `rm_few` with "
-        "as few pairs. An earlier version, on seeds 0 to "
-        "2, had worths drawn at random, as many typos in the pairs as the policy writes, 500 pairs in `rm_few`, and "
-        "150 steps of 2 minibatches: it missed `single: fall above 0.2` on seed 2 and `kl: fall below 0.2` on seed 0, "
-        "and UWO ended only 0.1 sigma above a single model."
+        "sqrt(KL). The settings were chosen on seed 100; `rm_wide` and the controls were not run there, nor `rm_few` "
+        "with as few pairs. An earlier version, on seeds 0 to 2, had worths drawn at random, as many typos in the "
+        "pairs as the policy writes, 500 pairs in `rm_few`, and 150 steps of 2 minibatches: it missed `single: fall "
+        "above 0.2` on seed 2 and `kl: fall below 0.2` on seed 0, and UWO ended only 0.1 sigma above a single model."
     ),
     cells=CELLS,
     data=write_data,
