@@ -23,6 +23,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # n of best of n
 PAIRS, HELD_OUT = 3000, 64
 FEW = 250  # pairs of the smaller data
 NARROW, WIDE = 4, 64  # features of the smallest and the largest reward models
+FITTED = 5  # evaluations that a fit to the curve of a run takes at least
 NOISE = 0.25  # the share of labels that are wrong
 USUAL, CAREFUL = 1.1, 1.6  # exponents of Zipf's law: of what the policy writes, and of the pairs, with fewer typos
 
@@ -116,7 +117,7 @@ def measure_training(done: Finished) -> Measured:
     gold = curves["gold"]
     found |= {"gold_peak": max(gold), "fall": fall(gold), "gold_gain": gold[-1] - gold[0]}
     found["proxy_gain"] = curves["proxy"][-1] - curves["proxy"][0]
-    if max(curves["kl"]) > 1:
+    if sum(kl > 1 for kl in curves["kl"]) >= FITTED:
         found["alpha"], found["beta"] = fit_training(curves["kl"], gold)
     return found
 
