@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeGuard
 
+from jaxrlhf.log.metric_names import HELD_OUT
+
 AlarmName = Literal["judge", "gold", "kl", "entropy", "length", "zero_variance", "explained_variance", "mismatch"]
 
 
@@ -20,7 +22,7 @@ class AlarmsConfig:
     zero_variance: float | None = 0.9  # share of prompts whose responses all have the same score (grpo)
     explained_variance: float | None = 0.0  # value/explained_variance below it
     mismatch: float | None = 0.1  # kl/sampler_mismatch, nats a token
-    patience: int = 5  # rows, one after the other, in which a sign is there before it is told; judge, gold: 1
+    patience: int = 5  # iterations, one after the other, that show a sign before it is told; of evaluations one
     stop: tuple[AlarmName, ...] = ()  # those that save and stop the run, with exit code 1
 
 
@@ -38,7 +40,7 @@ class Sign(NamedTuple):
 
     metrics: tuple[str, ...]
     judge: Callable[[float, list[float], list[float]], tuple[bool, str]]
-    held_out: bool = False  # seen in evaluations: compared with the best one, not the first row, and told at once
+    held_out: bool = False  # of evaluations alone, and compared with the best of them; else with the first row
 
 
 def fallen(limit: float, now: list[float], then: list[float]) -> tuple[bool, str]:
@@ -71,8 +73,8 @@ def below(limit: float, now: list[float], then: list[float]) -> tuple[bool, str]
 
 
 SIGNS: dict[str, Sign] = {
-    "judge": Sign(("eval/judge/mean", "eval/judge/std", "eval/score/mean"), fallen, held_out=True),
-    "gold": Sign(("eval/gold/mean", "eval/gold/std", "eval/score/mean"), fallen, held_out=True),
+    "judge": Sign(("judge/mean", "judge/std", "score/mean"), fallen, held_out=True),
+    "gold": Sign(("gold/mean", "gold/std", "score/mean"), fallen, held_out=True),
     "kl": Sign(("kl/reference", "response/length_mean"), far),
     "entropy": Sign(("policy/entropy",), collapsed),
     "length": Sign(("response/length_mean",), drifted),
@@ -83,13 +85,13 @@ SIGNS: dict[str, Sign] = {
 
 
 def finite(value: Any) -> TypeGuard[float]:
-    """Whether it is a number, as a row has it or as the step gives it."""
+    """Whether it is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 class Alarms:
-    """Looks at a run's rows in their order. A sign is told when it has been there for ``patience`` rows, and again only
-    after it was gone."""
+    """Looks at a run's rows in their order. A sign is told when it has been there for ``patience`` rows, or for one
+    evaluation, and again only after it was gone. Evaluations tell what iterations do not measure: the KL of dpo."""
 
     def __init__(self, cfg: AlarmsConfig):
         self.cfg = cfg
@@ -98,20 +100,22 @@ class Alarms:
         self.stop: Alarm | None = None  # one of cfg.stop that was told
 
     def see(self, step: int, row: Mapping[str, Any]) -> list[Alarm]:
-        """What is to be told at this row."""
+        """What is to be told at this row, of an iteration or of an evaluation."""
+        prefix = HELD_OUT if any(key.startswith(HELD_OUT) for key in row) else ""
         found = []
         for name, sign in SIGNS.items():
-            limit, now = getattr(self.cfg, name), [x for metric in sign.metrics if finite(x := row.get(metric))]
-            if limit is None or len(now) < len(sign.metrics):
+            metrics, place = tuple(prefix + metric for metric in sign.metrics), prefix + name
+            limit, now = getattr(self.cfg, name), [x for metric in metrics if finite(x := row.get(metric))]
+            if limit is None or len(now) < len(metrics) or (name in self.then if prefix else sign.held_out):
                 continue
-            then = self.then.setdefault(name, now)
+            then = self.then.setdefault(place, now)
             there, said = sign.judge(limit, now, then)
             if sign.held_out and now[0] > then[0]:
-                self.then[name] = now
-            self.rows[name] = self.rows.get(name, 0) + 1 if there else 0
-            if self.rows[name] == (1 if sign.held_out else self.cfg.patience):
-                text = f"{sign.metrics[0]} {said} (alarms.{name}: {limit:g})"
-                found.append(Alarm(name, step, sign.metrics, text))
+                self.then[place] = now
+            self.rows[place] = self.rows.get(place, 0) + 1 if there else 0
+            if self.rows[place] == (1 if prefix else self.cfg.patience):
+                text = f"{metrics[0]} {said} (alarms.{name}: {limit:g})"
+                found.append(Alarm(name, step, metrics, text))
         self.stop = next((alarm for alarm in found if alarm.name in self.cfg.stop), self.stop)
         return found
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import altair as alt
 
-# of Okabe and Ito (2008), which the colour-blind tell apart; none is near the dark or the light background
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
+# after Okabe and Ito (2008), which the colour-blind tell apart; none is near the dark or the light background
+COLOURS = ("#2f86c8", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 ALARM = "#d62728"
 HEIGHT = 170
 SHIFT = "[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!"  # without it the page scrolls

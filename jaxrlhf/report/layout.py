@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from jaxrlhf.log.metric_names import HELD_OUT
 
+OWN = "(?!grad_norm|learning_rate|spikes)"  # those of a role's optimizer have a part of their own
 # part of the page -> patterns of the metrics in it, in their order; a metric is in the first part that has it
 PARTS = {
     "Score": (
@@ -12,12 +13,13 @@ PARTS = {
         "score/kept",
         "score/(?!length)[^/]+",
         "reward/mean",
-        "judge/mean",
-        "gold/mean",
+        "return/mean",
+        "judge/.*",
+        "gold/.*",
         "win_rate/.*",
     ),
-    "Cost": ("cost/.*", "cost_value/.*"),
-    "Reward model": ("reward/accuracy", "loss/reward", "reward/.*"),
+    "Cost": (f"cost/{OWN}.*", f"cost_value/{OWN}.*"),
+    "Reward model": ("reward/accuracy", "loss/reward", f"reward/{OWN}.*"),
     "Preferences": ("implicit_reward/accuracy", "implicit_reward/.*", "logprobs/.*", "kl/baseline"),
     "Policy": (
         "kl/reference",
@@ -26,16 +28,17 @@ PARTS = {
         "response/length_mean",
         "policy/clip_fraction",
         "response/ended",
+        "group/.*",
         "kl/.*",
-        "policy/(?!grad_norm|learning_rate).*",
+        f"policy/{OWN}.*",
         "response/.*",
         "score/.*",
     ),
     "Value and Q": (
         "value/explained_variance",
         "loss/value",
-        "value/(?!grad_norm|learning_rate).*",
-        "q/.*",
+        f"value/{OWN}.*",
+        f"q/{OWN}.*",
         "loss/q.*",
     ),
     "Optimizer": ("loss/.*", ".*/grad_norm", ".*/learning_rate", "update/.*", ".*/spikes"),

@@ -80,6 +80,15 @@ def test_a_sign_has_to_stay_and_is_told_once():
     assert told(Alarms(AlarmsConfig(patience=3)), *rows) == [(6, "explained_variance"), (12, "explained_variance")]
 
 
+def test_evaluations_tell_what_iterations_do_not_measure():
+    """At once, where there is no training row with these metrics; else the training rows decide."""
+    first, _, wrong = CASES["kl"]
+    held_out = lambda row: {f"eval/{name}": value for name, value in row.items()}
+    dpo = [held_out(first), {"loss/policy": 0.5}, held_out(first | wrong)]
+    assert told(Alarms(AlarmsConfig()), *dpo) == [(3, "kl")]
+    assert told(Alarms(AlarmsConfig()), held_out(first), first, held_out(first | wrong)) == []
+
+
 def test_numbers_that_are_missing_or_not_finite_are_no_sign():
     alarms = Alarms(AlarmsConfig(patience=1))
     assert told(alarms, {}, {"value/explained_variance": math.nan}, {"value/explained_variance": None}) == []

@@ -156,6 +156,16 @@ def test_a_run_can_be_hidden(browser, pages):
         assert opened.said == []
 
 
+def test_alarms_are_listed_and_marked(browser, pages):
+    with Opened(browser, pages["one"].as_uri()) as opened:
+        found = json.loads(opened.page.text_content("#content"))
+        assert found["alarms"] and len(opened.texts("#alarms li")) == len(found["alarms"])
+        marked = {metric for alarm in found["alarms"] for metric in alarm["metrics"]}
+        rules = "[...document.querySelectorAll('.chart')].filter(it => it.querySelector('.mark-rule.role-mark path, "
+        rules += ".mark-rule.role-mark line')).map(it => it.dataset.chart.replace(/^(curve|share)\\//, ''))"
+        assert set(opened.page.evaluate(rules)) == marked and opened.said == []
+
+
 def test_the_colours_can_be_chosen(browser, pages):
     with Opened(browser, pages["one"].as_uri(), scheme="light") as opened:
         back = "getComputedStyle(document.body).backgroundColor"

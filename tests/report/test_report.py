@@ -97,7 +97,8 @@ def test_every_metric_of_the_table_has_one_place():
     arranged = layout.arrange([*names, *(f"eval/{name}" for name in names), "mine/own"])
     placed = [name for part in arranged.values() for name in part]
     assert sorted(placed) == sorted({*names, "mine/own"})
-    assert "mine/own" in arranged["Other"]
+    assert arranged["Other"] == ["mine/own"]
+    assert "reward/grad_norm" in layout.arrange(["reward/grad_norm"])["Optimizer"]
 
 
 def test_a_chart_has_training_and_held_out_rows_by_the_runs_colours(two):
