@@ -25,7 +25,7 @@ from jaxrlhf.data.tokenizer import eos_ids, fingerprint, leading_ids, start_id, 
 from jaxrlhf.data.truncate import Encoder, Sides, longest, truncate
 
 FORMAT = 9  # of the cached measures; raise it when the same record would give other tokens
-KEPT_ROWS, KEPT_TOKENS = 2**15, 2**23  # of one source, kept in memory once encoded: the bound is the lower one
+KEPT_ROWS, KEPT_NUMBERS = 2**15, 2**23  # of one source, kept in memory once encoded: the bound is the lower one
 TOO_LONG, IDENTICAL, BAD, EMPTY, UNCUTTABLE = 0, -1, -2, -3, -4  # in place of a length
 
 
@@ -69,8 +69,8 @@ def make_examples(
         assert found is not None, record  # it was measured, and is not used then
         return found
 
-    keep = functools.lru_cache(min(KEPT_ROWS, KEPT_TOKENS // max_length))  # an epoch does not encode them again
-    sides_at = keep(lambda index: sides(source[index]))
+    # the next epoch does not encode them again
+    sides_at = functools.lru_cache(_rows_kept(tokenizer, max_length))(lambda index: sides(source[index]))
     key = _measure_key(kind, source, tokenizer, cfg, max_length, eos)
     measures = _cached(
         cfg.cache_dir, key, lambda: _measure(kind, source, lambda record: encode(convert(record)), cut, max_length, cfg)
@@ -96,6 +96,12 @@ def make_examples(
         )
     margins = _all_or_none(measures[kept, 3], kept, source, where)
     return Examples(source, sides, sides_at, max_length, lengths, truncated, kept, margins, summary)
+
+
+def _rows_kept(tokenizer: Any, max_length: int) -> int:
+    """How many encoded rows stay in memory: of tokens, and in an environment of what was observed after each."""
+    numbers = max_length * (1 + (getattr(tokenizer, "observation_size", None) or 0))
+    return min(KEPT_ROWS, KEPT_NUMBERS // numbers)
 
 
 def _all_or_none(margins: np.ndarray, kept: np.ndarray, source: Source, where: str) -> bool:

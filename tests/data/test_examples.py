@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from jaxrlhf.data import examples as ex
@@ -49,6 +51,13 @@ def test_bad_record_stops_or_is_counted(tokenizer, config):
         ex.make_examples(DEMONSTRATIONS, source, tokenizer, config(), "data.x")
     found = ex.make_examples(DEMONSTRATIONS, source, tokenizer, config(skip_bad=True), "data.x")
     assert found.kept.tolist() == [0, 2] and found.counts["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("max_length", "observed", "rows"), [(4, None, 2**15), (512, None, 2**14), (512, 15, 2**10), (2**24, None, 0)]
+)
+def test_long_rows_and_large_observations_are_kept_in_smaller_numbers(max_length, observed, rows):
+    assert ex._rows_kept(SimpleNamespace(observation_size=observed), max_length) == rows
 
 
 def test_measures_are_kept_for_the_next_start(tokenizer, config, chat):
