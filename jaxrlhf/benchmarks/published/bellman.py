@@ -169,9 +169,9 @@ CELLS = (
     Cell("undiscounted", "the same on whole trajectories, gamma 1", "fqi", {"algorithm.gamma": 1.0}),
     Cell(
         "constant",
-        "control: each action earns 1; the regret is by the true rewards",
+        "control: each action earns 1 (240 iterations); the regret is by the true rewards",
         "fqi",
-        {"data.trajectories.path": "runs/benchmarks/bellman/data/constant.jsonl"},
+        {"data.trajectories.path": "runs/benchmarks/bellman/data/constant.jsonl", "iterations": 240},
     ),
     Cell(
         "still",
@@ -197,7 +197,8 @@ BENCHMARK = Benchmark(
         "learning rate of 5e-3 without warm-up and one layer of four heads left states that differ in their first "
         "letter alone with the same Q in two of six runs, for good; so did a first version on seeds 0 to 2, which "
         "missed 5 of 10 lines. With 2e-3 and a warm-up one run of twelve was wrong; with a second layer, none of "
-        "twelve."
+        "twelve. Where each action earns 1 the error falls slowly, as the reciprocal of the updates: 40 iterations, "
+        "which the other cells have, left 0.0014 to 0.0041 on seeds 3 to 5, and 160 left 0.0006 on seeds 100 and 101."
     ),
     cells=CELLS,
     data=write_data,
