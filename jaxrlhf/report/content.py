@@ -14,7 +14,7 @@ from jaxrlhf.log.metric_names import HELD_OUT, find_metric
 from jaxrlhf.report import charts, layout
 from jaxrlhf.report.runs import RunRecord
 
-POINTS = 600  # of a curve; of a longer one every n-th, and the last
+POINTS = 600  # of a curve
 SAMPLES = 2000  # of a run, the newest
 PAIRS = 200  # prompts whose responses are compared
 WORDS = re.compile(r"\s+|\w+|[^\w\s]")
@@ -61,12 +61,17 @@ def values(run: RunRecord, *names: str) -> list[tuple[int, list[float]]]:
     return [(row["step"], [row[name] for name in names]) for row in whole]
 
 
-def thinned(rows: list[Any]) -> list[Any]:
-    """At most POINTS of the rows and the last one, evenly spread."""
+def thinned(rows: list[tuple[int, list[float]]]) -> list[tuple[int, list[float]]]:
+    """At most POINTS of the rows, with the first and the last: of every stretch the lowest and the highest, so that no
+    spike is lost."""
     if len(rows) <= POINTS:
         return rows
-    kept = rows[:: math.ceil(len(rows) / POINTS)]
-    return kept if kept[-1] is rows[-1] else [*kept, rows[-1]]
+    size = math.ceil((len(rows) - 2) / (POINTS // 2 - 1))
+    kept = [rows[0]]
+    for start in range(1, len(rows) - 1, size):
+        ends = [pick(rows[start : min(start + size, len(rows) - 1)], key=lambda row: row[1][0]) for pick in (min, max)]
+        kept += sorted(ends[: 1 + (ends[0] is not ends[1])])
+    return [*kept, rows[-1]]
 
 
 def split_rows(runs: Sequence[RunRecord], **columns: str) -> list[Row]:
@@ -78,6 +83,26 @@ def split_rows(runs: Sequence[RunRecord], **columns: str) -> list[Row]:
             for step, numbers in thinned(values(run, *(prefix + name for name in columns.values()))):
                 found.append({"step": step, **{key: short(n) for key, n in zip(columns, numbers)}, **labels})
     return found
+
+
+def packed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with the rows of charts by columns, a block for each run and split: a fifth of the size."""
+    parts = [
+        part | {"charts": [chart | {"rows": blocks(chart["rows"])} for chart in part["charts"]]}
+        for part in content["parts"]
+    ]
+    return content | {"parts": parts}
+
+
+def blocks(rows: list[Row]) -> list[dict[str, Any]]:
+    """[{"same": what all rows of the block have, "columns": the numbers of each}]."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        same = {key: value for key, value in row.items() if isinstance(value, (str, bool))}
+        block = found.setdefault((*same.values(), *row), {"same": same, "columns": {}})
+        for key in row.keys() - same.keys():
+            block["columns"].setdefault(key, []).append(row[key])
+    return list(found.values())
 
 
 def short(number: float) -> float:

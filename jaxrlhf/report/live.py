@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.report.content import content_of
+from jaxrlhf.report.content import content_of, packed
 from jaxrlhf.report.page import library, page_of
 from jaxrlhf.report.runs import read_runs
 
@@ -42,7 +42,7 @@ def make_server(paths: Sequence[str], host: str, port: int) -> ThreadingHTTPServ
                 if place == "/":
                     self.answer(200, "text/html", page_of(source.newest()))
                 elif place == "/content.json":
-                    text = json.dumps(source.newest(), ensure_ascii=False, allow_nan=False)
+                    text = json.dumps(packed(source.newest()), ensure_ascii=False, allow_nan=False)
                     self.answer(200, "application/json", text)
                 else:
                     self.answer(404, "text/plain", "not here; expected / or /content.json\n")

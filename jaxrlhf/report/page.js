@@ -46,7 +46,11 @@
   }
 
   // ---- charts -------------------------------------------------------------------------------------------------------
-  const visible = (chart) => chart.rows.filter((row) => !hidden.has(row.series));
+  const rowsOf = (chart) => chart.rows.flatMap(({ same, columns }) => {
+    const names = Object.keys(columns);
+    return columns[names[0]].map((_, at) => ({ ...same, ...Object.fromEntries(names.map((name) => [name, columns[name][at]])) }));
+  });
+  const visible = (chart) => rowsOf(chart).filter((row) => !hidden.has(row.series));
   const marks = (chart) => (content.alarms || []).filter((alarm) => !hidden.has(alarm.run) && (alarm.metrics || []).includes(chart.title));
   const identity = (chart) => `${chart.kind}/${chart.title}`;
 
@@ -85,7 +89,7 @@
       const drawing = views.get(identity(chart));
       if (!drawing) continue;
       drawing.then(({ view }) => {
-        view.data("rows", visible(chart).map((row) => ({ ...row })));
+        view.data("rows", visible(chart));
         if (chart.kind === "curve" || chart.kind === "share") view.data("alarms", marks(chart).map((row) => ({ ...row })));
         return view.runAsync();
       });

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.report.content import content_of
+from jaxrlhf.report.content import content_of, packed
 from jaxrlhf.report.runs import read_runs
 
 
@@ -32,7 +32,7 @@ def page_of(content: dict[str, Any]) -> str:
     """The page, whose numbers are ``content``."""
     parts = {
         "STYLE": read("page.css"),
-        "CONTENT": escaped(content),
+        "CONTENT": escaped(packed(content)),
         "LIBRARY": library(),
         "SCRIPT": read("page.js"),
     }

@@ -133,11 +133,27 @@ def test_numbers_that_were_not_finite_leave_a_gap(tmp_path):
     assert [step for step, _ in found][-2:] == [12, 14]
 
 
-def test_a_long_curve_is_thinned_to_its_ends():
-    rows = list(range(10_000))
+@pytest.mark.parametrize("count", [601, 10_000, 99_999])
+def test_a_long_curve_is_thinned_and_keeps_its_ends_and_spikes(count):
+    rows = [(step, [float(step % 7)]) for step in range(count)]
+    rows[500] = (500, [99.0])
     kept = content.thinned(rows)
-    assert len(kept) <= content.POINTS + 1 and (kept[0], kept[-1]) == (0, 9999)
+    assert content.POINTS / 2 < len(kept) <= content.POINTS and (kept[0], kept[-1]) == (rows[0], rows[-1])
+    assert rows[500] in kept and kept == sorted(kept) and len({step for step, _ in kept}) == len(kept)
     assert content.thinned(rows[:600]) == rows[:600]
+
+
+def test_rows_are_packed_by_columns_and_nothing_is_lost(two):
+    found = content.content_of(read_runs(two))
+    charts = [chart for part in found["parts"] for chart in part["charts"]]
+    for chart in charts:
+        rows = []
+        for block in content.blocks(chart["rows"]):
+            numbers = [dict(zip(block["columns"], values)) for values in zip(*block["columns"].values(), strict=True)]
+            rows += [block["same"] | row for row in numbers]
+        order = lambda row: sorted(map(str, row.items()))
+        assert sorted(rows, key=order) == sorted(chart["rows"], key=order)
+    assert {chart["kind"] for chart in charts} == found["specifications"].keys()
 
 
 def test_a_histogram_is_a_density_of_the_first_and_last_evaluation(two):
