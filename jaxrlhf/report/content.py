@@ -14,7 +14,7 @@ from jaxrlhf.log.metric_names import HELD_OUT, find_metric
 from jaxrlhf.report import charts, layout
 from jaxrlhf.report.runs import RunRecord
 
-POINTS = 600  # of a curve
+POINTS = 400  # of a curve
 SAMPLES = 2000  # of a run, the newest
 PAIRS = 200  # prompts whose responses are compared
 WORDS = re.compile(r"\s+|\w+|[^\w\s]")
@@ -49,7 +49,7 @@ def content_of(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 def written(runs: Sequence[RunRecord]) -> set[str]:
     """The metrics that some run has."""
-    return {name for run in runs for row in run.metrics for name in row} - {"step", "time"}
+    return {name for run in runs for name in run.columns} - {"step", "time"}
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------------
@@ -57,6 +57,8 @@ def written(runs: Sequence[RunRecord]) -> set[str]:
 
 def values(run: RunRecord, *names: str) -> list[tuple[int, list[float]]]:
     """(step, a number for each name) of the rows that hold finite numbers of all of them."""
+    if len(names) == 1:
+        return run.columns.get(names[0], [])
     whole = [row for row in run.metrics if all(isinstance(row.get(name), (int, float)) for name in names)]
     return [(row["step"], [row[name] for name in names]) for row in whole]
 

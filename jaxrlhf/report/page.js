@@ -58,6 +58,7 @@
     const open = new Map([...document.querySelectorAll("details.part")].map((part) => [part.dataset.name, part.open]));
     views.forEach((view) => view.then((shown) => shown.finalize()));
     views.clear();
+    waiting.clear();
     find("#parts").replaceChildren(...content.parts.map((part) => {
       const grid = make("div", { class: "charts" });
       const box = make("details", { class: "part", "data-name": part.name }, make("summary", {}, part.name, make("small", {}, `${part.charts.length}`)), grid);
@@ -66,11 +67,24 @@
         grid.append(make("figure", {}, make("figcaption", {}, make("b", {}, chart.title), chart.unit ? make("span", {}, ` ${chart.unit}`) : null, make("p", { title: chart.meaning }, chart.meaning || "\u00a0")), place));
       }
       box.open = open.has(part.name) ? open.get(part.name) : part.open;
-      const fill = () => { if (box.open) part.charts.forEach((chart, index) => drawChart(chart, grid.children[index].lastChild)); };
-      box.addEventListener("toggle", fill);
-      queueMicrotask(fill);
+      part.charts.forEach((chart, index) => { waiting.set(grid.children[index].lastChild, chart); near.observe(grid.children[index].lastChild); });
       return box;
     }));
+  }
+
+  // a chart is drawn when it comes near to what is seen, or all of them before the page is printed
+  const waiting = new Map();
+  const near = new IntersectionObserver((seen) => seen.filter((entry) => entry.isIntersecting).forEach((entry) => drawWaiting(entry.target)), { rootMargin: "800px" });
+
+  function drawWaiting(place) {
+    near.unobserve(place);
+    if (waiting.has(place) && place.isConnected) drawChart(waiting.get(place), place);
+    waiting.delete(place);
+  }
+
+  function drawAll() {
+    for (const place of [...waiting.keys()]) if (place.closest("details").open) drawWaiting(place);
+    return Promise.all(views.values()).then((shown) => shown.length);
   }
 
   function drawChart(chart, place) {
@@ -217,6 +231,7 @@
   for (const name of ["#search-config", "#differences"]) find(name).addEventListener("input", drawConfig);
   paint();
   draw(drawParts);
-  window.reportIsDrawn = () => Promise.all(views.values()).then((shown) => shown.length);
+  window.reportIsDrawn = drawAll; // for tests
+  window.addEventListener("beforeprint", drawAll);
   if (content.live) setTimeout(follow, POLL);
 })();

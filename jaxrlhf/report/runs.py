@@ -1,6 +1,7 @@
 """What a run directory says of its run, finished or not, on a disk or in a bucket."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,16 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     histograms: list[dict[str, Any]]
+
+    @functools.cached_property
+    def columns(self) -> dict[str, list[tuple[int, list[float]]]]:
+        """Metric -> (step, [number]) of the rows that hold it."""
+        found: dict[str, list[tuple[int, list[float]]]] = {}
+        for row in self.metrics:
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    found.setdefault(name, []).append((row["step"], [value]))
+        return found
 
     @property
     def algorithm(self) -> str:

