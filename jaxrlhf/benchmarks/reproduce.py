@@ -24,7 +24,7 @@ from jaxrlhf import api
 from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
 from jaxrlhf.cli.discover import find_configs
 from jaxrlhf.config.check import check
-from jaxrlhf.config.load import dump
+from jaxrlhf.config.load import dump, parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.yaml_text import read_file, read_yaml
 from jaxrlhf.errors import ConfigError, nearest
@@ -164,14 +164,21 @@ def write_kept(path: Path, kept: Kept) -> None:
 
 
 def check_kept(path: Path, cfg: Config) -> None:
-    """Raises ConfigError where the cell's run was made by another config: it would pass for one of this. The order of
-    keys is that of the version that wrote them."""
+    """Raises ConfigError where the cell's run was made by another config: it would pass for one of this."""
     kept, wanted = read_kept(path), dump(cfg)
-    tree = lambda text: read_yaml(text, os.fspath(path))
-    if kept is not None and tree(kept.config) != tree(wanted):
+    if kept is not None and not says(kept.config, cfg, os.fspath(path)):
         lines = difflib.unified_diff(kept.config.splitlines(), wanted.splitlines(), lineterm="", n=0)
         changed = ", ".join(line[:1] + line[1:].strip() for line in lines if line[:3] not in ("---", "+++", "@@ "))
         raise ConfigError(f"--out: {path.with_suffix('')}: made by another config ({changed}); expected another folder")
+
+
+def says(text: str, cfg: Config, source: str) -> bool:
+    """Whether the YAML of a version that may order keys otherwise, and lack some, is ``cfg``: what it lacks has its
+    default."""
+    try:
+        return parse(read_yaml(text, source), source) == cfg
+    except ConfigError:
+        return False
 
 
 def one_cell(

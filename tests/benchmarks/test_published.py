@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
 from jaxrlhf import api
 from jaxrlhf.benchmarks import catalog, figure, reproduce, results_page
@@ -16,6 +17,7 @@ from jaxrlhf.benchmarks.published import perfectible, reverse
 from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Results
 from jaxrlhf.benchmarks.signature import Above, Below, Between, HigherThan, Holds, NoRise, Rise, verdicts
 from jaxrlhf.cli import benchmark as cli
+from jaxrlhf.config.load import dump
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.run import build
@@ -251,6 +253,19 @@ def test_a_signal_stops_and_the_same_command_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "run", run)
     done = reproduce.reproduce(TINY, [5], tmp_path)
     assert done.results.of("still", "iterations") == [2.0]
+
+
+def test_a_kept_run_of_a_version_with_fewer_keys_is_taken_and_one_of_other_values_is_not(tmp_path):
+    cfg, path = reproduce.config_of(TINY, TINY.cells[0], tmp_path, 5), tmp_path / "sft.json"
+    tree = yaml.safe_load(dump(cfg))
+    fewer = {key: value for key, value in tree.items() if key != "max_nonfinite"}
+    for kept in (tree, fewer, dict(reversed(tree.items()))):
+        reproduce.write_kept(path, reproduce.Kept(yaml.safe_dump(kept, sort_keys=False)))
+        reproduce.check_kept(path, cfg)
+    for kept in (fewer | {"iterations": 3}, fewer | {"no_such_key": 3}, fewer | {"max_nonfinite": 7}):
+        reproduce.write_kept(path, reproduce.Kept(yaml.safe_dump(kept, sort_keys=False)))
+        with pytest.raises(ConfigError, match=r"^--out: \S+sft: made by another config"):
+            reproduce.check_kept(path, cfg)
 
 
 def test_a_config_that_is_not_there_names_the_nearest():
