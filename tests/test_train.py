@@ -257,15 +257,17 @@ def test_a_run_ends_with_what_it_made_and_what_to_do_next(process, root):
     for name in NAMES:
         at = next(at for at, line in enumerate(lines) if line.startswith(f"{whole / name}: done in 0:"))
         assert lines[at].endswith(": checkpoint of step 4, metrics.jsonl, samples.jsonl, tensorboard/")
-        asked = [line.removeprefix("next:").strip() for line in lines[at + 1 : at + 4]]
+        asked = [line.removeprefix("next:").strip() for line in lines[at + 1 : at + 5]]
         if name == "rm":  # it can't write
-            assert asked[:2] == [
+            assert asked[:3] == [
                 f"jaxrlhf evaluate {whole}/rm",
+                f"jaxrlhf report {whole}/rm",
                 f"jaxrlhf export {whole}/rm --role reward --to {whole}/rm-hf",
             ]
         else:
             assert asked == [
                 f"jaxrlhf evaluate {whole / name}",
+                f"jaxrlhf report {whole / name}",
                 f"jaxrlhf generate {whole / name} --prompt TEXT",
                 f"jaxrlhf export {whole / name} --to {whole / name}-hf",
             ]

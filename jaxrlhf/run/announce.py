@@ -91,11 +91,10 @@ def next_steps(resolved: Resolved) -> list[str]:
     cfg, role = resolved.cfg, trained_role(resolved)
     run, to = shlex.quote(cfg.run_dir), shlex.quote(f"{cfg.run_dir}-hf")
     held_out = [name for name in vars(cfg.data) if name.startswith("eval_") and getattr(cfg.data, name) is not None]
-    commands = [f"jaxrlhf evaluate {run}"] if held_out else []
-    if cfg.acts:
-        return [f"next: {command}" for command in commands]  # there is no text to write, and no such Hugging Face model
-    commands += [f"jaxrlhf generate {run} --prompt TEXT"] if role == "policy" else []
-    commands += [f"jaxrlhf export {run}{'' if role == 'policy' else f' --role {role}'} --to {to}"]
+    commands = [*([f"jaxrlhf evaluate {run}"] if held_out else []), f"jaxrlhf report {run}"]
+    if not cfg.acts:  # else there is no text to write, and no such Hugging Face model
+        commands += [f"jaxrlhf generate {run} --prompt TEXT"] if role == "policy" else []
+        commands += [f"jaxrlhf export {run}{'' if role == 'policy' else f' --role {role}'} --to {to}"]
     return [f"{'next:' if index == 0 else '':5} {command}" for index, command in enumerate(commands)]
 
 
