@@ -5,7 +5,7 @@
 # Arguments are overrides for every config:  bash launch/quickstart.sh seed=1
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. launch/environment.sh "[demo,report]"
+. launch/environment.sh "[demo,report,serve]"
 
 "$VENV/bin/jaxrlhf" train configs/quickstart/sft.yaml configs/quickstart/rm.yaml configs/quickstart/ppo.yaml "$@"
 "$VENV/bin/jaxrlhf" evaluate runs/quickstart/ppo

@@ -35,6 +35,7 @@ DOCUMENTS = [
     "jaxrlhf/report/README.md",
     "jaxrlhf/rewards/README.md",
     "jaxrlhf/run/README.md",
+    "jaxrlhf/serve/README.md",
     "launch/README.md",
     "tests/README.md",
 ]

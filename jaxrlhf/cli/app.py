@@ -25,6 +25,7 @@ from jaxrlhf.cli.plan import plan
 from jaxrlhf.cli.preflight import preflight
 from jaxrlhf.cli.report import report
 from jaxrlhf.cli.rewind import rewind
+from jaxrlhf.cli.serve import serve
 from jaxrlhf.cli.train import train
 from jaxrlhf.hosts.exit_codes import EXIT_BROKEN, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PREEMPTED
 
@@ -59,6 +60,7 @@ for each in (
     generate,
     evaluate,
     report,
+    serve,
     export,
     merge,
     rewind,

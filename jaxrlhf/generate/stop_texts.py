@@ -36,13 +36,34 @@ def follow_stops(stops: tuple[Automaton, ...], states: tuple[Array, ...], token:
     return tuple(after), found
 
 
-def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes], vocab: int) -> Automaton:
-    """The Knuth-Morris-Pratt automaton of a stop text, over what each of ``vocab`` tokens writes.
+class TextAutomaton(NamedTuple):
+    """The Knuth-Morris-Pratt automaton of a stop text over what tokens write; state 0 is the first."""
 
-    A stop text is found however the tokenizer cuts it, also across tokens. Of one that is given in parts, ids are found
-    as these tokens, and other tokens that write nothing are no part of it. Raises ValueError for an empty text."""
+    step: np.ndarray  # i32[states, symbols + 1]: the state after each symbol, the last of which is any other
+    codes: dict[int | None, int]  # the column of each symbol: a byte, or -1 - the id of a token
+    own: set[int]  # ids that are found as these tokens
+
+    def symbols(self, token: int, piece: bytes) -> list[int | None]:
+        """What a token means to it. Tokens that write nothing count where ids are looked for."""
+        if token in self.own:
+            return [-1 - token]
+        return [*piece] or ([None] if self.own else [])
+
+    def follow(self, state: int, token: int, piece: bytes) -> int:
+        """The state after a token that writes ``piece``; the last one stays."""
+        for symbol in self.symbols(token, piece):
+            state = int(self.step[state, self.codes.get(symbol, len(self.codes))])
+        return state
+
+    @property
+    def found(self) -> int:
+        """The state in which the text has been found."""
+        return len(self.step) - 1
+
+
+def text_automaton(stop: str | Sequence[str | int]) -> TextAutomaton:
+    """The automaton of a stop text, or of its parts. Raises ValueError for an empty text."""
     parts = [stop] if isinstance(stop, str) else stop
-    own = {part for part in parts if isinstance(part, int)}
     pattern = [symbol for part in parts for symbol in ([-1 - part] if isinstance(part, int) else part.encode())]
     if not pattern:
         raise ValueError("generate.stop: '' is empty; a stop sequence has at least one character")
@@ -56,13 +77,20 @@ def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes]
         if state:
             fallback = step[fallback, codes[symbol]]
     step[size] = size  # found stays found
-    table = np.tile(np.arange(size + 1, dtype=np.int32)[:, None], (1, vocab))
+    return TextAutomaton(step, codes, {part for part in parts if isinstance(part, int)})
+
+
+def stop_automaton(stop: str | Sequence[str | int], token_bytes: Sequence[bytes], vocab: int) -> Automaton:
+    """The automaton of a stop text over ``vocab`` tokens, of which each writes what ``token_bytes`` says.
+
+    A stop text is found however the tokenizer cuts it, also across tokens. Of one that is given in parts, ids are found
+    as these tokens, and other tokens that write nothing are no part of it. Raises ValueError for an empty text."""
+    text = text_automaton(stop)
+    table = np.tile(np.arange(len(text.step), dtype=np.int32)[:, None], (1, vocab))
     for token, piece in enumerate(token_bytes[:vocab]):
-        symbols: list[int | None] = [-1 - token] if token in own else [*piece]
-        if own and not symbols:
-            symbols = [None]
-        if symbols and not any(symbol in codes for symbol in symbols):
+        symbols = text.symbols(token, piece)
+        if symbols and not any(symbol in text.codes for symbol in symbols):
             symbols = symbols[:1]  # one that the pattern lacks is enough
         for symbol in symbols:
-            table[:, token] = step[table[:, token], codes.get(symbol, other)]
+            table[:, token] = text.step[table[:, token], text.codes.get(symbol, len(text.codes))]
     return Automaton(table)

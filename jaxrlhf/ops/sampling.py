@@ -59,17 +59,18 @@ def shape_logits(logits: Array, sampling: Sampling, index: Array, keep: Array | 
     return jnp.where(kept, logits, IMPOSSIBLE)
 
 
-def support(logits: Array, top_k: int, top_p: float) -> Array:
-    """bool[..., V]: the tokens that top-k, then top-p keep; ties with the last kept one are kept.
+def support(logits: Array, top_k: int | Array, top_p: float | Array) -> Array:
+    """bool[..., V]: the tokens that top-k, then top-p keep; ties with the last kept one are kept. Either may be an
+    array [...], which is applied whatever it holds.
 
     Both are a threshold on the logit, found by bisection on the ordered bits of a float32: exact, and no sort."""
     order = ordered_bits(logits.astype(jnp.float32))
     kept = jnp.ones(logits.shape, bool)
-    if top_k:
-        kept = order >= largest_threshold(order, jnp.ones_like(logits), jnp.float32(top_k))[..., None]
-    if top_p < 1.0:
+    if not isinstance(top_k, int) or top_k:
+        kept = order >= largest_threshold(order, jnp.ones_like(logits), jnp.asarray(top_k, jnp.float32))[..., None]
+    if not isinstance(top_p, float) or top_p < 1.0:
         weights = jax.nn.softmax(jnp.where(kept, logits, IMPOSSIBLE), axis=-1)
-        kept = kept & (order >= largest_threshold(order, weights, jnp.float32(top_p))[..., None])
+        kept = kept & (order >= largest_threshold(order, weights, jnp.asarray(top_p, jnp.float32))[..., None])
     return kept
 
 
@@ -94,8 +95,34 @@ def largest_threshold(order: Array, weights: Array, goal: Array) -> Array:
     return low
 
 
-def choose(logits: Array, uniform: Array, greedy: bool = False) -> tuple[Array, Array]:
-    """Tokens i32[B] and their log-probs f32[B] from shaped logits f32[B, V] and one uniform a row.
+class RowSampling(NamedTuple):
+    """What shapes the distribution of each row by itself, as arrays: see Sampling."""
+
+    temperature: Array  # f32[B]; 0: greedy
+    top_k: Array  # i32[B]; 0: off
+    top_p: Array  # f32[B]; 1: off
+
+
+def shape_rows(logits: Array, sampling: RowSampling) -> Array:
+    """``shape_logits`` of f32[B, V], each row by settings of its own: no other program is compiled for others."""
+    temperature = jnp.where(sampling.temperature == 0, 1.0, sampling.temperature)
+    logits = logits / temperature[:, None]
+    vocab = logits.shape[-1]
+
+    def filtered(logits: Array) -> Array:
+        off = (sampling.top_k == 0) | (sampling.top_k > vocab)
+        kept = support(logits, jnp.where(off, vocab, sampling.top_k), 1.0)
+        narrow = support(jnp.where(kept, logits, IMPOSSIBLE), 0, sampling.top_p)
+        kept = kept & (narrow | (sampling.top_p >= 1.0)[:, None])
+        return jnp.where(kept, logits, IMPOSSIBLE)
+
+    wanted = ((sampling.top_k > 0) | (sampling.top_p < 1.0)).any()
+    return jax.lax.cond(wanted, filtered, lambda logits: logits, logits)
+
+
+def choose(logits: Array, uniform: Array, greedy: bool | Array = False) -> tuple[Array, Array]:
+    """Tokens i32[B] and their log-probs f32[B] from shaped logits f32[B, V] and one uniform a row; ``greedy``: of all
+    rows, or bool[B].
 
     Two levels: which block of BLOCK tokens holds the point ``uniform`` of the cumulative distribution, then which
     token of it."""
@@ -106,7 +133,7 @@ def choose(logits: Array, uniform: Array, greedy: bool = False) -> tuple[Array, 
     mass = blocks.sum(-1)
     cumulative = jnp.cumsum(mass, axis=-1)
     total = cumulative[:, -1]
-    if greedy:
+    if greedy is True:
         token = jnp.argmax(logits, -1).astype(jnp.int32)
     else:
         goal = (uniform * total)[:, None]
@@ -116,6 +143,7 @@ def choose(logits: Array, uniform: Array, greedy: bool = False) -> tuple[Array, 
         before, inside = pick(cumulative - mass, block)[:, None], pick(blocks, block)
         rest = jnp.maximum(goal - before, 0.0)  # rounding may leave it below 0, where a banned first token would pass
         token = block * BLOCK + first_above(jnp.cumsum(inside, axis=-1), rest, inside)
+        token = token if greedy is False else jnp.where(greedy, jnp.argmax(logits, -1).astype(jnp.int32), token)
     chosen = jnp.where(jnp.arange(vocab) == token[:, None], logits, 0.0).sum(-1)
     return token, chosen - logits.max(-1) - jnp.log(total)
 

@@ -149,7 +149,7 @@ class Writer:
         for at in itertools.count():
             if not (batch := list(itertools.islice(records, self.rows))):
                 return
-            ids = [self.encode(record) for record in batch]
+            ids = [encode_record(self.model, record) for record in batch]
             rows = min(self.shards * 2 ** math.ceil(math.log2(-(-len(ids) // self.shards))), self.rows)
             prompts = left_padded(ids, rows, self.width_of(ids), tokenizers.pad_id(self.model.tokenizer))
             prompts = prompts.replace(sample_id=prompts.sample_id + at * self.rows)
@@ -160,17 +160,6 @@ class Writer:
             responses = self.responses(found)
             copies = self.sampler.samples_per_prompt
             yield from (responses[row * copies : (row + 1) * copies] for row in range(len(ids)))
-
-    def encode(self, record: Mapping[str, Any]) -> np.ndarray:
-        """i32[P] of a prompt; a plain one is a user's message where the model was trained on such (data.chat).
-
-        Raises ValueError for tokens that the model has no embedding of."""
-        if self.model.chat and isinstance(record.get("prompt"), str):
-            record = as_record(record["prompt"], chat=True)
-        ids = encode.encode_prompt(record, self.model.tokenizer)
-        if why := tokenizers.why_unreadable(self.model.tokenizer, ids):
-            raise ValueError(f"prompt {title(record)!r}: {why}")
-        return ids
 
     def width_of(self, ids: Sequence[np.ndarray]) -> int:
         """Columns of the prompts' batch. Raises ValueError where a prompt and its response are too long for a row."""
@@ -193,6 +182,18 @@ class Writer:
             reason = "length" if not ended else "eos" if by_token else "stop"
             rows.append(Response(text, reason, len(written)))
         return rows
+
+
+def encode_record(model: Model, record: Mapping[str, Any]) -> np.ndarray:
+    """i32[P] of a prompt; a plain one is a user's message where the model was trained on such (data.chat).
+
+    Raises ValueError for tokens that the model has no embedding of."""
+    if model.chat and isinstance(record.get("prompt"), str):
+        record = as_record(record["prompt"], chat=True)
+    ids = encode.encode_prompt(record, model.tokenizer)
+    if why := tokenizers.why_unreadable(model.tokenizer, ids):
+        raise ValueError(f"prompt {title(record)!r}: {why}")
+    return ids
 
 
 def as_record(text: str, chat: bool, system: str | None = None) -> dict[str, Any]:

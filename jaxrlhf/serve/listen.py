@@ -1,0 +1,73 @@
+"""From a model's name to a server that listens, and how it ends."""
+
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import time
+
+import uvicorn  # pyright: ignore[reportMissingImports]
+
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.serve.server import Limits, Server
+from jaxrlhf.serve.service import read_service
+
+TOKEN = "JAXRLHF_SERVE_TOKEN"
+KEEP_ALIVE = 5  # seconds that an idle connection stays open
+
+
+def check_address(host: str) -> None:
+    """Raises ConfigError for an address that others can reach, where no token keeps them out."""
+    try:
+        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not os.environ.get(TOKEN):
+        raise ConfigError(
+            f"--host {host}: others can reach it; expected {TOKEN} in the environment; nearest: 127.0.0.1"
+        )
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there; before the model is read, so that a port in use is heard of at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise ConfigError(f"--port {port}: {host}: {error.strerror}; expected a free one, or 0") from None
+    return found
+
+
+def serve_text(
+    model: str, host: str, port: int, slots: int, context: int, waiting: int, name: str, limits: Limits
+) -> None:
+    """Serve a policy until SIGTERM or Ctrl-C: then no more connections are taken, and what is being answered is
+    finished within ``limits.seconds``. Raises ValueError, in one line, where ``model`` can't be served."""
+    with listening(host, port) as where:
+        service = read_service(model, slots, context, waiting, name)
+        began = time.monotonic()
+        service.engine.slots.warm_up()
+        print(f"{service.name}: {slots} slots, programs ready in {time.monotonic() - began:.0f} s", file=sys.stderr)
+        server = Server(service, os.environ.get(TOKEN) or None, limits)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{where.getsockname()[1]}"
+        print(f"{address}/v1  (model {service.name!r}; Ctrl-C ends it)", flush=True)
+        with service.engine:
+            run(server, where, limits)
+
+
+def run(server: Server, where: socket.socket, limits: Limits) -> None:
+    """uvicorn, until a signal ends it."""
+    config = uvicorn.Config(
+        server.app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(limits.seconds),
+    )
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once all is finished: that is a success
+    uvicorn.Server(config).run(sockets=[where])

@@ -1,0 +1,121 @@
+"""What the server serves: a model by its name, and requests for text turned into jobs of its engine."""
+
+import dataclasses
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.hosts import compiler_flags
+from jaxrlhf.serve.engine import Ask, Engine, Full, Job
+from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, Sampled
+from jaxrlhf.serve.slots import Slots
+from jaxrlhf.serve.writer import Model, encode_record, read_model
+from jaxrlhf.sharding import MeshConfig, make_mesh
+
+DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
+
+
+@dataclasses.dataclass
+class TextService:
+    """A policy that writes, served as ``name``."""
+
+    name: str
+    model: Model
+    engine: Engine
+
+    def check_name(self, name: str) -> None:
+        """Raises ApiError for another model."""
+        if name != self.name:
+            message = f"The model {name!r} does not exist; this server has {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def completion(self, request: Completion, changed: Callable[[], None]) -> list[Job]:
+        """The jobs of a request, queued: n to each prompt. Raises ApiError."""
+        told, most = request.logprobs is not None, request.max_tokens
+        ids = [self.prompt(prompt) for prompt in request.prompts]
+        if not ids:
+            raise ApiError(400, "prompt: expected one at least", "prompt")
+        if most == 0 and not request.echo:
+            raise ApiError(400, "max_tokens: 0: nothing would come back; expected 1 or more, or echo", "max_tokens")
+        room = DEFAULT_TOKENS if most is None else most
+        ask = self.ask(request, room)._replace(logprobs=told, of_prompt=told and bool(request.echo))
+        return self.submit(ids, ask, request, changed)
+
+    def chat(self, request: Chat, changed: Callable[[], None]) -> list[Job]:
+        """The same for a conversation, whose response may take what the context leaves."""
+        record = {"messages": [message.plain() for message in request.messages]}
+        ids = self.encoded(record, "messages")
+        left = self.engine.slots.limit - len(ids)
+        most = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
+        room = max(left, 1) if most is None else most
+        if room == 0:
+            raise ApiError(400, "max_tokens: 0: expected 1 or more", "max_tokens")
+        ask = self.ask(request, room)._replace(logprobs=bool(request.logprobs))
+        return self.submit([ids], ask, request, changed)
+
+    def ask(self, request: Sampled, room: int) -> Ask:
+        either = lambda value, default: default if value is None else value
+        seed = either(request.seed, secrets.randbelow(2**31)) % 2**31
+        temperature, top_p = either(request.temperature, 1.0), either(request.top_p, 1.0)
+        return Ask(room, temperature, top_p, request.top_k or 0, seed, request.stops)
+
+    def prompt(self, prompt: str | Sequence[int]) -> np.ndarray:
+        """i32[P] of a text or of ids. Raises ApiError."""
+        if isinstance(prompt, str):
+            return self.encoded({"prompt": prompt}, "prompt")
+        ids = np.asarray(prompt, np.int64)
+        if not len(ids):
+            raise ApiError(400, "prompt: no tokens; expected one at least", "prompt")
+        size = self.model.config.vocab_size
+        if wrong := [id for id in prompt if not 0 <= id < size]:
+            raise ApiError(400, f"prompt: token {wrong[0]}: expected ids in [0, {size})", "prompt")
+        if why := tokenizers.why_unreadable(self.model.tokenizer, prompt):
+            raise ApiError(400, f"prompt: {why}", "prompt")
+        return ids.astype(np.int32)
+
+    def encoded(self, record: dict[str, Any], param: str) -> np.ndarray:
+        try:
+            return encode_record(self.model, record)
+        except ValueError as error:
+            raise ApiError(400, str(error), param) from None
+
+    def submit(
+        self, prompts: Sequence[np.ndarray], ask: Ask, request: Sampled, changed: Callable[[], None]
+    ) -> list[Job]:
+        limit, n = self.engine.slots.limit, request.n or 1
+        for ids in prompts:
+            if len(ids) + ask.max_tokens > limit:
+                message = (
+                    f"This model's maximum context length is {limit} tokens. However, you requested "
+                    f"{len(ids) + ask.max_tokens} tokens ({len(ids)} in the prompt, {ask.max_tokens} for the response)."
+                )
+                raise ApiError(400, message, "max_tokens", "context_length_exceeded")
+        if (count := len(prompts) * n) > (most := self.engine.most + self.engine.slots.count):
+            raise ApiError(400, f"n: {count} responses to {len(prompts)} prompts; the server has room for {most}", "n")
+        jobs = [Job(ids, ask, at * n + copy, changed) for at, ids in enumerate(prompts) for copy in range(n)]
+        try:
+            self.engine.submit(jobs)
+        except Full as error:
+            raise ApiError(429, f"The server is busy: {error}", None, "rate_limit_exceeded") from None
+        return jobs
+
+
+def read_service(name: str, count: int, context: int, waiting: int, served_as: str = "") -> TextService:
+    """The policy of a run, or a model, with ``count`` slots of at most ``context`` columns on the first device; its
+    engine is not started. Raises ValueError, in one line, where ``name`` holds no language model."""
+    compiler_flags.use_compilation_cache()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model = read_model(name, mesh)
+    slots = Slots(model.params, model.config, count, context)
+    model = model._replace(params={})  # the slots have them, in another layout
+    return TextService(served_as or public_name(name), model, Engine(slots, model.tokenizer, model.ids.eos, waiting))
+
+
+def public_name(name: str) -> str:
+    """What clients call a model: the last part of its place, never a path."""
+    return name.rstrip("/").replace(":", "/").rpartition("/")[2] or "model"
