@@ -19,6 +19,7 @@ from starlette.routing import Route  # pyright: ignore[reportMissingImports]
 from jaxrlhf.serve.engine import Job
 from jaxrlhf.serve.openai_replies import ChatReply, CompletionReply, Reply
 from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, parse
+from jaxrlhf.serve.server_metrics import ServerMetrics
 from jaxrlhf.serve.service import TextService
 
 RETRY_AFTER = "1"  # seconds
@@ -38,8 +39,10 @@ class Server:
 
     def __init__(self, service: TextService, token: str | None = None, limits: Limits = Limits()):
         self.service, self.token, self.limits, self.created = service, token, limits, int(time.time())
+        self.metrics = ServerMetrics(service.engine)
         routes = [
             Route("/health", self.health),
+            Route("/metrics", self.guarded(self.show_metrics)),
             Route("/v1/models", self.guarded(self.models)),
             Route("/v1/models/{name}", self.guarded(self.model)),
             Route("/v1/completions", self.guarded(self.completions), methods=["POST"]),
@@ -51,18 +54,25 @@ class Server:
         """``handle`` for clients that bring the token; its errors as JSON, of which unexpected ones say nothing."""
 
         async def answer(request: Request) -> Response:
-            try:
-                self.authorize(request)
-                return await handle(request)
-            except ApiError as error:
-                return refusal(error)
-            except ClientDisconnect:
-                return Response(status_code=499)
-            except Exception:
-                traceback.print_exc()
-                return refusal(ApiError(500, "The server had an error; its log says more"))
+            began = time.perf_counter()
+            response = await self.reply(request, handle)
+            path = request.scope["route"].path
+            self.metrics.note(path, response.status_code, time.perf_counter() - began)
+            return response
 
         return answer
+
+    async def reply(self, request: Request, handle: Callable[[Request], Awaitable[Response]]) -> Response:
+        try:
+            self.authorize(request)
+            return await handle(request)
+        except ApiError as error:
+            return refusal(error)
+        except ClientDisconnect:
+            return Response(status_code=499)  # that nobody reads
+        except Exception:
+            traceback.print_exc()
+            return refusal(ApiError(500, "The server had an error; its log says more"))
 
     def authorize(self, request: Request) -> None:
         if self.token is None:
@@ -81,6 +91,9 @@ class Server:
     async def health(self, request: Request) -> Response:
         alive = self.service.engine.thread.is_alive()
         return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.about()]})

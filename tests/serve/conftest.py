@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import openai  # pyright: ignore[reportMissingImports]
 import pytest
 
 from jaxrlhf.data import tokenizer as tokenizers
@@ -12,8 +13,10 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_weights
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.run.export import token_ids
+from jaxrlhf.serve.server import Server
 from jaxrlhf.serve.service import TextService, read_service
 from tests.support import runs, tiny
+from tests.support.served import listening
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -45,4 +48,16 @@ def service(folder) -> Iterator[TextService]:
     made = read_service(str(folder), SLOTS, CONTEXT, waiting=64)
     made.engine.slots.warm_up()
     with made.engine:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def address(service) -> Iterator[str]:
+    with listening(Server(service)) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def client(address) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as made:
         yield made

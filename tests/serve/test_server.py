@@ -1,53 +1,14 @@
 """The HTTP server, asked by OpenAI's own client."""
 
-import contextlib
-import socket
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import openai  # pyright: ignore[reportMissingImports]
 import pytest
-import uvicorn  # pyright: ignore[reportMissingImports]
 
 from jaxrlhf.generate.config import GenerateConfig
-from jaxrlhf.serve.server import Server
 from jaxrlhf.serve.service import public_name
 from tests.serve.conftest import CONTEXT
-from tests.support.served import generated
-
-PROMPT = "The cat sat on the mat."
-
-
-@contextlib.contextmanager
-def listening(server: Server) -> Iterator[str]:
-    """The address of a server in a thread of its own."""
-    with socket.socket() as where:
-        where.bind(("127.0.0.1", 0))
-        running = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
-        thread = threading.Thread(target=lambda: running.run(sockets=[where]))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{where.getsockname()[1]}/v1"
-        finally:
-            running.should_exit = True
-            thread.join()
-
-
-@pytest.fixture(scope="module")
-def address(service) -> Iterator[str]:
-    with listening(Server(service)) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(address) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as made:
-        yield made
-
-
-def complete(client: openai.OpenAI, **asked: Any) -> Any:
-    return client.completions.create(**({"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "seed": 3} | asked))
+from tests.support.served import PROMPT, complete, generated
 
 
 def chat(client: openai.OpenAI, **asked: Any) -> Any:
