@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxrlhf.config.batch import describe_batch, describe_learning, describe_precision, describe_sharing
 from jaxrlhf.config.check import check, profiled_steps
-from jaxrlhf.config.load import dump, without_place
+from jaxrlhf.config.load import as_tree, dump, without_place
 from jaxrlhf.config.places import check_places
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import trunks_of
@@ -26,6 +26,7 @@ from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.progress import open_progress, silent
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
+from jaxrlhf.log.trackers import check_installed
 from jaxrlhf.plan.device_memory import need_room
 from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run import announce, checkpoint, normalize, saved_run, verified_steps
@@ -95,6 +96,7 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
     stop.last_words = lambda: f"stopped at step {verified_steps.last_committed(cfg.run_dir) or 0}; {GOES_ON}"
     resolved = check(cfg, jax.device_count())
     check_places(cfg)
+    check_installed(cfg.log.trackers)
     run_dir, main = epath.Path(cfg.run_dir), processes.is_main()
     lock = processes.on_main(lambda: lock_run_dir(cfg.run_dir))
     start, saved_runs = verified_steps.settle(cfg.run_dir), saved_run.SavedRuns()
@@ -120,7 +122,15 @@ def train(cfg: Config, raw: str, stop: Stop, watch: Watch | None) -> str:
         with (
             current(ready.mesh),
             MetricsLog(
-                cfg.run_dir, cfg.log, cfg.length, start, lock=lock, main=main, progress=progress, alarms=cfg.alarms
+                cfg.run_dir,
+                cfg.log,
+                cfg.length,
+                start,
+                lock=lock,
+                main=main,
+                progress=progress,
+                alarms=cfg.alarms,
+                config=as_tree(cfg),
             ) as log,
             processes.naming_the_dead(patience),
         ):

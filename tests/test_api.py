@@ -39,7 +39,7 @@ def whole(root) -> Path:
 @pytest.fixture
 def sft(root, tmp_path, one_device) -> api.Config:
     """Six iterations on tiny text, three of which are followed by an evaluation."""
-    return runs.config("sft", root, tmp_path, "iterations=6", "log.samples=1", "log.tensorboard=false")
+    return runs.config("sft", root, tmp_path, "iterations=6", "log.samples=1", "log.trackers=[]")
 
 
 # ---- configs --------------------------------------------------------------------------------------------------------

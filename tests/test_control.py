@@ -46,7 +46,7 @@ def config(tmp_path: Path, name: str = "ppo", **changes: Any) -> Config:
         "data": {"prompt_buckets": [1], "cache_dir": str(tmp_path / "cache")},
         "generate": {"max_new_tokens": STEPS},
         "environment": {"id": UPRIGHT, "starts": 64},
-        "log": {"tensorboard": False},
+        "log": {"trackers": []},
     }
     return api.load_config(tree, changes)
 

@@ -331,7 +331,7 @@ def count_steps(monkeypatch, numbers=lambda step: {}, seen=None) -> None:
 
 def bare(root: Path, folder: Path, *more: str):
     """sft of the model of root/whole, without held-out data."""
-    off = ["eval.every=0", "data.eval_demonstrations=null", "log.tensorboard=false", "tokenizer.train_vocab_size=null"]
+    off = ["eval.every=0", "data.eval_demonstrations=null", "log.trackers=[]", "tokenizer.train_vocab_size=null"]
     return runs.config("sft", root, folder, *off, f"models.policy={{init_from: {root}/whole/sft}}", *more)
 
 
@@ -460,7 +460,7 @@ def test_a_run_needs_no_main_thread(root, tmp_path, fake):
 @pytest.mark.parametrize(("method", "number"), [("evaluate", signal.SIGINT), ("compile", signal.SIGTERM)])
 def test_a_signal_before_the_first_iteration_saves_nothing(root, tmp_path, monkeypatch, fake, capsys, method, number):
     fake()
-    cfg = runs.config("sft", root, tmp_path, "log.tensorboard=false")
+    cfg = runs.config("sft", root, tmp_path, "log.trackers=[]")
     numbers = trainer.held_out.Result({"loss/policy": 1.0}, [])
     monkeypatch.setattr(trainer.held_out.HeldOut, "run", lambda *_: numbers)
     signal_when(monkeypatch, method, 1, number)
@@ -599,7 +599,7 @@ def test_every_bucket_is_compiled_before_the_first_iteration(process, root, tmp_
     lowered, compiled = [], []
     fake(seen=lowered)
     data = ["data.prompt_buckets=[3, 4, 16]", "data.eval_prompts=null", "data.eval_preferences=null"]
-    off = ["eval.every=0", "eval.judge=null", "log.tensorboard=false", "log.samples=0", "algorithm.reward_update=false"]
+    off = ["eval.every=0", "eval.judge=null", "log.trackers=[]", "log.samples=0", "algorithm.reward_update=false"]
     more = ["batch.prompts_per_step=8", "algorithm.num_minibatches=1", "iterations=8"]
     (tmp_path / "prompts.jsonl").write_text("".join('{"prompt": "%s"}\n' % ("a" * n) for n in [1] * 30 + [3, 7]))
     data.append(f"data.prompts={{path: {tmp_path}/prompts.jsonl}}")

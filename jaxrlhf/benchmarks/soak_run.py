@@ -79,7 +79,7 @@ def make_run(folder: Path, algorithm: str, iterations: int, seed: int) -> None:
         "generate": {"max_new_tokens": 8},
         "eval": {"every": 4 * EVERY, "size": 8},
         "checkpoint": {"every": EVERY},
-        "log": {"samples": 2, "samples_every": 1, "tensorboard": False},
+        "log": {"samples": 2, "samples_every": 1, "trackers": []},
     }
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(yaml.safe_dump(tree, sort_keys=False))

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -25,7 +25,7 @@ class Events:
         self.flushed = self.failed = -float("inf")
         self.error: OSError | None = None  # why the last file was given up
 
-    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+    def metrics(self, step: int, scalars: Mapping[str, float]) -> None:
         """One event of all ``scalars``."""
         now = time.monotonic()
         if self.file is None and now - self.failed < AGAIN:
@@ -43,6 +43,9 @@ class Events:
         except OSError as error:
             self.failed, self.error = now, error
             self.drop()
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Not among the events: they are in samples.jsonl."""
 
     def open(self, proto: Mapping[str, Any]) -> Any:
         """A new file, which says that steps after ``start`` are written anew."""

@@ -12,12 +12,13 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf.log.alarms import Alarms, AlarmsConfig
-from jaxrlhf.log.events import Events
 from jaxrlhf.log.progress import Lines, open_progress, silent, summary
 from jaxrlhf.log.rows import JsonLines, plain, read_rows, row_files
 from jaxrlhf.log.run_dir import is_local, keep_lock, lock_run_dir
+from jaxrlhf.log.trackers import Tracker, TrackerName, open_trackers
 
 BINS = 24  # of a histogram
+MEMORY, ELSEWHERE = "its rows are kept in memory", "its numbers are in metrics.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class LogConfig:
     every: int = 1  # iterations between two lines of a log that is not a terminal
     samples: int = 4  # responses of one iteration that go to samples.jsonl
     samples_every: int = 10  # iterations between two such iterations
-    tensorboard: bool = True  # event files in RUN_DIR/tensorboard (local run directories only)
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)  # tensorboard, wandb, trackio: who else is given the numbers
+    project: str = "jaxrlhf"  # of wandb and trackio, under which the run is named as its directory
 
 
 class MetricsLog:
@@ -36,7 +38,7 @@ class MetricsLog:
     On resume, rows of steps after ``start`` are removed from its files of rows. The run directory is
     locked against a second writer until ``close`` (``lock``: what lock_run_dir returned, where it was taken earlier).
     ``main``: False on every process but the first, where nothing is written. ``progress``: what a person sees, where
-    it was opened earlier; it is closed with the log. Raises RunDirBusy.
+    it was opened earlier; it is closed with the log. ``config``: what trackers show as the run's. Raises RunDirBusy.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class MetricsLog:
         main: bool = True,
         progress: Lines | None = None,
         alarms: AlarmsConfig = AlarmsConfig(),
+        config: Mapping[str, Any] | None = None,
     ):
         self.main, self.run_dir = main, epath.Path(run_dir)
         self.nonfinite: dict[str, int] = {}  # metric -> how often it was NaN or infinite
@@ -69,7 +72,7 @@ class MetricsLog:
         self.files: dict[str, JsonLines] = {}
         for name in ("metrics", "samples", *(["histograms"] if row_files(path, "histograms") else [])):
             self.open(name)
-        self.events = Events(path, start) if cfg.tensorboard and is_local(path) else None
+        self.trackers: dict[str, Tracker] = open_trackers(cfg.trackers, path, start, cfg.project, config or {})
         self.failing: dict[str, str] = {}  # file that can't be written -> why
 
     def open(self, name: str) -> JsonLines:
@@ -88,8 +91,8 @@ class MetricsLog:
         for key in values.keys() - finite.keys():
             self.warn(step, key, metrics[key])
         self.files["metrics"].append({"step": step, "time": round(time.time(), 3), **values})
-        if self.events:
-            self.events.add(step, finite)
+        for tracker in self.trackers.values():
+            tracker.metrics(step, finite)
         self.tell_failures()
         self.progress.show(step, summary(finite))
         for alarm in told:
@@ -101,6 +104,8 @@ class MetricsLog:
         for row in rows:
             self.files["samples"].append({"step": step, **row})
         if rows:
+            for tracker in self.trackers.values():
+                tracker.samples(step, rows)
             self.tell_failures()
         held_out = [row for row in rows if row.get("split") == "eval"]
         self.evaluated = self.evaluated or bool(held_out)
@@ -116,16 +121,19 @@ class MetricsLog:
             self.tell_failures()
 
     def tell_failures(self) -> None:
-        """Says once that a file can't be written, and once that it can be again."""
-        files = {f"{name}.jsonl": file.error for name, file in self.files.items()}
-        for name, error in (files | ({"tensorboard": self.events.error} if self.events else {})).items():
-            why = (error.strerror or str(error)) if error else ""
+        """Says once that a file can't be written, and once that it can be again; and once that a tracker failed."""
+        folder = f"{self.run_dir}/"
+        found = {f"{folder}{name}.jsonl": (file.error, MEMORY) for name, file in self.files.items()}
+        for name, tracker in self.trackers.items():
+            found[f"{folder}{name}" if name == "tensorboard" else name] = (tracker.error, ELSEWHERE)
+        for name, (error, kept) in found.items():
+            why = (getattr(error, "strerror", None) or str(error)) if error else ""
             if why and name not in self.failing:
-                kept = "its numbers are in metrics.jsonl" if name == "tensorboard" else "its rows are kept in memory"
-                self.say(f"warning: {self.run_dir}/{name} can't be written: {why}; {kept} until the next try")
+                fails = f"{name} can't be written: {why}" if name.startswith(folder) else f"{name} is given up: {why}"
+                self.say(f"warning: {fails}; {kept}" + " until the next try" * name.startswith(folder))
                 self.failing[name] = why
             elif not why and self.failing.pop(name, None):
-                self.say(f"{self.run_dir}/{name} is written again")
+                self.say(f"{name} is written again")
 
     def flush(self) -> None:
         """Nothing is held back after this: call it where the steps so far will not be done again. Raises OSError where
@@ -164,12 +172,14 @@ class MetricsLog:
             counts = ", ".join(f"{key} x {count}" for key, count in sorted(self.nonfinite.items()))
             self.say(f"warning: values that were not finite: {counts}")
         lost = []
-        for file in (*self.files.values(), self.events, self.lock):
+        for file in (*self.files.values(), *self.trackers.values(), self.lock):
             try:
                 if file:
                     file.close()
             except OSError as error:
                 lost.append(str(error))
+        self.files.clear()  # what is lost of them is raised
+        self.tell_failures()
         if lost:
             raise OSError("; ".join(lost))
 

@@ -16,6 +16,7 @@ from jaxrlhf.data.batches import Stream
 from jaxrlhf.data.encode import Encoded
 from jaxrlhf.evaluate.held_out import HeldOut, check_best, describe_best
 from jaxrlhf.log.run_dir import made_by
+from jaxrlhf.log.trackers import check_installed
 from jaxrlhf.plan import largest_batch
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.device_memory import need_room_for_batch, room_of
@@ -44,6 +45,7 @@ def dry_run(configs: Sequence[tuple[str, Config]]) -> Iterator[str]:
     for path, cfg in configs:
         check(cfg, jax.device_count(), path)
         check_places(cfg, path)
+        check_installed(cfg.log.trackers, path)
         starts = [str(origin(cfg, role).init_from) for role in cfg.models] + [str(cfg.tokenizer.init_from)]
         runs = [run for name in starts if (run := made_by(name, makers)) is not None]
         waits = [run for run in runs if verified_steps.newest(run) is None]

@@ -82,7 +82,7 @@ def closing(resolved: Resolved, seconds: float, best: int | None) -> str:
     kept = f"checkpoint of step {cfg.iterations}"
     if best is not None and best != cfg.iterations:
         kept += f" (best {cfg.checkpoint.best}: step {best})"
-    files = ["metrics.jsonl", "samples.jsonl"] + ["tensorboard/"] * cfg.log.tensorboard
+    files = ["metrics.jsonl", "samples.jsonl"] + ["tensorboard/"] * ("tensorboard" in cfg.log.trackers)
     return "\n".join([f"{cfg.run_dir}: done in {duration(seconds)}: {kept}, {', '.join(files)}", *next_steps(resolved)])
 
 

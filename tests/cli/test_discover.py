@@ -59,7 +59,8 @@ def test_a_section_has_all_its_keys():
         "log.every",
         "log.samples",
         "log.samples_every",
-        "log.tensorboard",
+        "log.trackers",
+        "log.project",
     }
     assert select(KEYS, "") == KEYS
 

@@ -44,7 +44,7 @@ def test_the_steps_asked_for_are_traced_and_no_others(noted, steps, done, expect
 
 
 def test_a_run_leaves_a_perfetto_trace(root, tmp_path, one_device):
-    off = ["eval.every=0", "data.eval_demonstrations=null", "log.tensorboard=false", "checkpoint.every=4"]
+    off = ["eval.every=0", "data.eval_demonstrations=null", "log.trackers=[]", "checkpoint.every=4"]
     cfg = runs.config("sft", root, tmp_path, *off, 'profile="2:4"')
     assert trainer.run(cfg) == "done"
     (trace,) = (tmp_path / "sft" / "profile").glob("**/perfetto_trace.json.gz")

@@ -19,7 +19,7 @@ from jaxrlhf.log.rows import JsonLines, read_rows
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
 from tests.support.disk import full_disk
 
-QUIET = LogConfig(tensorboard=False)
+QUIET = LogConfig(trackers=())
 ROW = {"score/mean": 0.5, "kl/reference": 1.25, "loss/value": 9.0, "loss/policy": 0.3}
 
 
@@ -230,7 +230,7 @@ def test_other_processes_of_a_run_write_nothing(tmp_path, capsys):
 
 
 def test_a_log_gets_plain_lines_now_and_then(tmp_path):
-    log, screen = open_log(tmp_path, total=5, cfg=LogConfig(every=2, tensorboard=False))
+    log, screen = open_log(tmp_path, total=5, cfg=LogConfig(every=2, trackers=()))
     for step in range(1, 6):
         log.write(step, {"score/mean": float(step)})
     log.close()

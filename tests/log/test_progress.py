@@ -174,7 +174,7 @@ def test_nothing_of_the_bar_stays_after_ctrl_c(width):
 
 def test_held_out_rows_and_samples_stay_above(tmp_path):
     bar, screen = terminal(80, total=4)
-    log = MetricsLog(tmp_path, LogConfig(tensorboard=False), 4, progress=bar)
+    log = MetricsLog(tmp_path, LogConfig(trackers=()), 4, progress=bar)
     rows = [{"prompt": f"the film {n}", "response": " is\nwarm", "score": 1.25} for n in range(4)]
     log.write(1, ROW)
     log.samples(1, [row | {"split": "train"} for row in rows])

@@ -379,7 +379,7 @@ def test_every_eos_token_stays_one_when_a_run_goes_on(root, folder, tmp_path, pp
     """Also in the runs that start from the run, in text that it writes, and in its export."""
     make = lambda recipe: lambda state, batch: (state.replace(step=state.step + 1), {}, None)
     monkeypatch.setattr(programs, "make_iteration", make)
-    off = ["eval.every=0", "data.eval_demonstrations=null", "log.tensorboard=false", "tokenizer.train_vocab_size=null"]
+    off = ["eval.every=0", "data.eval_demonstrations=null", "log.trackers=[]", "tokenizer.train_vocab_size=null"]
     cfg = runs.config("sft", root, tmp_path, *off, f"models.policy={{init_from: {folder}}}")
     assert build.build(resolve_config(cfg)).sampler.eos_ids == (1, 7)
     assert trainer.run(cfg) == "done"

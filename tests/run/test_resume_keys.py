@@ -101,6 +101,8 @@ OTHER: dict[str, str | None] = {
     "generate.stop": "[film]",
     "alarms.stop": "[kl]",
     "alarms.length": "3",
+    "log.trackers": "[]",
+    "log.project": "films",
     "generate.int8": "[weights]",
     "checkpoint.best": "eval/score/mean",
     "eval.judge": "{{path: {text}/labels.jsonl}}",
@@ -290,7 +292,7 @@ def test_a_start_resolves_its_config_once(saved, monkeypatch, tmp_path, resumed,
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     if resumed:
         runs.copy_run(Path(saved.cfg.run_dir), tmp_path / "run", STEP)
-    start = lambda: trainer.run(saved.config(f"run_dir={tmp_path}/run", "log.tensorboard=false"))
+    start = lambda: trainer.run(saved.config(f"run_dir={tmp_path}/run", "log.trackers=[]"))
     calls = calls_of_start(monkeypatch, start)
     assert calls["batch"] == calls["updates"] == 1
     assert 1 < calls["find"] <= read + 1 and 1 < calls["roles"] <= read + 1
@@ -325,7 +327,7 @@ def test_a_signal_in_an_evaluation_saves_at_once(saved, monkeypatch, tmp_path, b
     monkeypatch.setattr(HeldOut, "run", evaluate)
     more = ["batch.prompts_per_step=8", "batch.preferences_per_step=8"]  # there are 8 devices
     more += ["checkpoint.best=eval/score/mean"] if best else []
-    cfg = saved.config(f"run_dir={run_dir}", "eval.every=2", "log.tensorboard=false", *more)
+    cfg = saved.config(f"run_dir={run_dir}", "eval.every=2", "log.trackers=[]", *more)
     assert trainer.run(cfg) == "preempted"
     assert found == [None, None, 2] and runs.steps_kept(run_dir) == [2]
     assert [row["step"] for row in runs.rows(run_dir) if "eval/score/mean" in row] == [0, 2]

@@ -54,7 +54,7 @@ def config(tmp_path):
         "data": data,
         "batch": {"prompts_per_step": 8},
         "generate": {"max_new_tokens": 4},
-        "log": {"tensorboard": False},
+        "log": {"trackers": []},
     }
     return lambda iterations: parse(tree | {"iterations": iterations}, "test")
 

@@ -246,7 +246,7 @@ def config(text: Path, run_dir: Path, **more: Any) -> Config:
         "rewards": {"function": "my_rewards:f"},
         "checkpoint": {"every": 10},
         "eval": {"size": 12},
-        "log": {"samples": 16, "samples_every": 1, "tensorboard": False},
+        "log": {"samples": 16, "samples_every": 1, "trackers": []},
     }
     return parse(tree | more, "test")
 
