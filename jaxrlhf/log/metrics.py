@@ -123,7 +123,9 @@ class MetricsLog:
     def tell_failures(self) -> None:
         """Says once that a file can't be written, and once that it can be again; and once that a tracker failed."""
         folder = f"{self.run_dir}/"
-        found = {f"{folder}{name}.jsonl": (file.error, MEMORY) for name, file in self.files.items()}
+        found: dict[str, tuple[Exception | None, str]] = {}
+        for name, file in self.files.items():
+            found[f"{folder}{name}.jsonl"] = (file.error, MEMORY)
         for name, tracker in self.trackers.items():
             found[f"{folder}{name}" if name == "tensorboard" else name] = (tracker.error, ELSEWHERE)
         for name, (error, kept) in found.items():
