@@ -344,7 +344,8 @@ BENCHMARK = Benchmark(
         "pairs as the policy writes, 500 pairs in `rm_few`, and 150 steps of 2 minibatches: it missed `single: fall "
         "above 0.2` on seed 2 and `kl: fall below 0.2` on seed 0, and UWO ended only 0.1 sigma above a single model. "
         "Seeds 3 to 5 were run first, where GRPO ended at 1.45 under the mean, 1.43 under WCO, 1.12 under UWO and 0.33 "
-        "under a single model; 6 and 7 were added as these numbers differ much from seed to seed."
+        "under a single model, so that the "
+        "line of its order missed. 6 and 7 were added after that, as these numbers differ much from seed to seed."
     ),
     cells=CELLS,
     data=write_data,
