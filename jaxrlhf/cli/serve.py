@@ -1,6 +1,6 @@
 """``jaxrlhf serve``."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,9 @@ def serve(
     queue: Annotated[int, typer.Option(min=0, help="Responses that may wait; a request beyond them gets 429.")] = 128,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a prompt and its response together, at most.")] = 2048,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that a request may take.")] = 600.0,
+    role: Annotated[
+        Literal["policy", "reward"], typer.Option(help="policy: text; reward: /v1/scores of a reward model.")
+    ] = "policy",
     name: Annotated[str, typer.Option(help="What clients call the model. Default: the last part of MODEL.")] = "",
     step: StepOption = "",
     strict: StrictOption = False,
@@ -28,8 +31,8 @@ def serve(
     model = name_step(model, step)
     set_flags()
     be_strict(strict)
-    from jaxrlhf.serve.listen import check_address, serve_text
+    from jaxrlhf.serve.listen import Asked, check_address, serve_model
     from jaxrlhf.serve.server import Limits
 
     check_address(host)
-    serve_text(model, host, port, slots, context, queue, name, Limits(seconds=timeout))
+    serve_model(Asked(model, slots, context, queue, name), role, host, port, Limits(seconds=timeout))

@@ -1,17 +1,20 @@
 """From a model's name to a server that listens, and how it ends."""
 
+import contextlib
 import ipaddress
 import os
 import signal
 import socket
 import sys
 import time
+from typing import NamedTuple
 
 import uvicorn  # pyright: ignore[reportMissingImports]
 
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.serve.server import Limits, Server
-from jaxrlhf.serve.service import read_service
+from jaxrlhf.serve.service import TextService, read_scores, read_service
+from jaxrlhf.types import Role
 
 TOKEN = "JAXRLHF_SERVE_TOKEN"
 KEEP_ALIVE = 5  # seconds that an idle connection stays open
@@ -42,21 +45,33 @@ def listening(host: str, port: int) -> socket.socket:
     return found
 
 
-def serve_text(
-    model: str, host: str, port: int, slots: int, context: int, waiting: int, name: str, limits: Limits
-) -> None:
-    """Serve a policy until SIGTERM or Ctrl-C: then no more connections are taken, and what is being answered is
-    finished within ``limits.seconds``. Raises ValueError, in one line, where ``model`` can't be served."""
-    with listening(host, port) as where:
-        service = read_service(model, slots, context, waiting, name)
+class Asked(NamedTuple):
+    """What is to be served, and how much of it at once."""
+
+    model: str
+    slots: int
+    context: int
+    waiting: int
+    name: str = ""
+
+
+def serve_model(asked: Asked, role: Role, host: str, port: int, limits: Limits) -> None:
+    """Serve a policy, or the scores of a reward model, until SIGTERM or Ctrl-C: then no more connections are taken, and
+    what is being answered is finished within ``limits.seconds``. Raises ValueError, in one line, where it can't be."""
+    with listening(host, port) as where, contextlib.ExitStack() as stack:
+        given = (asked.model, asked.slots, asked.context, asked.waiting, asked.name)
+        service = read_service(*given) if role == "policy" else read_scores(*given)
         began = time.monotonic()
-        service.engine.slots.warm_up()
-        print(f"{service.name}: {slots} slots, programs ready in {time.monotonic() - began:.0f} s", file=sys.stderr)
+        if isinstance(service, TextService):
+            service.engine.slots.warm_up()
+            stack.enter_context(service.engine)
+        else:
+            service.warm_up()
+        print(f"{service.name}: programs ready in {time.monotonic() - began:.0f} s", file=sys.stderr)
         server = Server(service, os.environ.get(TOKEN) or None, limits)
         address = f"http://{f'[{host}]' if ':' in host else host}:{where.getsockname()[1]}"
         print(f"{address}/v1  (model {service.name!r}; Ctrl-C ends it)", flush=True)
-        with service.engine:
-            run(server, where, limits)
+        run(server, where, limits)
 
 
 def run(server: Server, where: socket.socket, limits: Limits) -> None:

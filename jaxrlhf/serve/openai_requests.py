@@ -102,6 +102,31 @@ class Chat(Sampled):
     service_tier: str | None = None
 
 
+class Answered(BaseModel):
+    """A prompt and its response, or messages that end with the response."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: str | None = None
+    response: str | None = None
+    messages: Annotated[list[Message], Field(min_length=2)] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Raises ApiError for neither of both."""
+        if self.messages is not None and self.prompt is self.response is None:
+            return {"messages": [message.plain() for message in self.messages]}
+        if self.messages is None and self.prompt is not None and self.response is not None:
+            return {"prompt": self.prompt, "response": self.response}
+        raise ApiError(400, "input: expected prompt and response, or messages", "input")
+
+
+class Scores(BaseModel):
+    """A body of /v1/scores, which is no path of OpenAI's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+    input: Annotated[list[Answered], Field(min_length=1, max_length=1024)]
+
+
 def parse(kind: type, body: Any) -> Any:
     """The request of a JSON body. Raises ApiError, which names the field."""
     if not isinstance(body, dict):

@@ -28,17 +28,18 @@ def no_sampling(*_: Any) -> Any:
 
 class Scorer:
     """The reward model of a run (or another of its ``role``s that has a scalar head), or a Hugging Face folder of a
-    sequence classifier with one label.
+    sequence classifier with one label. ``rows``: of every batch, so that there is one program a width; by default
+    batches have as many rows as are needed, up to ROWS.
 
     Raises ValueError, in one line, where ``name`` holds no such model."""
 
-    def __init__(self, name: str, role: Role = "reward"):
+    def __init__(self, name: str, role: Role = "reward", rows: int | None = None):
         compiler_flags.use_compilation_cache()
         self.mesh = make_mesh(MeshConfig())
         with jax.set_mesh(self.mesh):
             self.model = read_model(name, self.mesh, role=role)
         self.shards = batch_shards(self.mesh)
-        self.rows = max(ROWS // self.shards, 1) * self.shards
+        self.rows, self.full = max((rows or ROWS) // self.shards, 1) * self.shards, rows is not None
         runtime = Runtime(hardware=hardware_of(self.mesh.devices.flat[0]))
         nets = make_nets({"reward": self.model.config}, runtime, Sampling(), no_sampling)
 
@@ -52,18 +53,29 @@ class Scorer:
         """The score of each record of prompt and response, both texts, or of ``messages`` that end with the response.
 
         A row is encoded as reward models are trained: the response ends with an ending token."""
+        return self.score(self.encode(records))
+
+    def encode(self, records: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
+        """i32[S] of each record. Raises ValueError for one that can't be encoded."""
         eos, turns = self.model.ids.eos, encode.as_turns if self.model.chat else dict
-        rows = [
+        return [
             encode.encode_demonstration(turns(record), self.model.tokenizer, "response", eos).tokens
             for record in records
         ]
+
+    def score(self, rows: Sequence[np.ndarray]) -> list[float]:
+        """The score of each encoded row."""
         return [float(score) for batch in self.batches(rows) for score in batch]
 
     def batches(self, rows: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """f32 scores of the rows, a batch at a time; widths and numbers of rows are powers of two: few programs."""
         for at in range(0, len(rows), self.rows):
             some = rows[at : at + self.rows]
-            count = min(self.shards * 2 ** math.ceil(math.log2(-(-len(some) // self.shards))), self.rows)
+            count = (
+                self.rows
+                if self.full
+                else min(self.shards * 2 ** math.ceil(math.log2(-(-len(some) // self.shards))), self.rows)
+            )
             width = max(32, 2 ** math.ceil(math.log2(max(map(len, some)))))
             tokens = np.full((count, width), tokenizers.pad_id(self.model.tokenizer), np.int32)
             valid = np.zeros((count, width), bool)

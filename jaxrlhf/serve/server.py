@@ -18,9 +18,9 @@ from starlette.routing import Route  # pyright: ignore[reportMissingImports]
 
 from jaxrlhf.serve.engine import Job
 from jaxrlhf.serve.openai_replies import ChatReply, CompletionReply, Reply
-from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, parse
+from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, Scores, parse
 from jaxrlhf.serve.server_metrics import ServerMetrics
-from jaxrlhf.serve.service import TextService
+from jaxrlhf.serve.service import ScoreService, Service, TextService
 
 RETRY_AFTER = "1"  # seconds
 
@@ -37,17 +37,20 @@ class Limits:
 class Server:
     """The application. ``token``: what clients have to bring, as a bearer token."""
 
-    def __init__(self, service: TextService, token: str | None = None, limits: Limits = Limits()):
+    def __init__(self, service: Service, token: str | None = None, limits: Limits = Limits()):
         self.service, self.token, self.limits, self.created = service, token, limits, int(time.time())
-        self.metrics = ServerMetrics(service.engine)
+        self.engine = service.engine if isinstance(service, TextService) else None
+        self.metrics = ServerMetrics(self.engine)
         routes = [
             Route("/health", self.health),
             Route("/metrics", self.guarded(self.show_metrics)),
             Route("/v1/models", self.guarded(self.models)),
             Route("/v1/models/{name}", self.guarded(self.model)),
-            Route("/v1/completions", self.guarded(self.completions), methods=["POST"]),
-            Route("/v1/chat/completions", self.guarded(self.chat), methods=["POST"]),
         ]
+        paths: dict[str, Callable[[Request], Awaitable[Response]]] = {"/v1/scores": self.scores}
+        if isinstance(service, TextService):
+            paths = {"/v1/completions": self.completions, "/v1/chat/completions": self.chat}
+        routes += [Route(path, self.guarded(handle), methods=["POST"]) for path, handle in paths.items()]
         self.app = Starlette(routes=routes, exception_handlers={HTTPException: self.unknown})
 
     def guarded(self, handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -89,7 +92,7 @@ class Server:
     # ---- paths ------------------------------------------------------------------------------------------------------
 
     async def health(self, request: Request) -> Response:
-        alive = self.service.engine.thread.is_alive()
+        alive = self.engine is None or self.engine.thread.is_alive()
         return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
     async def show_metrics(self, request: Request) -> Response:
@@ -105,16 +108,25 @@ class Server:
     def about(self) -> dict[str, Any]:
         return {"id": self.service.name, "object": "model", "created": self.created, "owned_by": "jaxrlhf"}
 
+    async def scores(self, request: Request) -> Response:
+        assert isinstance(self.service, ScoreService)
+        asked = parse(Scores, await self.read_json(request))
+        self.service.check_name(asked.model)
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                return JSONResponse(await self.service.score(asked))
+        except TimeoutError:
+            raise ApiError(504, f"No response within {self.limits.seconds:g} s", None, "timeout") from None
+
     async def completions(self, request: Request) -> Response:
-        return await self.write(request, Completion, self.service.completion, CompletionReply)
+        return await self.write(request, Completion, CompletionReply)
 
     async def chat(self, request: Request) -> Response:
-        return await self.write(request, Chat, self.service.chat, ChatReply)
+        return await self.write(request, Chat, ChatReply)
 
-    async def write(
-        self, request: Request, kind: type, submit: Callable[..., list[Job]], reply_kind: type[Reply]
-    ) -> Response:
+    async def write(self, request: Request, kind: type, reply_kind: type[Reply]) -> Response:
         """The response to a request for text."""
+        assert isinstance(self.service, TextService)
         asked = parse(kind, await self.read_json(request))
         self.service.check_name(asked.model)
         changed, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -123,7 +135,7 @@ class Server:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(changed.set)
 
-        jobs = submit(asked, tell)
+        jobs = self.service.chat(asked, tell) if kind is Chat else self.service.completion(asked, tell)
         reply = reply_kind(asked, self.service.model.tokenizer, jobs)
         if asked.stream:
             events = self.stream(reply, jobs, changed)
@@ -146,7 +158,7 @@ class Server:
             raise ApiError(504, f"No response within {self.limits.seconds:g} s", None, "timeout") from None
         finally:
             gone.cancel()
-            self.service.engine.cancel(jobs)
+            self.cancel(jobs)
         check(jobs)
         return JSONResponse(reply.whole())
 
@@ -167,7 +179,11 @@ class Server:
         except ApiError as error:
             yield failure(error)
         finally:
-            self.service.engine.cancel(jobs)
+            self.cancel(jobs)
+
+    def cancel(self, jobs: list[Job]) -> None:
+        if self.engine is not None:
+            self.engine.cancel(jobs)
 
     async def read_json(self, request: Request) -> Any:
         """The body. Raises ApiError where it is too large, too slow or no JSON."""

@@ -1,7 +1,10 @@
-"""What the server serves: a model by its name, and requests for text turned into jobs of its engine."""
+"""What the server serves: a model by its name, and requests turned into jobs of its engine, or into scores."""
 
+import asyncio
 import dataclasses
+import math
 import secrets
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +13,10 @@ import numpy as np
 
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.hosts import compiler_flags
+from jaxrlhf.models.config import row_limit
 from jaxrlhf.serve.engine import Ask, Engine, Full, Job
-from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, Sampled
+from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, Sampled, Scores
+from jaxrlhf.serve.scorer import Scorer
 from jaxrlhf.serve.slots import Slots
 from jaxrlhf.serve.writer import Model, encode_record, read_model
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -20,18 +25,24 @@ DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it
 
 
 @dataclasses.dataclass
-class TextService:
-    """A policy that writes, served as ``name``."""
+class Service:
+    """A model, served as ``name``."""
 
     name: str
-    model: Model
-    engine: Engine
 
     def check_name(self, name: str) -> None:
         """Raises ApiError for another model."""
         if name != self.name:
             message = f"The model {name!r} does not exist; this server has {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
+
+
+@dataclasses.dataclass
+class TextService(Service):
+    """A policy that writes."""
+
+    model: Model
+    engine: Engine
 
     def completion(self, request: Completion, changed: Callable[[], None]) -> list[Job]:
         """The jobs of a request, queued: n to each prompt. Raises ApiError."""
@@ -102,6 +113,60 @@ class TextService:
         except Full as error:
             raise ApiError(429, f"The server is busy: {error}", None, "rate_limit_exceeded") from None
         return jobs
+
+
+@dataclasses.dataclass
+class ScoreService(Service):
+    """A reward model. Requests are computed one after the other; of ``waiting`` rows at most."""
+
+    scorer: Scorer
+    context: int
+    waiting: int
+    busy: int = 0  # rows that are computed or wait
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def warm_up(self) -> None:
+        """Compile the program of every width."""
+        for width in widths_up_to(self.context):
+            self.scorer.score([np.zeros(width, np.int32)])
+
+    async def score(self, request: Scores) -> dict[str, Any]:
+        """The body of the reply. Raises ApiError."""
+        try:
+            rows = self.scorer.encode([answered.record() for answered in request.input])
+        except ValueError as error:
+            raise ApiError(400, str(error), "input") from None
+        if (longest := max(map(len, rows))) > self.context:
+            message = f"input: {longest} tokens; this model's maximum context length is {self.context}"
+            raise ApiError(400, message, "input", "context_length_exceeded")
+        if self.busy and self.busy + len(rows) > self.waiting:
+            raise ApiError(429, f"The server is busy: {self.busy} rows wait already", None, "rate_limit_exceeded")
+        self.busy += len(rows)
+        try:
+            scores = await asyncio.to_thread(self.compute, rows)
+        finally:
+            self.busy -= len(rows)
+        data = [{"object": "score", "index": index, "score": score} for index, score in enumerate(scores)]
+        count = sum(map(len, rows))
+        used = {"prompt_tokens": count, "total_tokens": count}
+        return {"object": "list", "model": self.name, "data": data, "usage": used}
+
+    def compute(self, rows: list[np.ndarray]) -> list[float]:
+        with self.lock:
+            return self.scorer.score(rows)
+
+
+def widths_up_to(context: int) -> list[int]:
+    """The columns that Scorer's batches have for rows of at most so many tokens, in powers of two from 32 on."""
+    return [2**power for power in range(5, int(math.log2(max(context, 32))) + 1)]
+
+
+def read_scores(name: str, count: int, context: int, waiting: int, served_as: str = "") -> ScoreService:
+    """The reward model of a run, or a sequence classifier. Raises ValueError, in one line, where there is none."""
+    scorer = Scorer(name, rows=count)
+    context = min(context, row_limit(scorer.model.config) or context)
+    context = widths_up_to(context)[-1]
+    return ScoreService(served_as or public_name(name), scorer, context, waiting)
 
 
 def read_service(name: str, count: int, context: int, waiting: int, served_as: str = "") -> TextService:

@@ -11,7 +11,6 @@ import pytest
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_weights
-from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.run.export import token_ids
 from jaxrlhf.serve.server import Server
 from jaxrlhf.serve.service import TextService, read_service
@@ -35,10 +34,12 @@ def folder(tmp_path_factory) -> Path:
     shape = ModelConfig(hidden_size=16, num_layers=1, num_heads=4, num_kv_heads=2, mlp_size=32, max_positions=512)
     cfg = resolve(shape, len(tokenizer))
     params = jax.tree.map(lambda x: x * 2, tiny.parameters(cfg, "lm", 0))
-    assert padded_vocab(cfg) >= cfg.vocab_size
     hf_weights.save(
         params, cfg, "lm", path / "tiny", ids=token_ids(tokenizer, None), tokenizer_folder=path / "tokenizer"
     )
+    scalar = tiny.parameters(cfg, "scalar", 1)
+    ids = token_ids(tokenizer, None)
+    hf_weights.save(scalar, cfg, "scalar", path / "judge", ids=ids, tokenizer_folder=path / "tokenizer")
     return path / "tiny"
 
 

@@ -40,6 +40,7 @@ def listening(server: Server) -> Iterator[str]:
     """The address of a server in a thread of its own."""
     with socket.socket() as where:
         where.bind(("127.0.0.1", 0))
+        where.listen(128)
         running = uvicorn.Server(uvicorn.Config(server.app, log_level="warning"))
         thread = threading.Thread(target=lambda: running.run(sockets=[where]))
         thread.start()

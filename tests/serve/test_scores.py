@@ -1,0 +1,68 @@
+"""The scores of a reward model over HTTP."""
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrlhf.serve import scorer
+from jaxrlhf.serve.scorer import Scorer
+from jaxrlhf.serve.server import Server
+from jaxrlhf.serve.service import read_scores, widths_up_to
+from jaxrlhf.sharding import make_mesh
+from tests.support.runs import COMPILED
+from tests.support.served import listening
+
+INPUT = [
+    {"prompt": "the film is", "response": " warm"},
+    {"messages": [{"role": "user", "content": "the plot"}, {"role": "assistant", "content": "dull " * 20}]},
+    {"prompt": "the plot", "response": " is dull and its script cold"},
+]
+
+
+def post(address: str, body: Any) -> tuple[int, Any]:
+    request = urllib.request.Request(f"{address}/scores", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]["message"]
+
+
+def test_scores_are_those_of_the_scorer(folder, monkeypatch):
+    monkeypatch.setattr(scorer, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    name = str(folder.parent / "judge")
+    service = read_scores(name, 2, 128, 4)
+    service.warm_up()
+    events: list[str] = []
+    listen = lambda event, duration_secs, **_: events.append(event) if event.endswith(COMPILED) else None
+    with listening(Server(service)) as address:
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            status, told = post(address, {"model": "judge", "input": INPUT})
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        assert post(address, {"model": "judge", "input": [{"prompt": "a"}]})[0] == 400
+        assert post(address, {"model": "other", "input": INPUT})[0] == 404
+        long = [{"prompt": "a", "response": "dull " * 200}]
+        assert "maximum context length is 128" in post(address, {"model": "judge", "input": long})[1]
+        service.busy = 3
+        assert post(address, {"model": "judge", "input": INPUT})[0] == 429
+    assert status == 200 and not events
+    expected = Scorer(name)(INPUT)
+    np.testing.assert_allclose([one["score"] for one in told["data"]], expected, rtol=1e-5)
+    assert len({round(score, 4) for score in expected}) == 3
+    assert told["usage"]["prompt_tokens"] > 30
+
+
+def test_widths():
+    assert [widths_up_to(context) for context in (20, 33, 200)] == [[32], [32], [32, 64, 128]]
+
+
+def test_a_policy_gives_no_scores(folder):
+    with pytest.raises(ValueError, match="a model with a lm head gives no scores"):
+        read_scores(str(folder), 2, 128, 4)
