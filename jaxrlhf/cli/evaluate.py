@@ -14,11 +14,13 @@ from jaxrlhf.cli.setup import (
     name_step,
     need_run,
     set_flags,
+    split_arguments,
 )
 
 
 def evaluate(
     run: RunArgument,
+    more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True, help="More of --sampling.")] = None,
     judge: Annotated[bool, typer.Option(help="Also score with the outside judge, which training never uses.")] = True,
     samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
     beta: Annotated[
@@ -31,25 +33,42 @@ def evaluate(
         str | None,
         typer.Option(help="A second reward, in place of eval.gold: a function module:name, or a reward model."),
     ] = None,
+    sampling: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE...", help="Keys of generate, as in temperature=0.6 top_p=0.95."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     step: StepOption = "",
     strict: StrictOption = False,
 ) -> None:
     """Measure a run on held-out data."""
     need_run(run)
+    overrides = sampling_of(sampling or [], more or [])
     run = name_step(run, step)
     set_flags()
     main = join_processes()
     be_strict(strict)
     from jaxrlhf.evaluate.report import evaluate_run, print_report
 
-    report = evaluate_run(run, judge, samples, beta, sizes_of(best_of), gold)
+    report = evaluate_run(run, judge, samples, beta, sizes_of(best_of), gold, overrides)
     if not main:
         return
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
         print_report(report)
+
+
+def sampling_of(first: list[str], more: list[str]) -> tuple[str, ...]:
+    """The KEY=VALUE of --sampling and of the words behind it. Raises ConfigError for a word that is none."""
+    from jaxrlhf.errors import ConfigError
+
+    words, overrides = split_arguments([*first, *more])
+    if more and not first:
+        raise ConfigError(f"{more[0]}: expected one run, or --sampling before KEY=VALUE")
+    if words:
+        raise ConfigError(f"--sampling {words[0]}: expected KEY=VALUE, as in temperature=0.6")
+    return tuple(overrides)
 
 
 def sizes_of(text: str) -> tuple[int, ...]:

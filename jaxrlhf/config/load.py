@@ -27,7 +27,7 @@ from jaxrlhf.errors import ConfigError, dotted, show
 from jaxrlhf.hosts.processes import DistributedConfig
 
 # keys that no longer exist -> the value at which they did nothing: the config.yaml of older runs holds every key
-REMOVED = {("generate", "slots"): 0}
+REMOVED = {("generate", "slots"): 0, ("log", "tensorboard"): True}
 
 
 def load(path: os.PathLike | str, overrides: Sequence[str] = ()) -> Config:

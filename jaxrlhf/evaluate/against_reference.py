@@ -19,6 +19,7 @@ from jaxrlhf.algorithm import read_logprobs
 from jaxrlhf.algorithms.grading import members_of, read_scores
 from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.data.tokenizer import decode_rows
+from jaxrlhf.evaluate.win_intervals import win_report, wins_of
 from jaxrlhf.hosts import processes
 from jaxrlhf.ops.masked import keep
 from jaxrlhf.rewards.graders import gold_graders
@@ -71,6 +72,7 @@ class PolicyEvaluation:
         self.judge: Judge | None = None
         self.extra: dict[Role, Params] | None = None
         self.before: Responses | None = None
+        self.after: Responses | None = None  # of the last ``run``
         self.program = shared("answer", self.ready, lambda: processes.jit(self.answer))
 
     def run(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
@@ -80,7 +82,8 @@ class PolicyEvaluation:
         if reference is not None and (self.before is None or self.graders[0] in state.params):
             own = {role: tree for role, tree in state.params.items() if role not in self.ready.resolved.roles.guides}
             self.before = self.write(state.replace(params=own | {"policy": reference}), between)  # it has no guides
-        return self.write(state, between)
+        self.after = self.write(state, between)
+        return self.after
 
     def others(self) -> dict[Role, Params]:
         """The models that only the evaluation reads."""
@@ -181,17 +184,25 @@ class PolicyEvaluation:
             found["score/disagreement"] = mean(np.std([*responses.grades.values()], axis=0))
         if scores is not None:
             found["score/length_correlation"] = correlation(scores, responses.lengths[known])
-        if self.before is not None:
-            pairs = {
-                "reward": (responses.scores, self.before.scores),
-                "judge": (responses.marks, self.before.marks),
-                "gold": (responses.gold, self.before.gold),
-            }
-            for name, (ours, theirs) in pairs.items():
-                if ours is not None and theirs is not None:
-                    both = ~(np.isnan(ours) | np.isnan(theirs)) if on_host else slice(None)
-                    found[f"win_rate/{name}"] = win_rate(ours[both], theirs[both])
+        for name, (ours, theirs) in self.opponents(responses).items():
+            both = ~(np.isnan(ours) | np.isnan(theirs)) if on_host else slice(None)
+            found[f"win_rate/{name}"] = mean(wins_of(ours[both], theirs[both]))
         return {name: float(value) for name, value in found.items()}
+
+    def opponents(self, responses: Responses) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """(ours, the reference's) numbers by each who says whose response is better."""
+        if self.before is None:
+            return {}
+        whose = {"reward": "scores", "judge": "marks", "gold": "gold"}
+        pairs = {name: (getattr(responses, field), getattr(self.before, field)) for name, field in whose.items()}
+        return {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
+
+    def win_reports(self) -> dict[str, dict[str, float]]:
+        """By each of them, win_report of the last ``run``."""
+        if self.before is None or self.after is None:
+            return {}
+        longer = self.after.lengths - self.before.lengths
+        return {name: win_report(*pair, longer) for name, pair in self.opponents(self.after).items()}
 
     def names(self) -> list[str]:
         """The metrics that an evaluation will give, by what it gives of made-up responses."""
@@ -219,11 +230,6 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
     x, y = x - mean(x), y - mean(y)
     scale = np.sqrt((x**2).sum() * (y**2).sum())
     return float((x * y).sum() / scale) if scale > 0 else 0.0
-
-
-def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The share of places where ours is more; equal ones count half."""
-    return mean((ours > theirs) + 0.5 * (ours == theirs))
 
 
 def sample_rows(ready: Run, sequences: Sequences, count: int, split: str) -> list[dict[str, Any]]:

@@ -42,25 +42,34 @@ def evaluate_run(
     beta: float | None = None,
     best_of: Sequence[int] = (),
     gold: str | None = None,
+    sampling: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A run (RUN: its latest checkpoint, RUN@best, RUN@40) on its held-out data, as JSON: ``after``; for a policy with
-    a reference also ``before`` (the reference, under the same sampling noise) and ``samples`` of both; and
-    ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is queried too; ``beta``:
-    in place of generate.beta. ``best_of``: the n of ``best_of``, rows of best_of_report. ``gold``: a second reward in
-    place of the config's: a function "module:name", else a reward model.
+    a reference also ``before`` (the reference, under the same sampling noise), ``win_rates`` of after over it and
+    ``samples`` of both; and ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is
+    queried too; ``beta``: in place of generate.beta. ``best_of``: the n of ``best_of``, rows of best_of_report.
+    ``gold``: a second reward in place of the config's: a function "module:name", else a reward model. ``sampling``:
+    keys of generate and their values ("top_p=0.9"), in place of the config's.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
     with verified_steps.reading():
-        return measure_run(name, judge, samples, beta, best_of, gold)
+        return measure_run(name, judge, samples, beta, best_of, gold, sampling)
 
 
 def measure_run(
-    name: str, judge: bool, samples: int, beta: float | None, best_of: Sequence[int], gold: str | None
+    name: str,
+    judge: bool,
+    samples: int,
+    beta: float | None,
+    best_of: Sequence[int],
+    gold: str | None,
+    sampling: Sequence[str],
 ) -> dict[str, Any]:
     """``evaluate_run``, while the run's steps stay where they are."""
     step, (run_dir, _) = saved_run.find_step(name), split_step(name)
     compiler_flags.use_compilation_cache()
-    cfg = dataclasses.replace(load(epath.Path(run_dir) / "config.yaml"), run_dir=run_dir)
+    cfg = load(epath.Path(run_dir) / "config.yaml", [f"generate.{text}" for text in sampling])
+    cfg = dataclasses.replace(cfg, run_dir=run_dir)
     cfg = cfg if gold is None else with_gold(cfg, gold)
     if beta is not None:
         cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, beta=beta))
@@ -83,6 +92,7 @@ def measure_run(
     before = held.policy.before if held.policy else None
     if held.policy and before:
         report["before"] = held.policy.metrics(before)
+        report["win_rates"] = held.policy.win_reports()
     if result:
         report["after"] = {name: value for name, value in result.metrics.items() if not name.startswith("data/")}
     if result and result.samples:
@@ -189,11 +199,7 @@ SHOWN = {  # metric -> what a reader calls it
     "reward/accuracy": "accuracy on pairs",
     "loss/reward": "loss (nats a pair)",
 }
-WINS = {
-    "win_rate/reward": "the reward",
-    "win_rate/judge": "the outside judge",
-    "win_rate/gold": "the second reward",
-}
+WINS = {"reward": "the reward", "judge": "the outside judge", "gold": "the second reward"}
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -210,9 +216,9 @@ def print_report(report: dict[str, Any]) -> None:
         if any(cells):
             table.add_row(label, *cells)
     console.print(table)
-    for metric, who in WINS.items():
-        if metric in report.get("after", {}) and "before" in report:
-            console.print(f"win rate of after over before, by {who}: {report['after'][metric]:.1%}", highlight=False)
+    for name, row in report.get("win_rates", {}).items():
+        if row["prompts"]:
+            console.print(win_line(name, row), highlight=False, soft_wrap=True)
     if "best_of" in report:
         console.print(best_of_table(report["best_of"]))
     if "reward_model" in report:
@@ -228,6 +234,13 @@ def print_report(report: dict[str, Any]) -> None:
         for name in names:
             score = "" if row.get(f"score_{name}") is None else f" ({row[f'score_{name}']:+.2f})"
             console.print(f"  {name:>6}{score}: {escape(row[name].strip())}", highlight=False)
+
+
+def win_line(name: str, row: dict[str, float]) -> str:
+    """The win rate by one who compares, with its interval."""
+    text = f"win rate of after over before, by {WINS[name]}: {row['rate']:.1%}"
+    text += f" (95%: {row['low']:.1%} to {row['high']:.1%}, {row['prompts']} prompts)"
+    return f"{text}; at equal lengths {row['length_controlled']:.1%}"
 
 
 def best_of_table(rows: list[dict[str, Any]]) -> Table:

@@ -185,12 +185,19 @@ def test_evaluate_prints_a_report_or_json(run_dir, calls, run):
     assert run("evaluate", run_dir)[0] == "the report {'eval/score/mean': 1.5}\n"
     assert json.loads(run("evaluate", run_dir, "--json", "--no-judge", "--samples", "3")[0]) == {"eval/score/mean": 1.5}
     asked = [call[1:] for call in calls if call[0] == "evaluate_run"]
-    assert asked == [(str(run_dir), True, 8, None, (), None), (str(run_dir), False, 3, None, (), None)]
+    assert asked == [(str(run_dir), True, 8, None, (), None, ()), (str(run_dir), False, 3, None, (), None, ())]
+
+
+def test_evaluate_passes_on_how_to_sample(run_dir, calls, run):
+    run("evaluate", run_dir, "--sampling", "temperature=0.6", "top_p=0.95", "--no-judge")
+    assert calls[0][-1] == ("temperature=0.6", "top_p=0.95")
+    assert "--sampling top_p: expected KEY=VALUE" in run("evaluate", run_dir, "--sampling", "top_p", code=2)[1]
+    assert "top_p=1: expected one run, or --sampling before" in run("evaluate", run_dir, "top_p=1", code=2)[1]
 
 
 def test_evaluate_passes_the_best_of_on(run_dir, calls, run):
     run("evaluate", run_dir, "--best-of", "16,1,4", "--gold", "my:gold")
-    assert calls[0] == ("evaluate_run", str(run_dir), True, 8, None, (1, 4, 16), "my:gold")
+    assert calls[0] == ("evaluate_run", str(run_dir), True, 8, None, (1, 4, 16), "my:gold", ())
     for text in ("1,x", "0,4", "1,,2"):
         assert (
             f"--best-of {text}: expected numbers of samples, as in 1,4,16,64"

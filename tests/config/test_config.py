@@ -293,6 +293,7 @@ def test_the_config_of_an_older_run_loads(ppo, tmp_path):
     text = dump(load(ppo))
     assert "generate:\n" in text and "slots" not in text
     old = tmp_path / "config.yaml"
+    text = text.replace("log:\n", "log:\n  tensorboard: true\n")
     old.write_text(text.replace("generate:\n", "generate:\n  slots: 0\n"))
     assert load(old) == load(ppo)
     assert mistake(old, "generate.slots=2").startswith("command line: generate.slots: unknown key (value 2); ")

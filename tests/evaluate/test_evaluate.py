@@ -58,6 +58,19 @@ def test_a_best_that_can_only_be_the_last_is_told():
         assert held_out.describe_best(cfg) == []  # type: ignore[arg-type]
 
 
+@pytest.mark.nightly
+def test_sampling_takes_the_place_of_the_config(root):
+    runs.whole(root)
+    found = evaluate_run(f"{root}/whole/grpo", sampling=("temperature=0.6", "max_new_tokens=2"))
+    assert 1 <= found["after"]["response/length_mean"] <= 2
+
+
+def test_sampling_by_an_unknown_key_is_one_line(root):
+    runs.whole(root)
+    with pytest.raises(ConfigError, match=r"^command line: generate.temperatur: unknown key .* nearest: temperature$"):
+        evaluate_run(f"{root}/whole/grpo", sampling=("temperatur=0.6",))
+
+
 # ---- reports --------------------------------------------------------------------------------------------------------
 
 
@@ -81,10 +94,10 @@ def test_only_a_policy_with_a_reference_has_a_before(reports):
     assert has == {
         "sft": ["after"],
         "rm": ["after", "reward_model"],
-        "dpo": ["after", "before", "samples"],
-        "grpo": ["after", "before", "samples"],
-        "ppo": ["after", "before", "reward_model", "samples"],
-        "still": ["after", "before", "samples"],
+        "dpo": ["after", "before", "samples", "win_rates"],
+        "grpo": ["after", "before", "samples", "win_rates"],
+        "ppo": ["after", "before", "reward_model", "samples", "win_rates"],
+        "still": ["after", "before", "samples", "win_rates"],
     }
 
 
@@ -141,7 +154,8 @@ def test_the_report_for_a_reader(reports, capsys):
         assert words in shown
     assert f"{reports['ppo']['after']['score/mean']:.3f}" in shown
     wins = reports["ppo"]["after"]["win_rate/judge"]
-    assert f"win rate of after over before, by the outside judge: {wins:.1%}" in shown
+    assert f"win rate of after over before, by the outside judge: {wins:.1%} (95%: " in shown
+    assert wins == pytest.approx(reports["ppo"]["win_rates"]["judge"]["rate"], abs=1e-4)
     assert (
         f"reward model: {reports['ppo']['reward_model']['accuracy']:.1%} of 32 held-out pairs ranked correctly" in shown
     )
