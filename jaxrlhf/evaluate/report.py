@@ -22,6 +22,7 @@ from jaxrlhf.data.summary import Summary
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.against_reference import correlation
 from jaxrlhf.evaluate.best_of import best_of_report
+from jaxrlhf.evaluate.diversity import diversity
 from jaxrlhf.evaluate.held_out import HeldOut
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
@@ -45,11 +46,11 @@ def evaluate_run(
     sampling: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A run (RUN: its latest checkpoint, RUN@best, RUN@40) on its held-out data, as JSON: ``after``; for a policy with
-    a reference also ``before`` (the reference, under the same sampling noise), ``win_rates`` of after over it and
-    ``samples`` of both; and ``reward_model``, what its reward model gets right. ``judge``: whether the outside judge is
-    queried too; ``beta``: in place of generate.beta. ``best_of``: the n of ``best_of``, rows of best_of_report.
-    ``gold``: a second reward in place of the config's: a function "module:name", else a reward model. ``sampling``:
-    keys of generate and their values ("top_p=0.9"), in place of the config's.
+    a reference also ``before`` (the reference, under the same sampling noise), ``win_rates`` of after over it; for a
+    policy ``diversity`` and ``samples``; and ``reward_model``, what its reward model gets right. ``judge``: whether the
+    outside judge is queried too; ``beta``: in place of generate.beta. ``best_of``: the n of ``best_of``, rows of
+    best_of_report. ``gold``: a second reward in place of the config's: a function "module:name", else a reward model.
+    ``sampling``: keys of generate and their values ("top_p=0.9"), in place of the config's.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
     with verified_steps.reading():
@@ -97,7 +98,9 @@ def measure_run(
         report["after"] = {name: value for name, value in result.metrics.items() if not name.startswith("data/")}
     if result and result.samples:
         written = {"before": before.rows} if before else {}
-        report["samples"] = compare(written | {"after": result.samples}, samples)
+        written["after"] = result.samples
+        report["diversity"] = {when: diversity(rows) for when, rows in written.items()}
+        report["samples"] = compare(written, samples)
     return report
 
 
@@ -199,6 +202,7 @@ SHOWN = {  # metric -> what a reader calls it
     "reward/accuracy": "accuracy on pairs",
     "loss/reward": "loss (nats a pair)",
 }
+DIVERSITY = {f"distinct_{n}": f"distinct-{n} of the responses" for n in (1, 2, 3)} | {"self_bleu": "self-BLEU"}
 WINS = {"reward": "the reward", "judge": "the outside judge", "gold": "the second reward"}
 
 
@@ -215,6 +219,11 @@ def print_report(report: dict[str, Any]) -> None:
         cells = [f"{report[name][metric]:.3f}" if metric in report[name] else "" for name in names]
         if any(cells):
             table.add_row(label, *cells)
+    measured = report.get("diversity", {})
+    for key, label in DIVERSITY.items():
+        cells = [measured.get(name, {}).get(key) for name in names]
+        if any(cell is not None for cell in cells):
+            table.add_row(label, *("" if cell is None else f"{cell:.3f}" for cell in cells))
     console.print(table)
     for name, row in report.get("win_rates", {}).items():
         if row["prompts"]:

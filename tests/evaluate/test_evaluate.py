@@ -94,10 +94,10 @@ def test_only_a_policy_with_a_reference_has_a_before(reports):
     assert has == {
         "sft": ["after"],
         "rm": ["after", "reward_model"],
-        "dpo": ["after", "before", "samples", "win_rates"],
-        "grpo": ["after", "before", "samples", "win_rates"],
-        "ppo": ["after", "before", "reward_model", "samples", "win_rates"],
-        "still": ["after", "before", "samples", "win_rates"],
+        "dpo": ["after", "before", "diversity", "samples", "win_rates"],
+        "grpo": ["after", "before", "diversity", "samples", "win_rates"],
+        "ppo": ["after", "before", "diversity", "reward_model", "samples", "win_rates"],
+        "still": ["after", "before", "diversity", "samples", "win_rates"],
     }
 
 
@@ -149,6 +149,8 @@ def test_the_report_for_a_reader(reports, capsys):
         "KL from the reference",
         "length (tokens)",
         "share positive, by the outside judge",
+        "distinct-2 of the responses",
+        "self-BLEU",
         "before",
     ):
         assert words in shown
