@@ -184,25 +184,17 @@ class PolicyEvaluation:
             found["score/disagreement"] = mean(np.std([*responses.grades.values()], axis=0))
         if scores is not None:
             found["score/length_correlation"] = correlation(scores, responses.lengths[known])
-        for name, (ours, theirs) in self.opponents(responses).items():
+        for name, (ours, theirs) in opponents(responses, self.before).items():
             both = ~(np.isnan(ours) | np.isnan(theirs)) if on_host else slice(None)
             found[f"win_rate/{name}"] = mean(wins_of(ours[both], theirs[both]))
         return {name: float(value) for name, value in found.items()}
-
-    def opponents(self, responses: Responses) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """(ours, the reference's) numbers by each who says whose response is better."""
-        if self.before is None:
-            return {}
-        whose = {"reward": "scores", "judge": "marks", "gold": "gold"}
-        pairs = {name: (getattr(responses, field), getattr(self.before, field)) for name, field in whose.items()}
-        return {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
 
     def win_reports(self) -> dict[str, dict[str, float]]:
         """By each of them, win_report of the last ``run``."""
         if self.before is None or self.after is None:
             return {}
         longer = self.after.lengths - self.before.lengths
-        return {name: win_report(*pair, longer) for name, pair in self.opponents(self.after).items()}
+        return {name: win_report(*pair, longer) for name, pair in opponents(self.after, self.before).items()}
 
     def names(self) -> list[str]:
         """The metrics that an evaluation will give, by what it gives of made-up responses."""
@@ -218,6 +210,15 @@ class PolicyEvaluation:
         responses = Responses([], numbers, numbers > 0, **given, grades=grades)
         made.before = responses if "reference" in roles else None
         return [*made.metrics(responses)]
+
+
+def opponents(responses: Responses, before: Responses | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(ours, the reference's) numbers by each who says whose response is better."""
+    if before is None:
+        return {}
+    whose = {"reward": "scores", "judge": "marks", "gold": "gold"}
+    pairs = {name: (getattr(responses, field), getattr(before, field)) for name, field in whose.items()}
+    return {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
 
 
 def mean(values: np.ndarray) -> float:
