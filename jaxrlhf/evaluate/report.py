@@ -24,6 +24,7 @@ from jaxrlhf.evaluate.against_reference import correlation
 from jaxrlhf.evaluate.best_of import best_of_report
 from jaxrlhf.evaluate.diversity import diversity
 from jaxrlhf.evaluate.held_out import HeldOut
+from jaxrlhf.evaluate.perplexity import perplexities
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.rewards.graders import gold_graders
@@ -47,10 +48,11 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """A run (RUN: its latest checkpoint, RUN@best, RUN@40) on its held-out data, as JSON: ``after``; for a policy with
     a reference also ``before`` (the reference, under the same sampling noise), ``win_rates`` of after over it; for a
-    policy ``diversity`` and ``samples``; and ``reward_model``, what its reward model gets right. ``judge``: whether the
-    outside judge is queried too; ``beta``: in place of generate.beta. ``best_of``: the n of ``best_of``, rows of
-    best_of_report. ``gold``: a second reward in place of the config's: a function "module:name", else a reward model.
-    ``sampling``: keys of generate and their values ("top_p=0.9"), in place of the config's.
+    policy ``diversity``, ``samples`` and, with data.eval_demonstrations, their ``perplexity``; and ``reward_model``,
+    what its reward model gets right. ``judge``: whether the outside judge is queried too; ``beta``: in place of
+    generate.beta. ``best_of``: the n of ``best_of``, rows of best_of_report. ``gold``: a second reward in place of the
+    config's: a function "module:name", else a reward model. ``sampling``: keys of generate and their values
+    ("top_p=0.9"), in place of the config's.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
     with verified_steps.reading():
@@ -86,6 +88,9 @@ def measure_run(
         kind = next((kind for kind in ready.resolved.kinds if kind.name == PREFERENCES.name), PREFERENCES)
         pairs = held_out(ready, kind, cfg.eval.size, rows_taken(cfg, kind))
         report |= pair_report(ready, state, pairs)
+        extra = held.policy.others() if held.policy else {}
+        if found := perplexities(ready if held.policy is None else held.policy.ready, state, extra):
+            report["perplexity"] = found
         if best_of:
             report["best_of"] = best_of_report(ready, state, best_of)
     told = {row.where: row._asdict() for row in (*held.summaries(), pairs.summary) if row}
@@ -219,6 +224,8 @@ def print_report(report: dict[str, Any]) -> None:
         cells = [f"{report[name][metric]:.3f}" if metric in report[name] else "" for name in names]
         if any(cells):
             table.add_row(label, *cells)
+    if found := report.get("perplexity"):
+        table.add_row("perplexity of the demonstrations", *(f"{found[at]:.3f}" if at in found else "" for at in names))
     measured = report.get("diversity", {})
     for key, label in DIVERSITY.items():
         cells = [measured.get(name, {}).get(key) for name in names]

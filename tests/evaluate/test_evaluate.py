@@ -92,13 +92,18 @@ def test_only_a_policy_with_a_reference_has_a_before(reports):
     has = {name: sorted(report.keys() - {"run", "algorithm", "step", "data"}) for name, report in reports.items()}
     assert all(report["data"] for report in reports.values())
     assert has == {
-        "sft": ["after"],
+        "sft": ["after", "perplexity"],
         "rm": ["after", "reward_model"],
         "dpo": ["after", "before", "diversity", "samples", "win_rates"],
         "grpo": ["after", "before", "diversity", "samples", "win_rates"],
         "ppo": ["after", "before", "diversity", "reward_model", "samples", "win_rates"],
         "still": ["after", "before", "diversity", "samples", "win_rates"],
     }
+
+
+def test_perplexity_of_demonstrations_is_what_sft_minimises(reports):
+    expected = np.exp(reports["sft"]["after"]["loss/policy"])
+    assert reports["sft"]["perplexity"]["after"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_before_is_the_reference(reports):
