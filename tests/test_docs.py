@@ -30,6 +30,7 @@ DOCUMENTS = [
     "jaxrlhf/algorithms/README.md",
     "jaxrlhf/benchmarks/README.md",
     "jaxrlhf/data/README.md",
+    "jaxrlhf/evaluate/README.md",
     "jaxrlhf/models/README.md",
     "jaxrlhf/plan/README.md",
     "jaxrlhf/report/README.md",
