@@ -17,6 +17,7 @@ from jaxrlhf.serve.service import TextService, read_scores, read_service
 from jaxrlhf.types import Role
 
 TOKEN = "JAXRLHF_SERVE_TOKEN"
+BACKLOG = 2048  # connections that wait to be accepted
 KEEP_ALIVE = 5  # seconds that an idle connection stays open
 
 
@@ -33,12 +34,14 @@ def check_address(host: str) -> None:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens there; before the model is read, so that a port in use is heard of at once."""
+    """A socket that listens there, before the model is read: a port in use is heard of at once, and clients that come
+    early wait."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen(BACKLOG)
     except OSError as error:
         found.close()
         raise ConfigError(f"--port {port}: {host}: {error.strerror}; expected a free one, or 0") from None

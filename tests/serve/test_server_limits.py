@@ -209,3 +209,8 @@ def test_a_port_in_use_is_named():
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"--port {port}: 127.0.0.1: Address already in use; expected a free one"):
             socket_of("127.0.0.1", port)
+
+
+def test_clients_that_come_before_the_server_is_ready_wait():
+    with socket_of("127.0.0.1", 0) as where, socket.create_connection(where.getsockname(), timeout=5) as early:
+        assert early.getpeername() == where.getsockname()
