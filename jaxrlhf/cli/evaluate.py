@@ -20,7 +20,9 @@ from jaxrlhf.cli.setup import (
 
 def evaluate(
     run: RunArgument,
-    more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True, help="More of --sampling.")] = None,
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", hidden=True, help="More of --sampling.")
+    ] = None,
     judge: Annotated[bool, typer.Option(help="Also score with the outside judge, which training never uses.")] = True,
     samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
     beta: Annotated[
