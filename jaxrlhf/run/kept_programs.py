@@ -16,6 +16,7 @@ import numpy as np
 from jaxrlhf.config.record import CheckpointConfig, Config, EvalConfig, TokenizerConfig
 from jaxrlhf.data.sources import DataConfig
 from jaxrlhf.hosts.processes import DistributedConfig
+from jaxrlhf.log.alarms import AlarmsConfig
 from jaxrlhf.log.metrics import LogConfig
 from jaxrlhf.run.build import Blueprint
 
@@ -86,6 +87,7 @@ def neutral(drawn: Blueprint) -> Config:
         checkpoint=CheckpointConfig(),
         eval=EvalConfig(),
         log=LogConfig(),
+        alarms=AlarmsConfig(),
         on_nonfinite="stop",
         max_nonfinite=0,
         profile=None,

@@ -31,6 +31,7 @@ FREE = {
     "checkpoint",
     "eval",
     "log",
+    "alarms",
     "on_nonfinite",
     "max_nonfinite",
     "profile",
@@ -82,7 +83,14 @@ def test_runs_that_differ_in_what_programs_depend_on_share_none(name):
 
 
 def test_runs_that_differ_in_nothing_else_share_them():
-    free = {"seed": 5, "iterations": 9, "log": {"trackers": []}, "eval": {"every": 3}, "on_nonfinite": "skip"}
+    free = {
+        "seed": 5,
+        "iterations": 9,
+        "log": {"trackers": []},
+        "eval": {"every": 3},
+        "alarms": {"kl": 1.0},
+        "on_nonfinite": "skip",
+    }
     assert key(sft(run_dir="runs/y", **free)) == key(sft())
     linear: dict[str, Any] = {"optimizer": {"default": {"schedule": "linear"}}}
     assert key(sft(iterations=9, **linear)) != key(sft(**linear)), "its learning rates are others"
