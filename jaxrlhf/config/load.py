@@ -26,8 +26,11 @@ from jaxrlhf.config.yaml_text import Dumper, read_file, read_yaml
 from jaxrlhf.errors import ConfigError, dotted, show
 from jaxrlhf.hosts.processes import DistributedConfig
 
-# keys that no longer exist -> the value at which they did nothing: the config.yaml of older runs holds every key
-REMOVED = {("generate", "slots"): 0, ("log", "tensorboard"): True}
+# keys that no longer exist: value -> what says the same now; the config.yaml of older runs holds every key
+REMOVED: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {
+    ("generate", "slots"): {0: {}},
+    ("log", "tensorboard"): {True: {}, False: {"trackers": []}},
+}
 
 
 def load(path: os.PathLike | str, overrides: Sequence[str] = ()) -> Config:
@@ -120,12 +123,12 @@ def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, 
 
 
 def without_removed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """``tree`` without the keys in REMOVED where they have no effect; with another value they stay, as unknown keys."""
+    """``tree`` with what stands for the keys in REMOVED; with a value that has no equal they stay, as unknown keys."""
     kept = dict(tree)
-    for (section, key), neutral in REMOVED.items():
+    for (section, key), equal in REMOVED.items():
         inside = kept.get(section)
-        if isinstance(inside, dict) and inside.get(key) == neutral:
-            kept[section] = {name: value for name, value in inside.items() if name != key}
+        if isinstance(inside, dict) and isinstance(value := inside.get(key), int) and value in equal:
+            kept[section] = equal[value] | {name: other for name, other in inside.items() if name != key}
     return kept
 
 

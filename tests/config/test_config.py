@@ -293,10 +293,13 @@ def test_the_config_of_an_older_run_loads(ppo, tmp_path):
     text = dump(load(ppo))
     assert "generate:\n" in text and "slots" not in text
     old = tmp_path / "config.yaml"
-    text = text.replace("log:\n", "log:\n  tensorboard: true\n")
     old.write_text(text.replace("generate:\n", "generate:\n  slots: 0\n"))
     assert load(old) == load(ppo)
     assert mistake(old, "generate.slots=2").startswith("command line: generate.slots: unknown key (value 2); ")
+    text = text.replace("  trackers:\n  - tensorboard\n", "")
+    for said, kept in (("true", ("tensorboard",)), ("false", ())):
+        old.write_text(text.replace("log:\n", f"log:\n  tensorboard: {said}\n"))
+        assert load(old).log.trackers == kept
 
 
 def test_all_mistakes_are_told_at_once_a_line_each(ppo):
