@@ -58,6 +58,8 @@ class TextService(Service):
 
     def chat(self, request: Chat, changed: Callable[[], None]) -> list[Job]:
         """The same for a conversation, whose response may take what the context leaves."""
+        if not self.model.tokenizer.chat_template:
+            raise ApiError(400, "this model has no chat template; expected a prompt, at /v1/completions", "messages")
         record = {"messages": [message.plain() for message in request.messages]}
         ids = self.encoded(record, "messages")
         left = self.engine.slots.limit - len(ids)

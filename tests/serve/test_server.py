@@ -99,6 +99,12 @@ def test_a_conversation_may_take_what_the_context_leaves(client):
     assert reply.usage.total_tokens == CONTEXT or reply.choices[0].finish_reason == "stop"
 
 
+def test_a_model_without_a_chat_template(client, service, monkeypatch):
+    monkeypatch.setattr(service.model.tokenizer, "chat_template", None)
+    with pytest.raises(openai.BadRequestError, match="no chat template; expected a prompt, at /v1/completions"):
+        chat(client)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
