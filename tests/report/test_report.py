@@ -243,6 +243,7 @@ def test_mistakes_are_one_line(two, command, monkeypatch, tmp_path):
     assert command("report", two[0], code=2)[1] == expected
 
 
+@pytest.mark.nightly  # by day: the page in a browser, in test_browser.py
 def test_every_chart_becomes_an_image(tmp_path, command, kept_library):
     run = make_run(tmp_path / "run", names=["score/mean", "kl/reference"])
     out = command("report", run, "--png", tmp_path / "png")[0]

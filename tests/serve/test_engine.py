@@ -90,6 +90,7 @@ def test_nothing_compiles_after_warm_up(service):
     assert len(events) == 1  # the listener hears: the last one is ours
 
 
+@pytest.mark.nightly  # by day: a prompt after the other, above
 def test_settings_are_of_each_row(service, folder):
     """Greedy, top-k and sampled rows stand in one batch."""
     cfgs = [GenerateConfig(8, temperature=0.0), GenerateConfig(8, top_k=3), GenerateConfig(8)]
