@@ -107,6 +107,7 @@ def test_an_argument_of_another_kind_is_one_line_before_anything_is_loaded(funct
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly  # by day: the example of the front page, below
 def test_iterate_gives_what_a_run_writes_down_and_a_loop_that_is_left_goes_on(sft, capsys):
     """Left after the third iteration, the run is saved, and the same call gives the others."""
     first = []

@@ -416,7 +416,7 @@ STOPS = {signal.SIGTERM: ("SIGTERM", "preempted"), signal.SIGINT: ("Ctrl-C", "in
     ("method", "call", "at", "number"),
     [
         ("flush", 2, 2, signal.SIGTERM),
-        ("save", 1, 3, signal.SIGINT),
+        pytest.param("save", 1, 3, signal.SIGINT, marks=pytest.mark.nightly),
         pytest.param("samples_due", 4, 4, signal.SIGTERM, marks=pytest.mark.nightly),
     ],
 )

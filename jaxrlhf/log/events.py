@@ -41,7 +41,8 @@ class Events:
                 self.flushed = now
             self.error = None
         except OSError as error:
-            self.failed, self.error = now, error
+            # without its frames, which hold the file open: what it still buffers would be written at some later time
+            self.failed, self.error = now, error.with_traceback(None)
             self.drop()
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

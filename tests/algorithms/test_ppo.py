@@ -199,6 +199,7 @@ def test_kl_coef_is_the_state_s_where_it_adapts(controller, coefficient):
     np.testing.assert_allclose(metrics["kl/coef"], coefficient, rtol=1e-6)
 
 
+@pytest.mark.nightly  # by day: a batch of padding alone, in test_properties.py
 def test_no_response_token_at_all():
     case = make_case()
     case.mask[:] = False
@@ -470,6 +471,7 @@ def test_the_kl_regularised_optimum_is_approached(enumerated):
     assert after - moved <= best + 1e-4  # or the enumeration is wrong
 
 
+@pytest.mark.nightly  # by day: that of grpo, in test_properties.py
 def test_a_constant_reward_moves_the_policy_nowhere_in_expectation():
     """The gradient of the first update, summed over all responses by their probability: with gae_lambda 1 and no KL an
     advantage is the constant less the value of the state, a baseline. With another sign in every other row the same

@@ -58,6 +58,7 @@ def test_junk_outside_the_responses_changes_nothing():
     np.testing.assert_array_equal(*grads)
 
 
+@pytest.mark.nightly  # by day: its loss by a loop, above
 def test_it_learns_to_write_what_is_rewarded():
     """Responses of one token out of 64; the host rewards even ones."""
     batch = Batch(prompts=tiny.prompts(rows=8))

@@ -252,7 +252,8 @@ def learner(name: str, cfg: Any, rows: list[tuple[Prefix, Prefix, bool]]) -> tup
     return made, q
 
 
-@pytest.mark.parametrize("rows", [pytest.param(whole_rows, marks=pytest.mark.nightly), fragments])
+@pytest.mark.nightly  # by day: the short twin of the benchmark bellman
+@pytest.mark.parametrize("rows", [whole_rows, fragments])
 def test_fitted_q_is_value_iteration(rows):
     """Also where each row is one step that a limit cut, so that all values but the last come by bootstrap."""
     made, q = learner("fqi", FQIConfig(gamma=GAMMA, polyak=0.1), rows())

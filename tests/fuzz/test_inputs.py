@@ -332,7 +332,7 @@ def search(name: str, count: int) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_few_inputs_of_each_kind(name):
-    search(name, 10 if name == "config" else 25)
+    search(name, 5 if name == "config" else 25)
 
 
 @pytest.mark.nightly

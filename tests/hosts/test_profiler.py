@@ -43,6 +43,7 @@ def test_the_steps_asked_for_are_traced_and_no_others(noted, steps, done, expect
     assert noted == expected
 
 
+@pytest.mark.nightly  # by day: the steps that are traced, above
 def test_a_run_leaves_a_perfetto_trace(root, tmp_path, one_device):
     off = ["eval.every=0", "data.eval_demonstrations=null", "log.trackers=[]", "checkpoint.every=4"]
     cfg = runs.config("sft", root, tmp_path, *off, 'profile="2:4"')

@@ -78,6 +78,7 @@ def test_storage_that_gives_back_something_else_fails(look, monkeypatch):
     assert not well and "wrote 'process 0' and read 'old'" in rows["run_dir"][1]
 
 
+@pytest.mark.nightly  # by day: a folder, above
 def test_a_bucket_is_written_to_as_a_folder_is(tmp_path):
     """In a process of its own, as the stand-in for gs:// stays where it is installed."""
     code = "from tests.support import fake_gcs; fake_gcs.install(); from jaxrlhf.cli.app import main; main()"

@@ -121,6 +121,7 @@ def test_tensorboard_goes_on_in_another_file(tmp_path, monkeypatch):
         for step in range(1, 30):
             log.write(step, ROW)
     monkeypatch.setattr(events, "AGAIN", 0.0)
+    monkeypatch.setattr("socket.gethostname", lambda: "another-second")  # both are part of a file's name
     log.write(30, ROW)
     log.close()
     files = [file.read_bytes() for file in (tmp_path / "tensorboard").iterdir()]

@@ -401,7 +401,8 @@ def test_prefill_by_splash_and_decoding():
     )
 
 
-@pytest.mark.parametrize("style", often(("mesh", "pmap"), "mesh"))
+@pytest.mark.nightly  # by day: a kernel over devices, above
+@pytest.mark.parametrize("style", ("mesh", "pmap"))
 def test_a_model_by_splash_over_devices(style):
     """A mesh whose fsdp has a decode group, in the layout of decoding; and pmap, which brings its own shard_map."""
     params, ids = tiny.parameters(LLAMA, "lm", 0), segments(20)

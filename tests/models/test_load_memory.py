@@ -77,7 +77,8 @@ def told(where: str, out: Path, processes: int, devices: int) -> list[dict]:
     return [json.loads(Path(f"{out}{number}").read_text()) for number in range(processes)]
 
 
-@pytest.mark.parametrize("write", [safetensors, pytest.param(quantised, marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # 135 MB are written and read
+@pytest.mark.parametrize("write", [safetensors, quantised])
 def test_loading_holds_no_second_copy(tmp_path, home, write):
     """At most 1.3 times the float32 weights: them, and the one leaf that is being put together."""
     (found,) = told(write(tmp_path / "model"), tmp_path / "told", processes=1, devices=1)

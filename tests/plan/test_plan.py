@@ -212,6 +212,7 @@ def test_a_program_that_cannot_be_printed_keeps_its_memory(monkeypatch, capsys, 
     assert program_json["collectives"] is None and program_json["arguments"] == 1024
 
 
+@pytest.mark.nightly  # by day: the calibration itself, below
 def test_the_command_shows_its_calibration():
     out, _ = command("--calibration", "--json")
     found = json.loads(out)

@@ -96,6 +96,7 @@ def test_runs_that_differ_in_nothing_else_share_them():
     assert key(sft(iterations=9, **linear)) != key(sft(**linear)), "its learning rates are others"
 
 
+@pytest.mark.nightly  # by day: the short twins of benchmarks, which share programs
 def test_another_seed_compiles_nothing_and_computes_what_it_would_alone(tmp_path, one_device):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": "the film is " + "x" * (n % 7)}) + "\n" for n in range(40)))

@@ -79,6 +79,7 @@ def reads(monkeypatch) -> collections.Counter:
     return counted
 
 
+@pytest.mark.nightly  # by day: runs that start from others, in test_train.py
 def test_a_start_reads_each_saved_run_once(config, reads, one_device, monkeypatch):
     make = lambda recipe: lambda state, batch: (state.replace(step=state.step + 1), {}, None)
     monkeypatch.setattr(programs, "make_iteration", make)

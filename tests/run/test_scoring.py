@@ -68,7 +68,8 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
 @pytest.mark.parametrize(
     ("name", "mesh", "atol", "overlap"),
     [
-        pytest.param("grpo", ONE_DEVICE, 1e-6, True, id="grpo-one-overlap"),
+        # by day: test_integer_scores_of_the_host_meet_fractions_of_nats
+        pytest.param("grpo", ONE_DEVICE, 1e-6, True, id="grpo-one-overlap", marks=pytest.mark.nightly),
         pytest.param("ppo", ONE_DEVICE, 1e-6, True, id="one-overlap", marks=pytest.mark.nightly),
         pytest.param("ppo", MeshConfig(2, 2, 2), 1e-6, True, id="mesh-overlap", marks=pytest.mark.nightly),
         pytest.param("ppo", MeshConfig(2, 2, 2), 1e-6, None, id="mesh-in turn", marks=pytest.mark.nightly),

@@ -80,6 +80,7 @@ def test_a_stop_text_ends_a_response(whole, one_device):
     assert len(ids) <= 8
 
 
+@pytest.mark.nightly  # by day: responses and their company, above
 def test_samples_of_many_prompts_do_not_depend_on_batches(whole, one_device, monkeypatch):
     """Nor on how wide and how many rows the programs are; there is one program a width and number of rows."""
     cfg = GenerateConfig(max_new_tokens=8, stop=(" and",))
