@@ -436,7 +436,10 @@ def compiled():
 
 def dispatches(function, folder) -> int:
     """Events of an executable being run, in a profile of ``function``."""
-    with jax.profiler.trace(str(folder)):
+    options = jax.profiler.ProfileOptions()
+    # a start of the profiler, which looks at all programs unless told not to, once ended a worker that had hundreds
+    options.enable_hlo_proto, options.python_tracer_level = False, 0
+    with jax.profiler.trace(str(folder), profiler_options=options):
         function()
     (path,) = folder.glob("**/*.xplane.pb")
     lines = [line for plane in ProfileData.from_file(str(path)).planes for line in plane.lines]
