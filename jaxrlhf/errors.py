@@ -5,6 +5,7 @@ import difflib
 import json
 import traceback
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def cut(text: str) -> str:
 def counted(number: int, noun: str, plural: str = "") -> str:
     """ "1 row", "1,200 rows"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def need_extra(command: str, extra: str, *modules: str) -> None:
+    """Raises ConfigError where one of the ``modules`` of an extra is not installed."""
+    if missing := [name for name in modules if find_spec(name) is None]:
+        names = " and ".join(missing)
+        raise ConfigError(f"{command}: {names} not installed; expected: pip install 'jaxrlhf[{extra}]'")
 
 
 def nearest(word: object, choices: Sequence[str], otherwise: str | None = None, cutoff: float = 0.6) -> str:

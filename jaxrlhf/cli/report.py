@@ -22,9 +22,9 @@ def report(
     """Write one HTML page about runs: curves, samples, configs. It works offline."""
     for run in runs:
         need_run(run)
-    from jaxrlhf.report.extra import need_extra
+    from jaxrlhf.errors import need_extra
 
-    need_extra()
+    need_extra("jaxrlhf report", "report", "altair", "vl_convert")
     from jaxrlhf.report.images import write_images
     from jaxrlhf.report.live import make_server
     from jaxrlhf.report.page import write_page

@@ -25,9 +25,9 @@ def serve(
     strict: StrictOption = False,
 ) -> None:
     """Serve a model over HTTP as OpenAI's API has it. JAXRLHF_SERVE_TOKEN is the token that clients bring."""
-    from jaxrlhf.serve.extra import need_extra
+    from jaxrlhf.errors import need_extra
 
-    need_extra()
+    need_extra("jaxrlhf serve", "serve", "starlette", "uvicorn", "prometheus_client")
     model = name_step(model, step)
     set_flags()
     be_strict(strict)

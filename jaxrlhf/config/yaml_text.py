@@ -4,6 +4,7 @@ import codecs
 import json
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -144,3 +145,11 @@ def read_yaml(text: bytes | str, source: str, mapping: bool = True) -> Any:
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: {show(tree)}: expected sections and key: value lines")
     return tree
+
+
+def flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """{"algorithm.kl_coef": 0.1} of {"algorithm": {"kl_coef": 0.1}}; lists and empty sections stay values."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": value}
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from etils import epath
 
+from jaxrlhf.config.yaml_text import flat
 from jaxrlhf.errors import show
 from jaxrlhf.log.rows import read_rows
 from jaxrlhf.log.run_dir import is_local, is_locked
@@ -69,20 +70,11 @@ def read_run(path: str, name: str) -> RunRecord:
         state=state,
         step=step,
         iterations=iterations,
-        config=flatten(config),
+        config=flat(config),
         metrics=metrics,
         samples=read_rows(path, "samples"),
         histograms=read_rows(path, "histograms"),
     )
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"algorithm.kl_coef": 0.1} of {"algorithm": {"kl_coef": 0.1}}; lists and empty mappings stay values."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        inside = isinstance(value, dict) and value
-        found |= flatten(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
-    return found
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

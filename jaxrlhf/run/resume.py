@@ -11,7 +11,7 @@ from jax import Array
 from jaxrlhf.config.load import as_tree, parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved
-from jaxrlhf.config.yaml_text import read_yaml
+from jaxrlhf.config.yaml_text import flat, read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.errors import show as cut_short
 from jaxrlhf.run.saved_run import SavedRuns
@@ -101,11 +101,3 @@ def settings(text: str) -> dict[str, object]:
     with contextlib.suppress(ConfigError):  # where a key is gone meanwhile: told as a change
         tree = as_tree(parse(tree, "config"))
     return flat(tree)
-
-
-def flat(tree: dict, path: str = "") -> dict[str, object]:
-    """Dotted key -> value, for all values in sections of sections."""
-    found: dict[str, object] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) and value else {f"{path}{key}": value}
-    return found

@@ -12,7 +12,7 @@ import pytest
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.log.metric_names import METRICS
 from jaxrlhf.log.rows import read_rows
-from jaxrlhf.report import content, extra, layout, live, page
+from jaxrlhf.report import content, layout, live, page
 from jaxrlhf.report.runs import read_run, read_runs, short_names
 from tests.support.made_runs import HOSTILE, make_run
 
@@ -238,7 +238,7 @@ def test_mistakes_are_one_line(two, command, monkeypatch, tmp_path):
     monkeypatch.setattr(page, "library", lambda: "")
     errors = command("report", two[0], "--out", tmp_path / "file" / "x.html", code=2)[1]
     assert errors.startswith(f"--out {tmp_path}/file/x.html: ") and errors.count("\n") == 1
-    monkeypatch.setattr(extra, "find_spec", lambda name: None)
+    monkeypatch.setattr("jaxrlhf.errors.find_spec", lambda name: None)
     expected = "jaxrlhf report: altair and vl_convert not installed; expected: pip install 'jaxrlhf[report]'\n"
     assert command("report", two[0], code=2)[1] == expected
 

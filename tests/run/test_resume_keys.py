@@ -25,7 +25,7 @@ from jaxrlhf.config.field_types import bare, type_under
 from jaxrlhf.config.load import dump, load
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
-from jaxrlhf.config.yaml_text import read_yaml
+from jaxrlhf.config.yaml_text import flat, read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.held_out import HeldOut, Result
 from jaxrlhf.hosts.signals import Stop
@@ -33,7 +33,7 @@ from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import build
 from jaxrlhf.run.checkpoint import Checkpoints
 from jaxrlhf.run.initial_state import initial_state
-from jaxrlhf.run.resume import changes_since_saved, flat
+from jaxrlhf.run.resume import changes_since_saved
 from jaxrlhf.run.verified_steps import committed
 from jaxrlhf.sharding import current
 from jaxrlhf.types import TrainState
