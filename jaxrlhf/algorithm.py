@@ -263,4 +263,5 @@ class Algorithm(NamedTuple):
     after: After = keep_state
     finish: Finish = finish_at_once
     problems: FindProblems = no_problems
+    graders_apart: bool = False  # its advantages follow Nets.apart
     min_samples_per_prompt: int = 1  # with fewer responses to a prompt there is nothing to learn

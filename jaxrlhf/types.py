@@ -275,6 +275,8 @@ class Nets(NamedTuple):
     sample: Sample
     graders: Mapping[Role, Grader] = MappingProxyType({})  # ensembles, by the role whose scores they give
     act: Act | None = None  # of networks that are computed from observations
+    # weights of the graders on the host that an advantage normalises each by itself; empty: it normalises the score
+    apart: Mapping[str, float] = MappingProxyType({})
 
 
 T = TypeVar("T")

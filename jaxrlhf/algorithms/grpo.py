@@ -14,6 +14,7 @@ Variants and their fields:
     DAPO's loss    aggregation: token-mean, clip_range_high: 0.28, kl_coef: 0     (arXiv:2503.14476)
     GSPO           ratio: sequence, aggregation: seq-mean-token-mean, clip_range_low: 3e-4, clip_range_high: 4e-4,
                    kl_coef: 0                                                     (arXiv:2507.18071)
+    GDPO           rewards.normalize: group_then_sum, of several rewards.functions (arXiv:2601.05242)
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm, read_logprobs
 from jaxrlhf.algorithms import on_policy
-from jaxrlhf.ops.advantages import GroupBaseline, group_advantages
+from jaxrlhf.ops.advantages import GroupBaseline, decoupled_advantages, group_advantages
 from jaxrlhf.ops.kl import kl_estimate
 from jaxrlhf.ops.losses import Aggregation, aggregate, clipped_policy_terms
 from jaxrlhf.ops.masked import keep, row_means
@@ -77,7 +78,11 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tup
     sequences = on_policy.scorable(sequences)
     mask = sequences.response_mask
     marks = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
-    advantages, equal = group_advantages(marks, mask.any(-1), group_size, cfg.advantages)
+    if nets.apart:
+        grades = given(sequences.grades, "sequences.grades")
+        advantages, equal = decoupled_advantages(grades, nets.apart, mask.any(-1), group_size, cfg.advantages)
+    else:
+        advantages, equal = group_advantages(marks, mask.any(-1), group_size, cfg.advantages)
     metrics["group/zero_variance"] = equal
     advantages = jnp.where(mask, advantages[:, None], 0.0)
     advantages, corrected = on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
@@ -123,5 +128,6 @@ ALGORITHM = Algorithm(
     prepare=prepare,
     loss=loss,
     problems=on_policy.problems,
+    graders_apart=True,
     min_samples_per_prompt=2,
 )

@@ -116,6 +116,8 @@ def reward_problems(resolved: Resolved) -> Iterator[str]:
     name, rewards = cfg.algorithm_name, cfg.rewards
     if rewards.combine != type(rewards).combine and not graders_of(cfg):
         yield f"rewards.combine: {rewards.combine}: there is no ensemble; expected mean, or a list under models.reward"
+    if rewards.normalize != "sum_then_group":
+        yield from apart_problems(resolved)
     if not rewards.on_host:
         yield from grader_problems(rewards)
         return
@@ -132,6 +134,18 @@ def reward_problems(resolved: Resolved) -> Iterator[str]:
         expected = "{}" if rewards.functions else "null"
         yield f"rewards.{given}: {shown}: no model that can learn, and {name} trains one; expected {expected}"
     yield from grader_problems(rewards)
+
+
+def apart_problems(resolved: Resolved) -> Iterator[str]:
+    """There are several reward functions, an algorithm that compares each of them, and nothing taken off their sum."""
+    cfg, where = resolved.cfg, f"rewards.normalize: {resolved.cfg.rewards.normalize}"
+    if not cfg.rewards.functions:
+        yield f"{where}: there are no rewards.functions to normalise; expected sum_then_group"
+    elif not resolved.algorithm.graders_apart:
+        yield f"{where}: {cfg.algorithm_name} compares the scores alone; expected sum_then_group, or grpo"
+    elif penalty := getattr(cfg.algorithm, "missing_eos_penalty", 0.0):
+        expected = "expected 0.0, and a function for it (soft_overlong)"
+        yield f"algorithm.missing_eos_penalty: {penalty:g}: it is taken off a sum, and {where}; {expected}"
 
 
 def origin_problems(cfg: Config, role: Role) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Advantages and returns of response tokens, from rewards or from the scores of a group."""
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import jax
@@ -123,3 +124,36 @@ def group_advantages(scores: Array, rows: Array, size: int, how: GroupBaseline) 
     elif how == "leave_one_out":
         centered = centered * count / others
     return ungroup_rows(centered), masked.sums(~differ[:, 0], count[:, 0] > 0)
+
+
+def decoupled_advantages(
+    grades: Mapping[str, Array], weights: Mapping[str, float], rows: Array, size: int, how: GroupBaseline
+) -> tuple[Array, Mean]:
+    """Each response's grades against those of the other responses to its prompt, each grader by itself.
+
+        A_k = grades_k against the group, as ``group_advantages``         over the rows to which grader k gave a number
+        A   = sum of weight_k * A_k
+        A / (standard deviation of A over the batch + 1e-6)               over n - 1
+
+    A sum of grades of other scales than one would follow the widest alone; here each counts by its weight. The
+    paper also subtracts the mean over the batch. That mean is 0, as is the mean of every A_k over its group, so nothing
+    is subtracted here: the advantages of a group that no grader tells apart stay exactly 0.
+
+    Args:
+        grades: f32[B] by name of a grader, the ``size`` responses to a prompt contiguous; NaN: it gave no number.
+        weights: of the graders that count.
+        rows: bool[B], the real ones.
+
+    Returns:
+        (advantages f32[B], 0 outside ``rows``; the share of groups whose advantages are all 0, of those that have a
+        row).
+
+    Source: GDPO, Liu et al. 2026 (arXiv:2601.05242), equations 4 to 7.
+    """
+    total = jnp.zeros(rows.shape, jnp.float32)
+    for name, weight in weights.items():
+        found, _ = group_advantages(grades[name], rows & ~jnp.isnan(grades[name]), size, how)
+        total += weight * found
+    advantages = total / (jnp.sqrt(masked.variance(total, rows, True)) + 1e-6)
+    apart = jnp.any(group_rows(total, size) != 0, axis=1)
+    return advantages, masked.sums(~apart, jnp.any(group_rows(rows, size), axis=1))

@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Set, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,6 +40,8 @@ class RewardsConfig:
     function: str | None = None  # "package.module:name" of (responses, records) -> floats; the module may lie here
     functions: dict[str, GraderConfig] = dataclasses.field(default_factory=dict)  # several: the weighted sum counts
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for function
+    # of several, in grpo: their sum is compared within the group of a prompt, or each is, and then they are summed
+    normalize: Literal["sum_then_group", "group_then_sum"] = "sum_then_group"
     timeout: float | None = None  # seconds that a call of a function may take; null: any number
     overlap: bool | None = None  # read reference and old values while it runs; null: where there is an accelerator
     combine: Combine = "mean"  # one score of the list under models.reward; min: worst case; or mean - coef * variance
@@ -49,6 +51,13 @@ class RewardsConfig:
     def on_host(self) -> bool:
         """Whether functions score, and no reward model."""
         return self.function is not None or bool(self.functions)
+
+    @property
+    def apart(self) -> dict[str, float]:
+        """Nets.apart: the weights of the functions that are normalised each by itself; empty: of none."""
+        if self.normalize == "sum_then_group":
+            return {}
+        return {name: grader.weight for name, grader in self.functions.items() if grader.weight}
 
 
 class RewardFunction:

@@ -52,7 +52,7 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
             copies=drawn.sampler.copies,
         )
 
-    return Nets(read, sample, drawn.recipe.nets.graders)
+    return drawn.recipe.nets._replace(read=read, sample=sample)
 
 
 def zeros_of(ask: Ask, sequences: Sequences) -> Any:

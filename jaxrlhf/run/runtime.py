@@ -53,6 +53,7 @@ def bind_nets(
 
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
     found = nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg))
+    found = found._replace(apart=cfg.rewards.apart)
     return found._replace(act=act) if cfg.acts else found
 
 

@@ -112,6 +112,25 @@ def test_scores_of_the_host_replace_the_reward_model():
     np.testing.assert_allclose(float(means["score/mean"].value()), 0.2, atol=1e-6)  # of 5 rows: one is empty
 
 
+def test_graders_that_are_normalised_apart():
+    """Each within its group, over the rows that have a number of it, then the sum by the batch's deviation."""
+    case = make_case()
+    grades = {"right": np.array([1, 0, 1, 0, 0, 1.0]), "short": np.array([-9, -5, -9, np.nan, -30, -10.0])}
+    weights = {"right": 1.0, "short": 0.5}
+    total = np.zeros(6)
+    for name, grade in grades.items():
+        for rows in ([0, 1], [3, 4, 5]):  # row 2 is empty
+            kept = [row for row in rows if not np.isnan(grade[row])]
+            total[kept] += weights[name] * (grade[kept] - grade[kept].mean()) / (grade[kept].std(ddof=1) + 1e-6)
+    total /= np.delete(total, 2).std(ddof=1)
+    named = {name: jnp.array(grade, jnp.float32) for name, grade in grades.items()}
+    batch = Batch(prompts=prompts_of(2), sequences=case.sequences(scores=jnp.ones(6), grades=named))
+    experience, means = grpo.prepare(FAKE._replace(apart=weights), case.state(0.0), batch, GRPOConfig())
+    np.testing.assert_allclose(experience.advantages, np.where(case.mask, total[:, None], 0), atol=1e-5)
+    assert float(means["group/zero_variance"].value()) == 0  # though all scores are equal
+    np.testing.assert_allclose(float(means["score/short"].value()), -13.5)
+
+
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -1e30])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_what_is_outside_the_responses_never_counts(ratio, junk):

@@ -519,6 +519,24 @@ def test_a_good_config_passes(ppo):
         ),
         ([*FUNCTION, "rewards.function=operator:ad"], "rewards.function: operator:ad: operator has no ad; nearest: a"),
         ([*FUNCTION, "rewards.function=add"], 'rewards.function: add: expected "package.module:name"'),
+        (
+            ["rewards.normalize=group_then_sum"],
+            "rewards.normalize: group_then_sum: there are no rewards.functions to normalise; expected sum_then_group",
+        ),
+        (
+            [*COSTS[1:], "rewards.normalize=group_then_sum"],
+            "rewards.normalize: group_then_sum: ppo compares the scores alone; expected sum_then_group, or grpo",
+        ),
+        (
+            [
+                "algorithm={name: grpo, missing_eos_penalty: 1}",
+                "optimizer={}",
+                *COSTS[1:],
+                "rewards.normalize=group_then_sum",
+            ],
+            "algorithm.missing_eos_penalty: 1: it is taken off a sum, and rewards.normalize: group_then_sum; expected "
+            "0.0, and a function for it (soft_overlong)",
+        ),
         ([*FUNCTION, "optimizer.reward={}"], "optimizer.reward: no role of ppo; choices: default, policy, value, ref"),
         ([*FUNCTION, "models.value.init_from=reward"], "models.value.init_from: reward: a role that models does not "),
         (["generate.min_new_tokens=99"], "generate.min_new_tokens: 99: more than max_new_tokens; nearest: 64"),

@@ -334,3 +334,69 @@ def test_next_values_are_those_of_the_next_kept_token(seed):
         for at, t in enumerate(kept):
             expected[row, t] = values[row, kept[at + 1]] if at + 1 < len(kept) else last[row]
     np.testing.assert_array_equal(found, expected)
+
+
+# ---- several graders, each in its group -----------------------------------------------------------------------------
+
+
+def decoupled(grades, weights, rows, size, how):
+    """As a jitted program: (advantages, share of groups without one)."""
+    return jax.jit(lambda grades, rows: ops.decoupled_advantages(grades, weights, rows, size, how))(grades, rows)
+
+
+def test_two_graders_by_hand():
+    """Figure 2 of the paper: the sums 1 and 2 of a better response look the same to GRPO, and not here.
+
+    Divided by the batch's deviation, the root of (2 * 0.5 + 2 * 2) / 3."""
+    grades = {"a": jnp.array([0.0, 1, 0, 1]), "b": jnp.array([0.0, 0, 0, 1])}
+    rows = jnp.ones(4, bool)
+    found, equal = decoupled(grades, {"a": 1.0, "b": 1.0}, rows, 2, "mean_std")
+    root = np.sqrt(5 / 3)
+    np.testing.assert_allclose(found, np.array([-1, 1, -2, 2]) / np.sqrt(2) / root, rtol=1e-5)
+    np.testing.assert_allclose(found, [-0.547723, 0.547723, -1.095445, 1.095445], atol=1e-5)
+    alike, _ = group_advantages(grades["a"] + grades["b"], rows, 2, "mean_std")
+    np.testing.assert_allclose(alike, np.array([-1, 1, -1, 1]) / np.sqrt(2), rtol=1e-5)
+    assert equal.value() == 0
+
+
+@pytest.mark.parametrize("how", BASELINES)
+@pytest.mark.parametrize("seed", range(2))
+def test_several_graders_are_a_numpy_loop(seed, how):
+    """The paper's equations, the mean over the batch taken off; missing grades, rows that are none, equal groups."""
+    rng = np.random.default_rng(seed)
+    scores, rows = groups(seed)
+    grades = {name: np.where(rng.random(len(rows)) < 0.2, np.nan, rng.normal(size=len(rows))) for name in "ab"}
+    for name in "ab":
+        grades[name][4:8] = 3.7  # the group of equal scores
+    grades["a"][0] = np.nan
+    grades = {name: grade.astype(np.float32) for name, grade in grades.items()} | {"c": 1e3 * scores}
+    weights = {"a": 1.0, "b": -0.5, "c": 2.0}
+    total, differ = np.zeros(len(rows)), np.zeros(len(rows) // 4, bool)
+    for name, weight in weights.items():
+        counted = rows & ~np.isnan(grades[name])
+        each, _ = groups_loop(grades[name], counted, 4, how)
+        total += weight * each
+        differ |= (each != 0).reshape(-1, 4).any(1)
+    real = total[rows]
+    expected = np.where(rows, (total - real.mean()) / (real.std(ddof=1) + 1e-6), 0.0)
+    found, equal = decoupled({name: jnp.array(grade) for name, grade in grades.items()}, weights, rows, 4, how)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert not np.asarray(found)[4:8].any()
+    np.testing.assert_allclose(equal.value(), np.mean(~differ[rows.reshape(-1, 4).any(1)]))
+
+
+def test_several_graders_that_tell_nothing_apart_give_exactly_nothing():
+    grades = {"a": jnp.full(8, 1000.1), "b": jnp.full(8, jnp.nan)}
+    found, equal = decoupled(grades, {"a": 1.0, "b": 1.0}, jnp.ones(8, bool), 4, "mean_std")
+    assert not found.any() and equal.value() == 1
+
+
+def test_several_graders_on_a_mesh_are_those_of_one_device():
+    scores, rows = groups(4, count=16)
+    grades, weights = {"a": scores, "b": np.cos(np.arange(64, dtype=np.float32))}, {"a": 1.0, "b": 0.3}
+    alone, equal = decoupled(grades, weights, rows, 4, "mean_std")
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        split = program(lambda grades, rows: ops.decoupled_advantages(grades, weights, rows, 4, "mean_std"))
+        meshed, meshed_equal = split(*put((grades, rows)))
+    np.testing.assert_allclose(meshed, alone, rtol=1e-5, atol=1e-6)
+    assert meshed_equal.value() == equal.value()

@@ -97,6 +97,7 @@ OTHER: dict[str, str | None] = {
     "algorithm.num_minibatches": "2",
     "generate.beta": None,  # with action values
     "rewards.combine": None,  # with an ensemble
+    "rewards.normalize": None,  # with several functions
     **dict.fromkeys(("environment.id", "environment.arguments"), None),  # with models of observations
     "generate.stop": "[film]",
     "alarms.stop": "[kl]",
