@@ -157,7 +157,7 @@ def write_config(cfg: Config, raw: str) -> None:
     processes.agree(f"run_dir: {cfg.run_dir}: config.yaml", str(file.exists()), SHARED)
 
 
-class Finished(NamedTuple):
+class Dispatched(NamedTuple):
     """One dispatched iteration, its numbers still on the device."""
 
     step: int
@@ -183,7 +183,7 @@ class Trainer:
         self.evaluation = held_out.HeldOut(ready)
         if self.evaluation.policy:
             try_graders(ready, "data.eval_prompts", self.evaluation.policy.batches[0].columns or [])
-        self.pending: Finished | None = None
+        self.pending: Dispatched | None = None
         self.last_time = time.perf_counter()
         self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation
         self.unmeasured: int | None = None  # a step that was saved in the midst of its evaluation
@@ -257,7 +257,7 @@ class Trainer:
                 self.rescue(step, state, error, f"step {step + 1}")
                 break
             step += 1
-            self.pending = Finished(step, metrics, sequences, host)
+            self.pending = Dispatched(step, metrics, sequences, host)
             self.profiler.after(step, self.flush)
             last = step == cfg.length
             if last:

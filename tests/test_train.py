@@ -542,7 +542,7 @@ def test_what_is_shown_is_what_goes_on(root, tmp_path, measured, monkeypatch):
         call = lambda *args, **kwargs: (noted.append((name, shown[-1] if shown else None)), inner(*args, **kwargs))[1]
         monkeypatch.setattr(owner, name, call)
 
-    monkeypatch.setattr(progress.Lines, "doing", doing)
+    monkeypatch.setattr(progress.PlainLines, "doing", doing)
     for owner, name in (
         (trainer, "build"),
         (trainer, "initial_state"),

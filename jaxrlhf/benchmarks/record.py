@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxrlhf.benchmarks.signature import Line
+from jaxrlhf.benchmarks.signature import SignatureLine
 from jaxrlhf.errors import ConfigError, nearest
 
 Measured = dict[str, float | list[float]]  # quantity -> a number, or a curve
@@ -29,7 +29,7 @@ class Cell:
     prepare: Callable[[Path, int], None] | None = None  # (OUT/seed<N>, seed): writes data that earlier cells decide
 
 
-class Finished(NamedTuple):
+class FinishedCell(NamedTuple):
     """A cell whose run has ended."""
 
     cell: str
@@ -82,8 +82,8 @@ class Benchmark:
     about: str  # a paragraph of the README: the task, the models, what is measured, how settings were chosen
     cells: tuple[Cell, ...]  # in order: a cell may start from an earlier one of its seed
     data: Callable[[Path, int], None]  # (folder, seed): writes the data that the configs read into this folder
-    measure: Callable[[Finished], Measured]
-    signature: tuple[Line, ...]
+    measure: Callable[[FinishedCell], Measured]
+    signature: tuple[SignatureLine, ...]
     shown: tuple[str, ...]  # the quantities of the table, which are numbers
     plot: Callable[[Any, "Results"], None] | None = None  # draws into a matplotlib Figure; None: dots of ``shown``
     quick: bool = False  # the short twin, with a weaker signature, that the tests run

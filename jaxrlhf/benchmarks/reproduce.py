@@ -21,7 +21,7 @@ import jax
 from rich.console import Console
 
 from jaxrlhf import api
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.cli.discover import find_configs
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import dump, parse
@@ -30,7 +30,7 @@ from jaxrlhf.config.yaml_text import read_file, read_yaml
 from jaxrlhf.errors import ConfigError, nearest
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.hosts.signals import Stop
-from jaxrlhf.log.progress import Lines, open_progress
+from jaxrlhf.log.progress import PlainLines, open_progress
 from jaxrlhf.run.kept_programs import share_programs
 from jaxrlhf.train import DONE, Step, run
 
@@ -38,7 +38,7 @@ KEEP_PROGRAMS_OF = 0.1  # seconds of compilation from which a program is kept: t
 COMPILED, FOUND = "backend_compile_duration", "/jax/compilation_cache/cache_hits"  # events of JAX
 
 
-class Interrupted(Exception):
+class StoppedBySignal(Exception):
     """A signal came: the same command goes on."""
 
 
@@ -53,7 +53,7 @@ class Done(NamedTuple):
 def reproduce(benchmark: Benchmark, seeds: Sequence[int], out: Path, stop: Stop | None = None) -> Done:
     """All cells of all ``seeds``, in ``out``.
 
-    Raises ConfigError before any work where a config is wrong or ``out`` holds other runs, and Interrupted where
+    Raises ConfigError before any work where a config is wrong or ``out`` holds other runs, and StoppedBySignal where
     ``stop`` heard a signal."""
     stop = stop or Stop()  # hears no signals
     compiler_flags.use_compilation_cache(KEEP_PROGRAMS_OF)
@@ -73,7 +73,7 @@ def reproduce(benchmark: Benchmark, seeds: Sequence[int], out: Path, stop: Stop 
             write_data(benchmark, folder, seed)
             for cell in benchmark.cells:
                 run_dir = Path(configs[seed, cell.name].run_dir)
-                finished = Finished(cell.name, run_dir, folder, seed)
+                finished = FinishedCell(cell.name, run_dir, folder, seed)
                 number = 1 + sum(map(len, kept.values()))
                 found = one_cell(benchmark, cell, configs[seed, cell.name], finished, stop, progress, number)
                 kept[cell.name].append(found)
@@ -182,9 +182,9 @@ def says(text: str, cfg: Config, source: str) -> bool:
 
 
 def one_cell(
-    benchmark: Benchmark, cell: Cell, cfg: Config, finished: Finished, stop: Stop, progress: Lines, number: int
+    benchmark: Benchmark, cell: Cell, cfg: Config, finished: FinishedCell, stop: Stop, progress: PlainLines, number: int
 ) -> Kept:
-    """Trains and measures the cell, unless that was done. Raises Interrupted where ``stop`` heard a signal."""
+    """Trains and measures the cell, unless that was done. Raises StoppedBySignal where ``stop`` heard a signal."""
     path, name = finished.folder / f"{cell.name}.json", f"{cell.name}, seed {finished.seed}"
     source = hashlib.sha256(Path(sys.modules[benchmark.measure.__module__].__file__ or "").read_bytes()).hexdigest()
     kept = read_kept(path) or Kept(dump(cfg))
@@ -209,12 +209,12 @@ def one_cell(
     return kept
 
 
-def train_cell(cell: Cell, cfg: Config, finished: Finished, stop: Stop, watch: Callable[[Step], None]) -> None:
-    """The cell's run to its end. Raises Interrupted where ``stop`` heard a signal."""
+def train_cell(cell: Cell, cfg: Config, finished: FinishedCell, stop: Stop, watch: Callable[[Step], None]) -> None:
+    """The cell's run to its end. Raises StoppedBySignal where ``stop`` heard a signal."""
     if stop.asked is None and cell.prepare is not None:
         cell.prepare(finished.folder, finished.seed)
     if stop.asked is not None or run(cfg, stop=stop, watch=watch) != DONE or stop.asked is not None:
-        raise Interrupted
+        raise StoppedBySignal
 
 
 def numbers_of(measured: Measured, shown: Sequence[str]) -> list[str]:

@@ -13,13 +13,13 @@ class Verdict(NamedTuple):
     numbers: str  # what it was decided by
 
 
-class Line(Protocol):
+class SignatureLine(Protocol):
     """One line of a signature: a function of record.Results. A number that is NaN never holds."""
 
     def __call__(self, results: Any) -> Verdict: ...
 
 
-def verdicts(lines: Sequence[Line], results: Any) -> list[Verdict]:
+def verdicts(lines: Sequence[SignatureLine], results: Any) -> list[Verdict]:
     """Each line of a signature, held or missed by what was measured."""
     return [line(results) for line in lines]
 

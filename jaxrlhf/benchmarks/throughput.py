@@ -6,8 +6,8 @@ from typing import Any
 from jaxrlhf.benchmarks import machine
 from jaxrlhf.benchmarks.case import DOUBLED, Case
 from jaxrlhf.benchmarks.rows import DESCRIBED
-from jaxrlhf.benchmarks.timed import WARM_UP, Iterations, Timed, run, trace
-from jaxrlhf.benchmarks.work import Work, count_work, decode_bytes, decode_steps
+from jaxrlhf.benchmarks.timed import WARM_UP, Iterations, TimedRun, run, trace
+from jaxrlhf.benchmarks.work import IterationWork, count_work, decode_bytes, decode_steps
 from jaxrlhf.config.batch import describe_batch
 from jaxrlhf.plan.cost import held
 from jaxrlhf.types import given
@@ -72,11 +72,11 @@ def spread(found: list[float]) -> dict[str, float]:
     return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
-def median(timed: Timed, name: str) -> float:
+def median(timed: TimedRun, name: str) -> float:
     return statistics.median(timed.seconds[name])
 
 
-def tokens(work: Work, timed: Timed) -> Report:
+def tokens(work: IterationWork, timed: TimedRun) -> Report:
     """Tokens of an iteration, a second, and how many of those that are computed hold something."""
     found: Report = {
         "update": work.update_tokens,
@@ -94,7 +94,7 @@ def tokens(work: Work, timed: Timed) -> Report:
     return found
 
 
-def limits(case: Case, timed: Timed, work: Work) -> Report:
+def limits(case: Case, timed: TimedRun, work: IterationWork) -> Report:
     """The iteration beside what this machine reaches, measured now, in this process."""
     mesh, dtype = case.drawn.mesh, case.drawn.cfg.precision.compute
     devices = 1 if mesh.devices.flat[0].platform == "cpu" else mesh.size  # devices of a CPU share its cores
@@ -122,7 +122,7 @@ def limits(case: Case, timed: Timed, work: Work) -> Report:
     return found
 
 
-def growth(work: Work, other: Case, timed: Timed, again: Timed) -> Report:
+def growth(work: IterationWork, other: Case, timed: TimedRun, again: TimedRun) -> Report:
     """How much longer an iteration of ``other`` takes (the median over pairs that were timed one after the other),
     beside how many more FLOPs it has."""
     pairs = zip(again.seconds["iteration"], timed.seconds["iteration"], strict=True)

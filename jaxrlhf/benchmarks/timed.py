@@ -26,7 +26,7 @@ WARM_UP = 2  # iterations that are not timed
 COMPILED = "backend_compile_duration"  # how the name of a compilation's event ends
 
 
-class Timed(NamedTuple):
+class TimedRun(NamedTuple):
     """Seconds of each timed iteration, phase by phase, and the last iteration's rows (NumPy)."""
 
     seconds: dict[str, list[float]]  # iteration, rollout, score, update, idle; those that there are
@@ -103,7 +103,7 @@ def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def run(several: Sequence[Iterations], steps: int) -> list[Timed]:
+def run(several: Sequence[Iterations], steps: int) -> list[TimedRun]:
     """Warm up, and time ``steps`` iterations of each, which take turns: what slows the machine slows them all."""
     for one in several:
         for _ in range(WARM_UP):
@@ -115,7 +115,7 @@ def run(several: Sequence[Iterations], steps: int) -> list[Timed]:
         seconds = {name: [found[name] for found, _ in rows] for name in rows[0][0]}
         with current(one.case.drawn.mesh):
             batch = fetch_all(rows[-1][1])
-        timed.append(Timed(seconds, one.compile_seconds, len(compiled), batch))
+        timed.append(TimedRun(seconds, one.compile_seconds, len(compiled), batch))
     return timed
 
 

@@ -31,7 +31,7 @@ class Document(NamedTuple):
     read: int  # of them, those that count (response_mask)
 
 
-class Call(NamedTuple):
+class NetworkCall(NamedTuple):
     """One pass of a network over rows (NumPy) of the iteration."""
 
     role: Role
@@ -39,7 +39,7 @@ class Call(NamedTuple):
     rows: Sequences
 
 
-class Work(NamedTuple):
+class IterationWork(NamedTuple):
     """Of one iteration."""
 
     rollout: float  # FLOPs
@@ -97,7 +97,7 @@ def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Docu
     return float(2 * multiplied + 4 * products(cfg, spans) * cfg.num_heads * cfg.head_dim)
 
 
-def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
+def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[NetworkCall], list[NetworkCall]]:
     """The passes over whole rows that an iteration makes of ``batch`` (NumPy; as it leaves it, with the responses and
     their scores): (in prepare, in the loss of one epoch). Asked of the algorithm, as plan/calls.py does. No mesh may be
     set."""
@@ -121,11 +121,11 @@ def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[Call], list[Call]]:
         return rows
 
     seen = jax.device_get(jax.jit(ask)(batch))
-    calls = [Call(role, kind, one) for (role, kind), one in zip(asked, seen, strict=True)]
+    calls = [NetworkCall(role, kind, one) for (role, kind), one in zip(asked, seen, strict=True)]
     return calls[: prepared[0]], calls[prepared[0] :]
 
 
-def count_work(drawn: Blueprint, batch: Batch) -> Work:
+def count_work(drawn: Blueprint, batch: Batch) -> IterationWork:
     """The work of the iteration that made ``batch`` (NumPy), its sequences the sampled ones where it samples."""
     models, epochs = models_of(drawn), drawn.resolved.updates.epochs
     prepared, learned = calls_of(drawn, batch)
@@ -142,7 +142,7 @@ def count_work(drawn: Blueprint, batch: Batch) -> Work:
     columns, found = sum(rows.tokens.size for rows in main), [documents(rows) for rows in main]
     valid = sum(int(rows.valid.sum()) for rows in main)
     repeated = sum(repeats(each) for each in found)
-    return Work(
+    return IterationWork(
         rollout=rollout,
         prepare=sum(map(flops, prepared)),
         update=epochs * sum(share(call.role) * flops(call) for call in learned),

@@ -71,12 +71,12 @@ def reproduce(
     with Stop(signal.SIGINT, signal.SIGTERM, leaves=True) as stop:
         set_flags()
         from jaxrlhf.benchmarks import results_page
-        from jaxrlhf.benchmarks.reproduce import Interrupted
+        from jaxrlhf.benchmarks.reproduce import StoppedBySignal
         from jaxrlhf.benchmarks.reproduce import reproduce as run_cells
 
         try:
             done = run_cells(benchmark, range(first_seed, first_seed + seeds), folder, stop)
-        except Interrupted:
+        except StoppedBySignal:
             typer.echo(f"{stop.asked}: stopped; the same command goes on")
             raise typer.Exit(stop.code) from None
         found = verdicts(benchmark.signature, done.results)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.generate.sampler import Sampler
-from jaxrlhf.generate.state import Decoding, Rows
+from jaxrlhf.generate.state import Decoding, LoopRows
 from jaxrlhf.ops.rows import by_device, group_rows, of_devices, ungroup_rows
 from jaxrlhf.sharding import split_over
 from jaxrlhf.types import Array
@@ -51,13 +51,13 @@ def to_rows(x: Array, lines: Lines) -> Array:
     return ungroup_rows(x if lines.of == "prompt" else of_devices(x))
 
 
-def all_ended(rows: Rows, lines: Lines) -> Array:
+def all_ended(rows: LoopRows, lines: Lines) -> Array:
     """bool[L, P]: all rows at the place have ended."""
     done = to_lines(rows.done, lines)
     return done if lines.of == "prompt" else done.all(2)
 
 
-def live_places(rows: Rows, lines: Lines) -> Array:
+def live_places(rows: LoopRows, lines: Lines) -> Array:
     """i32[L, kept]: the live places of each line in their order, then as many that have ended as make up ``kept``."""
     return jnp.argsort(all_ended(rows, lines), axis=1, stable=True)[:, : lines.kept]
 
@@ -75,7 +75,7 @@ def compact(state: Decoding, prompt: Array, places: Array, lines: Lines) -> tupl
     return Decoding(state.index, take(state.hidden, places), caches, rows), prompt
 
 
-def put_back(rows: Rows, compacted: Rows, places: Array, lines: Lines) -> Rows:
+def put_back(rows: LoopRows, compacted: LoopRows, places: Array, lines: Lines) -> LoopRows:
     """``rows`` as they were before compaction, with what has become of those at ``places``."""
 
     def one(x: Array, new: Array) -> Array:

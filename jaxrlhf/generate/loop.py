@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.generate.compaction import Lines, all_ended, compact, lines_of, live_places, put_back
 from jaxrlhf.generate.sampler import Sampler
-from jaxrlhf.generate.state import Decoding, Rows, blank_rows
+from jaxrlhf.generate.state import Decoding, LoopRows, blank_rows
 from jaxrlhf.generate.stop_texts import follow_stops, is_any
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.cpu import prompts_abreast
@@ -90,7 +90,7 @@ def decode(
     prompt: Array,
     sampler: Sampler,
     runtime: Runtime,
-) -> Rows:
+) -> LoopRows:
     """The rows after the decode loop: until every row has ended or ``max_new_tokens`` are sampled. ``prompt``: see
     decode_step.
 
@@ -108,7 +108,7 @@ def decode(
         one_token = functools.partial(decode_token, params, guides, cfg, prompt, sampler, runtime)
         return jax.lax.while_loop(unfinished, one_token, state)
 
-    compacted: list[tuple[Rows, Array, Lines]] = []
+    compacted: list[tuple[LoopRows, Array, Lines]] = []
     while len(compacted) < sampler.halvings and (lines := lines_of(state, sampler)):
         state = loop(state, prompt, lines)
         compacted.append((state.rows, places := live_places(state.rows, lines), lines))
@@ -156,7 +156,7 @@ def next_logits(params: Params, guides: Guides, cfg: ModelConfig, hidden: Array,
     return jnp.where(logits > IMPOSSIBLE, logits + beta * lowest, logits)  # not of rows that pad the vocabulary
 
 
-def next_tokens(logits: Array, index: Array, rows: Rows, sampler: Sampler) -> Rows:
+def next_tokens(logits: Array, index: Array, rows: LoopRows, sampler: Sampler) -> LoopRows:
     """``rows``, of which only the column of their next tokens is given, [B, 1], with what is chosen for it. logits
     [G, n, V]; ``index`` i32[]: tokens of each response so far."""
     token, logprob = choose_tokens(logits, rows.noise[:, 0], index, sampler.sampling)

@@ -10,7 +10,7 @@ from jaxrlhf.sharding import constrain
 from jaxrlhf.types import Array
 
 
-class Rows(NamedTuple):
+class LoopRows(NamedTuple):
     """What belongs to the rows of the decode loop: B = G prompts x n samples."""
 
     tokens: Array  # i32[B, T]
@@ -27,15 +27,15 @@ class Decoding(NamedTuple):
     index: Array  # i32[]: response tokens sampled so far
     hidden: Array  # [G, n, D]: state before the next token of each response
     caches: list[Cache]
-    rows: Rows
+    rows: LoopRows
 
 
-def blank_rows(prompt: Array, noise: Array, sampler: Sampler) -> Rows:
+def blank_rows(prompt: Array, noise: Array, sampler: Sampler) -> LoopRows:
     """The rows before their first tokens: prompt bool[B, P], the columns that hold tokens; noise f32[B, T]."""
     size, room = noise.shape
     empty = lambda dtype: constrain(jnp.zeros((size, room), dtype), "batch", None)
     row = lambda start: constrain(jnp.broadcast_to(jnp.asarray(start, jnp.int32), size), "batch")
-    return Rows(
+    return LoopRows(
         tokens=empty(jnp.int32) + sampler.pad_id,
         logprobs=empty(jnp.float32),
         mask=empty(bool),

@@ -19,7 +19,7 @@ class LaunchError(ValueError):
         self.code = code
 
 
-class Result(NamedTuple):
+class CommandResult(NamedTuple):
     """What a program left."""
 
     code: int
@@ -37,13 +37,13 @@ def shown(argv: Sequence[str]) -> str:
     return shlex.join(argv)
 
 
-def capture(argv: Sequence[str]) -> Result:
+def capture(argv: Sequence[str]) -> CommandResult:
     """Runs ``argv`` and keeps what it prints. Raises LaunchError where there is no such program."""
     try:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except FileNotFoundError:
         raise LaunchError(f"{argv[0]}: no such program on PATH; expected it to be installed") from None
-    return Result(done.returncode, done.stdout, done.stderr)
+    return CommandResult(done.returncode, done.stdout, done.stderr)
 
 
 def stream(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxrlhf.launch.commands import LaunchError, Result, last_line
+from jaxrlhf.launch.commands import CommandResult, LaunchError, last_line
 from jaxrlhf.launch.config import Launch
 
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
@@ -88,7 +88,7 @@ def everywhere(launch: Launch) -> list[str]:
     return ["--node=all", "--worker=all", "--batch-size=all", *place(launch), *tunnel, "--quiet"]
 
 
-def read_status(done: Result) -> Status:
+def read_status(done: CommandResult) -> Status:
     """What ``describe`` answered. Raises LaunchError where that is neither a resource nor its absence."""
     if done.code:
         if "NOT_FOUND" in done.err or "not found" in done.err.lower():

@@ -31,7 +31,7 @@ GB = 1e9
 RARE = ("slice", "decode")  # mesh axes that are shown where they split something
 
 
-class Line(NamedTuple):
+class Finding(NamedTuple):
     """One thing that was looked at."""
 
     name: str
@@ -62,16 +62,16 @@ def preflight(configs: Sequence[tuple[str, Config]]) -> bool:
         print(*lines, sep="\n")
         others = [(process, text) for process, text in enumerate(told) if text and process]
         for process, text in others:
-            print(Line(f"process {process}", False, text))
+            print(Finding(f"process {process}", False, text))
     return not any(told)
 
 
-def attempt(name: str, look: Callable[[], str]) -> Line:
+def attempt(name: str, look: Callable[[], str]) -> Finding:
     """What ``look`` says; the error where it raises one, of whatever kind: storage and drivers have many."""
     try:
-        return Line(name, True, look())
+        return Finding(name, True, look())
     except Exception as error:
-        return Line(name, False, one_line(str(error) or type(error).__name__))
+        return Finding(name, False, one_line(str(error) or type(error).__name__))
 
 
 def gather(text: str) -> list[str]:

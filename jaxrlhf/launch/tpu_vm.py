@@ -19,7 +19,7 @@ EXIT_SSH = 255  # of ssh itself
 DESCRIBE_TRIES = 5  # looks at a resource that may fail in a row
 
 
-class Step(NamedTuple):
+class PlannedCommand(NamedTuple):
     """A command of the plan, and why."""
 
     why: str
@@ -37,17 +37,17 @@ def train(launch: Launch, attempt: str) -> list[str]:
     return gcloud.ssh(launch, ["bash", WORKER, "run", attempt, *launch.arguments])
 
 
-def plan(launch: Launch) -> Iterator[Step]:
+def plan(launch: Launch) -> Iterator[PlannedCommand]:
     """The commands of a launch in which nothing goes wrong, in order."""
     wait = f"until its state is ACTIVE, every {launch.cfg.retry.poll:g} s"
-    yield Step("is it there already?", gcloud.describe(launch))
-    yield Step(f"ask for {launch.cfg.slices} x {launch.cfg.accelerator}", gcloud.create(launch))
-    yield Step(wait, gcloud.describe(launch))
+    yield PlannedCommand("is it there already?", gcloud.describe(launch))
+    yield PlannedCommand(f"ask for {launch.cfg.slices} x {launch.cfg.accelerator}", gcloud.create(launch))
+    yield PlannedCommand(wait, gcloud.describe(launch))
     send, set_up = install(launch)
-    yield Step(f"send the code to {launch.machines.hosts} hosts", send)
-    yield Step("install it there", set_up)
-    yield Step("train: the log comes here; exit code 75 or a preemption: again", train(launch, "ATTEMPT"))
-    yield Step("delete the machines", gcloud.delete(launch))
+    yield PlannedCommand(f"send the code to {launch.machines.hosts} hosts", send)
+    yield PlannedCommand("install it there", set_up)
+    yield PlannedCommand("train: the log comes here; exit code 75 or a preemption: again", train(launch, "ATTEMPT"))
+    yield PlannedCommand("delete the machines", gcloud.delete(launch))
 
 
 class Launcher:

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf.log.alarms import Alarms, AlarmsConfig
-from jaxrlhf.log.progress import Lines, open_progress, silent, summary
+from jaxrlhf.log.progress import PlainLines, open_progress, silent, summary
 from jaxrlhf.log.rows import JsonLines, plain, read_rows, row_files
 from jaxrlhf.log.run_dir import is_local, keep_lock, lock_run_dir
 from jaxrlhf.log.trackers import Tracker, TrackerName, open_trackers
@@ -50,7 +50,7 @@ class MetricsLog:
         *,
         lock: IO | None = None,
         main: bool = True,
-        progress: Lines | None = None,
+        progress: PlainLines | None = None,
         alarms: AlarmsConfig = AlarmsConfig(),
         config: Mapping[str, Any] | None = None,
     ):

@@ -104,7 +104,7 @@ class Pace:
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
 
-class Lines:
+class PlainLines:
     """One plain line now and then, in a log. ``every``: iterations between two of them; ``unit``: what is counted."""
 
     def __init__(self, console: Console, total: int, every: int = 1, unit: str = "step"):
@@ -145,7 +145,7 @@ class Lines:
         """Nothing is shown any more. Calling it again does nothing."""
 
 
-class Bar(Lines):
+class Bar(PlainLines):
     """One line at the bottom of a terminal: step, time left, what goes on or the newest numbers, as far as they fit.
 
     Held-out numbers, samples and messages stay above it, and all numbers where something else than steps is counted.
@@ -204,13 +204,13 @@ class Bar(Lines):
 
 def open_progress(
     total: int, start: int = 0, every: int = 1, console: Console | None = None, unit: str = "step"
-) -> Lines:
+) -> PlainLines:
     """A bar where standard output is a terminal that can move its cursor; else lines, without control characters
     whatever FORCE_COLOR says, so that logs of CI stay plain."""
     console = console or Console(force_terminal=sys.stdout.isatty(), force_jupyter=False)
-    return Bar(console, total, start, unit) if console.is_interactive else Lines(console, total, every, unit)
+    return Bar(console, total, start, unit) if console.is_interactive else PlainLines(console, total, every, unit)
 
 
-def silent() -> Lines:
+def silent() -> PlainLines:
     """Of a process that does not speak."""
-    return Lines(Console(quiet=True), 0)
+    return PlainLines(Console(quiet=True), 0)

@@ -40,7 +40,7 @@ def segments(sequences: Sequences) -> Array:
     return sequences.valid.astype(jnp.int32)
 
 
-class Pass(NamedTuple):
+class TrunkPass(NamedTuple):
     """Hidden states of a trunk over responses: R rows of C columns. These are the B rows of T response columns, or they
     are packed: several responses to one prompt in a row."""
 
@@ -101,14 +101,14 @@ def make_nets(
         return trunks[role].role if role in trunks else role
 
     def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
-        passes: dict[Role, Pass] = {}
+        passes: dict[Role, TrunkPass] = {}
         for ask in asks:
             trunk = trunk_of(ask.role)
             if trunk not in passes:
                 passes[trunk] = run_trunk(trees.of(trunk), configs[trunk], sequences, runtime)
         return tuple(answers[ask.what](passes[trunk_of(ask.role)], ask.role, trees, sequences) for ask in asks)
 
-    def token_stats(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> TokenStats:
+    def token_stats(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> TokenStats:
         cfg, head = configs[role], gathered_head(trees.of(role), runtime.compute)
 
         def logits_of(hidden, columns):
@@ -119,25 +119,25 @@ def make_nets(
         stats = in_chunks(token_logprobs, found.before(), found.tokens, logits_of, padded_vocab(cfg), stored)
         return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
 
-    def q(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> QStats:
+    def q(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> QStats:
         cfg, head = configs[role], gathered_head(trees.of(role), runtime.compute)
         q_of = lambda hidden, columns: lm_logits(head, cfg, hidden)
         stats = in_chunks(action_values, states_of(found, role), found.tokens, q_of, padded_vocab(cfg), stored)
         return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
 
-    def states_of(found: Pass, role: Role) -> Array:
+    def states_of(found: TrunkPass, role: Role) -> Array:
         """[R, C, D]: before each response token, for the role's head."""
         states = found.before()
         return scale_gradient(states, trunks[role].gradient) if role in trunks else states
 
-    def values(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+    def values(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         return widen(found.rows(scalar(trees.of(role), states_of(found, role))), sequences)
 
-    def rewards(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+    def rewards(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         every = scalar(trees.of(role), found.states)
         return keep(widen(found.rows(every[:, 1:]), sequences), sequences.response_mask)
 
-    def scores(found: Pass, role: Role, trees: Trees, sequences: Sequences) -> Array:
+    def scores(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         if sequences.observations is not None:
             return rewards(found, role, trees, sequences).sum(-1)
         every = scalar(trees.of(role), found.states)
@@ -147,19 +147,19 @@ def make_nets(
     return Nets(read, sample, graders)
 
 
-def run_trunk(params: Params, cfg: ModelConfig, sequences: Sequences, runtime: Runtime) -> Pass:
+def run_trunk(params: Params, cfg: ModelConfig, sequences: Sequences, runtime: Runtime) -> TrunkPass:
     """The forward pass of one trunk over the rows."""
     if cfg.family == MLP:
         observations = given(sequences.observations, "sequences.observations")
         states = observed_states(params, cfg, observations, runtime)[:, sequences.response_start - 1 :]
-        return Pass(states, sequences.tokens[:, sequences.response_start :], None)
+        return TrunkPass(states, sequences.tokens[:, sequences.response_start :], None)
     start, tokens, valid, copies = sequences.response_start, sequences.tokens, sequences.valid, sequences.copies
     if sequences.segment_ids is not None or start == 1:
         states = forward(params, cfg, tokens, segments(sequences), runtime)[:, start - 1 :]
-        return Pass(states, tokens[:, start:], None)
+        return TrunkPass(states, tokens[:, start:], None)
     if sequences.width is None:
         states = forward_responses(params, cfg, tokens, valid, start, copies, runtime)
-        return Pass(states, tokens[:, start:], None)
+        return TrunkPass(states, tokens[:, start:], None)
     where = places(group_rows(valid[:, start:], copies), sequences.width)
     states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, where)
-    return Pass(states, side_by_side(tokens[:, start:], where), where)
+    return TrunkPass(states, side_by_side(tokens[:, start:], where), where)

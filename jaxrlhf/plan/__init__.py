@@ -15,7 +15,7 @@ from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.compiled_memory import Compiled, TooBig, compile_for
-from jaxrlhf.plan.cost import Timed, phases, timed
+from jaxrlhf.plan.cost import TimedPhase, phases, timed
 from jaxrlhf.plan.length import with_length
 from jaxrlhf.plan.memory_estimate import Memory, estimate
 from jaxrlhf.plan.search import Candidate, candidates, setup_of
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
     columns: int  # of the prompts that were planned with, the longest bucket; 0: there are none
     estimate: Memory
     programs: list[Compiled] | TooBig | None  # None: not compiled
-    phases: list[Timed]
+    phases: list[TimedPhase]
     advice: Advice | None  # where it does not fit
     uncounted: str = ""  # why the length of the run is not known
 

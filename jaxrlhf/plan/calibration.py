@@ -15,12 +15,12 @@ from typing import Literal, NamedTuple
 
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files.published import LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_1_70B, shape
-from jaxrlhf.plan.calls import Pass, Passes
+from jaxrlhf.plan.calls import Passes, PlannedPass
 from jaxrlhf.plan.cost import Phase, Setup, decode_step, phases, timed
 from jaxrlhf.tpu.peaks import CHIPS
 
 
-class Step(NamedTuple):
+class PublishedStep(NamedTuple):
     """One training step, and how fast it is said to be: a share of the chip's peak, or tokens a second a chip."""
 
     name: str
@@ -41,21 +41,21 @@ def maxtext(hidden: int, layers: int, heads: int, mlp: int) -> ModelConfig:
 
 
 STEPS = (
-    Step("MaxText 16B", "v5e-256", 256, maxtext(4096, 32, 64, 28672), 6, 2048, "full", 1, mfu=0.611),
-    Step("MaxText 32B", "v5e-256", 256, maxtext(8192, 32, 64, 28672), 4, 2048, "full", 1, mfu=0.669),
-    Step("MaxText 64B", "v5e-256", 256, maxtext(8192, 64, 64, 28672), 2, 2048, "full", 1, mfu=0.599),
-    Step("MaxText 32B", "v5p-128", 64, maxtext(8192, 32, 64, 28672), 7, 2048, "dots", 4, mfu=0.715),
-    Step("MaxText 128B", "v5p-256", 128, maxtext(8192, 64, 128, 57344), 1, 2048, "dots", 8, mfu=0.687),
-    Step("Llama 2 70B", "v5p-512", 256, LLAMA_2_70B, 4, 4096, "dots", 1, tokens=692),
-    Step("Llama 3.1 8B", "v6e-256", 256, LLAMA_3_1_8B, 3, 8192, "full", 1, tokens=7207),
-    Step("Llama 3.1 70B", "v6e-256", 256, LLAMA_3_1_70B, 5, 8192, "full", 1, tokens=960),
+    PublishedStep("MaxText 16B", "v5e-256", 256, maxtext(4096, 32, 64, 28672), 6, 2048, "full", 1, mfu=0.611),
+    PublishedStep("MaxText 32B", "v5e-256", 256, maxtext(8192, 32, 64, 28672), 4, 2048, "full", 1, mfu=0.669),
+    PublishedStep("MaxText 64B", "v5e-256", 256, maxtext(8192, 64, 64, 28672), 2, 2048, "full", 1, mfu=0.599),
+    PublishedStep("MaxText 32B", "v5p-128", 64, maxtext(8192, 32, 64, 28672), 7, 2048, "dots", 4, mfu=0.715),
+    PublishedStep("MaxText 128B", "v5p-256", 128, maxtext(8192, 64, 128, 57344), 1, 2048, "dots", 8, mfu=0.687),
+    PublishedStep("Llama 2 70B", "v5p-512", 256, LLAMA_2_70B, 4, 4096, "dots", 1, tokens=692),
+    PublishedStep("Llama 3.1 8B", "v6e-256", 256, LLAMA_3_1_8B, 3, 8192, "full", 1, tokens=7207),
+    PublishedStep("Llama 3.1 70B", "v6e-256", 256, LLAMA_3_1_70B, 5, 8192, "full", 1, tokens=960),
 )
 
 
 class Compared(NamedTuple):
     """Shares of the chip's peak, counted as plan/cost.py counts FLOPs, and of the prediction."""
 
-    step: Step
+    step: PublishedStep
     predicted: float
     published: float
 
@@ -64,7 +64,7 @@ class Compared(NamedTuple):
         return self.published / self.predicted
 
 
-def compare(step: Step) -> Compared:
+def compare(step: PublishedStep) -> Compared:
     """A step of sft as we would compute it, beside what is published."""
     chip, model = CHIPS[step.topology.split("-")[0]], resolve(step.model)
     setup = Setup(
@@ -74,7 +74,7 @@ def compare(step: Step) -> Compared:
         stored_attention=False,
     )
     rows = step.rows * step.chips
-    one = Pass("policy", "token_stats", rows, step.columns, step.columns)
+    one = PlannedPass("policy", "token_stats", rows, step.columns, step.columns)
     counted = phases(Passes([], [], [one], 1, 1), {"policy": (model, "lm")}, setup)
     seconds = sum(timed(phase, chip).seconds for phase in counted)
     useful = sum(phase.useful for phase in counted)
@@ -128,7 +128,7 @@ def compare_decode(decode: Decode) -> DecodeCompared:
     """One token of every row, by the roofline of plan/cost.py, halfway through the responses."""
     chip = CHIPS[decode.topology.split("-")[0]]
     setup = Setup({"data": 1, "fsdp": 1, "tensor": decode.chips})
-    half = Pass("policy", "sample", decode.rows, decode.prompt, decode.new // 2)
+    half = PlannedPass("policy", "sample", decode.rows, decode.prompt, decode.new // 2)
     work = decode_step(resolve(decode.model), half, setup)
     return DecodeCompared(decode, timed(Phase("decode", work, work.flops), chip).seconds, decode.seconds)
 

@@ -16,7 +16,7 @@ from jaxrlhf.step import make_rollout, split
 from jaxrlhf.types import Batch, Head, Prompts, Role, Sequences
 
 
-class Pass(NamedTuple):
+class PlannedPass(NamedTuple):
     """One pass of a network over rows, all devices together."""
 
     role: Role
@@ -49,16 +49,16 @@ def models_of(drawn: Blueprint) -> Models:
 class Passes(NamedTuple):
     """The passes of one iteration."""
 
-    rollout: list[Pass]
-    prepare: list[Pass]
-    micro: list[Pass]  # forward in the loss of one micro-batch; each trained role's is differentiated
+    rollout: list[PlannedPass]
+    prepare: list[PlannedPass]
+    micro: list[PlannedPass]  # forward in the loss of one micro-batch; each trained role's is differentiated
     updates: int  # optimizer steps
     micros: int  # micro-batches of an update
 
 
 def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     """The passes of an iteration that is given ``batch`` (shapes). No mesh may be set: nothing is laid out here."""
-    notes: list[Pass] = []
+    notes: list[PlannedPass] = []
     nets = note_taker(drawn, lambda role, kind, rows: notes.append(shape_of_pass(drawn, role, kind, rows)))
     recipe = drawn.recipe._replace(nets=nets)
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
@@ -82,16 +82,16 @@ def passes_of(drawn: Blueprint, batch: Batch) -> Passes:
     return Passes(rollout, prepared, list(notes), epochs * minibatches, parts)
 
 
-def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Prompts) -> Pass:
-    """The Pass of a network that was asked for ``kind`` of ``rows``."""
+def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Prompts) -> PlannedPass:
+    """The pass of a network that was asked for ``kind`` of ``rows``."""
     count, columns = rows.tokens.shape
     if isinstance(rows, Prompts):
-        return Pass(role, kind, count, columns, drawn.sampler.max_new_tokens, drawn.sampler.samples_per_prompt)
+        return PlannedPass(role, kind, count, columns, drawn.sampler.max_new_tokens, drawn.sampler.samples_per_prompt)
     start = rows.response_start
     read = columns - start + (kind == "scores")  # a score is read at the last token, which may be the prompt's
     if kind == "head":
-        return Pass(role, kind, count, 0, read)
+        return PlannedPass(role, kind, count, 0, read)
     read = 0 if kind == "states" else read
     if rows.segment_ids is not None or start == 1:
-        return Pass(role, kind, count, columns, read)
-    return Pass(role, kind, count, columns, read, rows.copies, start)
+        return PlannedPass(role, kind, count, columns, read)
+    return PlannedPass(role, kind, count, columns, read, rows.copies, start)

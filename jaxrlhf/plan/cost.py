@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
-from jaxrlhf.plan.calls import Models, Pass, Passes
+from jaxrlhf.plan.calls import Models, Passes, PlannedPass
 from jaxrlhf.sharding import RULES
 from jaxrlhf.tpu.peaks import Chip
 from jaxrlhf.types import Head, Role
@@ -91,7 +91,7 @@ class Setup(NamedTuple):
         return self._replace(mesh=mesh, params=self.decoded)
 
 
-class Work(NamedTuple):
+class DeviceWork(NamedTuple):
     """What one device does."""
 
     flops: float = 0.0
@@ -99,22 +99,22 @@ class Work(NamedTuple):
     ici: float = 0.0  # bytes received within the slice
     dcn: float = 0.0  # bytes received from other slices
 
-    def plus(self, other: "Work") -> "Work":
-        return Work(*(ours + theirs for ours, theirs in zip(self, other)))
+    def plus(self, other: "DeviceWork") -> "DeviceWork":
+        return DeviceWork(*(ours + theirs for ours, theirs in zip(self, other)))
 
-    def times(self, count: float) -> "Work":
-        return Work(*(part * count for part in self))
+    def times(self, count: float) -> "DeviceWork":
+        return DeviceWork(*(part * count for part in self))
 
 
 class Phase(NamedTuple):
     """A part of the iteration. ``useful``: FLOPs of a device that are no recomputation."""
 
     name: str
-    work: Work
+    work: DeviceWork
     useful: float
 
 
-class Timed(NamedTuple):
+class TimedPhase(NamedTuple):
     """A phase on a chip: seconds at least, and what takes them."""
 
     phase: Phase
@@ -122,12 +122,12 @@ class Timed(NamedTuple):
     bound: Literal["compute", "HBM", "network", "between slices"]
 
 
-def timed(phase: Phase, chip: Chip, devices_per_chip: int = 1) -> Timed:
+def timed(phase: Phase, chip: Chip, devices_per_chip: int = 1) -> TimedPhase:
     """The roofline: a phase lasts as long as the slowest of compute, memory and networks."""
     peaks = {"compute": chip.flops, "HBM": chip.bandwidth, "network": chip.ici, "between slices": chip.dcn}
     seconds = {name: part * devices_per_chip / peaks[name] if part else 0.0 for name, part in zip(peaks, phase.work)}
     slowest = max(seconds, key=lambda name: seconds[name])
-    return Timed(phase, seconds[slowest], slowest)  # type: ignore[arg-type]
+    return TimedPhase(phase, seconds[slowest], slowest)  # type: ignore[arg-type]
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -194,15 +194,15 @@ def heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
 # ---- passes ---------------------------------------------------------------------------------------------------------
 
 
-def forward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
+def forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """One forward pass, whose head reads ``one.read`` columns of each row."""
     tokens = one.rows / setup.shards * one.read
     last = matrices(cfg, head, setup.tensor)[-1]
-    product = Work(2 * tokens * last.size, tokens * (last.inputs * setup.compute + 2 * 4 * last.outputs))
+    product = DeviceWork(2 * tokens * last.size, tokens * (last.inputs * setup.compute + 2 * 4 * last.outputs))
     return layers_forward(cfg, head, one, setup).plus(product)
 
 
-def layers_forward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
+def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """``forward`` without the head's product; its weights are gathered here with the others."""
     tensor, fsdp = setup.tensor, setup.fsdp
     tokens = one.tokens / setup.shards
@@ -214,17 +214,17 @@ def layers_forward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Wor
     )
     size = held(cfg, head, tensor)
     gathered = 2 * size * setup.compute if fsdp > 1 else 0
-    return Work(
+    return DeviceWork(
         flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
         hbm=tokens * moved * setup.compute + products.hbm + size / fsdp * setup.stored(one.role) + gathered,
         ici=setup.sent * size * setup.compute * (fsdp - 1) / fsdp + tensor_sums(cfg, tokens, setup),
     )
 
 
-def attention(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
+def attention(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The products of queries and keys of all layers, and of their softmax and values."""
     pairs = one.pairs / setup.shards * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
-    return Work(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention)
+    return DeviceWork(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention)
 
 
 def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
@@ -233,55 +233,55 @@ def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
     return 2 * cfg.num_layers * tokens * cfg.hidden_size * setup.compute * 2 * (tensor - 1) / tensor
 
 
-def backward(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
+def backward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The backward pass of ``forward``: twice its products, and gradients scattered. It reads weights as
     ``recomputed`` gathered them."""
     once = forward(cfg, head, one, setup)
     fsdp, data, size = setup.fsdp, setup.mesh["data"], held(cfg, head, setup.tensor) * setup.compute
     scattered = setup.sent * size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
     sums = tensor_sums(cfg, one.tokens / setup.shards, setup)
-    return Work(2 * once.flops, 2 * once.hbm + 2 * size, scattered + sums)
+    return DeviceWork(2 * once.flops, 2 * once.hbm + 2 * size, scattered + sums)
 
 
-def between_slices(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
+def between_slices(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The gradients of ``backward``, summed within each slice, summed over the slices: each device has its part."""
     slices = setup.mesh.get("slice", 1)
     part = held(cfg, head, setup.tensor) * setup.compute / setup.fsdp / setup.mesh["data"]
-    return Work(dcn=2 * part * (slices - 1) / slices)
+    return DeviceWork(dcn=2 * part * (slices - 1) / slices)
 
 
-def recomputed(cfg: ModelConfig, head: Head, one: Pass, setup: Setup) -> Work:
+def recomputed(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """What the backward pass does again: the head's logits where they are chunked, and the gathering of weights; under
     remat full all layers, under dots attention's products."""
     whole, layers = forward(cfg, head, one, setup), layers_forward(cfg, head, one, setup)
-    again = Work(whole.flops - layers.flops, whole.hbm - layers.hbm) if head in ("lm", "action") else Work()
+    again = DeviceWork(whole.flops - layers.flops, whole.hbm - layers.hbm) if head in ("lm", "action") else DeviceWork()
     if setup.remat == "full":
         return again.plus(layers)
     size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
-    again = again.plus(Work(0, 2 * size if fsdp > 1 else 0, setup.sent * size * (fsdp - 1) / fsdp))
+    again = again.plus(DeviceWork(0, 2 * size if fsdp > 1 else 0, setup.sent * size * (fsdp - 1) / fsdp))
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
-def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> Work:
+def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> DeviceWork:
     """One step of Adam: the weights that a device stores, their gradient and moments, read and written."""
     stored = held(cfg, head, setup.tensor) / setup.fsdp
-    return Work(hbm=stored * 2 * (2 * MASTER + moments))
+    return DeviceWork(hbm=stored * 2 * (2 * MASTER + moments))
 
 
-def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> Work:
+def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> DeviceWork:
     """decoding.decode_layout: every weight of the policy, cast and gathered over what is left of fsdp, once a
     rollout, after decode groups traded parts of it."""
     size, fsdp, group = held(cfg, "lm", setup.decoding().tensor), setup.mesh["fsdp"], setup.mesh.get("decode", 1)
     received = setup.sent * size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group
-    return Work(0, size / fsdp * setup.stored("policy") + 2 * size * setup.decoded, received * setup.decoded)
+    return DeviceWork(0, size / fsdp * setup.stored("policy") + 2 * size * setup.decoded, received * setup.decoded)
 
 
-def prefill(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
+def prefill(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The prompts to sample from, read with weights that are gathered already."""
     return layers_forward(cfg, "lm", one, setup.decoding())
 
 
-def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
+def decode_step(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     """One token of each response: all weights and caches are read, a prompt's once for all its responses."""
     setup = setup.decoding()
     tensor, prompts = setup.tensor, one.rows / setup.shards
@@ -290,21 +290,21 @@ def decode_step(cfg: ModelConfig, one: Pass, setup: Setup) -> Work:
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
     pairs = tokens * (one.columns + one.read) * heads * cfg.num_layers
     logits = chosen_from(cfg, one, setup)
-    return Work(
+    return DeviceWork(
         flops=2 * tokens * weights + 4 * pairs * cfg.head_dim,
         hbm=weights * setup.decoded + cache_bytes(cfg, one, setup) + 3 * logits,
         ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
     )
 
 
-def chosen_from(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
+def chosen_from(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:
     """Bytes of the logits that a device chooses tokens from: whole rows, which it shares with those that have the rest
     of the vocabulary where they divide (generate.loop.choose_tokens); ``setup`` is decoding's."""
     rows, spread = one.rows * one.copies, setup.shards * setup.tensor
     return rows / (setup.shards if rows % spread else spread) * padded_vocab(cfg) * 4
 
 
-def cache_bytes(cfg: ModelConfig, one: Pass, setup: Setup) -> float:
+def cache_bytes(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:
     """The keys and values that a device holds while it samples; ``setup`` is decoding's."""
     columns = one.rows / setup.shards * (one.columns + one.copies * one.read)
     numbers = columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * cfg.num_layers

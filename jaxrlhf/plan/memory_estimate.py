@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.parameters import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
-from jaxrlhf.plan.calls import Models, Pass, Passes
+from jaxrlhf.plan.calls import Models, Passes, PlannedPass
 from jaxrlhf.plan.cost import MASTER, Setup, cache_bytes, chosen_from, heads_here, held, leaves, local, matrices
 from jaxrlhf.types import Head
 
@@ -62,7 +62,7 @@ def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
     return Memory(arguments, rollout, scoring, gradients + saved + 2 * busy)
 
 
-def rollout_of(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
+def rollout_of(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     """Weights in decoding's layout, the caches of the prompts and of their responses, the logits of one token; or the
     prompts being read."""
     setup = setup.decoding()
@@ -73,7 +73,7 @@ def rollout_of(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
     return weights + cache_bytes(cfg, one, setup) + max(2 * logits, layer_activations(one, cfg, setup))
 
 
-def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
+def working(one: PlannedPass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
     """One pass without a gradient: a layer's activations and weights, the embedding, the head's weights and logits."""
     tensor = setup.tensor
     layer = sum(weight.size / weight.layers for weight in matrices(cfg, head, tensor)[:-1]) * setup.compute
@@ -86,20 +86,20 @@ def working(one: Pass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
     )
 
 
-def layer_activations(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
+def layer_activations(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys."""
     tokens = one.tokens / setup.shards
     wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", setup.tensor)[:-1])
     return tokens * setup.compute * (2 * cfg.hidden_size + 2 * wide) + stored_products(one, cfg, setup)
 
 
-def stored_products(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
+def stored_products(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     """One layer's products of queries and keys and their shares; none where a kernel keeps them on the chip."""
     heads, _ = heads_here(cfg, setup.tensor)
     return one.pairs / setup.shards * heads * (4 + setup.compute) * setup.stored_attention
 
 
-def kept(one: Pass, cfg: ModelConfig, setup: Setup) -> float:
+def kept(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     """What a forward pass keeps for its backward pass, of all layers: activations, never a gathered weight."""
     tokens, (heads, _) = one.tokens / setup.shards, heads_here(cfg, setup.tensor)
     inside = matrices(cfg, "lm", setup.tensor)[:-1]

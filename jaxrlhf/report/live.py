@@ -14,7 +14,7 @@ from jaxrlhf.report.runs import read_runs
 FRESH = 2.0  # seconds for which an answer serves all who ask
 
 
-class Source:
+class LiveContent:
     """The content of the runs, read again when it is older than FRESH."""
 
     def __init__(self, paths: Sequence[str]):
@@ -32,7 +32,7 @@ def make_server(paths: Sequence[str], host: str, port: int) -> ThreadingHTTPServ
     """A server of the page at / and of its numbers at /content.json; of nothing else. ``port`` 0: a free one.
 
     Raises ConfigError, in one line, where nothing can listen there."""
-    source = Source(paths)
+    source = LiveContent(paths)
     library()
 
     class Handler(BaseHTTPRequestHandler):

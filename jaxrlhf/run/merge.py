@@ -20,7 +20,7 @@ from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Params, Role
 
 
-class Part(NamedTuple):
+class MergedModel(NamedTuple):
     """One model of those that are merged."""
 
     name: str  # for messages
@@ -51,17 +51,17 @@ def merge(names: Sequence[str], role: Role, to) -> tuple[list[str], list[str]]:
     return [f"{part.name}, {describe_step(part.run_dir, part.step)}" for part in parts], notes
 
 
-def parts_of(name: str, role: Role) -> list[Part]:
+def parts_of(name: str, role: Role) -> list[MergedModel]:
     """The models of a run that ``role`` stands for."""
     (step, extra), (run_dir, _) = read_extra(name), split_step(name)
     found = []
     for member in members_in(extra["models"], role):
         dtype_of(extra, run_dir, member)
-        found.append(Part(name if member == role else f"{member} of {name}", run_dir, step, extra, member))
+        found.append(MergedModel(name if member == role else f"{member} of {name}", run_dir, step, extra, member))
     return found
 
 
-def check_alike(first: Part, other: Part) -> None:
+def check_alike(first: MergedModel, other: MergedModel) -> None:
     """Raises ValueError where two models can't be averaged."""
     (ours, head), (theirs, other_head) = (model_of(part.extra["models"][part.role]) for part in (first, other))
     if head != other_head:
@@ -80,7 +80,7 @@ def check_alike(first: Part, other: Part) -> None:
         )
 
 
-def mean_of(parts: Sequence[Part], mesh) -> Params:
+def mean_of(parts: Sequence[MergedModel], mesh) -> Params:
     """The mean of the parts' parameters, summed in float32, in the number format of the first."""
     read = lambda part: restore_model(part.run_dir, part.step, part.extra["models"], part.role, jnp.float32, mesh)
     total = read(parts[0])

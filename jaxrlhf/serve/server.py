@@ -84,7 +84,7 @@ class Server:
         if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.token.encode()):
             raise ApiError(401, "Incorrect API key provided", None, "invalid_api_key")
 
-    async def unknown(self, request: Request, error: HTTPException) -> Response:
+    async def unknown(self, request: Request, error: Any) -> Response:
         status = error.status_code
         what = "No such path" if status == 404 else "Not allowed"
         return refusal(ApiError(status, f"{what}: {request.method} {request.url.path}"))

@@ -9,7 +9,7 @@ import pytest
 from jaxrlhf import train
 from jaxrlhf.benchmarks import finished_run, reproduce
 from jaxrlhf.benchmarks.published import control
-from jaxrlhf.benchmarks.record import Cell, Finished
+from jaxrlhf.benchmarks.record import Cell, FinishedCell
 from jaxrlhf.run import build
 from jaxrlhf.sharding import make_mesh
 
@@ -27,7 +27,7 @@ def test_scores_are_those_of_the_run_however_many_rows_at_a_time(tmp_path, monke
     cell = Cell("rm_50", "", "rm", {"data.preferences.path": "runs/benchmarks/control/data/pairs_50.jsonl"} | small)
     cfg = reproduce.config_of(control.BENCHMARK, cell, tmp_path, 5)
     assert train.run(cfg) == train.DONE
-    done = Finished("rm_50", tmp_path / "rm_50", tmp_path, 5)
+    done = FinishedCell("rm_50", tmp_path / "rm_50", tmp_path, 5)
     pairs = [json.loads(line) for line in (tmp_path / "data" / "held_out_pairs.jsonl").read_text().splitlines()]
     read = lambda: np.subtract(*(control.segment_scores(done.run_dir, pairs, side) for side in ("chosen", "rejected")))
     margins = read()

@@ -14,7 +14,7 @@ import yaml
 from jaxrlhf import api
 from jaxrlhf.benchmarks import catalog, figure, reproduce, results_page
 from jaxrlhf.benchmarks.published import perfectible, reverse
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Results
 from jaxrlhf.benchmarks.signature import Above, Below, Between, HigherThan, Holds, NoRise, Rise, verdicts
 from jaxrlhf.cli import benchmark as cli
 from jaxrlhf.config.load import dump
@@ -140,7 +140,7 @@ def write_words(folder: Path, seed: int) -> None:
     write_data(folder, seed, letters="abc", length=2, rows=9)
 
 
-def count_rows(done: Finished) -> dict:
+def count_rows(done: FinishedCell) -> dict:
     """Cheap: nothing is sampled. ``loss`` is the last one."""
     losses = done.curve("loss/policy")
     return {"iterations": float(len(losses)), "loss": losses[-1], "seed": float(done.seed), "losses": losses}
@@ -247,7 +247,7 @@ def test_a_signal_stops_and_the_same_command_goes_on(tmp_path, monkeypatch):
         return run(cfg, **more)
 
     monkeypatch.setattr(reproduce, "run", stopped_in_the_second)
-    with pytest.raises(reproduce.Interrupted):
+    with pytest.raises(reproduce.StoppedBySignal):
         reproduce.reproduce(TINY, [5], tmp_path, stop)
     assert json.loads((tmp_path / "seed5" / "still.json").read_text())["measured"] is None
     monkeypatch.setattr(reproduce, "run", run)

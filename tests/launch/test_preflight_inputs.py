@@ -9,7 +9,7 @@ import pytest
 from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.launch.preflight import Line, attempt
+from jaxrlhf.launch.preflight import Finding, attempt
 from jaxrlhf.launch.preflight_inputs import Inputs
 from tests.run.test_scoring import rewarded_by
 
@@ -43,7 +43,7 @@ def config(folder: Path, **more: Any) -> Config:
     return parse(tree | more, "test")
 
 
-def looked_at(cfg: Config, made: dict[str, str] | None = None) -> list[Line]:
+def looked_at(cfg: Config, made: dict[str, str] | None = None) -> list[Finding]:
     with rewarded_by(lambda responses, records: [record["answer"] for record in records]):
         return [attempt(name, look) for name, look in Inputs(cfg, made or {}).looks()]
 

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from jaxrlhf.launch import bundle, gcloud, tpu_vm
-from jaxrlhf.launch.commands import LaunchError, Result, interruptible
+from jaxrlhf.launch.commands import CommandResult, LaunchError, interruptible
 from jaxrlhf.launch.config import load_launch
 from tests.launch.cases import ROOT
 from tests.launch.fake import Fake, repository
@@ -269,7 +269,7 @@ def test_without_gcloud_it_says_so(launch, tmp_path, monkeypatch, capsys):
 def test_an_answer_that_is_no_resource_is_told():
     for out in ("", "[]", "{}", '{"state": "ACTIVE"}'):
         with pytest.raises(LaunchError, match="no queued resource"):
-            gcloud.read_status(Result(0, out, ""))
+            gcloud.read_status(CommandResult(0, out, ""))
 
 
 def test_ctrl_c_leaves_training_and_says_how_to_go_on(repo, tmp_path, monkeypatch):

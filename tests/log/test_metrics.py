@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jaxrlhf.log import events, rows
 from jaxrlhf.log.metrics import LogConfig, MetricsLog
-from jaxrlhf.log.progress import Lines
+from jaxrlhf.log.progress import PlainLines
 from jaxrlhf.log.rows import JsonLines, read_rows
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
 from tests.support.disk import full_disk
@@ -26,7 +26,7 @@ ROW = {"score/mean": 0.5, "kl/reference": 1.25, "loss/value": 9.0, "loss/policy"
 def open_log(run_dir, total=10, start=0, cfg=QUIET, **kwargs):
     """(log, the text that a person sees)."""
     screen = io.StringIO()
-    progress = Lines(Console(file=screen, force_terminal=False, width=120), total, cfg.every)
+    progress = PlainLines(Console(file=screen, force_terminal=False, width=120), total, cfg.every)
     return MetricsLog(run_dir, cfg, total, start, progress=progress, **kwargs), screen
 
 

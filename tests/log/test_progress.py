@@ -12,7 +12,7 @@ from rich.console import Console
 
 from jaxrlhf.log import progress
 from jaxrlhf.log.metrics import LogConfig, MetricsLog
-from jaxrlhf.log.progress import MARGIN, Bar, Lines, open_progress, sample_line, summary
+from jaxrlhf.log.progress import MARGIN, Bar, PlainLines, open_progress, sample_line, summary
 
 ROW = {"score/mean": 0.5, "kl/reference": 1.25, "response/length_mean": 31.0, "loss/value": 9.0, "loss/policy": 0.3}
 WIDTHS = (60, 80, 120)
@@ -211,7 +211,7 @@ def test_a_sample_is_one_line_without_control_characters(width, text):
 
 def test_time_left_counts_from_the_first_update(clock):
     screen = io.StringIO()
-    lines = Lines(Console(file=screen), total=2000)
+    lines = PlainLines(Console(file=screen), total=2000)
     for step, after in ((1, 0.0), (2, 2.0), (7, 10.0)):  # the first update comes after compilation
         clock[0] += after
         lines.show(step, ["x"])
@@ -221,7 +221,7 @@ def test_time_left_counts_from_the_first_update(clock):
 
 def test_a_line_of_a_log_has_80_columns_and_the_time_left(clock):
     screen = io.StringIO()
-    lines = Lines(Console(file=screen), total=9)
+    lines = PlainLines(Console(file=screen), total=9)
     numbers = [f"number {at} is {at}" for at in range(9)]
     for step in (1, 2, 9):
         clock[0] += 1.0
@@ -286,7 +286,7 @@ def test_a_log_on_a_full_disk_ends_nothing():
             return super().write(text)
 
     disk = Disk()
-    lines = Lines(Console(file=disk, force_terminal=False), 3)
+    lines = PlainLines(Console(file=disk, force_terminal=False), 3)
     lines.say("first")
     disk.code = 0
     lines.say("second")

@@ -13,7 +13,7 @@ from rich.console import Console
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.log import trackers
 from jaxrlhf.log.metrics import LogConfig, MetricsLog
-from jaxrlhf.log.progress import Lines
+from jaxrlhf.log.progress import PlainLines
 from jaxrlhf.log.rows import read_rows
 
 ROW = {"score/mean": 0.5, "kl/reference": 1.25}
@@ -66,7 +66,7 @@ def fake(tmp_path, monkeypatch):
 def open_log(run_dir, *names, start=0, **kwargs):
     """(log, the text that a person sees)."""
     screen = io.StringIO()
-    progress = Lines(Console(file=screen, force_terminal=False, width=200), 10, 100)
+    progress = PlainLines(Console(file=screen, force_terminal=False, width=200), 10, 100)
     cfg = LogConfig(trackers=names, project="films")
     return MetricsLog(run_dir, cfg, 10, start, progress=progress, config={"seed": 3}, **kwargs), screen
 

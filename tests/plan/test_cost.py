@@ -12,8 +12,8 @@ from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.plan import cost
 from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reached
-from jaxrlhf.plan.calls import Models, Pass, Passes, passes_of
-from jaxrlhf.plan.cost import Phase, Setup, Work, phases, timed
+from jaxrlhf.plan.calls import Models, Passes, PlannedPass, passes_of
+from jaxrlhf.plan.cost import DeviceWork, Phase, Setup, phases, timed
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.sharding import make_mesh
@@ -28,10 +28,10 @@ MODEL = resolve(
 )
 LAYER, NORMS, EMBED = 64 + 2 * 32 + 64 + 3 * 128, 2 * 8, 64 * 8
 ALL = 2 * (LAYER + NORMS) + 8 + EMBED  # of the language model, whose embedding is its head
-TEXTS = Pass("policy", "token_stats", 3, 5, 2)  # 3 rows of 5 tokens, logits of the last 2 of each
+TEXTS = PlannedPass("policy", "token_stats", 3, 5, 2)  # 3 rows of 5 tokens, logits of the last 2 of each
 # 2 prompts of 6 tokens with 4 responses of 3 each: 8 rows of 9, logits of all response tokens
-GROUPS = Pass("policy", "token_stats", 8, 9, 3, copies=4, prompt=6)
-ASKED = Pass("policy", "sample", 2, 6, 3, copies=4)  # the same, sampled
+GROUPS = PlannedPass("policy", "token_stats", 8, 9, 3, copies=4, prompt=6)
+ASKED = PlannedPass("policy", "sample", 2, 6, 3, copies=4)  # the same, sampled
 
 
 # ---- by hand --------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_gradients_are_summed_within_a_slice_before_they_go_between_slices():
     setup = Setup({**ALONE, "fsdp": 4, "data": 2, "slice": 2})
     backward, between = (f(MODEL, "lm", TEXTS._replace(rows=16), setup) for f in (cost.backward, cost.between_slices))
     assert backward.ici == ALL * 2 * 3 / 4 + 2 * ALL * 2 / 4 / 2 and backward.dcn == 0
-    assert between == Work(dcn=2 * ALL * 2 / 8 / 2)
+    assert between == DeviceWork(dcn=2 * ALL * 2 / 8 / 2)
     assert not any(cost.between_slices(MODEL, "lm", TEXTS, Setup({**ALONE, "fsdp": 4, "data": 2})))
 
 
@@ -159,11 +159,11 @@ def test_recomputation(remat, layers):
 
 def test_the_roofline_is_the_slowest_of_three():
     chip = CHIPS["v5e"]
-    work = Work(flops=chip.flops, hbm=3 * chip.bandwidth, ici=2 * chip.ici)
+    work = DeviceWork(flops=chip.flops, hbm=3 * chip.bandwidth, ici=2 * chip.ici)
     assert timed(Phase("x", work, 0), chip)[1:] == (3.0, "HBM")
     assert timed(Phase("x", work._replace(ici=4 * chip.ici), 0), chip)[1:] == (4.0, "network")
-    assert timed(Phase("x", Work(dcn=3.125e9), 0), chip)[1:] == (1.0, "between slices")  # of v5e: 25 Gbit/s
-    assert timed(Phase("x", Work(chip.flops), 0), chip, devices_per_chip=2)[1:] == (2.0, "compute")
+    assert timed(Phase("x", DeviceWork(dcn=3.125e9), 0), chip)[1:] == (1.0, "between slices")  # of v5e: 25 Gbit/s
+    assert timed(Phase("x", DeviceWork(chip.flops), 0), chip, devices_per_chip=2)[1:] == (2.0, "compute")
 
 
 # ---- an iteration ---------------------------------------------------------------------------------------------------
@@ -195,15 +195,15 @@ def passes(cfg: Config) -> Passes:
 
 def test_what_ppo_asks_of_its_networks():
     found = passes(config())
-    assert found.rollout == [Pass("policy", "sample", 16, 6, 3)]
+    assert found.rollout == [PlannedPass("policy", "sample", 16, 6, 3)]
     assert set(found.prepare) == {
-        Pass("reward", "scores", 16, 9, 4, prompt=6),
-        Pass("reference", "token_stats", 16, 9, 3, prompt=6),
-        Pass("value", "values", 16, 9, 3, prompt=6),
+        PlannedPass("reward", "scores", 16, 9, 4, prompt=6),
+        PlannedPass("reference", "token_stats", 16, 9, 3, prompt=6),
+        PlannedPass("value", "values", 16, 9, 3, prompt=6),
     }
     assert sorted(found.micro) == [
-        Pass("policy", "token_stats", 4, 9, 3, prompt=6),
-        Pass("value", "values", 4, 9, 3, prompt=6),
+        PlannedPass("policy", "token_stats", 4, 9, 3, prompt=6),
+        PlannedPass("value", "values", 4, 9, 3, prompt=6),
     ]
     assert (found.updates, found.micros) == (4, 2)
 
@@ -212,36 +212,36 @@ def test_the_samples_of_a_prompt_stay_together():
     """16 prompts x 4 samples: all passes are over whole groups, a micro-batch over one."""
     cfg = config()
     found = passes(dataclasses.replace(cfg, batch=dataclasses.replace(cfg.batch, samples_per_prompt=4)))
-    assert found.rollout == [Pass("policy", "sample", 16, 6, 3, copies=4)]
-    assert Pass("reference", "token_stats", 64, 9, 3, copies=4, prompt=6) in found.prepare
-    assert Pass("policy", "token_stats", 4, 9, 3, copies=4, prompt=6) in found.micro
+    assert found.rollout == [PlannedPass("policy", "sample", 16, 6, 3, copies=4)]
+    assert PlannedPass("reference", "token_stats", 64, 9, 3, copies=4, prompt=6) in found.prepare
+    assert PlannedPass("policy", "token_stats", 4, 9, 3, copies=4, prompt=6) in found.micro
     assert (found.updates, found.micros) == (4, 8)
 
 
 def test_what_recomputing_old_log_probs_adds():
     cfg = config()
     again = passes(dataclasses.replace(cfg, algorithm=dataclasses.replace(cfg.algorithm, old_logprobs="recompute")))
-    assert set(again.prepare) - set(passes(cfg).prepare) == {Pass("policy", "token_stats", 16, 9, 3, prompt=6)}
+    assert set(again.prepare) - set(passes(cfg).prepare) == {PlannedPass("policy", "token_stats", 16, 9, 3, prompt=6)}
 
 
 def test_a_shared_trunk_is_computed_once():
     """What old values are read off is a pass of its own; in an update policy and value are one, and the head is all
     that is beside it."""
     cfg = config(PPO.replace("  reward:", "  value: {share_trunk: true}\n  reward:"))
-    found, old = passes(cfg), Pass("value", "head", 16, 0, 3)
+    found, old = passes(cfg), PlannedPass("value", "head", 16, 0, 3)
     assert set(found.prepare) - {old} == {
-        Pass("reward", "scores", 16, 9, 4, prompt=6),
-        Pass("reference", "token_stats", 16, 9, 3, prompt=6),
-        Pass("policy", "states", 16, 9, 0, prompt=6),
+        PlannedPass("reward", "scores", 16, 9, 4, prompt=6),
+        PlannedPass("reference", "token_stats", 16, 9, 3, prompt=6),
+        PlannedPass("policy", "states", 16, 9, 0, prompt=6),
     }
     assert sorted(found.micro) == [
-        Pass("policy", "token_stats", 4, 9, 3, prompt=6),
-        Pass("value", "head", 4, 0, 3),
+        PlannedPass("policy", "token_stats", 4, 9, 3, prompt=6),
+        PlannedPass("value", "head", 4, 0, 3),
     ]
     head = cost.forward(MODEL, "bare", old, Setup(ALONE))
     assert head.flops == 2 * 16 * 3 * MODEL.hidden_size
     again = dataclasses.replace(cfg, algorithm=dataclasses.replace(cfg.algorithm, old_logprobs="recompute"))
-    assert Pass("policy", "token_stats", 16, 9, 3, prompt=6) in passes(again).prepare
+    assert PlannedPass("policy", "token_stats", 16, 9, 3, prompt=6) in passes(again).prepare
     assert not any(one.kind == "states" for one in passes(again).prepare)
 
 
@@ -257,8 +257,8 @@ def test_pairs_are_two_rows_each():
     batch = "preferences_per_step: 8, micro_batch_size: 8"
     found = passes(config(text.replace("prompts_per_step: 16, micro_batch_size: 4", batch)))
     assert found.rollout == [] and found.updates == found.micros == 1
-    assert found.prepare == [Pass("reference", "token_stats", 16, 512, 511)]
-    assert found.micro == [Pass("policy", "token_stats", 16, 512, 511)]
+    assert found.prepare == [PlannedPass("reference", "token_stats", 16, 512, 511)]
+    assert found.micro == [PlannedPass("policy", "token_stats", 16, 512, 511)]
 
 
 def test_phases_add_up():

@@ -12,7 +12,7 @@ from jaxrlhf.config.record import Config, PrecisionConfig
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.plan.calls import Pass, models_of, passes_of
+from jaxrlhf.plan.calls import PlannedPass, models_of, passes_of
 from jaxrlhf.plan.memory_estimate import estimate, rollout_of, stored
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
@@ -111,7 +111,7 @@ def test_what_makes_it_smaller():
 
 def test_the_cache_holds_a_prompt_once():
     """16 prompts of 64 tokens on 8 chips: 16 samples more of each are no more prompts in the cache."""
-    mesh, one = MeshConfig(1, 8, 1), Pass("policy", "sample", 16, 64, 64)
+    mesh, one = MeshConfig(1, 8, 1), PlannedPass("policy", "sample", 16, 64, 64)
     _, _, models, setup = drawn_for(config(PPO, mesh))
     cfg, columns = models["policy"][0], lambda copies: 16 / 8 * (64 + copies * 64)
     logits = lambda copies: 16 * copies / 8 * 4096 * 4 * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.benchmarks.letters import EOS, write_letters
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, Below, Holds
 
 LETTERS = "ab"
@@ -99,7 +99,7 @@ def read_rewards(folder: Path) -> tuple[Rewards, int]:
 # ---- the benchmark --------------------------------------------------------------------------------------------------
 
 
-def measure(done: Finished) -> Measured:
+def measure(done: FinishedCell) -> Measured:
     """How far Q is from value iteration's, and what greedy decoding by Q earns."""
     from jaxrlhf import api
     from jaxrlhf.config.load import load

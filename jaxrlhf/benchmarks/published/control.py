@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, HigherThan, Holds, NoRise
 
 UPRIGHT = "jaxrlhf.rewards.upright:UprightCartPole-v0"
@@ -125,7 +125,7 @@ def true_return(run_dir: Path) -> float:
     return float(upright.reward_of(np.asarray(episodes.observations)[:, 1:-1]).sum(1).mean())
 
 
-def measure(done: Finished) -> Measured:
+def measure(done: FinishedCell) -> Measured:
     """Of reward models: accuracy on held-out pairs. Of a policy: its true return, also over its training."""
     if done.cell.startswith("rm"):
         return {"accuracy": done.curve("eval/reward/accuracy")[-1]}

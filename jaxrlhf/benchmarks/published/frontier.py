@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxrlhf.benchmarks.controls import coin, constant
 from jaxrlhf.benchmarks.letters import EOS, write_letters
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, Below, Holds
 
 LETTERS = "abc"
@@ -97,7 +97,7 @@ def write_data(folder: Path, seed: int) -> None:
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 
-def measure(done: Finished) -> Measured:
+def measure(done: FinishedCell) -> Measured:
     """KL and the rise of the reward at every checkpoint, exactly; how far the reward is above the frontier, and which
     share of the frontier's rise at the same KL it has at the end. Of the reference: best of n, and the frontier."""
     from jaxrlhf.benchmarks.enumerated import expected, highest_reward
@@ -147,7 +147,7 @@ def every_reward(seed: int) -> tuple[list[Response], Any]:
     return responses, np.array([[reward_of(letter, one, seed) for one in responses] for letter in LETTERS])
 
 
-def log_probs(done: Finished, run_dir: Path, responses: list[Response]) -> list[Any]:
+def log_probs(done: FinishedCell, run_dir: Path, responses: list[Response]) -> list[Any]:
     """log p of every response to every prompt, f64[prompts, responses], under the policy of each checkpoint."""
     import jax
     import numpy as np

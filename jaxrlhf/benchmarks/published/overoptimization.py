@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.benchmarks.controls import constant
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, Below, HigherThan, Holds, Rise
 
 LETTERS = string.ascii_letters + string.digits  # by their frequency
@@ -100,7 +100,7 @@ WAYS = ("single", "mean", "median", "wco", "uwo")
 CURVES = (("gold", "gold/mean"), ("proxy", "score/mean"), ("kl", "kl/reference"))
 
 
-def measure(done: Finished) -> Measured:
+def measure(done: FinishedCell) -> Measured:
     """Of a reward model: best of n by it. Of GRPO: gold, proxy and KL on held-out prompts over the run."""
     if done.cell == "sft":
         write_responses(done)
@@ -108,7 +108,7 @@ def measure(done: Finished) -> Measured:
     return measure_best_of(done) if done.cell.startswith("rm") else measure_training(done)
 
 
-def measure_training(done: Finished) -> Measured:
+def measure_training(done: FinishedCell) -> Measured:
     """Gold, proxy and KL from the reference at each evaluation, their last values, and what gold lost of its rise; how
     Gao's form for reinforcement learning, d (alpha - beta log d), fits to the rise of gold."""
     curves = {name: rounded(done.curve(f"eval/{metric}")) for name, metric in CURVES}
@@ -122,7 +122,7 @@ def measure_training(done: Finished) -> Measured:
     return found
 
 
-def measure_best_of(done: Finished) -> Measured:
+def measure_best_of(done: FinishedCell) -> Measured:
     """Gold and proxy of the best of n, for each n of SIZES and each way to combine the members; "single" is the mean of
     what each member does alone. Gao's form for best of n, d (alpha - beta d), fitted to the gold of single members. Of
     curves those that are drawn."""
@@ -149,7 +149,7 @@ def measure_best_of(done: Finished) -> Measured:
     return found
 
 
-def write_responses(done: Finished) -> None:
+def write_responses(done: FinishedCell) -> None:
     """responses.npz in the seed's folder: SIZES[-1] responses of the supervised policy to each held-out prompt, which
     all reward models score, and their gold score."""
     import jax
@@ -179,7 +179,7 @@ def write_responses(done: Finished) -> None:
     np.savez(done.folder / "responses.npz", **arrays, gold=[gold_of(text, done.seed) for text in texts])
 
 
-def scored(done: Finished) -> tuple[Any, Any]:
+def scored(done: FinishedCell) -> tuple[Any, Any]:
     """(scores f64[members, prompts, N], gold f64[prompts, N]) of the responses of ``write_responses``."""
     import numpy as np
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.benchmarks.controls import coin, constant
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, Between, HigherThan, NoRise, Rise
 
 SAMPLES = 40  # responses to an item, before and after
@@ -82,7 +82,7 @@ def solved(responses: list[str], records: list[dict[str, Any]]) -> list[float]:
 # ---- the benchmark --------------------------------------------------------------------------------------------------
 
 
-def measure(done: Finished) -> Measured:
+def measure(done: FinishedCell) -> Measured:
     """Of the items: the mean of their pass rates, and the share of them that is solved in 95 % of the responses."""
     choose_items(done.folder, done.seed)
     rows = read_rows(done.folder / "items" / "items.jsonl")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.benchmarks.letters import write_letters
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, HigherThan, Holds, NoRise, Rise
 
 NODES, STEPS, EDGE_SHARE, GRAPH_SEED = 21, 10, 0.1, 1002
@@ -170,18 +170,18 @@ def read_walks(folder: Path) -> list[Walk]:
 GUIDED = ("ilql", "constant", "random", "still")
 
 
-def measure(done: Finished) -> Measured:
+def measure(done: FinishedCell) -> Measured:
     """Optimality of sampled walks: of the policy alone, and guided by values where the cell has them."""
     found = measure_at(done, 100.0 if done.cell in GUIDED else 0.0)
     return {"beta_0": measure_at(done, 0.0)["optimality"]} | found if done.cell in GUIDED else found
 
 
-def measure_guided(done: Finished) -> Measured:
+def measure_guided(done: FinishedCell) -> Measured:
     """Guided by values alone."""
     return measure_at(done, 100.0)
 
 
-def measure_at(done: Finished, beta: float) -> Measured:
+def measure_at(done: FinishedCell, beta: float) -> Measured:
     """The mean optimality of walks from all starts and from those of ``in_two_pieces``; from how many of those most
     are shortest paths; V and Q at the end of training."""
     graph, walks = Graph(), read_walks(done.folder / "data")

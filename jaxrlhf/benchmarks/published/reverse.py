@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.benchmarks.controls import coin, constant
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, Between, HigherThan, NoRise, Rise
 
 HELD_OUT = 256  # prompts
@@ -50,7 +50,7 @@ def alike(text: str, answer: str) -> float:
 # ---- the benchmark --------------------------------------------------------------------------------------------------
 
 
-def measure(done: Finished) -> Measured:
+def measure(done: FinishedCell) -> Measured:
     """Of the policy's responses to the held-out prompts, sampled at temperature 1."""
     from jaxrlhf import api
 

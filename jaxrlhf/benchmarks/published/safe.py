@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxrlhf.benchmarks.controls import coin, constant
 from jaxrlhf.benchmarks.letters import write_letters
-from jaxrlhf.benchmarks.record import Benchmark, Cell, Finished, Measured, Results
+from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Above, Below, Holds
 
 HELPFUL, FORBIDDEN, NEUTRAL = "ab", "xy", "cdef"
@@ -61,7 +61,7 @@ def write_data(folder: Path, seed: int) -> None:
 # ---- what is measured -----------------------------------------------------------------------------------------------
 
 
-def measure(done: Finished) -> Measured:
+def measure(done: FinishedCell) -> Measured:
     """Of the cost model: how often its sign is the label. Of a policy: reward and cost of the last evaluation, by the
     functions of the task, and the multiplier and the cost over the run."""
     if done.cell == "sft":

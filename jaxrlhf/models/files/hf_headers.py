@@ -17,7 +17,7 @@ from jaxrlhf.models.families import FAMILIES, HuggingFace
 from jaxrlhf.models.families.wrappers import TEXT_NAMES
 from jaxrlhf.models.files import gguf
 from jaxrlhf.models.files.hf_folder import INDEX, SINGLE, VALUE_HEAD, read_json
-from jaxrlhf.models.files.hf_layout import SCORE, Source, find_sources, score_bias
+from jaxrlhf.models.files.hf_layout import SCORE, LeafTensors, find_sources, score_bias
 from jaxrlhf.types import Head
 
 FLOATS = ("F32", "BF16", "F16", "F64")
@@ -33,7 +33,7 @@ class Contents(NamedTuple):
     """What a folder holds for one model."""
 
     tensors: dict[str, Any]  # by the names of a plain model
-    sources: dict[str, Source]  # path of a leaf -> where it is; without the leaves that the folder lacks
+    sources: dict[str, LeafTensors]  # path of a leaf -> where it is; without the leaves that the folder lacks
     has_score: bool  # whether there is a scalar head
     left: list[str]  # tensors of other parts, that are not read: as the files name them
 
@@ -176,7 +176,7 @@ def shown(names: list[str]) -> str:
 
 
 def check_tensors(
-    tensors: Mapping[str, Any], sources: dict[str, Source], cfg: ModelConfig, where: str, called: Mapping[str, str]
+    tensors: Mapping[str, Any], sources: dict[str, LeafTensors], cfg: ModelConfig, where: str, called: Mapping[str, str]
 ) -> None:
     """Every tensor that is needed is present, in its shape; every other one is another head's or no weight at all.
     ``called``: names that the file has otherwise."""

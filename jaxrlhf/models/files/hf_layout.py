@@ -14,7 +14,7 @@ from jaxrlhf.types import Head
 SCORE = Module("score", "score embed")  # the scalar head, in every family; classes of transformers have no bias there
 
 
-class Source(NamedTuple):
+class LeafTensors(NamedTuple):
     """The tensor, one a layer, that holds a leaf."""
 
     name: str
@@ -55,8 +55,8 @@ def leaves_of(cfg: ModelConfig, head: Head) -> dict[str, Leaf]:
     return {dotted(path): leaf for path, leaf in flat}
 
 
-def find_sources(cfg: ModelConfig, head: Head) -> dict[str, Source]:
-    """Path of a leaf -> Source, for every leaf but the bias of a scalar head; parts of a tensor in their order."""
+def find_sources(cfg: ModelConfig, head: Head) -> dict[str, LeafTensors]:
+    """Path of a leaf -> its tensors, for every leaf but the bias of a scalar head; parts of a tensor in their order."""
     leaves = leaves_of(cfg, head)
     leaves.pop("head.bias", None)
     modules = FAMILIES[cfg.family].hf.modules | ({"head": SCORE} if head == "scalar" else {})
@@ -70,12 +70,12 @@ def find_sources(cfg: ModelConfig, head: Head) -> dict[str, Source]:
     return {path: source._replace(total=length[source.name]) for path, source in found.items()}
 
 
-def score_bias(cfg: ModelConfig) -> Source:
+def score_bias(cfg: ModelConfig) -> LeafTensors:
     """Where the bias of a scalar head is, in files that have one."""
     return make_source(SCORE, "bias", leaves_of(cfg, "scalar")["head.bias"], cfg)._replace(total=1)
 
 
-def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> Source:
+def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> LeafTensors:
     """Where ``leaf`` of ``module`` is, but for its place among parts."""
     stacked = leaf.axes[0] == "layers"
     axes = leaf.axes[1:] if stacked else leaf.axes
@@ -84,4 +84,4 @@ def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> So
         sizes["vocab"] = cfg.vocab_size or sizes["vocab"]
     dims = tuple(tuple(dim.split(".")) for dim in module.layout.split())
     dims = tuple(dim for dim in dims if set(dim) - {"part"} <= set(axes))  # a bias has some of the weight's
-    return Source(f"{module.name}.{suffix}", dims, axes, sizes, cfg.num_layers if stacked else None)
+    return LeafTensors(f"{module.name}.{suffix}", dims, axes, sizes, cfg.num_layers if stacked else None)

@@ -21,7 +21,7 @@ from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files.hf_config import NO_IDS, TokenIds, describe, describe_ids
 from jaxrlhf.models.files.hf_folder import INDEX, SINGLE, read_json, tokenizer_files, write_json, written_whole
 from jaxrlhf.models.files.hf_headers import examine
-from jaxrlhf.models.files.hf_layout import Source, dotted, find_sources, leaves_of, score_bias
+from jaxrlhf.models.files.hf_layout import LeafTensors, dotted, find_sources, leaves_of, score_bias
 from jaxrlhf.models.parameters import Leaf, init, parameter_table, weight_axes
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array, Head, Params
@@ -108,7 +108,7 @@ def place(leaf: Leaf, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Array:
 
 
 def read_shard(
-    source: Source, tensors: Mapping[str, Any], shape: tuple[int, ...], index: tuple[slice, ...], dtype, where: str
+    source: LeafTensors, tensors: Mapping[str, Any], shape: tuple[int, ...], index: tuple[slice, ...], dtype, where: str
 ) -> np.ndarray:
     """``index`` of the leaf whose shape is ``shape``: layers stacked, vocabulary padded with zeros."""
     bounds = [one.indices(size)[:2] for one, size in zip(index, shape)]
@@ -135,7 +135,7 @@ def read_shard(
     return shard
 
 
-def read_tensor(source: Source, tensor: Any, window: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+def read_tensor(source: LeafTensors, tensor: Any, window: Mapping[str, tuple[int, ...]]) -> np.ndarray:
     """The part of the leaf that ``window`` (axis -> start, stop) says, its axes in the leaf's order; no more is read
     than the slice of each dimension's slowest axis."""
     picked, fused, mine, split, wanted, order = [], [], [], [], [], []
@@ -231,20 +231,22 @@ def fold_score_bias(params: Params) -> Params:
     return params | {"final_norm": params["final_norm"] | {"bias": moved}, "head": head}
 
 
-class Part(NamedTuple):
+class LayerPart(NamedTuple):
     """One layer of a leaf, which is all or a part of a tensor."""
 
     path: str
-    source: Source
+    source: LeafTensors
     layer: int | None
 
 
-def plan_shards(sources: dict[str, Source], itemsize: int, max_bytes: float) -> dict[str, dict[str, list[Part]]]:
+def plan_shards(
+    sources: dict[str, LeafTensors], itemsize: int, max_bytes: float
+) -> dict[str, dict[str, list[LayerPart]]]:
     """File name -> tensor -> its parts; a file is as full as ``max_bytes`` allows, and holds one tensor at least."""
-    tensors: dict[str, list[Part]] = {}
+    tensors: dict[str, list[LayerPart]] = {}
     for path, source in sources.items():
         for layer, name in enumerate(source.names()):
-            tensors.setdefault(name, []).append(Part(path, source, layer if source.layers else None))
+            tensors.setdefault(name, []).append(LayerPart(path, source, layer if source.layers else None))
     groups, room = [{}], max_bytes
     for name, parts in tensors.items():
         size = math.prod(parts[0].source.shape()) * itemsize
@@ -258,7 +260,7 @@ def plan_shards(sources: dict[str, Source], itemsize: int, max_bytes: float) -> 
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def join_parts(params: Params, parts: list[Part]) -> np.ndarray:
+def join_parts(params: Params, parts: list[LayerPart]) -> np.ndarray:
     """The tensor as files have it: the inverse of read_tensor, for all the leaves that share it."""
     blocks, at = [], 0
     for path, source, layer in parts:
@@ -308,7 +310,7 @@ def check_ids(ids: TokenIds, cfg: ModelConfig) -> None:
             raise ValueError(f"export: {name} token {value} is outside the vocabulary of {cfg.vocab_size}")
 
 
-def weight_bytes(sources: dict[str, Source], dtype) -> int:
+def weight_bytes(sources: dict[str, LeafTensors], dtype) -> int:
     """Of all tensors in the files."""
     shapes = {name: source.shape() for source in sources.values() for name in source.names()}
     return sum(map(math.prod, shapes.values())) * jnp.dtype(dtype).itemsize
