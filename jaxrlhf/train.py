@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from jaxrlhf.config.batch import describe_batch, describe_learning, describe_precision, describe_sharing
 from jaxrlhf.config.check import check, profiled_steps
 from jaxrlhf.config.load import as_tree, dump, without_place
 from jaxrlhf.config.places import check_places
@@ -30,19 +29,17 @@ from jaxrlhf.log.trackers import check_installed
 from jaxrlhf.plan.device_memory import need_room
 from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run import announce, checkpoint, normalize, saved_run, verified_steps
-from jaxrlhf.run.announce import other_endings, spelled_markers
 from jaxrlhf.run.bad_batch import NotFinite
 from jaxrlhf.run.build import Run, build
-from jaxrlhf.run.epochs import describe_epochs, describe_short_run
-from jaxrlhf.run.feed import Feed, describe_data
+from jaxrlhf.run.feed import Feed
 from jaxrlhf.run.initial_state import abstract_state, initial_state
 from jaxrlhf.run.kept_programs import shared
 from jaxrlhf.run.programs import compile_programs
+from jaxrlhf.run.raised_by_all import raised_by_all
 from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
-from jaxrlhf.run.runtime import kernels_passed_over
-from jaxrlhf.run.scoring import joined, raised_by_all, try_graders
+from jaxrlhf.run.scoring import joined, try_graders
 from jaxrlhf.run.transfer import fetch_all, put
-from jaxrlhf.sharding import batch_shards, current, for_programs
+from jaxrlhf.sharding import current, for_programs
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
 
 DONE, PREEMPTED, INTERRUPTED = "done", "preempted", "interrupted"
@@ -196,25 +193,12 @@ class Trainer:
         """From iteration ``start`` to the end, or to a signal. ``raw``: the config as the user wrote it.
 
         Raises ConfigError, before anything is compiled, where checkpoint.best is none of the metrics."""
-        cfg, resolved, parts = self.cfg, self.ready.resolved, self.ready.recipe.num_micro
+        cfg, resolved = self.cfg, self.ready.resolved
         held_out.check_best(self.ready, self.evaluation)
-        passed_over = kernels_passed_over(cfg, self.ready.mesh, self.ready.configs)
-        sharing = describe_sharing(resolved, batch_shards(self.ready.mesh), parts) + held_out.describe_best(cfg)
         with self.log.doing("loading"):
-            rows = announce.describe_rows(self.ready, self.feed, self.evaluation.summaries())
-        lines = [*describe_data(self.ready), *rows, describe_epochs(resolved, self.feed.rows())]
-        notes = dict.fromkeys(note for found in self.ready.weights.values() for note in found.notes)
-        lines += [
-            describe_batch(resolved, parts),
-            *describe_short_run(resolved, self.feed.rows()),
-            *sharing,
-            *describe_precision(resolved),
-            *describe_learning(resolved),
-            *passed_over,
-            *other_endings(self.ready),
-            *spelled_markers(self.ready),
-            *notes,
-        ]
+            lines = announce.first_lines(
+                self.ready, self.feed, self.evaluation.summaries(), held_out.describe_best(cfg)
+            )
         self.log.say("\n".join(lines))
         with self.log.doing("loading"):
             state = for_programs(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)

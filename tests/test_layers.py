@@ -33,6 +33,7 @@ IN_RUN = (
         "agreed_saves",
         "reader_leases",
         "failed_save_logs",
+        "raised_by_all",
     ),
     ("verified_steps",),
     ("saved_run",),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 
+from jaxrlhf.config.batch import describe_batch, describe_learning, describe_precision, describe_sharing
 from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.data import chat
 from jaxrlhf.data import tokenizer as tokenizers
@@ -14,8 +15,11 @@ from jaxrlhf.errors import counted
 from jaxrlhf.hosts import processes
 from jaxrlhf.models.parameters import parameter_table
 from jaxrlhf.run.build import Run
-from jaxrlhf.run.feed import Feed, training_prompts
+from jaxrlhf.run.epochs import describe_epochs, describe_short_run
+from jaxrlhf.run.feed import Feed, describe_data, training_prompts
 from jaxrlhf.run.origins import base_role
+from jaxrlhf.run.runtime import kernels_passed_over
+from jaxrlhf.sharding import batch_shards
 from jaxrlhf.types import Role
 
 
@@ -33,6 +37,30 @@ def opening(ready: Run, start: int) -> str:
         f"seed {cfg.seed}",
     ]
     return f"{cfg.run_dir}: {', '.join(parts)}"
+
+
+def first_lines(ready: Run, feed: Feed, held_out: Sequence[Summary], best: Sequence[str]) -> list[str]:
+    """What is said before anything is compiled: of data, batch arithmetic, precision, and what may be unexpected.
+
+    ``held_out``: the sources of the evaluation; ``best``: what there is to say of checkpoint.best."""
+    cfg, resolved, parts = ready.cfg, ready.resolved, ready.recipe.num_micro
+    notes = dict.fromkeys(note for found in ready.weights.values() for note in found.notes)
+    rows = describe_rows(ready, feed, held_out)
+    return [
+        *describe_data(ready),
+        *rows,
+        describe_epochs(resolved, feed.rows()),
+        describe_batch(resolved, parts),
+        *describe_short_run(resolved, feed.rows()),
+        *describe_sharing(resolved, batch_shards(ready.mesh), parts),
+        *best,
+        *describe_precision(resolved),
+        *describe_learning(resolved),
+        *kernels_passed_over(cfg, ready.mesh, ready.configs),
+        *other_endings(ready),
+        *spelled_markers(ready),
+        *notes,
+    ]
 
 
 def describe_rows(ready: Run, feed: Feed, held_out: Sequence[Summary]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,17 +10,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxrlhf.data.tokenizer import decode_rows
-from jaxrlhf.hosts import processes
 from jaxrlhf.precomputed_answers import Answered
-from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.episodes import Player
 from jaxrlhf.run.programs import Program
+from jaxrlhf.run.raised_by_all import together
 from jaxrlhf.run.transfer import fetch, holders, put, share_of
 from jaxrlhf.types import Batch, Sequences, TrainState, given
 
 Records = list[dict[str, Any]]
-T = TypeVar("T")
 
 
 class Scored(NamedTuple):
@@ -28,40 +26,6 @@ class Scored(NamedTuple):
 
     sequences: Sequences  # with scores, and grades of several functions, f32[B], laid out as rows
     seconds: float  # spent in the functions
-
-
-class RaisedByAll:
-    """An error that every process of a run raises at this point, as one of them did."""
-
-
-class FailureOfAll(RaisedByAll, GraderError):
-    """A reward function raised something, or took too long."""
-
-
-class MistakeOfAll(RaisedByAll, ValueError):
-    """A reward function did not answer with numbers."""
-
-
-def raised_by_all(error: BaseException) -> bool:
-    """Whether all processes of the run, which may be one, have raised ``error``."""
-    return not processes.several() or isinstance(error, RaisedByAll)
-
-
-def together(work: Callable[[], T]) -> T:
-    """What ``work`` returns. Where it raises GraderError or ValueError on one process, all processes of the run raise
-    that here: none of them begins what needs all, so that they can save what they have."""
-    if not processes.several():
-        return work()
-    found, failed, problem = None, None, ""
-    try:
-        found = work()
-    except (GraderError, ValueError) as error:
-        kind = FailureOfAll if isinstance(error, GraderError) else MistakeOfAll
-        failed, problem = error, f"{kind.__name__} process {jax.process_index()}: {error}"
-    if first := processes.first_told(problem):
-        name, _, text = first.partition(" ")
-        raise (FailureOfAll if name == FailureOfAll.__name__ else MistakeOfAll)(text) from failed
-    return cast(T, found)
 
 
 def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
