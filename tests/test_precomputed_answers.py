@@ -22,12 +22,13 @@ from jaxrlhf.run.programs import overlaps
 from jaxrlhf.run.recorded_asks import asked_before_scores
 from jaxrlhf.types import Ask, Batch, Experience, Nets, Sequences, TrainState
 from tests.support import tiny
+from tests.support.fake import no_sample
 
 
 def drawn(algorithm: Algorithm, cfg: Any) -> Any:
     """What of a Blueprint is looked at."""
     run = SimpleNamespace(algorithm=cfg, models={})
-    recipe = SimpleNamespace(nets=SimpleNamespace(graders={}), graders=("help", "cost"))
+    recipe = SimpleNamespace(nets=Nets(no_sample, no_sample), graders=("help", "cost"))
     return SimpleNamespace(algorithm=algorithm, cfg=run, recipe=recipe)
 
 
