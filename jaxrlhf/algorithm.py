@@ -195,6 +195,19 @@ class Finish(Protocol):
         ...
 
 
+class NeedSamples(Protocol):
+    def __call__(self, cfg: Any, /) -> int:
+        """Say how many responses to a prompt the algorithm needs.
+
+        Args:
+            cfg: the algorithm's config.
+
+        Returns:
+            1 or more: with fewer responses to a prompt there is nothing to learn.
+        """
+        ...
+
+
 class FindProblems(Protocol):
     def __call__(self, cfg: Any, /) -> Iterable[str]:
         """Check values of the config against each other.
@@ -247,6 +260,16 @@ def no_problems(cfg: Any) -> tuple[str, ...]:
     return ()
 
 
+def one_sample(cfg: Any) -> int:
+    """Learn from each response by itself."""
+    return 1
+
+
+def two_samples(cfg: Any) -> int:
+    """Compare the responses to a prompt with each other."""
+    return 2
+
+
 class Algorithm(NamedTuple):
     """An algorithm as a record of pure functions, like optax.GradientTransformation. The first seven are required."""
 
@@ -264,4 +287,4 @@ class Algorithm(NamedTuple):
     finish: Finish = finish_at_once
     problems: FindProblems = no_problems
     graders_apart: bool = False  # its advantages follow Nets.apart
-    min_samples_per_prompt: int = 1  # with fewer responses to a prompt there is nothing to learn
+    min_samples: NeedSamples = one_sample  # responses to a prompt

@@ -3,16 +3,33 @@ what they report."""
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Updates, read_logprobs
 from jaxrlhf.algorithms.grading import combined, member_metrics, members_of, read_members, read_scores
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO, kl_estimate
-from jaxrlhf.ops.masked import at_last, count, keep, sums, variance
+from jaxrlhf.ops.losses import Objective, clipped_policy_terms, weighted_likelihood_terms
+from jaxrlhf.ops.masked import at_last, count, keep, row_means, sums, variance
 from jaxrlhf.ops.token_rewards import missing_eos
 from jaxrlhf.types import Array, Mean, Nets, Role, Sequences, TrainState, Trees, given
+
+SamplerRatio = Literal["token", "sequence", "sequence-mean"]
+AboveCap = Literal["cap", "drop"]
+
+
+class Correction(Protocol):
+    """The fields of a config that correct for the sampler."""
+
+    @property
+    def sampler_ratio(self) -> SamplerRatio: ...
+    @property
+    def sampler_ratio_cap(self) -> float | None: ...
+    @property
+    def sampler_ratio_above(self) -> AboveCap: ...
+    @property
+    def sampler_ratio_floor(self) -> float | None: ...
 
 
 def scores_of(nets: Nets, trees: Trees, sequences: Sequences) -> tuple[Array, dict[Role, Array]]:
@@ -88,37 +105,52 @@ def old_logprobs(nets: Nets, state: TrainState, sequences: Sequences, how: Liter
 
 
 def correct_for_sampler(
-    advantages: Array, old: Array, sequences: Sequences, cap: float | None
+    advantages: Array, old: Array, sequences: Sequences, cfg: Correction
 ) -> tuple[Array, dict[str, Mean]]:
-    """Truncated importance sampling, where the sampler's probabilities are not quite the trainer's.
+    """Importance sampling, where the sampler's probabilities are not quite the trainer's.
 
         ratio = exp(old - sampler)        how much likelier the trainer holds the token than the sampler did
-        A     = A * min(ratio, cap)
+        A     = A * weight
+
+        sampler_ratio        token: that of the token; sequence: the product over the response; sequence-mean: the
+                             geometric mean
+        sampler_ratio_above  cap: weight = min(ratio, sampler_ratio_cap)
+                             drop: weight = ratio, and 0 where it is above the cap or below sampler_ratio_floor
 
     A policy loss is positively homogeneous in the advantage, so this weights a token's share of it; values, returns,
-    the KL from the reference and the entropy bonus stay as they are. ``cap`` None: nothing is changed or reported.
+    the KL from the reference, the entropy bonus and what the loss is divided by stay as they are. A cap of null:
+    nothing is changed or reported.
 
     Args:
         advantages: f32[B, S], normalised already, 0 outside the responses.
         old: f32[B, S], log-probs that the trainer recomputed before any update.
         sequences: as sampled: ``sequences.logprobs`` are the sampler's.
-        cap: the largest weight. Below 1 it scales also those tokens down on which both agree.
+        cfg: its cap is the largest weight. Below 1 it scales also those tokens down on which both agree.
 
     Returns:
-        (advantages f32[B, S]; policy/sampler_ratio, the mean of the ratio before the cap, and
-        policy/sampler_ratio_capped, the share of tokens whose ratio is above it). Log-ratios are held within 20 nats.
+        (advantages f32[B, S]; policy/sampler_ratio, the mean of the ratio over tokens, and their share that is above
+        the cap, policy/sampler_ratio_capped, or is dropped, policy/sampler_ratio_dropped). Log-ratios are held within
+        20 nats.
 
-    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; the truncation:
-    Espeholt et al. 2018 (arXiv:1802.01561), section 4.1.
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; of sequences, and
+    dropping: Liu et al. 2025, "When Speed Kills Stability"; the truncation: Espeholt et al. 2018 (arXiv:1802.01561),
+    section 4.1.
     """
-    if cap is None:
+    if (cap := cfg.sampler_ratio_cap) is None:
         return advantages, {}
     assert sequences.logprobs is not None, "the sampler's log-probs are missing"
     mask = sequences.response_mask
     log_ratio = keep(old, mask) - keep(sequences.logprobs, mask)
+    if cfg.sampler_ratio == "sequence":
+        log_ratio = keep(jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape), mask)
+    elif cfg.sampler_ratio == "sequence-mean":
+        log_ratio = row_means(log_ratio, mask)
     ratio = jnp.exp(jnp.clip(log_ratio, -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
-    metrics = {"policy/sampler_ratio": sums(ratio, mask), "policy/sampler_ratio_capped": sums(ratio > cap, mask)}
-    return advantages * jnp.minimum(ratio, cap), metrics
+    metrics = {"policy/sampler_ratio": sums(ratio, mask)}
+    if cfg.sampler_ratio_above == "cap":
+        return advantages * jnp.minimum(ratio, cap), metrics | {"policy/sampler_ratio_capped": sums(ratio > cap, mask)}
+    outside = (ratio > cap) | (ratio < (cfg.sampler_ratio_floor or 0.0))
+    return jnp.where(outside, 0.0, advantages * ratio), metrics | {"policy/sampler_ratio_dropped": sums(outside, mask)}
 
 
 def rollout_metrics(
@@ -170,6 +202,21 @@ def grader_metrics(sequences: Sequences, rows: Array) -> dict[str, Mean]:
     return metrics | {name: Mean(count(which), jnp.float32(1)) for name, which in missing.items()}
 
 
+def policy_terms(
+    objective: Objective,
+    logprobs: Array,
+    log_ratio: Array,
+    advantages: Array,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+) -> tuple[Array, Array, Array]:
+    """(loss of every response token, its ratio, whether that was clipped), by the objective that the config names; all
+    [B, S]. ``clip``: how far the ratio may fall under 1, and rise over it."""
+    if objective == "cispo":
+        return weighted_likelihood_terms(logprobs, log_ratio, advantages, *clip)
+    return clipped_policy_terms(log_ratio, jnp.zeros_like(log_ratio), advantages, *clip, dual_clip)
+
+
 def update_metrics(
     logprobs: Array, old: Array, entropy: Array, ratio: Array, clipped: Array, mask: Array
 ) -> dict[str, Mean]:
@@ -189,9 +236,18 @@ def updates(cfg: Any) -> Updates:
 
 
 def problems(cfg: Any) -> Iterator[str]:
-    """The sampler's probabilities are corrected only where the trainer computes its own."""
-    if cfg.sampler_ratio_cap is not None and cfg.old_logprobs == "sampler":
+    """The sampler's probabilities are corrected only where the trainer computes its own; a field that would do nothing
+    is refused."""
+    cap, floor = cfg.sampler_ratio_cap, cfg.sampler_ratio_floor
+    if cap is not None and cfg.old_logprobs == "sampler":
         yield (
-            f"sampler_ratio_cap: {cfg.sampler_ratio_cap}: old_logprobs is sampler, so there is no ratio to cap; "
+            f"sampler_ratio_cap: {cap}: old_logprobs is sampler, so there is no ratio to cap; "
             "expected null or old_logprobs recompute"
         )
+    for name, default in (("sampler_ratio", "token"), ("sampler_ratio_above", "cap")):
+        if cap is None and (value := getattr(cfg, name)) != default:
+            yield f"{name}: {value}: sampler_ratio_cap is null, so no ratio is read; expected {default}"
+    if floor is not None and (cap is None or cfg.sampler_ratio_above == "cap" or floor >= cap):
+        yield f"sampler_ratio_floor: {floor}: expected null, or sampler_ratio_above drop and a higher sampler_ratio_cap"
+    if cfg.objective == "cispo" and cfg.dual_clip is not None:
+        yield f"dual_clip: {cfg.dual_clip}: cispo clips every ratio; expected null, or objective clip"

@@ -7,9 +7,15 @@ score at the last token. With d the error of the Bellman equation, the advantage
     d[t] = r[t] + gamma * V[t + 1] - V[t]         A[t] = d[t] + gamma * gae_lambda * A[t + 1]
     policy: - min(A * ratio, A * clip(ratio, 1 - clip_range, 1 + clip_range))        ratio = pi / pi_old
     value:  1/2 * max((V - R)^2, (clip(V, V_old - value_clip_range, V_old + value_clip_range) - R)^2)     R = A + V_old
+
+VAPO (arXiv:2504.05118) is PPO for long responses; ``preset: vapo`` sets its fields: returns with a lambda of their own
+(gae_lambda_value), a lambda of the policy that grows with a response (gae_length_alpha), a higher bound of the ratio
+(clip_range_high), the likelihood of good responses (positive_coef), a value model that learns first
+(optimizer.policy.delay).
 """
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax.numpy as jnp
@@ -17,10 +23,10 @@ import jax.numpy as jnp
 from jaxrlhf.algorithm import Algorithm, read_logprobs
 from jaxrlhf.algorithms import on_policy
 from jaxrlhf.algorithms.rm import preference_losses
-from jaxrlhf.ops.advantages import gae
+from jaxrlhf.ops.advantages import gae, length_lambda
 from jaxrlhf.ops.kl import adaptive_kl_coef, kl_estimate
-from jaxrlhf.ops.losses import clipped_policy_terms, clipped_value_terms
-from jaxrlhf.ops.masked import keep, sums, variance, whiten
+from jaxrlhf.ops.losses import Objective, clipped_value_terms
+from jaxrlhf.ops.masked import count, keep, sums, variance, whiten
 from jaxrlhf.ops.token_rewards import score_to_rewards
 from jaxrlhf.types import (
     Array,
@@ -50,9 +56,15 @@ class PPOConfig:
     num_epochs: int = 4  # passes over the responses of an iteration
     num_minibatches: int = 1  # updates an epoch
     clip_range: float = 0.2  # of the policy ratio, around 1
+    clip_range_high: float | None = None  # how far the ratio may rise over 1; null: clip_range
+    dual_clip: float | None = None  # the largest ratio that counts against a token; null: no bound
+    objective: Objective = "clip"  # cispo: log-likelihood weighted by the clipped ratio, which has no gradient
     value_clip_range: float | None = 0.2  # of a value, around the old one; null: no clipping
     gamma: float = 1.0  # discount a token
     gae_lambda: float = 0.95  # 1: advantages from whole returns; 0: from the value model's one-step errors
+    gae_lambda_value: float | None = None  # of the returns that the value model learns; null: that of the advantages
+    gae_length_alpha: float | None = None  # gae_lambda is 1 - 1 / (this x tokens of the response); null: gae_lambda
+    positive_coef: float = 0.0  # weight of -log p of a token of the responses whose score is above 0
     kl_coef: float = 0.05  # reward lost per nat of KL from the reference
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # of the KL in the reward
     kl_controller: Literal["fixed", "adaptive"] = "fixed"  # adaptive: kl_coef moves so that the KL meets kl_target
@@ -62,9 +74,13 @@ class PPOConfig:
     whiten_advantages: Literal["no", "unbiased", "biased"] = "unbiased"  # by which variance
     whiten_rewards: bool = False  # divide rewards by their standard deviation; their mean stays
     missing_eos_penalty: float = 0.0  # taken off the score of a response that did not end, before KL shaping
+    score_clip: float | None = None  # what is left counts as this at most, and as its negative at least; null: as it is
     stop_kl: float | None = None  # KL from the old policy, nats per token, above which further updates are skipped
     old_logprobs: Literal["sampler", "recompute"] = "sampler"  # recompute: the ratio starts at exactly 1
     sampler_ratio_cap: float | None = None  # recompute: policy loss times min(trainer's p / sampler's, this); null: off
+    sampler_ratio: on_policy.SamplerRatio = "token"  # sequence: the product over a response; -mean: the geometric mean
+    sampler_ratio_above: on_policy.AboveCap = "cap"  # drop: what is above the cap counts nothing
+    sampler_ratio_floor: float | None = None  # drop: nor what is below
     reward_update: bool = False  # also train the reward model on preference pairs, in the same program
     reward_label_smoothing: float = 0.0  # reward_update: as in rm
     reward_centering: float = 0.0  # reward_update: as in rm
@@ -76,6 +92,7 @@ class PPOExperience(Experience, kw_only=True):
     advantages: Array  # f32[B, S]
     returns: Array  # f32[B, S]
     values: Array  # f32[B, S]
+    positive: Array | None = None  # f32[B, S]: weight of a token's -log p, where positive_coef is not 0
     pairs: Rows | None = None  # Preferences, where the reward model learns too
 
 
@@ -103,8 +120,14 @@ def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: PPOConfig) -> tupl
     metrics["kl/coef"] = Mean(kl_coef(state, cfg), jnp.float32(1))
     advantages, corrected = normalised(advantages, logprobs, sequences, cfg)
     sequences = sequences.replace(scores=scores, logprobs=logprobs)
-    pairs = pairs_of(batch, cfg)
-    experience = PPOExperience(responses=sequences, advantages=advantages, returns=returns, values=values, pairs=pairs)
+    experience = PPOExperience(
+        responses=sequences,
+        advantages=advantages,
+        returns=returns,
+        values=values,
+        positive=positive_weights(sequences, cfg),
+        pairs=pairs_of(batch, cfg),
+    )
     return experience, metrics | corrected
 
 
@@ -125,7 +148,19 @@ def normalised(
     """(advantages f32[B, S], whitened and corrected for the sampler as the config asks; the correction's metrics)."""
     if cfg.whiten_advantages != "no":
         advantages = whiten(advantages, sequences.response_mask, variance=cfg.whiten_advantages)
-    return on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg.sampler_ratio_cap)
+    return on_policy.correct_for_sampler(advantages, logprobs, sequences, cfg)
+
+
+def positive_weights(sequences: Sequences, cfg: PPOConfig) -> Array | None:
+    """f32[B, S]: positive_coef at the tokens of responses whose score is above 0, scaled so that their mean -log p is
+    over them alone, while the loss is divided by all response tokens; 0 elsewhere. The counts are the iteration's.
+
+    Source: Yue et al. 2025 (arXiv:2504.05118), equation 10."""
+    if not cfg.positive_coef:
+        return None
+    mask = sequences.response_mask
+    good = mask & (given(sequences.scores, "scores") > 0)[:, None]
+    return jnp.where(good, cfg.positive_coef * count(mask) / jnp.maximum(count(good), 1.0), 0.0)
 
 
 def pairs_of(batch: Batch, cfg: PPOConfig) -> Rows | None:
@@ -145,6 +180,8 @@ def shaped_rewards(
     """f32[B, S]: -kl_coef * KL on every response token, and the score on the last, or on each what it earned."""
     mask = sequences.response_mask
     scores = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
+    if cfg.score_clip is not None:
+        scores = jnp.clip(scores, -cfg.score_clip, cfg.score_clip)
     penalty = kl_penalty(state, logprobs, ref_logprobs, mask, cfg)
     earned = on_policy.earned_by_actions(nets, state.trees, sequences)
     rewards = score_to_rewards(scores, penalty, mask) if earned is None else keep(earned - penalty, mask)
@@ -162,7 +199,10 @@ def estimated(rewards: Array, values: Array, sequences: Sequences, cfg: PPOConfi
     """(advantages, returns), f32[B, S], by GAE: ``rewards`` of response tokens, ``values`` of all columns."""
     mask = sequences.response_mask
     whole = on_policy.with_what_follows(rewards, values, sequences, cfg.gamma)
-    return gae(whole, keep(values, mask), mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
+    of = partial(gae, whole, keep(values, mask), mask, gamma=cfg.gamma)
+    alpha, lambda_value = cfg.gae_length_alpha, cfg.gae_lambda_value
+    advantages, returns = of(gae_lambda=cfg.gae_lambda if alpha is None else length_lambda(mask, alpha))
+    return advantages, returns if lambda_value is None else of(gae_lambda=lambda_value)[1]
 
 
 def value_metrics(critic: Role, mask: Array, values: Array, returns: Array) -> dict[str, Mean]:
@@ -193,11 +233,17 @@ def policy_loss(
     sequences = given(minibatch.responses, "responses")
     mask = sequences.response_mask
     logprobs, old = keep(stats.logprobs, mask), keep(given(sequences.logprobs, "responses.logprobs"), mask)
-    policy, ratio, clipped = clipped_policy_terms(logprobs, old, minibatch.advantages, cfg.clip_range, cfg.clip_range)
+    clip = cfg.clip_range, cfg.clip_range if cfg.clip_range_high is None else cfg.clip_range_high
+    terms = on_policy.policy_terms(cfg.objective, logprobs, logprobs - old, minibatch.advantages, clip, cfg.dual_clip)
+    policy, ratio, clipped = terms
     entropy = keep(stats.entropy, mask)
     metrics = {"loss/policy": sums(policy, mask)}
     metrics |= on_policy.update_metrics(logprobs, old, entropy, ratio, clipped, mask)
-    return {"policy": sums(policy - cfg.entropy_coef * entropy, mask)}, metrics
+    total = policy - cfg.entropy_coef * entropy
+    if minibatch.positive is not None:
+        metrics["loss/positive"] = sums(-logprobs, mask & (minibatch.positive > 0))
+        total = total - minibatch.positive * logprobs
+    return {"policy": sums(total, mask)}, metrics
 
 
 def value_loss(

@@ -106,6 +106,7 @@ def prepare(
         values=values,
         cost_returns=cost_returns,
         cost_values=cost_values,
+        positive=ppo.positive_weights(sequences.replace(scores=scores), cfg),
         pairs=ppo.pairs_of(batch, cfg),
     )
     return experience, metrics | corrected

@@ -11,7 +11,7 @@ reference is not read; the learning rate and the number of iterations are what h
 
 import dataclasses
 
-from jaxrlhf.algorithm import Algorithm, Updates
+from jaxrlhf.algorithm import Algorithm, Updates, two_samples
 from jaxrlhf.algorithms import on_policy
 from jaxrlhf.ops.masked import keep, sums
 from jaxrlhf.ops.selection import best_in_group
@@ -76,5 +76,5 @@ ALGORITHM = Algorithm(
     updates=updates,
     prepare=prepare,
     loss=loss,
-    min_samples_per_prompt=2,
+    min_samples=two_samples,
 )

@@ -35,6 +35,7 @@ PARTS = (
     "after",
     "finish",
     "problems",
+    "min_samples",
 )
 
 
@@ -70,6 +71,7 @@ def with_checks(name: str, record: Algorithm) -> Algorithm:
         "after": lambda found, state, *_: wrong_state(found, state),
         "finish": lambda found, *_: None if found is None else wrong_type(found, Normalization),
         "problems": lambda found, *_: wrong_lines(found),
+        "min_samples": lambda found, *_: wrong_count(found),
     }
     parts = {part: function for part in PARTS if (function := getattr(record, part)) is not None}
     guarded = {part: guard(name, part, function, checks[part]) for part, function in parts.items()}
@@ -177,6 +179,10 @@ def wrong_updates(found: Any) -> str | None:
         if not isinstance(number := getattr(found, field), int) or number < 1:
             return f"returned {field} {show(number)}; expected an integer of 1 or more"
     return None if found.stop is None or callable(found.stop) else f"returned the stop {show(found.stop)}"
+
+
+def wrong_count(found: Any) -> str | None:
+    return None if isinstance(found, int) and found > 0 else f"returned {show(found)}; expected an integer of 1 or more"
 
 
 def wrong_state(found: Any, given: Any) -> str | None:

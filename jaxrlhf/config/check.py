@@ -146,6 +146,8 @@ def apart_problems(resolved: Resolved) -> Iterator[str]:
     elif penalty := getattr(cfg.algorithm, "missing_eos_penalty", 0.0):
         expected = "expected 0.0, and a function for it (soft_overlong)"
         yield f"algorithm.missing_eos_penalty: {penalty:g}: it is taken off a sum, and {where}; {expected}"
+    elif getattr(cfg.algorithm, "kl_in", "loss") == "score":
+        yield f"algorithm.kl_in: score: it is taken off a sum, and {where}; expected loss or rewards"
 
 
 def origin_problems(cfg: Config, role: Role) -> Iterator[str]:
@@ -210,7 +212,7 @@ def generate_problems(resolved: Resolved) -> Iterator[str]:
     if generate.beta > 0 and (algorithm.online or not resolved.roles.guides):
         why = "learns from what its policy samples alone" if algorithm.online else "has no action values to guide it"
         yield f"generate.beta: {show(generate.beta)}: {name} {why}; expected 0"
-    if samples < (least := algorithm.min_samples_per_prompt):
+    if samples < (least := algorithm.min_samples(cfg.algorithm)):
         yield (
             f"batch.samples_per_prompt: {samples}: {name} compares the responses to a prompt with each other; "
             f"expected {least} or more; nearest: {least}"

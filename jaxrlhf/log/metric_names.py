@@ -29,14 +29,16 @@ METRICS = [
     loss/q1 | - | the same of the first Q head (ilql)
     loss/q2 | - | the same of the second Q head (ilql)
     loss/kl | nats | KL term of the loss (grpo), before kl_coef
+    loss/positive | nats | -log p of a token of the responses whose score is above 0 (ppo), before positive_coef
     <role>/grad_norm | - | norm of the role's gradient before clipping
     <role>/learning_rate | - | mean learning rate of the updates; 0 while the role is delayed, and where no row counts
     policy/entropy | nats | entropy of the policy, a response token
     policy/clip_fraction | share | response tokens (or responses) whose ratio was clipped
     policy/ratio | - | probability of a response token now over that when it was sampled
     policy/kl_old | nats | KL from the policy that sampled, a response token
-    policy/sampler_ratio | - | probability of a token by the trainer over that by the sampler, before the cap
+    policy/sampler_ratio | - | probability by the trainer over that by the sampler, before the cap: sampler_ratio
     policy/sampler_ratio_capped | share | response tokens whose ratio is above sampler_ratio_cap
+    policy/sampler_ratio_dropped | share | response tokens left out by sampler_ratio_above: drop
     <role>/spikes | share | updates of the role that were left out by spike_sigmas
     update/not_finite | share | updates that were left out: a loss, gradient or new parameter was NaN or infinite
     policy/updates_skipped | share | updates that were skipped because of stop_kl

@@ -10,7 +10,7 @@ from jaxrlhf.ops import masked
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.types import Array, Mean
 
-GroupBaseline = Literal["mean_std", "mean", "leave_one_out"]
+GroupBaseline = Literal["mean_std", "mean", "leave_one_out", "none"]
 
 
 def gae(
@@ -27,7 +27,8 @@ def gae(
     Args:
         rewards, values: [B, S]; values[:, t] is V before token t. What they hold outside the mask is ignored.
         mask: bool[B, S], the tokens that the policy chose.
-        gamma: discount a token; gae_lambda: 1 sums all rewards, 0 is the one-step error.
+        gamma: discount a token.
+        gae_lambda: 1 sums all rewards, 0 is the one-step error; one number, or one a row, f32[B].
 
     Returns:
         (advantages, returns), both f32[B, S] and 0 outside the mask. The advantages are not whitened.
@@ -51,6 +52,23 @@ def gae(
     _, advantages = jax.lax.scan(backward, (nothing, nothing), columns, reverse=True)
     advantages = advantages.swapaxes(0, 1)
     return advantages, advantages + values  # both are 0 outside the mask
+
+
+def length_lambda(mask: Array, alpha: float) -> Array:
+    """f32[B]: a ``gae_lambda`` for each row, nearer to 1 the longer its response is.
+
+        gae_lambda = max(0, 1 - 1 / (alpha * l))        l: tokens under the mask
+
+    The geometric weights of GAE then sum to alpha * l: a fixed share of a response, not a fixed number of its tokens.
+
+    Args:
+        mask: bool[B, S], the response tokens.
+        alpha: more than 0; 0.05 in the source.
+
+    Source: Yue et al. 2025 (arXiv:2504.05118), section 4.2.
+    """
+    length = jnp.maximum(jnp.sum(mask, axis=1, dtype=jnp.float32), 1.0)
+    return jnp.maximum(1.0 - 1.0 / (alpha * length), 0.0)
 
 
 def next_values(values: Array, mask: Array, last: Array) -> Array:
@@ -80,21 +98,25 @@ def next_values(values: Array, mask: Array, last: Array) -> Array:
     return found.swapaxes(0, 1)
 
 
-def group_advantages(scores: Array, rows: Array, size: int, how: GroupBaseline) -> tuple[Array, Mean]:
+def group_advantages(
+    scores: Array, rows: Array, size: int, how: GroupBaseline, eps: float = 1e-6
+) -> tuple[Array, Mean]:
     """Each response's score against those of the other responses to its prompt.
 
-        mean_std       (score - mean of the group) / (standard deviation of the group + 1e-6)   over n - 1
+        mean_std       (score - mean of the group) / (standard deviation of the group + eps)   over n - 1
         mean           score - mean of the group
         leave_one_out  score - mean of the group's others
+        none           score
 
     ``mean`` is (n - 1) / n times ``leave_one_out``, whose baseline does not depend on the response itself, so that the
-    policy gradient stays unbiased. A group whose scores are all equal tells nothing: its advantages are exactly 0, also
-    where its mean is rounded. So are those of a response that is alone: there is nothing to compare it with (verl
-    keeps its score as it is).
+    policy gradient stays unbiased. But for ``none``, a group whose scores are all equal tells nothing: its advantages
+    are exactly 0, also where its mean is rounded. So are those of a response that is alone: there is nothing to compare
+    it with (verl keeps its score as it is).
 
     Args:
         scores: [B], the ``size`` responses to a prompt contiguous.
         rows: bool[B], the real ones; what ``scores`` hold elsewhere is ignored, and n counts without it.
+        eps: in units of score (mean_std).
 
     Returns:
         (advantages f32[B], 0 outside ``rows``; the share of groups that are told apart by nothing, of those that have
@@ -116,24 +138,32 @@ def group_advantages(scores: Array, rows: Array, size: int, how: GroupBaseline) 
     highest = jnp.max(jnp.where(real, values, -jnp.inf), axis=1, keepdims=True)
     lowest = jnp.min(jnp.where(real, values, jnp.inf), axis=1, keepdims=True)
     differ = highest > lowest
+    equal = masked.sums(~differ[:, 0], count[:, 0] > 0)
+    if how == "none":
+        return ungroup_rows(values), equal
     centered = masked.keep(values - jnp.sum(values, axis=1, keepdims=True) / jnp.maximum(count, 1.0), real & differ)
     others = jnp.maximum(count - 1.0, 1.0)
     if how == "mean_std":
         variance = jnp.sum(jnp.square(centered), axis=1, keepdims=True) / others
-        centered = centered / (jnp.sqrt(variance) + 1e-6)
+        centered = centered / (jnp.sqrt(variance) + eps)
     elif how == "leave_one_out":
         centered = centered * count / others
-    return ungroup_rows(centered), masked.sums(~differ[:, 0], count[:, 0] > 0)
+    return ungroup_rows(centered), equal
 
 
 def decoupled_advantages(
-    grades: Mapping[str, Array], weights: Mapping[str, float], rows: Array, size: int, how: GroupBaseline
+    grades: Mapping[str, Array],
+    weights: Mapping[str, float],
+    rows: Array,
+    size: int,
+    how: GroupBaseline,
+    eps: float = 1e-6,
 ) -> tuple[Array, Mean]:
     """Each response's grades against those of the other responses to its prompt, each grader by itself.
 
         A_k = grades_k against the group, as ``group_advantages``         over the rows to which grader k gave a number
         A   = sum of weight_k * A_k
-        A / (standard deviation of A over the batch + 1e-6)               over n - 1
+        A / (standard deviation of A over the batch + eps)                over n - 1
 
     A sum of grades of other scales than one would follow the widest alone; here each counts by its weight. The
     paper also subtracts the mean over the batch. That mean is 0, as is the mean of every A_k over its group, so nothing
@@ -152,8 +182,8 @@ def decoupled_advantages(
     """
     total = jnp.zeros(rows.shape, jnp.float32)
     for name, weight in weights.items():
-        found, _ = group_advantages(grades[name], rows & ~jnp.isnan(grades[name]), size, how)
+        found, _ = group_advantages(grades[name], rows & ~jnp.isnan(grades[name]), size, how, eps)
         total += weight * found
-    advantages = total / (jnp.sqrt(masked.variance(total, rows, True)) + 1e-6)
+    advantages = total / (jnp.sqrt(masked.variance(total, rows, True)) + eps)
     apart = jnp.any(group_rows(total, size) != 0, axis=1)
     return advantages, masked.sums(~apart, jnp.any(group_rows(rows, size), axis=1))

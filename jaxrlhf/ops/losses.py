@@ -14,6 +14,7 @@ from jaxrlhf.ops.kl import LARGEST_LOG_RATIO
 from jaxrlhf.types import Array, Mean, QStats
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+Objective = Literal["clip", "cispo"]
 
 
 def clipped_policy_terms(
@@ -56,6 +57,37 @@ def clipped_policy_terms(
     if dual_clip is not None:
         loss = jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual_clip), loss)
     return loss, ratio, bounded > free
+
+
+def weighted_likelihood_terms(
+    logprobs: Array,
+    log_ratio: Array,
+    advantages: Array,
+    clip_low: float | Array,
+    clip_high: float | Array,
+) -> tuple[Array, Array, Array]:
+    """CISPO's policy loss of every token: its log-likelihood, weighted by a clipped ratio that has no gradient.
+
+        loss = -stop_gradient(clip(exp(log_ratio), 1 - clip_low, 1 + clip_high)) * A * logprobs
+
+    So a token keeps its gradient where the ratio is clipped; ``clipped_policy_terms`` would drop it.
+
+    Args:
+        logprobs, log_ratio, advantages: [...], same shape; only ``logprobs`` is differentiated.
+        clip_low, clip_high: how far the weight may fall under 1, and rise over it. ``clip_low`` 1: no lower bound, as
+            in the source.
+
+    Returns:
+        (loss f32[...], ratio f32[...], clipped bool[...]): ``clipped`` where the weight is not the ratio itself. The
+        log-ratio is held within 20 nats.
+
+    Source: MiniMax 2025 (arXiv:2506.13585), equations 4 and 5.
+    """
+    assert logprobs.shape == log_ratio.shape == advantages.shape, (logprobs.shape, log_ratio.shape, advantages.shape)
+    held = jnp.clip(log_ratio.astype(jnp.float32), -LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+    ratio = jax.lax.stop_gradient(jnp.exp(held))
+    weight = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+    return -weight * advantages * logprobs.astype(jnp.float32), ratio, weight != ratio
 
 
 def clipped_value_terms(

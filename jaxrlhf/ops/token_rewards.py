@@ -1,5 +1,6 @@
 """From one score a sequence to a reward for every response token: the KL penalty is added here."""
 
+import jax
 import jax.numpy as jnp
 
 from jaxrlhf.ops import masked
@@ -36,3 +37,8 @@ def score_to_rewards(scores: Array, kl_penalty: Array, mask: Array) -> Array:
     penalty = masked.keep(kl_penalty, mask)
     score = jnp.where(masked.at_last(mask), scores.astype(jnp.float32)[:, None], 0.0)
     return score - penalty
+
+
+def returns_to_go(rewards: Array) -> Array:
+    """f32[B, S]: the sum of a row's ``rewards`` (f32[B, S], 0 outside the response) from each token on."""
+    return jax.lax.cumsum(rewards, axis=1, reverse=True)

@@ -286,7 +286,8 @@ def test_the_record():
     assert grpo.roles(GRPOConfig()) == ({"policy": "lm"}, {"reference": "lm", "reward": "scalar"})
     assert grpo.roles(GRPOConfig(kl_coef=0.0)) == ({"policy": "lm"}, {"reward": "scalar"})
     record = grpo.ALGORITHM
-    assert record.batch(GRPOConfig()) == ("prompts",) and record.min_samples_per_prompt == 2
+    assert record.batch(GRPOConfig()) == ("prompts",) and record.min_samples(GRPOConfig()) == 2
+    assert record.min_samples(GRPOConfig(advantages="none")) == 1
     assert record.online and record.updates(GRPOConfig(num_epochs=3, num_minibatches=5)) == (3, 5, None)
     for stop_kl, stops in ((0.1, True), (0.2, False)):
         stop = record.updates(GRPOConfig(stop_kl=stop_kl)).stop

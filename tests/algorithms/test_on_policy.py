@@ -18,11 +18,12 @@ from tests.support.fake import FAKE, Case, make_case, prompts_of
 AnyConfig = PPOConfig | GRPOConfig
 
 
-def corrected(advantages, old, sampled, mask, cap) -> tuple[np.ndarray, dict[str, float]]:
+def corrected(advantages, old, sampled, mask, cap, **how: Any) -> tuple[np.ndarray, dict[str, float]]:
     """correct_for_sampler of arrays that are given as lists, with metrics as numbers."""
+    cfg = GRPOConfig(sampler_ratio_cap=cap, **how)
     mask = jnp.array(mask)
     sequences = Sequences(jnp.zeros(mask.shape, jnp.int32), jnp.ones_like(mask), mask, logprobs=jnp.array(sampled))
-    found, means = on_policy.correct_for_sampler(jnp.array(advantages), jnp.array(old), sequences, cap)
+    found, means = on_policy.correct_for_sampler(jnp.array(advantages), jnp.array(old), sequences, cfg)
     return np.asarray(found), {name: float(mean.value()) for name, mean in means.items()}
 
 
@@ -53,6 +54,63 @@ def test_a_runaway_ratio_stays_finite():
     found, metrics = corrected([[1.0, 1.0, 1.0]], old, sampled, [[True, True, True]], 2.0)
     np.testing.assert_allclose(found, [[np.exp(-20), 2, np.exp(-20)]], rtol=1e-5)
     assert metrics["policy/sampler_ratio_capped"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("how", "weights", "share"),
+    [
+        # products 1 and 3/2, means 1 and sqrt(3/2), of ratios (2, 1/2) and (3, 1/2); an empty row; 2/3 alone
+        ({"sampler_ratio": "sequence"}, [[1, 1], [1.25, 1.25], [0, 0], [2 / 3, 0]], 2 / 5),
+        ({"sampler_ratio": "sequence-mean"}, [[1, 1], [1.5**0.5, 1.5**0.5], [0, 0], [2 / 3, 0]], 0.0),
+        ({"sampler_ratio": "sequence", "sampler_ratio_above": "drop"}, [[1, 1], [0, 0], [0, 0], [2 / 3, 0]], 2 / 5),
+        (
+            {"sampler_ratio": "sequence", "sampler_ratio_above": "drop", "sampler_ratio_floor": 0.75},
+            [[1, 1], [0, 0], [0, 0], [0, 0]],
+            3 / 5,
+        ),
+        ({"sampler_ratio_above": "drop"}, [[0, 0.5], [0, 0.5], [0, 0], [2 / 3, 0]], 2 / 5),
+        ({"sampler_ratio_above": "drop", "sampler_ratio_floor": 0.6}, [[0, 0], [0, 0], [0, 0], [2 / 3, 0]], 4 / 5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("junk", [0.0, np.nan, np.inf])
+def test_weights_of_whole_sequences_and_those_that_are_dropped(how, weights, share, junk):
+    """A cap of 5/4 over ratios of tokens (2, 1/2), (3, 1/2), none, (2/3)."""
+    mask = np.array([[True, True], [True, True], [False, False], [True, False]])
+    ratios = np.array([[2, 0.5], [3, 0.5], [1, 1], [2 / 3, 1]], np.float32)
+    old = np.where(mask, np.log(ratios), junk).astype(np.float32)
+    advantages = np.where(mask, [[1, -2], [3, 4], [0, 0], [-5, 0]], 0).astype(np.float32)
+    found, metrics = corrected(advantages, old, np.zeros((4, 2), np.float32), mask, 1.25, **how)
+    np.testing.assert_allclose(found, advantages * np.array(weights), rtol=1e-6)
+    name = "dropped" if how.get("sampler_ratio_above") else "capped"
+    assert metrics[f"policy/sampler_ratio_{name}"] == pytest.approx(share)
+    kind = {"sequence": [1, 1, 1.5, 1.5, 2 / 3], "sequence-mean": [1, 1, 1.5**0.5, 1.5**0.5, 2 / 3]}
+    ratio = kind.get(how.get("sampler_ratio"), ratios[mask])
+    assert metrics["policy/sampler_ratio"] == pytest.approx(float(np.mean(ratio)), rel=1e-6)
+
+
+def test_dropped_sequences_leave_the_gradient_of_those_that_both_find_likely():
+    """Two-token responses listed: with weights of whole sequences and no cap in reach, the sampler's expectation of
+    the gradient is the trainer's; token by token it is not."""
+    rng = np.random.default_rng(0)
+    table = lambda: (lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True))(rng.normal(0, 0.7, (3, 2)))
+    trainer, sampler = table(), table()  # row 0: the first token; rows 1 and 2: after token 0 and 1
+    responses = [(a, b) for a in (0, 1) for b in (0, 1)]
+    gains = np.array([1.0, -0.5, 2.0, 0.3])
+    log = lambda p: np.array([[np.log(p[0, a]), np.log(p[1 + a, b])] for a, b in responses], np.float32)
+    chance = lambda p: np.array([p[0, a] * p[1 + a, b] for a, b in responses])
+
+    def slopes(weights):  # of the logits of row 0
+        return sum(weights[i] * (np.eye(2)[a] - trainer[0]) for i, (a, _) in enumerate(responses))
+
+    def expected(**how):
+        advantages = np.repeat(gains[:, None], 2, 1).astype(np.float32)
+        weighted, _ = corrected(advantages, log(trainer), log(sampler), np.ones((4, 2), bool), 1e6, **how)
+        return slopes(chance(sampler) * weighted[:, 0])
+
+    wanted = slopes(chance(trainer) * gains)
+    np.testing.assert_allclose(expected(sampler_ratio="sequence"), wanted, atol=1e-6)
+    assert np.abs(expected() - wanted).max() > 0.01
 
 
 def test_no_cap_is_no_correction():

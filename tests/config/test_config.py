@@ -578,7 +578,8 @@ def test_what_cannot_work_is_one_line(ppo, overrides, line):
             "batch.samples_per_prompt: 1: grpo compares the responses to a prompt with each other; expected 2 or more; "
             "nearest: 2",
         ),
-        (["algorithm.kl_estimator=k1"], 'algorithm.kl_estimator: "k1": expected one of k2, k3'),
+        (["algorithm.kl_estimator=k4"], 'algorithm.kl_estimator: "k4": expected one of k1, k2, k3'),
+        (["algorithm.sampler_ratio=sequence"], "algorithm.sampler_ratio: sequence: sampler_ratio_cap is null, so no "),
         (["algorithm.aggregation=token-sum"], 'algorithm.aggregation: "token-sum": expected one of token-mean, '),
         (["algorithm.dual_clip=1"], "algorithm.dual_clip: 1.0: expected a number in (1, inf)"),
         (["algorithm.sampler_ratio_cap=0"], "algorithm.sampler_ratio_cap: 0.0: expected a number in (0, inf)"),

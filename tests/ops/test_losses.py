@@ -24,6 +24,7 @@ from jaxrlhf.ops.losses import (
     conservative_q_terms,
     expectile_terms,
     ipo,
+    weighted_likelihood_terms,
 )
 from jaxrlhf.types import QStats
 
@@ -113,6 +114,35 @@ def test_zero_advantages_give_zero_gradient():
     whitened = masked.whiten(jnp.full(new.shape, 0.5), mask, variance="unbiased")
     gradient = jax.grad(lambda x: aggregate(clipped_policy_terms(x, old, whitened, 0.2, 0.2)[0], mask, WAYS[0]).value())
     np.testing.assert_array_equal(gradient(new), np.zeros(new.shape))
+
+
+@pytest.mark.parametrize("low, high", [(1.0, 0.28), (0.2, 0.4)])
+def test_weighted_likelihood_is_a_loop_and_clipped_tokens_keep_their_gradient(low, high):
+    new, old, advantages, _ = ragged(0)
+
+    def total(new):
+        terms = weighted_likelihood_terms(new, new - jnp.array(old), jnp.array(advantages), low, high)
+        return jnp.sum(terms[0]), terms
+
+    gradient, (loss, ratio, clipped) = jax.tree.map(np.asarray, jax.jit(jax.grad(total, has_aux=True))(jnp.array(new)))
+    for i in np.ndindex(*new.shape):
+        r = math.exp(float(new[i]) - float(old[i]))
+        weight = min(max(r, 1 - low), 1 + high)
+        np.testing.assert_allclose(loss[i], -weight * advantages[i] * new[i], rtol=1e-5)
+        np.testing.assert_allclose([gradient[i], ratio[i]], [-weight * float(advantages[i]), r], rtol=1e-5)
+        assert bool(clipped[i]) == (not 1 - low <= r <= 1 + high)
+    assert 0 < clipped.sum() < clipped.size
+
+
+def test_weighted_likelihood_by_hand():
+    """Ratios 0.5, 1 and 5 under a bound of 1.28, advantages 1, -1, -1, and log-probs -1, -2, -3."""
+    terms = weighted_likelihood_terms(
+        jnp.array([-1.0, -2.0, -3.0]), jnp.log(jnp.array([0.5, 1.0, 5.0])), jnp.array([1.0, -1.0, -1.0]), 1.0, 0.28
+    )
+    np.testing.assert_allclose(terms[0], [0.5, -2.0, -3.84], rtol=1e-6)
+    np.testing.assert_array_equal(terms[2], [False, False, True])
+    runaway = weighted_likelihood_terms(jnp.array([-1.0]), jnp.array([200.0]), jnp.array([1.0]), 1.0, 1e30)
+    np.testing.assert_allclose(runaway[1], [math.exp(20)], rtol=1e-5)
 
 
 # --- value

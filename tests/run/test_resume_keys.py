@@ -95,6 +95,8 @@ OTHER: dict[str, str | None] = {
     "batch.samples_per_prompt": "4",
     "batch.micro_batch_size": "4",
     "algorithm.num_minibatches": "2",
+    "algorithm.dual_clip": "3",
+    **dict.fromkeys((f"algorithm.sampler_ratio{end}" for end in ("", "_above", "_floor")), None),  # with a cap
     "generate.beta": None,  # with action values
     "rewards.combine": None,  # with an ensemble
     "rewards.normalize": None,  # with several functions
