@@ -537,6 +537,15 @@ def test_a_good_config_passes(ppo):
             "algorithm.missing_eos_penalty: 1: it is taken off a sum, and rewards.normalize: group_then_sum; expected "
             "0.0, and a function for it (soft_overlong)",
         ),
+        (
+            [
+                "algorithm={name: grpo, kl_in: score}",
+                "optimizer={}",
+                *COSTS[1:],
+                "rewards.normalize=group_then_sum",
+            ],
+            "algorithm.kl_in: score: it is taken off a sum, and rewards.normalize: group_then_sum; expected loss or ",
+        ),
         ([*FUNCTION, "optimizer.reward={}"], "optimizer.reward: no role of ppo; choices: default, policy, value, ref"),
         ([*FUNCTION, "models.value.init_from=reward"], "models.value.init_from: reward: a role that models does not "),
         (["generate.min_new_tokens=99"], "generate.min_new_tokens: 99: more than max_new_tokens; nearest: 64"),
