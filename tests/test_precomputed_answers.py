@@ -166,7 +166,7 @@ def test_the_function_works_while_networks_are_read(monkeypatch):
         "read": SimpleNamespace(run=lambda state, batch: said.append(f"read {batch.sequences}") or answers),
         "learn": SimpleNamespace(run=lambda state, batch: said.append(f"learn {batch.batch.sequences}") or (state, {})),
     }
-    score = lambda ready, sequences, records: said.append("score") or scoring.Scored("scored", 0.5)  # type: ignore[arg-type]
+    score = lambda ready, sequences, records: said.append("score") or scoring.Scored("scored", {"time/rewards": 0.5})  # type: ignore[arg-type]
     monkeypatch.setattr(scoring, "score", score)
     _, metrics, sequences = scoring.joined(None, programs)(None, Batch(), [])  # type: ignore[arg-type]
     assert said == ["rollout", "read responses", "score", "learn scored"]

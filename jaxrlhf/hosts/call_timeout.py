@@ -22,15 +22,19 @@ class Interrupted(BaseException):
     """The call took too long; no Exception, which code of many kinds swallows."""
 
 
+class TimedOut(Interrupted):
+    """It took longer than the seconds that it was given; no signal asked for its end."""
+
+
 class Call:
     """One call under way in the main thread."""
 
     def __init__(self):
-        self.over, self.why, self.code = threading.Event(), "", 1
+        self.over, self.why, self.code = threading.Event(), Interrupted(), 1
         self.deadline = float("inf")
         self.watching: threading.Thread | None = None
 
-    def end_in(self, seconds: float, why: str, code: int) -> None:
+    def end_in(self, seconds: float, why: Interrupted, code: int) -> None:
         """Interrupts it after ``seconds``, if nothing does before; ``code``: the exit code, where that is in vain."""
         deadline = time.monotonic() + seconds
         if deadline < self.deadline:
@@ -54,7 +58,7 @@ class Call:
     def interrupt(self, *_: object) -> None:
         """The handler, in the main thread."""
         if not self.over.is_set():
-            raise Interrupted(self.why)
+            raise self.why
 
 
 UNDER_WAY: list[Call] = []
@@ -73,9 +77,9 @@ def interruptible(seconds: float | None) -> Iterator[None]:
     UNDER_WAY.append(call)
     try:
         if seconds is not None:
-            call.end_in(seconds, f"no answer within {seconds:g} s", 1)
+            call.end_in(seconds, TimedOut(f"no answer within {round(seconds, 3):g} s"), 1)
         for name, code in SIGNALS:
-            call.end_in(PATIENCE, f"no answer within {PATIENCE:g} s after {name}", code)
+            call.end_in(PATIENCE, Interrupted(f"no answer within {PATIENCE:g} s after {name}"), code)
         yield
     finally:
         call.over.set()
@@ -87,7 +91,7 @@ def hasten(name: str, code: int) -> None:
     """The signal ``name`` came: a call that is under way, or begins before ``forget``, has PATIENCE seconds left."""
     SIGNALS.append((name, code))
     for call in [*UNDER_WAY]:
-        call.end_in(PATIENCE, f"no answer within {PATIENCE:g} s after {name}", code)
+        call.end_in(PATIENCE, Interrupted(f"no answer within {PATIENCE:g} s after {name}"), code)
 
 
 def forget() -> None:

@@ -118,6 +118,7 @@ METRICS = [
     data/<kind>_outranked | rows | trajectories left out because data.keep_top keeps those with higher returns
     time/iteration | s | of the iteration
     time/rewards | s | of it, in reward functions
+    time/rewards/<grader> | s | of it, in this one of rewards.functions; several can run at the same time
     time/environment | s | of it, in the episodes of an environment
     time/evaluation | s | of the evaluation
     memory/host_peak | GiB | most memory that the first process has held so far

@@ -1,22 +1,22 @@
 """Rewards from Python functions of the user's: text and data records in, one number per response out."""
 
-import asyncio
 import copy
 import dataclasses
 import functools
 import importlib
 import inspect
 import itertools
-import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Set, Sized
+from collections.abc import Callable, Iterable, Mapping, Set, Sized
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from jaxrlhf import user_code
 from jaxrlhf.errors import cut, nearest, one_line
 from jaxrlhf.rewards import trl
+from jaxrlhf.rewards.built_in import BUILT_IN
+from jaxrlhf.rewards.event_loop import is_async, wait_for
 from jaxrlhf.types import Combine
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -31,6 +31,8 @@ class GraderConfig:
     weight: float = 1.0  # of its number in the score; 0: it is logged only
     required: bool = True  # it gives no number (None): the response is left out; false: the other graders score it
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for it, or to make one of a class
+    timeout: float | None = None  # as rewards.timeout, of this function; null: that one
+    retries: int | None = None  # as rewards.retries, of this function; null: that one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,11 @@ class RewardsConfig:
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for function
     # of several, in grpo: their sum is compared within the group of a prompt, or each is, and then they are summed
     normalize: Literal["sum_then_group", "group_then_sum"] = "sum_then_group"
-    timeout: float | None = None  # seconds that a call of a function may take; null: any number
+    timeout: float | None = None  # seconds that a function may take for one batch, retries included; null: any number
+    deadline: float | None = None  # seconds that all functions together may take for one batch; null: any number
+    on_timeout: Literal["stop", "unscorable"] = "stop"  # unscorable: a function that takes longer gives no number
+    retries: int = 0  # calls after one that raised what may pass (no KeyError, TypeError, ...), 1, 2, 4, ... s later
+    threads: bool = False  # call functions that are not async at the same time, in threads: signal.alarm fails there
     overlap: bool | None = None  # read reference and old values while it runs; null: where there is an accelerator
     combine: Combine = "mean"  # one score of the list under models.reward; min: worst case; or mean - coef * variance
     variance_coef: float = 0.5  # mean_minus_variance: score lost for each unit of the members' variance
@@ -60,6 +66,15 @@ class RewardsConfig:
         return {name: grader.weight for name, grader in self.functions.items() if grader.weight}
 
 
+class Details(NamedTuple):
+    """What a function is given beside responses and records, where it has a parameter of the name."""
+
+    token_ids: list[list[int]]  # of each response, with the EOS token that ended it
+    ended: list[bool]  # the response ended with EOS or a stop text, and not by its length
+    groups: list[int]  # one number a prompt: its responses are contiguous, and all of them are here
+    max_new_tokens: int  # most tokens of a response
+
+
 class RewardFunction:
     """A user's function, whose answers are checked.
 
@@ -68,15 +83,33 @@ class RewardFunction:
 
     def __init__(self, name: str, function: Callable, where: str = "rewards.function"):
         self.name, self.function, self.where = name, function, where
+        self.asks, self.is_async = asked_details(function), is_async(function)
 
-    def __call__(self, responses: list[str], records: list[dict[str, Any]]) -> np.ndarray:
+    def __call__(
+        self, responses: list[str], records: list[dict[str, Any]], details: Details | None = None
+    ) -> np.ndarray:
         """f32[len(responses)]: the score of each response, NaN where the function gives None, NaN or a masked number of
         NumPy's: it can't be scored.
 
         ``records[i]`` is the data record of its prompt; the function has its own copies, and may change them."""
-        count = len(responses)
-        found = self.function(list(responses), [copy.deepcopy(record) for record in records])
-        found = plain(wait_for(found) if inspect.isawaitable(found) else found)
+        found = self.call(responses, records, details)
+        return self.checked(wait_for(found) if inspect.isawaitable(found) else found, responses, records)
+
+    async def later(
+        self, responses: list[str], records: list[dict[str, Any]], details: Details | None = None
+    ) -> np.ndarray:
+        """As a call, of an async function in the event loop."""
+        return self.checked(await self.call(responses, records, details), responses, records)
+
+    def call(self, responses: list[str], records: list[dict[str, Any]], details: Details | None) -> Any:
+        """What the function returns."""
+        assert details is not None or not self.asks, f"{self}: asks for {', '.join(self.asks)}"
+        more = {name: copied(getattr(details, name)) for name in self.asks}
+        return self.function(list(responses), [copy.deepcopy(record) for record in records], **more)
+
+    def checked(self, found: Any, responses: list[str], records: list[dict[str, Any]]) -> np.ndarray:
+        """The numbers in what the function returned."""
+        count, found = len(responses), plain(found)
         if isinstance(found, (str, bytes, Mapping, Set)) or not isinstance(found, Iterable):
             raise ValueError(f"{self}: returned {show(found)}: expected a list of {count} numbers, one a response")
         scores = [plain(score) for score in itertools.islice(found, count + 1)]
@@ -108,41 +141,35 @@ def show(value: Any) -> str:
     return cut(one_line(repr(value)))
 
 
-# ---- async functions ------------------------------------------------------------------------------------------------
+def copied(detail: Any) -> Any:
+    """A list of its own for each function."""
+    return [each[:] if isinstance(each, list) else each for each in detail] if isinstance(detail, list) else detail
 
 
-@functools.cache
-def event_loop() -> asyncio.AbstractEventLoop:
-    """The loop, in a thread of its own, of all async functions: what they keep open between calls belongs to it. A
-    notebook's thread has a loop that is running already."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
-    return loop
-
-
-def wait_for(answer: Awaitable[Any]) -> Any:
-    """What an async function returns."""
-
-    async def finished() -> Any:
-        return await answer
-
-    return asyncio.run_coroutine_threadsafe(finished(), event_loop()).result()
+def asked_details(function: Callable) -> tuple[str, ...]:
+    """The details that a function has a parameter for, and ``arguments`` do not give already."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of a builtin
+        return ()
+    given = function.keywords if isinstance(function, functools.partial) else {}
+    return tuple(name for name in Details._fields if name in parameters and name not in given)
 
 
 # ---- finding it -----------------------------------------------------------------------------------------------------
 
 
 def resolve(name: str, arguments: Mapping[str, Any] | None = None, where: str = "rewards.function") -> RewardFunction:
-    """The function called ``name``, "package.module:name", or "trl:package.module:name" for one that takes what TRL
-    passes. Modules of the working directory can be imported too, unless an installed one has the name.
+    """The function called ``name``: one of BUILT_IN, "package.module:name", or "trl:package.module:name" for one that
+    takes what TRL passes. Modules of the working directory can be imported too, unless an installed one has the name.
 
     ``arguments``: keywords for it; a class becomes an instance made with them, when it is first called.
     Raises ValueError, in one line that starts with "function: ", where there is none. What else the module raises while
     it is imported goes through."""
     for_trl = name.startswith(trl.PREFIX)
-    module_name, colon, attribute = name.removeprefix(trl.PREFIX).partition(":")
+    module_name, colon, attribute = BUILT_IN.get(name, name.removeprefix(trl.PREFIX)).partition(":")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ValueError(f"function: {name}: {SHAPE}")
+        raise ValueError(f"function: {name}: {nearest(name, sorted(BUILT_IN), SHAPE)}")
     module = import_module(name, module_name)
     if not hasattr(module, attribute):
         named = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -163,6 +190,7 @@ class OnFirstCall:
 
     def __init__(self, cls: type, arguments: Mapping[str, Any]):
         self.make, self.instance = functools.partial(cls, **arguments), None
+        self.is_async = inspect.iscoroutinefunction(cls.__call__)
         parameters = [*inspect.signature(cls.__call__).parameters.values()][1:]
         self.__signature__ = inspect.Signature(parameters)
 

@@ -5,17 +5,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxrlhf import user_code
-from jaxrlhf.errors import counted, one_line, show
-from jaxrlhf.hosts.call_timeout import Interrupted, interruptible
-from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
+from jaxrlhf.rewards import calls
+from jaxrlhf.rewards.calls import CallLimits, GraderError, call_all
+from jaxrlhf.rewards.functions import Details, GraderConfig, RewardFunction, RewardsConfig, resolve
 
 RESERVED = ("mean", "std", "unscorable", "disagreement", "length_correlation")  # score/... metrics of ours
 SAMPLES = ("This is a sample response.", "The answer is 42.\n#### 42")
+SAMPLE_DETAILS = Details([[*text.encode()] for text in SAMPLES], [True] * len(SAMPLES), [0] * len(SAMPLES), 64)
 
 
-class GraderError(RuntimeError):
-    """A reward function raised something: one line, with the place in its file."""
+class Graded(NamedTuple):
+    """What the graders of a run gave."""
+
+    grades: np.ndarray  # f32[len(responses), functions]; NaN where none
+    seconds: tuple[float, ...]  # of each function
 
 
 class Graders(NamedTuple):
@@ -25,12 +28,18 @@ class Graders(NamedTuple):
     names: tuple[str, ...] = ()  # of rewards.functions; none for rewards.function alone
     weights: tuple[float, ...] = (1.0,)
     required: tuple[bool, ...] = (True,)
-    timeout: float | None = None  # seconds that a call may take
+    limits: CallLimits | None = None  # None: of nothing
+
+    def grade(self, responses: list[str], records: Sequence[dict[str, Any]], details: Details | None = None) -> Graded:
+        """What each function gives a response. Raises as calls.call_all."""
+        count = len(self.functions)
+        limits = self.limits or CallLimits((None,) * count, (0,) * count)
+        found = call_all(self.functions, calls.ToGrade(responses, records, details), limits)
+        return Graded(np.stack([one.grades for one in found], axis=1), tuple(one.seconds for one in found))
 
     def __call__(self, responses: list[str], records: list[dict[str, Any]]) -> np.ndarray:
-        """f32[len(responses), functions]: what each gives a response; NaN where none. Raises as ``answers``."""
-        given = [answers(function, responses, records, self.timeout) for function in self.functions]
-        return np.stack(given, axis=1)
+        """The grades alone."""
+        return self.grade(responses, records).grades
 
     def combine(self, grades: np.ndarray) -> np.ndarray:
         """f32[B]: the score of each row of ``grades`` f32[B, functions]: the sum of weight x number over the functions.
@@ -49,31 +58,15 @@ class Graders(NamedTuple):
 
         Raises ValueError, in one line, where one raises anything or does not answer with numbers."""
         some = [records[at % len(records)] for at in range(len(SAMPLES))]
-        for function in self.functions:
+        for at, function in enumerate(self.functions):
+            alone = self._replace(functions=(function,))
+            if self.limits:
+                picked = {"timeouts": self.limits.timeouts[at : at + 1], "retries": self.limits.retries[at : at + 1]}
+                alone = alone._replace(limits=self.limits._replace(**picked, on_timeout="stop"))
             try:
-                answers(function, list(SAMPLES), some, self.timeout)
+                alone.grade(list(SAMPLES), some, SAMPLE_DETAILS)
             except GraderError as error:
                 raise ValueError(f"{error} on a sample response to a record of {where}") from error
-
-
-def answers(
-    function: RewardFunction, responses: list[str], records: Sequence[dict[str, Any]], timeout: float | None = None
-) -> np.ndarray:
-    """What ``function`` gives the responses. Raises, in one line, GraderError where it raises anything (that is the
-    cause of it) or takes more than ``timeout`` seconds, ValueError where this package did: what the function gives is
-    no list of numbers, say."""
-    try:
-        with interruptible(timeout):
-            return function(responses, list(records))
-    except Interrupted as error:
-        first = f", the first of them to the record {show(records[0])}" if records else ""
-        raise GraderError(f"{function}: {error} to {counted(len(responses), 'response')}{first}") from error
-    except (Exception, SystemExit) as error:
-        if not user_code.raised_in(user_code.PACKAGE, error):
-            raise GraderError(f"{function}: raised {user_code.describe(error)}") from error
-        if str(error).startswith(str(function)):
-            raise
-        raise ValueError(f"{function}: {one_line(error)}") from error
 
 
 # ---- from the config ------------------------------------------------------------------------------------------------
@@ -98,7 +91,13 @@ def find_graders(cfg: RewardsConfig) -> Graders | None:
         tuple(name for name in found if name),
         tuple(grader.weight for grader in graders),
         tuple(grader.required for grader in graders),
-        cfg.timeout,
+        CallLimits(
+            tuple(cfg.timeout if grader.timeout is None else grader.timeout for grader in graders),
+            tuple(cfg.retries if grader.retries is None else grader.retries for grader in graders),
+            cfg.deadline,
+            cfg.on_timeout,
+            cfg.threads,
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.precomputed_answers import Answered
+from jaxrlhf.rewards.functions import Details
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.episodes import Player
 from jaxrlhf.run.programs import Program
@@ -25,7 +26,7 @@ class Scored(NamedTuple):
     """Responses that the host has scored."""
 
     sequences: Sequences  # with scores, and grades of several functions, f32[B], laid out as rows
-    seconds: float  # spent in the functions
+    seconds: dict[str, float]  # spent in all functions, time/rewards, and in each of several, time/rewards/NAME
 
 
 def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
@@ -35,18 +36,28 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
     Raises ValueError, in one line, where a function does not answer with numbers; as ``together``."""
     graders = ready.graders
     assert graders is not None, "the reward model scores"
-    tokens, masks = fetch((sequences.tokens, sequences.response_mask))
+    ended = given(sequences.ended, "batch.sequences.ended")
+    tokens, masks, ended = fetch((sequences.tokens, sequences.response_mask, ended))
     each = ready.sampler.samples_per_prompt
     copies = [record for record in records for _ in range(each)]
+    # a device holds whole groups, so that all responses to a prompt are here
     mine = [row for row, is_mine in zip(range(len(copies)), scored_here(ready.mesh, len(tokens))) if is_mine]
     responses = decode_rows(ready.tokenizer, tokens[mine], masks[mine])
+    details = Details(
+        [tokens[row][masks[row]].tolist() for row in mine],
+        ended[mine].tolist(),
+        [row // each for row in mine],
+        ready.sampler.max_new_tokens,
+    )
     grades = np.zeros((len(tokens), len(graders.functions)), np.float32)  # 0 in rows that fill up a batch
-    started = time.perf_counter()
+    seconds, started = {}, time.perf_counter()
     if responses:  # a process may have none in the last batch of an evaluation
-        grades[mine] = together(lambda: graders(responses, [copies[row] for row in mine]))
+        found = together(lambda: graders.grade(responses, [copies[row] for row in mine], details))
+        grades[mine] = found.grades
+        seconds = {f"time/rewards/{name}": spent for name, spent in zip(graders.names, found.seconds)}
     else:
         together(nothing)
-    seconds = time.perf_counter() - started
+    seconds["time/rewards"] = time.perf_counter() - started
     grades = exchange(ready.mesh, grades)
     each_grade = {name: grades[:, column] for column, name in enumerate(graders.names)}
     scores, named = put(ready.mesh, (graders.combine(grades), each_grade))
@@ -81,8 +92,8 @@ def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
 
 def scored(
     ready: Run, programs: dict[str, Program], state: TrainState, batch: Batch, records: Records
-) -> tuple[Sequences, Batch | Answered, float]:
-    """(responses with their scores, what the program "learn" is given, seconds spent in the functions); the program
+) -> tuple[Sequences, Batch | Answered, dict[str, float]]:
+    """(responses with their scores, what the program "learn" is given, Scored.seconds); the program
     "read", where there is one, is under way while the host works."""
     answers = programs["read"].run(state, batch) if "read" in programs else None
     sequences, seconds = score(ready, given(batch.sequences, "batch.sequences"), records)
@@ -107,7 +118,7 @@ def joined(ready: Run, programs: dict[str, Program]) -> Callable:
         meanwhile()
         sequences, rows, seconds = scored(ready, programs, state, batch, records)
         state, metrics = programs["learn"].run(state, rows)
-        return state, metrics | {"time/rewards": seconds}, sequences
+        return state, metrics | seconds, sequences
 
     player = Player(ready)
 

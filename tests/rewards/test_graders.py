@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf.cli.exits import raised_here
+from jaxrlhf.rewards.calls import CallLimits
 from jaxrlhf.rewards.functions import GraderConfig, RewardFunction, RewardsConfig, resolve
-from jaxrlhf.rewards.graders import GraderError, Graders, find_graders, grader_problems
+from jaxrlhf.rewards.graders import SAMPLE_DETAILS, GraderError, Graders, find_graders, grader_problems
 
 MODULE = """
 import functools
@@ -55,6 +56,9 @@ class OfTRL:
 
 def needs_ids(completions, completion_ids, **kwargs):
     return [len(ids) for ids in completion_ids]
+
+def needs_state(completions, trainer_state):
+    return [trainer_state.step] * len(completions)
 
 def column(responses, records):
     return [float(record["solution"] == text) for text, record in zip(responses, records)]
@@ -159,6 +163,7 @@ CHAT = [{"messages": [{"role": "user", "content": "?"}]}, {"prompt": [{"role": "
         ("my_graders:later", {}, RECORDS, [1, 4]),
         ("trl:my_graders:of_trl", {}, RECORDS, [1, 0]),
         ("trl:my_graders:of_trl_bare", {}, RECORDS, [1, 4]),
+        ("trl:my_graders:needs_ids", {}, RECORDS, [26, 25]),  # of the details
         ("trl:my_graders:of_trl_chat", {}, CHAT, [1, 4]),
         ("trl:my_graders:OfTRL", {}, RECORDS, [1, 0]),
     ],
@@ -166,7 +171,8 @@ CHAT = [{"messages": [{"role": "user", "content": "?"}]}, {"prompt": [{"role": "
 def test_what_a_function_may_be(name, arguments, records, expected):
     function = resolve(name, arguments)
     for _ in range(2):
-        np.testing.assert_array_equal(function(["2", "abba"], records), np.array(expected, np.float32))
+        found = function(["2", "abba"], records, SAMPLE_DETAILS)
+        np.testing.assert_array_equal(found, np.array(expected, np.float32))
 
 
 def test_a_class_becomes_an_instance_once_and_not_while_a_config_is_checked():
@@ -223,7 +229,7 @@ def test_what_can_t_be_one_is_one_line(name, line):
 @pytest.mark.parametrize(
     ("name", "arguments", "line"),
     [
-        ("my_graders:column", {}, "raised KeyError: 'solution' ({module}:45)"),
+        ("my_graders:column", {}, "raised KeyError: 'solution' ({module}:48)"),
         ("my_graders:total", {}, "returned 51: expected a list of 2 numbers, one a response"),
         ("my_graders:one", {}, "returned 1 scores: expected 2, one a response"),
         ("my_graders:words", {}, "score 0 is 'good': expected a finite number, or None"),
@@ -233,7 +239,7 @@ def test_what_can_t_be_one_is_one_line(name, line):
             "raised TypeError: of_verl() missing 1 required positional argument: 'ground_truth'",
         ),
         ("my_graders:length", {"least": 3}, "raised TypeError: length() got an unexpected keyword argument 'least'"),
-        ("trl:my_graders:needs_ids", {}, "raised TypeError: needs_ids() missing 1 required positional argument"),
+        ("trl:my_graders:needs_state", {}, "raised TypeError: needs_state() missing 1 required positional argument"),
         (
             "jaxrlhf.rewards.math_answer:strict",
             {"column": "solution"},
@@ -330,7 +336,7 @@ def test_a_config_without_a_mistake():
 def test_a_call_that_takes_too_long_names_the_first_record():
     """In the main thread, where signal.alarm works too."""
     function = RewardFunction("my:f", lambda responses, records: time.sleep(30))
-    graders = Graders((function,), timeout=0.1)
+    graders = Graders((function,), limits=CallLimits((0.1,), (0,)))
     line = (
         r"^rewards\.function: my:f: no answer within 0\.1 s to 2 responses, the first of them to the record "
         r'\{"prompt": "why\?"\}$'
@@ -338,4 +344,4 @@ def test_a_call_that_takes_too_long_names_the_first_record():
     with pytest.raises(GraderError, match=line) as caught:
         graders(["a", "b"], [{"prompt": "why?"}] * 2)
     assert raised_here(caught.value)
-    assert find_graders(RewardsConfig("builtins:len", timeout=2.5)).timeout == 2.5  # type: ignore[union-attr]
+    assert find_graders(RewardsConfig("builtins:len", timeout=2.5)).limits.timeouts == (2.5,)  # type: ignore[union-attr]

@@ -53,7 +53,7 @@ def mesh_of(shape: tuple[int, ...]):
 def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: int = 2, overlap=None) -> Any:
     """What scoring reads of a Run, with a tokenizer whose words are the token ids."""
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))
-    sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt)
+    sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt, max_new_tokens=6)
     graders = Graders((RewardFunction("my:f", function),))
     algorithm, own = (recipe.algorithm, recipe.cfg) if recipe else (None, None)
     cfg = SimpleNamespace(rewards=RewardsConfig("my:f", overlap=overlap), models={}, algorithm=own, acts=False)
@@ -181,7 +181,7 @@ def test_rows_that_fill_up_a_batch_are_never_shown(shape):
         return [float(text.split()[0]) + 1000 * record["number"] for text, record in zip(responses, records)]
 
     with jax.set_mesh(mesh):
-        rows = Sequences(*put(mesh, (tokens, np.ones_like(mask), mask)))  # type: ignore[arg-type]
+        rows = Sequences(*put(mesh, (tokens, np.ones_like(mask), mask)), ended=put(mesh, mask[:, 1]))  # type: ignore[arg-type]
         found, seconds = score(ready_for(mesh, function), rows, [{"number": number} for number in range(5)])
     ((responses, records),) = seen
     assert responses == [f"{4 * row + 1} {4 * row + 2}" for row in range(10)]
@@ -189,13 +189,14 @@ def test_rows_that_fill_up_a_batch_are_never_shown(shape):
     expected = [4 * row + 1 + 1000 * (row // 2) for row in range(10)] + [0] * 6
     np.testing.assert_array_equal(found.scores, np.array(expected, np.float32))
     assert found.scores.dtype == jnp.float32 and found.scores.sharding == rows.tokens[:, 0].sharding
-    assert 0 <= seconds < 60
+    assert 0 <= seconds["time/rewards"] < 60
 
 
 def test_a_batch_without_a_real_row_is_not_asked_about():
     mesh = mesh_of((1, 1, 1))
     with jax.set_mesh(mesh):
-        rows = Sequences(*put(mesh, (np.zeros((2, 3), np.int32), *np.zeros((2, 2, 3), bool))))  # type: ignore[arg-type]
+        arrays = put(mesh, (np.zeros((2, 3), np.int32), *np.zeros((2, 2, 3), bool)))
+        rows = Sequences(*arrays, ended=put(mesh, np.ones(2, bool)))  # type: ignore[arg-type]
         found, _ = score(ready_for(mesh, lambda *_: pytest.fail("it is asked")), rows, [])
     np.testing.assert_array_equal(found.scores, [0, 0])
 
@@ -208,7 +209,8 @@ def test_a_function_may_change_its_records():
         return [float(record.pop("answer")) for record in records]
 
     with jax.set_mesh(mesh):
-        rows = Sequences(*put(mesh, (np.zeros((2, 3), np.int32), *np.ones((2, 2, 3), bool))))  # type: ignore[arg-type]
+        arrays = put(mesh, (np.zeros((2, 3), np.int32), *np.ones((2, 2, 3), bool)))
+        rows = Sequences(*arrays, ended=put(mesh, np.ones(2, bool)))  # type: ignore[arg-type]
         found, _ = score(ready_for(mesh, function), rows, records)
     np.testing.assert_array_equal(found.scores, [4, 4])
     assert records == [{"answer": "4"}]
