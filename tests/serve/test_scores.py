@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf.rewards.functions import resolve
 from jaxrlhf.serve import scorer
 from jaxrlhf.serve.scorer import Scorer
 from jaxrlhf.serve.server import Server
@@ -17,11 +18,15 @@ from jaxrlhf.sharding import make_mesh
 from tests.support.runs import COMPILED
 from tests.support.served import listening
 
-INPUT = [
+INPUT: list[dict[str, Any]] = [
     {"prompt": "the film is", "response": " warm"},
     {"messages": [{"role": "user", "content": "the plot"}, {"role": "assistant", "content": "dull " * 20}]},
     {"prompt": "the plot", "response": " is dull and its script cold"},
 ]
+
+GRADER = "reward_model_server"
+LAST = INPUT[1]["messages"][-1]["content"]
+RECORDS = [{**INPUT[0], "response": None}, {"messages": INPUT[1]["messages"][:-1]}, {"prompt": "the plot"}]
 
 
 def post(address: str, body: Any) -> tuple[int, Any]:
@@ -38,14 +43,18 @@ def test_scores_are_those_of_the_scorer(folder, monkeypatch):
     name = str(folder.parent / "judge")
     service = read_scores(name, 2, 128, 4)
     service.warm_up()
+    given = {"model": "judge", "batch": 2, "retries": 0}  # of the grader that asks such a server
     events: list[str] = []
     listen = lambda event, duration_secs, **_: events.append(event) if event.endswith(COMPILED) else None
     with listening(Server(service)) as address:
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
             status, told = post(address, {"model": "judge", "input": INPUT})
+            graded = resolve(GRADER, given | {"url": address})([row.get("response", LAST) for row in INPUT], RECORDS)
         finally:
             jax.monitoring.unregister_event_duration_listener(listen)
+        with pytest.raises(ValueError, match=r"The model 'other' does not exist.*; expected a URL and a model"):
+            resolve(GRADER, given | {"url": address, "model": "other"})(["a"], RECORDS[:1])
         assert post(address, {"model": "judge", "input": [{"prompt": "a"}]})[0] == 400
         assert post(address, {"model": "other", "input": INPUT})[0] == 404
         long = [{"prompt": "a", "response": "dull " * 200}]
@@ -56,6 +65,7 @@ def test_scores_are_those_of_the_scorer(folder, monkeypatch):
     expected = Scorer(name)(INPUT)
     np.testing.assert_allclose([one["score"] for one in told["data"]], expected, rtol=1e-5)
     assert len({round(score, 4) for score in expected}) == 3
+    np.testing.assert_allclose(graded, expected, rtol=1e-5)
     assert told["usage"]["prompt_tokens"] > 30
 
 
