@@ -23,7 +23,15 @@ def evaluate(
     more: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", hidden=True, help="More of --sampling.")
     ] = None,
-    judge: Annotated[bool, typer.Option(help="Also score with the outside judge, which training never uses.")] = True,
+    judge: Annotated[
+        str,
+        typer.Option(
+            metavar="llm:MODEL@URL",
+            help="A language model on an OpenAI-compatible server compares the policy's responses with the "
+            "reference's, in both orders; its key: JAXRLHF_JUDGE_KEY. Or llm:FILE.yaml with its settings.",
+        ),
+    ] = "",
+    no_judge: Annotated[bool, typer.Option("--no-judge", help="Without the classifier of eval.judge.")] = False,
     samples: Annotated[int, typer.Option(min=0, help="Prompts to show with their responses.")] = 8,
     beta: Annotated[
         float | None, typer.Option(min=0, help="In place of generate.beta: sample from policy * exp(beta * Q).")
@@ -50,11 +58,14 @@ def evaluate(
     set_flags()
     main = join_processes()
     be_strict(strict)
-    from jaxrlhf.evaluate.report import evaluate_run, print_report
+    from jaxrlhf.evaluate.kept import keep
+    from jaxrlhf.evaluate.report import Options, evaluate_run, print_report
 
-    report = evaluate_run(run, judge, samples, beta, sizes_of(best_of), gold, overrides)
+    options = Options(not no_judge, samples, beta, sizes_of(best_of), gold, overrides, judge)
+    report = evaluate_run(run, options)
     if not main:
         return
+    typer.echo(keep(report, options.given()), err=True)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:

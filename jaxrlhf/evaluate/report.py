@@ -1,8 +1,8 @@
 """`jaxrlhf evaluate`: a finished run measured on its held-out data, before and after, as JSON and for a reader."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -19,11 +19,12 @@ from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.batch_kinds import PREFERENCES
 from jaxrlhf.data.batches import HostBatch
 from jaxrlhf.data.summary import Summary
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, counted
 from jaxrlhf.evaluate.against_reference import correlation
 from jaxrlhf.evaluate.best_of import best_of_report
 from jaxrlhf.evaluate.diversity import diversity
-from jaxrlhf.evaluate.held_out import HeldOut
+from jaxrlhf.evaluate.held_out import HeldOut, Result
+from jaxrlhf.evaluate.llm_judge import LlmJudge, read_judge
 from jaxrlhf.evaluate.perplexity import perplexities
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
@@ -37,53 +38,50 @@ from jaxrlhf.sharding import current
 from jaxrlhf.types import Array, Preferences, TrainState, Trees, given
 
 
-def evaluate_run(
-    name: str,
-    judge: bool = True,
-    samples: int = 8,
-    beta: float | None = None,
-    best_of: Sequence[int] = (),
-    gold: str | None = None,
-    sampling: Sequence[str] = (),
-) -> dict[str, Any]:
+class Options(NamedTuple):
+    """What an evaluation is to measure, and how."""
+
+    judge: bool = True  # whether the outside judge of eval.judge is queried
+    samples: int = 8  # prompts whose responses are shown
+    beta: float | None = None  # in place of generate.beta
+    best_of: Sequence[int] = ()  # the n of best_of_report
+    gold: str | None = None  # a second reward in place of the config's: "module:name", else a reward model
+    sampling: Sequence[str] = ()  # keys of generate in place of the config's: "top_p=0.9"
+    llm: str = ""  # a language model as a judge, as read_judge takes it
+
+    def given(self) -> dict[str, Any]:
+        """What is not as by default."""
+        return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
+
+
+def evaluate_run(name: str, options: Options = Options()) -> dict[str, Any]:
     """A run (RUN: its latest checkpoint, RUN@best, RUN@40) on its held-out data, as JSON: ``after``; for a policy with
     a reference also ``before`` (the reference, under the same sampling noise), ``win_rates`` of after over it; for a
-    policy ``diversity``, ``samples`` and, with data.eval_demonstrations, their ``perplexity``; and ``reward_model``,
-    what its reward model gets right. ``judge``: whether the outside judge is queried too; ``beta``: in place of
-    generate.beta. ``best_of``: the n of ``best_of``, rows of best_of_report. ``gold``: a second reward in place of the
-    config's: a function "module:name", else a reward model. ``sampling``: keys of generate and their values
-    ("top_p=0.9"), in place of the config's.
+    policy ``diversity``, ``samples`` and, with data.eval_demonstrations, their ``perplexity``; ``best_of``, rows of
+    best_of_report; and ``reward_model``, what its reward model gets right.
 
     Raises FileNotFoundError, in one line, where there is no checkpoint."""
+    llm = LlmJudge(read_judge(options.llm)) if options.llm else None
     with verified_steps.reading():
-        return measure_run(name, judge, samples, beta, best_of, gold, sampling)
+        return measure_run(name, options, llm)
 
 
-def measure_run(
-    name: str,
-    judge: bool,
-    samples: int,
-    beta: float | None,
-    best_of: Sequence[int],
-    gold: str | None,
-    sampling: Sequence[str],
-) -> dict[str, Any]:
+def measure_run(name: str, options: Options, llm: LlmJudge | None) -> dict[str, Any]:
     """``evaluate_run``, while the run's steps stay where they are."""
     step, (run_dir, _) = saved_run.find_step(name), split_step(name)
     compiler_flags.use_compilation_cache()
-    cfg = load(epath.Path(run_dir) / "config.yaml", [f"generate.{text}" for text in sampling])
-    cfg = dataclasses.replace(cfg, run_dir=run_dir)
-    cfg = cfg if gold is None else with_gold(cfg, gold)
-    if beta is not None:
-        cfg = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, beta=beta))
+    cfg = with_options(run_dir, options)
     resolved = resolve_config(cfg)
     if cfg.generate.beta and not resolved.roles.guides:
+        beta = cfg.generate.beta
         raise ValueError(f"--beta: {beta:g}: {cfg.algorithm_name} has no action values to guide its policy; expected 0")
     ready = build(resolved)
     report: dict[str, Any] = {"run": run_dir, "algorithm": cfg.algorithm_name, "step": step}
     with current(ready.mesh):
         state = checkpoint.restore(run_dir, step, abstract_state(ready))
-        held = HeldOut(ready, judge)
+        held = HeldOut(ready, options.judge)
+        if llm:
+            llm.check(held.policy)
         result = held.run(state)
         kind = next((kind for kind in ready.resolved.kinds if kind.name == PREFERENCES.name), PREFERENCES)
         pairs = held_out(ready, kind, cfg.eval.size, rows_taken(cfg, kind))
@@ -91,22 +89,42 @@ def measure_run(
         extra = held.policy.others() if held.policy else {}
         if found := perplexities(ready if held.policy is None else held.policy.ready, state, extra):
             report["perplexity"] = found
-        if best_of:
-            report["best_of"] = best_of_report(ready, state, best_of)
+        if options.best_of:
+            report["best_of"] = best_of_report(ready, state, options.best_of)
     told = {row.where: row._asdict() for row in (*held.summaries(), pairs.summary) if row}
     report["data"] = list(told.values())
+    return report | written_report(held, result, llm, options.samples)
+
+
+def written_report(held: HeldOut, result: Result | None, llm: LlmJudge | None, samples: int) -> dict[str, Any]:
+    """What is said of the responses of the last evaluation, and of its metrics."""
+    report: dict[str, Any] = {}
     before = held.policy.before if held.policy else None
     if held.policy and before:
         report["before"] = held.policy.metrics(before)
         report["win_rates"] = held.policy.win_reports()
     if result:
         report["after"] = {name: value for name, value in result.metrics.items() if not name.startswith("data/")}
+    if held.policy and llm and processes.is_main():
+        report["win_rates"] = report.get("win_rates", {}) | {"llm": llm.report(held.policy)}
     if result and result.samples:
         written = {"before": before.rows} if before else {}
         written["after"] = result.samples
         report["diversity"] = {when: diversity(rows) for when, rows in written.items()}
         report["samples"] = compare(written, samples)
+        for row, pair in zip(report["samples"], llm.verdicts if llm else []):
+            row["llm"] = pair.win
     return report
+
+
+def with_options(run_dir: str, options: Options) -> Config:
+    """The run's config, as ``options`` change it."""
+    cfg = load(epath.Path(run_dir) / "config.yaml", [f"generate.{text}" for text in options.sampling])
+    cfg = dataclasses.replace(cfg, run_dir=run_dir)
+    cfg = cfg if options.gold is None else with_gold(cfg, options.gold)
+    if options.beta is None:
+        return cfg
+    return dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, beta=options.beta))
 
 
 def with_gold(cfg: Config, gold: str) -> Config:
@@ -208,7 +226,7 @@ SHOWN = {  # metric -> what a reader calls it
     "loss/reward": "loss (nats a pair)",
 }
 DIVERSITY = {f"distinct_{n}": f"distinct-{n} of the responses" for n in (1, 2, 3)} | {"self_bleu": "self-BLEU"}
-WINS = {"reward": "the reward", "judge": "the outside judge", "gold": "the second reward"}
+WINS = {"reward": "the reward", "judge": "the outside judge", "gold": "the second reward", "llm": "the LLM judge"}
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -232,9 +250,8 @@ def print_report(report: dict[str, Any]) -> None:
         if any(cell is not None for cell in cells):
             table.add_row(label, *("" if cell is None else f"{cell:.3f}" for cell in cells))
     console.print(table)
-    for name, row in report.get("win_rates", {}).items():
-        if row["prompts"]:
-            console.print(win_line(name, row), highlight=False, soft_wrap=True)
+    for line in (line for name, row in report.get("win_rates", {}).items() for line in win_lines(name, row)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if "best_of" in report:
         console.print(best_of_table(report["best_of"]))
     if "reward_model" in report:
@@ -252,11 +269,24 @@ def print_report(report: dict[str, Any]) -> None:
             console.print(f"  {name:>6}{score}: {escape(row[name].strip())}", highlight=False)
 
 
-def win_line(name: str, row: dict[str, float]) -> str:
-    """The win rate by one who compares, with its interval."""
-    text = f"win rate of after over before, by {WINS[name]}: {row['rate']:.1%}"
-    text += f" (95%: {row['low']:.1%} to {row['high']:.1%}, {row['prompts']} prompts)"
-    return f"{text}; at equal lengths {row['length_controlled']:.1%}"
+def win_lines(name: str, row: dict[str, Any]) -> Iterator[str]:
+    """The win rate by one who compares, with its interval; of a language model also how it judged."""
+    who = WINS[name] + (f" {row['model']}" if "model" in row else "")
+    other = "before" if row.get("against", "reference") == "reference" else f"the column {row['against']}"
+    if row["prompts"]:
+        text = f"win rate of after over {other}, by {who}: {row['rate']:.1%}"
+        text += f" (95%: {row['low']:.1%} to {row['high']:.1%}, {row['prompts']} prompts)"
+        yield f"{text}; at equal lengths {row['length_controlled']:.1%}"
+    if "model" not in row:
+        return
+    told = [f"{row['unscorable']:.1%} of pairs without a verdict in both orders"]
+    if "agreement" in row:
+        told.append(f"both orders agree on {row['agreement']:.1%}")
+    if "first_position" in row:
+        told.append(f"{row['first_position']:.1%} of verdicts are for what stands first (50% is no bias)")
+    yield f"  {who}: {', '.join(told)}"
+    tokens = f"{row['prompt_tokens']:,} tokens of prompts and {row['completion_tokens']:,} of replies"
+    yield f"  it took {counted(row['requests'], 'request')}, {tokens}"
 
 
 def best_of_table(rows: list[dict[str, Any]]) -> Table:

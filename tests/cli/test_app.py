@@ -14,6 +14,7 @@ import pytest
 
 from jaxrlhf import user_code
 from jaxrlhf.cli import exits
+from jaxrlhf.evaluate.report import Options
 
 ROOT = Path(__file__).parents[2]
 SFT = """
@@ -66,9 +67,10 @@ def calls(monkeypatch):
     module("jaxrlhf.train", run=train)
     module(
         "jaxrlhf.evaluate.report",
-        evaluate_run={"eval/score/mean": 1.5},
+        evaluate_run=lambda run, options: {"eval/score/mean": 1.5, "run": run, "step": 4},
         print_report=lambda report: print("the report", report),
     )
+    sys.modules["jaxrlhf.evaluate.report"].Options = Options  # type: ignore[attr-defined]
     module("jaxrlhf.plan.dry_run", dry_run=lambda configs: [f"looked at {cfg.run_dir}" for _, cfg in configs])
     module("jaxrlhf.run.export", export=("step 4", ["a note"]))
     return noted
@@ -182,22 +184,32 @@ def run_dir(tmp_path):
 
 
 def test_evaluate_prints_a_report_or_json(run_dir, calls, run):
-    assert run("evaluate", run_dir)[0] == "the report {'eval/score/mean': 1.5}\n"
-    assert json.loads(run("evaluate", run_dir, "--json", "--no-judge", "--samples", "3")[0]) == {"eval/score/mean": 1.5}
+    report = {"eval/score/mean": 1.5, "run": str(run_dir), "step": 4}
+    assert run("evaluate", run_dir)[0] == f"the report {report}\n"
+    told, said = run("evaluate", run_dir, "--json", "--no-judge", "--samples", "3")
+    assert json.loads(told) == report
     asked = [call[1:] for call in calls if call[0] == "evaluate_run"]
-    assert asked == [(str(run_dir), True, 8, None, (), None, ()), (str(run_dir), False, 3, None, (), None, ())]
+    assert asked == [(str(run_dir), Options()), (str(run_dir), Options(judge=False, samples=3))]
+    files = sorted((run_dir / "evaluations").glob("000004-*.json"))
+    assert len(files) == 2 and f"{run_dir}/evaluations/000004-" in said
+    assert {json.loads(file.read_text())["options"].get("samples") for file in files} == {None, 3}
+
+
+def test_evaluate_passes_a_judge_on(run_dir, calls, run):
+    run("evaluate", run_dir, "--judge", "llm:m@http://a/v1")
+    assert calls[0] == ("evaluate_run", str(run_dir), Options(llm="llm:m@http://a/v1"))
 
 
 def test_evaluate_passes_on_how_to_sample(run_dir, calls, run):
     run("evaluate", run_dir, "--sampling", "temperature=0.6", "top_p=0.95", "--no-judge")
-    assert calls[0][-1] == ("temperature=0.6", "top_p=0.95")
+    assert calls[0][-1].sampling == ("temperature=0.6", "top_p=0.95")
     assert "--sampling top_p: expected KEY=VALUE" in run("evaluate", run_dir, "--sampling", "top_p", code=2)[1]
     assert "top_p=1: expected one run, or --sampling before" in run("evaluate", run_dir, "top_p=1", code=2)[1]
 
 
 def test_evaluate_passes_the_best_of_on(run_dir, calls, run):
     run("evaluate", run_dir, "--best-of", "16,1,4", "--gold", "my:gold")
-    assert calls[0] == ("evaluate_run", str(run_dir), True, 8, None, (1, 4, 16), "my:gold", ())
+    assert calls[0] == ("evaluate_run", str(run_dir), Options(best_of=(1, 4, 16), gold="my:gold"))
     for text in ("1,x", "0,4", "1,,2"):
         assert (
             f"--best-of {text}: expected numbers of samples, as in 1,4,16,64"

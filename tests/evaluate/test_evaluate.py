@@ -18,7 +18,7 @@ from jaxrlhf.evaluate import held_out
 from jaxrlhf.evaluate import report as reporting
 from jaxrlhf.evaluate.against_reference import PolicyEvaluation, Responses, correlation, sample_rows
 from jaxrlhf.evaluate.best_of import best_of_rows
-from jaxrlhf.evaluate.report import evaluate_run
+from jaxrlhf.evaluate.report import Options, evaluate_run
 from jaxrlhf.rewards.judge import Judge
 from jaxrlhf.run import build
 from jaxrlhf.run.initial_state import initial_state
@@ -61,14 +61,14 @@ def test_a_best_that_can_only_be_the_last_is_told():
 @pytest.mark.nightly
 def test_sampling_takes_the_place_of_the_config(root):
     runs.whole(root)
-    found = evaluate_run(f"{root}/whole/grpo", sampling=("temperature=0.6", "max_new_tokens=2"))
+    found = evaluate_run(f"{root}/whole/grpo", Options(sampling=("temperature=0.6", "max_new_tokens=2")))
     assert 1 <= found["after"]["response/length_mean"] <= 2
 
 
 def test_sampling_by_an_unknown_key_is_one_line(root):
     runs.whole(root)
     with pytest.raises(ConfigError, match=r"^command line: generate.temperatur: unknown key .* nearest: temperature$"):
-        evaluate_run(f"{root}/whole/grpo", sampling=("temperatur=0.6",))
+        evaluate_run(f"{root}/whole/grpo", Options(sampling=("temperatur=0.6",)))
 
 
 # ---- reports --------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_a_row_for_each_n():
 @pytest.mark.usefixtures("one_device")
 def test_the_best_of_n_of_a_run(root):
     runs.whole(root)
-    found = evaluate_run(f"{root}/whole/grpo", best_of=(1, 2, 8), gold="tests.support.runs:praise")
+    found = evaluate_run(f"{root}/whole/grpo", Options(best_of=(1, 2, 8), gold="tests.support.runs:praise"))
     rows = found["best_of"]
     assert [row["n"] for row in rows] == [1, 2, 8] and rows[0]["prompts"] == 32
     assert rows[0]["reward"] < rows[1]["reward"] < rows[2]["reward"]
@@ -351,9 +351,9 @@ def test_the_best_of_n_of_a_run(root):
 def test_no_policy_no_best_of(root):
     runs.whole(root)
     with pytest.raises(ConfigError, match="--best-of: there is nothing to sample; expected a run with a policy"):
-        evaluate_run(f"{root}/whole/rm", best_of=(1, 2))
+        evaluate_run(f"{root}/whole/rm", Options(best_of=(1, 2)))
     with pytest.raises(ConfigError, match="--gold: my_gold:f: no module my_gold"):
-        evaluate_run(f"{root}/whole/grpo", gold="my_gold:f")
+        evaluate_run(f"{root}/whole/grpo", Options(gold="my_gold:f"))
 
 
 # ---- the outside judge ----------------------------------------------------------------------------------------------
