@@ -28,6 +28,7 @@ DOCUMENTS = [
     "configs/quickstart/README.md",
     "configs/smollm2/README.md",
     "jaxrlhf/algorithms/README.md",
+    "jaxrlhf/algorithms/migration.md",
     "jaxrlhf/benchmarks/README.md",
     "jaxrlhf/data/README.md",
     "jaxrlhf/evaluate/README.md",

@@ -10,8 +10,10 @@ from typing import Annotated
 
 import typer
 
-config = typer.Typer(help="Show config keys and the JSON schema.", no_args_is_help=True)
-configs = typer.Typer(help="List the configs that come with the package, and copy them.", invoke_without_command=True)
+config = typer.Typer(help="Show config keys, presets and the JSON schema.", no_args_is_help=True)
+configs = typer.Typer(
+    help="List the configs and presets that come with the package, and copy configs.", invoke_without_command=True
+)
 
 
 @config.command()
@@ -40,6 +42,23 @@ def keys(
     if not chosen or chosen[0].algorithm == which:
         own = "" if chosen else f"{which} has no keys of its own. "
         tell(f"{own}The keys of every run, whatever its algorithm: jaxrlhf config keys")
+
+
+@config.command()
+def preset(
+    name: Annotated[str, typer.Argument(help="A preset: trl-grpo, verl-grpo, openrlhf-ppo, tunix-grpo, dapo, ...")],
+) -> None:
+    """Print the values that `preset: NAME` stands for, as YAML."""
+    import yaml
+
+    from jaxrlhf.config.presets import PRESETS
+    from jaxrlhf.errors import ConfigError, nearest
+
+    if name not in PRESETS:
+        raise ConfigError(f"config preset: {name}: unknown preset; {nearest(name, [*PRESETS])}")
+    found = PRESETS[name]
+    typer.echo(f"# {found.about[0].upper()}{found.about[1:]}: {found.source}")
+    typer.echo(yaml.safe_dump(found.tree, sort_keys=False), nl=False)
 
 
 @config.command()
@@ -102,9 +121,14 @@ def starters() -> dict[str, Path]:
 @configs.callback()
 def list_configs(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
+        from jaxrlhf.config.presets import PRESETS
+
         for name, path in find_configs().items():
             tell(name, first_comment(path))
+        for name, preset in PRESETS.items():
+            tell(f"preset: {name}", f"{preset.about} ({preset.source})")
         tell("jaxrlhf configs copy NAME FOLDER copies one (tiny/dpo) or a folder of them (tiny).")
+        tell("jaxrlhf config preset NAME prints the values that preset: NAME stands for.")
 
 
 @configs.command()

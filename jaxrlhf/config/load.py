@@ -1,7 +1,7 @@
 """A config read from YAML and the command line, checked key by key, and written back.
 
-Precedence: the defaults of the dataclasses < the YAML file < ``a.b.c=value`` on the command line. Every error is one
-line: where it was written, the key, the value, what was expected, the nearest valid choice.
+Precedence: the defaults of the dataclasses < ``preset`` < the YAML file < ``a.b.c=value`` on the command line. Every
+error is one line: where it was written, the key, the value, what was expected, the nearest valid choice.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from etils import epath
 from jaxrlhf import user_code
 from jaxrlhf.config.members import with_members
 from jaxrlhf.config.overrides import apply_override, split_override
+from jaxrlhf.config.presets import with_preset
 from jaxrlhf.config.ranges import range_problems
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import find_algorithm, with_default_roles
@@ -46,7 +47,8 @@ def load_all(paths: Sequence[os.PathLike | str], overrides: Sequence[str] = ()) 
     for source in sources:
         user_code.look_beside(source)
     edits = [split_override(text) for text in overrides]
-    names = [{PurePath(source).stem, str(algorithm_name(tree))} for source, tree in zip(sources, trees)]
+    named = lambda tree, source: str(algorithm_name(with_preset(tree, source)))
+    names = [{PurePath(source).stem, named(tree, source)} for source, tree in zip(sources, trees)]
     for edit in edits:
         if edit.target and not any(edit.target in known for known in names):
             hint = suggest(edit.target, sorted(set().union(*names)))
@@ -100,7 +102,9 @@ def parse(tree: Mapping[str, Any], source: str, overridden: Sequence[tuple[str, 
         origin = lambda keys: "command line" if given(tuple(map(str, keys))) else source
         return ConfigError("\n".join(f"{origin(keys)}: {dotted(keys)}: {text}" for keys, text in problems))
 
-    tree, name = with_members(without_removed(tree), source), algorithm_name(tree)
+    by_hand = ("preset",) in overridden
+    tree = with_preset(without_removed(tree), "command line" if by_hand else source)
+    tree, name = with_members(tree, source), algorithm_name(tree)
     try:
         algorithm = find_algorithm(name)
     except ConfigError as error:
@@ -143,13 +147,14 @@ def length_problems(tree: Mapping[str, Any]) -> list[tuple[tuple, str]]:
 
 
 def dump(cfg: Config, whole: bool = True) -> str:
-    """YAML that loads back to an equal Config; not ``whole``: without what is at its default."""
+    """YAML that loads back to an equal Config; not ``whole``: without what is at its default, and
+    without the preset, which has other defaults."""
     return yaml.dump(as_tree(cfg, whole), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def as_tree(cfg: Config, whole: bool = True) -> dict[str, Any]:
     """What ``dump`` writes, as ``read_yaml`` reads it."""
-    tree = dataclasses.asdict(cfg) if whole else without_defaults(cfg)
+    tree = dataclasses.asdict(cfg) if whole else without_defaults(dataclasses.replace(cfg, preset=None))
     tree["algorithm"] = {"name": tree.pop("algorithm_name"), **tree["algorithm"]}
     return json.loads(json.dumps(tree))
 

@@ -85,6 +85,7 @@ class EvalConfig:
 class Config:
     """One run."""
 
+    preset: str | None = None  # where the values of keys that are not given come from; jaxrlhf configs lists presets
     run_dir: str  # where everything that the run writes goes; may be gs://
     iterations: int | None = None  # updates of sft, rm and dpo; on policy rounds of sampling and updates; or epochs
     epochs: float | None = None  # in place of iterations: passes over the rows of the training data

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, TypeAdapter
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.config.field_types import records
 from jaxrlhf.config.members import GRADERS
+from jaxrlhf.config.presets import PRESETS
 from jaxrlhf.config.ranges import interval_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.reference import field_comments
@@ -39,11 +40,15 @@ def schema() -> dict[str, Any]:
         section["required"] = ["name"]
     whole = defs.pop("Config")
     del whole["properties"]["algorithm_name"]
-    whole["properties"]["algorithm"] = choice_of_algorithm()
+    whole["properties"]["algorithm"] = {"type": "object"}
+    whole["properties"]["preset"] |= {"anyOf": [{"enum": sorted(PRESETS)}, {"type": "null"}]}
     one = whole["properties"]["models"]["additionalProperties"]
     ensemble = {"type": "array", "items": one, "minItems": 1, "description": "The members of an ensemble."}
     whole["properties"]["models"]["properties"] = {grader: {"anyOf": [one, ensemble]} for grader in GRADERS}
-    whole["required"] = [key for key in whole["required"] if key != "algorithm_name"]
+    whole["required"] = [key for key in whole["required"] if key not in ("algorithm_name", "algorithm")]
+    preset = {"required": ["preset"], "properties": {"preset": {"type": "string"}}}
+    alone = {"required": ["algorithm"], "properties": {"algorithm": choice_of_algorithm()}}
+    whole |= {"if": preset, "else": alone}  # a preset names the algorithm
     whole |= {"anyOf": [{"required": ["iterations"]}, {"required": ["epochs"]}], "not": BOTH_LENGTHS}
     return {"$schema": DIALECT} | whole | {"title": "A run of jaxrlhf", "$defs": defs}
 

@@ -68,6 +68,7 @@ def neutral(drawn: Blueprint) -> Config:
     constant = all(cfg.optimizer_of(role).schedule == "constant" for role in drawn.recipe.optimizers)
     return dataclasses.replace(
         cfg,
+        preset=None,
         run_dir="",
         seed=0,
         iterations=None if constant else cfg.iterations,

@@ -20,6 +20,7 @@ from tests.support import runs
 SHAPE = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_positions": 32, "vocab_size": 300}
 # what differs between runs that share programs
 FREE = {
+    "preset",
     "run_dir",
     "seed",
     "iterations",  # while learning rates are constant

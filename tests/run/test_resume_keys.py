@@ -64,6 +64,7 @@ eval: {{every: 4}}
 
 # what a key can change to, where no rule finds it; None: it can't change alone
 OTHER: dict[str, str | None] = {
+    "preset": None,  # with what it sets
     **dict.fromkeys(("run_dir", "epochs", "algorithm.name", "mesh.data", "mesh.fsdp", "mesh.tensor"), None),
     **dict.fromkeys(("mesh.slices", "mesh.decode", "tokenizer.train_vocab_size", "rewards.arguments"), None),
     **dict.fromkeys(("rewards.function", "rewards.functions", "algorithm.reward_update"), None),  # with models.reward
