@@ -22,8 +22,10 @@ from jaxrlhf.hosts import compiler_flags, heap, memory, processes
 from jaxrlhf.hosts.profiler import Profiler
 from jaxrlhf.hosts.run_duration import TimeLimit
 from jaxrlhf.hosts.signals import Stop
+from jaxrlhf.log import bars
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.log.progress import open_progress, silent
+from jaxrlhf.log.rows import read_rows
 from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.log.trackers import check_installed
 from jaxrlhf.plan.device_memory import need_room
@@ -223,6 +225,9 @@ class Trainer:
             self.log.say(f"{name}: stopped at step {step}; {GOES_ON}")
             return OUT_OF_TIME if late else outcome(self.stop)
         self.log.say(announce.closing(resolved, time.perf_counter() - self.began, self.best))
+        if cfg.bars and processes.is_main():
+            for found in bars.results(cfg.bars, read_rows(cfg.run_dir, "metrics")):
+                self.log.say(str(found))
         return DONE
 
     def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> int:

@@ -25,6 +25,7 @@ DOCUMENTS = [
     *sorted(f"configs/benchmarks/{path.stem}/README.md" for path in FOLDER.glob("[!_]*.py")),
     "configs/README.md",
     "configs/benchmarks/README.md",
+    "configs/gsm8k/README.md",
     "configs/quickstart/README.md",
     "configs/smollm2/README.md",
     "jaxrlhf/algorithms/README.md",

@@ -63,7 +63,7 @@ def reproduce(
     from jaxrlhf.hosts.exit_codes import EXIT_BROKEN
     from jaxrlhf.hosts.signals import Stop
 
-    benchmark = catalog.find(name, quick, ["list", "throughput", "soak"])
+    benchmark = catalog.find(name, quick, ["list", "bars", "throughput", "soak"])
     if quick and publish:
         raise ConfigError("--publish: --quick is given too; expected one of them")
     figure.need_matplotlib()
@@ -89,6 +89,38 @@ def reproduce(
         for path in results_page.publish(benchmark, folder) if publish else []:
             typer.echo(path)
     if not all(verdict.held for verdict in found):
+        raise typer.Exit(EXIT_BROKEN)
+
+
+@benchmarks.command()
+def bars(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
+    config: Annotated[
+        str | None, typer.Option(help="A config whose bars count in place of those of the run.", show_default=False)
+    ] = None,
+) -> None:
+    """Hold runs against the published numbers that their configs name (the section bars).
+
+    Exit code 0 only where every bar holds."""
+    from etils import epath
+
+    from jaxrlhf.config.load import load
+    from jaxrlhf.errors import ConfigError
+    from jaxrlhf.hosts.exit_codes import EXIT_BROKEN
+    from jaxrlhf.log.bars import results
+    from jaxrlhf.log.rows import read_rows
+
+    missed = False
+    for run in runs:
+        source = epath.Path(config or f"{run}/config.yaml")
+        if not (epath.Path(run) / "config.yaml").exists():
+            raise ConfigError(f"{run}: no config.yaml; expected a run directory")
+        if not (given := load(source, []).bars):
+            raise ConfigError(f"{source}: bars: none; expected published numbers to hold the run against")
+        for found in results(given, read_rows(run, "metrics")):
+            typer.echo(f"{run}: {found}")
+            missed |= not found.held
+    if missed:
         raise typer.Exit(EXIT_BROKEN)
 
 

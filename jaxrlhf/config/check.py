@@ -16,6 +16,7 @@ from jaxrlhf.data.chat import check_config
 from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.errors import ConfigError, counted, show
+from jaxrlhf.log.bars import bar_problems
 from jaxrlhf.log.run_dir import is_local
 from jaxrlhf.models.config import MLP, ModelConfig, resolve
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16
@@ -43,6 +44,7 @@ def check(cfg: Config, num_devices: int, source: str = "config", place: str = "h
         *place_problems(cfg),
         *profile_problems(cfg),
         *alarm_problems(cfg),
+        *bar_problems(cfg.bars),
         *device_problems(found, num_devices, place),
     ]
     if problems:

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-NAMED = {"functions": "<name>"}  # sections whose keys are the user's own words, where they are no roles
+NAMED = {
+    "functions": "<name>",
+    "bars": "<name>",
+}  # sections whose keys are the user's own words, where they are no roles
 
 
 @functools.cache

@@ -12,7 +12,7 @@ RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings temperature top_k size
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
         desirable_weight undesirable_weight cql_coef variance_coef multiplier multiplier_learning_rate
-        EvalConfig.every GenerateConfig.beta process_id
+        EvalConfig.every BarConfig.step GenerateConfig.beta process_id
         vocab_size observation_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
         positive_coef AlarmsConfig.judge AlarmsConfig.gold AlarmsConfig.kl AlarmsConfig.mismatch
         retries poll wait longest_wait stockouts restarts failures run_as_user""",
@@ -36,7 +36,7 @@ RANGES = {
     "(0, 1)": "expectile",
     "[0, 1)": "b1 b2",
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
-    "(-inf, inf)": "weight cost_limit AlarmsConfig.explained_variance",
+    "(-inf, inf)": "weight cost_limit at_least at_most AlarmsConfig.explained_variance",
     "[0, 2147483647]": "seed",
 }
 LARGEST = 2**31 - 1  # devices count in 32 bits

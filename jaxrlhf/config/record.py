@@ -8,6 +8,7 @@ from jaxrlhf.data.sources import DataConfig, SourceConfig
 from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.hosts.processes import DistributedConfig
 from jaxrlhf.log.alarms import AlarmsConfig
+from jaxrlhf.log.bars import BarConfig
 from jaxrlhf.log.metrics import LogConfig
 from jaxrlhf.models.attention.kernels import Asked
 from jaxrlhf.models.config import ModelConfig
@@ -77,6 +78,7 @@ class EvalConfig:
     every: int = 0  # iterations; 0: only at the end
     size: int = 256  # held-out examples
     samples: int = 8  # responses that go to samples.jsonl
+    temperature: float | None = None  # of held-out responses; 0: greedy; null: generate.temperature
     judge: SourceConfig | None = None  # labelled texts to train an outside judge on
     gold: str | None = None  # a second reward, never trained on: as rewards.function; or a reward model: models.gold
 
@@ -112,6 +114,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    bars: dict[str, BarConfig] = dataclasses.field(default_factory=dict)  # published numbers to hold the run against
     on_nonfinite: Literal["stop", "skip"] = "stop"  # after an update left out for a NaN or infinity
     max_nonfinite: int = 3  # skip: iterations with such updates, one after the other, at which the run stops
     profile: str | None = None  # "10:13": steps 10, 11 and 12 are traced into RUN_DIR/profile, for perfetto

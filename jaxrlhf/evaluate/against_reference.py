@@ -64,7 +64,10 @@ class PolicyEvaluation:
         heads: dict[Role, Head] = {"reference": "lm", "gold": "scalar", **scalar}
         more = [role for role in heads if role in cfg.models and role not in ready.heads]
         self.more: dict[Role, Head] = {role: heads[role] for role in more}
-        self.ready = build.with_roles(ready, self.more, ready.sampler._replace(samples_per_prompt=samples))
+        sampler = ready.sampler._replace(samples_per_prompt=samples)
+        if cfg.eval.temperature is not None:
+            sampler = sampler._replace(sampling=sampler.sampling._replace(temperature=cfg.eval.temperature))
+        self.ready = build.with_roles(ready, self.more, sampler)
         self.gold = dataclasses.replace(self.ready, graders=gold_graders(cfg.eval.gold)) if cfg.eval.gold else None
         rows = min(max(cfg.batch.prompts_per_step * cfg.batch.samples_per_prompt // samples, 1), cfg.eval.size)
         self.batches = held_out(ready, PROMPTS, cfg.eval.size, rows)

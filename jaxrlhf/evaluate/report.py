@@ -66,6 +66,13 @@ def evaluate_run(name: str, options: Options = Options()) -> dict[str, Any]:
         return measure_run(name, options, llm)
 
 
+def sampling_keys(sampling: Sequence[str]) -> list[str]:
+    """The keys of a config that ``sampling`` (temperature=0.6) sets; a temperature that is named goes before the
+    config's own for held-out responses."""
+    named = any(text.startswith("temperature=") for text in sampling)
+    return [*(f"generate.{text}" for text in sampling), *["eval.temperature=null"] * named]
+
+
 def measure_run(name: str, options: Options, llm: LlmJudge | None) -> dict[str, Any]:
     """``evaluate_run``, while the run's steps stay where they are."""
     step, (run_dir, _) = saved_run.find_step(name), split_step(name)
@@ -119,7 +126,7 @@ def written_report(held: HeldOut, result: Result | None, llm: LlmJudge | None, s
 
 def with_options(run_dir: str, options: Options) -> Config:
     """The run's config, as ``options`` change it."""
-    cfg = load(epath.Path(run_dir) / "config.yaml", [f"generate.{text}" for text in options.sampling])
+    cfg = load(epath.Path(run_dir) / "config.yaml", sampling_keys(options.sampling))
     cfg = dataclasses.replace(cfg, run_dir=run_dir)
     cfg = cfg if options.gold is None else with_gold(cfg, options.gold)
     if options.beta is None:

@@ -89,6 +89,7 @@ def neutral(drawn: Blueprint) -> Config:
         eval=EvalConfig(),
         log=LogConfig(),
         alarms=AlarmsConfig(),
+        bars={},
         on_nonfinite="stop",
         max_nonfinite=0,
         profile=None,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.cli import app
+from jaxrlhf.config.load import load
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate import held_out
@@ -20,8 +21,10 @@ from jaxrlhf.evaluate.against_reference import PolicyEvaluation, Responses, corr
 from jaxrlhf.evaluate.best_of import best_of_rows
 from jaxrlhf.evaluate.report import Options, evaluate_run
 from jaxrlhf.rewards.judge import Judge
-from jaxrlhf.run import build
-from jaxrlhf.run.initial_state import initial_state
+from jaxrlhf.run import build, checkpoint
+from jaxrlhf.run.initial_state import abstract_state, initial_state
+from jaxrlhf.serve.writer import generate_text
+from jaxrlhf.sharding import current
 from jaxrlhf.types import Sequences
 from tests.support import runs
 
@@ -63,6 +66,33 @@ def test_sampling_takes_the_place_of_the_config(root):
     runs.whole(root)
     found = evaluate_run(f"{root}/whole/grpo", Options(sampling=("temperature=0.6", "max_new_tokens=2")))
     assert 1 <= found["after"]["response/length_mean"] <= 2
+
+
+def test_held_out_responses_have_a_temperature_of_their_own(root):
+    runs.whole(root)
+    saved = load(root / "whole" / "grpo" / "config.yaml")
+    assert saved.eval.temperature is None and saved.generate.temperature == 1
+    for given, expected in ((None, 1.0), (0.0, 0.0), (0.6, 0.6)):
+        cfg = dataclasses.replace(saved, eval=dataclasses.replace(saved.eval, temperature=given))
+        ready = build.build(resolve_config(cfg))
+        evaluation = PolicyEvaluation(ready)
+        assert evaluation.ready.sampler.sampling.temperature == expected
+        assert ready.sampler.sampling.temperature == 1, "the run trains as it did"
+    assert reporting.sampling_keys(["top_p=0.9"]) == ["generate.top_p=0.9"]
+    assert reporting.sampling_keys(["temperature=1"]) == ["generate.temperature=1", "eval.temperature=null"]
+
+
+@pytest.mark.nightly  # by day: which temperature the sampler of an evaluation has
+def test_greedy_held_out_responses_are_those_of_greedy_generation(root, tmp_path):
+    runs.whole(root)
+    saved = load(root / "whole" / "grpo" / "config.yaml")
+    cfg = dataclasses.replace(saved, eval=dataclasses.replace(saved.eval, temperature=0.0))
+    ready = build.build(resolve_config(cfg))
+    with current(ready.mesh):
+        state = checkpoint.restore(cfg.run_dir, 4, abstract_state(ready))
+        rows = PolicyEvaluation(ready).run(state).rows
+    greedy = dataclasses.replace(cfg.generate, temperature=0.0)
+    assert [row["response"] for row in rows] == generate_text(cfg.run_dir, [row["prompt"] for row in rows], greedy)
 
 
 def test_sampling_by_an_unknown_key_is_one_line(root):

@@ -33,6 +33,7 @@ FREE = {
     "eval",
     "log",
     "alarms",
+    "bars",
     "on_nonfinite",
     "max_nonfinite",
     "profile",
@@ -90,6 +91,7 @@ def test_runs_that_differ_in_nothing_else_share_them():
         "log": {"trackers": []},
         "eval": {"every": 3},
         "alarms": {"kl": 1.0},
+        "bars": {"ours": {"metric": "eval/score/mean", "at_least": 1, "source": "us"}},
         "on_nonfinite": "skip",
     }
     assert key(sft(run_dir="runs/y", **free)) == key(sft())

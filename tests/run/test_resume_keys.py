@@ -105,6 +105,7 @@ OTHER: dict[str, str | None] = {
     "generate.stop": "[film]",
     "alarms.stop": "[kl]",
     "alarms.length": "3",
+    "bars": "{{ours: {{metric: eval/score/mean, at_least: 1, source: us}}}}",
     "log.trackers": "[]",
     "log.project": "films",
     "generate.int8": "[weights]",

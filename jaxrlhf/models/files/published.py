@@ -67,6 +67,7 @@ QWEN2_5: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e6}
 QWEN_0_5B = shape("qwen2", 151936, 896, 24, 14, 2, 4864, 32768, tied=True, **QWEN2_5)
 QWEN_1_5B = shape("qwen2", 151936, 1536, 28, 12, 2, 8960, 32768, tied=True, **QWEN2_5)
 QWEN_7B = shape("qwen2", 152064, 3584, 28, 28, 4, 18944, 32768, **QWEN2_5)
+QWEN3_1_7B = shape("qwen3", 151936, 2048, 28, 16, 8, 6144, 40960, tied=True, head_dim=128, **QWEN2_5)
 SMOLLM2_135M = shape("llama", 49152, 576, 30, 9, 3, 1536, 8192, tied=True, norm_eps=1e-5, rope_theta=1e5)
 
 SHAPES: dict[str, ModelConfig] = {
@@ -86,6 +87,7 @@ SHAPES: dict[str, ModelConfig] = {
     "Qwen/Qwen2.5-1.5B-Instruct": QWEN_1_5B,
     "Qwen/Qwen2.5-7B": QWEN_7B,
     "Qwen/Qwen2.5-7B-Instruct": QWEN_7B,
+    "Qwen/Qwen3-1.7B": QWEN3_1_7B,
     "meta-llama/Llama-3.1-8B": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-70B": LLAMA_3_1_70B,
