@@ -7,8 +7,9 @@ import numpy as np
 
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.against_reference import PolicyEvaluation
-from jaxrlhf.evaluate.majority import final_answer, majority
+from jaxrlhf.evaluate.majority import majority
 from jaxrlhf.ops.best_of import best_of, best_of_kl
+from jaxrlhf.rewards.math_text import final_answer
 from jaxrlhf.run.build import Run
 from jaxrlhf.types import TrainState
 

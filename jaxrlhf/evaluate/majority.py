@@ -6,18 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrlhf.rewards.math_text import last_number, marked, read
-
 SUBSETS = 500  # of k of a prompt's responses; all of them where there are no more
-
-
-def final_answer(text: str) -> str | None:
-    r"""The answer of a response, equal for equal numbers: its last \boxed{} or ####, else its last number."""
-    mark = marked(text)
-    answer = last_number(text) if mark is None else read(mark)
-    if answer is None:
-        return None
-    return answer.words or (str(min(answer.values)) if answer.values else answer.text)
 
 
 def subsets_of(count: int, k: int) -> np.ndarray:

@@ -101,6 +101,7 @@ class Inputs:
         if not prompts:
             raise ValueError("not called: there are no records, as no prompts could be opened")
         for where, source in prompts.items():
-            graders.try_on([source[index] for index in range(min(2, len(source)))], where)
+            some = [source[index] for index in range(min(2, len(source)))]
+            graders.try_on(some, where, self.cfg.generate.max_new_tokens)
         names = ", ".join(function.name for function in graders.functions)
         return f"{names}: called on records of {', '.join(prompts)}"

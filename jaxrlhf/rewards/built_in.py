@@ -1,10 +1,26 @@
 """The short names of the graders that come with the package: ``rewards.function: exact_match``."""
 
 BUILT_IN = {
+    "exact_match": "jaxrlhf.rewards.answers:exact_match",
+    "numeric": "jaxrlhf.rewards.answers:numeric",
     "math_strict": "jaxrlhf.rewards.math_answer:strict",
     "math_lenient": "jaxrlhf.rewards.math_answer:lenient",
     "llm_pairwise": "jaxrlhf.rewards.llm_judge:Pairwise",
     "llm_pointwise": "jaxrlhf.rewards.llm_judge:Pointwise",
     "http": "jaxrlhf.rewards.http_grader:HttpGrader",
     "reward_model_server": "jaxrlhf.rewards.http_grader:RewardModelServer",
+    "regex": "jaxrlhf.rewards.answers:Regex",
+    "json_schema": "jaxrlhf.rewards.answers:JsonSchema",
+    "code": "jaxrlhf.rewards.code:RunCode",
+    "language": "jaxrlhf.rewards.language:Language",
+    "length": "jaxrlhf.rewards.lengths:length",
+    "length_drift": "jaxrlhf.rewards.lengths:length_drift",
+    "soft_overlong": "jaxrlhf.rewards.lengths:soft_overlong",
+    "ended": "jaxrlhf.rewards.lengths:ended_itself",
+    "repetition": "jaxrlhf.rewards.creativity:repetition",
+    "distinct": "jaxrlhf.rewards.creativity:distinct_n",
+    "self_bleu": "jaxrlhf.rewards.creativity:self_bleu",
+    "unlike_others": "jaxrlhf.rewards.creativity:unlike_others",
+    "novelty": "jaxrlhf.rewards.creativity:Novelty",
+    "agreement": "jaxrlhf.rewards.creativity:Agreement",
 }

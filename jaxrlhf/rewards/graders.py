@@ -53,7 +53,7 @@ class Graders(NamedTuple):
         lost = (missing & required & counts).any(1) | (missing | ~counts).all(1)
         return np.where(lost, np.nan, total).astype(np.float32)
 
-    def try_on(self, records: Sequence[dict[str, Any]], where: str) -> None:
+    def try_on(self, records: Sequence[dict[str, Any]], where: str, max_new_tokens: int = 64) -> None:
         """Calls every function once, with a sample response to each of two ``records`` (of the data section ``where``).
 
         Raises ValueError, in one line, where one raises anything or does not answer with numbers."""
@@ -64,7 +64,7 @@ class Graders(NamedTuple):
                 picked = {"timeouts": self.limits.timeouts[at : at + 1], "retries": self.limits.retries[at : at + 1]}
                 alone = alone._replace(limits=self.limits._replace(**picked, on_timeout="stop"))
             try:
-                alone.grade(list(SAMPLES), some, SAMPLE_DETAILS)
+                alone.grade(list(SAMPLES), some, SAMPLE_DETAILS._replace(max_new_tokens=max_new_tokens))
             except GraderError as error:
                 raise ValueError(f"{error} on a sample response to a record of {where}") from error
 

@@ -240,3 +240,12 @@ def mentioned(text: str) -> list[Answer]:
     said = SAID.findall(text)
     words = [read(part) for part in (said[-1].split(". ")[0] if said else "", lines[-1] if lines else "")]
     return [answer for answer in found if answer] + [answer for answer in words if answer and answer.words]
+
+
+def final_answer(text: str) -> str | None:
+    r"""The answer of a response, equal for equal numbers: its last \boxed{} or ####, else its last number."""
+    mark = marked(text)
+    answer = last_number(text) if mark is None else read(mark)
+    if answer is None:
+        return None
+    return answer.words or (str(min(answer.values)) if answer.values else answer.text)

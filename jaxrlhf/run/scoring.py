@@ -69,7 +69,7 @@ def try_graders(ready: Run, where: str, records: Records) -> None:
     ``where``. Raises ValueError, in one line, where one fails; as ``together``."""
     graders = ready.graders
     if graders is not None and records:
-        together(lambda: graders.try_on(records, where))
+        together(lambda: graders.try_on(records, where, ready.sampler.max_new_tokens))
 
 
 def scored_here(mesh: Mesh, rows: int) -> np.ndarray:

@@ -8,7 +8,8 @@ import pytest
 
 from jaxrlhf.evaluate import majority as majorities
 from jaxrlhf.evaluate.best_of import best_of_rows
-from jaxrlhf.evaluate.majority import final_answer, majority
+from jaxrlhf.evaluate.majority import majority
+from jaxrlhf.rewards.math_text import final_answer
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
