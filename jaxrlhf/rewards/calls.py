@@ -71,10 +71,10 @@ def call_all(functions: Sequence[RewardFunction], batch: ToGrade, limits: CallLi
         for at, function in enumerate(functions):
             if function.is_async:
                 later = repeated_later(function, batch, limits.retries[at])
-                begun[at] = Begun(event_loop.begin(later), left(at))
+                begun[at] = Begun(lambda later=later: event_loop.begin(later), left(at))
             elif limits.threads and len(functions) > 1:
                 work = lambda function=function, at=at: repeated(function, batch, limits.retries[at])
-                begun[at] = Begun(in_thread(work, function), left(at))
+                begun[at] = Begun(lambda work=work, function=function: in_thread(work, function), left(at))
         for at, function in enumerate(functions):
             if at not in begun:
                 work = lambda function=function, at=at: repeated(function, batch, limits.retries[at])
@@ -91,9 +91,10 @@ def call_all(functions: Sequence[RewardFunction], batch: ToGrade, limits: CallLi
 class Begun:
     """A call under way elsewhere, which may take ``limit`` seconds."""
 
-    def __init__(self, future: Future, limit: float):
-        self.future, self.limit, self.began, self.done = future, limit, time.monotonic(), 0.0
-        future.add_done_callback(self.note)
+    def __init__(self, begin: Callable[[], Future], limit: float):
+        self.limit, self.began, self.done = limit, time.monotonic(), 0.0
+        self.future = begin()
+        self.future.add_done_callback(self.note)
 
     def note(self, future: Future) -> None:
         self.done = time.monotonic()

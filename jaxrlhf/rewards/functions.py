@@ -169,7 +169,8 @@ def resolve(name: str, arguments: Mapping[str, Any] | None = None, where: str = 
     for_trl = name.startswith(trl.PREFIX)
     module_name, colon, attribute = BUILT_IN.get(name, name.removeprefix(trl.PREFIX)).partition(":")
     if not colon or not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
-        raise ValueError(f"function: {name}: {nearest(name, sorted(BUILT_IN), SHAPE)}")
+        near = nearest(name, sorted(BUILT_IN), SHAPE) if name.isidentifier() else SHAPE
+        raise ValueError(f"function: {name}: {near}")
     module = import_module(name, module_name)
     if not hasattr(module, attribute):
         named = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
