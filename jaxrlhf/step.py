@@ -31,6 +31,7 @@ from jaxrlhf.types import (
     Metrics,
     Nets,
     Params,
+    Prompts,
     Role,
     Rows,
     Sequences,
@@ -77,6 +78,12 @@ def make_rollout(recipe: Recipe) -> Callable[[TrainState, Batch], Sequences]:
     assert recipe.algorithm.online, "an offline algorithm samples nothing"
     rollout = recipe.algorithm.rollout
     return lambda state, batch: rollout(recipe.nets, state, given(batch.prompts, "batch.prompts"))
+
+
+def make_extend(recipe: Recipe) -> Callable[[TrainState, Prompts], Sequences]:
+    """(state, rows as far as they are known, as prompts) -> them with the policy's next response, one a row."""
+    extend = given(recipe.nets.extend, "nets.extend")
+    return lambda state, prompts: extend("policy", state.trees, prompts, state.seed, state.step)
 
 
 def make_act(recipe: Recipe) -> Callable[[TrainState, Acting], tuple[Array, Array]]:

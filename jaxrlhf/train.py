@@ -39,7 +39,7 @@ from jaxrlhf.run.kept_programs import shared
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.raised_by_all import raised_by_all
 from jaxrlhf.run.resume import OF_DATA, OF_STATE, changes_since_saved, explained, with_new_controls
-from jaxrlhf.run.scoring import joined, try_graders
+from jaxrlhf.run.scoring import joined, try_environment, try_graders
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import current, for_programs
 from jaxrlhf.types import Batch, Metrics, Sequences, TrainState
@@ -174,14 +174,18 @@ class Trainer:
         self.ready, self.cfg, self.saved, self.log, self.stop = ready, ready.cfg, saved, log, stop
         self.watch, self.noted = watch, Step(0, {}, [])
         self.feed = Feed(ready)
-        if ready.graders:
-            try_graders(ready, "data.prompts", self.feed.first_records())
+        if ready.graders or ready.environment:
+            records = self.feed.first_records()
+            try_graders(ready, "data.prompts", records)
+            try_environment(ready, "data.prompts", records)
         # of the first process: JAX writes a perfetto trace where only one process has been
         steps = profiled_steps(self.cfg.profile) if processes.is_main() else range(0)
         self.profiler = Profiler(epath.Path(self.cfg.run_dir) / "profile", steps)
         self.evaluation = held_out.HeldOut(ready)
         if self.evaluation.policy:
-            try_graders(ready, "data.eval_prompts", self.evaluation.policy.batches[0].columns or [])
+            records = self.evaluation.policy.batches[0].columns or []
+            try_graders(ready, "data.eval_prompts", records)
+            try_environment(ready, "data.eval_prompts", records)
         self.pending: Dispatched | None = None
         self.last_time = time.perf_counter()
         self.scores: tuple[int, dict[str, float]] = (0, {})  # step and numbers of the newest evaluation

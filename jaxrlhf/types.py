@@ -57,10 +57,10 @@ class Sequences(struct.PyTreeNode):
     scores: Array | None = None  # f32[B]: one number per sequence; NaN: graders on the host could not score it
     grades: dict[str, Array] | None = None  # f32[B] by name of several graders on the host; NaN: it could not
     ended: Array | None = None  # bool[B]: the response ended with EOS or a stop text, not by its length
-    # of an environment (control), where tokens are actions: f32[B, S, D], column t is what it showed after token t, and
-    # what networks are computed from; f32[B, S], what each token earned by the environment itself
+    # of control, where tokens are actions: f32[B, S, D], column t is what the environment showed after token t, from
+    # which networks are computed
     observations: Array | None = None
-    rewards: Array | None = None
+    rewards: Array | None = None  # f32[B, S]: what each token earned by an environment, of control or of text
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
     # consecutive rows that share a prompt, which is computed once
     copies: int = struct.field(pytree_node=False, default=1)
@@ -275,6 +275,7 @@ class Nets(NamedTuple):
     sample: Sample
     graders: Mapping[Role, Grader] = MappingProxyType({})  # ensembles, by the role whose scores they give
     act: Act | None = None  # of networks that are computed from observations
+    extend: Sample | None = None  # as sample, but one response a row, of a turn's length: prompts are what came before
     # weights of the graders on the host that an advantage normalises each by itself; empty: it normalises the score
     apart: Mapping[str, float] = MappingProxyType({})
 

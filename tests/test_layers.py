@@ -43,7 +43,7 @@ IN_RUN = (
     ("batch_shapes",),
     ("initial_state", "recorded_asks", "feed", "kept_programs"),
     ("programs", "normalize", "announce"),
-    ("episodes",),
+    ("episodes", "turns"),
     ("scoring",),
 )
 RUN_LAYERS = {f"run.{name}": floor for floor, names in enumerate(IN_RUN) for name in names} | {"run": -1}

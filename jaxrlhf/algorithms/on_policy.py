@@ -59,9 +59,10 @@ def cost_metrics(costs: Array, rows: Array) -> dict[str, Mean]:
 
 def earned_by_actions(nets: Nets, trees: Trees, sequences: Sequences, grader: Role = "reward") -> Array | None:
     """f32[B, S]: what every action of an episode earned (of the grader "cost": what it cost), by the reward model, or
-    its members together; a reward by the environment, where that scored. None of text: a response has one score."""
+    its members together; a reward by the environment, where that scored. None of text that has one score; where an
+    environment of text scored, what each of its tokens earned."""
     if sequences.observations is None:
-        return None
+        return sequences.rewards if grader == "reward" and sequences.scores is not None else None
     if grader == "reward" and sequences.scores is not None:
         return given(sequences.rewards, "sequences.rewards")
     return combined(nets, read_members(nets, trees, sequences, grader, "rewards"), grader)

@@ -179,12 +179,17 @@ def shaped_rewards(
 ) -> Array:
     """f32[B, S]: -kl_coef * KL on every response token, and the score on the last, or on each what it earned."""
     mask = sequences.response_mask
-    scores = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
+    marks = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
     if cfg.score_clip is not None:
-        scores = jnp.clip(scores, -cfg.score_clip, cfg.score_clip)
+        marks = jnp.clip(marks, -cfg.score_clip, cfg.score_clip)
     penalty = kl_penalty(state, logprobs, ref_logprobs, mask, cfg)
     earned = on_policy.earned_by_actions(nets, state.trees, sequences)
-    rewards = score_to_rewards(scores, penalty, mask) if earned is None else keep(earned - penalty, mask)
+    if earned is None:
+        rewards = score_to_rewards(marks, penalty, mask)
+    elif sequences.observations is None:  # turns of text, of which the last pays for an end that is missing
+        rewards = score_to_rewards(marks - scores, penalty - earned, mask)
+    else:
+        rewards = keep(earned - penalty, mask)
     if cfg.whiten_rewards:
         rewards = whiten(rewards, mask, variance="unbiased", shift_mean=False)
     return rewards

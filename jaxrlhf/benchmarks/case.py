@@ -83,6 +83,9 @@ def make_cases(shape: Shape, path: str | None, overrides: Sequence[str], lengths
     cfg = without_world(cfg)
     if cfg.acts:
         raise ConfigError(f"{source}: environment.id: {cfg.environment.id}: only text is timed; expected null")
+    if cfg.converses:
+        shown = f"{source}: environment.function: {cfg.environment.function}"
+        raise ConfigError(f"{shown}: only single responses are timed; expected null")
     made = blueprint(check(cfg, jax.device_count(), source), make_mesh(cfg.mesh), configs_by_run(beside))
     case = ready(*made, lengths)  # type: ignore[arg-type]
     return [case, *(doubled(case, what) for what in DOUBLED)] if growth else [case]

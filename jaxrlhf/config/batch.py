@@ -51,7 +51,10 @@ def longest_row(resolved: Resolved) -> tuple[int, str]:
     longest, room = max(cfg.data.prompt_buckets, default=0), cfg.generate.max_new_tokens
     if cfg.acts:
         return 2 + room, f"the start, the state at the end, and generate.max_new_tokens {room}"
-    return longest + room, f"the largest of data.prompt_buckets + generate.max_new_tokens {room}"
+    what = f"the largest of data.prompt_buckets + generate.max_new_tokens {room}"
+    if cfg.converses and cfg.environment.max_turns > 1:  # a turn may begin in the last columns, and is cut afterwards
+        return longest + room + cfg.turn_tokens, f"{what} + {cfg.turn_tokens} of a turn (environment.turn_tokens)"
+    return longest + room, what
 
 
 def asked_parts(resolved: Resolved) -> int:

@@ -8,7 +8,8 @@ from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.errors import ConfigError, show
 from jaxrlhf.models.config import MLP, ModelConfig
 from jaxrlhf.rewards import environments
-from jaxrlhf.rewards.environments import Spaces
+from jaxrlhf.rewards.environments import EnvironmentConfig, Spaces
+from jaxrlhf.rewards.turns import function_problems
 
 LEARNED = ("prompts", "preferences")  # sections of data that episodes and their segments fill
 
@@ -36,6 +37,7 @@ def environment_problems(resolved: Resolved) -> Iterator[str]:
     """The environment can be had, the models are computed from its observations, and nothing asks for text."""
     cfg, name = resolved.cfg, resolved.cfg.algorithm_name
     shapes = {role: model.architecture for role, model in cfg.models.items() if model.architecture}
+    yield from conversation_problems(resolved)
     if not cfg.acts:
         for role, shape in shapes.items():
             if shape.family == MLP:
@@ -56,6 +58,31 @@ def environment_problems(resolved: Resolved) -> Iterator[str]:
         if kind.name not in LEARNED:
             yield f"environment.id: {cfg.environment.id}: {name} reads {kind.name}, which are text; expected null"
     yield from text_problems(resolved)
+
+
+def conversation_problems(resolved: Resolved) -> Iterator[str]:
+    """An environment of text can be found, answers what an algorithm samples, and gives the scores alone."""
+    cfg, defaults = resolved.cfg, EnvironmentConfig()
+    if not cfg.converses:
+        for name in ("max_turns", "turn_tokens", "context_widths"):
+            if (value := getattr(cfg.environment, name)) != (default := getattr(defaults, name)):
+                wrong = f"environment.{name}: {value}: there is no environment.function whose turns it is of"
+                yield f"{wrong}; expected {show(default)}"
+        return
+    yield from function_problems(cfg.environment)
+    shown = f"environment.function: {cfg.environment.function}"
+    if not resolved.algorithm.online:
+        yield f"{shown}: {cfg.algorithm_name} samples no responses to answer; expected null"
+    if cfg.rewards.on_host:
+        key = "function" if cfg.rewards.function is not None else "functions"
+        yield f"rewards.{key}: given, and {shown} gives the rewards; expected {'null' if key == 'function' else '{}'}"
+    if cfg.generate.min_new_tokens:
+        least = cfg.generate.min_new_tokens
+        yield f"generate.min_new_tokens: {least}: of a response, and {shown} makes several of one row; expected 0"
+    room = cfg.generate.max_new_tokens
+    if (cfg.environment.turn_tokens or 0) > room:
+        wrong = f"environment.turn_tokens: {cfg.environment.turn_tokens}: more than generate.max_new_tokens"
+        yield f"{wrong}; nearest: {room}"
 
 
 def text_problems(resolved: Resolved) -> Iterator[str]:

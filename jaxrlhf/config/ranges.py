@@ -26,7 +26,7 @@ RANGES = {
         sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size
         patience pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon target_period
         hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
-        init_timeout slices starts""",
+        init_timeout slices starts max_turns turn_tokens context_widths""",
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",
     "[120, inf)": "grace_seconds",

@@ -131,9 +131,20 @@ class Config:
         return self.environment.id is not None
 
     @property
+    def converses(self) -> bool:
+        """Whether an environment of text answers the policy's responses."""
+        return self.environment.function is not None
+
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens that the sampler may write at once: of a response, or of a turn of it."""
+        room = self.generate.max_new_tokens
+        return min(self.environment.turn_tokens or room, room) if self.converses else room
+
+    @property
     def environment_scores(self) -> bool:
         """Whether the environment's own rewards count, as no reward model is given."""
-        return self.acts and members_in(self.models, "reward")[0] not in self.models
+        return (self.acts or self.converses) and members_in(self.models, "reward")[0] not in self.models
 
     def optimizer_of(self, role: Role) -> OptimizerConfig:
         """The role's own row of ``optimizer``, else that of the grader that it is a member of, else the row "default",

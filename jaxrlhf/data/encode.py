@@ -354,7 +354,7 @@ def _encode_pieces(pieces: Sequence[Piece], tokenizer: Any) -> list[list[int]]:
     if not straddles.any() and ids[: len(first)] == first:
         owner = np.searchsorted(edges[:-1], begins, side="right")
         return [[ids[at] for at in np.flatnonzero(owner == piece)] for piece in range(len(pieces))]
-    return [first] + [_continuation(text, tokenizer) for text in texts[1:]]
+    return [first] + [encode_continuation(text, tokenizer) for text in texts[1:]]
 
 
 def _extents(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -364,12 +364,13 @@ def _extents(offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray
     return np.minimum(starts, np.concatenate([[0], ends])[:-1]), ends
 
 
-def _continuation(text: str, tokenizer: Any) -> list[int]:
+def encode_continuation(text: str, tokenizer: Any) -> list[int]:
     """Ids of a text that follows another: some tokenizers write a space before the first word that they see."""
     for before in ("\n", "\x01"):  # what the vocabulary may have in one token with the text, and what it has not
         whole = encode_text(tokenizer, before + text)
         begins, ends = _extents(whole.offsets)
-        if not ((begins < 1) & (ends > 1)).any():
+        written = encode_text(tokenizer, before).ids  # a vocabulary without it leaves it out, and counts from behind it
+        if written and not ((begins < 1) & (ends > 1)).any():
             return [token for token, begin in zip(whole.ids, begins) if begin >= 1]
     return encode_text(tokenizer, text).ids
 

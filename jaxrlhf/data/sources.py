@@ -97,6 +97,17 @@ class Source:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.read, range(self.size))
 
+    def with_tools(self, tools: Sequence[Mapping[str, Any]] | None) -> "Source":
+        """The records with a column of tools that they may call, JSON schemas, where they have none of their own."""
+        if not tools:
+            return self
+
+        def read(index: int) -> dict[str, Any]:
+            record = self.read(index)
+            return record if record.get("tools") else {**record, "tools": list(tools)}
+
+        return dataclasses.replace(self, read=read, fingerprint=_fingerprint(self.fingerprint, list(tools)))
+
     def usable(self, skip_bad: bool) -> Iterator[dict[str, Any]]:
         """The records in their order, without those that can't be used where ``skip_bad`` says so."""
         for index in range(self.size):

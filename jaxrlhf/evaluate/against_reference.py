@@ -31,6 +31,8 @@ from jaxrlhf.run.initial_state import read_weights
 from jaxrlhf.run.kept_programs import shared
 from jaxrlhf.run.scoring import nothing, score
 from jaxrlhf.run.transfer import fetch_all, put
+from jaxrlhf.run.turns import Talker, marked_turns
+from jaxrlhf.step import make_extend
 from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState, Trees, given
 
 
@@ -48,6 +50,29 @@ class Responses(NamedTuple):
     grades: Mapping[str, np.ndarray] = MappingProxyType(
         {}
     )  # what each of several functions, or of an ensemble's members, gives
+
+
+class Dialogues:
+    """Held-out prompts whose responses the run's environment answers, as PolicyEvaluation.answer; its programs are
+    compiled when they are first used.
+
+    Args:
+        measured: PolicyEvaluation.measured.
+    """
+
+    def __init__(self, ready: Run, measured: Callable):
+        at_start = lambda state: state.replace(step=jnp.int32(0))  # all evaluations share their noise
+        nets, rollout, extend = ready.recipe.nets, ready.algorithm.rollout, make_extend(ready.recipe)
+        begin = lambda state, prompts: rollout(nets, at_start(state), prompts)
+        self.begin = shared("begin", ready, lambda: processes.jit(begin))
+        say = shared("say", ready, lambda: processes.jit(lambda state, prompts: extend(at_start(state), prompts)))
+        self.measured = shared("measured", ready, lambda: processes.jit(measured))
+        self.talker = Talker(ready, lambda width: say)
+
+    def __call__(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts, records: list[dict[str, Any]]):
+        """What the policy and the environment say, and what is known of it."""
+        played = self.talker.play(state, prompts, self.begin(state, prompts), records)
+        return self.measured(state, extra, played.sequences)
 
 
 class PolicyEvaluation:
@@ -77,6 +102,7 @@ class PolicyEvaluation:
         self.before: Responses | None = None
         self.after: Responses | None = None  # of the last ``run``
         self.program = shared("answer", self.ready, lambda: processes.jit(self.answer))
+        self.dialogues = Dialogues(self.ready, self.measured) if self.ready.environment is not None else None
 
     def run(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
         """What the policy writes; at first, and each time where the reward learns, what the reference writes too.
@@ -97,12 +123,17 @@ class PolicyEvaluation:
     def answer(
         self, state: TrainState, extra: dict[Role, Params], prompts: Prompts
     ) -> tuple[Sequences, dict[str, Array]]:
+        """``measured`` of the responses to the prompts, under step 0, so that all evaluations share their noise."""
+        rollout = self.ready.algorithm.rollout
+        sequences = rollout(self.ready.recipe.nets, state.replace(step=jnp.int32(0)), prompts)
+        return self.measured(state, extra, sequences)
+
+    def measured(
+        self, state: TrainState, extra: dict[Role, Params], sequences: Sequences
+    ) -> tuple[Sequences, dict[str, Array]]:
         """(responses, with scores where a reward model gives them, and grades where it is an ensemble; f32[B] of each
         that is known: "kl" in nats, "gold" by models.gold, "cost" by models.cost)."""
         nets, trees = self.ready.recipe.nets, Trees(state.params, extra | state.slow)
-        rollout = self.ready.algorithm.rollout
-        # under step 0, so that all evaluations share their noise
-        sequences = rollout(nets, state.replace(step=jnp.int32(0)), prompts)
         known = {*trees.params, *trees.slow}
         if self.graders[0] in known and self.ready.graders is None:
             scores, members = read_scores(nets, trees, sequences)
@@ -130,11 +161,15 @@ class PolicyEvaluation:
         grades: dict[str, list] = {}
         for host in self.batches:
             between()
-            sequences, known = self.program(state, self.others(), put(self.ready.mesh, host.batch).prompts)
+            prompts, records = given(put(self.ready.mesh, host.batch).prompts, "prompts"), host.columns or []
+            if self.dialogues is None:
+                sequences, known = self.program(state, self.others(), prompts)
+            else:
+                sequences, known = self.dialogues(state, self.others(), prompts, records)
             if self.gold is not None:
-                known["gold"] = given(score(self.gold, sequences, host.columns or []).sequences.scores, "gold")
+                known["gold"] = given(score(self.gold, sequences, records).sequences.scores, "gold")
             if self.ready.graders is not None:
-                sequences = score(self.ready, sequences, host.columns or []).sequences
+                sequences = score(self.ready, sequences, records).sequences
             sequences, known, real = *fetch_all((sequences, known)), host.real * self.samples
             mask = sequences.response_mask
             columns["rows"] += sample_rows(self.ready, sequences, real, "eval")
@@ -164,7 +199,7 @@ class PolicyEvaluation:
         reward and by the judge; a tie is half a win. Where functions score, a response without a score counts for the
         judge alone."""
         known, on_host = np.ones(len(responses.lengths), bool), False
-        if self.ready.graders is not None and responses.scores is not None:
+        if (self.ready.graders or self.ready.environment) and responses.scores is not None:
             known, on_host = ~np.isnan(responses.scores), True
         found = {"response/length_mean": mean(responses.lengths[known]), "response/ended": mean(responses.ended[known])}
         if responses.kl is not None:
@@ -203,7 +238,7 @@ class PolicyEvaluation:
         """The metrics that an evaluation will give, by what it gives of made-up responses."""
         numbers, roles, made = np.zeros(2), self.ready.heads, copy.copy(self)
         graders = self.ready.graders
-        scored = self.graders[0] in roles or graders is not None
+        scored = self.graders[0] in roles or graders is not None or self.ready.environment is not None
         members = self.graders if len(self.graders) > 1 else []
         grades = dict.fromkeys(members if graders is None else graders.names, numbers)
         known = {"kl": "reference" in roles, "scores": scored, "marks": self.asks_judge}
@@ -237,14 +272,17 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def sample_rows(ready: Run, sequences: Sequences, count: int, split: str) -> list[dict[str, Any]]:
-    """The first ``count`` rows as text: prompt, response, score, score/NAME of each of several graders (null: it gave
-    none), split. All processes have to call it."""
+    """The first ``count`` rows as text: prompt, response (of a conversation all behind the prompt), its turns, score,
+    score/NAME of each of several graders (null: it gave none), split. All processes have to call it."""
     rows = jax.tree.map(lambda x: x[:count], fetch_all(sequences))
-    prompts, responses = (
-        decode_rows(ready.tokenizer, rows.tokens, mask)
-        for mask in (rows.valid & ~rows.response_mask, rows.response_mask)
-    )
+    said = rows.response_mask
+    if talks := ready.cfg.converses and rows.rewards is not None:
+        said = rows.valid & (np.arange(rows.valid.shape[1]) >= rows.response_start)
+    prompts, responses = (decode_rows(ready.tokenizer, rows.tokens, mask) for mask in (rows.valid & ~said, said))
     texts = [{"prompt": prompt, "response": response} for prompt, response in zip(prompts, responses, strict=True)]
+    if talks:
+        turns = [marked_turns(ready.tokenizer, *row) for row in zip(rows.tokens, said, rows.response_mask)]
+        texts = [text | {"turns": marked} for text, marked in zip(texts, turns, strict=True)]
     numbers = {} if rows.scores is None else {"score": rows.scores}
     numbers |= {f"score/{name}": grade for name, grade in (rows.grades or {}).items()}
     for name, values in numbers.items():

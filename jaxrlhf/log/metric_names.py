@@ -101,6 +101,10 @@ METRICS = [
     response/ended | share | responses that ended by themselves
     response/tokens | tokens | of all responses of the iteration
     response/count | responses | of the iteration
+    turns/mean | responses | of a conversation with an environment of text
+    turns/cut | share | conversations that a limit ended: of turns, of tokens
+    turns/observation_tokens | tokens | of what the environment wrote into a conversation
+    environment/<name> | - | what the environment's own method metrics gives by this name
     judge/mean | probability | of a positive text, by the outside judge
     judge/std | probability | standard deviation of the judge's answers
     gold/mean | score | score by the second reward, which training never reads (eval.gold, models.gold)
@@ -119,7 +123,7 @@ METRICS = [
     time/iteration | s | of the iteration
     time/rewards | s | of it, in reward functions
     time/rewards/<grader> | s | of it, in this one of rewards.functions; several can run at the same time
-    time/environment | s | of it, in the episodes of an environment
+    time/environment | s | of it, in an environment
     time/evaluation | s | of the evaluation
     memory/host_peak | GiB | most memory that the first process has held so far
     memory/device_peak | GiB | most memory that one of its devices has held so far, where the device keeps account

@@ -98,6 +98,9 @@ def plan(
     place = "in the slice" if slices == 1 else f"in the {slices} slices"
     if cfg.acts:
         raise ConfigError(f"{source}: environment.id: {cfg.environment.id}: plans are of text alone; expected null")
+    if cfg.converses:
+        shown = f"{source}: environment.function: {cfg.environment.function}"
+        raise ConfigError(f"{shown}: plans are of single responses; expected null")
     resolved, uncounted = with_length(check(cfg, len(where.devices), source, place))
     cfg = resolved.cfg
     drawn, sources = blueprint(resolved, make_mesh(cfg.mesh, where.devices), configs_by_run(others))

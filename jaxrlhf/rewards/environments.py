@@ -20,12 +20,17 @@ MOST_ACTIONS = 62  # letters and digits
 
 @dataclasses.dataclass(frozen=True)
 class EnvironmentConfig:
-    """A Gymnasium environment, in which the policy acts in place of writing: an action is a token, an episode a
-    response of at most generate.max_new_tokens. Its rewards count where there is no models.reward."""
+    """What answers the policy: function, an environment of text, a response with an observation and a reward, turn by
+    turn; or id, a Gymnasium environment, in which the policy acts in place of writing: an action is a token, an episode
+    a response of at most generate.max_new_tokens. The rewards of either count where there is no models.reward."""
 
     id: str | None = None  # as gymnasium.make takes it: CartPole-v1, or my_module:MyTask-v0; needs the extra control
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for gymnasium.make
-    starts: int = 4096  # episodes are reset with the seeds 0, 1, ... below it, where data.prompts gives none
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for gymnasium.make, or for function
+    starts: int = 4096  # id: episodes are reset with the seeds 0, 1, ... below it, where data.prompts gives none
+    function: str | None = None  # "package.module:NAME" of a class with reset and step, which answers text
+    max_turns: int = 4  # function: responses of an episode at most
+    turn_tokens: int | None = None  # function: of one response at most; null: generate.max_new_tokens, those of a row
+    context_widths: int = 2  # function: widths, each compiled, in which a later turn reads what came before it
 
 
 class Spaces(NamedTuple):
@@ -46,7 +51,7 @@ def import_gymnasium() -> Any:
 
 
 def make(cfg: EnvironmentConfig) -> Any:
-    """One environment. Raises ValueError, "key: value: ...", where there is none of that name."""
+    """One Gymnasium environment. Raises ValueError, "key: value: ...", where there is none of that name."""
     shown = f"id: {cfg.id}"
     try:
         gymnasium = import_gymnasium()

@@ -16,7 +16,7 @@ from jaxrlhf.hosts import processes
 from jaxrlhf.models.parameters import parameter_table
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
-from jaxrlhf.run.feed import Feed, describe_data, training_prompts
+from jaxrlhf.run.feed import Feed, describe_data, glue_of, training_prompts
 from jaxrlhf.run.origins import base_role
 from jaxrlhf.run.runtime import kernels_passed_over
 from jaxrlhf.sharding import batch_shards
@@ -59,6 +59,7 @@ def first_lines(ready: Run, feed: Feed, held_out: Sequence[Summary], best: Seque
         *kernels_passed_over(cfg, ready.mesh, ready.configs),
         *other_endings(ready),
         *spelled_markers(ready),
+        *rewritten_turns(ready, feed),
         *notes,
     ]
 
@@ -140,6 +141,14 @@ def other_endings(run: "Run") -> list[str]:
                 f"{words(theirs)}, and responses here end with {words(ours)}; train it on this policy's tokenizer"
             )
     return lines
+
+
+def rewritten_turns(ready: Run, feed: Feed) -> list[str]:
+    """What to say of an environment's conversations that the chat template would write otherwise as a whole."""
+    if ready.environment is None or ready.cfg.environment.max_turns == 1:
+        return []
+    lines = [glue_of(ready).rewrites(record) for record in feed.first_records()[:1]]
+    return [line for line in lines if line]
 
 
 def spelled_markers(run: "Run") -> list[str]:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.config.environment import spaces_of
 from jaxrlhf.config.resolved import Resolved
+from jaxrlhf.response_widths import widths_of
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.sharding import row_layout
 from jaxrlhf.types import Acting, Batch, Prompts, Sequences, given
@@ -59,6 +60,39 @@ def episode_shapes(drawn: Blueprint, episodes: int) -> Sequences:
         ended=rows(bool),
         observations=rows(np.float32, columns, size),
         rewards=numbers,
+    )
+
+
+def context_widths(drawn: Blueprint, columns: int) -> list[int]:
+    """The widths in which what came before a later turn is read, behind prompts of so many ``columns``."""
+    if drawn.cfg.environment.max_turns == 1:
+        return []
+    room = drawn.cfg.generate.max_new_tokens
+    return [columns + width for width in widths_of(room, min(drawn.cfg.environment.context_widths, room))]
+
+
+def context_shapes(drawn: Blueprint, count: int, width: int) -> Prompts:
+    """So many rows of what came before a turn, as shapes with layouts."""
+    rows = row_shapes(drawn, count)
+    return Prompts(rows(np.int32, width), rows(bool, width), rows(np.int32))
+
+
+def conversation_shapes(drawn: Blueprint, prompts: Prompts) -> Sequences:
+    """The whole rows that begin with ``prompts``, as shapes with layouts: what run/turns.py makes."""
+    count, start = prompts.tokens.shape
+    rows = row_shapes(drawn, count * drawn.sampler.samples_per_prompt)
+    columns = start + drawn.cfg.generate.max_new_tokens
+    numbers, mask = rows(np.float32, columns), rows(bool, columns)
+    return Sequences(
+        tokens=rows(np.int32, columns),
+        valid=mask,
+        response_mask=mask,
+        logprobs=numbers,
+        scores=rows(np.float32) if drawn.cfg.environment_scores else None,
+        ended=rows(bool),
+        rewards=numbers,
+        response_start=start,
+        copies=drawn.sampler.copies,
     )
 
 

@@ -16,6 +16,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import make_optimizer, make_schedule
 from jaxrlhf.rewards.graders import Graders, find_graders
+from jaxrlhf.rewards.turns import TextEnvironment, find_environment
 from jaxrlhf.run.epochs import with_iterations
 from jaxrlhf.run.origins import Weights, check_loaded, located
 from jaxrlhf.run.runtime import bind_nets, check_shapes
@@ -63,6 +64,7 @@ class Run(Blueprint):
 
     tokenizer: Any  # a transformers fast tokenizer
     graders: Graders | None  # functions that score on the host; None: the reward model scores, or nothing is sampled
+    environment: TextEnvironment | None = None  # of text: answers the policy's responses
     recognised: dict[str, str] = dataclasses.field(default_factory=dict)  # section of data -> what its rows are
     saved_runs: SavedRuns = dataclasses.field(default_factory=SavedRuns)  # those that were read: its own, its origins
 
@@ -75,6 +77,8 @@ def build(
     ``saved_runs``: what has been read of saved runs already."""
     cfg, saved_runs = resolved.cfg, saved_runs or SavedRuns()
     graders = located(find_graders, cfg.rewards, "rewards")
+    make = lambda section: find_environment(section, cfg.rewards.timeout)
+    environment = located(make, cfg.environment, "environment")
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(saved_runs, cfg)
     heads = resolved.roles.heads
@@ -83,10 +87,12 @@ def build(
     tokenizers.forbid(tokenizer, foreign_tokens(saved_runs, cfg, weights, tokenizer))
     sampler = run_sampler(saved_runs, cfg, tokenizer, weights)
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does
-    drawn = draw(with_iterations(resolved, tokenizer, sampler.eos_ids), mesh, weights, sampler)
+    tools = environment and environment.tools
+    drawn = draw(with_iterations(resolved, tokenizer, sampler.eos_ids, tools), mesh, weights, sampler)
     if keep:
         keep_tokenizer(saved_runs, drawn.cfg, tokenizer)
-    return Run(**vars(drawn), tokenizer=tokenizer, graders=graders, saved_runs=saved_runs)
+    found: dict[str, Any] = {"graders": graders, "environment": environment, "saved_runs": saved_runs}
+    return Run(**vars(drawn), tokenizer=tokenizer, **found)
 
 
 def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weights], sampler: Sampler) -> Blueprint:

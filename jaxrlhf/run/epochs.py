@@ -15,10 +15,11 @@ from jaxrlhf.errors import counted
 from jaxrlhf.types import given
 
 
-def with_iterations(resolved: Resolved, tokenizer: Any, eos: Sequence[int]) -> Resolved:
+def with_iterations(resolved: Resolved, tokenizer: Any, eos: Sequence[int], tools: Any = None) -> Resolved:
     """``resolved`` with ``iterations`` in place of ``epochs``: as many as see each row of the training data that often.
 
-    Of several sources (ppo with reward_update) the first counts. ``eos``: ids that end a row."""
+    Of several sources (ppo with reward_update) the first counts. ``eos``: ids that end a row; ``tools``: those of
+    an environment, which are part of prompts."""
     cfg, kind, data = resolved.cfg, resolved.kinds[0], resolved.cfg.data
     if cfg.epochs is None:
         return resolved
@@ -28,6 +29,7 @@ def with_iterations(resolved: Resolved, tokenizer: Any, eos: Sequence[int]) -> R
     else:
         section = given(section, where)
         source = open_source(section, kind.name, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
+    source = source.with_tools(tools if kind.is_prompt else None)
     rows = batches.count_rows(kind, source, tokenizer, cfg.data, seed=cfg.seed, eos=eos, where=where)
     iterations = math.ceil(cfg.epochs * rows / rows_taken(cfg, kind))
     return dataclasses.replace(resolved, cfg=dataclasses.replace(cfg, iterations=iterations, epochs=None))

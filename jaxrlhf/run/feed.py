@@ -7,6 +7,7 @@ from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.data import batches
 from jaxrlhf.data.actions import starts
 from jaxrlhf.data.batch_kinds import PROMPTS
+from jaxrlhf.data.glue import Glue
 from jaxrlhf.data.record_kinds import DataKind
 from jaxrlhf.data.sources import Source, SourceConfig, open_source
 from jaxrlhf.data.summary import Summary
@@ -112,7 +113,7 @@ def read_source(ready: Run, kind: str, source: SourceConfig, where: str):
     found = open_source(source, kind, cache_dir=data.cache_dir, skip_bad=data.skip_bad, path_in_config=where)
     processes.agree(f"{where}: the hash of its records", found.fingerprint[:12], "the same data on all hosts")
     ready.recognised[where] = found.describe()
-    return found
+    return found.with_tools(ready.environment.tools) if ready.environment and kind == PROMPTS.name else found
 
 
 def describe_data(ready: Run) -> list[str]:
@@ -121,6 +122,11 @@ def describe_data(ready: Run) -> list[str]:
     lines = ready.recognised
     same = lambda where: lines.get(where.replace("data.eval_", "data.")) == lines[where] and "eval_" in where
     return [f"{where}: {text}" for where, text in lines.items() if not same(where)]
+
+
+def glue_of(ready: Run) -> Glue:
+    """What encodes the observations of the run's environment."""
+    return Glue(ready.tokenizer, ready.cfg.data.chat is not None, ready.sampler.eos_ids)
 
 
 def training_prompts(ready: Run, size: int, rows: int | None = None) -> batches.FixedBatches:

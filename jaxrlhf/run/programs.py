@@ -13,12 +13,20 @@ from jax.sharding import Mesh
 from jaxrlhf.config.batch import rows_of
 from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.precomputed_answers import Answered
-from jaxrlhf.run.batch_shapes import acting_shapes, episode_shapes
+from jaxrlhf.run.batch_shapes import (
+    acting_shapes,
+    context_shapes,
+    context_widths,
+    conversation_shapes,
+    episode_shapes,
+)
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.run.recorded_asks import asked_before_scores
 from jaxrlhf.sharding import DEVICES, is_pmap, row_layout
-from jaxrlhf.step import make_act, make_iteration, make_learn, make_read, make_rollout
-from jaxrlhf.types import Acting, Batch, TrainState
+from jaxrlhf.step import make_act, make_extend, make_iteration, make_learn, make_read, make_rollout
+from jaxrlhf.types import Acting, Batch, Prompts, TrainState, given
+
+Given = Batch | Answered | Acting | Prompts  # what programs are given beside the state
 
 
 class Program(NamedTuple):
@@ -31,9 +39,12 @@ class Program(NamedTuple):
 
 def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
     """What an iteration runs, by name, in order: "iteration"; or "rollout", "read" where networks can be read while
-    the host scores the responses (rewards.overlap), and "learn"; or "act" and "learn" around an environment."""
+    the host scores the responses (rewards.overlap), and "learn"; or "act" and "learn" around an environment; or
+    "rollout", "turn N" for each width N of what came before a later turn, and "learn" around one of text."""
     if drawn.cfg.acts and drawn.recipe.algorithm.online:
         return compile_acting(drawn, state, batch)
+    if drawn.cfg.converses and drawn.recipe.algorithm.online:
+        return compile_turns(drawn, state, batch)
     if not drawn.cfg.rewards.on_host or not drawn.recipe.algorithm.online:
         return {"iteration": compile_whole(drawn, state, batch)}
     return compile_parts(drawn, state, batch)
@@ -70,6 +81,26 @@ def compile_acting(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[st
     return {"act": compile_act(drawn, state, episodes), "learn": learn}
 
 
+def compile_turns(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
+    """The programs around an environment of text: "rollout" samples first responses, "turn N" the later ones, "learn"
+    is given whole rows."""
+    prompts = given(batch.prompts, "batch.prompts")
+    rollout = compile_program(make_rollout(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
+    found = {"rollout": rollout}
+    for width in context_widths(drawn, prompts.tokens.shape[1]):
+        context = context_shapes(drawn, len(rollout.out.tokens), width)
+        extend = make_extend(drawn.recipe)
+        found[turn_name(width)] = compile_program(extend, drawn.mesh, state, context, rows=True, donate=False)
+    batch = batch.replace(sequences=conversation_shapes(drawn, prompts))
+    learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, batch, rows=(False, False), donate=True)
+    return found | {"learn": learn}
+
+
+def turn_name(width: int) -> str:
+    """What the program of later turns is called that reads so many columns before them."""
+    return f"turn {width}"
+
+
 def compile_act(drawn: Blueprint, state: TrainState, episodes: int) -> Program:
     """What chooses the policy's next action in so many episodes, which leaves the state whole."""
     acting = acting_shapes(drawn, episodes)
@@ -87,7 +118,7 @@ def compile_program(
     function: Callable[[TrainState, Any], Any],
     mesh: Mesh,
     state: TrainState,
-    batch: Batch | Answered | Acting,
+    batch: Given,
     rows: Any,
     donate: bool,
 ) -> Program:
@@ -105,7 +136,12 @@ def compile_program(
 
 
 def map_program(
-    function, mesh: Mesh, state: TrainState, batch: Batch | Answered | Acting, rows: Any, donated: tuple[int, ...]
+    function,
+    mesh: Mesh,
+    state: TrainState,
+    batch: Given,
+    rows: Any,
+    donated: tuple[int, ...],
 ) -> Program:
     """compile_program by jax.pmap: the state is whole on every device, which sees its own part of the rows."""
     out_axes = jax.tree.map(lambda is_rows: 0 if is_rows else None, rows)
@@ -114,13 +150,13 @@ def map_program(
     lowered = program.lower(state, split_rows(batch, mesh.size))
     compiled = lowered.compile()
 
-    def run(state: TrainState, batch: Batch | Answered | Acting):
+    def run(state: TrainState, batch: Given):
         return join_rows(compiled(state, split_rows(batch, mesh.size)), rows)
 
     return Program(run, join_rows(lowered.out_info, rows), compiled)
 
 
-def split_rows(batch: Batch | Answered | Acting, parts: int) -> Batch | Answered | Acting:
+def split_rows(batch: Given, parts: int) -> Given:
     """[B, ...] -> [parts, B / parts, ...], of arrays or of ShapeDtypeStructs."""
     return jax.tree.map(lambda x: reshaped(x, (parts, x.shape[0] // parts, *x.shape[1:])), batch)
 

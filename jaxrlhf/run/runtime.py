@@ -48,12 +48,18 @@ def bind_nets(
         heads = tuple(trees.params[guide] for guide in guides if guided and guide in trees.params)
         return loop.sample(trees.of(role), configs[role], prompts, seed, step, sampler, runtime, heads)
 
+    def extend(role: Role, trees: Trees, prompts: Prompts, seed, step, /) -> Sequences:
+        one = sampler._replace(samples_per_prompt=1)
+        return loop.sample(trees.of(role), configs[role], prompts, seed, step, one, runtime)
+
     def act(role: Role, trees: Trees, acting: Acting, seed, step, /) -> tuple[Array, Array]:
         return choose_action(trees.of(role), configs[role], acting, seed, step, sampler.sampling, runtime)
 
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
     found = nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg))
     found = found._replace(apart=cfg.rewards.apart)
+    if cfg.converses:
+        return found._replace(extend=extend)
     return found._replace(act=act) if cfg.acts else found
 
 

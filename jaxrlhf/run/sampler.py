@@ -19,6 +19,7 @@ def run_sampler(saved_runs: SavedRuns, cfg: Config, tokenizer, weights: dict[Rol
     ask = cfg.generate
     if cfg.acts:  # EOS is no action
         ask = dataclasses.replace(ask, min_new_tokens=ask.max_new_tokens)
+    ask = dataclasses.replace(ask, max_new_tokens=cfg.turn_tokens)
     policy, eos_ids = weights.get("policy"), find_eos(saved_runs, cfg, tokenizer, weights)
     size = parameters.padded_vocab(policy.config) if policy else len(tokenizer)
     sampler = sampler_of(ask, tokenizer, eos_ids, size, cfg.batch.samples_per_prompt)

@@ -14,9 +14,11 @@ from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.rewards.functions import Details
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.episodes import Player
-from jaxrlhf.run.programs import Program
+from jaxrlhf.run.feed import glue_of
+from jaxrlhf.run.programs import Program, turn_name
 from jaxrlhf.run.raised_by_all import together
 from jaxrlhf.run.transfer import fetch, holders, put, share_of
+from jaxrlhf.run.turns import Talker, encode
 from jaxrlhf.types import Batch, Sequences, TrainState, given
 
 Records = list[dict[str, Any]]
@@ -72,6 +74,22 @@ def try_graders(ready: Run, where: str, records: Records) -> None:
         together(lambda: graders.try_on(records, where, ready.sampler.max_new_tokens))
 
 
+def try_environment(ready: Run, where: str, records: Records) -> None:
+    """Calls the run's environment of text once, before anything is compiled, and encodes what it answers. ``records``:
+    some of the data section ``where``. Raises ValueError, in one line, where something fails; as ``together``."""
+    environment = ready.environment
+    if environment is None or not records:
+        return
+    glue = glue_of(ready)
+
+    def tried() -> None:
+        for turn in environment.try_on(records, where):
+            if not turn.done:
+                encode(environment, glue, records[0], turn.observation, closed=True)
+
+    together(tried)
+
+
 def scored_here(mesh: Mesh, rows: int) -> np.ndarray:
     """bool[rows of this process]: those that no earlier process holds too. A function may answer otherwise when it is
     asked again, and copies of a row that differ would be two models."""
@@ -121,6 +139,7 @@ def joined(ready: Run, programs: dict[str, Program]) -> Callable:
         return state, metrics | seconds, sequences
 
     player = Player(ready)
+    talker = Talker(ready, lambda width: programs[turn_name(width)].run) if ready.cfg.converses else None
 
     def acted(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
         meanwhile()
@@ -130,8 +149,17 @@ def joined(ready: Run, programs: dict[str, Program]) -> Callable:
         state, metrics = programs["learn"].run(state, batch.replace(sequences=sequences))
         return state, metrics | {"time/environment": seconds}, sequences
 
+    def conversed(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
+        said = programs["rollout"].run(state, batch)
+        meanwhile()
+        played = given(talker, "environment.function").play(state, given(batch.prompts, "batch.prompts"), said, records)
+        state, metrics = programs["learn"].run(state, batch.replace(sequences=played.sequences))
+        return state, metrics | played.metrics, played.sequences
+
     if "act" in programs:
         return acted
+    if talker is not None and "learn" in programs:
+        return conversed
     return whole if "iteration" in programs else parts
 
 

@@ -102,6 +102,7 @@ OTHER: dict[str, str | None] = {
     "rewards.combine": None,  # with an ensemble
     "rewards.normalize": None,  # with several functions
     **dict.fromkeys(("environment.id", "environment.arguments"), None),  # with models of observations
+    **{f"environment.{key}": None for key in ("function", "max_turns", "turn_tokens", "context_widths")},  # together
     "generate.stop": "[film]",
     "alarms.stop": "[kl]",
     "alarms.length": "3",

@@ -56,7 +56,9 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
     sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt, max_new_tokens=6)
     graders = Graders((RewardFunction("my:f", function),))
     algorithm, own = (recipe.algorithm, recipe.cfg) if recipe else (None, None)
-    cfg = SimpleNamespace(rewards=RewardsConfig("my:f", overlap=overlap), models={}, algorithm=own, acts=False)
+    cfg = SimpleNamespace(
+        rewards=RewardsConfig("my:f", overlap=overlap), models={}, algorithm=own, acts=False, converses=False
+    )
     what = {"cfg": cfg, "recipe": recipe, "algorithm": algorithm, "heads": {}, "mesh": mesh}
     return SimpleNamespace(**what, tokenizer=tokenizer, sampler=sampler, graders=graders)
 
