@@ -10,6 +10,8 @@ import altair as alt
 COLOURS = ("#2f86c8", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 ALARM = "#d62728"
 HEIGHT = 170
+QUARTERS = [0, 0.25, 0.5, 0.75, 1]
+LINE = 26  # of a chart that has a line for each row, whose height comes with its rows
 SHIFT = "[pointerdown[event.shiftKey], window:pointerup] > window:pointermove!"  # without it the page scrolls
 SPLITS = ("training", "held out")
 
@@ -34,6 +36,7 @@ def specifications(series: tuple[str, ...], legend: bool = False) -> dict[str, d
         "calibration": calibration(colour),
         "histogram": histogram(colour),
         "phases": phases(),
+        "win_rates": win_rates(colour),
     }
     return {name: chart.properties(width="container", height=HEIGHT).to_dict() for name, chart in charts.items()}
 
@@ -127,6 +130,21 @@ def histogram(colour: alt.Color) -> Any:
         interpolate="step-after", strokeWidth=1.6, strokeDash=[3, 2]
     )
     return alt.layer(last, outline.encode(x=x, y=y, color=colour, detail="run:N"))
+
+
+def win_rates(colour: alt.Color) -> Any:
+    """A line for each who compared: the share that was won, and its interval."""
+    scale = alt.Scale(domain=[0, 1])
+    even = alt.Chart(alt.InlineData(values=[{"at": 0.5}])).mark_rule(strokeDash=[4, 4], color="#999")
+    told = [alt.Tooltip(f"{name}:N") for name in ("run", "step", "judge", "against", "options")]
+    told += [alt.Tooltip(f"{name}:Q", format=".1%") for name in ("rate", "low", "high", "length_controlled")]
+    rows = alt.Chart(alt.NamedData(name="rows")).encode(
+        y=alt.Y("who:N", axis=alt.Axis(title=None, labelLimit=210), sort=None), color=colour, tooltip=told
+    )
+    x = alt.X("low:Q", scale=scale, axis=alt.Axis(title=None, format=".0%", values=QUARTERS, grid=False))
+    bars = rows.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q")
+    dots = rows.mark_point(filled=True, opacity=1, size=60).encode(x=alt.X("rate:Q", scale=scale))
+    return alt.layer(even.encode(x=alt.X("at:Q", scale=scale)), bars, dots)
 
 
 def phases() -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from jaxrlhf.errors import counted
 from jaxrlhf.log.alarms import Alarms, AlarmsConfig
 from jaxrlhf.log.metric_names import HELD_OUT, find_metric
-from jaxrlhf.report import charts, layout
+from jaxrlhf.report import charts, evaluations, layout
 from jaxrlhf.report.runs import RunRecord
 
 POINTS = 400  # of a curve
@@ -38,7 +38,7 @@ def content_of(runs: Sequence[RunRecord]) -> dict[str, Any]:
             for run in runs
         ],
         "specifications": charts.specifications(tuple(series)),
-        "parts": [each for each in (compared, *parts) if each["charts"]],
+        "parts": [each for each in (compared, evaluations.part(runs), *parts) if each["charts"] or each.get("tables")],
         "alarms": [alarm for run in runs for alarm in alarms(run)],
         "glance": glance(runs),
         "samples": samples(runs),

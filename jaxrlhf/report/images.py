@@ -30,6 +30,7 @@ def write_images(paths: Sequence[str], folder: str) -> list[str]:
         kind = kinds[chart["kind"]]
         whole = kind | {
             "width": WIDTH,
+            "height": chart.get("height", kind["height"]),
             "title": {"text": chart["title"] + unit, "anchor": "start", "fontSize": 12},
             "datasets": {**kind.get("datasets", {}), "rows": chart["rows"], "alarms": marks},
             "config": {"background": "white", "view": {"stroke": None}},

@@ -61,11 +61,14 @@
     waiting.clear();
     find("#parts").replaceChildren(...content.parts.map((part) => {
       const grid = make("div", { class: "charts" });
-      const box = make("details", { class: "part", "data-name": part.name }, make("summary", {}, part.name, make("small", {}, `${part.charts.length}`)), grid);
+      const box = make("details", { class: "part", "data-name": part.name }, make("summary", {}, part.name, make("small", {}, `${part.charts.length || ""}`)), grid);
       for (const chart of part.charts) {
         const place = make("div", { class: "chart", "data-chart": identity(chart) });
-        grid.append(make("figure", {}, make("figcaption", {}, make("b", {}, chart.title), chart.unit ? make("span", {}, ` ${chart.unit}`) : null, make("p", { title: chart.meaning }, chart.meaning || "\u00a0")), place));
+        grid.append(make("figure", { class: chart.kind === "win_rates" ? "wide" : "" }, make("figcaption", {}, make("b", {}, chart.title), chart.unit ? make("span", {}, ` ${chart.unit}`) : null, make("p", { title: chart.meaning }, chart.meaning || "\u00a0")), place));
       }
+      box.append(...(part.tables || []).map(({ title, columns, rows }) => make("div", { class: "scroll evaluations" }, make("table", {}, make("caption", {}, title),
+        make("thead", {}, make("tr", {}, ...columns.map((name) => make("th", {}, name)))),
+        make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.map((cell) => make("td", {}, cell === null ? MISSING : number(cell))))))))));
       box.open = open.has(part.name) ? open.get(part.name) : part.open;
       part.charts.forEach((chart, index) => { waiting.set(grid.children[index].lastChild, chart); near.observe(grid.children[index].lastChild); });
       return box;
@@ -90,7 +93,7 @@
   function drawChart(chart, place) {
     if (views.has(identity(chart))) return;
     const kind = content.specifications[chart.kind];
-    const specification = { ...kind, datasets: { ...kind.datasets, rows: visible(chart), alarms: marks(chart) } };
+    const specification = { ...kind, height: chart.height || kind.height, datasets: { ...kind.datasets, rows: visible(chart), alarms: marks(chart) } };
     const options = { actions: false, logLevel: 1, // errors alone
       renderer: "svg", tooltip: { theme: "custom" }, config: { background: null, view: { stroke: null }, font: "system-ui" } };
     const drawing = vegaEmbed(place, specification, options);
@@ -190,7 +193,7 @@
   }
 
   // ---- the whole ----------------------------------------------------------------------------------------------------
-  const shape = (page) => JSON.stringify([page.series, page.parts.map((part) => part.charts.map(identity))]);
+  const shape = (page) => JSON.stringify([page.series, page.parts.map((part) => [part.charts.map(identity), part.tables])]);
 
   function draw(charts) {
     drawHead();

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from etils import epath
 
-from jaxrlhf.config.yaml_text import flat
+from jaxrlhf.config.yaml_text import flat, read_yaml
 from jaxrlhf.errors import show
+from jaxrlhf.evaluate.kept import FOLDER
 from jaxrlhf.log.rows import read_rows
 from jaxrlhf.log.run_dir import is_local, is_locked
 
@@ -28,6 +29,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     histograms: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]  # what `jaxrlhf evaluate` kept
 
     @functools.cached_property
     def columns(self) -> dict[str, list[tuple[int, list[float]]]]:
@@ -53,7 +55,7 @@ def read_runs(paths: Sequence[str]) -> list[RunRecord]:
 def read_run(path: str, name: str) -> RunRecord:
     """Raises ValueError, in one line, where config.yaml holds no config."""
     file = epath.Path(path) / "config.yaml"
-    config = yaml.safe_load(file.read_text())
+    config = read_yaml(file.read_bytes(), str(file), mapping=False)
     if not isinstance(config, dict):
         raise ValueError(f"{file}: {show(config)}: expected the config that a run writes")
     metrics = read_rows(path, "metrics")
@@ -74,7 +76,21 @@ def read_run(path: str, name: str) -> RunRecord:
         metrics=metrics,
         samples=read_rows(path, "samples"),
         histograms=read_rows(path, "histograms"),
+        evaluations=read_evaluations(path),
     )
+
+
+def read_evaluations(run_dir: str) -> list[dict[str, Any]]:
+    """The evaluations of a run that are whole, in the order in which they were written."""
+    found = []
+    for path in (epath.Path(run_dir) / FOLDER).glob("*.json"):
+        try:
+            kept = json.loads(path.read_text(), parse_constant=lambda _: None)
+        except (OSError, ValueError):  # it is being written
+            continue
+        if isinstance(kept, dict) and isinstance(kept.get("step"), int):
+            found.append(kept)
+    return sorted(found, key=lambda kept: str(kept.get("written")))
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

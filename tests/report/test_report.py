@@ -3,6 +3,7 @@
 import fcntl
 import json
 import re
+import shutil
 import threading
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ import pytest
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.log.metric_names import METRICS
 from jaxrlhf.log.rows import read_rows
-from jaxrlhf.report import content, layout, live, page
+from jaxrlhf.report import content, evaluations, layout, live, page
 from jaxrlhf.report.runs import read_run, read_runs, short_names
 from tests.support.made_runs import HOSTILE, make_run
 
@@ -60,6 +61,7 @@ def test_a_row_that_is_being_written_is_left_for_the_next_time(tmp_path):
 
 def test_a_run_that_has_no_row_yet_has_a_page(tmp_path):
     run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "evaluations")
     for path in run.glob("*.jsonl"):
         path.unlink()
     found = content.content_of(read_runs([str(run)]))
@@ -87,6 +89,76 @@ def test_a_config_that_is_none_is_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match=r"config\.yaml: .1.: expected the config that a run writes"):
         read_run(str(tmp_path), "x")
+
+
+def test_a_config_is_read_as_training_reads_it(tmp_path):
+    """By YAML 1.2: a number without a point, a word that an older YAML takes for false."""
+    run = make_run(tmp_path / "run", steps=1)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "rate: 1e-4\nname: no\n")
+    found = read_run(str(run), "x").config
+    assert found["rate"] == 1e-4 and found["name"] == "no"
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match=r"config\.yaml: line 1, column 5: "):
+        read_run(str(run), "x")
+
+
+# ---- evaluations ----------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_are_rows_newest_first(two):
+    found = evaluations.part(read_runs(two[:1]))
+    (chart,), (rates, pairs) = found["charts"], found["tables"]
+    assert [row["who"] for row in chart["rows"]] == [
+        "step 4, reward",
+        "step 8, reward",
+        "step 8, llm: org/<b>judge</b>",
+        "step 12, reward",
+    ]
+    (low, rate, high) = (chart["rows"][2][name] for name in ("low", "rate", "high"))
+    assert (low, high, chart["rows"][2]["series"]) == (0.48, 0.7, "held out") and rate == pytest.approx(0.55)
+    row = dict(zip(rates["columns"], rates["rows"][1]))
+    assert row == {
+        "step": 8,
+        "judge": "llm: org/<b>judge</b>",
+        "against": "chosen",
+        "win rate": "55.0%",
+        "95%": "48.0% to 70.0%",
+        "at equal lengths": "57.0%",
+        "prompts": 64,
+        "first position": "62.0%",
+        "orders agree": "80.0%",
+        "no verdict": "1.6%",
+        "options": "temperature=0.6 top_p=0.95",
+        "written": "2026-11-29 12:00:01",
+    }
+    assert [each[2] for each in pairs["rows"]] == ["70.0%", "65.0%", "60.0%"]
+
+
+def test_evaluations_of_a_step_are_told_apart_and_the_newest_is_drawn(tmp_path):
+    run = make_run(tmp_path / "run", steps=4)
+    (file,) = (run / "evaluations").iterdir()
+    kept = json.loads(file.read_text())
+    for at, (options, rate) in enumerate([({}, 0.1), ({"beta": 2.0}, 0.2), ({"samples": 3}, 0.3)]):
+        kept["win_rates"]["reward"]["rate"] = rate
+        told = kept | {"options": options, "written": f"2026-12-01T00:00:0{at}"}
+        (run / "evaluations" / f"{at}.json").write_text(json.dumps(told))
+    (run / "evaluations" / "half.json").write_text('{"step": 4, "win')
+    (run / "evaluations" / "none.json").write_text("[]")
+    found = evaluations.part(read_runs([str(run)]))
+    assert {row["who"]: row["rate"] for row in found["charts"][0]["rows"]} == {
+        "step 4, reward": 0.3,
+        "step 4, reward, beta=2.0": 0.2,
+    }
+    assert len(found["tables"][0]["rows"]) == 4
+
+
+def test_win_rates_without_a_verdict_are_in_the_table_alone(tmp_path):
+    run = make_run(tmp_path / "run", steps=4)
+    (file,) = (run / "evaluations").iterdir()
+    llm = {"model": "m", "against": "reference", "prompts": 0, "unscorable": 1.0}
+    file.write_text(json.dumps({"step": 4, "win_rates": {"llm": llm}, "written": "x", "after": {"a": float("nan")}}))
+    found = evaluations.part(read_runs([str(run)]))
+    assert found["charts"] == [] and found["tables"][0]["columns"][-2:] == ["no verdict", "written"]
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------------

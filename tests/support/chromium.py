@@ -31,9 +31,18 @@ def find() -> Chromium:
     if there := next(filter(None, map(shutil.which, NAMES)), None):
         return Chromium(there, {})
     if (FOLDER / "chromium").exists():
-        there = {"LD_LIBRARY_PATH": str(FOLDER / "al2023" / "lib"), "FONTCONFIG_PATH": str(FOLDER / "fonts")}
+        there = {"LD_LIBRARY_PATH": str(FOLDER / "al2023" / "lib"), "FONTCONFIG_FILE": str(name_fonts())}
         return Chromium(str(FOLDER / "chromium"), there)
     raise FileNotFoundError(f"no Chromium ({', '.join(NAMES)}): {HOW}")
+
+
+def name_fonts() -> Path:
+    """A configuration of fontconfig that names the package's fonts where they are: its own names other folders, and
+    without any font Chromium ends at the first text."""
+    file = FOLDER / "fonts.conf"
+    folders = "".join(f"<dir>{folder}</dir>" for folder in (FOLDER / "fonts", "/usr/share/fonts"))
+    file.write_text(f"<fontconfig>{folders}<cachedir>{FOLDER / 'fonts-cache'}</cachedir></fontconfig>\n")
+    return file
 
 
 def install() -> None:

@@ -30,7 +30,27 @@ def make_run(folder: Path, steps: int = 12, iterations: int = 12, kl_coef: float
             histograms.append({"step": step, "name": "score", "edges": [-1.0, 0.0, 1.0 + step], "counts": [3, step]})
     for name, rows in (("metrics", metrics), ("samples", samples), ("histograms", histograms)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "evaluations").mkdir()
+    for at, step in enumerate(range(4, steps + 1, 4)):
+        kept = evaluation(folder, step, at)
+        (folder / "evaluations" / f"{step:06d}-20261129-1200{at:02d}.json").write_text(json.dumps(kept))
     return folder
+
+
+def evaluation(folder: Path, step: int, at: int) -> dict[str, Any]:
+    """What `jaxrlhf evaluate` keeps, of a policy that gets better; every second by a language model too."""
+    rate = 0.5 + 0.1 * at
+    wins: dict[str, Any] = {"prompts": 64, "rate": rate, "low": rate - 0.12, "high": rate + 0.1}
+    wins["length_controlled"] = rate - 0.03
+    found = {"reward": wins}
+    if at % 2:
+        bias = {"first_position": 0.62, "agreement": 0.8, "unscorable": 0.016}
+        cost = {"requests": 128, "prompt_tokens": 4096, "completion_tokens": 900}
+        found["llm"] = {"model": "org/<b>judge</b>", "against": "chosen", **wins, "rate": rate - 0.05, **bias, **cost}
+    pairs = {"pairs": 128, "accuracy": 0.6 + 0.05 * at, "calibration_error": 0.08, "brier": 0.21}
+    options = {"sampling": ["temperature=0.6", "top_p=0.95"]} if at % 2 else {}
+    told = {"run": str(folder), "algorithm": "ppo", "step": step, "win_rates": found, "reward_model": pairs}
+    return {"written": f"2026-11-29T12:00:{at:02d}", "options": options, **told}
 
 
 def sample(step: int, at: int) -> dict[str, Any]:
