@@ -40,6 +40,7 @@ RULES: Rules = {
     "layers": None,
     "positions": None,  # rows of a learned position table
     "score": None,  # the one column of a scalar head
+    "rank": None,  # of an adapter: columns of A, rows of B
     "observation": None,  # numbers of an environment's observation
 }
 # While responses are sampled no weight is gathered for a token: those of a decode group share one copy among them, as

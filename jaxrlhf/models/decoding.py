@@ -24,6 +24,7 @@ from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.models.cpu import decodes_by_output
 from jaxrlhf.models.int8 import Int8, quantized
 from jaxrlhf.models.linear import OUT_FIRST, gathered, in_int8, out_first
+from jaxrlhf.models.lora import merged
 from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
 from jaxrlhf.models.transformer import (
     LayerKind,
@@ -68,8 +69,9 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     sharding.DECODE_RULES say.
 
     In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
-    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice. Where the run asks
-    for int8, kernels are quantised before they are gathered, and a head of tied embeddings after."""
+    vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice. Adapters are added
+    to their kernels. Where the run asks for int8, kernels are quantised before they are gathered, and a head of tied
+    embeddings after."""
     table = parameter_table(cfg, head)
     int8 = "weights" in runtime.int8
 
@@ -81,7 +83,7 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
         return constrain(constrain(x, *axes), *gathered(axes))
 
     def lay_out(table, params):
-        return jax.tree_util.tree_map_with_path(one, table, params, is_leaf=lambda x: isinstance(x, Leaf))
+        return jax.tree_util.tree_map_with_path(one, table, merged(params), is_leaf=lambda x: isinstance(x, Leaf))
 
     laid: Params = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
     if "layers" in params:  # else it is a head alone

@@ -16,6 +16,7 @@ from jaxrlhf.types import Array, Params
 Axes = tuple[str | None, ...]  # a logical axis a dimension; None: whole on every device
 PRODUCT = "product"  # the name under which remat policies may keep what a linear map's product is
 OUT_FIRST = "kernel_out_first"  # in place of "kernel" in a linear map that ``out_first`` made
+LORA_A, LORA_B = "lora_a", "lora_b"  # beside "kernel" in a linear map with an adapter: see models/lora.py
 
 
 def gathered(axes: Axes) -> Axes:
@@ -29,7 +30,7 @@ def inputs(axes: Axes) -> int:
 
 
 def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, dtype=None) -> Array:
-    """einsum(equation, x, kernel) + bias, in x's dtype (or ``dtype``, the type of the sum).
+    """einsum(equation, x, kernel) + bias, in x's dtype (or ``dtype``, the type of the sum); and (x A) B beside it.
 
     ``axes`` are the kernel's logical axes and ``out_axes`` the result's. A kernel split over fsdp is gathered here,
     so its gradient is scattered here; a contraction over a split axis (heads, mlp) is summed over the mesh. Whatever
@@ -40,14 +41,37 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
         return plus_bias(params, by_output(params[OUT_FIRST], x, equation, out_axes, dtype), axes)
     if isinstance(params["kernel"], Int8):
         return plus_bias(params, by_int8(params["kernel"], x, equation, inputs(axes), where, dtype), axes)
+    y = checkpoint_name(gathered_product(params["kernel"], x, equation, axes, out_axes, dtype), PRODUCT)
+    if LORA_A in params:
+        y = y + low_rank(params[LORA_A], params[LORA_B], x, equation, axes, out_axes, dtype)
+    return plus_bias(params, y, axes)
+
+
+def gathered_product(kernel: Array, x: Array, equation: str, axes: Axes, out_axes: Axes, dtype=None) -> Array:
+    """einsum(equation, x, kernel), as ``linear`` has it."""
 
     def product(kernel: Array, x: Array) -> Array:
-        return times(x, halfway(kernel.astype(x.dtype), axes), equation, where, axes, dtype)
+        return times(x, halfway(kernel.astype(x.dtype), axes), equation, spec(*out_axes), axes, dtype)
 
     if split_over("embed") > 1:
         # XLA may compute once what is the same: else a layer that is recomputed would gather a third time
         product = jax.checkpoint(product, prevent_cse=False)
-    return plus_bias(params, checkpoint_name(product(params["kernel"], x), PRODUCT), axes)
+    return product(kernel, x)
+
+
+def low_rank(a: Array, b: Array, x: Array, equation: str, axes: Axes, out_axes: Axes, dtype=None) -> Array:
+    """(x A) B beside einsum(equation, x, kernel): A has the kernel's inputs and the rank, B the rank and its outputs.
+
+    Remat policies may keep x A, which is small, and not the product with B, which is computed again."""
+    ins, out = equation.split("->")
+    left, right = ins.split(",")
+    count = inputs(axes)
+    summed, made = right[:count], right[count:]
+    rows = "".join(name for name in left if name not in summed)
+    within = tuple(out_axes[out.index(name)] for name in rows)
+    down, up = f"{left},{summed}r->{rows}r", f"{rows}r,r{made}->{out}"
+    narrow = gathered_product(a, x, down, (*axes[:count], "rank"), (*within, "rank"))
+    return gathered_product(b, checkpoint_name(narrow, PRODUCT), up, ("rank", *axes[count:]), out_axes, dtype)
 
 
 def gather(kernel: Array, axes: Axes) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.models.config import MLP, ModelConfig
 from jaxrlhf.models.heads import gathered_head, lm_logits, scalar, scale_gradient
+from jaxrlhf.models.lora import Based, params_of
 from jaxrlhf.models.mlp import observed_states
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.models.response_packing import Places, apart, places, side_by_side
@@ -92,10 +93,15 @@ def make_nets(
     sample: Sample,
     trunks: Mapping[Role, Trunk] = MappingProxyType({}),
     graders: Mapping[Role, Grader] = MappingProxyType({}),
+    bases: Mapping[Role, Based] = MappingProxyType({}),
 ) -> Nets:
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
-    ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head; ``graders``: the ensembles."""
+    ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head; ``graders``: the ensembles; ``bases``: of
+    the roles that share frozen weights."""
     stored = stored_logits(runtime.hardware.platform)
+
+    def whole(role: Role, trees: Trees) -> Params:
+        return params_of(role, trees, bases)
 
     def trunk_of(role: Role) -> Role:
         return trunks[role].role if role in trunks else role
@@ -105,11 +111,11 @@ def make_nets(
         for ask in asks:
             trunk = trunk_of(ask.role)
             if trunk not in passes:
-                passes[trunk] = run_trunk(trees.of(trunk), configs[trunk], sequences, runtime)
+                passes[trunk] = run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime)
         return tuple(answers[ask.what](passes[trunk_of(ask.role)], ask.role, trees, sequences) for ask in asks)
 
     def token_stats(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> TokenStats:
-        cfg, head = configs[role], gathered_head(trees.of(role), runtime.compute)
+        cfg, head = configs[role], gathered_head(whole(role, trees), runtime.compute)
 
         def logits_of(hidden, columns):
             logits = lm_logits(head, cfg, hidden)
@@ -120,7 +126,7 @@ def make_nets(
         return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
 
     def q(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> QStats:
-        cfg, head = configs[role], gathered_head(trees.of(role), runtime.compute)
+        cfg, head = configs[role], gathered_head(whole(role, trees), runtime.compute)
         q_of = lambda hidden, columns: lm_logits(head, cfg, hidden)
         stats = in_chunks(action_values, states_of(found, role), found.tokens, q_of, padded_vocab(cfg), stored)
         return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
@@ -131,16 +137,16 @@ def make_nets(
         return scale_gradient(states, trunks[role].gradient) if role in trunks else states
 
     def values(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
-        return widen(found.rows(scalar(trees.of(role), states_of(found, role))), sequences)
+        return widen(found.rows(scalar(whole(role, trees), states_of(found, role))), sequences)
 
     def rewards(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
-        every = scalar(trees.of(role), found.states)
+        every = scalar(whole(role, trees), found.states)
         return keep(widen(found.rows(every[:, 1:]), sequences), sequences.response_mask)
 
     def scores(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         if sequences.observations is not None:
             return rewards(found, role, trees, sequences).sum(-1)
-        every = scalar(trees.of(role), found.states)
+        every = scalar(whole(role, trees), found.states)
         return found.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
     answers = {"token_stats": token_stats, "values": values, "scores": scores, "rewards": rewards, "q": q}

@@ -22,6 +22,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: float | Literal["ones", "zeros"]
+    noise: Literal["normal", "uniform"] = "normal"
 
 
 def padded_vocab(cfg: ModelConfig) -> int:
@@ -124,14 +125,22 @@ def linear_table(sizes: dict[str, int], fan_in: int, bias: bool, bias_rank: int,
 
 def init(cfg: ModelConfig, head: Head, key: Array, dtype=jnp.float32) -> Params:
     """Random parameters, each sharded by its logical axes. A leaf's noise depends on its path only, not on the mesh."""
-    table = parameter_table(cfg, head)
+    return draw_table(parameter_table(cfg, head), key, dtype)
+
+
+def draw_table(table: dict, key: Array, dtype=jnp.float32) -> Params:
+    """``init`` of the Leafs in ``table``."""
 
     def one(path, leaf: Leaf):
         if leaf.init in ("ones", "zeros"):
             value = 1.0 if leaf.init == "ones" else 0.0
             return jnp.full(leaf.shape, value, dtype, out_sharding=weight_spec(leaf))
         noise_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
-        noise = jax.random.normal(noise_key, leaf.shape, jnp.float32, out_sharding=weight_spec(leaf))
+        if leaf.noise == "uniform":
+            bounds = -math.sqrt(3), math.sqrt(3)  # of deviation 1
+            noise = jax.random.uniform(noise_key, leaf.shape, jnp.float32, *bounds, out_sharding=weight_spec(leaf))
+        else:
+            noise = jax.random.normal(noise_key, leaf.shape, jnp.float32, out_sharding=weight_spec(leaf))
         return (noise * leaf.init).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, table, is_leaf=lambda x: isinstance(x, Leaf))

@@ -1,5 +1,7 @@
 """A tiny model and a tiny run of an algorithm, put together by hand: what tests of the step and algorithms share."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.int8 import Int8
+from jaxrlhf.models.lora import Based, LoraConfig, own_table, params_of
 from jaxrlhf.models.nets import Trunk, make_nets
 from jaxrlhf.models.parameters import parameter_table, weight_spec
 from jaxrlhf.models.transformer import Runtime
@@ -25,10 +28,12 @@ from jaxrlhf.types import (
     Batch,
     Comparisons,
     Grader,
+    Head,
     HeadSpec,
     Params,
     Preferences,
     Prompts,
+    Role,
     Sequences,
     TrainState,
     Trajectories,
@@ -59,6 +64,17 @@ def put(tree):
 
 def parameters(cfg: ModelConfig, head, seed: int) -> Params:
     """What ``parameters.init`` makes, drawn by NumPy: the jitted init takes seconds to compile, on every mesh."""
+    return drawn(parameter_table(cfg, head), seed)
+
+
+def adapter(cfg: ModelConfig, head: Head, lora: LoraConfig | None, seed: int) -> Params:
+    """What a role has of its own beside a base: A and B, of which none is 0, and its head."""
+    one = lambda leaf: leaf._replace(init=0.1) if leaf.init == "zeros" else leaf
+    return drawn(jax.tree.map(one, own_table(cfg, head, lora), is_leaf=lambda x: hasattr(x, "init")), seed)
+
+
+def drawn(table: dict, seed: int) -> Params:
+    """The Leafs of a table as arrays on the current mesh."""
     rng = np.random.default_rng(seed)
 
     def one(leaf):
@@ -69,7 +85,7 @@ def parameters(cfg: ModelConfig, head, seed: int) -> Params:
         where = weight_spec(leaf)
         return jnp.array(x) if where is None else jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), where))
 
-    return jax.tree.map(one, parameter_table(cfg, head), is_leaf=lambda x: hasattr(x, "init"))
+    return jax.tree.map(one, table, is_leaf=lambda x: hasattr(x, "init"))
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
@@ -170,10 +186,12 @@ def build(
     trunk_gradient: float | None = None,
     members: int = 0,
     iterations: int = 1000,
+    lora: LoraConfig | None = None,
 ) -> Tiny:
     """The algorithm called ``name`` (of the table, or module:NAME) on models of this shape, on the current mesh.
     Policy and reference start equal. With ``trunk_gradient`` the value model is a head on the policy; with ``members``
-    the reward model is an ensemble."""
+    the reward model is an ensemble. With ``lora`` the roles that learn are adapters on the policy's base, which is the
+    reference."""
     algorithm = find(name)
     several = tuple(f"reward_{number}" for number in range(members))
     expand = lambda heads: {
@@ -190,30 +208,43 @@ def build(
     head_in = lambda heads, role: head_of(heads[role], role in trunks)
     make = lambda heads: {role: parameters(model, head_in(heads, role), seeds[role]) for role in heads}
     optimizers = {role: make_optimizer(optimizer, iterations) for role in trained}
-    sampling = Sampling(temperature, eos_ids=eos_ids)
+    sampling, bases, base = Sampling(temperature, eos_ids=eos_ids), {}, {}
+    params, still = make(trained), make(slow)
+    if lora is not None:
+        bases = {role: Based("base", lora) for role in trained if head_in(trained, role) in ("lm", "scalar")}
+        params |= {role: adapter(model, head_in(trained, role), lora, seeds[role]) for role in bases}
+        bases |= {"reference": Based("base", None)} if "reference" in slow else {}
+        still |= {"base": parameters(model, "lm", 0)} | ({"reference": {}} if "reference" in slow else {})
     nets = make_nets(
         dict.fromkeys(seeds, model),
         Runtime(),
         sampling,
-        sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts),
+        sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts, bases=bases),
         trunks,
         {"reward": Grader(several)} if several else {},
+        bases,
     )
     spikes = {} if optimizer.spike_sigmas is None else dict.fromkeys(trained, optimizer.spike_sigmas)
     more = {"spike_sigmas": spikes, "together": samples_per_prompt}
     recipe = Recipe(algorithm, cfg, nets, optimizers, {}, num_micro, pack_widths, **more)
-    state = states.new_state(0, make(trained), make(slow), optimizers, algorithm.controls(cfg))
+    state = states.new_state(0, params, still, optimizers, algorithm.controls(cfg))
     return Tiny(recipe, state, Batch(prompts=prompts(), preferences=preferences()) if batch is None else batch)
 
 
 def sampler_of(
-    model: ModelConfig, sampling: Sampling, room: int, samples_per_prompt: int = 1, pad_id: int = 0, share: bool = True
+    model: ModelConfig,
+    sampling: Sampling,
+    room: int,
+    samples_per_prompt: int = 1,
+    pad_id: int = 0,
+    share: bool = True,
+    bases: Mapping[Role, Based] = MappingProxyType({}),
 ):
     """Nets.sample for a model of this shape."""
     sampler = Sampler(sampling, room, sampling.eos_ids, pad_id, (), samples_per_prompt, share)
 
     def sample(role, trees, prompts, seed, step):
-        return loop.sample(trees.of(role), model, prompts, seed, step, sampler, Runtime())
+        return loop.sample(params_of(role, trees, bases), model, prompts, seed, step, sampler, Runtime())
 
     return sample
 
