@@ -10,6 +10,7 @@ from jax import Array
 
 # b1 of a first moment in bfloat16: with more, (1 - b1) of a gradient that is not far from the moment is rounded away
 LARGEST_B1_IN_BFLOAT16 = 0.95
+MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
 WINDOW = 128  # updates in which a spike is looked for
 
 
@@ -117,7 +118,7 @@ def of_schedule(path: tuple, _: Any) -> bool:
 
 
 def is_matrix(params):
-    """True for the leaves that weight decay touches: kernels and embeddings, by name."""
+    """True for the leaves that weight decay touches: kernels, embeddings and adapters, by name."""
     from jax.tree_util import tree_map_with_path
 
-    return tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    return tree_map_with_path(lambda path, _: path[-1].key in MATRICES, params)

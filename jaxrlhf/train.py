@@ -411,7 +411,7 @@ class Trainer:
         extra = {
             "config": dump(self.cfg),
             "models": saved_run.models_record(
-                ready.configs, ready.heads, trunks_of(self.cfg), {role: ready.dtype_of(role) for role in ready.heads}
+                ready.configs, ready.heads, trunks_of(self.cfg), ready.dtypes, ready.resolved.bases
             ),
             "eos_ids": list(self.ready.sampler.eos_ids),
             "unreadable": {str(id): why for id, why in unreadable(self.ready.tokenizer).items()},

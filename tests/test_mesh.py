@@ -17,6 +17,7 @@ from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.models.config import resolve
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.ops.sampling import uniform_noise
 from jaxrlhf.run.programs import compile_program
 from jaxrlhf.run.transfer import put
@@ -64,7 +65,15 @@ NINE = "ppo", NINE_MODEL, PPOConfig(num_epochs=1), 1, 1
 # GPT-2's vocabulary, which nothing divides; cold, since rounding picks the neighbour of a token that is as unlikely
 COLD = {"temperature": 0.1}
 WIDE = "ppo", dataclasses.replace(tiny.MODEL, vocab_size=50257), PPOConfig(num_epochs=1), 1, 1, COLD
+# policy and value are adapters on one base, which is the reference; the policy alone, packed, and with a head on it
+LORA = {"lora": LoraConfig(rank=2, alpha=8.0)}
+ADAPTERS = "ppo", tiny.MODEL, PPOConfig(num_minibatches=2), 2, 2, LORA
+ADAPTERS_PACKED = *GROUPS, PACKED[-1] | LORA
+ADAPTERS_TRUNK = *TRUNK[:-1], TRUNK[-1] | LORA
 CASES: dict[str, tuple] = {
+    "adapters": ADAPTERS,
+    "adapters packed": ADAPTERS_PACKED,
+    "adapters trunk": ADAPTERS_TRUNK,
     "plain": PLAIN,
     "odd": ODD,
     "groups": GROUPS,
@@ -127,7 +136,8 @@ def first_layouts(shape: Shape, which: str) -> TrainState:
 
 @functools.cache
 def ran(shape: Shape, which: str) -> Ran:
-    iterations = 2 if which in ("packed", "twice", "twice cut", "trunk", "nine", "wide") else ITERATIONS
+    few = ("packed", "twice", "twice cut", "trunk", "nine", "wide", "adapters", "adapters packed", "adapters trunk")
+    iterations = 2 if which in few else ITERATIONS
     compiled: list[str] = []
 
     def listen(event: str, duration_secs: float, **_):
@@ -165,13 +175,14 @@ def test_noise_has_the_same_bits(shape):
 
 NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
 # all axes but data, whose rows are split as those of slices and fsdp are
-RUNS: list = [((1, 2, 2, 2, 2), "groups")]
+RUNS: list = [((1, 2, 2, 2, 2), "groups"), ((1, 2, 2, 1, 2), "adapters")]
+RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters packed", "adapters trunk")]
 RUNS += [NIGHTLY(shape, "groups") for shape in ((2, 2, 2), (1, 2, 2, 2), (1, 4, 2, 1, 2))]
 RUNS += [NIGHTLY(shape, "plain") for shape in MESHES]
 RUNS += [NIGHTLY((2, 2, 2), name) for name in ("odd", "packed", "trunk", "nine", "wide")]
 RUNS += [NIGHTLY((1, 4, 2, 1, 2), "odd")]
 # by day: the cut groups of pmap against one device's whole ones, below
-MAPPED = [NIGHTLY(*case) for case in ((8, "cut"), (4, "odd"), (8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))]
+MAPPED = [NIGHTLY(*case) for case in ((8, "cut"), (4, "adapters"), (4, "odd"), (8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))]
 COMPARED = ("loss/", "score/", "kl/", "reward/", "policy/entropy", "policy/sampler", "response/", "group/")
 
 

@@ -20,14 +20,21 @@ def export(
     to: Annotated[str, typer.Option(help="The folder to write.")],
     role: Annotated[str, typer.Option(help="Whose weights: policy, reward, value, ...")] = "policy",
     step: StepOption = "",
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write the adapter alone, as PEFT does.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a folder that is not empty; do not ask.")] = False,
     strict: StrictOption = False,
 ) -> None:
-    """Write the weights of one role, or of a GGUF file, as a Hugging Face folder, which transformers loads."""
+    """Write the weights of one role, or of a GGUF file, as a Hugging Face folder, which transformers loads.
+
+    An adapter is merged into them; or with --adapter it is written alone, as a folder that PEFT loads."""
     name = name_step(run, step)
     if run.startswith("gguf:"):
         need_empty_folder(to, force)
+        from jaxrlhf.errors import ConfigError
         from jaxrlhf.serve.writer import export_model
+
+        if adapter:
+            raise ConfigError(f"--adapter: {run} has none; expected a run with models.policy.adapter")
 
         export_model(run, to)
         typer.echo(f"{run} written to {to}")
@@ -37,8 +44,10 @@ def export(
     be_strict(strict)
     from jaxrlhf.hosts import processes
     from jaxrlhf.run.export import export as export_role
+    from jaxrlhf.run.export import export_adapter
 
     processes.on_main(lambda: need_empty_folder(to, force))
-    which, notes = export_role(name, role, to)
+    which, notes = (export_adapter if adapter else export_role)(name, role, to)
+    what = "adapter of " if adapter else ""
     if main:
-        typer.echo("\n".join([f"{role} of {run}, {which}, written to {to}", *notes]))
+        typer.echo("\n".join([f"{what}{role} of {run}, {which}, written to {to}", *notes]))

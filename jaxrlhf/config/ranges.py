@@ -20,12 +20,13 @@ RANGES = {
         value_clip_range kl_target stop_kl multiplier_max beta tie_threshold sampler_ratio_cap sampler_ratio_floor
         std_eps gae_length_alpha score_clip norm_eps rope_theta deadline
         low_freq_factor high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast beta_slow
-        attention_factor short_factor long_factor""",
+        attention_factor short_factor long_factor alpha""",
+    "[0, 0]": "dropout",
     "(1, inf)": "dual_clip AlarmsConfig.length",
     "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt
         sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size
         patience pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon target_period
-        hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
+        rank hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
         init_timeout slices starts max_turns turn_tokens context_widths""",
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",

@@ -12,6 +12,7 @@ from jaxrlhf.log.bars import BarConfig
 from jaxrlhf.log.metrics import LogConfig
 from jaxrlhf.models.attention.kernels import Asked
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.rewards.environments import EnvironmentConfig
 from jaxrlhf.rewards.functions import RewardsConfig
@@ -27,6 +28,7 @@ class RoleConfig:
     architecture: ModelConfig | None = None  # random weights of this shape
     share_trunk: bool = False  # value: no model of its own but a head on the policy, whose pass serves both
     trunk_gradient: float = 0.1  # share_trunk: the policy learns from its loss + this x the value loss (vf_coef)
+    adapter: LoraConfig | None = None  # LoRA: the weights are frozen and shared with roles that start from this one
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,10 +3,13 @@
 import dataclasses
 
 from jaxrlhf.algorithm import Algorithm, Updates
+from jaxrlhf.config.adapters import bases_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import Roles, find_algorithm, roles_of
 from jaxrlhf.data.batch_kinds import DATA_KINDS
 from jaxrlhf.data.record_kinds import DataKind
+from jaxrlhf.models.lora import Based
+from jaxrlhf.types import Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,11 @@ class Resolved:
     roles: Roles
     kinds: tuple[DataKind, ...]  # what the algorithm reads from data; rows and epochs of the first are counted
     updates: Updates  # of one iteration
+
+    @property
+    def bases(self) -> dict[Role, Based]:
+        """The roles that share frozen weights."""
+        return bases_of(self.cfg, self.roles)
 
 
 def resolve_config(cfg: Config) -> Resolved:

@@ -21,6 +21,7 @@ from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.evaluate.win_intervals import win_report, wins_of
 from jaxrlhf.hosts import processes
+from jaxrlhf.models.lora import acting_as
 from jaxrlhf.ops.masked import keep
 from jaxrlhf.rewards.graders import gold_graders
 from jaxrlhf.rewards.judge import Judge
@@ -107,10 +108,11 @@ class PolicyEvaluation:
     def run(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
         """What the policy writes; at first, and each time where the reward learns, what the reference writes too.
         ``between`` is called before each batch."""
-        reference = (self.others() | state.slow).get("reference")
-        if reference is not None and (self.before is None or self.graders[0] in state.params):
+        trees = Trees(state.params, self.others() | state.slow)
+        if "reference" in trees.slow and (self.before is None or self.graders[0] in state.params):
             own = {role: tree for role, tree in state.params.items() if role not in self.ready.resolved.roles.guides}
-            self.before = self.write(state.replace(params=own | {"policy": reference}), between)  # it has no guides
+            own["policy"] = acting_as("policy", "reference", trees, self.ready.resolved.bases)
+            self.before = self.write(state.replace(params=own), between)  # it has no guides
         self.after = self.write(state, between)
         return self.after
 

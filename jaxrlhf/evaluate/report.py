@@ -28,6 +28,7 @@ from jaxrlhf.evaluate.llm_judge import LlmJudge, read_judge
 from jaxrlhf.evaluate.perplexity import perplexities
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
+from jaxrlhf.models.lora import bases_in
 from jaxrlhf.rewards.graders import gold_graders
 from jaxrlhf.run import checkpoint, saved_run, verified_steps
 from jaxrlhf.run.build import Run, build
@@ -155,7 +156,7 @@ def pair_report(ready: Run, state: TrainState, batches: list[HostBatch]) -> dict
     members = members_of(nets)
     if members[0] not in {*state.params, *state.slow} or not batches:
         return {}
-    trees = Trees({role: state.trees.of(role) for role in members}, {})
+    trees = Trees({role: state.trees.of(role) for role in members}, bases_in(state.slow))
 
     @processes.jit
     def score(trees: Trees, pairs: Preferences) -> dict[str, tuple[Array, Array]]:

@@ -22,6 +22,7 @@ from jaxrlhf.sharding import explicit
 from jaxrlhf.types import Array, Head, Params, Role, Trees
 
 ALL = "all-linear"
+BASE = "base_"  # in front of the role at whose start it begins: the name of a base in TrainState.slow
 # target -> the branch of a layer that it is in
 TARGETS = {
     **dict.fromkeys(("query", "key", "value", "out"), "attention"),
@@ -40,6 +41,11 @@ class LoraConfig:
     rslora: bool = False  # count the product alpha / sqrt(rank) times (Kalajdzievski 2023)
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"  # of A, as PEFT has it; B starts at 0
     init_from: str | None = None  # a folder that PEFT (or export --adapter) wrote, in place of new A and B
+
+    @property
+    def shape(self) -> tuple:
+        """What two adapters have in common whose leaves may take each other's place."""
+        return self.rank, self.scale, frozenset(self.targets)
 
     @property
     def scale(self) -> float:
@@ -130,6 +136,23 @@ def params_of(role: Role, trees: Trees, bases: Mapping[Role, Based]) -> Params:
     return assemble(trees.slow[base], own, 1.0 if lora is None else lora.scale)
 
 
+def bases_in(slow: Mapping[Role, Params]) -> dict[Role, Params]:
+    """The bases among the slow trees."""
+    return {name: tree for name, tree in slow.items() if name.startswith(BASE)}
+
+
+def acting_as(role: Role, other: Role, trees: Trees, bases: Mapping[Role, Based]) -> Params:
+    """Leaves with which ``role`` computes what ``other`` does. On one base these are the other's adapter, or one that
+    is 0: a program that was compiled for ``role`` takes them. Else they are a whole model."""
+    if role not in bases or other not in bases or bases[role].base != bases[other].base:
+        return params_of(other, trees, bases)
+    if bases[other].lora is None:
+        return jax.tree.map(jnp.zeros_like, trees.of(role))
+    ours, theirs = bases[role].lora, bases[other].lora
+    alike = ours is not None and theirs is not None and ours.shape == theirs.shape
+    return trees.of(other) if alike else params_of(other, trees, bases)
+
+
 def is_whole(own: Params) -> bool:
     """Whether these leaves are a whole model."""
     return "embed" in own
@@ -147,8 +170,9 @@ def assemble(base: Params, own: Params, scale: float) -> Params:
     return over(base, own)
 
 
-def merged(params: Params) -> Params:
-    """``params`` whose kernels hold their adapters: W + A B, in float32. Those of all layers, or of one."""
+def merged(params: Params, dtype=jnp.float32) -> Params:
+    """``params`` whose kernels hold their adapters: W + A B, added in float32 and then of ``dtype``. Those of all
+    layers, or of one."""
     if LORA_A in params:
         kernel, a, b = (params[name].astype(jnp.float32) for name in ("kernel", LORA_A, LORA_B))
         stacked = a.ndim + b.ndim - 2 != kernel.ndim
@@ -156,5 +180,5 @@ def merged(params: Params) -> Params:
         where = layout(params["kernel"]) if explicit() else None
         product = jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST, out_sharding=where)
         rest = {name: x for name, x in params.items() if name not in (LORA_A, LORA_B)}
-        return rest | {"kernel": kernel + product}
-    return {name: merged(part) if isinstance(part, dict) else part for name, part in params.items()}
+        return rest | {"kernel": (kernel + product).astype(dtype)}
+    return {name: merged(part, dtype) if isinstance(part, dict) else part for name, part in params.items()}

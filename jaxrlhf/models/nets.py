@@ -1,5 +1,6 @@
 """What algorithms ask of networks, bound to the run's models: see types.Nets."""
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -96,15 +97,10 @@ def make_nets(
     bases: Mapping[Role, Based] = MappingProxyType({}),
 ) -> Nets:
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
-    ``sample``: Nets.sample; ``trunks``: of the roles that are a bare head; ``graders``: the ensembles; ``bases``: of
-    the roles that share frozen weights."""
+    ``sample``: Nets.sample; ``trunks`` of bare heads; ``graders``: ensembles; ``bases`` of roles that share weights."""
     stored = stored_logits(runtime.hardware.platform)
-
-    def whole(role: Role, trees: Trees) -> Params:
-        return params_of(role, trees, bases)
-
-    def trunk_of(role: Role) -> Role:
-        return trunks[role].role if role in trunks else role
+    whole = functools.partial(params_of, bases=bases)
+    trunk_of = lambda role: trunks[role].role if role in trunks else role
 
     def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
         passes: dict[Role, TrunkPass] = {}

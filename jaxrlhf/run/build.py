@@ -52,10 +52,17 @@ class Blueprint:
     def configs(self) -> dict[Role, ModelConfig]:
         return {role: found.config for role, found in self.weights.items()}
 
+    @property
+    def dtypes(self) -> dict[Role, Any]:
+        """``dtype_of`` every role."""
+        return {role: self.dtype_of(role) for role in self.heads}
+
     def dtype_of(self, role: Role):
-        """Number format of the role's stored weights: precision.params, but float32 where the role learns: in bfloat16
-        an update of less than a 256th of a weight rounds to nothing, and so does Adam's second moment."""
-        return jnp.dtype("float32" if role in self.recipe.optimizers else self.cfg.precision.params)
+        """Number format of the role's own stored weights: precision.params, but float32 where the role learns: in
+        bfloat16 an update of less than a 256th of a weight rounds to nothing, and so does Adam's second moment. An
+        adapter is in float32, its base in precision.params."""
+        exact = role in self.recipe.optimizers or role in self.resolved.bases
+        return jnp.dtype("float32" if exact else self.cfg.precision.params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +116,7 @@ def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weight
     parts = choose_micro_batches(resolved, shards, mesh.devices.flat[0].platform)
     sampler = sampler._replace(share_prompts=shares_prompts(resolved, shards, parts))
     read_as = sampler.sampling if algorithm.online else Sampling()
-    bound = bind_nets(cfg, mesh, weights, sampler, read_as, resolved.roles.guides)
+    bound = bind_nets(cfg, mesh, weights, sampler, read_as, resolved.roles.guides, resolved.bases)
     found = {role: cfg.optimizer_of(role).spike_sigmas for role in trained}
     spikes = {role: sigmas for role, sigmas in found.items() if sigmas is not None}
     recipe = Recipe(
@@ -139,6 +146,7 @@ def with_roles(run: Run, more: dict[Role, Head], sampler: Sampler) -> Run:
     weights = run.weights | weights
     if "policy" in weights:
         sampler = readable_by_all(sampler, run.tokenizer, weights)
-    nets = bind_nets(run.cfg, run.mesh, weights, sampler, sampler.sampling, run.resolved.roles.guides)
+    guides, bases = run.resolved.roles.guides, run.resolved.bases
+    nets = bind_nets(run.cfg, run.mesh, weights, sampler, sampler.sampling, guides, bases)
     recipe = run.recipe._replace(nets=nets)
     return dataclasses.replace(run, weights=weights, heads=run.heads | more, recipe=recipe, sampler=sampler)

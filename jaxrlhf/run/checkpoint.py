@@ -25,6 +25,7 @@ from jaxrlhf.errors import one_line
 from jaxrlhf.hosts import processes
 from jaxrlhf.log.rows import replace_text
 from jaxrlhf.log.run_dir import is_local
+from jaxrlhf.models.lora import bases_in
 from jaxrlhf.run import failed_save_logs, manifest
 from jaxrlhf.run import verified_steps as steps
 from jaxrlhf.run.agreed_saves import agreed_barriers
@@ -158,6 +159,7 @@ class Checkpoints:
                 self.manager.close()
             self.manager, self.broken = self.open_manager(), False
         if step != self.manager.latest_step():
+            save_bases(self.run_dir, state)
             self.manager.save(step, args=ocp.args.Composite(**items), metrics=known, force=True)
         elif known is not None:
             self.wait()
@@ -242,7 +244,7 @@ def describe_room(run_dir, state: TrainState, keep: int) -> list[str]:
     is read."""
     if not is_local(run_dir):
         return []
-    free, needed = shutil.disk_usage(run_dir).free, sum(x.nbytes for x in jax.tree.leaves(state))
+    free, needed = shutil.disk_usage(run_dir).free, sum(x.nbytes for x in jax.tree.leaves(parts(state)))
     if free >= 3 * needed:
         return []
     size = lambda count: f"{count / 1e9:.3g} GB"
@@ -265,12 +267,23 @@ def describe(step: int, state: TrainState, extra: dict) -> dict[str, Any]:
 
 
 def parts(state: TrainState) -> dict[str, Any]:
-    """The state as items: one a role, and the rest."""
+    """The state as items: one a role, and the rest. Bases are not among them (``save_bases``), nor roles without leaves
+    of their own."""
     rest = {"step": state.step, "seed": state.seed, "opt_state": state.opt_state, "controls": state.controls}
     if not state.controls:
         del rest["controls"]
     roles = {f"{kind}.{role}": tree for kind in ("params", "slow") for role, tree in getattr(state, kind).items()}
-    return roles | {STATE: rest}
+    bases = {f"slow.{name}" for name in bases_in(state.slow)}
+    return {item: tree for item, tree in roles.items() if item not in bases and jax.tree.leaves(tree)} | {STATE: rest}
+
+
+def save_bases(run_dir, state: TrainState) -> None:
+    """Write the frozen weights that roles share beside the checkpoints: once a run, before the first of them."""
+    for name, tree in bases_in(state.slow).items():
+        path = steps.base_directory(run_dir, name)
+        if steps.last_committed(run_dir) is None or not path.exists():
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(path, tree, force=True)
 
 
 def restore(run_dir, step: int, abstract: TrainState) -> TrainState:
@@ -284,12 +297,14 @@ def restore(run_dir, step: int, abstract: TrainState) -> TrainState:
         raise ValueError(f"{folder.parent}: step {step} has no {missing[0]}, as the config wants; it has {held}")
     with ocp.StandardCheckpointer() as checkpointer:
         items = {item: checkpointer.restore(folder / item, tree) for item, tree in wanted.items()}
+        place = lambda name: steps.base_directory(run_dir, name)
+        bases = {name: checkpointer.restore(place(name), tree) for name, tree in bases_in(abstract.slow).items()}
     rest = items[STATE]
     return TrainState(
         step=rest["step"],
         seed=rest["seed"],
-        params={role: items[f"params.{role}"] for role in abstract.params},
-        slow={role: items[f"slow.{role}"] for role in abstract.slow},
+        params={role: items.get(f"params.{role}", {}) for role in abstract.params},
+        slow={role: items.get(f"slow.{role}", {}) for role in abstract.slow} | bases,
         opt_state=rest["opt_state"],
         controls=rest.get("controls", {}),
     )

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import MLP
-from jaxrlhf.models.files import hf_config, hf_weights
+from jaxrlhf.models.files import hf_config, hf_weights, peft
 from jaxrlhf.run.export_pad_token import with_own_pad
-from jaxrlhf.run.saved_run import describe_step, model_of, read_extra, restore_model
+from jaxrlhf.run.saved_run import based_of, describe_step, model_of, read_extra, restore_model, restore_own
 from jaxrlhf.run.verified_steps import reading
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Params, Role
@@ -44,6 +45,35 @@ def export_role(name, role: Role, to) -> tuple[str, list[str]]:
         params = restore_model(run_dir, step, extra["models"], role, jnp.dtype(dtype), mesh)
         notes = write_folder(params, run_dir, extra, role, to)
     return describe_step(run_dir, step), notes
+
+
+def export_adapter(name, role: Role, to) -> tuple[str, list[str]]:
+    """Write the adapter of one role of a run as a folder that PEFT reads, in float32, and the run's tokenizer. Returns
+    as ``export``.
+
+    Raises FileNotFoundError for a run without checkpoints, ValueError where the role has no adapter, or PEFT's format
+    can't hold it."""
+    with reading():
+        (step, extra), (run_dir, _) = read_extra(name), split_step(name)
+        dtype_of(extra, run_dir, role)
+        models, start = extra["models"], origin_of(read_yaml(extra["config"], "config"), role)
+        based = based_of(models[role])
+        if based is None or based.lora is None:
+            adapted = [other for other, record in models.items() if record.get("adapter")]
+            raise ValueError(f"--adapter: {run_dir}: its {role} has none; adapters: {', '.join(adapted) or 'none'}")
+        (cfg, head), mesh = model_of(models[role]), make_mesh(MeshConfig())
+        with jax.set_mesh(mesh):
+            own = restore_own(run_dir, step, models, role, mesh)
+            notes = peft.save(own, cfg, head, based.lora, to, start)
+    return describe_step(run_dir, step), notes
+
+
+def origin_of(tree: Mapping[str, Any], role: Role) -> str:
+    """Where the weights of a role of a saved config come from: what its chain of init_from ends at."""
+    models = tree["models"]
+    while (start := models[role].get("init_from")) in models:
+        role = start
+    return start or ""
 
 
 def dtype_of(extra: Mapping[str, Any], run_dir: str, role: Role) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxrlhf.config.members import members_in
 from jaxrlhf.hosts import processes
+from jaxrlhf.models.lora import bases_in
 from jaxrlhf.run import build, feed
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.initial_state import read_weights
@@ -58,16 +59,17 @@ def score_policy_samples(
     sampler = sampler._replace(samples_per_prompt=copies)
     whole = build.with_roles(ready, policy, sampler)
     nets, params = whole.recipe.nets, {"policy": read_weights(whole, "policy")}
+    scorer = Trees(state.params, bases_in(state.slow))
 
     @processes.jit
-    def score(policy, scorer, prompts, seed, step):
+    def score(policy, scorer: Trees, prompts, seed, step):
         responses = nets.sample("policy", Trees(policy, {}), prompts, seed, step)
-        return dict(zip(roles, nets.read(Trees(scorer, {}), responses, *(Ask(role, "scores") for role in roles))))
+        return dict(zip(roles, nets.read(scorer, responses, *(Ask(role, "scores") for role in roles))))
 
     scores: dict[Role, list[np.ndarray]] = {role: [] for role in roles}
     for host in batches:
         given = put(ready.mesh, host.batch).prompts
-        answers = fetch_all(score(params, state.params, given, state.seed, jnp.int32(0)))
+        answers = fetch_all(score(params, scorer, given, state.seed, jnp.int32(0)))
         for role in roles:
             scores[role].append(answers[role].reshape(-1, copies)[: host.real])
     # of every prompt one, before the next of any

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxrlhf.config.adapters import chain, starting_adapter
 from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.same_tokenizer import added_ids, foreign_ids
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.files import peft
 from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.types import Head, Role
 
@@ -30,19 +32,12 @@ class Weights(NamedTuple):
 
 def origin(cfg: Config, role: Role):
     """The RoleConfig that ``role`` goes back to, through roles that start from other roles."""
-    seen, start = [role], cfg.models[role]
-    while start.init_from is not None and start.init_from in cfg.models:
-        seen.append(start.init_from)
-        start = cfg.models[start.init_from]
-        if seen[-1] in seen[:-1]:
-            raise ConfigError(f"models.{seen[-1]}.init_from: {' -> '.join(seen)} goes round in a circle")
-    return start
+    return cfg.models[base_role(cfg, role)]
 
 
 def base_role(cfg: Config, role: Role) -> Role:
     """The role at the end of the chain of init_from."""
-    start = origin(cfg, role)
-    return next(name for name, model in cfg.models.items() if model is start)
+    return chain(cfg, role)[-1]
 
 
 # ---- all is loaded --------------------------------------------------------------------------------------------------
@@ -70,11 +65,17 @@ def check_loaded(cfg: Config, weights: Mapping[Role, Weights], heads: Mapping[Ro
                 f"models.{role}{'.architecture' if base == role else f'.init_from: {from_role}'}: its weights would be "
                 f"random, and {cfg.algorithm_name} does not train {role}; expected init_from: a trained model"
             )
-        if head != "lm" and found.head not in ("scalar", "bare"):
+        if head != "lm" and found.head not in ("scalar", "bare") and not adapter_has_head(cfg, role):
             raise ConfigError(
                 f"{where}: {described(found)}: the head would be random, and {cfg.algorithm_name} does not train "
                 f"{role}; expected a reward model, as a run of `rm` makes it"
             )
+
+
+def adapter_has_head(cfg: Config, role: Role) -> bool:
+    """Whether ``role`` starts with an adapter that holds a scalar head."""
+    start = starting_adapter(cfg, role)
+    return start is not None and located(peft.has_head, start.init_from, f"models.{role}")
 
 
 def described(found: Weights) -> str:

@@ -1,6 +1,7 @@
 """How the run's models are computed on its devices: mesh, kernels, networks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,11 @@ from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models import nets, parameters
 from jaxrlhf.models.attention.kernels import choose_kernel, hardware_of, passed_over
 from jaxrlhf.models.config import MLP, ModelConfig, row_limit
+from jaxrlhf.models.files import peft
+from jaxrlhf.models.lora import Based, params_of, targets_of
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
-from jaxrlhf.run.origins import Weights, base_role
+from jaxrlhf.run.origins import Weights, base_role, located
 from jaxrlhf.types import Acting, Array, Nets, Prompts, Role, Sequences, Trees
 
 
@@ -36,27 +39,30 @@ def bind_nets(
     sampler: Sampler,
     sampling: Sampling,
     guides: Sequence[Role] = (),
+    bases: Mapping[Role, Based] = MappingProxyType({}),
 ) -> Nets:
     """What algorithms may ask of the run's models; log-probs are of the distribution that ``sampling`` shapes.
     ``guides``: the roles that guide what is sampled from the policy, where the sampler has a beta and they are among
-    the trees."""
+    the trees; ``bases``: of the roles that share frozen weights."""
     configs = {role: found.config for role, found in weights.items()}
     runtime = runtime_of(cfg, mesh)
 
     def sample(role: Role, trees: Trees, prompts: Prompts, seed, step, /) -> Sequences:
         guided = role == "policy" and sampler.beta > 0
         heads = tuple(trees.params[guide] for guide in guides if guided and guide in trees.params)
-        return loop.sample(trees.of(role), configs[role], prompts, seed, step, sampler, runtime, heads)
+        return loop.sample(params_of(role, trees, bases), configs[role], prompts, seed, step, sampler, runtime, heads)
 
     def extend(role: Role, trees: Trees, prompts: Prompts, seed, step, /) -> Sequences:
         one = sampler._replace(samples_per_prompt=1)
-        return loop.sample(trees.of(role), configs[role], prompts, seed, step, one, runtime)
+        return loop.sample(params_of(role, trees, bases), configs[role], prompts, seed, step, one, runtime)
 
     def act(role: Role, trees: Trees, acting: Acting, seed, step, /) -> tuple[Array, Array]:
-        return choose_action(trees.of(role), configs[role], acting, seed, step, sampler.sampling, runtime)
+        return choose_action(
+            params_of(role, trees, bases), configs[role], acting, seed, step, sampler.sampling, runtime
+        )
 
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
-    found = nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg))
+    found = nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg), bases)
     found = found._replace(apart=cfg.rewards.apart)
     if cfg.converses:
         return found._replace(extend=extend)
@@ -67,7 +73,8 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
     """The mesh divides every model, wherever it comes from, no row is longer than it computes, and the attention kernel
     that is asked for can compute it.
 
-    Raises ConfigError for the first that is not so."""
+    Raises ConfigError for the first that is not so, and for an adapter that a model can't have."""
+    check_adapters(resolved, weights)
     cfg, (longest, what), runtime = resolved.cfg, longest_row(resolved), runtime_of(resolved.cfg, mesh)
     for role, found in weights.items():
         where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
@@ -95,6 +102,15 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
                 f"batch.pack_widths: {widths}: {kernel} attention ({where}) can't compute packed responses; "
                 "expected 1, or attention: xla"
             )
+
+
+def check_adapters(resolved: Resolved, weights: dict[Role, Weights]) -> None:
+    """The models have the linear maps that their adapters are for, and are as wide as these. Raises ConfigError."""
+    for role, (_, lora) in resolved.bases.items():
+        if lora is not None and role in weights:
+            located(lambda shape, lora=lora: targets_of(shape, lora), weights[role].config, f"models.{role}")
+            if lora.init_from is not None:
+                located(lambda shape, lora=lora: peft.check_folder(shape, lora), weights[role].config, f"models.{role}")
 
 
 def kernels_passed_over(cfg: Config, mesh: jax.sharding.Mesh, shapes: dict[Role, ModelConfig]) -> list[str]:

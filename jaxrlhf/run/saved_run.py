@@ -16,9 +16,10 @@ from etils import epath
 from jaxrlhf.config.members import grader_of, members_in
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.lora import Based, LoraConfig, assemble, base_table, merged, own_table
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.run.state import abstract_params
-from jaxrlhf.run.verified_steps import committed, directory, newest, require
+from jaxrlhf.run.state import abstract_params, abstract_table
+from jaxrlhf.run.verified_steps import base_directory, committed, directory, newest, require
 from jaxrlhf.types import Head, Params, Role
 
 EXTRA = "extra"  # the item of what is not an array: JSON
@@ -31,15 +32,21 @@ def is_run(name) -> bool:
 
 
 def models_record(
-    configs: dict[Role, ModelConfig], heads: dict[Role, Head], trunks: dict[Role, Role], dtypes: Mapping[Role, Any] = {}
+    configs: dict[Role, ModelConfig],
+    heads: dict[Role, Head],
+    trunks: dict[Role, Role],
+    dtypes: Mapping[Role, Any] = {},
+    bases: Mapping[Role, Based] = {},
 ) -> dict:
     """The shapes of a run's models as JSON, saved with every checkpoint; ``trunks``: on whose a bare head stands;
-    ``dtypes``: of their stored weights."""
+    ``dtypes``: of their own stored weights; ``bases``: of the roles that share frozen weights."""
     record = {role: {"head": heads[role], "config": dataclasses.asdict(cfg)} for role, cfg in configs.items()}
     for role, trunk in trunks.items():
         record[role]["trunk"] = trunk
     for role, dtype in dtypes.items():
         record[role]["dtype"] = jnp.dtype(dtype).name
+    for role, (base, lora) in bases.items():
+        record[role] |= {"base": base, "adapter": None if lora is None else dataclasses.asdict(lora)}
     return record
 
 
@@ -50,6 +57,14 @@ def model_of(record: dict) -> tuple[ModelConfig, Head]:
     if fields.get("rope_scaling"):
         fields["rope_scaling"] = RopeScaling(**with_tuples(fields["rope_scaling"]))
     return resolve(ModelConfig(**fields)), "scalar" if record["head"] == "bare" else record["head"]
+
+
+def based_of(record: dict) -> Based | None:
+    """The base of one role from models_record; None where it has whole weights."""
+    if "base" not in record:
+        return None
+    adapter = record["adapter"]
+    return Based(record["base"], None if adapter is None else LoraConfig(**with_tuples(adapter)))
 
 
 def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -174,9 +189,24 @@ def restore_guides(run_dir, step: int, models: dict, dtype, mesh) -> tuple[Param
     return tuple(restore_role(run_dir, step, role, shape(role)) for role in roles)
 
 
+def restore_own(run_dir, step: int, models: dict, role: Role, mesh) -> Params:
+    """The leaves that a role on a base has of its own, in float32."""
+    (cfg, head), based = model_of(models[role]), based_of(models[role])
+    table = own_table(cfg, head, based.lora if based else None)
+    return restore_role(run_dir, step, role, abstract_table(table, jnp.float32, mesh)) if table else {}
+
+
 def restore_model(run_dir, step: int, models: dict, role: Role, dtype, mesh) -> Params:
-    """One role's model of a run that recorded ``models``, on ``mesh``; a bare head gets a copy of its trunk."""
+    """One role's model of a run that recorded ``models``, on ``mesh``; a bare head gets a copy of its trunk, and a base
+    has the role's adapter added."""
     record = models[role]
+    if (based := based_of(record)) is not None:
+        heads = {other["head"] for other in models.values() if other.get("base") == based.base}
+        table = base_table(model_of(record)[0], heads)
+        with ocp.StandardCheckpointer() as checkpointer:
+            base = checkpointer.restore(base_directory(run_dir, based.base), abstract_table(table, dtype, mesh))
+        scale = 1.0 if based.lora is None else based.lora.scale
+        return merged(assemble(base, restore_own(run_dir, step, models, role, mesh), scale), dtype)
     params = restore_role(run_dir, step, role, abstract_params(model_of(record)[0], record["head"], dtype, mesh))
     if "trunk" not in record:
         return params

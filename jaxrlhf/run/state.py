@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.parameters import init
+from jaxrlhf.models.lora import init_adapter
+from jaxrlhf.models.parameters import draw_table, init
 from jaxrlhf.sharding import concrete
 from jaxrlhf.types import Array, Head, Params, Role, TrainState
 
 draw = jax.jit(init, static_argnums=(0, 1, 3))  # one program for all seeds and for all runs of a process
+draw_adapter = jax.jit(init_adapter, static_argnums=(0, 1))
 
 
 def new_state(
@@ -29,6 +31,11 @@ def new_state(
 def abstract_params(cfg: ModelConfig, head: Head, dtype, mesh) -> Params:
     """Shapes, dtypes and layouts of a model's parameters on ``mesh`` (which is the current one), nothing allocated."""
     return concrete(jax.eval_shape(lambda: init(cfg, head, jax.random.key(0), dtype)), mesh)
+
+
+def abstract_table(table: dict, dtype, mesh) -> Params:
+    """``abstract_params`` of the Leafs in ``table``."""
+    return concrete(jax.eval_shape(lambda: draw_table(table, jax.random.key(0), dtype)), mesh)
 
 
 def describe_state(

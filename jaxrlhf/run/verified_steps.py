@@ -25,7 +25,8 @@ from jaxrlhf.run.manifest import Damaged
 
 STRICT = contextvars.ContextVar("strict", default=False)  # whether a damaged checkpoint is an error at once
 ASIDE = "set_aside"  # the folder of a run directory for steps that were passed over, or left by rewind
-BESIDE = ("tokenizer",)  # folders of a run directory that belong to each of its checkpoints
+BASES = "base"  # the folder of a run directory for frozen weights that its roles share: written once
+BESIDE = ("tokenizer", BASES)  # folders of a run directory that belong to each of its checkpoints
 UNDER_WAY = "still being written"
 YOUNG = 600.0  # seconds after which a step without a manifest is no longer being written, where no lock says more
 verdicts: dict[str, tuple[object, str | None]] = {}  # step directory -> its listing, and what is wrong with it
@@ -46,6 +47,11 @@ def directory(run_dir) -> epath.Path:
     """Where a run keeps its checkpoints (orbax wants absolute paths; to resolve gs://... would make it a local one)."""
     path = epath.Path(run_dir)
     return (path.resolve() if is_local(path) else path) / "checkpoints"
+
+
+def base_directory(run_dir, name: str) -> epath.Path:
+    """Where a run keeps the frozen weights of this name."""
+    return directory(run_dir).parent / BASES / name
 
 
 def committed(run_dir) -> list[int]:
@@ -105,7 +111,7 @@ def examine(run_dir, step: int, found: dict[str, manifest.Entry], share: tuple[i
 
 
 def check_beside(run_dir, step: int, expected: dict) -> None:
-    """Raises Damaged where the run's tokenizer or chat template isn't the one that the step was saved with."""
+    """Raises Damaged where the run's tokenizer, chat template or base isn't the one that the step was saved with."""
     found = {
         f"{name}/{file}": entry
         for name in BESIDE

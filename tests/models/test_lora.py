@@ -24,6 +24,7 @@ from tests.support import tiny
 RNG = np.random.default_rng(7)
 LORA = LoraConfig(rank=2, alpha=6.0)  # counts 3 times
 BASES = {"policy": Based("base", LORA), "reference": Based("base", None), "value": Based("base", LORA)}
+RUNTIME = Runtime()
 MODEL = dataclasses.replace(tiny.MODEL, num_layers=2)
 
 
@@ -39,7 +40,7 @@ def trees() -> Trees:
     )
 
 
-def states(params, runtime: Runtime = Runtime()):
+def states(params, runtime: Runtime = RUNTIME):
     tokens = np.random.default_rng(3).integers(0, 64, (3, 9)).astype(np.int32)
     run = lambda params: forward(params, MODEL, jnp.asarray(tokens), jnp.ones_like(tokens), runtime)
     return np.asarray(tiny.program(run)(params))
@@ -214,6 +215,6 @@ def test_mistakes(change, message):
 
 def test_a_model_without_a_gate_or_without_text():
     gpt = resolve(ModelConfig(family="gpt2", vocab_size=64, hidden_size=16, num_layers=1, num_heads=4))
-    with pytest.raises(ValueError, match="adapter.targets: gate: a gpt2 has no such map"):
+    with pytest.raises(ValueError, match=r"adapter\.targets: gate: a gpt2 has no such map"):
         lora.targets_of(gpt, LoraConfig(targets=("gate",)))
     assert lora.targets_of(gpt, LoraConfig()) == ("query", "key", "value", "out", "up", "down")

@@ -208,7 +208,7 @@ def build(
     head_in = lambda heads, role: head_of(heads[role], role in trunks)
     make = lambda heads: {role: parameters(model, head_in(heads, role), seeds[role]) for role in heads}
     optimizers = {role: make_optimizer(optimizer, iterations) for role in trained}
-    sampling, bases, base = Sampling(temperature, eos_ids=eos_ids), {}, {}
+    sampling, bases = Sampling(temperature, eos_ids=eos_ids), {}
     params, still = make(trained), make(slow)
     if lora is not None:
         bases = {role: Based("base", lora) for role in trained if head_in(trained, role) in ("lm", "scalar")}

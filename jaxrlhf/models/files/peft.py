@@ -1,0 +1,233 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, read and written without PEFT or torch.
+
+PEFT calls A of [inputs, rank] lora_A.weight, [rank, inputs], and B lora_B.weight, [outputs, rank]. What a linear map is
+called there is in models/families. A map that a family keeps in one tensor with others (Phi-3's query, key and value)
+has one adapter in PEFT and several here: such adapters are neither read nor written.
+"""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from jaxrlhf.errors import show
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.families import FAMILIES, Module
+from jaxrlhf.models.files.hf_folder import read_json, write_json
+from jaxrlhf.models.files.hf_headers import FLOATS, open_file, shown
+from jaxrlhf.models.files.hf_weights import place, to_numpy, write_weights
+from jaxrlhf.models.linear import LORA_A, LORA_B, inputs
+from jaxrlhf.models.lora import TARGETS, LoraConfig, own_table, targets_of
+from jaxrlhf.models.parameters import Leaf, parameter_table
+from jaxrlhf.types import Array, Head, Params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # in front of transformers' names
+SCORE = f"{PREFIX}score."
+# fields that would mean another adapter -> what they may be
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None,),
+    "layer_replication": (None,),
+    "modules_to_save": (None, ["score"]),
+    "trainable_token_indices": (None,),
+}
+
+
+def module_of(cfg: ModelConfig, target: str) -> Module:
+    """Where a family's files have the linear map ``target``. Raises ValueError where it shares a tensor with others."""
+    module = FAMILIES[cfg.family].hf.modules[f"layers.{TARGETS[target]}.{target}"]
+    if "part" in module.layout:
+        raise ValueError(
+            f"adapter.targets: {target}: a {cfg.family}'s files have it in one tensor with others "
+            f"({module.name.rpartition('.')[2]}), which has one adapter in PEFT's format; expected other targets, or "
+            "merged weights (export without --adapter)"
+        )
+    return module
+
+
+def is_adapter(folder: epath.PathLike) -> bool:
+    """Whether the folder is one of PEFT's."""
+    return (epath.Path(folder) / CONFIG).exists()
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_shape(folder: epath.PathLike) -> LoraConfig:
+    """rank, alpha and rslora of a folder's adapter; its targets are known by its tensors (``load``).
+
+    Raises ValueError, in one line, where there is no adapter, or another kind than ours."""
+    raw = read_json(folder, CONFIG)
+    if raw is None:
+        raise ValueError(f"adapter.init_from: {os.fspath(folder)}: there is no {CONFIG}; expected a folder of PEFT's")
+    where = f"{epath.Path(folder) / CONFIG}"
+    for name, known in PLAIN.items():
+        if (value := raw.get(name)) not in known:
+            raise ValueError(f"adapter.init_from: {where}: {name}: {show(value)}; expected {show(known[0])}")
+    rank, alpha = raw.get("r"), raw.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"adapter.init_from: {where}: r: {show(rank)}; expected a rank of 1 or more")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
+        raise ValueError(f"adapter.init_from: {where}: lora_alpha: {show(alpha)}; expected more than 0")
+    return LoraConfig(rank=rank, alpha=float(alpha), rslora=bool(raw.get("use_rslora")), init_from=os.fspath(folder))
+
+
+def check_folder(cfg: ModelConfig, lora: LoraConfig) -> None:
+    """Raises ValueError, in one line, where the adapter in ``lora.init_from`` is not shaped as ``lora``."""
+    folder = lora.init_from or ""
+    found = read_shape(folder)
+    for name in ("rank", "alpha", "rslora"):
+        if (ours := getattr(lora, name)) != (theirs := getattr(found, name)):
+            raise ValueError(f"adapter.{name}: {show(ours)}: {folder} has {show(theirs)}; nearest: {show(theirs)}")
+    examine(cfg, lora)
+
+
+def examine(cfg: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
+    """The opened tensors of ``lora.init_from``. Raises ValueError where they are not this model's and adapter's."""
+    folder = epath.Path(lora.init_from or "")
+    tensors = open_file(folder / WEIGHTS)
+    wanted = targets_of(cfg, lora)
+    expected = {name for target in wanted for which in "AB" for name in names_of(cfg, target, which)}
+    if missing := sorted(expected - tensors.keys()):
+        raise ValueError(
+            f"adapter.targets: {', '.join(wanted)}: {folder} lacks {shown(missing)}; expected those of its "
+            f"target_modules: {show((read_json(folder, CONFIG) or {}).get('target_modules'))}"
+        )
+    if other := sorted(name for name in tensors if name not in expected and not name.startswith(SCORE)):
+        raise ValueError(
+            f"adapter.targets: {', '.join(wanted)}: {folder} holds {shown(other)} too; expected all of its "
+            f"target_modules: {show((read_json(folder, CONFIG) or {}).get('target_modules'))}"
+        )
+    return tensors
+
+
+def names_of(cfg: ModelConfig, target: str, which: str) -> list[str]:
+    """The tensors of A or B (``which``) of one map, a layer each."""
+    name = module_of(cfg, target).name
+    return [f"{PREFIX}{name.format(layer=layer)}.lora_{which}.weight" for layer in range(cfg.num_layers)]
+
+
+def has_head(folder: epath.PathLike) -> bool:
+    """Whether the folder holds a scalar head."""
+    return f"{SCORE}weight" in open_file(epath.Path(folder) / WEIGHTS)
+
+
+def load(cfg: ModelConfig, head: Head, lora: LoraConfig, dtype="float32") -> Params:
+    """A, B, and of a scalar ``head`` the head that the folder ``lora.init_from`` holds, on the current mesh.
+
+    Raises ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite."""
+    tensors, table = examine(cfg, lora), own_table(cfg, head, lora)
+
+    def one(leaf: Leaf, values: list[np.ndarray]) -> Array:
+        whole = np.stack(values) if leaf.axes[0] == "layers" else values[0]
+        return place(leaf, lambda index: whole.reshape(leaf.shape)[index].astype(np.dtype(dtype)))
+
+    def read(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        tensor = tensors[name]
+        if tuple(tensor.get_shape()) != shape or tensor.get_dtype() not in FLOATS:
+            found = f"{tensor.get_dtype()} {tuple(tensor.get_shape())}"
+            raise ValueError(f"{lora.init_from}: {name}: is {found}; expected floating-point numbers {shape}")
+        value = np.asarray(tensor[:], np.float32)
+        if not np.isfinite(value).all():
+            raise ValueError(f"{lora.init_from}: {name}: holds weights that are NaN or infinite")
+        return value
+
+    found: dict[str, Any] = {"layers": {}}
+    for target in targets_of(cfg, lora):
+        leaves = table["layers"][TARGETS[target]][target]
+        pair = {}
+        for which, leaf in (("A", leaves[LORA_A]), ("B", leaves[LORA_B])):
+            size = math.prod(leaf.shape[1:]) // lora.rank
+            shape = (lora.rank, size) if which == "A" else (size, lora.rank)
+            pair[LORA_A if which == "A" else LORA_B] = one(
+                leaf, [read(name, shape).T for name in names_of(cfg, target, which)]
+            )
+        found["layers"].setdefault(TARGETS[target], {})[target] = pair
+    if head != "lm":
+        kernel, bias = table["head"]["kernel"], table["head"]["bias"]
+        value = read(f"{SCORE}bias", (1,)) if f"{SCORE}bias" in tensors else np.zeros(1, np.float32)
+        found["head"] = {
+            "kernel": one(kernel, [read(f"{SCORE}weight", kernel.shape[::-1]).T]),
+            "bias": one(bias, [value]),
+        }
+    return found
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def save(own: Params, cfg: ModelConfig, head: Head, lora: LoraConfig, folder: epath.PathLike, base: str) -> list[str]:
+    """Write what a role has of its own as a folder that PEFT (and ``load``) reads; adapter_config.json comes last.
+
+    Args:
+        own: A, B and a scalar head, as lora.own_table has them.
+        base: the weights that they belong to, as transformers' from_pretrained takes them.
+
+    Returns:
+        What PEFT computes otherwise: its scores have no bias.
+
+    Raises:
+        ValueError: in one line, for a map that shares a tensor with others.
+    """
+    folder, values, notes = epath.Path(folder), {}, []
+    for target in targets_of(cfg, lora):
+        pair = own["layers"][TARGETS[target]][target]
+        for which, leaf in (("A", to_numpy(pair[LORA_A])), ("B", to_numpy(pair[LORA_B]))):
+            matrix = (-1, lora.rank) if which == "A" else (lora.rank, -1)
+            names = names_of(cfg, target, which)
+            values |= {
+                name: layer.astype(np.float32).reshape(matrix).T for name, layer in zip(names, leaf, strict=True)
+            }
+    if head != "lm":
+        values[f"{SCORE}weight"] = to_numpy(own["head"]["kernel"]).astype(np.float32).T
+        if bias := float(to_numpy(own["head"]["bias"])[0]):
+            values[f"{SCORE}bias"] = np.full(1, bias, np.float32)
+            notes = [f"{SCORE}bias: {bias:.6g}: PEFT's scores have no bias: they are ours less {bias:.6g}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    write_weights(folder / WEIGHTS, values)
+    write_json(folder / CONFIG, describe(cfg, head, lora, base))
+    return notes
+
+
+def describe(cfg: ModelConfig, head: Head, lora: LoraConfig, base: str) -> dict[str, Any]:
+    """adapter_config.json."""
+    targets = targets_of(cfg, lora)
+    kernel = parameter_table(cfg, "lm")["layers"][TARGETS[targets[0]]][targets[0]]["kernel"]
+    first, ins = module_of(cfg, targets[0]).layout.split()[0], kernel.axes[1:][: inputs(kernel.axes[1:])]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if head == "lm" else "SEQ_CLS",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": lora.rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": first == ".".join(ins),  # GPT-2's kernels
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None if head == "lm" else ["score"],
+        "target_modules": module_names(cfg, targets),
+    }
+
+
+def module_names(cfg: ModelConfig, targets: tuple[str, ...]) -> list[str]:
+    """What PEFT calls the maps: by the last part of their names, or by two where another map ends as well."""
+    layers, parts = parameter_table(cfg, "lm")["layers"], {}
+    for target, branch in TARGETS.items():
+        if target in layers[branch]:
+            parts[target] = FAMILIES[cfg.family].hf.modules[f"layers.{branch}.{target}"].name.split(".")
+    others = [parts[target][-1] for target in parts if target not in targets]
+    return sorted(
+        {parts[target][-1] if parts[target][-1] not in others else ".".join(parts[target][-2:]) for target in targets}
+    )

@@ -1,0 +1,133 @@
+"""Adapters in PEFT and here: ours is loaded by PeftModel, PEFT's by us, and logits and scores agree."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.files import hf_weights, peft
+from jaxrlhf.models.lora import LoraConfig, assemble, targets_of
+from tests.parity.both import compute
+from tests.support import tiny
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytestmark = pytest.mark.torch
+TOKENS = np.random.default_rng(2).integers(0, 90, (2, 9))
+WHOLE = np.ones_like(TOKENS, bool)
+SIZES = {"vocab_size": 96, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_size": 24}
+LLAMA = resolve(ModelConfig(family="llama", num_kv_heads=2, **SIZES))
+QWEN2 = resolve(ModelConfig(family="qwen2", num_kv_heads=2, tie_embeddings=False, **SIZES))
+GPT2 = resolve(ModelConfig(family="gpt2", **SIZES))
+ADAPTERS = {
+    "llama": (LLAMA, LoraConfig(rank=3, alpha=7.5)),
+    "llama, few": (LLAMA, LoraConfig(rank=2, alpha=8, targets=("query", "value", "down"))),
+    "qwen2": (QWEN2, LoraConfig(rank=4, alpha=8, rslora=True)),
+    "gpt2, few": (GPT2, LoraConfig(rank=2, alpha=4, targets=("down",))),  # whose out has the same last name
+}
+
+
+def base_of(cfg: ModelConfig, folder: Path, head="lm"):
+    """Weights of the model's size written for transformers."""
+    params = tiny.parameters(cfg, head, 0)
+    hf_weights.save(params, cfg, head, folder / "base")
+    return params
+
+
+def their_logits(model) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_peft_loads_ours(name, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    cfg, lora = ADAPTERS[name]
+    base, own = base_of(cfg, tmp_path), tiny.adapter(cfg, "lm", lora, 1)
+    peft.save(own, cfg, "lm", lora, tmp_path / "ours", str(tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    alone = their_logits(model)
+    adapted = their_logits(PeftModel.from_pretrained(model, str(tmp_path / "ours")))
+    assert np.abs(adapted - alone).max() > 0.02
+    ours = compute(assemble(base, own, lora.scale), cfg, "lm", TOKENS, WHOLE)
+    np.testing.assert_allclose(ours, adapted, atol=1e-4)
+    again = peft.load(cfg, "lm", dataclasses.replace(lora, init_from=str(tmp_path / "ours")))
+    assert tiny.equal_trees(again, own)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj", "gate_proj"]])
+def test_ours_loads_pefts(targets, tmp_path):
+    import peft as theirs
+    from transformers import AutoModelForCausalLM
+
+    base = base_of(QWEN2, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = theirs.LoraConfig(r=4, lora_alpha=10, target_modules=targets, task_type="CAUSAL_LM")
+    model = theirs.get_peft_model(model, config)
+    torch.manual_seed(0)
+    for weight_name, weight in model.named_parameters():
+        if "lora_B" in weight_name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path / "theirs")
+    names = ("query", "out", "gate") if isinstance(targets, list) else targets_of(QWEN2, LoraConfig())
+    lora = LoraConfig(rank=4, alpha=10, targets=names, init_from=str(tmp_path / "theirs"))
+    peft.check_folder(QWEN2, lora)
+    ours = compute(assemble(base, peft.load(QWEN2, "lm", lora), lora.scale), QWEN2, "lm", TOKENS, WHOLE)
+    np.testing.assert_allclose(ours, their_logits(model), atol=1e-4)
+    assert np.abs(ours - compute(base, QWEN2, "lm", TOKENS, WHOLE)).max() > 0.02
+
+
+def test_scores(tmp_path):
+    """A reward model's head goes with its adapter; PEFT's scores lack its bias."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    cfg, lora = LLAMA, ADAPTERS["llama"][1]
+    base, own = base_of(cfg, tmp_path), tiny.adapter(cfg, "scalar", lora, 1)
+    own["head"]["bias"] = jnp.array([0.25])
+    (note,) = peft.save(own, cfg, "scalar", lora, tmp_path / "ours", str(tmp_path / "base"))
+    assert "0.25" in note
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    model.config.pad_token_id = 95
+    scores = their_logits(PeftModel.from_pretrained(model, str(tmp_path / "ours")))
+    ours = compute(assemble(base, own, lora.scale), cfg, "scalar", TOKENS, WHOLE)[:, -1:]
+    np.testing.assert_allclose(ours - 0.25, scores, atol=1e-4)
+    again = peft.load(cfg, "scalar", dataclasses.replace(lora, init_from=str(tmp_path / "ours")))
+    assert tiny.equal_trees(again, own)
+
+
+def test_the_initial_a_is_pefts(tmp_path):
+    """The bound of PEFT's uniform noise, and the deviation of its normal noise."""
+    import peft as theirs
+    import jax
+    from transformers import AutoModelForCausalLM
+
+    from jaxrlhf.models.lora import init_adapter
+    from jaxrlhf.models.linear import LORA_A
+
+    base_of(LLAMA, tmp_path)
+    for init, name in ((True, "kaiming_uniform"), ("gaussian", "gaussian")):
+        config = theirs.LoraConfig(r=8, target_modules=["down_proj"], init_lora_weights=init)
+        model = theirs.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+        found = [x.detach().numpy() for key, x in model.named_parameters() if "lora_A" in key]
+        lora = LoraConfig(rank=8, targets=("down",), init=name)  # type: ignore[arg-type]
+        ours = np.asarray(init_adapter(LLAMA, lora, jax.random.key(0))["layers"]["mlp"]["down"][LORA_A])
+        assert np.concatenate(found).std() == pytest.approx(ours.std(), rel=0.1)
+        if init is True:
+            assert np.abs(found).max() == pytest.approx(np.abs(ours).max(), rel=0.05)
+
+
+def test_config_is_json_that_peft_reads(tmp_path):
+    from peft import PeftConfig
+
+    cfg, lora = ADAPTERS["gpt2, few"]
+    peft.save(tiny.adapter(cfg, "lm", lora, 1), cfg, "lm", lora, tmp_path, "a/b")
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert raw["target_modules"] == ["mlp.c_proj"] and raw["fan_in_fan_out"] is True
+    assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "a/b"
