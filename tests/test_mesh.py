@@ -182,7 +182,10 @@ RUNS += [NIGHTLY(shape, "plain") for shape in MESHES]
 RUNS += [NIGHTLY((2, 2, 2), name) for name in ("odd", "packed", "trunk", "nine", "wide")]
 RUNS += [NIGHTLY((1, 4, 2, 1, 2), "odd")]
 # by day: the cut groups of pmap against one device's whole ones, below
-MAPPED = [NIGHTLY(*case) for case in ((8, "cut"), (4, "adapters"), (4, "odd"), (8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))]
+MAPPED = [
+    NIGHTLY(*case)
+    for case in ((8, "cut"), (4, "adapters"), (4, "odd"), (8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))
+]
 COMPARED = ("loss/", "score/", "kl/", "reward/", "policy/entropy", "policy/sampler", "response/", "group/")
 
 

@@ -55,10 +55,13 @@ def shared(name: str, drawn: Blueprint, make: Callable[[], T], *arguments: Any) 
 def key_of(drawn: Blueprint) -> tuple[Any, ...]:
     """All that the programs of a run depend on besides their arguments, hashable."""
     models = repr([(role, found.config, drawn.heads[role]) for role, found in drawn.weights.items()])
+    bases = repr(
+        [(role, base, lora and (lora.scale, lora.targets)) for role, (base, lora) in drawn.resolved.bases.items()]
+    )
     stops = tuple((stop.table.tobytes(), np.asarray(stop.start).tobytes()) for stop in drawn.sampler.stops)
     sampler = repr(drawn.sampler._replace(stops=()))
     flags = repr(sorted(jax.config.values.items()))
-    return repr(neutral(drawn)), drawn.algorithm, models, sampler, stops, drawn.mesh, flags
+    return repr(neutral(drawn)), drawn.algorithm, models, bases, sampler, stops, drawn.mesh, flags
 
 
 def neutral(drawn: Blueprint) -> Config:

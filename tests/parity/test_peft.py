@@ -104,12 +104,12 @@ def test_scores(tmp_path):
 
 def test_the_initial_a_is_pefts(tmp_path):
     """The bound of PEFT's uniform noise, and the deviation of its normal noise."""
-    import peft as theirs
     import jax
+    import peft as theirs
     from transformers import AutoModelForCausalLM
 
-    from jaxrlhf.models.lora import init_adapter
     from jaxrlhf.models.linear import LORA_A
+    from jaxrlhf.models.lora import init_adapter
 
     base_of(LLAMA, tmp_path)
     for init, name in ((True, "kaiming_uniform"), ("gaussian", "gaussian")):

@@ -75,6 +75,8 @@ OTHER: dict[str, str | None] = {
     **{f"models.{role}.trunk_gradient": None for role in ("policy", "reward", "reference")},
     **dict.fromkeys(("models.value.init_from", "models.reference.init_from", "models.value.share_trunk"), None),
     **{f"models.{role}.architecture": None for role in ("policy", "value", "reward", "reference")},
+    **{f"models.{role}.adapter": None for role in ("value", "reward", "reference")},  # it does not learn, or is a head
+    "models.policy.adapter": "{{rank: 4}}",
     "models.policy.init_from": "{folder}/scalar",
     "models.reward.init_from": "{folder}/lm",
     "tokenizer.init_from": "{folder}/lm",
@@ -210,7 +212,7 @@ def test_every_key_is_told_or_refused(saved):
         told.add(key)
     assert refused == {
         *("seed", "models.policy.init_from", "models.reward.init_from", "tokenizer.init_from", "precision.params"),
-        *("data.chat", "batch.prompts_per_step", "batch.preferences_per_step"),
+        *("data.chat", "batch.prompts_per_step", "batch.preferences_per_step", "models.policy.adapter"),
     }
     assert len(told) > 90 and {"algorithm.kl_coef", "iterations", "optimizer.policy.delay", "eval.judge"} <= told
     assert OTHER.keys() - saved.keys.keys() == set(), "keys that are gone"
