@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +16,11 @@ from tests.parity.both import compute
 from tests.support import tiny
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("peft")
+theirs: Any = pytest.importorskip("peft")
 pytestmark = pytest.mark.torch
 TOKENS = np.random.default_rng(2).integers(0, 90, (2, 9))
 WHOLE = np.ones_like(TOKENS, bool)
-SIZES = {"vocab_size": 96, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_size": 24}
+SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_size": 24}
 LLAMA = resolve(ModelConfig(family="llama", num_kv_heads=2, **SIZES))
 QWEN2 = resolve(ModelConfig(family="qwen2", num_kv_heads=2, tie_embeddings=False, **SIZES))
 GPT2 = resolve(ModelConfig(family="gpt2", **SIZES))
@@ -31,10 +32,10 @@ ADAPTERS = {
 }
 
 
-def base_of(cfg: ModelConfig, folder: Path, head="lm"):
+def base_of(cfg: ModelConfig, folder: Path):
     """Weights of the model's size written for transformers."""
-    params = tiny.parameters(cfg, head, 0)
-    hf_weights.save(params, cfg, head, folder / "base")
+    params = tiny.parameters(cfg, "lm", 0)
+    hf_weights.save(params, cfg, "lm", folder / "base")
     return params
 
 
@@ -45,7 +46,6 @@ def their_logits(model) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_loads_ours(name, tmp_path):
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     cfg, lora = ADAPTERS[name]
@@ -53,7 +53,7 @@ def test_peft_loads_ours(name, tmp_path):
     peft.save(own, cfg, "lm", lora, tmp_path / "ours", str(tmp_path / "base"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     alone = their_logits(model)
-    adapted = their_logits(PeftModel.from_pretrained(model, str(tmp_path / "ours")))
+    adapted = their_logits(theirs.PeftModel.from_pretrained(model, str(tmp_path / "ours")))
     assert np.abs(adapted - alone).max() > 0.02
     ours = compute(assemble(base, own, lora.scale), cfg, "lm", TOKENS, WHOLE)
     np.testing.assert_allclose(ours, adapted, atol=1e-4)
@@ -63,7 +63,6 @@ def test_peft_loads_ours(name, tmp_path):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj", "gate_proj"]])
 def test_ours_loads_pefts(targets, tmp_path):
-    import peft as theirs
     from transformers import AutoModelForCausalLM
 
     base = base_of(QWEN2, tmp_path)
@@ -85,7 +84,6 @@ def test_ours_loads_pefts(targets, tmp_path):
 
 def test_scores(tmp_path):
     """A reward model's head goes with its adapter; PEFT's scores lack its bias."""
-    from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
     cfg, lora = LLAMA, ADAPTERS["llama"][1]
@@ -95,7 +93,7 @@ def test_scores(tmp_path):
     assert "0.25" in note
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
     model.config.pad_token_id = 95
-    scores = their_logits(PeftModel.from_pretrained(model, str(tmp_path / "ours")))
+    scores = their_logits(theirs.PeftModel.from_pretrained(model, str(tmp_path / "ours")))
     ours = compute(assemble(base, own, lora.scale), cfg, "scalar", TOKENS, WHOLE)[:, -1:]
     np.testing.assert_allclose(ours - 0.25, scores, atol=1e-4)
     again = peft.load(cfg, "scalar", dataclasses.replace(lora, init_from=str(tmp_path / "ours")))
@@ -105,7 +103,6 @@ def test_scores(tmp_path):
 def test_the_initial_a_is_pefts(tmp_path):
     """The bound of PEFT's uniform noise, and the deviation of its normal noise."""
     import jax
-    import peft as theirs
     from transformers import AutoModelForCausalLM
 
     from jaxrlhf.models.linear import LORA_A
@@ -124,10 +121,8 @@ def test_the_initial_a_is_pefts(tmp_path):
 
 
 def test_config_is_json_that_peft_reads(tmp_path):
-    from peft import PeftConfig
-
     cfg, lora = ADAPTERS["gpt2, few"]
     peft.save(tiny.adapter(cfg, "lm", lora, 1), cfg, "lm", lora, tmp_path, "a/b")
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
     assert raw["target_modules"] == ["mlp.c_proj"] and raw["fan_in_fan_out"] is True
-    assert PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "a/b"
+    assert theirs.PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "a/b"
