@@ -2,7 +2,7 @@
 
 Each test runs in a process of its own (code_runner.py), within limits on CPU time, time, memory, files and processes.
 Where the kernel allows it, the process has no network, no writable file but a small folder in memory, and sees no other
-process; and it is nobody where this one is root. That keeps a policy's mistakes away from a run. It is no sandbox
+process; and it is another user where this one is root. That keeps a policy's mistakes away from a run. It is no sandbox
 against an attacker: use a virtual machine for that. A test of assert lines runs in the program's own process, which a
 program that means to can fool; input and output are compared outside of it."""
 

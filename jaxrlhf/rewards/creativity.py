@@ -93,7 +93,7 @@ def unlike_others(
     def work(group: list[Pieces]) -> list[float | None]:
         grams = [{*ngrams(pieces, n)} for pieces in group]
         holders = Counter(gram for mine in grams for gram in mine)
-        own = [sum(holders[gram] == 1 for gram in mine) / max(len(mine), 1) for mine in grams]
+        own: list[float | None] = [sum(holders[gram] == 1 for gram in mine) / max(len(mine), 1) for mine in grams]
         return own if len(group) > 1 else [None]
 
     return in_groups(pieces_of(responses, token_ids, unit, n, "unlike_others"), groups, work)

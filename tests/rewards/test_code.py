@@ -2,17 +2,21 @@
 
 import json
 import logging
+import os
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jaxrlhf.hosts.call_timeout import TimedOut, interruptible
 from jaxrlhf.rewards import code
-from jaxrlhf.rewards.code import CodeLimits, RunCode, passes, program_in
+from jaxrlhf.rewards.code import MISSING, CodeLimits, RunCode, passes, program_in
 
 
 def run(program: str, limits: CodeLimits, **more: str) -> tuple[int, str]:
@@ -89,11 +93,12 @@ def test_records_without_tests_are_one_line(record, line):
 
 
 def test_wrong_arguments_are_one_line():
-    for given, line in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"memory": 5}, "code: memory: no such limit; choices: cpu_seconds, file_mib, "),
         ({"seconds": 0}, "code: seconds: 0: expected a number above 0"),
         ({"score": "most"}, 'code: score: "most": expected share or all'),
-    ):
+    ]
+    for given, line in wrong:
         with pytest.raises(ValueError, match=line):
             RunCode(**given)
 
@@ -118,6 +123,40 @@ def test_a_program_that_fails_passes_nothing(name):
     began = time.monotonic()
     assert not passes(FAULTS[name], "pass", SMALL)
     assert time.monotonic() - began < SMALL.seconds
+
+
+def test_the_number_of_processes_is_bounded(protections):
+    forks = "import os, time\nmade = 0\ntry:\n    for _ in range(200):\n        if os.fork() == 0: time.sleep(60)\n"
+    forks += "        made += 1\nexcept OSError: pass\n"
+    assert passes(forks, "assert 1 <= made < 6", SMALL) == protections["processes"]
+
+
+SYSTEM = Path("/usr/bin/python3")
+
+
+@pytest.mark.skipif(
+    os.getuid() != 0 or not SYSTEM.exists(), reason="needs root, to be another user, and a Python of all"
+)
+def test_an_ordinary_user_has_the_same_limits(protections):
+    """The same program, where this process is not root: the namespaces are those that any user may have."""
+    checks = "import os\nassert os.getuid() == 65534 and sum(name.isdigit() for name in os.listdir('/proc')) == 2\n"
+    checks += "for path in ('/tmp/x', '/var/tmp/x'):\n    try: open(path, 'w'); assert False, path\n"
+    checks += "    except OSError: pass\nopen('mine', 'w').write('x')\nprint('fine')"
+    job = {"files": {"program": checks}, "asserts": False, "packages": False, "cpu_seconds": 5, "seconds": 20}
+    job |= {"memory": 1 << 28, "file_size": 1 << 20, "processes": 6}
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        place = Path(folder)
+        place.chmod(0o755)
+        (place / "work").mkdir()
+        os.chown(place / "work", 65534, 65534)
+        (place / "job").write_text(json.dumps(job))
+        (place / "runner.py").write_text(code.RUNNER.read_text())
+        command = [str(SYSTEM), "-I", "-S", str(place / "runner.py"), str(place / "work"), str(place / "job")]
+        done = subprocess.run(command, capture_output=True, text=True, user=65534, group=65534, extra_groups=[])
+        status = json.loads((place / "work" / "status.json").read_text())
+    assert status["network"] == status["processes"]
+    if status == dict.fromkeys(MISSING, True):
+        assert done.stdout == "fine\n", done.stderr
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", "input()"])

@@ -1,6 +1,7 @@
 """Graders of variety, novelty and agreement, by hand and against loops."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,6 +128,7 @@ def test_a_large_corpus_is_read_in_parts(tmp_path, monkeypatch):
 def test_mistakes_are_one_line(name, given, line, tmp_path):
     (tmp_path / "empty.txt").write_text("a b c\n")
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
-    given = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in given.items()}
+    there = lambda value: value.format(tmp=tmp_path) if isinstance(value, str) else value
+    filled: dict[str, Any] = {key: there(value) for key, value in given.items()}
     with pytest.raises(ValueError, match=f"^{line}"):
-        grade(name, ["a"], **given)
+        grade(name, ["a"], **filled)

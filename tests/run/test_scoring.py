@@ -178,12 +178,15 @@ def test_rows_that_fill_up_a_batch_are_never_shown(shape):
     mask = np.array([[False, True, True, False]] * 15 + [[False] * 4])
     mesh, seen = mesh_of(shape), []
 
-    def function(responses, records):
+    def function(responses, records, token_ids, ended, groups, max_new_tokens):
         seen.append((responses, records))
+        assert [" ".join(map(str, ids)) for ids in token_ids] == responses
+        assert ended == [row % 3 > 0 for row in range(10)] and groups == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert max_new_tokens == 6
         return [float(text.split()[0]) + 1000 * record["number"] for text, record in zip(responses, records)]
 
     with jax.set_mesh(mesh):
-        rows = Sequences(*put(mesh, (tokens, np.ones_like(mask), mask)), ended=put(mesh, mask[:, 1]))  # type: ignore[arg-type]
+        rows = Sequences(*put(mesh, (tokens, np.ones_like(mask), mask)), ended=put(mesh, np.arange(16) % 3 > 0))  # type: ignore[arg-type]
         found, seconds = score(ready_for(mesh, function), rows, [{"number": number} for number in range(5)])
     ((responses, records),) = seen
     assert responses == [f"{4 * row + 1} {4 * row + 2}" for row in range(10)]
@@ -393,6 +396,44 @@ def test_several_graders(text, tmp_path):
         assert numbers[f"{prefix}score/unscorable"] == len(mine) - len(known)
         assert numbers[f"{prefix}score/unscorable/odd"] == len(mine) - len(known)
         assert numbers[f"{prefix}score/unscorable/vowels"] == 0
+
+
+def test_built_in_graders_normalised_apart_one_of_which_is_late(text, tmp_path, caplog):
+    """They are given token ids, ends and groups; the late one has no score, and the run goes on without it."""
+    calls = []
+
+    def late(responses, records):
+        calls.append(len(responses))
+        time.sleep(30 if len(calls) == 3 else 0)  # the second iteration; the first call is of the sample responses
+        return vowels(responses, records)
+
+    functions = {
+        "vowels": {"function": "my_rewards:f", "timeout": 0.3, "required": False},
+        "short": {"function": "soft_overlong", "arguments": {"buffer": 4}},
+        "varied": {"function": "unlike_others", "weight": 0.5, "arguments": {"n": 1, "unit": "tokens"}},
+        "ended": {"function": "ended", "weight": 0.0},
+    }
+    rewards = {"functions": functions, "normalize": "group_then_sum", "on_timeout": "unscorable", "overlap": True}
+    more: dict[str, Any] = {"rewards": rewards, "iterations": 3}
+    with rewarded_by(late):
+        cfg = config(text, tmp_path / "grpo", **more)
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_prompts=None))
+        assert trainer.run(cfg) == "done"
+    assert calls == [2, 16, 16, 16]
+    rows = [row for row in runs.rows(tmp_path / "grpo") if "score/mean" in row]
+    assert [row["score/unscorable/vowels"] for row in rows] == [0, 16, 0]
+    assert [row["score/unscorable"] for row in rows] == [0] * 3
+    assert all(np.isfinite(row["policy/grad_norm"]) and row["policy/grad_norm"] > 0 for row in rows)
+    for row in rows:
+        assert -1 <= row["score/short"] <= 0 <= row["score/varied"] <= 1
+        assert row["score/ended"] == pytest.approx(row["response/ended"], abs=1e-6)
+    assert "no answer within 0.3 s to 16 responses" in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    times = [row for row in lines if "time/rewards" in row]
+    assert all({f"time/rewards/{name}" for name in functions} <= row.keys() for row in times)
+    assert [row["time/rewards/vowels"] >= 0.3 and row["time/rewards"] >= 0.3 for row in times] == [False, True, False]
+    for row in runs.rows(tmp_path / "grpo", "samples"):
+        assert row["score/short"] in (0, -0.25, -0.5, -0.75, -1)  # of 2, 3, ... tokens
 
 
 def test_a_function_that_fails_on_held_out_records_is_refused_before_anything_is_compiled(text, tmp_path, monkeypatch):

@@ -506,7 +506,8 @@ def rows(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
     timed = ("time", "time/iteration", "time/rewards", "throughput/response_tokens_per_second", "memory/host_peak")
     timed += ("eval/time/evaluation",)
     lines = (run / f"{name}.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in timed} for line in lines]
+    said = lambda key: key in timed or key.startswith("time/rewards/")
+    return [{key: value for key, value in json.loads(line).items() if not said(key)} for line in lines]
 
 
 def steps_kept(run: Path) -> list[int]:
