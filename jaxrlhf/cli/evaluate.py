@@ -1,7 +1,8 @@
 """``jaxrlhf evaluate``."""
 
 import json
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -47,12 +48,21 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE...", help="Keys of generate, as in temperature=0.6 top_p=0.95."),
     ] = None,
+    rewardbench: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Only this: the accuracy of a reward model (a run, or a Hugging Face folder) on a JSONL or Parquet "
+            "file in the format of RewardBench 1 or 2.",
+        ),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
     step: StepOption = "",
     strict: StrictOption = False,
 ) -> None:
     """Measure a run on held-out data."""
-    need_run(run)
+    if not rewardbench:
+        need_run(run)
     overrides = sampling_of(sampling or [], more or [])
     run = name_step(run, step)
     set_flags()
@@ -62,14 +72,30 @@ def evaluate(
     from jaxrlhf.evaluate.report import Options, evaluate_run, print_report
 
     options = Options(not no_judge, samples, beta, sizes_of(best_of), gold, overrides, judge)
-    report = evaluate_run(run, options)
+    if rewardbench:
+        report, show = measure_file(run, rewardbench, options.given())
+    else:
+        report, show = evaluate_run(run, options), print_report
     if not main:
         return
-    typer.echo(keep(report, options.given()), err=True)
+    if "step" in report:
+        typer.echo(keep(report, options.given()), err=True)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
-        print_report(report)
+        show(report)
+
+
+def measure_file(model: str, file: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Any], None]]:
+    """(the report on a file of RewardBench, what prints it). Raises ConfigError beside options of other measures."""
+    from jaxrlhf.errors import ConfigError
+    from jaxrlhf.evaluate.rewardbench import print_rewardbench, rewardbench_report
+
+    if given:
+        names = {"llm": "judge", "judge": "no-judge", "best_of": "best-of"}
+        word = names.get(name := next(iter(given)), name)
+        raise ConfigError(f"--rewardbench {file}: measures the file alone; expected no --{word}")
+    return rewardbench_report(model, file), print_rewardbench
 
 
 def sampling_of(first: list[str], more: list[str]) -> tuple[str, ...]:

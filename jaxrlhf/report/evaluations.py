@@ -26,6 +26,7 @@ WIN_RATES = (
     "written",
 )
 PAIRS = ("run", "step", "pairs", "accuracy", "calibration error", "Brier score", "options", "written")
+BENCH = ("run", "step", "file", "version", "part", "accuracy", "written")
 
 
 def part(runs: Sequence[RunRecord]) -> dict[str, Any]:
@@ -42,6 +43,8 @@ def part(runs: Sequence[RunRecord]) -> dict[str, Any]:
     tables = [table("win rates", names, [cells(row) for row in rows])]
     pairs = [row for run in runs for row in pair_rows(run)]
     tables.append(table("reward model on held-out pairs", [name for name in PAIRS if several or name != "run"], pairs))
+    bench = [row for run in runs for row in bench_rows(run)]
+    tables.append(table("RewardBench", [name for name in BENCH if several or name != "run"], bench))
     return {
         "name": "Evaluations",
         "open": True,
@@ -128,6 +131,24 @@ def pair_rows(run: RunRecord) -> Iterator[dict[str, Any]]:
                 "options": options(kept),
                 "written": str(kept.get("written", "")).replace("T", " "),
             }
+
+
+def bench_rows(run: RunRecord) -> Iterator[dict[str, Any]]:
+    """What a reward model got right of files of RewardBench: by section, where the file has them, else by subset."""
+    for kept in run.evaluations:
+        if found := kept.get("rewardbench"):
+            parts = found.get("sections") or {name: row["accuracy"] for name, row in found["subsets"].items()}
+            parts |= {"score": found["score"]} if is_number(found.get("score")) else {}
+            for name, accuracy in reversed(parts.items()):
+                yield {
+                    "run": run.name,
+                    "step": kept["step"],
+                    "file": found["file"],
+                    "version": found["version"],
+                    "part": name,
+                    "accuracy": f"{accuracy:.1%}",
+                    "written": str(kept.get("written", "")).replace("T", " "),
+                }
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_a_config_is_read_as_training_reads_it(tmp_path):
 
 def test_evaluations_are_rows_newest_first(two):
     found = evaluations.part(read_runs(two[:1]))
-    (chart,), (rates, pairs) = found["charts"], found["tables"]
+    (chart,), (rates, pairs, bench) = found["charts"], found["tables"]
     assert [row["who"] for row in chart["rows"]] == [
         "step 4, reward",
         "step 8, reward",
@@ -132,6 +132,13 @@ def test_evaluations_are_rows_newest_first(two):
         "written": "2026-11-29 12:00:01",
     }
     assert [each[2] for each in pairs["rows"]] == ["70.0%", "65.0%", "60.0%"]
+    assert [each[3:5] for each in bench["rows"]] == [
+        ["Chat", "90.0%"],
+        ["Chat Hard", "50.0%"],
+        ["Safety", "70.0%"],
+        ["Reasoning", "60.0%"],
+        ["score", "67.5%"],
+    ]
 
 
 def test_evaluations_of_a_step_are_told_apart_and_the_newest_is_drawn(tmp_path):

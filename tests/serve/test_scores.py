@@ -1,5 +1,6 @@
 """The scores of a reward model over HTTP."""
 
+import itertools
 import json
 import urllib.error
 import urllib.request
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf.evaluate.rewardbench import rewardbench_report
 from jaxrlhf.rewards.functions import resolve
 from jaxrlhf.serve import scorer
 from jaxrlhf.serve.scorer import Scorer
@@ -67,6 +69,19 @@ def test_scores_are_those_of_the_scorer(folder, monkeypatch):
     assert len({round(score, 4) for score in expected}) == 3
     np.testing.assert_allclose(graded, expected, rtol=1e-5)
     assert told["usage"]["prompt_tokens"] > 30
+
+
+def test_a_file_of_rewardbench_is_scored(folder, tmp_path, monkeypatch):
+    """As the scorer scores conversations, whatever the order; a model with a chat template reads texts by it."""
+    monkeypatch.setattr(scorer, "make_mesh", lambda cfg: make_mesh(cfg, jax.devices()[:1]))
+    name, said = str(folder.parent / "judge"), ("dull " * 9, "warm", "cold and grim", "a film")
+    rows = [{"prompt": "the plot", "chosen": a, "rejected": b, "subset": b[:4]} for a, b in itertools.pairwise(said)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [{"role": "user", "content": "the plot"}]
+    scores = Scorer(name)([{"messages": [*asked, {"role": "assistant", "content": text}]} for text in said])
+    expected = {b[:4]: float(x > y) for b, x, y in zip(said[1:], scores, scores[1:])}
+    found = rewardbench_report(name, str(tmp_path / "rows.jsonl"))["rewardbench"]["subsets"]
+    assert {subset: row["accuracy"] for subset, row in found.items()} == expected
 
 
 def test_widths():

@@ -48,8 +48,18 @@ def evaluation(folder: Path, step: int, at: int) -> dict[str, Any]:
         cost = {"requests": 128, "prompt_tokens": 4096, "completion_tokens": 900}
         found["llm"] = {"model": "org/<b>judge</b>", "against": "chosen", **wins, "rate": rate - 0.05, **bias, **cost}
     pairs = {"pairs": 128, "accuracy": 0.6 + 0.05 * at, "calibration_error": 0.08, "brier": 0.21}
+    bench = {"Chat": 0.9, "Chat Hard": 0.5, "Safety": 0.7, "Reasoning": 0.6}
+    found_bench = {
+        "file": "filtered.parquet",
+        "version": 1,
+        "rows": 8,
+        "sections": bench,
+        "score": 0.675,
+        "subsets": {},
+    }
     options = {"sampling": ["temperature=0.6", "top_p=0.95"]} if at % 2 else {}
     told = {"run": str(folder), "algorithm": "ppo", "step": step, "win_rates": found, "reward_model": pairs}
+    told |= {"rewardbench": found_bench} if at == 2 else {}
     return {"written": f"2026-11-29T12:00:{at:02d}", "options": options, **told}
 
 
