@@ -34,6 +34,7 @@ PARTS = {
         "response/.*",
         "score/.*",
     ),
+    "Environment": ("environment/.*", "turns/.*"),
     "Value and Q": (
         "value/explained_variance",
         "loss/value",
