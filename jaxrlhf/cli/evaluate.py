@@ -1,8 +1,8 @@
 """``jaxrlhf evaluate``."""
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from jaxrlhf.cli.setup import (
     set_flags,
     split_arguments,
 )
+
+if TYPE_CHECKING:
+    from jaxrlhf.evaluate.report import Options
 
 
 def evaluate(
@@ -68,16 +71,25 @@ def evaluate(
     set_flags()
     main = join_processes()
     be_strict(strict)
-    from jaxrlhf.evaluate.kept import keep
-    from jaxrlhf.evaluate.report import Options, evaluate_run, print_report
+    from jaxrlhf.evaluate.report import Options
 
     options = Options(not no_judge, samples, beta, sizes_of(best_of), gold, overrides, judge)
-    if rewardbench:
-        report, show = measure_file(run, rewardbench, options.given())
-    else:
-        report, show = evaluate_run(run, options), print_report
-    if not main:
-        return
+    report, show = measure_file(run, rewardbench, options) if rewardbench else measure_run(run, options)
+    if main:
+        tell(report, options, as_json, show)
+
+
+def measure_run(run: str, options: "Options") -> tuple[dict[str, Any], Callable[[Any], None]]:
+    """(the report on a run, what prints it)."""
+    from jaxrlhf.evaluate.report import evaluate_run, print_report
+
+    return evaluate_run(run, options), print_report
+
+
+def tell(report: dict[str, Any], options: "Options", as_json: bool, show: Callable[[Any], None]) -> None:
+    """Keeps the report of a run beside it, and prints it."""
+    from jaxrlhf.evaluate.kept import keep
+
     if "step" in report:
         typer.echo(keep(report, options.given()), err=True)
     if as_json:
@@ -86,12 +98,12 @@ def evaluate(
         show(report)
 
 
-def measure_file(model: str, file: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], Callable[[Any], None]]:
+def measure_file(model: str, file: str, options: "Options") -> tuple[dict[str, Any], Callable[[Any], None]]:
     """(the report on a file of RewardBench, what prints it). Raises ConfigError beside options of other measures."""
     from jaxrlhf.errors import ConfigError
     from jaxrlhf.evaluate.rewardbench import print_rewardbench, rewardbench_report
 
-    if given:
+    if given := options.given():
         names = {"llm": "judge", "judge": "no-judge", "best_of": "best-of"}
         word = names.get(name := next(iter(given)), name)
         raise ConfigError(f"--rewardbench {file}: measures the file alone; expected no --{word}")
