@@ -208,6 +208,22 @@ class NeedSamples(Protocol):
         ...
 
 
+class FindInformative(Protocol):
+    def __call__(self, nets: Nets, state: TrainState, batch: Batch, cfg: Any, /) -> tuple[Array, Array]:
+        """Say which groups of responses there is something to learn from.
+
+        Args:
+            nets: the run's networks.
+            state: as it is before the updates.
+            batch: G prompts and their responses, with scores where the host computes them.
+            cfg: the algorithm's config.
+
+        Returns:
+            (bool[G], f32[B]: the score of each response; NaN: none).
+        """
+        ...
+
+
 class FindProblems(Protocol):
     def __call__(self, cfg: Any, /) -> Iterable[str]:
         """Check values of the config against each other.
@@ -288,3 +304,4 @@ class Algorithm(NamedTuple):
     problems: FindProblems = no_problems
     graders_apart: bool = False  # its advantages follow Nets.apart
     min_samples: NeedSamples = one_sample  # responses to a prompt
+    informative: FindInformative | None = None  # what batch.max_rollouts goes by; None: it compares no groups

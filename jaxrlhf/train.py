@@ -162,7 +162,8 @@ class Dispatched(NamedTuple):
     step: int
     metrics: Metrics  # and a time that the host measured
     sequences: Sequences | None
-    host: Batch  # what it was given
+    host: Batch  # what it was given; of several rollouts the first
+    epoch: float  # passes over the data up to it
 
 
 class Trainer:
@@ -250,7 +251,7 @@ class Trainer:
                 self.rescue(step, state, error, f"step {step + 1}")
                 break
             step += 1
-            self.pending = Dispatched(step, metrics, sequences, host)
+            self.pending = Dispatched(step, metrics, sequences, host, self.feed.epoch())
             self.profiler.after(step, self.flush)
             last = step == cfg.length
             if last:
@@ -293,7 +294,7 @@ class Trainer:
         for batch in self.feed.shapes():
             compiled = lambda batch=batch: compile_programs(self.ready, state, batch)
             programs = shared("iteration", self.ready, compiled, state, batch)
-            found[shapes(batch)] = joined(self.ready, programs)
+            found[shapes(batch)] = joined(self.ready, programs, self.feed.next)
             count += len(programs)
         processes.wait()
         self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")
@@ -343,14 +344,14 @@ class Trainer:
         """Wait for the pending iteration and log it. Raises FloatingPointError as NotFinite.check."""
         if self.pending is None:
             return
-        step, metrics, sequences, host = self.pending
+        step, metrics, sequences, host, epoch = self.pending
         self.pending = None
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         numbers["time/iteration"], self.last_time = now - self.last_time, now
         if "response/tokens" in numbers:
             numbers["throughput/response_tokens_per_second"] = numbers["response/tokens"] / numbers["time/iteration"]
-        numbers |= {"data/epoch": self.feed.epoch(step)} | self.feed.counts() | memory.used()
+        numbers |= {"data/epoch": epoch} | self.feed.counts() | memory.used()
         self.log.write(step, numbers)
         self.not_finite.check(step, numbers, lambda: (host, fetch_all(sequences)), self.saved.latest())
         shown = sequences if self.samples_due(step) else None

@@ -14,7 +14,7 @@ Variants are fields (named together by ``preset``):
                                                                                   (arXiv:2402.14740)
     REINFORCE++    advantages: none, kl_in: rewards, kl_estimator: k1, whiten_advantages    (arXiv:2501.03262)
       w/ baseline  advantages: mean, kl_in: loss, kl_estimator: k2, whiten_advantages
-    DAPO           aggregation: token-mean, clip_range_high: 0.28, kl_coef: 0     (arXiv:2503.14476)
+    DAPO           aggregation: token-mean, clip_range_high: 0.28, kl_coef: 0, batch.max_rollouts (arXiv:2503.14476)
     CISPO          objective: cispo, clip_range_low: 1, clip_range_high, kl_coef: 0    (arXiv:2506.13585)
     GSPO           ratio: sequence, aggregation: seq-mean-token-mean, clip_range_low: 3e-4, clip_range_high: 4e-4,
                    kl_coef: 0                                                     (arXiv:2507.18071)
@@ -37,6 +37,7 @@ from jaxrlhf.ops.advantages import GroupBaseline, decoupled_advantages, group_ad
 from jaxrlhf.ops.kl import Estimator, kl_estimate
 from jaxrlhf.ops.losses import Aggregation, Objective, aggregate
 from jaxrlhf.ops.masked import keep, row_means, whiten
+from jaxrlhf.ops.rows import group_rows
 from jaxrlhf.ops.token_rewards import returns_to_go
 from jaxrlhf.types import (
     Array,
@@ -130,18 +131,35 @@ def compared(
         penalty = cfg.kl_coef * kl_estimate(keep(logprobs, mask), keep(ref_logprobs, mask), cfg.kl_estimator)
     if cfg.kl_in == "score":
         marks = marks - penalty.sum(-1)
-    rows, how = mask.any(-1), cfg.advantages
-    if nets.apart:
-        grades = given(sequences.grades, "sequences.grades")
-        each, equal = decoupled_advantages(grades, nets.apart, rows, group_size, how, cfg.std_eps)
-    else:
-        each, equal = group_advantages(marks, rows, group_size, how, cfg.std_eps)
+    each, equal = against_group(nets, sequences, marks, group_size, cfg)
     advantages = jnp.where(mask, each[:, None], 0.0)
     if cfg.kl_in == "rewards":
         advantages = keep(advantages - returns_to_go(penalty), mask)
     if cfg.whiten_advantages != "no":
         advantages = whiten(advantages, mask, variance=cfg.whiten_advantages)
     return advantages, {} if cfg.advantages == "none" else {"group/zero_variance": equal}
+
+
+def against_group(
+    nets: Nets, sequences: Sequences, marks: Array, group_size: int, cfg: GRPOConfig
+) -> tuple[Array, Mean]:
+    """(f32[B]: what each response earned over its group, by its ``marks`` or by each grader apart; the share of groups
+    that nothing tells apart)."""
+    rows, how = sequences.response_mask.any(-1), cfg.advantages
+    if nets.apart:
+        grades = given(sequences.grades, "sequences.grades")
+        return decoupled_advantages(grades, nets.apart, rows, group_size, how, cfg.std_eps)
+    return group_advantages(marks, rows, group_size, how, cfg.std_eps)
+
+
+def informative(nets: Nets, state: TrainState, batch: Batch, cfg: GRPOConfig) -> tuple[Array, Array]:
+    """(bool[G]: groups in which some response has an advantage; scores f32[B]). The KL tells nothing of a group."""
+    sequences = given(batch.sequences, "batch.sequences")
+    group_size = len(sequences.tokens) // len(given(batch.prompts, "batch.prompts").tokens)
+    scores, _ = on_policy.scores_of(nets, state.trees, sequences)
+    marks = on_policy.penalised(scores, sequences, cfg.missing_eos_penalty)
+    each, _ = against_group(nets, on_policy.scorable(sequences), marks, group_size, cfg)
+    return jnp.any(group_rows(each, group_size) != 0, axis=1), scores
 
 
 def loss(
@@ -183,4 +201,5 @@ ALGORITHM = Algorithm(
     problems=on_policy.problems,
     graders_apart=True,
     min_samples=min_samples,
+    informative=informative,
 )

@@ -36,7 +36,9 @@ PARTS = (
     "finish",
     "problems",
     "min_samples",
+    "informative",
 )
+OPTIONAL = ("after_update", "informative")
 
 
 def checked(name: str, record: Algorithm) -> Algorithm:
@@ -49,7 +51,7 @@ def checked(name: str, record: Algorithm) -> Algorithm:
         raise ValueError(f"its config is {show(config)}; expected a class under @dataclasses.dataclass(frozen=True)")
     for part in PARTS:
         function = getattr(record, part)
-        if not (callable(function) or (function is None and part == "after_update")):
+        if not (callable(function) or (function is None and part in OPTIONAL)):
             raise ValueError(f"its {part} is {show(function)}; expected a function")
     if not isinstance(record.online, bool):
         raise ValueError(f"its online is {show(record.online)}; expected True or False")
@@ -72,6 +74,7 @@ def with_checks(name: str, record: Algorithm) -> Algorithm:
         "finish": lambda found, *_: None if found is None else wrong_type(found, Normalization),
         "problems": lambda found, *_: wrong_lines(found),
         "min_samples": lambda found, *_: wrong_count(found),
+        "informative": lambda found, *_: wrong_flags(found),
     }
     parts = {part: function for part in PARTS if (function := getattr(record, part)) is not None}
     guarded = {part: guard(name, part, function, checks[part]) for part, function in parts.items()}
@@ -183,6 +186,12 @@ def wrong_updates(found: Any) -> str | None:
 
 def wrong_count(found: Any) -> str | None:
     return None if isinstance(found, int) and found > 0 else f"returned {show(found)}; expected an integer of 1 or more"
+
+
+def wrong_flags(found: Any) -> str | None:
+    if isinstance(found, tuple) and len(found) == 2 and [len(shape(part) or ()) for part in found] == [1, 1]:
+        return None
+    return f"returned {show(found)}; expected (bool[groups], scores f32[rows])"
 
 
 def wrong_state(found: Any, given: Any) -> str | None:

@@ -216,6 +216,21 @@ METHODS = {
             }
         },
     ),
+    "dapo": Preset(
+        "DAPO: a higher clip above, the mean over tokens, groups that tell nothing replaced",
+        "arXiv:2503.14476; at most 10 rollouts as in verl's recipe",
+        {
+            "algorithm": {
+                "name": "grpo",
+                "advantages": "mean_std",
+                "clip_range_low": 0.2,
+                "clip_range_high": 0.28,
+                "aggregation": "token-mean",
+                "kl_coef": 0.0,
+            },
+            "batch": {"samples_per_prompt": 16, "max_rollouts": 10},
+        },
+    ),
     "cispo": Preset(
         "CISPO: the log-likelihood weighted by the clipped ratio, without a lower bound",
         "arXiv:2506.13585; the upper bound of 5 of arXiv:2510.13786",

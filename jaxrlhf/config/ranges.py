@@ -23,7 +23,7 @@ RANGES = {
         attention_factor short_factor long_factor alpha""",
     "[0, 0]": "dropout",
     "(1, inf)": "dual_clip AlarmsConfig.length",
-    "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt
+    "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt max_rollouts
         sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size
         patience pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon target_period
         rank hidden_size num_layers num_heads max_positions original_max_positions factor num_processes

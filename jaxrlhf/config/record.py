@@ -53,6 +53,7 @@ class BatchConfig:
 
     prompts_per_step: int = 64  # prompts of an on-policy iteration
     samples_per_prompt: int = 1  # responses to each of them
+    max_rollouts: int = 1  # of an iteration: of further prompts, until groups whose scores differ fill it; 1: off
     share_prompts: bool = True  # compute a prompt once for all of them in scoring and training, not only in sampling
     sequences_per_step: int = 64  # rows of demonstrations (sft)
     preferences_per_step: int = 32  # pairs

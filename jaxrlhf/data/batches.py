@@ -88,6 +88,11 @@ class Stream(Iterator[HostBatch]):
     def __next__(self) -> HostBatch:
         return next(self._batches)
 
+    @property
+    def taken(self) -> int:
+        """Batches taken so far, before a resumption too."""
+        return self._batches.get_state()["next_index"]
+
     def get_state(self) -> dict[str, Any]:
         """Where the stream stands, as JSON: read ahead of it doesn't count. The same on every process."""
         return {"order": self._order, "position": self._batches.get_state()}

@@ -97,6 +97,11 @@ METRICS = [
     value/explained_variance | share | variance of the returns that the values explain
     value/clip_fraction | share | response tokens whose value was clipped
     group/zero_variance | share | prompts whose responses all have the same score (grpo)
+    rollout/count | rollouts | of the iteration (batch.max_rollouts)
+    rollout/equal_groups | prompts | dropped, as all responses earned the same
+    rollout/surplus_groups | prompts | dropped, as enough other groups differ
+    rollout/missing_groups | prompts | that the iteration learns from fewer than prompts_per_step
+    rollout/score_mean | score | score of all responses sampled; score/mean is of those that are learned from
     response/length_mean | tokens | length of a response
     response/ended | share | responses that ended by themselves
     response/tokens | tokens | of all responses of the iteration

@@ -40,7 +40,7 @@ def describe_epochs(resolved: Resolved, rows: int) -> str:
     cfg, kind = resolved.cfg, resolved.kinds[0]
     each, where = rows_taken(cfg, kind), f"data.{kind.name} ({counted(rows, 'row')})"
     passes = f"{cfg.length * each / rows:.3g}"
-    epochs = f"{passes} epoch{'s' * (passes != '1')}"
+    epochs = f"{passes} epoch{'s' * (passes != '1')}{' or more (batch.max_rollouts)' * (cfg.batch.max_rollouts > 1)}"
     return f"{counted(cfg.length, 'iteration')} of {each:,} {kind.field} = {epochs} of {where}"
 
 

@@ -75,9 +75,10 @@ class Feed:
         """What became of the rows of each source."""
         return [stream.summary for stream in self.streams.values()]
 
-    def epoch(self, step: int) -> float:
-        """How often the first ``step`` iterations go through the data: that of the first kind that is read."""
-        return step / next(iter(self.streams.values())).batches_per_epoch
+    def epoch(self) -> float:
+        """How often the batches taken so far go through the data: that of the first kind that is read."""
+        first = next(iter(self.streams.values()))
+        return first.taken / first.batches_per_epoch
 
     def get_state(self) -> dict:
         return {kind: stream.get_state() for kind, stream in self.streams.items()}

@@ -21,12 +21,13 @@ from jaxrlhf.run.batch_shapes import (
     episode_shapes,
 )
 from jaxrlhf.run.build import Blueprint
+from jaxrlhf.run.pool import Pool, make_fill
 from jaxrlhf.run.recorded_asks import asked_before_scores
 from jaxrlhf.sharding import DEVICES, is_pmap, row_layout
 from jaxrlhf.step import make_act, make_extend, make_iteration, make_learn, make_read, make_rollout
-from jaxrlhf.types import Acting, Batch, Prompts, TrainState, given
+from jaxrlhf.types import Acting, Batch, Prompts, Sequences, TrainState, given
 
-Given = Batch | Answered | Acting | Prompts  # what programs are given beside the state
+Given = Batch | Answered | Acting | Prompts | tuple[Pool | None, Batch]  # what programs are given beside the state
 
 
 class Program(NamedTuple):
@@ -40,11 +41,14 @@ class Program(NamedTuple):
 def compile_programs(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
     """What an iteration runs, by name, in order: "iteration"; or "rollout", "read" where networks can be read while
     the host scores the responses (rewards.overlap), and "learn"; or "act" and "learn" around an environment; or
-    "rollout", "turn N" for each width N of what came before a later turn, and "learn" around one of text."""
+    "rollout", "turn N" for each width N of what came before a later turn, and "learn" around one of text; or, with
+    batch.max_rollouts, "rollout", "begin" and "fill", which gather groups, and "learn"."""
     if drawn.cfg.acts and drawn.recipe.algorithm.online:
         return compile_acting(drawn, state, batch)
     if drawn.cfg.converses and drawn.recipe.algorithm.online:
         return compile_turns(drawn, state, batch)
+    if drawn.cfg.batch.max_rollouts > 1:
+        return compile_resampled(drawn, state, batch)
     if not drawn.cfg.rewards.on_host or not drawn.recipe.algorithm.online:
         return {"iteration": compile_whole(drawn, state, batch)}
     return compile_parts(drawn, state, batch)
@@ -65,12 +69,32 @@ def compile_parts(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str
     found, batch = {"rollout": rollout}, batch.replace(sequences=rollout.out)
     if overlaps(drawn) and asked_before_scores(drawn, state, batch):
         found["read"] = compile_program(make_read(drawn.recipe), drawn.mesh, state, batch, rows=True, donate=False)
-    scores = jax.ShapeDtypeStruct(rollout.out.ended.shape, jnp.float32, sharding=row_layout(drawn.mesh, 1))
-    grades = dict.fromkeys(drawn.recipe.graders, scores) or None
-    batch = batch.replace(sequences=rollout.out.replace(scores=scores, grades=grades))
+    batch = batch.replace(sequences=scored_shapes(drawn, rollout.out))
     rows = Answered(batch, found["read"].out) if "read" in found else batch
     learn = compile_program(make_learn(drawn.recipe), drawn.mesh, state, rows, rows=(False, False), donate=True)
     return found | {"learn": learn}
+
+
+def scored_shapes(drawn: Blueprint, sequences: Sequences) -> Sequences:
+    """Sampled ``sequences``, as shapes with layouts, with what the host's graders give."""
+    scores = jax.ShapeDtypeStruct(
+        given(sequences.ended, "ended").shape, jnp.float32, sharding=row_layout(drawn.mesh, 1)
+    )
+    return sequences.replace(scores=scores, grades=dict.fromkeys(drawn.recipe.graders, scores) or None)
+
+
+def compile_resampled(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
+    """The programs of an iteration that gathers its groups from several rollouts: run/pool.py."""
+    mesh, fill = drawn.mesh, make_fill(drawn.recipe)
+    rollout = compile_program(make_rollout(drawn.recipe), mesh, state, batch, rows=True, donate=False)
+    sequences = scored_shapes(drawn, rollout.out) if drawn.cfg.rewards.on_host else rollout.out
+    batch = batch.replace(sequences=sequences)
+    begin = compile_program(fill, mesh, state, (None, batch), rows=None, donate=False)
+    pool: Pool = begin.out[0]
+    more = compile_program(fill, mesh, state, (pool, batch), rows=None, donate=False)
+    learned = batch.replace(prompts=pool.prompts, sequences=pool.sequences)
+    learn = compile_program(make_learn(drawn.recipe), mesh, state, learned, rows=(False, False), donate=True)
+    return {"rollout": rollout, "begin": begin, "fill": more, "learn": learn}
 
 
 def compile_acting(drawn: Blueprint, state: TrainState, batch: Batch) -> dict[str, Program]:
@@ -128,6 +152,7 @@ def compile_program(
     every device. The mesh of ``make_mesh`` says which way to go."""
     donated = (0,) if donate else ()
     if is_pmap(mesh):
+        assert not isinstance(batch, tuple), "groups of several rollouts are gathered on a mesh"
         return map_program(function, mesh, state, batch, rows, donated)
     lowered = jax.jit(function, donate_argnums=donated).lower(state, batch)
     compiled = lowered.compile()

@@ -1,6 +1,7 @@
 """An iteration whose scores only the host can compute: two programs, with the user's reward function between them."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from jaxrlhf.run.turns import Talker, encode
 from jaxrlhf.types import Batch, Sequences, TrainState, given
 
 Records = list[dict[str, Any]]
+More = Callable[[], tuple[Batch, Records]]  # the next batch, of the host, and its records
 
 
 class Scored(NamedTuple):
@@ -119,12 +121,14 @@ def scored(
     return sequences, batch if answers is None else Answered(batch, answers), seconds
 
 
-def joined(ready: Run, programs: dict[str, Program]) -> Callable:
+def joined(ready: Run, programs: dict[str, Program], more: More | None = None) -> Callable:
     """programs.compile_programs as one function: (state, batch, records, meanwhile) -> (state, metrics, responses or
     None). ``meanwhile`` is called once the first program is under way.
 
     Where there are several, the host scores the responses between them, or steps an environment; ``records`` are for
-    that alone."""
+    that alone. ``more`` takes the next batch of the data, where an iteration may need several."""
+    if "fill" in programs:
+        return resampled(ready, programs, given(more, "more"))
 
     def whole(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
         found = programs["iteration"].run(state, batch)
@@ -161,6 +165,42 @@ def joined(ready: Run, programs: dict[str, Program]) -> Callable:
     if talker is not None and "learn" in programs:
         return conversed
     return whole if "iteration" in programs else parts
+
+
+def resampled(ready: Run, programs: dict[str, Program], more: More) -> Callable:
+    """``joined`` with batch.max_rollouts: rollouts of further prompts until groups that differ fill the iteration.
+
+    Several processes see the same number of groups, and so go on, or not, together."""
+    most, count = ready.cfg.batch.max_rollouts, ready.cfg.batch.prompts_per_step
+
+    def gathered(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
+        pool, metrics, seconds = None, {}, Counter()
+        for number in range(most):
+            if number:
+                host, records = more()
+                batch = put(ready.mesh, with_ids_from(host, number * count))
+            batch = batch.replace(sequences=programs["rollout"].run(state, batch))
+            if number == 0:
+                meanwhile()
+            if ready.graders is not None:
+                sequences, spent = score(ready, given(batch.sequences, "batch.sequences"), records)
+                batch = batch.replace(sequences=sequences)
+                seconds.update(spent)
+            pool, metrics = programs["fill" if number else "begin"].run(state, (pool, batch))
+            if int(pool.filled) == count:
+                break
+        found = given(pool, "pool")
+        learned = batch.replace(prompts=found.prompts, sequences=found.sequences)
+        state, numbers = programs["learn"].run(state, learned)
+        return state, numbers | metrics | dict(seconds), found.sequences.replace(scores=found.scores)
+
+    return gathered
+
+
+def with_ids_from(host: Batch, first: int) -> Batch:
+    """A later batch of one iteration: no two rows of it share noise."""
+    prompts = given(host.prompts, "batch.prompts")
+    return host.replace(prompts=prompts.replace(sample_id=prompts.sample_id + np.int32(first)))
 
 
 def nothing() -> None:

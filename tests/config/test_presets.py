@@ -32,7 +32,7 @@ def config(name: str, **more: Any) -> Config:
     if PRESETS[name].algorithm == "grpo":
         del models["value"]
     tree = {"preset": name, "run_dir": "runs/x", "iterations": 100, "models": models}
-    return parse(tree | {"data": {"prompts": {"path": "x.jsonl"}}} | more, "test")
+    return parse(tree | {"data": {"prompts": {"path": "x.jsonl"}, "prompt_buckets": [64]}} | more, "test")
 
 
 # ---- precedence -----------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def numbers(name: str) -> dict[str, Any]:
         ended=jnp.ones(len(mask), bool),
     )
     state = TrainState(jnp.int32(0), jnp.int32(0), before, slow, {}, {"kl_coef": jnp.float32(0)})
-    experience, _ = algorithm.prepare(FAKE, state, Batch(prompts=prompts_of(2), sequences=sequences), cfg)
+    experience: Any = algorithm.prepare(FAKE, state, Batch(prompts=prompts_of(2), sequences=sequences), cfg)[0]
 
     def total(params):
         losses, _ = algorithm.loss(FAKE, Trees(params, slow), experience, cfg)
@@ -218,4 +218,4 @@ def test_every_key_of_the_migration_table_exists():
     assert len(rows) > 40 and not wrong
     for preset in PEERS:
         assert preset in text
-    assert METHODS.keys() >= {"dr-grpo", "rloo", "cispo", "vapo"}
+    assert METHODS.keys() >= {"dr-grpo", "rloo", "dapo", "cispo", "vapo"}

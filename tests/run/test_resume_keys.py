@@ -99,6 +99,7 @@ OTHER: dict[str, str | None] = {
     "batch.micro_batch_size": "4",
     "algorithm.num_minibatches": "2",
     "algorithm.dual_clip": "3",
+    "batch.max_rollouts": None,  # with grpo
     **dict.fromkeys((f"algorithm.sampler_ratio{end}" for end in ("", "_above", "_floor")), None),  # with a cap
     "generate.beta": None,  # with action values
     "rewards.combine": None,  # with an ensemble

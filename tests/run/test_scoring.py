@@ -27,7 +27,7 @@ from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.cli import app
 from jaxrlhf.cli.exits import raised_here
 from jaxrlhf.config.load import dump, parse
-from jaxrlhf.config.record import Config
+from jaxrlhf.config.record import BatchConfig, Config
 from jaxrlhf.data.batches import Share
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate.report import evaluate_run
@@ -56,9 +56,9 @@ def ready_for(mesh, function: Callable, recipe: Any = None, samples_per_prompt: 
     sampler = SimpleNamespace(samples_per_prompt=samples_per_prompt, max_new_tokens=6)
     graders = Graders((RewardFunction("my:f", function),))
     algorithm, own = (recipe.algorithm, recipe.cfg) if recipe else (None, None)
-    cfg = SimpleNamespace(
-        rewards=RewardsConfig("my:f", overlap=overlap), models={}, algorithm=own, acts=False, converses=False
-    )
+    rewards = RewardsConfig("my:f", overlap=overlap)
+    what = {"models": {}, "algorithm": own, "acts": False, "converses": False}
+    cfg = SimpleNamespace(rewards=rewards, batch=BatchConfig(), **what)
     what = {"cfg": cfg, "recipe": recipe, "algorithm": algorithm, "heads": {}, "mesh": mesh}
     return SimpleNamespace(**what, tokenizer=tokenizer, sampler=sampler, graders=graders)
 
