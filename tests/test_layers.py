@@ -41,7 +41,7 @@ IN_RUN = (
     ("weights", "tokenizer", "sampler", "runtime", "merge"),
     ("build", "bad_batch"),
     ("batch_shapes",),
-    ("initial_state", "recorded_asks", "feed", "kept_programs"),
+    ("initial_state", "recorded_asks", "feed", "kept_programs", "pool"),
     ("programs", "normalize", "announce"),
     ("episodes", "turns"),
     ("scoring",),
