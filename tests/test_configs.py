@@ -13,6 +13,7 @@ from jaxrlhf.config.load import dump, load
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.models.config import MLP
+from jaxrlhf.models.lora import BASE
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.plan import shapes
 from jaxrlhf.plan.shapes import blueprint
@@ -71,10 +72,13 @@ def test_its_abstract_state_builds(path, offline):
     with jax.set_mesh(mesh):
         state = abstract_state(drawn)
     trained, slow, _ = drawn.resolved.roles
-    assert (state.params.keys(), state.slow.keys()) == (trained.keys(), slow.keys())
+    bases = {based.base for based in drawn.resolved.bases.values()}
+    assert (state.params.keys(), state.slow.keys()) == (trained.keys(), slow.keys() | bases)
     assert state.opt_state.keys() == trained.keys()
     for role, tree in {**state.params, **state.slow}.items():
-        shape = drawn.configs[role]
+        if role in drawn.resolved.bases:
+            continue  # its own leaves alone
+        shape = drawn.configs[role.removeprefix(BASE)]
         rows = (padded_vocab(shape), shape.hidden_size)
         if set(tree) == {"head"} or shape.family == MLP:  # on the trunk of another role; of observations
             continue

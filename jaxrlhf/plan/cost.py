@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.int8 import Part
+from jaxrlhf.models.lora import Based, own_table
 from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
 from jaxrlhf.sharding import RULES
@@ -48,6 +49,7 @@ class Setup(NamedTuple):
     stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits
     sums: bool = False  # see sharding.sums_whole
+    bases: Mapping[Role, Based] = MappingProxyType({})  # the roles that share frozen weights
 
     @property
     def sent(self) -> int:
@@ -55,8 +57,8 @@ class Setup(NamedTuple):
         return 2 if self.sums else 1
 
     def stored(self, role: Role) -> int:
-        """Bytes of a stored weight of ``role``."""
-        return MASTER if role in self.moments else self.params
+        """Bytes of a stored weight of ``role``; of its base, where it has one."""
+        return MASTER if role in self.moments and role not in self.bases else self.params
 
     @property
     def decoded(self) -> int:
@@ -178,9 +180,14 @@ def matrices(cfg: ModelConfig, head: Head, tensor: int) -> tuple[Weight, ...]:
 
 
 @functools.cache
-def held(cfg: ModelConfig, head: Head, tensor: int) -> int:
-    """Elements of all weights on one device, gathered over fsdp."""
-    return sum(math.prod(local(leaf, tensor).values()) for leaf in leaves(parameter_table(cfg, head)).values())
+def held(cfg: ModelConfig, head: Head, tensor: int, based: Based | None = None) -> int:
+    """Elements of all weights on one device, gathered over fsdp; of a role with a base, of its own."""
+    return sum(math.prod(local(leaf, tensor).values()) for leaf in leaves(table_of(cfg, head, based)).values())
+
+
+def table_of(cfg: ModelConfig, head: Head, based: Based | None) -> dict:
+    """The Leafs that a role has of its own: all of a model, or what it has beside its base."""
+    return parameter_table(cfg, head) if based is None else own_table(cfg, head, based.lora)
 
 
 def heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
@@ -234,19 +241,23 @@ def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
 
 
 def backward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
-    """The backward pass of ``forward``: twice its products, and gradients scattered. It reads weights as
-    ``recomputed`` gathered them."""
-    once = forward(cfg, head, one, setup)
-    fsdp, data, size = setup.fsdp, setup.mesh["data"], held(cfg, head, setup.tensor) * setup.compute
+    """The backward pass of ``forward``: twice its products, and gradients scattered; of a frozen weight neither its
+    gradient's product nor a gradient. It reads weights as ``recomputed`` gathered them."""
+    once, based = forward(cfg, head, one, setup), setup.bases.get(one.role)
+    fsdp, data, size = setup.fsdp, setup.mesh["data"], held(cfg, head, setup.tensor, based) * setup.compute
     scattered = setup.sent * size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
-    sums = tensor_sums(cfg, one.tokens / setup.shards, setup)
-    return DeviceWork(2 * once.flops, 2 * once.hbm + 2 * size, scattered + sums)
+    sums, frozen = tensor_sums(cfg, one.tokens / setup.shards, setup), 0.0
+    if based is not None:
+        *inside, last = matrices(cfg, head, setup.tensor)
+        frozen = 2 * one.tokens / setup.shards * sum(weight.size for weight in inside)
+        frozen += 2 * one.rows / setup.shards * one.read * last.size * (head == "lm")
+    return DeviceWork(2 * once.flops - frozen, 2 * once.hbm + 2 * size, scattered + sums)
 
 
 def between_slices(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The gradients of ``backward``, summed within each slice, summed over the slices: each device has its part."""
     slices = setup.mesh.get("slice", 1)
-    part = held(cfg, head, setup.tensor) * setup.compute / setup.fsdp / setup.mesh["data"]
+    part = held(cfg, head, setup.tensor, setup.bases.get(one.role)) * setup.compute / setup.fsdp / setup.mesh["data"]
     return DeviceWork(dcn=2 * part * (slices - 1) / slices)
 
 
@@ -262,9 +273,9 @@ def recomputed(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> 
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
-def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup) -> DeviceWork:
+def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup, based: Based | None = None) -> DeviceWork:
     """One step of Adam: the weights that a device stores, their gradient and moments, read and written."""
-    stored = held(cfg, head, setup.tensor) / setup.fsdp
+    stored = held(cfg, head, setup.tensor, based) / setup.fsdp
     return DeviceWork(hbm=stored * 2 * (2 * MASTER + moments))
 
 
@@ -334,7 +345,8 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
             add(f"update {one.role}: backward", backward(*part).times(count))
             add(f"update {one.role}: between slices", between_slices(*part).times(count))
     for role, moments in setup.moments.items():
-        add(f"update {role}: Adam", optimizer(*models[role], moments, setup).times(passes.updates))
+        step = optimizer(*models[role], moments, setup, setup.bases.get(role))
+        add(f"update {role}: Adam", step.times(passes.updates))
     return [phase for phase in found if any(phase.work)]
 
 

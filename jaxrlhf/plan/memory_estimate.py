@@ -10,10 +10,22 @@ import math
 from typing import NamedTuple
 
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.lora import Based, base_table
 from jaxrlhf.models.parameters import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
-from jaxrlhf.plan.cost import MASTER, Setup, cache_bytes, chosen_from, heads_here, held, leaves, local, matrices
+from jaxrlhf.plan.cost import (
+    MASTER,
+    Setup,
+    cache_bytes,
+    chosen_from,
+    heads_here,
+    held,
+    leaves,
+    local,
+    matrices,
+    table_of,
+)
 from jaxrlhf.types import Head
 
 
@@ -31,10 +43,15 @@ class Memory(NamedTuple):
 
 
 @functools.cache
-def stored(cfg: ModelConfig, head: Head, fsdp: int, tensor: int) -> int:
-    """Elements of a model's weights that one device stores."""
+def stored(cfg: ModelConfig, head: Head, fsdp: int, tensor: int, based: Based | None = None) -> int:
+    """Elements of a role's own weights that one device stores: of a model, or of what it has beside its base."""
+    return stored_of(table_of(cfg, head, based), fsdp, tensor)
+
+
+def stored_of(table: dict, fsdp: int, tensor: int) -> int:
+    """Elements of the Leafs in ``table`` that one device stores."""
     total = 0
-    for leaf in leaves(parameter_table(cfg, head)).values():
+    for leaf in leaves(table).values():
         size = math.prod(local(leaf, tensor).values())
         total += size // fsdp if "embed" in leaf.axes else size
     return total
@@ -50,16 +67,27 @@ def outside(cfg: ModelConfig, head: Head, tensor: int) -> int:
 def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
     """The memory that the iteration of ``passes`` needs on one device."""
     shards = setup.fsdp, setup.tensor
-    arguments = sum(
-        stored(*model, *shards) * (setup.stored(role) + setup.moments.get(role, 0)) for role, model in models.items()
-    )
+    own = {role: stored(*model, *shards, setup.bases.get(role)) for role, model in models.items()}
+    arguments = bases_bytes(models, setup)
+    for role, count in own.items():
+        arguments += count * ((MASTER if role in setup.bases else setup.stored(role)) + setup.moments.get(role, 0))
     rollout = max((rollout_of(one, models[one.role][0], setup) for one in passes.rollout), default=0.0)
     scoring = max((working(one, *models[one.role], setup) for one in passes.prepare), default=0.0)
     copies = 2 if passes.micros > 1 else 1
-    gradients = copies * sum(stored(*models[role], *shards) for role in setup.moments) * MASTER
+    gradients = copies * sum(own[role] for role in setup.moments) * MASTER
     saved = sum(kept(one, models[one.role][0], setup) for one in passes.micro if one.role in setup.moments)
     busy = max((working(one, *models[one.role], setup) for one in passes.micro), default=0.0)
     return Memory(arguments, rollout, scoring, gradients + saved + 2 * busy)
+
+
+def bases_bytes(models: Models, setup: Setup) -> float:
+    """Bytes of the frozen weights that roles share, each base once, on one device."""
+    total = 0.0
+    for base in {based.base for based in setup.bases.values()}:
+        members = [role for role, based in setup.bases.items() if based.base == base and role in models]
+        table = base_table(models[members[0]][0], {models[role][1] for role in members})
+        total += stored_of(table, setup.fsdp, setup.tensor) * setup.params
+    return total
 
 
 def rollout_of(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxrlhf.config.batch import asked_parts, divisors, minibatch_rows
 from jaxrlhf.config.check import SPLIT, check
 from jaxrlhf.config.record import Config
+from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16, OptimizerConfig
@@ -41,7 +42,8 @@ def setup_of(cfg: Config, devices: list, roles) -> Setup:
     moments = {role: BYTES[cfg.optimizer_of(role).dtype] + MASTER for role in roles}
     stored = cfg.attention == "xla"  # on TPUs auto is splash
     sums = torus_axes(np.array(devices)) > 2 and sums_whole(make_mesh(cfg.mesh, devices))
-    return Setup(sizes, BYTES[cfg.precision.compute], params, moments, cfg.remat, stored, cfg.generate.int8, sums)
+    compute, bases = BYTES[cfg.precision.compute], resolve_config(cfg).bases
+    return Setup(sizes, compute, params, moments, cfg.remat, stored, cfg.generate.int8, sums, bases)
 
 
 def candidates(drawn: Blueprint, passes: Passes, where: Target, available: float) -> list[Candidate]:

@@ -13,7 +13,8 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.summary import Summary
 from jaxrlhf.errors import counted
 from jaxrlhf.hosts import processes
-from jaxrlhf.models.parameters import parameter_table
+from jaxrlhf.models.lora import base_table, own_table
+from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.epochs import describe_epochs, describe_short_run
 from jaxrlhf.run.feed import Feed, describe_data, glue_of, training_prompts
@@ -27,16 +28,35 @@ def opening(ready: Run, start: int) -> str:
     """ "runs/x: ppo, llama 1.2M, 1 x cpu, 44 iterations, seed 0"; the model is the policy, or the role that learns."""
     cfg, role = ready.cfg, trained_role(ready.resolved)
     shape, devices = ready.configs[role], ready.mesh.devices
-    table = parameter_table(shape, ready.heads[role])
-    leaves = jax.tree.leaves(table, is_leaf=lambda x: hasattr(x, "init"))
     parts = [
         cfg.algorithm_name,
-        f"{shape.family} {short_count(sum(math.prod(leaf.shape) for leaf in leaves))}",
+        f"{shape.family} {short_count(count_of(parameter_table(shape, ready.heads[role])))}",
         f"{devices.size} x {devices.flat[0].device_kind}",
         counted(cfg.length, "iteration") + (f", going on after {start}" if start else ""),
         f"seed {cfg.seed}",
     ]
     return f"{cfg.run_dir}: {', '.join(parts)}"
+
+
+def count_of(table: dict) -> int:
+    """Parameters of the Leafs in ``table``."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(table, is_leaf=lambda x: isinstance(x, Leaf)))
+
+
+def describe_adapters(ready: Run) -> list[str]:
+    """How many parameters learn and how many are frozen, a line for each base that roles share."""
+    bases, lines = ready.resolved.bases, []
+    for base in sorted({based.base for based in bases.values()}):
+        members = [role for role, based in bases.items() if based.base == base]
+        own = {role: count_of(own_table(ready.configs[role], ready.heads[role], bases[role].lora)) for role in members}
+        learned = {role: count for role, count in own.items() if role in ready.recipe.optimizers}
+        frozen = count_of(base_table(ready.configs[members[0]], {ready.heads[role] for role in members}))
+        each = ", ".join(f"{role} {short_count(count)}" for role, count in learned.items())
+        lines.append(
+            f"adapters: {short_count(sum(learned.values()))} parameters learn ({each}); {short_count(frozen)} are "
+            f"frozen, kept once for {', '.join(members)}"
+        )
+    return lines
 
 
 def first_lines(ready: Run, feed: Feed, held_out: Sequence[Summary], best: Sequence[str]) -> list[str]:
@@ -55,6 +75,7 @@ def first_lines(ready: Run, feed: Feed, held_out: Sequence[Summary], best: Seque
         *describe_sharing(resolved, batch_shards(ready.mesh), parts),
         *best,
         *describe_precision(resolved),
+        *describe_adapters(ready),
         *describe_learning(resolved),
         *kernels_passed_over(cfg, ready.mesh, ready.configs),
         *other_endings(ready),

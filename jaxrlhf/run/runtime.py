@@ -109,7 +109,7 @@ def check_adapters(resolved: Resolved, weights: dict[Role, Weights]) -> None:
     for role, (_, lora) in resolved.bases.items():
         if lora is not None and role in weights:
             located(lambda shape, lora=lora: targets_of(shape, lora), weights[role].config, f"models.{role}")
-            if lora.init_from is not None:
+            if lora.init_from is not None and weights[role].kind != "new":  # else shapes alone are known: a plan
                 located(lambda shape, lora=lora: peft.check_folder(shape, lora), weights[role].config, f"models.{role}")
 
 

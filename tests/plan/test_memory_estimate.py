@@ -62,7 +62,13 @@ def drawn_for(cfg: Config):
 
 MANY = PPO.replace("prompts_per_step: 64", "prompts_per_step: 16, samples_per_prompt: 8")
 TRUNK = PPO.replace("{init_from: policy}", "{init_from: policy}, value: {share_trunk: true}")
+ADAPTED = PPO.replace(
+    f"{{architecture: {MODEL}}}, reward: {{init_from: policy}}",
+    f"{{architecture: {MODEL}, adapter: {{rank: 8}}}}, value: {{init_from: policy, adapter: {{rank: 4}}}}, "
+    f"reward: {{architecture: {MODEL}}}",
+)
 ESTIMATED = {
+    "ppo, adapters": (ADAPTED, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
     "sft, fsdp": (SFT, MeshConfig(1, 8, 1), {}),
     "sft, copies, remat": (SFT, MeshConfig(8, 1, 1), {"remat": "full"}),
     "ppo, fsdp and tensor": (PPO, MeshConfig(1, 4, 2), {}),
@@ -141,6 +147,26 @@ def test_weights_and_moments_are_counted_in_the_formats_of_the_state(params, mom
         state = abstract_state(drawn)
     held = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     assert estimate(passes, models, setup).arguments == pytest.approx(sum(map(held, jax.tree.leaves(state))), rel=0.01)
+
+
+def test_adapters_by_hand():
+    """On one chip, in bytes: the base of policy, value and reference once in bfloat16; A and B of rank 8 and 4, the
+    value's head, all with two moments in float32; the reward model in bfloat16."""
+    cfg = config(ADAPTED, MeshConfig(1, 1, 1), precision=PrecisionConfig(params="bfloat16"))
+    resolved = resolve_config(cfg)
+    assert {role: based.base for role, based in resolved.bases.items()} == dict.fromkeys(
+        ("policy", "value", "reference"), "base_policy"
+    )
+    drawn, _ = blueprint(resolved, make_mesh(cfg.mesh, jax.devices()[:1]), {})
+    passes = passes_of(drawn, list(batch_shapes(resolved, drawn.mesh))[-1])
+    found = estimate(passes, models_of(drawn), setup_of(cfg, jax.devices()[:1], drawn.recipe.optimizers))
+    base = 4096 * 128 + 4 * (4 * 128 * 128 + 3 * 128 * 384 + 2 * 128) + 128
+    adapter = 4 * (4 * (128 + 128) + 3 * (128 + 384))  # of rank 1
+    learned = 8 * adapter + 4 * adapter + 129
+    assert found.arguments == 2 * base + 12 * learned + 2 * (base + 129)
+    with jax.set_mesh(drawn.mesh):
+        state = abstract_state(drawn)
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim) == found.arguments
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.files import peft
 from jaxrlhf.models.lora import Based, LoraConfig
 from jaxrlhf.run import build as builds
+from jaxrlhf.run.announce import describe_adapters
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.export import export, export_adapter
 from jaxrlhf.run.initial_state import abstract_state, initial_state
@@ -195,6 +196,11 @@ def test_policy_value_reward_and_reference_on_one_base(folder, root, tmp_path):
     moments = 2 * (2 * adapter + head)
     arrays = [x for x in jax.tree.leaves(state) if x.ndim]
     assert sum(x.nbytes for x in arrays) == 4 * (base + 3 * adapter + 2 * head + moments)
+    (line,) = describe_adapters(run)
+    assert line == (
+        f"adapters: {2 * adapter + head} parameters learn (policy {adapter}, value {adapter + head}); "
+        f"{base / 1000:.1f}K are frozen, kept once for policy, value, reference, reward"
+    )
     with jax.set_mesh(run.mesh):
         described = abstract_state(run)
     alike = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
