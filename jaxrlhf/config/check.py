@@ -154,6 +154,8 @@ def apart_problems(resolved: Resolved) -> Iterator[str]:
         yield f"algorithm.missing_eos_penalty: {penalty:g}: it is taken off a sum, and {where}; {expected}"
     elif getattr(cfg.algorithm, "kl_in", "loss") == "score":
         yield f"algorithm.kl_in: score: it is taken off a sum, and {where}; expected loss or rewards"
+    elif getattr(cfg.algorithm, "advantages", "") == "none":
+        yield f"{where}: advantages is none, so no group is compared; expected sum_then_group, or advantages mean_std"
 
 
 def origin_problems(cfg: Config, role: Role) -> Iterator[str]:

@@ -173,6 +173,7 @@ def decoupled_advantages(
         grades: f32[B] by name of a grader, the ``size`` responses to a prompt contiguous; NaN: it gave no number.
         weights: of the graders that count.
         rows: bool[B], the real ones.
+        how, eps: of group_advantages; not "none", which compares no group.
 
     Returns:
         (advantages f32[B], 0 outside ``rows``; the share of groups whose advantages are all 0, of those that have a

@@ -44,7 +44,7 @@ def score(ready: Run, sequences: Sequences, records: Records) -> Scored:
     tokens, masks, ended = fetch((sequences.tokens, sequences.response_mask, ended))
     each = ready.sampler.samples_per_prompt
     copies = [record for record in records for _ in range(each)]
-    # a device holds whole groups, so that all responses to a prompt are here
+    assert len(tokens) // len(share_of(ready.mesh).blocks) % each == 0, "a block of rows cuts a group"
     mine = [row for row, is_mine in zip(range(len(copies)), scored_here(ready.mesh, len(tokens))) if is_mine]
     responses = decode_rows(ready.tokenizer, tokens[mine], masks[mine])
     details = Details(

@@ -546,6 +546,16 @@ def test_a_good_config_passes(ppo):
             ],
             "algorithm.kl_in: score: it is taken off a sum, and rewards.normalize: group_then_sum; expected loss or ",
         ),
+        (
+            [
+                "algorithm={name: grpo, advantages: none}",
+                "optimizer={}",
+                *COSTS[1:],
+                "rewards.normalize=group_then_sum",
+            ],
+            "rewards.normalize: group_then_sum: advantages is none, so no group is compared; expected sum_then_group, "
+            "or advantages mean_std",
+        ),
         ([*FUNCTION, "optimizer.reward={}"], "optimizer.reward: no role of ppo; choices: default, policy, value, ref"),
         ([*FUNCTION, "models.value.init_from=reward"], "models.value.init_from: reward: a role that models does not "),
         (["generate.min_new_tokens=99"], "generate.min_new_tokens: 99: more than max_new_tokens; nearest: 64"),

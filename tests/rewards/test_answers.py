@@ -1,10 +1,13 @@
 """Graders that compare a response with its record, by hand."""
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jaxrlhf.rewards.answers import JsonSchema, Regex, exact_match, numeric
 from jaxrlhf.rewards.built_in import BUILT_IN
-from jaxrlhf.rewards.functions import resolve
+from jaxrlhf.rewards.functions import Details, resolve
 
 
 def rows(*answers, column="answer"):
@@ -44,7 +47,7 @@ def test_exact_match_of_another_column():
 
 
 @pytest.mark.parametrize(
-    ("given", "response", "answer", "score"),
+    ("arguments", "response", "answer", "score"),
     [
         ({}, "so it is 41, no: 42.", 42, 1),
         ({}, "so it is 42, no: 41.", 42, 0),
@@ -69,15 +72,15 @@ def test_exact_match_of_another_column():
         ({}, "42", None, None),
     ],
 )
-def test_numeric(given, response, answer, score):
-    assert numeric([response], rows(answer), **given) == [score]
+def test_numeric(arguments, response, answer, score):
+    assert numeric([response], rows(answer), **arguments) == [score]
 
 
 # ---- a pattern ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "response", "score"),
+    ("arguments", "response", "score"),
     [
         ({"pattern": "<think>.*</think>"}, "so <think>a</think> b", 1),
         ({"pattern": "<think>.*</think>"}, "<think>a\nb</think>", 0),
@@ -92,8 +95,8 @@ def test_numeric(given, response, answer, score):
         ({"pattern": "yes ?", "column": "answer", "group": 0}, "yes yes ", 1),
     ],
 )
-def test_regex(given, response, score):
-    assert Regex(**given)([response], rows("yes")) == [score]
+def test_regex(arguments, response, score):
+    assert Regex(**arguments)([response], rows("yes")) == [score]
 
 
 def test_regex_of_a_record_without_an_answer():
@@ -178,3 +181,32 @@ def test_the_nearest_short_name_is_said():
     with pytest.raises(ValueError, match=r'^function: qqq: expected "package\.module:name"$'):
         resolve("qqq")
     assert resolve("exact_match", {"column": "label"})(["a"], [{"label": "a"}]).tolist() == [1]
+
+
+# ---- whatever a policy writes ---------------------------------------------------------------------------------------
+
+ARGUMENTS = {
+    "exact_match": {"ignore": ["case", "punctuation", "articles", "accents", "blanks"]},
+    "numeric": {"relative": 0.1},
+    "regex": {"pattern": r"(\w+)\s*$", "column": "answer"},
+    "json_schema": {"schema": {"type": "object"}},
+    "length": {"unit": "words"},
+    "length_drift": {"target": 3},
+    "soft_overlong": {"buffer": 4},
+    "language": {"language": "en"},
+    **{key: {} for key in ("ended", "repetition", "distinct", "self_bleu", "unlike_others", "agreement")},
+}
+ODD = st.text(max_size=40) | st.text("0123456789.,/%$-e#\\boxed{}[] \n`", max_size=60)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(responses=st.lists(ODD, min_size=1, max_size=6), answer=st.integers() | st.floats(allow_nan=False, width=32))
+def test_every_response_has_a_finite_number_or_none(responses, answer):
+    count = len(responses)
+    details = Details([[*text.encode(errors="replace")] for text in responses], [True] * count, [0] * count, 64)
+    for name, arguments in ARGUMENTS.items():
+        records = [{"answer": answer if name == "numeric" else str(answer)} for _ in responses]
+        function = resolve(name, arguments)
+        found = function(responses, records, details)
+        assert not np.isinf(found).any(), name
+        np.testing.assert_array_equal(found, function(responses, records, details))
