@@ -179,11 +179,12 @@ def pair_report(ready: Run, state: TrainState, batches: list[HostBatch]) -> dict
     return {"reward_model": pair_metrics(scores, np.concatenate(lengths, axis=1))}
 
 
-def pair_metrics(scores: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, float]:
+def pair_metrics(scores: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str, Any]:
     """Of pairs: how many, accuracy, calibration error, Brier score, and the correlation of score and length; of an
     ensemble also each member's accuracy, and the deviation of differences between members.
 
     The expected calibration error is over 10 bins of the probability of the predicted preference (Guo et al. 2017).
+    "reliability" has [mean probability, share right, pairs] of each bin that holds some.
 
     Args:
         scores: [2, pairs] of the chosen and the rejected sides, by "" and by the members' names.
@@ -195,6 +196,8 @@ def pair_metrics(scores: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
     gaps = [abs((confidence - right[""])[bins == b].sum()) for b in range(10)]
+    filled = [(confidence[bins == b], right[""][bins == b]) for b in range(10) if (bins == b).any()]
+    reliability = [[round(float(p.mean()), 4), round(float(hits.mean()), 4), len(p)] for p, hits in filled]
     found = {
         "accuracy": right.pop("").mean(),
         "calibration_error": sum(gaps) / len(difference),
@@ -204,7 +207,8 @@ def pair_metrics(scores: dict[str, np.ndarray], lengths: np.ndarray) -> dict[str
     found |= {f"accuracy/{name}": each.mean() for name, each in right.items()}
     if differences:
         found["disagreement"] = np.std([*differences.values()], axis=0).mean()
-    return {"pairs": len(difference), **{name: round(float(value), 4) for name, value in found.items()}}
+    rounded = {name: round(float(value), 4) for name, value in found.items()}
+    return {"pairs": len(difference), **rounded, "reliability": reliability}
 
 
 def compare(responses: dict[str, list[dict[str, Any]]], count: int) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def part(runs: Sequence[RunRecord]) -> dict[str, Any]:
     return {
         "name": "Evaluations",
         "open": True,
-        "charts": [chart] if points else [],
+        "charts": [*([chart] if points else []), *reliability(runs)],
         "tables": [each for each in tables if each["rows"]],
     }
 
@@ -131,6 +131,21 @@ def pair_rows(run: RunRecord) -> Iterator[dict[str, Any]]:
                 "options": options(kept),
                 "written": str(kept.get("written", "")).replace("T", " "),
             }
+
+
+def reliability(runs: Sequence[RunRecord]) -> Iterator[dict[str, Any]]:
+    """A chart of the newest evaluation of each run that has a reward model: the bins of its pairs."""
+    rows = []
+    for run in runs:
+        newest = [kept for kept in run.evaluations if kept.get("reward_model", {}).get("reliability")][-1:]
+        for kept in newest:
+            same = {"run": run.name, "split": charts.SPLITS[1], "step": kept["step"]}
+            same["series"] = run.name if len(runs) > 1 else charts.SPLITS[1]
+            bins = kept["reward_model"]["reliability"]
+            rows += [{**same, "confidence": predicted, "accuracy": right} for predicted, right, _ in bins]
+    if rows:
+        meaning = "held-out pairs in ten bins of the predicted probability of the preference; dashed: calibrated"
+        yield {"kind": "calibration", "title": "reliability", "unit": "", "meaning": meaning, "rows": rows}
 
 
 def bench_rows(run: RunRecord) -> Iterator[dict[str, Any]]:

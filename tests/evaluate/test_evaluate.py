@@ -299,6 +299,11 @@ def test_what_pairs_say_of_a_reward_model_is_a_loop():
     whole = (first + second) / 2
     found = reporting.pair_metrics({"": whole, "reward_0": first, "reward_1": second}, lengths)
     assert found.pop("pairs") == 99
+    reliability = found.pop("reliability")
+    assert sum(count for *_, count in reliability) == 99 and len(reliability) > 3
+    gap = sum(count * abs(predicted - right) for predicted, right, count in reliability) / 99
+    assert gap == pytest.approx(found["calibration_error"], abs=1e-4)
+    assert all(low <= predicted <= low + 0.05 for (predicted, *_), low in zip(reliability, bins_of(*whole)))
     apart = [abs((a[0] - a[1]) - (b[0] - b[1])) / 2 for a, b in zip(first.T, second.T)]
     expected = {
         "accuracy": accuracy(*whole),
@@ -311,12 +316,18 @@ def test_what_pairs_say_of_a_reward_model_is_a_loop():
     }
     assert found == {name: pytest.approx(value, abs=6e-5) for name, value in expected.items()}
     alone = reporting.pair_metrics({"": first}, lengths)
-    assert alone.keys() == {"pairs", "accuracy", "calibration_error", "brier", "length_correlation"}
+    assert alone.keys() == {"pairs", "accuracy", "calibration_error", "brier", "length_correlation", "reliability"}
 
 
 def test_equal_scores_or_lengths_have_no_correlation():
     assert correlation(np.ones(3), np.arange(3.0)) == 0 and correlation(np.arange(3.0), np.ones(3)) == 0
     assert correlation(np.arange(3.0), -np.arange(3.0)) == pytest.approx(-1)
+
+
+def bins_of(chosen: np.ndarray, rejected: np.ndarray) -> list[float]:
+    """Where the bins begin that hold pairs."""
+    found = [1 / (1 + np.exp(-abs(float(a) - float(b)))) for a, b in zip(chosen, rejected)]
+    return [low for low in np.arange(10) / 20 + 0.5 if any(low <= p < low + 0.05 for p in found)]
 
 
 def accuracy(chosen: np.ndarray, rejected: np.ndarray) -> float:

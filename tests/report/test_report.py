@@ -107,7 +107,9 @@ def test_a_config_is_read_as_training_reads_it(tmp_path):
 
 def test_evaluations_are_rows_newest_first(two):
     found = evaluations.part(read_runs(two[:1]))
-    (chart,), (rates, pairs, bench) = found["charts"], found["tables"]
+    (chart, bins), (rates, pairs, bench) = found["charts"], found["tables"]
+    assert [(row["confidence"], row["accuracy"]) for row in bins["rows"]] == [(0.55, 0.5), (0.72, 0.75), (0.93, 0.9)]
+    assert {row["step"] for row in bins["rows"]} == {12}  # of the newest evaluation
     assert [row["who"] for row in chart["rows"]] == [
         "step 4, reward",
         "step 8, reward",

@@ -47,7 +47,8 @@ def evaluation(folder: Path, step: int, at: int) -> dict[str, Any]:
         bias = {"first_position": 0.62, "agreement": 0.8, "unscorable": 0.016}
         cost = {"requests": 128, "prompt_tokens": 4096, "completion_tokens": 900}
         found["llm"] = {"model": "org/<b>judge</b>", "against": "chosen", **wins, "rate": rate - 0.05, **bias, **cost}
-    pairs = {"pairs": 128, "accuracy": 0.6 + 0.05 * at, "calibration_error": 0.08, "brier": 0.21}
+    pairs: dict[str, Any] = {"pairs": 128, "accuracy": 0.6 + 0.05 * at, "calibration_error": 0.08, "brier": 0.21}
+    pairs["reliability"] = [[0.55, 0.5, 60], [0.72, 0.65 + at / 20, 48], [0.93, 0.9, 20]]
     bench = {"Chat": 0.9, "Chat Hard": 0.5, "Safety": 0.7, "Reasoning": 0.6}
     found_bench = {
         "file": "filtered.parquet",
