@@ -72,7 +72,7 @@ def calls(monkeypatch):
     )
     sys.modules["jaxrlhf.evaluate.report"].Options = Options  # type: ignore[attr-defined]
     module("jaxrlhf.plan.dry_run", dry_run=lambda configs: [f"looked at {cfg.run_dir}" for _, cfg in configs])
-    module("jaxrlhf.run.export", export=("step 4", ["a note"]))
+    module("jaxrlhf.run.export", export=("step 4", ["a note"]), export_adapter=("step 4", ["a note"]))
     return noted
 
 

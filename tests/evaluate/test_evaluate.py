@@ -418,7 +418,7 @@ def test_metrics_are_worked_out_by_hand():
     """Wins are counted prompt by prompt, a tie as half a one; padding rows never come this far."""
     row = lambda *numbers: np.array(numbers, np.float32)
     flags = np.array([True, True, False])
-    ready = SimpleNamespace(graders=None)
+    ready = SimpleNamespace(graders=None, environment=None)
     before = Responses([{}] * 3, row(5, 5, 5), flags, row(0, 0, 0), row(1, 2, 3), row(0.5, 0.5, 0.5))
     after = Responses([{}] * 3, row(2, 4, 6), flags, row(1, 2, 6), row(2, 2, 2), row(0.9, 0.6, 0.1))
     found = PolicyEvaluation.metrics(SimpleNamespace(before=before, ready=ready), after)  # type: ignore[arg-type]
