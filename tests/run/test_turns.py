@@ -1,23 +1,28 @@
 """A policy that converses with an environment of text: rows token by token, limits, one width and several, stopped and
 resumed."""
 
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from jaxrlhf import train as trainer
+from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.run.build import build
 from jaxrlhf.run.feed import Feed
 from jaxrlhf.run.initial_state import initial_state
+from jaxrlhf.run.kept_programs import share_programs
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.scoring import joined
 from jaxrlhf.run.transfer import fetch_all, put
 from jaxrlhf.sharding import current, for_programs
 from jaxrlhf.types import Sequences, TrainState, given
-from tests.support import conversing
+from tests.support import conversing, runs
 
 START = 4  # columns of a prompt
 ENDS = (0, 1, 2, 3, 4)  # tokens that end a response: EOS, and the stop texts a, b, c, d
@@ -109,8 +114,9 @@ def test_what_is_sampled_depends_on_neither_the_widths_nor_the_other_rows(folder
 @pytest.mark.parametrize(
     ("changes", "turns"),
     [
-        ({"environment.max_turns": 1}, 1),  # a turn limit: nothing is shown behind the last response
-        ({"generate.max_new_tokens": 3}, 1),  # the observation, 2 tokens, leaves no room for a response
+        # by day: the case after them
+        pytest.param({"environment.max_turns": 1}, 1, marks=pytest.mark.nightly),  # nothing is shown behind the last
+        pytest.param({"generate.max_new_tokens": 3}, 1, marks=pytest.mark.nightly),  # no room behind the observation
         ({"generate.max_new_tokens": 4}, 2),
     ],
 )
@@ -127,3 +133,88 @@ def test_a_row_that_a_limit_cuts_is_unfinished(folder, changes, turns):
         assert not rows.ended.any() and metrics["turns/observation_tokens"] == 0
     else:
         assert rows.ended.any() and (rows.valid[:, START:].sum(1) <= 4).all()
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly  # by day: a run of the README's environment, in rewards/test_readme_environment
+def test_a_resumed_run_is_the_same_run_and_its_samples_show_turns(folder):
+    """Bit for bit, its evaluations too."""
+    more = {"data.eval_prompts": {"path": str(folder / "prompts.jsonl")}, "eval.every": 2, "eval.size": 8}
+    more |= {"checkpoint.every": 2, "log.samples": 4, "log.samples_every": 1, "iterations": 4}
+    whole, parts = (conversing.config(folder, **more | {"run_dir": str(folder / name)}) for name in ("whole", "parts"))
+    with share_programs():
+        assert trainer.run(whole) == "done"
+        assert trainer.run(conversing.config(folder, **more | {"run_dir": parts.run_dir, "iterations": 2})) == "done"
+        assert trainer.run(parts) == "done"
+    words = ("time", "per_second", "memory/")  # of the machine
+    own = lambda row: {name: value for name, value in row.items() if not any(word in name for word in words)}
+    read = lambda cfg, name: [own(json.loads(line)) for line in (Path(cfg.run_dir) / name).read_text().splitlines()]
+    first, second = ({json.dumps(row) for row in read(cfg, "metrics.jsonl")} for cfg in (whole, parts))
+    assert first == second and len(first) == 7, "4 iterations, and what was measured at 0, 2 and 4"
+    states = [runs.read_state(Path(cfg.run_dir), 4) for cfg in (whole, parts)]
+    assert all(np.array_equal(states[1][path], leaf) for path, leaf in states[0].items())
+    samples = read(whole, "samples.jsonl")
+    assert {row["split"] for row in samples} == {"train", "eval"}
+    for row in samples:
+        assert row["response"] == "".join(turn["text"] for turn in row["turns"])
+        spoken = [turn["by"] for turn in row["turns"]]
+        assert spoken in (["policy"], ["policy", "environment", "policy"])
+    assert any(len(row["turns"]) == 3 for row in samples)
+    measured = [row for row in read(whole, "metrics.jsonl") if "eval/score/mean" in row]
+    assert len(measured) >= 2 and all("eval/win_rate/reward" in row for row in measured)
+
+
+@pytest.mark.nightly  # by day: text on eight devices, in test_mesh; rows of one device, above
+@pytest.mark.parametrize(
+    "devices", [{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}, {"mesh.data": 8, "mesh.style": "pmap"}]
+)
+def test_eight_devices_do_what_one_does(folder, conversed, devices):
+    _, _, rows, _ = conversed
+    arguments = {"environment.arguments": {"price": 0.25}}
+    _, _, others, _ = iterated(conversing.config(folder, "ppo", **arguments, **devices), 8)
+    np.testing.assert_array_equal(rows.tokens, others.tokens)
+    np.testing.assert_array_equal(rows.rewards, others.rewards)
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+
+SHOW = "environment.function: tests.support.conversing:Show"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "line"),
+    [
+        ("sft", {"algorithm": {"name": "sft"}, "data.demonstrations": {"path": "x"}}, f"{SHOW}: sft samples no resp"),
+        ("grpo", {"rewards.function": "my:f"}, f"rewards.function: given, and {SHOW} gives the rewards; expected null"),
+        (
+            "grpo",
+            {"generate.min_new_tokens": 2},
+            f"generate.min_new_tokens: 2: of a response, and {SHOW} makes",
+        ),
+        (
+            "grpo",
+            {"environment.turn_tokens": 11},
+            "environment.turn_tokens: 11: more than .*; nearest: 10",
+        ),
+        ("grpo", {"environment.id": "CartPole-v1"}, "environment.id: CartPole-v1: function .* is given too"),
+        ("grpo", {"environment.function": None}, "environment.max_turns: 2: there is no environment.function whose"),
+        (
+            "grpo",
+            {"environment.function": "tests.support.conversing:Shows"},
+            "has no Shows; nearest: Show",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(folder, name, changes, line):
+    with pytest.raises(ConfigError, match=line):
+        check(conversing.config(folder, **changes), 1)
+
+
+def test_a_row_that_a_turn_may_overrun_needs_a_model_as_long(folder):
+    shape = conversing.SHAPE | {"max_positions": 17}
+    line = r"max_positions: 17: less than 18 = .*prompt_buckets \+ generate.max_new_tokens 10 \+ 4 of a turn"
+    with pytest.raises(ConfigError, match=line):
+        check(conversing.config(folder, models={"policy": {"architecture": shape}}), 1)
