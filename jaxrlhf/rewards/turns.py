@@ -20,7 +20,8 @@ from jaxrlhf import user_code
 from jaxrlhf.errors import counted, one_line
 from jaxrlhf.hosts.call_timeout import Interrupted, interruptible
 from jaxrlhf.rewards.environments import EnvironmentConfig
-from jaxrlhf.rewards.functions import LARGEST, plain, show, wait_for
+from jaxrlhf.rewards.event_loop import wait_for
+from jaxrlhf.rewards.functions import LARGEST, plain, show
 from jaxrlhf.rewards.graders import SAMPLES, GraderError
 
 Record = dict[str, Any]

@@ -84,10 +84,10 @@ def build(
     ``saved_runs``: what has been read of saved runs already."""
     cfg, saved_runs = resolved.cfg, saved_runs or SavedRuns()
     graders = located(find_graders, cfg.rewards, "rewards")
-    make = lambda section: find_environment(section, cfg.rewards.timeout)
-    environment = located(make, cfg.environment, "environment")
     mesh = make_mesh(cfg.mesh, devices)
     tokenizer = find_tokenizer(saved_runs, cfg)
+    make = lambda section: find_environment(section, cfg.rewards.timeout)
+    environment = located(make, cfg.environment, "environment")
     heads = resolved.roles.heads
     weights = {role: find_weights(saved_runs, cfg, role, len(tokenizer), head) for role, head in heads.items()}
     check_loaded(cfg, weights, heads, resolved.roles.trained)
