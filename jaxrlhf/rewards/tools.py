@@ -32,7 +32,7 @@ LINE = re.compile(r"^CALL[ \t]+(\S+)(.*)$", re.M)
 ABREAST = 32  # calls that run at the same time
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """One call of a response; ``problem``: why it can't be run."""
 
     name: str
@@ -106,9 +106,9 @@ class ToolEnvironment:
         found = self.grader(texts, records) if texts else np.zeros(0)
         return [None if np.isnan(score) else float(score) for score in found]
 
-    def results(self, states: list[dict[str, Any]], asked: list[list[Call]]) -> list[str]:
+    def results(self, states: list[dict[str, Any]], asked: list[list[ToolCall]]) -> list[str]:
         """The result of each call as text, in their order; errors are results."""
-        calls: list[Call] = []
+        calls: list[ToolCall] = []
         owners = [state for state, calls in zip(states, asked) for _ in calls]
         for state, call in zip(owners, [call for calls in asked for call in calls], strict=True):
             state["calls"] += 1
@@ -123,7 +123,7 @@ class ToolEnvironment:
             texts.append(text if more <= 0 else f"{text[: self.max_characters]}... ({more} characters more)")
         return texts
 
-    def run(self, calls: list[Call]) -> list[tuple[str, bool]]:
+    def run(self, calls: list[ToolCall]) -> list[tuple[str, bool]]:
         """(the result as text, whether it is one) of each of the calls, which run at the same time."""
         problems = [call.problem or problem_of(call, self.functions) for call in calls]
         running = [
@@ -132,7 +132,7 @@ class ToolEnvironment:
         ]
         return [(f"error: {problem}", False) if one is None else one.text() for one, problem in zip(running, problems)]
 
-    def observation(self, calls: list[Call], results: list[str]) -> str | list[dict[str, Any]]:
+    def observation(self, calls: list[ToolCall], results: list[str]) -> str | list[dict[str, Any]]:
         """What the policy is shown of them."""
         if self.form == "plain":
             return "".join(f"\nRESULT {result}" for result in results) + "\n"
@@ -168,7 +168,7 @@ def schema_of(name: str, function: Callable) -> dict[str, Any]:
         raise ValueError(f"tools: {name}: {one_line(error)}") from error
 
 
-def problem_of(call: Call, known: Mapping[str, Callable]) -> str:
+def problem_of(call: ToolCall, known: Mapping[str, Callable]) -> str:
     """Why a call can't be made of these functions; "" where it can."""
     if call.name not in known:
         return f"no tool {cut(call.name)}; {nearest(call.name, [*known])}"
@@ -213,32 +213,32 @@ class Running:
 # ---- calls in a response --------------------------------------------------------------------------------------------
 
 
-def parse_calls(text: str, form: str = "json") -> list[Call]:
+def parse_calls(text: str, form: str = "json") -> list[ToolCall]:
     """The calls that a response holds, in their order; what is written as a call and is none has a problem."""
     if form == "plain":
         return [plain_call(found[1], found[2].strip()) for found in LINE.finditer(text)]
     return [json_call(found[1].strip()) for found in MARKED.finditer(text)]
 
 
-def json_call(text: str) -> Call:
+def json_call(text: str) -> ToolCall:
     """A call of {"name": ..., "arguments": {...}}; the arguments may be JSON text."""
     try:
         given = json.loads(text)
         name, arguments = given["name"], given.get("arguments", {})
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Call("", {}, f'{cut(text)} is no call; expected {{"name": ..., "arguments": {{...}}}}')
+        return ToolCall("", {}, f'{cut(text)} is no call; expected {{"name": ..., "arguments": {{...}}}}')
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        return Call("", {}, f'{cut(text)} is no call; expected a text "name", and an object "arguments"')
-    return Call(name, arguments)
+        return ToolCall("", {}, f'{cut(text)} is no call; expected a text "name", and an object "arguments"')
+    return ToolCall(name, arguments)
 
 
-def plain_call(name: str, text: str) -> Call:
+def plain_call(name: str, text: str) -> ToolCall:
     """A call of a line CALL name {...}."""
     try:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        return Call(name, {}, f"{name}: {cut(text)} is no JSON object of its arguments")
-    return Call(name, arguments)
+        return ToolCall(name, {}, f"{name}: {cut(text)} is no JSON object of its arguments")
+    return ToolCall(name, arguments)

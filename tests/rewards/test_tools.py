@@ -6,7 +6,7 @@ import time
 import pytest
 
 from jaxrlhf.rewards.environments import EnvironmentConfig
-from jaxrlhf.rewards.tools import Call, ToolEnvironment, parse_calls
+from jaxrlhf.rewards.tools import ToolCall, ToolEnvironment, parse_calls
 from jaxrlhf.rewards.turns import Turn, find_environment
 
 HERE = "tests.rewards.test_tools"
@@ -65,9 +65,9 @@ def call(name: str, **arguments) -> str:
 
 def test_calls_are_found_in_a_response():
     text = f"I add. {call('add', first=1)} and\n{call('words', text='</b>')} done"
-    assert parse_calls(text) == [Call("add", {"first": 1}), Call("words", {"text": "</b>"})]
+    assert parse_calls(text) == [ToolCall("add", {"first": 1}), ToolCall("words", {"text": "</b>"})]
     assert parse_calls("4") == []
-    assert parse_calls('<tool_call>{"name": "add", "arguments": "{\\"first\\": 2}"}') == [Call("add", {"first": 2})]
+    assert parse_calls('<tool_call>{"name": "add", "arguments": "{\\"first\\": 2}"}') == [ToolCall("add", {"first": 2})]
     for wrong in ("{", "[]", '{"arguments": {}}', '{"name": "add", "arguments": [1]}', '{"name": 1}', "", "[" * 9999):
         (found,) = parse_calls(f"<tool_call>{wrong}</tool_call>")
         assert "is no call; expected" in found.problem, wrong
@@ -76,7 +76,7 @@ def test_calls_are_found_in_a_response():
 def test_calls_of_the_plain_form_are_lines():
     text = 'so\nCALL add {"first": 1, "second": 2}\nCALL fails\nCALL words text\nNOCALL add'
     add, fails, words = parse_calls(text, "plain")
-    assert add == Call("add", {"first": 1, "second": 2}) and fails == Call("fails", {})
+    assert add == ToolCall("add", {"first": 1, "second": 2}) and fails == ToolCall("fails", {})
     assert words.problem == "words: text is no JSON object of its arguments"
 
 

@@ -12,20 +12,22 @@ from jaxrlhf import train as trainer
 from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
+from jaxrlhf.data.tokenizer import save_tokenizer, train_bpe
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.run.build import build
-from jaxrlhf.run.feed import Feed
+from jaxrlhf.run.feed import Feed, glue_of
 from jaxrlhf.run.initial_state import initial_state
 from jaxrlhf.run.kept_programs import share_programs
 from jaxrlhf.run.programs import compile_programs
-from jaxrlhf.run.scoring import joined
+from jaxrlhf.run.scoring import joined, try_environment
 from jaxrlhf.run.transfer import fetch_all, put
+from jaxrlhf.run.turns import encode
 from jaxrlhf.sharding import current, for_programs
 from jaxrlhf.types import Sequences, TrainState, given
 from tests.support import conversing, runs
 
 START = 4  # columns of a prompt
-ENDS = (0, 1, 2, 3, 4)  # tokens that end a response: EOS, and the stop texts a, b, c, d
+ENDS = (0, 1, 2, 3, 4)  # tokens that end a response: EOS, and the stop texts 0, 1, 2, 3
 
 
 def iterated(
@@ -80,7 +82,7 @@ def test_a_row_is_prompt_response_observation_response(conversed):
         assert rows.rewards[row, first] == -0.25
         if whole:
             assert "".join(letters[t] for t in turns[1][1]) == f"{record['secret']}>"
-            right = letters[turns[2][1][0]] == record["secret"]
+            right = letters[turns[2][1][-1]] == record["secret"]
             last = START + sum(len(tokens) for _, tokens in turns) - 1
             assert rows.rewards[row, last] == float(right) and rows.scores[row] == right - 0.25
             assert rows.ended[row] == (turns[2][1][-1] in ENDS)
@@ -218,3 +220,58 @@ def test_a_row_that_a_turn_may_overrun_needs_a_model_as_long(folder):
     line = r"max_positions: 17: less than 18 = .*prompt_buckets \+ generate.max_new_tokens 10 \+ 4 of a turn"
     with pytest.raises(ConfigError, match=line):
         check(conversing.config(folder, models={"policy": {"architecture": shape}}), 1)
+
+
+# ---- tools ----------------------------------------------------------------------------------------------------------
+
+
+def test_tools_are_part_of_prompts_and_their_results_of_rows(folder):
+    """Through a chat template that writes them; the records' own tools stay."""
+    template = (
+        "{% if tools %}{% for t in tools %}<{{ t.function.name }}>{% endfor %}{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    text = folder / "text"
+    tokenizer = train_bpe(["calculator assistant user tool"], 300)
+    save_tokenizer(tokenizer, str(folder / "bytes"))
+    own = {"type": "function", "function": {"name": "own", "description": "x", "parameters": {"type": "object"}}}
+    rows = [{"prompt": "2+2?", "answer": "4"}, {"prompt": "3?", "answer": "3", "tools": [own]}]
+    text.mkdir()
+    (text / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {
+        "tokenizer.init_from": str(folder / "bytes"),
+        "data.prompts": {"path": str(text / "questions.jsonl")},
+        "data.chat": {"template": template},
+        "data.prompt_buckets": [64],
+        "environment.function": "jaxrlhf.rewards.tools:ToolEnvironment",
+        "environment.arguments": {"tools": ["jaxrlhf.rewards.calculator:calculator"], "grader": "exact_match"},
+        "models": {"policy": {"architecture": conversing.SHAPE | {"max_positions": 128}}},
+        "batch.prompts_per_step": 2,
+    }
+    ready = build(resolve_config(conversing.config(folder, **changes)), jax.devices()[:1], keep=False)
+    host, records = Feed(ready).next()
+    prompts = given(host.prompts, "prompts")
+    asked = [ready.tokenizer.decode(ids[ok]) for ids, ok in zip(prompts.tokens, prompts.valid)]
+    assert sorted(asked) == ["<calculator>user:2+2?<eos>assistant:", "<own>user:3?<eos>assistant:"]
+    environment = given(ready.environment, "environment")
+    call = '<tool_call>{"name": "calculator", "arguments": {"expression": "2+2"}}</tool_call>'
+    (turn,) = environment.step(environment.reset(records[:1]), [call])
+    shown = encode(environment, glue_of(ready), records[0], turn.observation, closed=True)
+    assert ready.tokenizer.decode(shown) == "tool:4<eos>assistant:"
+    try_environment(ready, "data.prompts", records)
+
+
+# ---- learning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly  # by day: one iteration, above
+def test_a_tiny_model_learns_to_repeat_what_it_was_shown(folder):
+    """Chance is one in four, and a digit that is always the same earns no more."""
+    changes = {"iterations": 90, "batch.samples_per_prompt": 8, "environment.turn_tokens": 2, "algorithm.kl_coef": 0.0}
+    changes |= {"optimizer": {"default": {"learning_rate": 1e-2}}, "algorithm.entropy_coef": 0.05}
+    changes |= {"run_dir": str(folder / "learning")}
+    assert trainer.run(conversing.config(folder, "grpo", **changes)) == "done"
+    rows = [json.loads(line) for line in (folder / "learning" / "metrics.jsonl").read_text().splitlines()]
+    means = [np.mean([row["score/mean"] for row in part]) for part in (rows[:5], rows[-10:])]
+    assert means[0] < 0.35 and means[1] > 0.9, means
