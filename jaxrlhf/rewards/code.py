@@ -1,6 +1,6 @@
 """Rewards for programs: the share of a record's tests that the program in a response passes.
 
-Each test runs in a process of its own (code_runner.py), within limits on CPU time, time, memory, files and processes.
+A process of its own (code_runner.py) forks for each test, within limits on CPU time, time, memory, files and processes.
 Where the kernel allows it, the process has no network, no writable file but a small folder in memory, and sees no other
 process; and it is another user where this one is root. That keeps a policy's mistakes away from a run. It is no sandbox
 against an attacker: use a virtual machine for that. A test of assert lines runs in the program's own process, which a
@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +27,10 @@ from typing import Any, Literal
 from jaxrlhf.errors import show
 
 RUNNER = Path(__file__).with_name("code_runner.py")
+FILES = ("work", "job", "results")  # of the folder that a runner is given
 MIB = 1 << 20
 FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.S | re.M)
-GRACE = 10.0  # seconds after its own limit in which a runner has to end
+GRACE = 15.0  # seconds for all but the tests, after which a runner is ended
 LOG = logging.getLogger(__name__)
 SAID: set[str] = set()  # what is not in force, and was said once
 
@@ -96,9 +96,9 @@ class RunCode:
 
     def grade(self, program: str, tests: list[Any] | None, over: threading.Event) -> float | None:
         """The score of one program; ``over`` ends it early."""
-        if tests is None:
+        if tests is None or over.is_set():
             return None
-        passed = (passes(program, test, self.limits, self.packages, over) for test in tests if not over.is_set())
+        passed = passes(program, tests, self.limits, self.packages, self.score == "all", over)
         return float(all(passed)) if self.score == "all" else sum(passed) / len(tests)
 
 
@@ -125,19 +125,21 @@ def tests_of(record: dict[str, Any], column: str) -> list[Any] | None:
 
 def passes(
     program: str,
-    test: str | dict[str, Any],
+    tests: Sequence[str | dict[str, Any]],
     limits: CodeLimits,
     packages: bool = False,
+    stop: bool = False,
     over: threading.Event | None = None,
-) -> bool:
-    """Whether the program passes the test, within the limits, and before ``over`` is set."""
-    over = over or threading.Event()
-    if isinstance(test, str):
-        word = secrets.token_hex(16)
-        code, output = run(program, {"test": test, "word": word}, "", limits, packages, over)
-        return code == 0 and output.endswith(word)
-    code, output = run(program, {}, str(test["input"]), limits, packages, over)
-    return code == 0 and lines_of(output) == lines_of(str(test["output"]))
+) -> list[bool]:
+    """Whether the program passes each of the tests, within the limits, and before ``over`` is set. ``stop``: after one
+    that did not come to its end, the others count as failed."""
+    given = [{"test": test} if isinstance(test, str) else {"input": str(test["input"])} for test in tests]
+    found = run(program, given, limits, packages, stop, over or threading.Event())
+    passed = [False] * len(tests)
+    for at, (test, one) in enumerate(zip(tests, found)):
+        ended = one["code"] == 0  # then a test with input has an output
+        passed[at] = ended and (isinstance(test, str) or lines_of(one["output"]) == lines_of(str(test["output"])))
+    return passed
 
 
 def lines_of(text: str) -> list[str]:
@@ -146,16 +148,21 @@ def lines_of(text: str) -> list[str]:
 
 
 def run(
-    program: str, more: dict[str, str], given: str, limits: CodeLimits, packages: bool, over: threading.Event
-) -> tuple[int, str]:
-    """(exit code, what was printed) of a program that reads ``given``; with ``more`` files it is run for a test of
-    assert lines. 124: it took too long; 125: it was not started."""
+    program: str,
+    tests: Sequence[dict[str, str]],
+    limits: CodeLimits,
+    packages: bool,
+    stop: bool,
+    over: threading.Event,
+) -> list[dict[str, Any]]:
+    """What came of each test, as far as they were run: ``code``, its exit code (124: it took too long; 125: it did not
+    come to its end), and ``output``, what was printed, of a test with input."""
     folder = Path(tempfile.mkdtemp(prefix="code-"))
     try:
         job = {
-            "files": {"program": program} | more,
-            "asserts": bool(more),
-            "packages": packages,
+            "program": program,
+            "tests": tests,
+            "stop": stop,
             "cpu_seconds": max(1, round(limits.cpu_seconds)),
             "seconds": limits.seconds,
             "memory": int(limits.memory_mib * MIB),
@@ -165,33 +172,25 @@ def run(
         (folder / "work").mkdir(mode=0o755)
         folder.chmod(0o755)
         (folder / "job").write_text(json.dumps(job))
-        (folder / "given").write_text(given, errors="surrogatepass")
-        code = start(folder, limits.seconds + GRACE, over)
+        start(folder, packages, limits.seconds * len(tests) + GRACE, over)
         say_what_is_missing(folder / "work" / "status.json")
-        with open(folder / "printed", "rb") as file:
-            return code, file.read(job["file_size"]).decode(errors="replace")
+        results = folder / "results"
+        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def start(folder: Path, seconds: float, over: threading.Event) -> int:
-    """The exit code of the runner. It is ended, with all of its group, after ``seconds`` and once ``over`` is set."""
-    command = [sys.executable, "-I", "-S", "-B", str(RUNNER), str(folder / "work"), str(folder / "job")]
-    end = time.monotonic() + seconds
-    with open(folder / "given", "rb") as given, open(folder / "printed", "wb") as printed:
-        process = subprocess.Popen(
-            command,
-            stdin=given,
-            stdout=printed,
-            stderr=subprocess.DEVNULL,
-            env={"PATH": os.defpath, "LANG": "C.UTF-8"},
-            start_new_session=True,
-        )
+def start(folder: Path, packages: bool, seconds: float, over: threading.Event) -> None:
+    """Runs the runner. It is ended, with all of its group, after ``seconds`` and once ``over`` is set."""
+    site, end = () if packages else ("-S",), time.monotonic() + seconds
+    command = [sys.executable, "-I", "-B", *site, str(RUNNER), *(str(folder / name) for name in FILES)]
+    nothing, env = subprocess.DEVNULL, {"PATH": os.defpath, "LANG": "C.UTF-8"}
+    process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, env=env, start_new_session=True)
     try:
         while time.monotonic() < end and not over.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(0.2)
-        return 124
+                process.wait(0.2)
+                return
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

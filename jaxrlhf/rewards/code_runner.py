@@ -1,20 +1,25 @@
-"""Runs one program with one test within limits. A script of its own, on the standard library alone: code.py starts it
+"""Runs one program with its tests within limits. A script of its own, on the standard library alone: code.py starts it
 with a folder, and with what the program may take.
 
     this process      enters namespaces of its own, and ends all the rest at the time limit
-    process 1 there   ends with the program; the kernel then ends every other process of the namespace
-    the program       within its rlimits, and where this process is root, as a user that has nothing else
+    process 1 there   ends with the process after it; the kernel then ends every other process of the namespace
+    the tester        gives up what it may do, compiles the program, forks for each test, and writes what came of it
+    a test            runs the program from its begin, within rlimits
 
-What the kernel refuses is left out, and ``status.json`` says what is in force."""
+Where this process is root, the last two are a user that has nothing else. What the kernel refuses is left out, and
+``status.json`` says what is in force."""
 
 import contextlib
 import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
+import traceback
+import types
 
 FIRST_USER = 1 << 30  # ids from it on are nobody's
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -24,20 +29,8 @@ PR_SET_PDEATHSIG, PR_SET_KEEPCAPS, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_CAP_
 CAP_DAC_READ_SEARCH, CAP_VERSION = 2, 0x20080522
 LATE, FAILED = 124, 125  # exit codes of ours
 PAUSE = 0.002  # seconds between two looks
+SPARE = 5.0  # seconds for all but the tests
 LINUX = sys.platform == "linux"
-# the test runs in the namespace of the program; what the last line writes says that nothing ended it before
-ASSERTS = """
-import os, sys
-program, test, word = (open(name).read() for name in ("program", "test", "word"))
-for name in ("program", "test", "word"):
-    os.unlink(name)
-scope = {"__name__": "program"}
-exec(compile(program, "program", "exec"), scope)
-exec(compile(test, "test", "exec"), scope)
-sys.stdout.flush()
-os.write(1, word.encode())
-os._exit(0)
-"""
 
 
 def check(result: int, what: str) -> None:
@@ -54,17 +47,22 @@ def user_of_program() -> int | None:
     return None if os.waitpid(child, 0)[1] else user
 
 
-def give_up_root(libc: ctypes.CDLL, user: int) -> None:
+def become(libc: ctypes.CDLL, user: int) -> None:
     """This process is ``user``, who may read what root may where Python is readable for root alone."""
-    keeps = 0 if readable_by_all(os.__file__) else 1 << CAP_DAC_READ_SEARCH
+    readable = readable_by_all(os.__file__)
     libc.prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0)
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
-    header, data = (ctypes.c_uint32 * 2)(CAP_VERSION, 0), (ctypes.c_uint32 * 6)(keeps, keeps, keeps, 0, 0, 0)
-    check(libc.capset(header, data), "capset")
-    if keeps:
+    keep(libc, 0 if readable else 1 << CAP_DAC_READ_SEARCH)
+    if not readable:
         check(libc.prctl(PR_CAP_AMBIENT, 2, CAP_DAC_READ_SEARCH, 0, 0), "ambient")
+
+
+def keep(libc: ctypes.CDLL, capabilities: int) -> None:
+    """This process has these capabilities, and no other."""
+    data = (ctypes.c_uint32 * 6)(capabilities, capabilities, capabilities, 0, 0, 0)
+    check(libc.capset((ctypes.c_uint32 * 2)(CAP_VERSION, 0), data), "capset")
 
 
 def readable_by_all(path: str) -> bool:
@@ -105,40 +103,123 @@ def protect_files(libc: ctypes.CDLL, folder: str, size: int, user: int) -> bool:
     return True
 
 
-def set_limits(job: dict, ours: int) -> None:
-    """Those of the kernel, for this process and each that it starts. ``ours``: other processes of the user."""
-    wanted = {
-        resource.RLIMIT_CPU: job["cpu_seconds"],
-        resource.RLIMIT_AS: job["memory"],
-        resource.RLIMIT_FSIZE: job["file_size"],
-        resource.RLIMIT_NPROC: job["processes"] + ours,
-        resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_CORE: 0,
-    }
-    for limit, most in wanted.items():
-        _, hard = resource.getrlimit(limit)
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        with contextlib.suppress(OSError, ValueError):  # macOS has no RLIMIT_AS
-            resource.setrlimit(limit, (most, most))
+def limit(what: int, most: int) -> None:
+    """For this process and each that it starts."""
+    _, hard = resource.getrlimit(what)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    with contextlib.suppress(OSError, ValueError):  # macOS has no RLIMIT_AS
+        resource.setrlimit(what, (most, most))
 
 
-def become(job: dict, folder: str, libc: ctypes.CDLL, user: int | None) -> None:
-    """This process becomes the program."""
+def give_up(job: dict, folder: str, libc: ctypes.CDLL, user: int | None) -> None:
+    """This process may do no more than the program."""
     os.chdir(folder)
-    for name, text in job["files"].items():
-        with open(name, "w", errors="surrogatepass") as file:
-            file.write(text)
     if LINUX:
         for capability in {*range(64)} - {CAP_DAC_READ_SEARCH}:  # root of a namespace could make files writable again
             libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     if user is not None:
         os.chown(".", user, user)
-        give_up_root(libc, user)
+        become(libc, user)
+    elif LINUX:
+        keep(libc, 0)
     if LINUX:
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    set_limits(job, 2 if user is None else 0)
-    what = ["-c", ASSERTS] if job["asserts"] else ["program"]
-    os.execv(sys.executable, [sys.executable, "-I", "-B", *(() if job["packages"] else ("-S",)), *what])
+    limit(resource.RLIMIT_AS, job["memory"])
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_NPROC, job["processes"] + (3 if user is None else 1))  # those of ours that are this user's
+
+
+# ---- the tests ------------------------------------------------------------------------------------------------------
+
+
+def test_all(job: dict, alone: bool, results: int) -> None:
+    """Writes a line of JSON for each test to ``results``. ``alone``: every process that this one may end is of the
+    program."""
+    try:
+        program = compile(job["program"], "program", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        program = None
+    for test in job["tests"]:
+        found = {"code": FAILED} if program is None else test_one(job, program, test, results)
+        os.write(results, json.dumps(found).encode() + b"\n")
+        if alone:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(-1, signal.SIGKILL)
+        if found["code"] and job["stop"]:
+            break
+
+
+def test_one(job: dict, program: types.CodeType, test: dict, results: int) -> dict:
+    """What came of a test: the exit code; whether it came to its end; of a test with input, what was printed."""
+    shutil.rmtree("run", ignore_errors=True)
+    os.mkdir("run")
+    with open("given", "w", errors="surrogatepass") as file:
+        file.write(test.get("input", ""))
+    given, printed = os.open("given", os.O_RDONLY), os.open("printed", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+    (seen, report), word = os.pipe(), os.urandom(16)
+    child = forked(lambda: run(job, program, test, word, (given, printed, report, results)))
+    os.close(report)
+    code = ended(child, job["seconds"])
+    os.set_blocking(seen, False)
+    said = b""
+    with contextlib.suppress(BlockingIOError):  # a process that the program left behind may hold the other end
+        said = os.read(seen, len(word) + 1)
+    found: dict = {"code": code or (0 if "input" in test or said == word else FAILED)}
+    if "input" in test:
+        found["output"] = os.pread(printed, job["file_size"], 0).decode(errors="replace")
+    for one in (given, printed, seen):
+        os.close(one)
+    return found
+
+
+def ended(child: int, seconds: float) -> int:
+    """The exit code of a child, which is ended after ``seconds``."""
+    end = time.monotonic() + seconds
+    while True:
+        gone, status = os.waitpid(child, os.WNOHANG)
+        if gone:
+            return code_of(status)
+        if time.monotonic() > end:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return LATE
+        time.sleep(PAUSE)
+
+
+def run(job: dict, program: types.CodeType, test: dict, word: bytes, files: tuple[int, int, int, int]) -> None:
+    """This process runs the program, and after it the test's code; it ends here."""
+    given, printed, report, results = files
+    os.setsid()
+    os.dup2(given, 0)
+    os.dup2(printed, 1)
+    os.close(results)
+    os.chdir("run")
+    limit(resource.RLIMIT_CPU, job["cpu_seconds"])
+    limit(resource.RLIMIT_FSIZE, job["file_size"])
+    limit(resource.RLIMIT_NOFILE, 64)
+    name = "__main__" if "input" in test else "program"
+    module, sys.argv = types.ModuleType(name), ["program"]
+    sys.modules[name] = module
+    code = 0
+    try:
+        exec(program, module.__dict__)
+        if "input" not in test:
+            exec(compile(test["test"], "test", "exec"), module.__dict__)
+            os.write(report, word)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    try:
+        sys.stdout.flush()
+    finally:
+        os._exit(code & 255)
+
+
+# ---- the processes around them --------------------------------------------------------------------------------------
 
 
 def forked(work) -> int:
@@ -155,16 +236,22 @@ def code_of(status: int) -> int:
     return os.waitstatus_to_exitcode(status) if not os.WIFSIGNALED(status) else 128 + os.WTERMSIG(status)
 
 
-def first_process(job: dict, folder: str, libc: ctypes.CDLL, apart: bool, user: int | None) -> None:
-    """Process 1: starts the program, and ends as it does."""
+def first_process(job: dict, folder: str, libc: ctypes.CDLL, apart: bool, user: int | None, results: int) -> None:
+    """Process 1: starts the tester, and ends as it does."""
     if LINUX:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if apart:  # where the kernel refuses, the program sees the names of other processes
         libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
-    program = forked(lambda: become(job, folder, libc, user))
+
+    def tester() -> None:
+        give_up(job, folder, libc, user)
+        test_all(job, apart or user is not None, results)
+        os._exit(0)
+
+    child = forked(tester)
     while True:
-        ended, found = os.wait()  # orphans become children of process 1
-        if ended == program:
+        gone, found = os.wait()  # orphans become children of process 1
+        if gone == child:
             os._exit(code_of(found))
 
 
@@ -172,23 +259,16 @@ def main() -> None:
     folder = sys.argv[1]
     with open(sys.argv[2]) as file:
         job = json.load(file)
+    results = os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT, 0o600)
     libc, user, root = ctypes.CDLL(None, use_errno=True), user_of_program(), LINUX and not os.getuid()
     with open(os.path.join(folder, "status.json"), "w") as status:
-        apart = LINUX and (enter_namespaces(libc, True) if user else enter_namespaces(libc, False))
+        apart = LINUX and enter_namespaces(libc, user is not None)
         owner = os.getuid() if user is None else user
         read_only = apart and protect_files(libc, folder, job["file_size"] * 2, owner)
         bounded = user is not None or (apart and not root)
         json.dump({"network": apart, "processes": bounded, "files": read_only}, status)
-    child = forked(lambda: first_process(job, folder, libc, apart, user))
-    end = time.monotonic() + job["seconds"]
-    while True:
-        ended, found = os.waitpid(child, os.WNOHANG)
-        if ended:
-            os._exit(code_of(found))
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            os._exit(LATE)
-        time.sleep(PAUSE)
+    child = forked(lambda: first_process(job, folder, libc, apart, user, results))
+    os._exit(ended(child, job["seconds"] * len(job["tests"]) + SPARE))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,21 @@ import pytest
 
 from jaxrlhf.hosts.call_timeout import TimedOut, interruptible
 from jaxrlhf.rewards import code
-from jaxrlhf.rewards.code import MISSING, CodeLimits, RunCode, passes, program_in
+from jaxrlhf.rewards.code import MISSING, CodeLimits, RunCode, program_in
 
 
-def run(program: str, limits: CodeLimits, **more: str) -> tuple[int, str]:
-    return code.run(program, more, "", limits, False, threading.Event())
+def run(program: str, limits: CodeLimits, **test: str) -> dict[str, Any]:
+    (found,) = code.run(program, [test or {"input": ""}], limits, False, False, threading.Event())
+    return found
+
+
+def passes(program: str, test: str | dict[str, str], limits: CodeLimits, packages: bool = False) -> bool:
+    (found,) = code.passes(program, [test], limits, packages)
+    return found
 
 
 SMALL = CodeLimits(cpu_seconds=5, seconds=20.0, memory_mib=256, file_mib=1, processes=6)
+POINT = "import dataclasses\n@dataclasses.dataclass\nclass Point:\n    x: int\n"
 ADD = "def add(a, b):\n    return a + b\n"
 
 
@@ -55,6 +62,10 @@ def protections() -> dict[str, bool]:
         ("if __name__ == '__main__':\n    print('a  ')\n    print()", {"input": "", "output": "a\n"}, True),
         ("print('a b')", {"input": "", "output": "a  b"}, False),
         ("import sys\nprint(sys.stdin.read(), end='')", {"input": "é\n" * 50_000, "output": "é\n" * 50_000}, True),
+        ("from __future__ import annotations\n" + POINT, "assert Point(1).x == 1", True),
+        (POINT + "print(Point(int(input())))", {"input": "1", "output": "Point(x=1)"}, True),
+        ("print(1)\nraise SystemExit", {"input": "", "output": "1"}, True),
+        ("print(1)\nraise SystemExit('no')", {"input": "", "output": "1"}, False),
         ("print(1)\nraise ValueError", {"input": "", "output": "1"}, False),
     ],
 )
@@ -68,6 +79,24 @@ def test_the_share_of_tests_and_all_of_them():
     records = [{"tests": tests}, {"tests": tests[0]}, {"tests": tests}, {"tests": tests}, {"tests": None}]
     assert RunCode(parallel=2)(responses, records) == [0.75, 1.0, 0.5, 0.0, None]
     assert RunCode(score="all")(responses, records) == [0.0, 1.0, 0.0, 0.0, None]
+
+
+def test_tests_know_nothing_of_each_other():
+    """Each starts the program anew, in an empty folder, whatever became of those before it."""
+    program = "import os\nseen = [*os.listdir('.')]\nopen('mine', 'w').write('x')\n"
+    program += "if input() if __name__ == '__main__' else 0: print(*seen)"
+    tests = [
+        "assert not seen",
+        "while True: pass",
+        {"input": "1", "output": ""},
+        "import os; os._exit(0)",
+        "pass",
+        "1 / 0",
+    ]
+    limits = CodeLimits(seconds=1.0, memory_mib=256)
+    assert code.passes(program, tests, limits) == [True, False, True, False, True, False]
+    assert code.passes(program, tests, limits, stop=True) == [True, False, False, False, False, False]
+    assert code.passes("def f(:", tests, limits) == [False] * 6
 
 
 def test_the_program_in_a_response():
@@ -139,10 +168,10 @@ SYSTEM = Path("/usr/bin/python3")
 )
 def test_an_ordinary_user_has_the_same_limits(protections):
     """The same program, where this process is not root: the namespaces are those that any user may have."""
-    checks = "import os\nassert os.getuid() == 65534 and sum(name.isdigit() for name in os.listdir('/proc')) == 2\n"
+    checks = "import os\nassert os.getuid() == 65534 and sum(name.isdigit() for name in os.listdir('/proc')) == 3\n"
     checks += "for path in ('/tmp/x', '/var/tmp/x'):\n    try: open(path, 'w'); assert False, path\n"
     checks += "    except OSError: pass\nopen('mine', 'w').write('x')\nprint('fine')"
-    job = {"files": {"program": checks}, "asserts": False, "packages": False, "cpu_seconds": 5, "seconds": 20}
+    job: dict[str, Any] = {"program": checks, "tests": [{"input": ""}], "stop": False, "cpu_seconds": 5, "seconds": 20}
     job |= {"memory": 1 << 28, "file_size": 1 << 20, "processes": 6}
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         place = Path(folder)
@@ -151,30 +180,32 @@ def test_an_ordinary_user_has_the_same_limits(protections):
         os.chown(place / "work", 65534, 65534)
         (place / "job").write_text(json.dumps(job))
         (place / "runner.py").write_text(code.RUNNER.read_text())
-        command = [str(SYSTEM), "-I", "-S", str(place / "runner.py"), str(place / "work"), str(place / "job")]
+        (place / "results").touch()
+        os.chown(place / "results", 65534, 65534)
+        command = [str(SYSTEM), "-I", "-S", str(place / "runner.py"), *(str(place / name) for name in code.FILES)]
         done = subprocess.run(command, capture_output=True, text=True, user=65534, group=65534, extra_groups=[])
         status = json.loads((place / "work" / "status.json").read_text())
+        result = (place / "results").read_text()
     assert status["network"] == status["processes"]
     if status == dict.fromkeys(MISSING, True):
-        assert done.stdout == "fine\n", done.stderr
+        assert json.loads(result) == {"code": 0, "output": "fine\n"}, done.stderr
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", "input()"])
 def test_a_program_that_hangs_is_ended(program):
     limits = CodeLimits(cpu_seconds=5, seconds=0.5, memory_mib=256)
     began = time.monotonic()
-    found, _ = run(program, limits, test="", word="w")
+    found = run(program, limits, test="")["code"]
     assert found in (124, 1) and 0 < time.monotonic() - began < 10  # 1: there is nothing to input
 
 
 def test_cpu_time_is_limited_by_itself():
-    found, _ = run("while True: pass", CodeLimits(cpu_seconds=1, seconds=60.0))
-    assert found == 128 + 9
+    assert run("while True: pass", CodeLimits(cpu_seconds=1, seconds=60.0))["code"] == 128 + 9
 
 
 def test_output_beyond_its_limit_is_cut(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    found, printed = run("while True: print('x' * 10_000)", SMALL)
+    found, printed = run("while True: print('x' * 10_000)", SMALL).values()
     assert found != 0 and len(printed) == 1 << 20 and {*printed} <= {"x", "\n"}
 
 
@@ -201,7 +232,7 @@ def test_what_a_program_can_reach(tmp_path, protections):
     assert passes("open('mine', 'w').write('x')", "assert open('mine').read() == 'x'", SMALL)
     assert passes("import os", "assert {*os.environ} <= {'PATH', 'LANG', 'LC_CTYPE'}", SMALL)
     if sys.platform == "linux" and protections["network"]:
-        assert passes("import os", "assert sum(name.isdigit() for name in os.listdir('/proc')) == 2", SMALL)
+        assert passes("import os", "assert sum(name.isdigit() for name in os.listdir('/proc')) == 3", SMALL)
 
 
 def test_packages_are_there_on_demand():
