@@ -24,6 +24,7 @@ FORMAT = 1
 OF_STORES = ("md5Hash", "crc32c")  # what gcsfs says of an object; one composed of several has no MD5
 NAMES = re.compile(r"manifest(\.\d+)?\.(json|tmp)")  # .tmp: one under way, by replace_text
 CHUNK = 2**22  # bytes that are read at a time
+DESCRIBED: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {}  # folder -> file -> its Entry, and what is said of it
 READERS = min(8, os.cpu_count() or 1)  # threads that hash: hashlib works outside Python's lock
 
 
@@ -109,6 +110,16 @@ def described(folder: epath.Path, found: Mapping[str, Entry]) -> dict[str, dict[
     return {name: {"size": entry.size, kinds[name]: sums[name]} for name, entry in found.items()}
 
 
+def described_once(folder: epath.Path) -> dict[str, dict[str, Any]]:
+    """``described`` of a folder that every checkpoint has beside it: a file is read again only where it was written
+    since (frozen weights may be larger than all that a checkpoint holds)."""
+    found, seen = listing(folder), DESCRIBED.get(os.fspath(folder), {})
+    new = described(folder, {name: entry for name, entry in found.items() if seen.get(name, (None,))[0] != entry})
+    seen = {name: (entry, new[name] if name in new else seen[name][1]) for name, entry in found.items()}
+    DESCRIBED[os.fspath(folder)] = seen
+    return {name: what for name, (_, what) in seen.items()}
+
+
 def writer_of(name: str, processes: int) -> int:
     """The process that wrote a file of a step: orbax has a folder for each, and process 0 writes what they share."""
     part = re.search(r"ocdbt\.process_(\d+)/", name)
@@ -131,7 +142,7 @@ def write(step: epath.Path, about: Mapping[str, Any], beside: Iterable[str] = ()
     content["beside"] = {
         f"{folder}/{name}": entry
         for folder in (beside if process == 0 else ())
-        for name, entry in described(run_dir / folder, listing(run_dir / folder)).items()
+        for name, entry in described_once(run_dir / folder).items()
     }
     replace_text(step / name_of(process), json.dumps(content | {"digest": digest(content)}, indent=1))
 

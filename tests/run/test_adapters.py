@@ -15,13 +15,16 @@ from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import peft
 from jaxrlhf.models.lora import Based, LoraConfig
 from jaxrlhf.run import build as builds
+from jaxrlhf.run import checkpoint, verified_steps
 from jaxrlhf.run.announce import describe_adapters
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.export import export, export_adapter
 from jaxrlhf.run.initial_state import abstract_state, initial_state
+from jaxrlhf.run.manifest import Damaged
 from jaxrlhf.run.saved_run import read_extra, restore_model
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support import runs, tiny
@@ -304,3 +307,35 @@ def test_no_adapter_to_export(root):
     runs.whole(root)
     with pytest.raises(ValueError, match=r"--adapter: .*: its policy has none; adapters: none"):
         export_adapter(str(root / "whole" / "sft"), "policy", root / "none")
+
+
+def test_a_changed_base_is_found_and_an_abandoned_start_s_is_not_taken(folder, root, tmp_path):
+    """The frozen weights belong to every checkpoint, and a run that begins anew writes its own."""
+    models = {"policy": {"init_from": str(folder / "lm"), "adapter": ADAPTER}}
+    run, state = started(config("grpo", root, tmp_path / "run", models))
+    other = state.replace(slow=state.slow | {"base_policy": jax.tree.map(lambda x: x + 1, state.slow["base_policy"])})
+    with jax.set_mesh(run.mesh):
+        checkpoint.save_bases(tmp_path / "run", other)  # of a start that came to no checkpoint
+        saved = checkpoint.Checkpoints(tmp_path / "run")
+        saved.save(1, state, {"config": ""})
+        saved.close()
+        again = checkpoint.restore(tmp_path / "run", 1, abstract_state(run))
+    assert tiny.equal_trees(again.slow, state.slow) and tiny.equal_trees(again.params, state.params)
+    assert verified_steps.problem(tmp_path / "run", 1) is None
+    part = max((tmp_path / "run" / "base").rglob("d/*"), key=lambda path: path.stat().st_size)
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(Damaged, match=r"/base/base_policy/.* expected the file with which step 1 was trained"):
+        verified_steps.problem(tmp_path / "run", 1)
+
+
+def test_a_fused_tensor_has_no_adapter_of_peft_s_kind(tmp_path):
+    """Phi-3's query shares a tensor with key and value; its other maps can be written."""
+    phi = resolve(ModelConfig(family="phi3", vocab_size=64, hidden_size=8, num_layers=1, num_heads=2))
+    for targets in (("query",), ("out", "down")):
+        lora = LoraConfig(rank=2, targets=targets)
+        own = tiny.adapter(phi, "lm", lora, 0)
+        if targets == ("query",):
+            with pytest.raises(ValueError, match=r"^adapter\.targets: query: a phi3's files have it in one tensor"):
+                peft.save(own, phi, "lm", lora, tmp_path, "x")
+        else:
+            assert peft.save(own, phi, "lm", lora, tmp_path, "x") == [] and peft.is_adapter(tmp_path)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from jaxrlhf.cli.rewind import rewind
 from jaxrlhf.log.run_dir import RunDirBusy, lock_run_dir
@@ -408,3 +409,20 @@ def test_twenty_killed_saves_leave_the_step_before(tmp_path):
     chance = random.Random(0)
     found = kill_while_saving(tmp_path / "run", [chance.uniform(0, 0.5) for _ in range(20)])
     print(f"20 of 20 killed saves left a good step: {found}")
+
+
+def test_frozen_weights_are_read_once_for_all_manifests(tmp_path, monkeypatch):
+    """Of a folder beside the checkpoints a file is hashed again only where it was written since."""
+    folder, read = tmp_path / "base", []
+    folder.mkdir()
+    (folder / "one").write_text("1")
+    (folder / "two").write_text("2")
+    real = manifest.checksum
+    monkeypatch.setattr(manifest, "checksum", lambda path, kind="sha256": read.append(path.name) or real(path, kind))
+    first = manifest.described_once(epath.Path(folder))
+    assert sorted(read) == ["one", "two"] and manifest.described_once(epath.Path(folder)) == first
+    (folder / "two").write_text("22")
+    again = manifest.described_once(epath.Path(folder))
+    assert read[2:] == ["two"] and again["two"]["size"] == 2 and again["one"] == first["one"]
+    (folder / "one").unlink()
+    assert manifest.described_once(epath.Path(folder)).keys() == {"two"}
