@@ -12,12 +12,11 @@ from jaxrlhf.errors import ConfigError, nearest
 from jaxrlhf.evaluate.against_reference import PolicyEvaluation, Responses
 from jaxrlhf.evaluate.win_intervals import win_report
 from jaxrlhf.hosts import processes
-from jaxrlhf.rewards.llm_judge import JudgeConfig, PairJudge, Verdicts, prompt_text
+from jaxrlhf.rewards.llm_judge import PROBE, JudgeConfig, PairJudge, Verdicts, prompt_text
 from jaxrlhf.rewards.remote import settings_of
 
 OPTION, KIND = "--judge", "llm:"
 SHAPE = "expected llm:MODEL@URL, as in llm:gpt-5-mini@https://api.openai.com/v1, or llm:FILE.yaml"
-PROBE = ("Say hello.", "Hello!", "Go away.")  # asked before anything is computed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

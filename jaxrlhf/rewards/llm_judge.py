@@ -225,6 +225,9 @@ class PairJudge:
         return wait_for(self.compare(pairs))
 
 
+PROBE = ("Say hello.", "Hello!", "Go away.")  # a pair to try a judge on
+
+
 class Pairwise:
     """A grader (rewards.function: llm_pairwise): the share of its comparisons that a response
     wins, against the other responses to its prompt and, with ``column``, against the text of that column of its record.
@@ -252,6 +255,8 @@ class Pairwise:
                 if not isinstance(record.get(self.column), str):
                     raise ValueError(f"column: {self.column}: {show(record)} has no such text; expected a response")
                 pairs.append((prompt_text(record), responses[at], record[self.column]))
+        if not pairs and not self.judge.usage.requests:  # the sample responses before a run: is the judge there?
+            await self.judge.compare([PROBE])
         wins: list[list[float]] = [[] for _ in responses]
         sides = [*meetings, *((at, None) for at in range(len(records) if self.column is not None else 0))]
         for (a, b), compared in zip(sides, await self.judge.compare(pairs), strict=True):

@@ -180,6 +180,20 @@ def test_pairwise_scores_are_shares_of_wins():
     np.testing.assert_allclose(beside[1], (1 + 0 + 0.5) / 3)
 
 
+def test_a_judge_that_has_nothing_to_compare_is_tried_once():
+    """The sample responses before a run are to different prompts."""
+    with FakeJudge(longest) as judge:
+        grader = resolve("llm_pairwise", settings(judge))
+        for _ in range(2):
+            scores = grader(["x", "yy"], [{"prompt": "p"}, {"prompt": "q"}], details(0, 1))
+            assert np.isnan(scores).all() and len(judge.bodies) == 2
+    with (
+        FakeJudge(longest, always=401) as judge,
+        pytest.raises(ValueError, match="expected a key in JAXRLHF_JUDGE_KEY"),
+    ):
+        resolve("llm_pairwise", settings(judge))(["x"], [{"prompt": "p"}], details(0))
+
+
 def test_a_comparison_without_a_verdict_counts_for_nobody():
     def shy(body: dict[str, Any]) -> str:
         return "I can't say." if "yy" in texts_of(body).values() else longest(body)

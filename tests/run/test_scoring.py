@@ -41,6 +41,7 @@ from jaxrlhf.run.transfer import fetch, put
 from jaxrlhf.sharding import MeshConfig, current, for_programs, make_mesh
 from jaxrlhf.types import Ask, Batch, Sequences, Trees
 from tests.support import runs, tiny
+from tests.support.fake_judge import FakeJudge, texts_of
 
 MESHES = [(1, 1, 1), (2, 2, 2), (8, 1, 1)]  # data, fsdp, tensor
 ONE_DEVICE = MeshConfig(1, 1, 1)
@@ -434,6 +435,48 @@ def test_built_in_graders_normalised_apart_one_of_which_is_late(text, tmp_path, 
     assert [row["time/rewards/vowels"] >= 0.3 and row["time/rewards"] >= 0.3 for row in times] == [False, True, False]
     for row in runs.rows(tmp_path / "grpo", "samples"):
         assert row["score/short"] in (0, -0.25, -0.5, -0.75, -1)  # of 2, 3, ... tokens
+
+
+@pytest.mark.nightly  # by day: these graders by themselves in tests/rewards, others in training above
+def test_a_judge_and_a_grader_on_servers_train_and_are_missed_at_the_start(text, tmp_path):
+    """The judge prefers the response with more vowels; one of its requests fails, which leaves that pair out."""
+
+    def says(body: dict[str, Any]) -> Any:
+        if "responses" in body:  # the other grader's
+            return {"scores": [float(len(text)) for text in body["responses"]]}
+        texts = texts_of(body)
+        first, second = vowels([texts["first"], texts["second"]], [])
+        return f"Verdict: {'first' if first > second else 'second' if second > first else 'tie'}"
+
+    with FakeJudge(says) as judge, rewarded_by(vowels):
+        limits = {"retries": 0, "concurrency": 1, "timeout": 5.0}
+        functions = {
+            "judge": {"function": "llm_pairwise", "arguments": {"model": "m", "url": judge.url, **limits}},
+            "size": {"function": "http", "weight": 0.0, "arguments": {"url": f"{judge.url}/grade", **limits}},
+        }
+        cfg = config(text, tmp_path / "grpo", rewards={"functions": functions}, iterations=2)
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_prompts=None))
+        answer, asked = judge.answer, []
+
+        def answer_all_but_one(handler: Any, body: dict[str, Any], fault: Any) -> None:
+            asked.append("responses" in body)
+            answer(handler, body, 500 if len(asked) - sum(asked) == 5 and not asked[-1] else fault)
+
+        judge.answer = answer_all_but_one  # type: ignore[method-assign]
+        assert trainer.run(cfg) == "done"
+        rows = [row for row in runs.rows(tmp_path / "grpo") if "score/mean" in row]
+        assert [row["score/unscorable/judge"] for row in rows] == [2, 0] and rows[0]["score/unscorable/size"] == 0
+        samples = runs.rows(tmp_path / "grpo", "samples")
+        assert len(samples) == 32 and {row["score/judge"] for row in samples} <= {None, 0.0, 0.5, 1.0}
+        assert all(row["score/size"] == len(row["response"]) for row in samples)
+        for one, other in zip(samples[::2], samples[1::2]):
+            if one["score/judge"] is not None:
+                expected = np.sign(vowels([one["response"]], [])[0] - vowels([other["response"]], [])[0]) / 2 + 0.5
+                assert (one["score/judge"], other["score/judge"]) == (expected, 1 - expected)
+        judge.always = 503
+        with pytest.raises(ValueError, match=r"rewards\.functions\.judge\.function: llm_pairwise: http.* was answered"):
+            trainer.run(dataclasses.replace(cfg, iterations=4))
+    assert runs.steps_kept(tmp_path / "grpo")[-1] == 2
 
 
 def test_a_function_that_fails_on_held_out_records_is_refused_before_anything_is_compiled(text, tmp_path, monkeypatch):
