@@ -29,6 +29,7 @@ from jaxrlhf.evaluate.perplexity import perplexities
 from jaxrlhf.hosts import compiler_flags, processes
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.lora import bases_in
+from jaxrlhf.rewards.built_in import BUILT_IN
 from jaxrlhf.rewards.graders import gold_graders
 from jaxrlhf.run import checkpoint, saved_run, verified_steps
 from jaxrlhf.run.build import Run, build
@@ -46,7 +47,9 @@ class Options(NamedTuple):
     samples: int = 8  # prompts whose responses are shown
     beta: float | None = None  # in place of generate.beta
     best_of: Sequence[int] = ()  # the n of best_of_report
-    gold: str | None = None  # a second reward in place of the config's: "module:name", else a reward model
+    gold: str | None = (
+        None  # a second reward in place of the config's: "module:name" or a built-in one, else a reward model
+    )
     sampling: Sequence[str] = ()  # keys of generate in place of the config's: "top_p=0.9"
     llm: str = ""  # a language model as a judge, as read_judge takes it
 
@@ -138,7 +141,7 @@ def with_options(run_dir: str, options: Options) -> Config:
 def with_gold(cfg: Config, gold: str) -> Config:
     """``cfg`` whose second reward is ``gold``. Raises ConfigError for a function that is not there."""
     models = {role: model for role, model in cfg.models.items() if role != "gold"}
-    if ":" not in gold or gold.startswith("gs://"):
+    if gold not in BUILT_IN and (":" not in gold or gold.startswith("gs://")):
         models["gold"] = RoleConfig(init_from=gold)
         return dataclasses.replace(cfg, models=models, eval=dataclasses.replace(cfg.eval, gold=None))
     try:

@@ -37,10 +37,6 @@ class Graders(NamedTuple):
         found = call_all(self.functions, calls.ToGrade(responses, records, details), limits)
         return Graded(np.stack([one.grades for one in found], axis=1), tuple(one.seconds for one in found))
 
-    def __call__(self, responses: list[str], records: list[dict[str, Any]]) -> np.ndarray:
-        """The grades alone."""
-        return self.grade(responses, records).grades
-
     def combine(self, grades: np.ndarray) -> np.ndarray:
         """f32[B]: the score of each row of ``grades`` f32[B, functions]: the sum of weight x number over the functions.
 

@@ -3,6 +3,7 @@ may pass. What a function may ask for beside responses and records."""
 
 import asyncio
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -256,6 +257,31 @@ def test_an_answer_of_the_wrong_length_is_not_tried_again():
     with pytest.raises(ValueError, match="returned 1 scores: expected 2"):
         call(short, retries=(3,))
     assert len(called) == 1
+
+
+HUGE = {
+    "a long text": lambda responses, records: "x" * 10**7,
+    "long texts": lambda responses, records: ["x" * 10**7] * len(responses),
+    "too many numbers": lambda responses, records: [0.0] * 10**6,
+    "numbers without end": lambda responses, records: itertools.count(),
+    "a large number": lambda responses, records: [10**4000] * len(responses),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_huge_answer_is_a_short_line(name):
+    with pytest.raises(ValueError, match=r"^rewards\.function: my:f0: (returned|score 0 is) ") as caught:
+        call(HUGE[name])
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_a_huge_error_is_a_short_line():
+    def raises(responses, records):
+        raise RuntimeError("x\n" * 10**6)
+
+    with pytest.raises(GraderError) as caught:
+        call(raises)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
 
 
 def test_the_pauses_double_and_differ(monkeypatch):

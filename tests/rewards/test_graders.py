@@ -140,7 +140,7 @@ def test_each_grader_has_its_own_copies():
 
     graders = Graders((RewardFunction("a", greedy), RewardFunction("b", greedy)), ("a", "b"), (1, 1), (True, True))
     records = [{"answer": 3}, {"answer": 4}]
-    np.testing.assert_array_equal(graders(["x", "y"], records), [[3, 3], [4, 4]])
+    np.testing.assert_array_equal(graders.grade(["x", "y"], records).grades, [[3, 3], [4, 4]])
     assert records == [{"answer": 3}, {"answer": 4}]
 
 
@@ -276,7 +276,7 @@ def test_what_a_function_raises_later_is_one_line_with_its_place(raised, what):
 
     graders = Graders((RewardFunction("my:f", broken),))
     with pytest.raises(GraderError) as caught:
-        graders([""], [{}])
+        graders.grade([""], [{}])
     place = f"{__file__}:{broken.__code__.co_firstlineno + 1}"
     assert str(caught.value) == f"rewards.function: my:f: raised {what} ({place})"
     assert caught.value.__cause__ is raised and raised_here(caught.value)
@@ -342,6 +342,6 @@ def test_a_call_that_takes_too_long_names_the_first_record():
         r'\{"prompt": "why\?"\}$'
     )
     with pytest.raises(GraderError, match=line) as caught:
-        graders(["a", "b"], [{"prompt": "why?"}] * 2)
+        graders.grade(["a", "b"], [{"prompt": "why?"}] * 2)
     assert raised_here(caught.value)
     assert find_graders(RewardsConfig("builtins:len", timeout=2.5)).limits.timeouts == (2.5,)  # type: ignore[union-attr]

@@ -198,6 +198,24 @@ def test_rows_that_fill_up_a_batch_are_never_shown(shape):
     assert 0 <= seconds["time/rewards"] < 60
 
 
+def test_a_process_that_scores_its_share_has_whole_groups(monkeypatch):
+    """Of four blocks of four rows the second and the last: prompts 2, 3, 6 and 7, with both of their responses."""
+    monkeypatch.setattr(scoring, "scored_here", lambda mesh, rows: np.repeat([False, True, False, True], rows // 4))
+    seen = []
+
+    def function(responses, records, groups):
+        seen.append(([record["number"] for record in records], groups))
+        return [float(number) for number in groups]
+
+    mesh = mesh_of((4, 1, 1))
+    with jax.set_mesh(mesh):
+        arrays = put(mesh, (np.zeros((16, 4), np.int32), *np.ones((2, 16, 4), bool)))
+        rows = Sequences(*arrays, ended=put(mesh, np.ones(16, bool)))  # type: ignore[arg-type]
+        found, _ = score(ready_for(mesh, function), rows, [{"number": number} for number in range(8)])
+    assert seen == [([2, 2, 3, 3, 6, 6, 7, 7], [2, 2, 3, 3, 6, 6, 7, 7])]
+    np.testing.assert_array_equal(found.scores, [0, 0, 0, 0, 2, 2, 3, 3, 0, 0, 0, 0, 6, 6, 7, 7])
+
+
 def test_a_batch_without_a_real_row_is_not_asked_about():
     mesh = mesh_of((1, 1, 1))
     with jax.set_mesh(mesh):
