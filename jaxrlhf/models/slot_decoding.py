@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.models.attention.products import bias_of, branches, merge_copies, split_copies, split_keys
 from jaxrlhf.models.config import ModelConfig, local_layers
+from jaxrlhf.models.cpu import writes_row_by_row
 from jaxrlhf.models.transformer import (
     LayerKind,
     Runtime,
@@ -41,24 +42,48 @@ def blank_caches(cfg: ModelConfig, groups: int, abreast: int, columns: int, dtyp
     return [SlotCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(cfg.num_layers)]
 
 
+def place_of(slot: Array, x: Array) -> tuple[Array | int, ...]:
+    """Where a slot's columns begin in keys or values [G, N, n, W, K]."""
+    return slot // x.shape[2], 0, slot % x.shape[2], 0, 0
+
+
 def slot_of(caches: list[SlotCache], slot: Array) -> list[SlotCache]:
     """The caches of one slot, [1, N, 1, W, K]."""
 
     def one(x: Array) -> Array:
-        _, heads, abreast, columns, size = x.shape
-        at = (slot // abreast, 0, slot % abreast, 0, 0)
-        return jax.lax.dynamic_slice(x, at, (1, heads, 1, columns, size))
+        _, heads, _, columns, size = x.shape
+        return jax.lax.dynamic_slice(x, place_of(slot, x), (1, heads, 1, columns, size))
 
     return jax.tree.map(one, caches)
 
 
 def with_slot(caches: list[SlotCache], own: list[SlotCache], slot: Array) -> list[SlotCache]:
     """``caches`` with those of one slot replaced."""
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice(x, new, place_of(slot, x)), caches, own)
 
-    def one(x: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice(x, new, (slot // x.shape[2], 0, slot % x.shape[2], 0, 0))
 
-    return jax.tree.map(one, caches, own)
+def moved(caches: list[SlotCache], blank: list[SlotCache], source: Array) -> list[SlotCache]:
+    """``blank`` with the slots ``source`` i32[slots of blank] of ``caches``, which are as wide."""
+    move = lambda slot, new: with_slot(new, slot_of(caches, source[slot]), slot)
+    return jax.lax.fori_loop(0, len(source), move, blank)
+
+
+def write(cache: SlotCache, new: SlotCache, start: Array, runtime: Runtime) -> SlotCache:
+    """``cache`` with the columns ``new`` [G, N, n, C, K] of each slot from ``start`` i32[G * n] on."""
+    new = jax.tree.map(lambda x, old: x.astype(old.dtype), new, cache)
+    abreast = cache.key.shape[2]
+    if writes_row_by_row(runtime.hardware):
+
+        def row(slot: Array, cache: SlotCache) -> SlotCache:
+            at = (slot // abreast, 0, slot % abreast, start[slot], 0)
+            own = slot_of([new], slot)[0]
+            return jax.tree.map(lambda old, own: jax.lax.dynamic_update_slice(old, own, at), cache, own)
+
+        return jax.lax.fori_loop(0, len(start), row, cache)
+    # [N, W, K] of a slot, its new columns [N, C, K], their place
+    put = lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0))
+    put_all = jax.vmap(jax.vmap(put, (1, 1, 0), 1))  # over G; over n, which is the second axis behind it
+    return jax.tree.map(lambda old, new: put_all(old, new, start.reshape(-1, abreast)), cache, new)
 
 
 def read_columns(
@@ -79,7 +104,6 @@ def read_columns(
     groups, _, abreast, columns, _ = caches[0].key.shape
     positions = start[:, None] + jnp.arange(count)
     grouped = positions.reshape(groups, abreast, count)
-    first = start.reshape(groups, abreast)
 
     def attend_to(window: int | None) -> Callable[[Array, SlotCache], Array]:
         back = grouped[..., None] - jnp.arange(columns)
@@ -92,15 +116,11 @@ def read_columns(
 
         return attend
 
-    # [N, W, K] of a slot, its new columns [N, C, K], their place
-    put = lambda old, new, at: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, at, 0))
-    put_all = jax.vmap(jax.vmap(put, (1, 1, 0), 1))  # over G; over n, which is the second axis behind it
     kinds, layers, updated = layer_kinds(cfg, attend_to), iter(caches), []
 
     def attend(kind: LayerKind, query: Array, key: Array, value: Array) -> Array:
         cache = next(layers)
-        write = lambda old, new: put_all(old, split_keys(new, abreast), first)
-        cache = SlotCache(write(cache.key, key), write(cache.value, value))
+        cache = write(cache, SlotCache(split_keys(key, abreast), split_keys(value, abreast)), start, runtime)
         updated.append(cache)
         return kind.attend(query, cache)
 

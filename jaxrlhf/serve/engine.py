@@ -1,7 +1,8 @@
 """Requests for responses, joined onto the slots of one decode loop by a thread of its own.
 
-Every round reads at most one chunk of one prompt and decodes one token of every slot that is past its prompt: a long
-prompt does not stop the others for long. A slot is given to the request that has waited longest.
+A job waits in the queue, then its prompt is computed in a seat, then it has a slot. Every round computes a chunk of the
+prompts in the seats, and one token of every slot: a long prompt does not stop the others for long. A step is dispatched
+before the tokens of the one before it are read, so that the device does not wait for what is done with them.
 """
 
 import collections
@@ -10,53 +11,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.generate.stop_texts import TextAutomaton, text_automaton
-from jaxrlhf.serve.slots import Settings, Slots, settings_of
+from jaxrlhf.generate.stop_texts import text_automaton
+from jaxrlhf.serve.jobs import Job, Reason, Said, said
+from jaxrlhf.serve.slots import Slots, Step, Told, settings_of
 
-Reason = Literal["eos", "stop", "length", "cancelled", "error"]
-
-
-class Ask(NamedTuple):
-    """How a response is sampled, and what is told of it."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    logprobs: bool = False  # of the response's tokens
-    of_prompt: bool = False  # of the prompt's
-
-
-class Said(NamedTuple):
-    """A token, and what the model says of it where that is asked for."""
-
-    token: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens, the likeliest first
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """One response. ``tokens`` grows until ``reason`` says why it ended; ``changed`` is called after either, by the
-    thread of the engine."""
-
-    ids: np.ndarray  # i32[P]
-    ask: Ask
-    sample_id: int
-    changed: Callable[[], None] = lambda: None
-    tokens: list[Said] = dataclasses.field(default_factory=list)
-    prompt: list[Said] = dataclasses.field(default_factory=list)  # where Ask.of_prompt
-    reason: Reason | None = None
-    began: float = 0.0  # seconds of the clock: when it got its slot
-    read: int = 0  # columns of the prompt that the cache holds
-    stops: list[tuple[TextAutomaton, int]] = dataclasses.field(default_factory=list)  # and their states
+PATIENCE = 8  # rounds with few slots in use, until there are fewer
 
 
 class Full(Exception):
@@ -76,17 +40,27 @@ class Counts:
     seconds: float = 0.0  # of computing
 
 
+class Flight(NamedTuple):
+    """A step that was dispatched, and whose tokens were not read."""
+
+    jobs: list[tuple[int, Job]]  # that want the token of their slot
+    step: Step
+
+
 class Engine:
     """Decodes jobs in ``slots``; ``waiting`` of them at most stand in the queue.
 
-    A context manager: its thread runs inside it."""
+    A context manager: its thread runs inside it. Once a job's end is told, its slot is free, and it is counted."""
 
     def __init__(self, slots: Slots, tokenizer: Any, eos_ids: Sequence[int], waiting: int):
         self.slots, self.tokenizer, self.eos_ids, self.most = slots, tokenizer, frozenset(eos_ids), waiting
         self.pieces: list[bytes] = tokenizers.token_bytes(tokenizer)
         self.queue: collections.deque[Job] = collections.deque()
+        self.seats: list[Job | None] = [None] * slots.seats  # whose prompt is computed in each
         self.jobs: list[Job | None] = [None] * slots.count  # what has each slot
-        self.settings = settings_of(slots.count)
+        self.flight: Flight | None = None
+        self.few = 0  # rounds since more than the next smaller number of slots were in use
+        self.told: dict[Callable[[], None], None] = {}  # what is to be called behind the round, each once
         self.counts = Counts()
         self.news = threading.Condition()
         self.drains = False
@@ -98,7 +72,7 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         with self.news:
-            for job in [*self.queue, *filter(None, self.jobs)]:
+            for job in [*self.queue, *self.running_jobs()]:
                 job.reason = job.reason or "cancelled"
         self.drain()
 
@@ -109,8 +83,7 @@ class Engine:
         with self.news:
             if self.drains:
                 raise Full("the server is shutting down")
-            busy = len(self.queue) + sum(job is not None for job in self.jobs)
-            if busy + len(jobs) > self.most + self.slots.count:
+            if len(self.queue) + self.running + len(jobs) > self.most + self.slots.count:
                 raise Full(f"{len(self.queue)} responses wait already; {self.most} may")
             for job in jobs:
                 job.stops = [
@@ -135,9 +108,13 @@ class Engine:
             self.news.notify_all()
         self.thread.join()
 
+    def running_jobs(self) -> list[Job]:
+        return [job for job in [*self.seats, *self.jobs] if job is not None]
+
     @property
     def running(self) -> int:
-        return sum(job is not None for job in self.jobs)
+        """Jobs that are computed."""
+        return len(self.running_jobs())
 
     # ---- the thread -------------------------------------------------------------------------------------------------
 
@@ -145,7 +122,8 @@ class Engine:
         while True:
             with self.news:
                 self.news.wait_for(lambda: self.queue or self.running or self.drains)
-                self.place()
+                self.free()
+                self.seat()
                 if not self.running:
                     if self.drains and not self.queue:
                         return
@@ -157,80 +135,162 @@ class Engine:
                 traceback.print_exc()
                 self.fail()
             self.counts.seconds += time.perf_counter() - began
+            with self.news:
+                self.free()
+            told, self.told = self.told, {}
+            for changed in told:
+                changed()
 
-    def place(self) -> None:
-        """Free the slots of jobs that have ended, and give them to those that wait."""
-        for slot, job in enumerate(self.jobs):
-            if job is not None and job.reason is not None:
-                self.jobs[slot] = None
-                self.count(job)
+    def free(self) -> None:
+        """Count the jobs that have ended, and free their places."""
+        for places in (self.seats, self.jobs):
+            for place, job in enumerate(places):
+                if job is not None and job.reason is not None:
+                    self.count(job)
+                    places[place] = None
         for job in [job for job in self.queue if job.reason is not None]:
-            self.queue.remove(job)
             self.count(job)
+            self.queue.remove(job)
         if not self.running:
+            self.flight, self.few = None, 0
             self.slots.reset()
-        for slot in [slot for slot, job in enumerate(self.jobs) if job is None][: len(self.queue)]:
-            job = self.queue.popleft()
-            self.jobs[slot], job.began = job, time.perf_counter()
-            ask, sampling = job.ask, self.settings.sampling
-            sampling.temperature[slot], sampling.top_k[slot] = ask.temperature, ask.top_k  # type: ignore[index]
-            sampling.top_p[slot] = ask.top_p  # type: ignore[index]
-            self.settings.seed[slot], self.settings.sample_id[slot] = ask.seed, job.sample_id  # type: ignore[index]
+
+    def seat(self) -> None:
+        """Seat those that have waited longest, while there will be a slot for each."""
+        for seat in [seat for seat, job in enumerate(self.seats) if job is None]:
+            if self.queue and self.running < self.slots.count:
+                self.seats[seat] = self.queue.popleft()
 
     def count(self, job: Job) -> None:
         self.counts.responses += job.reason in ("eos", "stop", "length")
         self.counts.cancelled += job.reason == "cancelled"
 
     def round(self) -> None:
-        """A chunk of the prompt that came first, and a token of every slot that is past its own."""
-        if reading := [(slot, job) for slot, job in self.placed() if not job.tokens]:
-            self.read(*min(reading, key=lambda one: one[1].began))
-        if decoding := [(slot, job) for slot, job in self.placed() if job.tokens and job.reason is None]:
-            self.decode(decoding)
+        """A chunk of the prompts in the seats, and a token of every slot."""
+        seated = {seat: job for seat, job in enumerate(self.seats) if job is not None}
+        if seated:
+            self.slots.make_room(max(self.columns_of(job) for job in seated.values()))
+        if len(seated) > self.slots.seats // 2:
+            self.read(seated)
+        else:
+            for seat, job in seated.items():
+                self.read({seat: job})
+        self.fit()
+        self.decode()
 
-    def placed(self) -> list[tuple[int, Job]]:
-        return [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+    def columns_of(self, job: Job) -> int:
+        """The columns of the caches that a job needs; chunks are whole."""
+        chunks = -(-len(job.ids) // self.slots.small) * self.slots.small
+        return min(max(job.columns, chunks), self.slots.limit)
 
-    def read(self, slot: int, job: Job) -> None:
-        """The next chunk of a prompt; behind the last one, the first token."""
-        chunk = -(-len(job.ids) // self.slots.small) * self.slots.small
-        self.slots.make_room(min(max(len(job.ids) + job.ask.max_tokens, chunk), self.slots.limit))
-        rest = job.ids[job.read :]
-        count, hidden = self.slots.read(rest, slot, job.read)
-        if job.ask.of_prompt:
-            behind = np.zeros(len(hidden), np.int32)
-            known = rest[1 : count + 1]
-            behind[: len(known)] = known
-            told = self.slots.say(hidden, behind)
-            job.prompt += [said(told, column, int(token)) for column, token in enumerate(known)]
-        job.read += count
-        self.counts.prompt_tokens += count
-        if job.read < len(job.ids):
-            return
-        if job.ask.max_tokens == 0:
-            self.end(job, "length")
-            return
-        one: Settings = settings_of(1)
-        for mine, all_slots in zip([*one.sampling, *one[1:]], [*self.settings.sampling, *self.settings[1:]]):
-            mine[0] = all_slots[slot]  # type: ignore[index]
-        token, state = self.slots.first(hidden, count - 1, job.read, one)
-        self.add(
-            job, said(self.slots.say(state, np.array([token], np.int32)), 0, token) if job.ask.logprobs else Said(token)
-        )
+    # ---- prompts ----------------------------------------------------------------------------------------------------
 
-    def decode(self, some: list[tuple[int, Job]]) -> None:
-        """One more token of each of these."""
-        tokens, positions = np.zeros(self.slots.count, np.int32), np.zeros(self.slots.count, np.int32)
-        for slot, job in self.placed():  # what a prompt has in its cache must not be overwritten
-            positions[slot] = min(job.read, self.slots.width - 1)
-        for slot, job in some:
-            tokens[slot], positions[slot] = job.tokens[-1].token, len(job.ids) + len(job.tokens) - 1
-        found, hidden = self.slots.decode(tokens, positions, self.settings)
-        self.counts.steps += 1
-        told = self.slots.say(hidden, found) if any(job.ask.logprobs for _, job in some) else None
-        for slot, job in some:
-            token = int(found[slot])
-            self.add(job, said(told, slot, token) if told is not None and job.ask.logprobs else Said(token))
+    def read(self, some: dict[int, Job]) -> None:
+        """The next chunk of the prompts in these seats; behind a last one, the first token, and a slot."""
+        rests = {seat: job.ids[job.read :] for seat, job in some.items()}
+        counts, hidden = self.slots.read(rests, {seat: job.read for seat, job in some.items()})
+        together = len(some) > 1
+        last, ended = np.zeros(len(hidden), np.int32), {}
+        for seat, job in some.items():
+            row = seat if together else 0  # of ``hidden``
+            if job.ask.of_prompt:
+                self.tell_prompt(job, self.slots.row(hidden, np.int32(row)), counts[seat])
+            job.read += counts[seat]
+            self.counts.prompt_tokens += counts[seat]
+            last[row] = counts[seat] - 1
+            if job.read == len(job.ids):
+                ended[row] = job
+        self.begin(ended, last, hidden)
+        for seat, job in some.items():
+            if job in ended.values() and job.reason is None:
+                self.give_slot(seat, job)
+
+    def tell_prompt(self, job: Job, hidden: Any, count: int) -> None:
+        """What the model says of the tokens of a prompt behind the first of a chunk, whose states are [C, D]."""
+        known = job.ids[job.read + 1 : job.read + count + 1]
+        behind = np.zeros(len(hidden), np.int32)
+        behind[: len(known)] = known
+        told = self.slots.say(hidden, behind)
+        job.prompt += [said(told, column, int(token)) for column, token in enumerate(known)]
+
+    def begin(self, ended: dict[int, Job], last: np.ndarray, hidden: Any) -> None:
+        """The first tokens of jobs whose prompts are whole, by their row of ``hidden`` [P, C, D]; ``last`` i32[P] are
+        the columns of their prompts' last tokens."""
+        for job in ended.values():
+            if job.ask.max_tokens == 0:
+                self.end(job, "length")
+        writing = {row: job for row, job in ended.items() if job.ask.max_tokens}
+        if writing:
+            each = [writing.get(row) for row in range(len(hidden))]
+            positions = np.array([0 if job is None else len(job.ids) for job in each], np.int32)
+            step = self.slots.first(hidden, last, positions, settings_of(each))
+            self.collect(Flight([*writing.items()], step))
+
+    def give_slot(self, seat: int, job: Job) -> None:
+        """Move a job from its seat to a slot."""
+        if None not in self.jobs[: self.slots.rows]:
+            self.resize(more=True)
+        slot = self.jobs.index(None)
+        self.slots.take(seat, slot)
+        self.jobs[slot], self.seats[seat] = job, None
+
+    # ---- slots ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Compute fewer slots, where few have been in use for some rounds."""
+        sizes, used = self.slots.sizes, self.running
+        at = sizes.index(self.slots.rows)
+        self.few = self.few + 1 if at and used <= sizes[at - 1] else 0
+        if self.few >= PATIENCE:
+            self.resize(more=False)
+            self.few = 0
+
+    def resize(self, more: bool) -> None:
+        """Compute the next larger or smaller number of slots."""
+        self.land()  # its tokens are those of the slots as they are
+        kept = [slot for slot, job in enumerate(self.jobs) if job is not None]
+        self.slots.resize(more, kept)
+        jobs = [self.jobs[slot] for slot in kept]
+        self.jobs = [*jobs, *[None] * (self.slots.count - len(jobs))]
+
+    def decode(self) -> None:
+        """Dispatch one more token of every slot, then read those that were dispatched before."""
+        coming = dict(self.flight.jobs) if self.flight else {}
+        size = self.slots.rows
+        given, positions = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        some: list[tuple[int, Job]] = []
+        for slot, job in enumerate(self.jobs[:size]):
+            if job is None or job.reason is not None:
+                continue
+            ahead = coming.get(slot) is job
+            count = len(job.tokens) + ahead
+            if count < job.ask.max_tokens:
+                given[slot] = -1 if ahead else job.tokens[-1].token
+                positions[slot] = len(job.ids) + count - 1
+                some.append((slot, job))
+        before, self.flight = self.flight, None
+        if some:
+            step = self.slots.decode(given, before and before.step, positions, settings_of(self.jobs[:size]))
+            self.counts.steps += 1
+            self.flight = Flight(some, step)
+        if before:
+            self.collect(before)
+
+    def land(self) -> None:
+        """Read the tokens of the step that was dispatched."""
+        if self.flight:
+            before, self.flight = self.flight, None
+            self.collect(before)
+
+    def collect(self, flight: Flight) -> None:
+        """Read the tokens of a step; of jobs that have ended since, nobody wants them."""
+        some = [(row, job) for row, job in flight.jobs if job.reason is None]
+        told: Told | None = None
+        if any(job.ask.logprobs for _, job in some):
+            told = self.slots.say(flight.step.hidden, flight.step.tokens)
+        tokens = np.asarray(flight.step.tokens)
+        for row, job in some:
+            self.add(job, said(told if job.ask.logprobs else None, row, int(tokens[row])))
 
     def add(self, job: Job, new: Said) -> None:
         """A token of a response, which may end it."""
@@ -244,22 +304,18 @@ class Engine:
             self.end(job, "stop")
         elif len(job.tokens) == job.ask.max_tokens:
             self.end(job, "length")
-        else:
-            job.changed()
+        elif job.streams:
+            self.told[job.changed] = None
 
     def end(self, job: Job, reason: Reason) -> None:
         job.reason = job.reason or reason
-        job.changed()
+        self.told[job.changed] = None
 
     def fail(self) -> None:
         """End all that was being computed; the caches are made anew, since a program may have taken them."""
-        for job in filter(None, self.jobs):
+        self.flight = None
+        for job in self.running_jobs():
             self.counts.failed += 1
             self.end(job, "error")
         self.slots.caches = []
         self.slots.reset()
-
-
-def said(told: Any, row: int, token: int) -> Said:
-    top = zip(told.top_token[row].tolist(), told.top_logprob[row].tolist())
-    return Said(token, float(told.logprob[row]), tuple(top))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrlhf.serve.engine import Job, Said
+from jaxrlhf.serve.jobs import Job, Said
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jaxrlhf.serve.engine import Job, Said
+from jaxrlhf.serve.jobs import Job, Said
 from jaxrlhf.serve.openai_answers import REASONS, Writing, chat_logprobs, completion_logprobs, usage
 from jaxrlhf.serve.openai_requests import Chat, Completion
 

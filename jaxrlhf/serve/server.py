@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request  # pyright: ignore[repo
 from starlette.responses import JSONResponse, Response, StreamingResponse  # pyright: ignore[reportMissingImports]
 from starlette.routing import Route  # pyright: ignore[reportMissingImports]
 
-from jaxrlhf.serve.engine import Job
+from jaxrlhf.serve.jobs import Job
 from jaxrlhf.serve.openai_replies import ChatReply, CompletionReply, Reply
 from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, Scores, parse
 from jaxrlhf.serve.server_metrics import ServerMetrics
@@ -145,14 +145,13 @@ class Server:
     async def whole(self, request: Request, reply: Reply, jobs: list[Job], changed: asyncio.Event) -> Response:
         """The reply once all jobs have ended; a client that goes away frees their slots."""
         gone = asyncio.create_task(gone_away(request))
+        gone.add_done_callback(lambda _: changed.set())
         try:
             async with asyncio.timeout(self.limits.seconds):
                 while any(job.reason is None for job in jobs):
-                    wait = asyncio.create_task(changed.wait())
-                    await asyncio.wait({wait, gone}, return_when=asyncio.FIRST_COMPLETED)
+                    await changed.wait()
                     changed.clear()
                     if gone.done():
-                        wait.cancel()
                         raise ClientDisconnect
         except TimeoutError:
             raise ApiError(504, f"No response within {self.limits.seconds:g} s", None, "timeout") from None

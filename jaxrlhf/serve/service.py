@@ -14,7 +14,8 @@ import numpy as np
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.models.config import row_limit
-from jaxrlhf.serve.engine import Ask, Engine, Full, Job
+from jaxrlhf.serve.engine import Engine, Full
+from jaxrlhf.serve.jobs import Ask, Job
 from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, Sampled, Scores
 from jaxrlhf.serve.scorer import Scorer
 from jaxrlhf.serve.slots import Slots
@@ -109,7 +110,8 @@ class TextService(Service):
                 raise ApiError(400, message, "max_tokens", "context_length_exceeded")
         if (count := len(prompts) * n) > (most := self.engine.most + self.engine.slots.count):
             raise ApiError(400, f"n: {count} responses to {len(prompts)} prompts; the server has room for {most}", "n")
-        jobs = [Job(ids, ask, at * n + copy, changed) for at, ids in enumerate(prompts) for copy in range(n)]
+        streams = bool(request.stream)
+        jobs = [Job(ids, ask, at * n + copy, changed, streams) for at, ids in enumerate(prompts) for copy in range(n)]
         try:
             self.engine.submit(jobs)
         except Full as error:

@@ -1,10 +1,12 @@
 """The programs that serve requests: chunks of prompts, and one token of every slot. Nothing else computes.
 
-Their shapes are few: two widths of chunks, and a width of the caches from a short list. Everything that a request may
-choose is an array, so that after ``warm_up`` nothing compiles.
+Prompts are computed in a few seats with caches of their own; once it is whole, a prompt's cache moves to a slot. Shapes
+are few: the chunks, the number of slots and the width of all caches are each from a short list. Everything that a
+request may choose is an array. So nothing compiles after ``warm_up``.
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,13 +18,16 @@ from jaxrlhf.models.config import ModelConfig, row_limit
 from jaxrlhf.models.cpu import prompts_abreast
 from jaxrlhf.models.decoding import decode_layout
 from jaxrlhf.models.heads import lm_logits
-from jaxrlhf.models.slot_decoding import SlotCache, blank_caches, read_columns, slot_of, with_slot
+from jaxrlhf.models.slot_decoding import SlotCache, blank_caches, moved, read_columns, slot_of, with_slot
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import RowSampling, choose, shape_rows, uniform_noise
+from jaxrlhf.serve.jobs import Job
 from jaxrlhf.types import Array, Params
 
 SMALL, LARGE = 32, 128  # columns of a chunk of a prompt
-FIRST_WIDTH, GROWTH = 256, 4  # columns of the smallest caches; what they are multiplied by to grow
+SEATS = 4  # prompts that are computed at once
+FIRST_WIDTH, GROWTH = 256, 4  # columns of the smallest caches; what widths, and numbers of slots, are multiplied by
+LEAST_SLOTS = 4  # beside 1: fewer are hardly faster
 TOP = 5  # the likeliest tokens that are told
 
 
@@ -42,10 +47,31 @@ class Told(NamedTuple):
     top_logprob: Array  # f32[B, TOP]
 
 
-def settings_of(rows: int) -> Settings:
-    """The greedy settings of rows that are to be filled in, as NumPy arrays."""
-    sampling = RowSampling(np.zeros(rows, np.float32), np.zeros(rows, np.int32), np.ones(rows, np.float32))  # type: ignore[arg-type]
-    return Settings(sampling, np.zeros(rows, np.int32), np.zeros(rows, np.int32))  # type: ignore[arg-type]
+class Step(NamedTuple):
+    """What was computed of each slot, on the device, perhaps not yet."""
+
+    tokens: Array  # i32[B]
+    hidden: Array  # [B, D]: the states before them
+
+
+def settings_of(jobs: Sequence[Job | None]) -> Settings:
+    """As NumPy arrays; None: greedy."""
+    asks = [(0.0, 0, 1.0, 0, 0) if job is None else (*sampling_of(job), job.ask.seed, job.sample_id) for job in jobs]
+    kinds = np.float32, np.int32, np.float32, np.int32, np.int32
+    columns = [np.array(column, kind) for column, kind in zip(zip(*asks), kinds)]
+    return Settings(RowSampling(*columns[:3]), *columns[3:])  # type: ignore[arg-type]
+
+
+def sampling_of(job: Job) -> tuple[float, int, float]:
+    return job.ask.temperature, job.ask.top_k, job.ask.top_p
+
+
+def sizes_up_to(most: int, least: int) -> list[int]:
+    """``most``, and what divisions by GROWTH make of it down to ``least``; the smallest first."""
+    sizes = [most]
+    while sizes[0] >= least * GROWTH:
+        sizes.insert(0, -(-sizes[0] // GROWTH))
+    return sizes
 
 
 def tell(cfg: ModelConfig, params: Params, hidden: Array, token: Array) -> Told:
@@ -66,41 +92,65 @@ def pick(cfg: ModelConfig, params: Params, hidden: Array, position: Array, setti
 
 
 class Slots:
-    """``count`` rows of a model on one device, each with its own request: first its prompt, then its response.
+    """Rows of a model on one device: seats, in which prompts are computed, and slots, which decode.
 
     Args:
+        count: slots, at most; ``self.sizes`` are the numbers of them that programs compute.
         limit: columns that a prompt and its response may have together, at most; ``self.limit`` is what is had.
     """
 
     def __init__(self, params: Params, cfg: ModelConfig, count: int, limit: int):
         self.device = jax.devices()[0]
         self.runtime = Runtime(hardware=hardware_of(self.device))
-        self.cfg, self.count = cfg, count
-        self.abreast = prompts_abreast(count, 1, self.runtime.hardware)
+        self.cfg, self.count, self.seats = cfg, count, min(SEATS, count)
         limit = min(limit, row_limit(cfg) or limit)
         self.small = min(SMALL, limit)
         self.limit = limit // self.small * self.small
+        self.sizes = sorted({1, *sizes_up_to(count, LEAST_SLOTS)})
         self.widths = [min(FIRST_WIDTH, self.limit)]
         while self.widths[-1] < self.limit:
             self.widths.append(min(self.widths[-1] * GROWTH, self.limit))
         params = jax.device_put(params, jax.sharding.SingleDeviceSharding(self.device))  # no mesh from here on
         lay_out = lambda params: decode_layout(params, cfg, "lm", self.runtime, count)
         self.params = jax.jit(lay_out)(params)
-        self.chunk = jax.jit(functools.partial(read_chunk, cfg, self.runtime), donate_argnums=1)
-        self.step = jax.jit(functools.partial(decode_slots, cfg, self.runtime), donate_argnums=1)
-        self.pick = jax.jit(functools.partial(pick, cfg))
-        self.tell = jax.jit(functools.partial(tell, cfg))
-        self.column = jax.jit(lambda hidden, at: jax.lax.dynamic_slice_in_dim(hidden, at, 1))
-        self.grow = jax.jit(widened, static_argnums=1)
+        self.compile()
         self.caches: list[SlotCache] = []
+        self.seat_caches: list[SlotCache] = []
         self.reset()
 
+    def compile(self) -> None:
+        """The programs. Each is compiled for the shapes that it meets."""
+        given = self.cfg, self.runtime
+        self.chunk = jax.jit(functools.partial(read_chunk, *given), donate_argnums=1)
+        self.chunks = jax.jit(functools.partial(read_chunks, *given), donate_argnums=1)
+        self.step = jax.jit(functools.partial(decode_slots, *given), donate_argnums=1)
+        self.pick = jax.jit(functools.partial(pick_last, self.cfg))
+        self.tell = jax.jit(functools.partial(tell, self.cfg))
+        self.row = jax.jit(lambda x, at: jax.lax.dynamic_index_in_dim(x, at, keepdims=False))
+        self.settle = jax.jit(take_slot, donate_argnums=0)
+        self.move = jax.jit(lambda caches, source: moved(caches, self.blank(len(source), caches), source))
+        self.grow = jax.jit(widened, static_argnums=1)
+
+    def blank(self, rows: int, like: int | list[SlotCache]) -> list[SlotCache]:
+        """Empty caches of so many rows; ``like``: their columns, or caches that have as many."""
+        columns = like if isinstance(like, int) else like[0].key.shape[3]
+        abreast = prompts_abreast(rows, 1, self.runtime.hardware)
+        return blank_caches(self.cfg, rows // abreast, abreast, columns, self.runtime.compute)
+
+    # ---- sizes ------------------------------------------------------------------------------------------------------
+
     def reset(self) -> None:
-        """Empty caches of the smallest width; for when no slot is in use."""
-        if not self.caches or self.width != self.widths[0]:
-            self.caches = []  # the old ones are freed first
-            groups = self.count // self.abreast
-            self.caches = blank_caches(self.cfg, groups, self.abreast, self.widths[0], self.runtime.compute)
+        """Empty caches of the smallest size; for when neither slots nor seats are in use."""
+        if not self.caches or (self.rows, self.width) != (self.sizes[0], self.widths[0]):
+            self.caches, self.seat_caches = [], []  # the old ones are freed first
+            self.caches = self.blank(self.sizes[0], self.widths[0])
+            self.seat_caches = self.blank(self.seats, self.widths[0])
+
+    @property
+    def rows(self) -> int:
+        """Slots that the caches hold now."""
+        groups, _, abreast, _, _ = self.caches[0].key.shape
+        return groups * abreast
 
     @property
     def width(self) -> int:
@@ -109,45 +159,92 @@ class Slots:
     def make_room(self, columns: int) -> None:
         """Widen the caches until they hold so many columns."""
         while self.width < columns:
-            self.caches = self.grow(self.caches, self.widths[self.widths.index(self.width) + 1])
+            width = self.widths[self.widths.index(self.width) + 1]
+            self.caches, self.seat_caches = self.grow(self.caches, width), self.grow(self.seat_caches, width)
 
-    def read(self, tokens: np.ndarray, slot: int, start: int) -> tuple[int, Array]:
-        """The forward pass over the next chunk of a slot's prompt: ``tokens`` i32[N] are its rest from column ``start``
-        on. Returns (columns that were read, hidden states [C, D], of which the first so many mean something)."""
-        size = LARGE if len(tokens) >= LARGE else self.small
-        count = min(len(tokens), size)
-        row = np.zeros((1, size), np.int32)
-        row[0, :count] = tokens[:count]
-        hidden, self.caches = self.chunk(self.params, self.caches, row, np.int32(slot), np.int32(start))
-        return count, hidden
+    def resize(self, more: bool, kept: Sequence[int]) -> None:
+        """The next larger or smaller number of slots, of which the first are those that are ``kept``, in that order."""
+        rows = self.sizes[self.sizes.index(self.rows) + (1 if more else -1)]
+        source = np.zeros(rows, np.int32)
+        source[: len(kept)] = kept
+        self.caches = self.move(self.caches, source)
 
-    def first(self, hidden: Array, last: int, position: int, settings: Settings) -> tuple[int, Array]:
-        """The token behind column ``last`` of a chunk, for ``position``, and the state before it, [1, D]; ``settings``
-        are of one row."""
-        state = self.column(hidden, np.int32(last))
-        return int(self.pick(self.params, state, np.full(1, position, np.int32), settings)[0]), state
+    # ---- computing --------------------------------------------------------------------------------------------------
 
-    def decode(self, tokens: np.ndarray, positions: np.ndarray, settings: Settings) -> tuple[np.ndarray, Array]:
-        """The tokens behind ``tokens`` i32[B], which stand at ``positions``, in every slot; the states before them."""
-        hidden, self.caches = self.step(self.params, self.caches, tokens, positions)
-        return np.asarray(self.pick(self.params, hidden, positions + 1, settings)), hidden
+    def read(self, rests: Mapping[int, np.ndarray], starts: Mapping[int, int]) -> tuple[dict[int, int], Array]:
+        """The forward pass over the next chunk of the prompts in some seats.
 
-    def say(self, hidden: Array, tokens: np.ndarray) -> Told:
-        """What the states say of the tokens behind them, as NumPy arrays."""
+        Args:
+            rests: seat -> i32[N], what is left of its prompt; of one seat, or of all that are in use.
+            starts: seat -> its column in the prompt.
+
+        Returns:
+            (seat -> columns that were read, hidden states [1, C, D] of the one seat, or [seats, C, D] of all; the first
+            columns of those that were read mean something).
+        """
+        together = len(rests) > 1
+        size = LARGE if not together and min(map(len, rests.values())) >= LARGE else self.small
+        counts = {seat: min(len(rest), size) for seat, rest in rests.items()}
+        rows = [*range(self.seats)] if together else [*rests]
+        tokens, start = np.zeros((len(rows), size), np.int32), np.zeros(len(rows), np.int32)
+        for row, seat in enumerate(rows):
+            if seat in rests:
+                tokens[row, : counts[seat]], start[row] = rests[seat][: counts[seat]], starts[seat]
+        if together:
+            hidden, self.seat_caches = self.chunks(self.params, self.seat_caches, tokens, start)
+        else:
+            hidden, self.seat_caches = self.chunk(self.params, self.seat_caches, tokens, np.int32(rows[0]), start)
+        return counts, hidden
+
+    def first(self, hidden: Array, last: np.ndarray, positions: np.ndarray, settings: Settings) -> Step:
+        """The tokens for ``positions`` i32[P], behind the columns ``last`` i32[P] of chunks [P, C, D]."""
+        return Step(*self.pick(self.params, hidden, last, positions, settings))
+
+    def take(self, seat: int, slot: int) -> None:
+        """Move the cache of a seat to a slot."""
+        self.caches = self.settle(self.caches, self.seat_caches, np.int32(seat), np.int32(slot))
+
+    def decode(self, given: np.ndarray, before: Step | None, positions: np.ndarray, settings: Settings) -> Step:
+        """The tokens behind those ``given`` i32[B], which stand at ``positions``, in every slot. Where -1 is given, it
+        is behind the token of the step ``before``, which has as many slots."""
+        tokens = given if before is None else before.tokens
+        token, hidden, self.caches = self.step(self.params, self.caches, given, tokens, positions, settings)
+        return Step(token, hidden)
+
+    def say(self, hidden: Array, tokens: Array | np.ndarray) -> Told:
+        """What the states [B, D] say of the tokens behind them, as NumPy arrays."""
         return jax.device_get(self.tell(self.params, hidden, tokens))
 
     def warm_up(self) -> None:
-        """Compile every program: all sizes of chunks and a step, at all widths."""
-        every, zeros = settings_of(self.count), np.zeros(self.count, np.int32)
+        """Compile every program: chunks, steps of all sizes and what moves caches, at all widths."""
+        seats = [{0: 1}, *([{0: 1, self.seats - 1: 1}] if self.seats > 1 else []), {0: LARGE}]
         for width in self.widths:
             self.make_room(width)
-            for size in [self.small, *([LARGE] if width >= LARGE else [])]:
-                _, hidden = self.read(np.zeros(size, np.int32), 0, 0)
-                self.say(hidden, np.zeros(size, np.int32))
-                _, state = self.first(hidden, 0, 0, settings_of(1))
-            self.say(self.decode(zeros, zeros, every)[1], zeros)
-        self.say(state, np.zeros(1, np.int32))
+            for lengths in seats[: None if width >= LARGE else -1]:
+                rests = {seat: np.zeros(length, np.int32) for seat, length in lengths.items()}
+                _, hidden = self.read(rests, dict.fromkeys(rests, 0))
+                rows, zeros = len(hidden), np.zeros(len(hidden), np.int32)
+                step = self.first(hidden, zeros, zeros, settings_of([None] * rows))
+                self.say(step.hidden, step.tokens)
+                self.say(self.row(hidden, np.int32(0)), np.zeros(hidden.shape[1], np.int32))
+            for size in self.sizes:
+                if size > self.rows:
+                    self.resize(True, [])
+                self.take(0, 0)
+                zeros, every = np.zeros(size, np.int32), settings_of([None] * size)
+                step = self.decode(zeros, self.decode(zeros, None, zeros, every), zeros, every)
+                self.say(step.hidden, step.tokens)
+            while self.rows > 1:
+                self.resize(False, [])
+        self.widen_all()
         self.reset()
+
+    def widen_all(self) -> None:
+        """Compile what widens the caches, of all numbers of slots."""
+        for size in self.sizes:
+            for width, wider in zip(self.widths, self.widths[1:]):
+                self.caches = self.blank(size, width)
+                self.caches = self.grow(self.caches, wider)
 
 
 def widened(caches: list[SlotCache], columns: int) -> list[SlotCache]:
@@ -162,17 +259,45 @@ def read_chunk(
     params: Params,
     caches: list[SlotCache],
     tokens: Array,
-    slot: Array,
+    seat: Array,
     start: Array,
 ) -> tuple[Array, list[SlotCache]]:
-    """The program of Slots.read: tokens i32[1, C] of a slot."""
-    hidden, own = read_columns(params, cfg, tokens, start[None], slot_of(caches, slot), runtime)
-    return hidden[0], with_slot(caches, own, slot)
+    """The program of Slots.read for one seat: tokens i32[1, C], start i32[1]."""
+    hidden, own = read_columns(params, cfg, tokens, start, slot_of(caches, seat), runtime)
+    return hidden, with_slot(caches, own, seat)
+
+
+def read_chunks(
+    cfg: ModelConfig, runtime: Runtime, params: Params, caches: list[SlotCache], tokens: Array, start: Array
+) -> tuple[Array, list[SlotCache]]:
+    """The program of Slots.read for all seats: tokens i32[seats, C], start i32[seats]."""
+    return read_columns(params, cfg, tokens, start, caches, runtime)
+
+
+def pick_last(
+    cfg: ModelConfig, params: Params, hidden: Array, last: Array, position: Array, settings: Settings
+) -> tuple[Array, Array]:
+    """The program of Slots.first: the tokens and the states before them."""
+    state = jax.vmap(lambda chunk, at: jax.lax.dynamic_index_in_dim(chunk, at, keepdims=False))(hidden, last)
+    return pick(cfg, params, state, position, settings), state
+
+
+def take_slot(caches: list[SlotCache], seats: list[SlotCache], seat: Array, slot: Array) -> list[SlotCache]:
+    """The program of Slots.take."""
+    return with_slot(caches, slot_of(seats, seat), slot)
 
 
 def decode_slots(
-    cfg: ModelConfig, runtime: Runtime, params: Params, caches: list[SlotCache], tokens: Array, positions: Array
-) -> tuple[Array, list[SlotCache]]:
+    cfg: ModelConfig,
+    runtime: Runtime,
+    params: Params,
+    caches: list[SlotCache],
+    given: Array,
+    before: Array,
+    positions: Array,
+    settings: Settings,
+) -> tuple[Array, Array, list[SlotCache]]:
     """The program of Slots.decode: one token of each slot."""
+    tokens = jnp.where(given >= 0, given, before)
     hidden, caches = read_columns(params, cfg, tokens[:, None], positions, caches, runtime)
-    return hidden[:, 0], caches
+    return pick(cfg, params, hidden[:, 0], positions + 1, settings), hidden[:, 0], caches

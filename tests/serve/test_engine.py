@@ -11,7 +11,8 @@ from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.serve import writer
-from jaxrlhf.serve.engine import Ask, Engine, Full, Job
+from jaxrlhf.serve.engine import Engine, Full
+from jaxrlhf.serve.jobs import Ask, Job
 from jaxrlhf.serve.writer import encode_record
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support.runs import COMPILED
@@ -28,7 +29,7 @@ class Ended(Job):
     def __init__(self, service, prompt: str | list[int], ask: Ask, sample_id: int = 0, then=lambda job: None):
         self.done, self.then = threading.Event(), then
         ids = encode_record(service.model, {"prompt": prompt}) if isinstance(prompt, str) else prompt
-        super().__init__(np.asarray(ids, np.int32), ask, sample_id, self.look)
+        super().__init__(np.asarray(ids, np.int32), ask, sample_id, self.look, streams=True)
         self.engine: Engine = service.engine
 
     def look(self) -> None:
