@@ -1,9 +1,11 @@
-"""Tokens a second of `jaxrlhf serve`, beside transformers' `generate`, on one machine at one time.
+"""Tokens a second of `jaxrlhf serve`, beside transformers' `generate` and llama.cpp, on one machine at one time.
 
-``python -m jaxrlhf.benchmarks.serving FOLDER --torch PYTHON``: FOLDER is a Hugging Face folder, PYTHON an interpreter
-with torch and transformers. Both compute in float32 and sample at temperature 1. The server is asked over HTTP by as
-many clients as there are rows in a batch of transformers, which therefore joins and ends them all at once. They take
-turns, round by round, so that what else the machine does meets both.
+``python -m jaxrlhf.benchmarks.serving FOLDER --torch PYTHON [--llama PYTHON --gguf FILE]``: FOLDER is a Hugging Face
+folder, PYTHON an interpreter with torch and transformers, or with llama-cpp-python. All sample at temperature 1, with
+no filter. Ours and transformers' compute in float32; the server is asked over HTTP by as many clients as there are rows
+in a batch of transformers, which therefore joins and ends them all at once. llama.cpp decodes one response, through its
+Python API, in float16: FILE, a GGUF of the same model, is rewritten so. They take turns, round by round, so that what
+else the machine does meets all.
 """
 
 import argparse
@@ -19,8 +21,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, NamedTuple
 
+from jaxrlhf.errors import ConfigError
+
 PROMPT = "The old man walked slowly along the beach, and when he came to the harbour he saw that the boats"
-# reads numbers of rows, one a line, and writes the seconds that a batch of so many took
+# Both read numbers of rows, one a line, and write the seconds that a batch of so many took.
 TRANSFORMERS = """
 import sys, time, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,6 +41,26 @@ for line in sys.stdin:
                        max_new_tokens=tokens, pad_token_id=0)
     print(time.perf_counter() - began, flush=True)
 """
+LLAMA = """
+import itertools, os, sys, tempfile, time, llama_cpp
+file, prompt, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with tempfile.TemporaryDirectory() as folder:
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype, how.allow_requantize = 1, True  # float16
+    half = os.path.join(folder, "f16.gguf")
+    if llama_cpp.llama_model_quantize(file.encode(), half.encode(), how):
+        sys.exit(f"{file}: llama.cpp could not rewrite it")
+    cores = os.cpu_count()
+    model = llama_cpp.Llama(half, n_ctx=256, n_threads=cores, n_threads_batch=cores, verbose=False)
+ids = model.tokenize(prompt.encode())
+print("ready", flush=True)
+for line in sys.stdin:
+    model.reset()
+    began = time.perf_counter()
+    made = model.generate(ids, temp=1.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0)
+    assert len(list(itertools.islice(made, tokens))) == tokens
+    print(time.perf_counter() - began, flush=True)
+"""
 
 
 class Measured(NamedTuple):
@@ -44,12 +68,11 @@ class Measured(NamedTuple):
 
     clients: int
     served: list[float]
-    transformers: list[float]
+    others: dict[str, list[float]]  # by what they are
 
-    @property
-    def ratio(self) -> float:
-        """Of the server to transformers, the median of the rounds."""
-        return statistics.median(ours / theirs for ours, theirs in zip(self.served, self.transformers))
+    def ratio(self, name: str) -> float:
+        """Of the server to another, the median of the rounds."""
+        return statistics.median(ours / theirs for ours, theirs in zip(self.served, self.others[name], strict=True))
 
 
 @contextlib.contextmanager
@@ -84,39 +107,76 @@ def served(address: str, clients: int, tokens: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def measure(folder: str, torch: str, numbers: Sequence[int], tokens: int, rounds: int) -> Iterator[Measured]:
-    """Each number of clients, after a round that is not counted."""
+def batched(other: subprocess.Popen[str], rows: int, tokens: int) -> float:
+    """Tokens a second that another process makes of a batch of so many rows."""
+    assert other.stdin is not None
+    print(rows, file=other.stdin, flush=True)
+    return rows * tokens / float(line_of(other.stdout))
+
+
+def measure(
+    folder: str, others: dict[str, list[str]], numbers: Sequence[int], tokens: int, rounds: int, seconds: float
+) -> Iterator[Measured]:
+    """Each number of clients, after a round that is not counted.
+
+    Args:
+        others: name -> the command of a process that reads numbers of rows. llama.cpp has one row alone.
+        seconds: after which no further round begins; each number of clients has a part of it, and one round at least.
+    """
     server = [sys.executable, "-m", "jaxrlhf", "serve", folder, "--port", "0", "--name", "served", "--context", "256"]
     server += ["--slots", str(max(numbers))]
-    with process([torch, "-c", TRANSFORMERS, folder, PROMPT, str(tokens)]) as theirs, process(server) as ours:
-        line_of(theirs.stdout)
+    with contextlib.ExitStack() as stack:
+        theirs = {name: stack.enter_context(process(command)) for name, command in others.items()}
+        ours = stack.enter_context(process(server))
+        for other in theirs.values():
+            line_of(other.stdout)
         address = line_of(ours.stdout).split()[0]
         for clients in numbers:
-            found = Measured(clients, [], [])
+            end = time.monotonic() + seconds / len(numbers)
+            asked = {name: other for name, other in theirs.items() if clients == 1 or name != "llama.cpp"}
+            found = Measured(clients, [], {name: [] for name in asked})
             for round in range(rounds + 1):
+                if round > 1 and time.monotonic() > end:
+                    break
                 speed = served(address, clients, tokens)
-                assert theirs.stdin is not None
-                print(clients, file=theirs.stdin, flush=True)
-                other = clients * tokens / float(line_of(theirs.stdout))
+                speeds = {name: batched(other, clients, tokens) for name, other in asked.items()}
                 if round:
                     found.served.append(speed)
-                    found.transformers.append(other)
+                    for name, other_speed in speeds.items():
+                        found.others[name].append(other_speed)
             yield found
+
+
+def row_of(found: Measured, names: Sequence[str]) -> str:
+    """A row of the table: medians of the rounds, and ratios of each round's."""
+    cells = [str(found.clients), str(len(found.served)), f"{statistics.median(found.served):.1f}"]
+    for name in names:
+        known = name in found.others
+        cells += [f"{statistics.median(found.others[name]):.1f}", f"{found.ratio(name):.2f}"] if known else ["", ""]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--torch", required=True, help="an interpreter with torch and transformers")
+    parser.add_argument("--llama", help="an interpreter with llama-cpp-python")
+    parser.add_argument("--gguf", help="with --llama: the model as a GGUF file")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=8.0, help="of measuring, after which no round begins")
     asked: Any = parser.parse_args(arguments)
+    others = {"transformers": [asked.torch, "-c", TRANSFORMERS, asked.folder, PROMPT, str(asked.tokens)]}
+    if bool(asked.llama) != bool(asked.gguf):
+        raise ConfigError("--llama: needs --gguf, the model that llama.cpp reads, and --gguf needs --llama")
+    if asked.llama:
+        others["llama.cpp"] = [asked.llama, "-c", LLAMA, asked.gguf, PROMPT, str(asked.tokens)]
     print(f"{os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}, {asked.tokens} tokens a response")
-    print("| clients | served, tokens/s | transformers, tokens/s | ratio |\n|---|---|---|---|")
-    for found in measure(asked.folder, asked.torch, asked.clients, asked.tokens, asked.rounds):
-        ours, theirs = statistics.median(found.served), statistics.median(found.transformers)
-        print(f"| {found.clients} | {ours:.1f} | {theirs:.1f} | {found.ratio:.2f} |", flush=True)
+    heads = ["clients", "rounds", "served, tokens/s", *(head for name in others for head in (f"{name}", "ratio"))]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for found in measure(asked.folder, others, asked.clients, asked.tokens, asked.rounds, asked.minutes * 60):
+        print(row_of(found, [*others]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Responses of the slots: those of `jaxrlhf generate`, whatever else is computed beside them."""
 
+import itertools
 import threading
 
 import jax
@@ -75,6 +76,67 @@ def test_a_response_does_not_depend_on_its_company_nor_on_when_it_joins(service)
     service.engine.submit(others)
     assert late.ids_out == alone
     assert len({tuple(job.ids_out) for job in others}) == 6
+
+
+def noted(monkeypatch, service, *names: str) -> list[tuple[str, int]]:
+    """What the engine has computed: the programs, each with the seats that it read, or the slots that there were."""
+    calls, slots = [], service.engine.slots
+
+    def note(name: str) -> None:
+        compute = getattr(slots, name)
+
+        def noting(*given):
+            calls.append((name, len(given[0])))
+            return compute(*given)
+
+        monkeypatch.setattr(slots, name, noting)
+
+    for name in names:
+        note(name)
+    return calls
+
+
+def test_prompts_that_wait_are_computed_together(service, folder, monkeypatch):
+    """Also those of other lengths; their texts are those of generate."""
+    prompts = [PROMPT, "the film", LONG, "its script is warm", "a"]
+    calls = noted(monkeypatch, service, "read")
+    cfg = GenerateConfig(8, temperature=0.8, top_p=0.9)
+    found = run(service, *(Ended(service, prompt, SAMPLED) for prompt in prompts))
+    assert [decoded(service, ids) for ids in found] == [generated(folder, text, cfg, 7)[0].text for text in prompts]
+    assert calls[0] == ("read", 4)  # the seats: one is for the fifth once another is free
+
+
+def test_a_long_prompt_does_not_stop_the_others(service, monkeypatch):
+    """A token of theirs is computed between two of its chunks."""
+    calls = noted(monkeypatch, service, "read", "decode")
+    long = Ended(service, LONG, SAMPLED)
+    short = Ended(service, PROMPT, Ask(24, seed=1))
+    short.then = lambda job: service.engine.submit([long]) if len(job.tokens) == 2 else None
+    run(service, short)
+    assert len(long.ids_out) == 8
+    order = [name for name, _ in calls]
+    assert order.count("read") > 2
+    later = order[order.index("read", 1) :]
+    assert ("read", "read") not in itertools.pairwise(later)
+
+
+def test_few_slots_are_computed_where_few_are_in_use(service, monkeypatch):
+    """A response goes on where the number of slots changes, with the same tokens."""
+    ask = Ask(60, temperature=2.0, seed=5)
+    (alone,) = run(service, Ended(service, PROMPT, ask))
+    calls = noted(monkeypatch, service, "decode")
+    found = run(service, *(Ended(service, PROMPT, ask if at == 2 else Ask(3, seed=at)) for at in range(3)))
+    assert found[2] == alone
+    assert {size for _, size in calls} == {1, 4} and calls[-1][1] == 1
+
+
+def test_a_slot_is_free_and_counted_before_its_end_is_told(service):
+    engine, seen = service.engine, []
+    job = Ended(service, PROMPT, SAMPLED)
+    before = engine.counts.responses
+    job.then = lambda job: seen.append((engine.running, engine.counts.responses - before)) if job.reason else None
+    run(service, job)
+    assert seen == [(0, 1)]
 
 
 def test_nothing_compiles_after_warm_up(service):
