@@ -7,11 +7,13 @@ import signal
 import socket
 import sys
 import time
+from types import FrameType
 from typing import NamedTuple
 
 import uvicorn  # pyright: ignore[reportMissingImports]
 
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, counted
+from jaxrlhf.serve.engine import Engine
 from jaxrlhf.serve.server import Limits, Server
 from jaxrlhf.serve.service import TextService, read_scores, read_service
 from jaxrlhf.types import Role
@@ -65,6 +67,7 @@ def serve_model(asked: Asked, role: Role, host: str, port: int, limits: Limits) 
         given = (asked.model, asked.slots, asked.context, asked.waiting, asked.name)
         service = read_service(*given) if role == "policy" else read_scores(*given)
         began = time.monotonic()
+        print(f"{service.name}: compiling its programs; the next start finds them ready", file=sys.stderr, flush=True)
         if isinstance(service, TextService):
             service.engine.slots.warm_up()
             stack.enter_context(service.engine)
@@ -75,6 +78,21 @@ def serve_model(asked: Asked, role: Role, host: str, port: int, limits: Limits) 
         address = f"http://{f'[{host}]' if ':' in host else host}:{where.getsockname()[1]}"
         print(f"{address}/v1  (model {service.name!r}; Ctrl-C ends it)", flush=True)
         run(server, where, limits)
+
+
+class Announced(uvicorn.Server):
+    """uvicorn, which says at the first signal what it waits for."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine | None):
+        super().__init__(config)
+        self.engine = engine
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        left = 0 if self.engine is None else self.engine.running + len(self.engine.queue)
+        if left and not self.should_exit:
+            # not print: the signal may have come amid one
+            os.write(2, f"\n{counted(left, 'response')} to be finished; Ctrl-C stops at once\n".encode())
+        super().handle_exit(sig, frame)
 
 
 def run(server: Server, where: socket.socket, limits: Limits) -> None:
@@ -88,4 +106,4 @@ def run(server: Server, where: socket.socket, limits: Limits) -> None:
         timeout_graceful_shutdown=int(limits.seconds),
     )
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once all is finished: that is a success
-    uvicorn.Server(config).run(sockets=[where])
+    Announced(config, server.engine).run(sockets=[where])

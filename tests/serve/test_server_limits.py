@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,7 +35,7 @@ TOO_LARGE = {
 
 
 def waits_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not true():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -47,10 +48,26 @@ def slow(service, monkeypatch) -> None:
     monkeypatch.setattr(service.engine.slots, "decode", lambda *given: time.sleep(0.02) or decode(*given))
 
 
+@pytest.fixture
+def held(service, monkeypatch) -> Iterator[Callable[[], None]]:
+    """No step is computed until this is called."""
+    decode, go_on = service.engine.slots.decode, threading.Event()
+    monkeypatch.setattr(service.engine.slots, "decode", lambda *given: go_on.wait(60) and decode(*given))
+    yield go_on.set
+    go_on.set()
+
+
 @pytest.fixture(scope="module")
 def strict(service) -> Iterator[str]:
-    """The address of a server with a token and narrow limits."""
-    with listening(Server(service, "secret", Limits(body=2000, seconds=0.5, body_seconds=0.3))) as found:
+    """The address of a server with a token, and a limit of what it takes."""
+    with listening(Server(service, "secret", Limits(body=2000))) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def hurried(service) -> Iterator[str]:
+    """That of one with a token and little time."""
+    with listening(Server(service, "secret", Limits(seconds=0.5, body_seconds=0.3))) as found:
         yield found
 
 
@@ -84,7 +101,10 @@ def test_bodies_that_are_no_request(strict):
         status, _, told = post(strict, body)
         assert status == 400 and told["error"]["type"] == "invalid_request_error"
         assert "Traceback" not in json.dumps(told)
-    with socket.create_connection(("127.0.0.1", int(strict.split(":")[2].split("/")[0]))) as raw:
+
+
+def test_a_body_that_is_slow(hurried):
+    with socket.create_connection(("127.0.0.1", int(hurried.split(":")[2].split("/")[0]))) as raw:
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\nContent-Length: 100\r\n\r\n{"
         )
@@ -92,8 +112,8 @@ def test_bodies_that_are_no_request(strict):
         assert raw.recv(100).startswith(b"HTTP/1.1 408")
 
 
-def test_a_request_may_not_take_longer_than_it_may(strict, slow, service):
-    with openai.OpenAI(base_url=strict, api_key="secret", max_retries=0) as client:
+def test_a_request_may_not_take_longer_than_it_may(hurried, slow, service):
+    with openai.OpenAI(base_url=hurried, api_key="secret", max_retries=0) as client:
         with pytest.raises(openai.InternalServerError, match=r"No response within 0\.5 s") as error:
             complete(client, max_tokens=200, temperature=2, seed=1)
         assert error.value.status_code == 504
@@ -102,7 +122,7 @@ def test_a_request_may_not_take_longer_than_it_may(strict, slow, service):
     waits_until(lambda: not service.engine.running)
 
 
-def test_a_full_queue_is_told_with_when_to_try_again(address, slow, service, monkeypatch):
+def test_a_full_queue_is_told_with_when_to_try_again(address, held, service, monkeypatch):
     monkeypatch.setattr(service.engine, "most", 0)
     with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
         stream = complete(client, n=SLOTS, max_tokens=100, stream=True)
@@ -110,6 +130,7 @@ def test_a_full_queue_is_told_with_when_to_try_again(address, slow, service, mon
         with pytest.raises(openai.RateLimitError, match="The server is busy") as error:
             complete(client)
         assert error.value.response.headers["retry-after"] == "1"
+        held()
         stream.close()
         waits_until(lambda: not service.engine.running)
         assert complete(client).choices
@@ -189,7 +210,8 @@ def test_64_clients_for_a_minute(address, client):
 def test_sigterm_finishes_what_is_being_answered(folder):
     command = [sys.executable, "-m", "jaxrlhf", "serve", str(folder), "--port", "0", "--context", "512"]
     environment = runs.environment(1)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as server:
         assert server.stdout
         address = server.stdout.readline().split()[0]
         with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
@@ -198,7 +220,8 @@ def test_sigterm_finishes_what_is_being_answered(folder):
             server.send_signal(signal.SIGTERM)
             parts += list(stream)
         assert parts[-1].choices[0].finish_reason in ("length", "stop")
-        assert server.wait(30) == 0
+        assert server.wait(60) == 0
+        assert server.stderr and "1 response to be finished; Ctrl-C stops at once" in server.stderr.read()
 
 
 def test_a_port_in_use_is_named():
