@@ -18,7 +18,7 @@ import numpy as np
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.generate.stop_texts import text_automaton
 from jaxrlhf.serve.jobs import Job, Reason, Said, said
-from jaxrlhf.serve.slots import Slots, Step, Told, settings_of
+from jaxrlhf.serve.slots import Slots, SlotStep, Told, settings_of
 
 PATIENCE = 8  # rounds with few slots in use, until there are fewer
 
@@ -44,7 +44,7 @@ class Flight(NamedTuple):
     """A step that was dispatched, and whose tokens were not read."""
 
     jobs: list[tuple[int, Job]]  # that want the token of their slot
-    step: Step
+    step: SlotStep
 
 
 class Engine:

@@ -47,7 +47,7 @@ class Told(NamedTuple):
     top_logprob: Array  # f32[B, TOP]
 
 
-class Step(NamedTuple):
+class SlotStep(NamedTuple):
     """What was computed of each slot, on the device, perhaps not yet."""
 
     tokens: Array  # i32[B]
@@ -196,20 +196,20 @@ class Slots:
             hidden, self.seat_caches = self.chunk(self.params, self.seat_caches, tokens, np.int32(rows[0]), start)
         return counts, hidden
 
-    def first(self, hidden: Array, last: np.ndarray, positions: np.ndarray, settings: Settings) -> Step:
+    def first(self, hidden: Array, last: np.ndarray, positions: np.ndarray, settings: Settings) -> SlotStep:
         """The tokens for ``positions`` i32[P], behind the columns ``last`` i32[P] of chunks [P, C, D]."""
-        return Step(*self.pick(self.params, hidden, last, positions, settings))
+        return SlotStep(*self.pick(self.params, hidden, last, positions, settings))
 
     def take(self, seat: int, slot: int) -> None:
         """Move the cache of a seat to a slot."""
         self.caches = self.settle(self.caches, self.seat_caches, np.int32(seat), np.int32(slot))
 
-    def decode(self, given: np.ndarray, before: Step | None, positions: np.ndarray, settings: Settings) -> Step:
+    def decode(self, given: np.ndarray, before: SlotStep | None, positions: np.ndarray, settings: Settings) -> SlotStep:
         """The tokens behind those ``given`` i32[B], which stand at ``positions``, in every slot. Where -1 is given, it
         is behind the token of the step ``before``, which has as many slots."""
         tokens = given if before is None else before.tokens
         token, hidden, self.caches = self.step(self.params, self.caches, given, tokens, positions, settings)
-        return Step(token, hidden)
+        return SlotStep(token, hidden)
 
     def say(self, hidden: Array, tokens: Array | np.ndarray) -> Told:
         """What the states [B, D] say of the tokens behind them, as NumPy arrays."""
