@@ -48,7 +48,7 @@ def export_role(name, role: Role, to) -> tuple[str, list[str]]:
 
 
 def export_adapter(name, role: Role, to) -> tuple[str, list[str]]:
-    """Write the adapter of one role of a run as a folder that PEFT reads, in float32, and the run's tokenizer. Returns
+    """Write the adapter of one role of a run as a folder that PEFT reads, in float32, without a tokenizer. Returns
     as ``export``.
 
     Raises FileNotFoundError for a run without checkpoints, ValueError where the role has no adapter, or PEFT's format

@@ -14,7 +14,7 @@ from jaxrlhf.data.sources import open_source
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.hosts.processes import agree, is_main
 from jaxrlhf.log.run_dir import split_step
-from jaxrlhf.models.files import hf_folder
+from jaxrlhf.models.files import hf_folder, peft
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.origins import Weights, base_role, check_tokenizers, located, origin, read_start
 from jaxrlhf.run.saved_run import SavedRuns
@@ -83,7 +83,8 @@ def tokenizer_of(saved_runs: SavedRuns, named: str):
     """The folder with the tokenizer of a run, a HF folder or a hub name."""
     run_dir, step = split_step(named)
     if not saved_run.is_run(named):
-        return hf_folder.locate(named)
+        peft.need_whole(folder := hf_folder.locate(named), "init_from: ")
+        return folder
     if step:
         read_start(saved_runs, named)
     return epath.Path(run_dir) / "tokenizer"

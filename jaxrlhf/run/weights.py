@@ -7,7 +7,7 @@ from jaxrlhf.config.environment import observing
 from jaxrlhf.config.record import Config
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import resolve
-from jaxrlhf.models.files import hf_config, hf_folder, hf_headers
+from jaxrlhf.models.files import hf_config, hf_folder, hf_headers, peft
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.origins import Weights, base_role, located, origin, read_start
 from jaxrlhf.run.saved_run import SavedRuns
@@ -44,6 +44,7 @@ def of_run(run_dir: str, step: int, extra: dict, role: Role) -> Weights:
 
 def in_folder(folder: str, wanted: Head) -> Weights:
     """The Weights of a Hugging Face folder. Raises ValueError where its files are not those of a whole model."""
+    peft.need_whole(folder)
     shape, head = hf_config.read_config(folder)
     if wanted in ("scalar", "bare") and head == "lm" and hf_headers.has_score(folder):
         head = "scalar"

@@ -5,15 +5,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf import train as trainer
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_weights, peft
 from jaxrlhf.models.lora import LoraConfig, assemble, targets_of
+from jaxrlhf.run import build as builds
+from jaxrlhf.run.export import export, export_adapter
+from jaxrlhf.sharding import make_mesh
 from tests.parity.both import compute
-from tests.support import tiny
+from tests.run.test_adapters import config
+from tests.support import runs, tiny
+from tests.test_minimal import write_models
 
 torch = pytest.importorskip("torch")
 theirs: Any = pytest.importorskip("peft")
@@ -126,3 +133,22 @@ def test_config_is_json_that_peft_reads(tmp_path):
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
     assert raw["target_modules"] == ["mlp.c_proj"] and raw["fan_in_fan_out"] is True
     assert theirs.PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path == "a/b"
+
+
+def test_what_a_run_exports(root, tmp_path, monkeypatch):
+    """A user's way: a folder of Hugging Face's, GRPO of an adapter by a function of one's own, then the merged folder
+    in transformers, and the adapter on the first folder in PEFT: the same model, and another than the first."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(builds, "make_mesh", lambda cfg, *_: make_mesh(cfg, jax.devices()[:1]))
+    first = write_models(tmp_path, runs.text(root))["lm"]
+    models = {"policy": {"init_from": str(first), "adapter": {"rank": 2, "alpha": 4}}}
+    run = str(tmp_path / "run")
+    assert trainer.run(config("grpo", root, tmp_path / "run", models)) == "done"
+    export(run, "policy", tmp_path / "merged")
+    export_adapter(run, "policy", tmp_path / "adapter")
+    alone, merged = (AutoModelForCausalLM.from_pretrained(place) for place in (first, tmp_path / "merged"))
+    before = their_logits(alone)
+    adapted = their_logits(theirs.PeftModel.from_pretrained(alone, str(tmp_path / "adapter")))
+    np.testing.assert_allclose(their_logits(merged), adapted, atol=1e-5)
+    assert np.abs(adapted - before).max() > 1e-3

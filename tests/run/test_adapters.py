@@ -328,6 +328,19 @@ def test_a_changed_base_is_found_and_an_abandoned_start_s_is_not_taken(folder, r
         verified_steps.problem(tmp_path / "run", 1)
 
 
+def test_an_adapter_alone_is_no_model(folder, root, tmp_path):
+    """The line says what to write instead, also where the tokenizer is elsewhere."""
+    there = tmp_path / "peft"
+    there.mkdir()
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "a/b"}
+    (there / peft.CONFIG).write_text(json.dumps(raw))
+    expected = f"expected init_from: a/b and adapter: {{rank: 4, alpha: 8, init_from: {there}}}"
+    for own in ({}, {"tokenizer": {"init_from": str(folder / "lm")}}):
+        with pytest.raises(ConfigError) as caught:
+            ready(config("grpo", root, tmp_path / "run", {"policy": {"init_from": str(there)}}, **own))
+        assert str(caught.value) == f"models.policy.init_from: {there}: an adapter alone; {expected}"
+
+
 def test_a_fused_tensor_has_no_adapter_of_peft_s_kind(tmp_path):
     """Phi-3's query shares a tensor with key and value; its other maps can be written."""
     phi = resolve(ModelConfig(family="phi3", vocab_size=64, hidden_size=8, num_layers=1, num_heads=2))

@@ -58,6 +58,18 @@ def is_adapter(folder: epath.PathLike) -> bool:
     return (epath.Path(folder) / CONFIG).exists()
 
 
+def need_whole(folder: epath.PathLike, prefix: str = "") -> None:
+    """Raises ValueError, after ``prefix``, for an adapter alone where whole weights are expected."""
+    if not is_adapter(folder) or (epath.Path(folder) / "config.json").exists():
+        return
+    raw, found = read_json(folder, CONFIG) or {}, read_shape(folder)
+    start, where = raw.get("base_model_name_or_path") or "its base", os.fspath(folder)
+    raise ValueError(
+        f"{prefix}{where}: an adapter alone; expected init_from: {start} and adapter: {{rank: {found.rank}, "
+        f"alpha: {found.alpha:g}, init_from: {where}}}"
+    )
+
+
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
