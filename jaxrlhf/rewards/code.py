@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxrlhf.errors import show
+from jaxrlhf.errors import cut, one_line, show
 
 RUNNER = Path(__file__).with_name("code_runner.py")
 FILES = ("work", "job", "results")  # of the folder that a runner is given
@@ -156,7 +156,8 @@ def run(
     over: threading.Event,
 ) -> list[dict[str, Any]]:
     """What came of each test, as far as they were run: ``code``, its exit code (124: it took too long; 125: it did not
-    come to its end), and ``output``, what was printed, of a test with input."""
+    come to its end), and ``output``, what was printed, of a test with input. Raises RuntimeError, in one line, where
+    this machine could not begin."""
     folder = Path(tempfile.mkdtemp(prefix="code-"))
     try:
         job = {
@@ -174,8 +175,12 @@ def run(
         (folder / "job").write_text(json.dumps(job))
         start(folder, packages, limits.seconds * len(tests) + GRACE, over)
         say_what_is_missing(folder / "work" / "status.json")
-        results = folder / "results"
-        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+        results = (folder / "results").read_text() if (folder / "results").exists() else ""
+        if said := (folder / "said").read_text(errors="replace").strip().splitlines():
+            LOG.warning("code: the tests of a program were ended: %s", cut(said[-1]))
+        if not results and not over.is_set():
+            raise RuntimeError(f"code: no test was begun: {one_line(said[-1])[:200] if said else 'nothing was said'}")
+        return [json.loads(line) for line in results.splitlines() if line]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -185,7 +190,8 @@ def start(folder: Path, packages: bool, seconds: float, over: threading.Event) -
     site, end = () if packages else ("-S",), time.monotonic() + seconds
     command = [sys.executable, "-I", "-B", *site, str(RUNNER), *(str(folder / name) for name in FILES)]
     nothing, env = subprocess.DEVNULL, {"PATH": os.defpath, "LANG": "C.UTF-8"}
-    process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, env=env, start_new_session=True)
+    with open(folder / "said", "wb") as said:
+        process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=said, env=env, start_new_session=True)
     try:
         while time.monotonic() < end and not over.is_set():
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -18,7 +18,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 import types
 
 FIRST_USER = 1 << 30  # ids from it on are nobody's
@@ -126,15 +125,16 @@ def give_up(job: dict, folder: str, libc: ctypes.CDLL, user: int | None) -> None
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     limit(resource.RLIMIT_AS, job["memory"])
     limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_NPROC, job["processes"] + (3 if user is None else 1))  # those of ours that are this user's
+    job["processes"] += 3 if user is None else 1  # those of ours that are this user's
 
 
 # ---- the tests ------------------------------------------------------------------------------------------------------
 
 
 def test_all(job: dict, alone: bool, results: int) -> None:
-    """Writes a line of JSON for each test to ``results``. ``alone``: every process that this one may end is of the
-    program."""
+    """Writes a line of JSON for each test to ``results``, after an empty one that says that it begins. ``alone``: every
+    process that this one may end is of the program."""
+    os.write(results, b"\n")
     try:
         program = compile(job["program"], "program", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -151,13 +151,13 @@ def test_all(job: dict, alone: bool, results: int) -> None:
 
 def test_one(job: dict, program: types.CodeType, test: dict, results: int) -> dict:
     """What came of a test: the exit code; whether it came to its end; of a test with input, what was printed."""
-    shutil.rmtree("run", ignore_errors=True)
-    os.mkdir("run")
+    place = f"run{time.monotonic_ns()}"
+    os.mkdir(place)
     with open("given", "w", errors="surrogatepass") as file:
         file.write(test.get("input", ""))
     given, printed = os.open("given", os.O_RDONLY), os.open("printed", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
     (seen, report), word = os.pipe(), os.urandom(16)
-    child = forked(lambda: run(job, program, test, word, (given, printed, report, results)))
+    child = forked(lambda: run(job, program, test, word, place, (given, printed, report, results)))
     os.close(report)
     code = ended(child, job["seconds"])
     os.set_blocking(seen, False)
@@ -169,6 +169,7 @@ def test_one(job: dict, program: types.CodeType, test: dict, results: int) -> di
         found["output"] = os.pread(printed, job["file_size"], 0).decode(errors="replace")
     for one in (given, printed, seen):
         os.close(one)
+    shutil.rmtree(place, ignore_errors=True)  # a program can make it fail: the next has another one
     return found
 
 
@@ -188,17 +189,21 @@ def ended(child: int, seconds: float) -> int:
         time.sleep(PAUSE)
 
 
-def run(job: dict, program: types.CodeType, test: dict, word: bytes, files: tuple[int, int, int, int]) -> None:
+def run(
+    job: dict, program: types.CodeType, test: dict, word: bytes, place: str, files: tuple[int, int, int, int]
+) -> None:
     """This process runs the program, and after it the test's code; it ends here."""
     given, printed, report, results = files
     os.setsid()
     os.dup2(given, 0)
     os.dup2(printed, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.close(results)
-    os.chdir("run")
+    os.chdir(place)
     limit(resource.RLIMIT_CPU, job["cpu_seconds"])
     limit(resource.RLIMIT_FSIZE, job["file_size"])
     limit(resource.RLIMIT_NOFILE, 64)
+    limit(resource.RLIMIT_NPROC, job["processes"])  # not of the tester, which forks: it may count all of a user's
     name = "__main__" if "input" in test else "program"
     module, sys.argv = types.ModuleType(name), ["program"]
     sys.modules[name] = module
@@ -211,7 +216,6 @@ def run(job: dict, program: types.CodeType, test: dict, word: bytes, files: tupl
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
-        traceback.print_exc()
         code = 1
     try:
         sys.stdout.flush()
@@ -228,6 +232,8 @@ def forked(work) -> int:
         return child
     try:
         work()
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:
         os._exit(FAILED)
 

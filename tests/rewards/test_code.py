@@ -188,7 +188,7 @@ def test_an_ordinary_user_has_the_same_limits(protections):
         result = (place / "results").read_text()
     assert status["network"] == status["processes"]
     if status == dict.fromkeys(MISSING, True):
-        assert json.loads(result) == {"code": 0, "output": "fine\n"}, done.stderr
+        assert json.loads(result.strip()) == {"code": 0, "output": "fine\n"}, done.stderr
 
 
 @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)", "input()"])
@@ -263,3 +263,30 @@ def test_an_interrupted_call_ends_its_programs():
     with pytest.raises(TimedOut), interruptible(0.5):
         RunCode(parallel=1, seconds=30.0)(["import time; time.sleep(60)"] * 5, [{"tests": ["pass"] * 5}] * 5)
     assert time.monotonic() - began < 8
+
+
+def test_a_machine_that_begins_no_test_is_no_fault_of_the_program(monkeypatch, tmp_path):
+    (tmp_path / "runner.py").write_text("raise OSError('no processes left')")
+    monkeypatch.setattr(code, "RUNNER", tmp_path / "runner.py")
+    with pytest.raises(RuntimeError, match=r"^code: no test was begun: OSError: no processes left$"):
+        passes("", "pass", SMALL)
+
+
+def test_a_program_that_spoils_its_folder_spoils_no_other_test(caplog):
+    spoils = "import os; os.mkdir('x'); open('x/y', 'w'); os.chmod('x', 0); os.chmod('.', 0)"
+    assert code.passes("", [spoils, "pass"], SMALL) == [True, True]
+
+
+def test_without_namespaces_the_tests_run_all_the_same(monkeypatch, tmp_path, caplog):
+    """As in a container, or on another kernel; other processes of the user count, and forbid a program's alone."""
+    text = code.RUNNER.read_text()
+    namespaces = "def enter_namespaces(libc: ctypes.CDLL, as_root: bool) -> bool:"
+    for name in (namespaces, "def user_of_program() -> int | None:"):
+        assert name in text
+        text = text.replace(name, f"{name}\n    return {'False' if 'bool' in name else 'None'}")
+    (tmp_path / "runner.py").write_text(text)
+    monkeypatch.setattr(code, "RUNNER", tmp_path / "runner.py")
+    monkeypatch.setattr(code, "SAID", set())
+    tests = ["assert add(1, 2) == 3", "assert add(1, 2) == 4", "while True: pass", "pass"]
+    assert code.passes(ADD, tests, CodeLimits(seconds=1.0)) == [True, False, False, True]
+    assert {*code.SAID} == {*MISSING} and len(caplog.messages) == 3
