@@ -47,7 +47,7 @@ def test_another_protocol_is_an_error(reply, said):
     with FakeJudge(lambda body: reply if len(body["responses"]) == 2 else {}) as judge:
         graders = Graders((resolve(HTTP, {"url": judge.url, "batch": 2}),))
         with pytest.raises(ValueError, match=f"^rewards.function: {HTTP}: http://.*: {said}"):
-            graders(RESPONSES, RECORDS)
+            graders.grade(RESPONSES, RECORDS)
 
 
 def test_scores_that_are_no_numbers_are_an_error():
