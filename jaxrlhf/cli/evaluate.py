@@ -87,15 +87,22 @@ def measure_run(run: str, options: "Options") -> tuple[dict[str, Any], Callable[
 
 
 def tell(report: dict[str, Any], options: "Options", as_json: bool, show: Callable[[Any], None]) -> None:
-    """Keeps the report of a run beside it, and prints it."""
-    from jaxrlhf.evaluate.kept import keep
+    """Prints the report, and keeps that of a run beside it; where that is not possible it says why."""
+    from jaxrlhf.evaluate.kept import FOLDER, keep
 
-    if "step" in report:
-        typer.echo(keep(report, options.given()), err=True)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
         show(report)
+    if "step" not in report:
+        return
+    try:
+        path = keep(report, options.given())
+    except OSError as error:
+        typer.echo(f"{report['run']}/{FOLDER}: {error.strerror or error}; the evaluation is not kept", err=True)
+        return
+    if not as_json:
+        typer.echo(f"\nkept as {path}, for jaxrlhf report")
 
 
 def measure_file(model: str, file: str, options: "Options") -> tuple[dict[str, Any], Callable[[Any], None]]:

@@ -13,22 +13,16 @@ from jaxrlhf.log.run_dir import is_local
 FOLDER = "evaluations"
 
 
-def keep(report: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """Writes a report, with the options it was made with, as RUN/evaluations/STEP-TIME.json. What to say of it: its
-    path, or why it can't be written, which is no error of the evaluation."""
+def keep(report: Mapping[str, Any], options: Mapping[str, Any]) -> epath.Path:
+    """Writes a report, with the options it was made with, as RUN/evaluations/STEP-TIME.json: its path. Raises OSError
+    where it can't be written."""
     folder, now = epath.Path(report["run"]) / FOLDER, time.localtime()
     whole = {"written": time.strftime("%Y-%m-%dT%H:%M:%S", now), "options": dict(options), **report}
     text = json.dumps(whole, ensure_ascii=False).encode("utf-8", errors="replace")
     stem = f"{report['step']:06d}-{time.strftime('%Y%m%d-%H%M%S', now)}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for at in itertools.count(1):
-            path = folder / (f"{stem}.json" if at == 1 else f"{stem}-{at}.json")
-            if write_new(path, text):
-                return f"{path}: written; jaxrlhf report {report['run']} shows it"
-    except OSError as error:
-        return f"{folder}: {error.strerror or error}; the evaluation is not kept"
-    raise AssertionError("there is always one more number")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (f"{stem}.json" if at == 1 else f"{stem}-{at}.json" for at in itertools.count(1))
+    return next(folder / name for name in names if write_new(folder / name, text))
 
 
 def write_new(path: epath.Path, text: bytes) -> bool:

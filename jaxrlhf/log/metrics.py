@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from jaxrlhf.log.run_dir import is_local, keep_lock, lock_run_dir
 from jaxrlhf.log.trackers import Tracker, TrackerName, open_trackers
 
 BINS = 24  # of a histogram
+TIMED = ("compiling", "saving")  # what goes on between iterations, and is in no metric
 MEMORY, ELSEWHERE = "its rows are kept in memory", "its numbers are in metrics.jsonl"
 
 
@@ -59,6 +60,7 @@ class MetricsLog:
         self.alarms = Alarms(alarms)  # of every process: they stop together
         if start:
             self.alarms.replay(row for row in read_rows(run_dir, "metrics") if row["step"] <= start)
+        self.step = start  # of the newest row
         self.evaluated = False  # whether held-out responses are shown: then no others are
         if not main:
             self.progress = progress or silent()
@@ -86,6 +88,7 @@ class MetricsLog:
         told = self.alarms.see(step, metrics)
         if not self.main:
             return
+        self.step = step
         values = {key: plain(value) for key, value in metrics.items()}
         finite = {key: value for key, value in values.items() if value is not None}
         for key in values.keys() - finite.keys():
@@ -158,9 +161,17 @@ class MetricsLog:
         """Prints a line, above the progress bar where there is one."""
         self.progress.say(text)
 
-    def doing(self, state: str) -> contextlib.AbstractContextManager:
-        """Shows ``state`` ("evaluating") while it is open, in the place of the newest numbers."""
-        return self.progress.doing(state)
+    @contextlib.contextmanager
+    def doing(self, state: str) -> Iterator[None]:
+        """Shows ``state`` ("evaluating") while it is open, in the place of the newest numbers; of TIMED it becomes a
+        row of phases.jsonl: step, phase, seconds."""
+        began = time.perf_counter()
+        with self.progress.doing(state):
+            yield
+        if self.main and state in TIMED:
+            seconds = round(time.perf_counter() - began, 4)
+            self.open("phases").append({"step": self.step, "phase": state, "seconds": seconds})
+            self.tell_failures()
 
     def close(self) -> None:
         """Flushes and closes the files, and lets the run directory go. Calling it again does nothing.

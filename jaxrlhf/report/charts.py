@@ -151,7 +151,7 @@ def phases() -> Any:
     """Seconds, by what they went into."""
     colour = alt.Color(
         "phase:N",
-        scale=alt.Scale(range=["#54a24b", "#b0a8b9", "#f58518", "#4c78a8"]),
+        scale=alt.Scale(range=["#54a24b", "#b0a8b9", "#f58518", "#4c78a8", "#72b7b2", "#e0a1c5"]),
         legend=alt.Legend(title=None, orient="bottom", columns=2),
     )
     return (

@@ -179,6 +179,8 @@ def phases(run: RunRecord) -> Iterator[Row]:
     """Seconds in all that went into each phase."""
     total = {name: sum(numbers[0] for _, numbers in values(run, metric)) for metric, name in PHASES.items()}
     total["step"] -= total["reward functions"] + total["environment"]
+    for row in run.phases:
+        total[row["phase"]] = total.get(row["phase"], 0.0) + row["seconds"]
     for name, seconds in total.items():
         if seconds > 0:
             yield {"run": run.name, "phase": name, "seconds": short(seconds)}

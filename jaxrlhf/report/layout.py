@@ -29,6 +29,7 @@ PARTS = {
         "policy/clip_fraction",
         "response/ended",
         "group/.*",
+        "rollout/.*",
         "kl/.*",
         f"policy/{OWN}.*",
         "response/.*",

@@ -29,6 +29,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     histograms: list[dict[str, Any]]
+    phases: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]  # what `jaxrlhf evaluate` kept
 
     @functools.cached_property
@@ -76,6 +77,7 @@ def read_run(path: str, name: str) -> RunRecord:
         metrics=metrics,
         samples=read_rows(path, "samples"),
         histograms=read_rows(path, "histograms"),
+        phases=read_rows(path, "phases"),
         evaluations=read_evaluations(path),
     )
 

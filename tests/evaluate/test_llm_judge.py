@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxrlhf.cli.evaluate import tell
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluate import llm_judge
@@ -196,14 +197,17 @@ def test_a_run_is_judged(root, capsys):
 
 def test_an_evaluation_is_kept_and_never_replaced(tmp_path):
     report = {"run": str(tmp_path / "run"), "step": 40, "after": {"score/mean": 1.5}}
-    said = [keep(report, Options(llm="llm:m@http://a").given()) for _ in range(3)]
+    paths = [keep(report, Options(llm="llm:m@http://a").given()) for _ in range(3)]
     files = sorted((tmp_path / "run" / "evaluations").iterdir())
     assert len(files) == 3 and all(file.name.startswith("000040-2") and file.suffix == ".json" for file in files)
-    assert {line.partition(": ")[0] for line in said} == {str(file) for file in files}
+    assert sorted(map(str, paths)) == [str(file) for file in files]
     found = json.loads(files[0].read_text())
     assert found.pop("written")[:2] == "20" and found == {"options": {"llm": "llm:m@http://a"}, **report}
 
 
-def test_a_run_that_cannot_be_written_is_told(tmp_path):
+def test_a_run_that_cannot_be_written_is_told(tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
-    assert keep({"run": str(tmp_path / "run"), "step": 1}, {}).endswith("; the evaluation is not kept")
+    tell({"run": str(tmp_path / "run"), "step": 1}, Options(), True, print)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["step"] == 1
+    assert err == f"{tmp_path}/run/evaluations: Not a directory; the evaluation is not kept\n"

@@ -1,5 +1,6 @@
 """The written record of a run: rows, resuming, half-written lines, the lock, lines of a log."""
 
+import contextlib
 import io
 import json
 import math
@@ -145,6 +146,31 @@ def test_resuming_drops_what_comes_after_the_checkpoint(tmp_path):
     write_steps(tmp_path, [4], start=3)
     for name in ("metrics", "samples"):
         assert [row["step"] for row in read_rows(tmp_path, name)] == [1, 2, 3, 4]
+
+
+def test_what_takes_time_between_iterations_has_a_row(tmp_path):
+    """At the step of the newest row; what is evaluated is a metric already; what is raised has none."""
+    log, _ = open_log(tmp_path)
+    with log.doing("compiling"):
+        time.sleep(0.05)
+    for step in (1, 2):
+        log.write(step, ROW)
+        with log.doing("evaluating"), log.doing("saving"):
+            pass
+    with contextlib.suppress(OSError), log.doing("saving"):
+        raise OSError("a full disk")
+    log.close()
+    with log.doing("saving"):  # it is closed
+        pass
+    found = read_rows(tmp_path, "phases")
+    assert [(row["step"], row["phase"]) for row in found] == [(0, "compiling"), (1, "saving"), (2, "saving")]
+    assert 0.05 <= found[0]["seconds"] < 5 and all(row["seconds"] < 0.05 for row in found[1:])
+    log, _ = open_log(tmp_path, start=1)
+    with log.doing("compiling"):
+        pass
+    log.close()
+    rows = read_rows(tmp_path, "phases")
+    assert [(row["step"], row["phase"]) for row in rows] == [(0, "compiling"), (1, "saving"), (1, "compiling")]
 
 
 def test_starting_over_drops_everything(tmp_path):

@@ -248,8 +248,10 @@ def test_a_histogram_is_a_density_of_the_first_and_last_evaluation(two):
 def test_time_by_phase_adds_up(tmp_path):
     run = read_run(str(make_run(tmp_path / "run", names=FEW)), "run")
     run.metrics[:] = [{"step": 1, "time/iteration": 3.0, "time/rewards": 1.0}, {"step": 1, "eval/time/evaluation": 0.5}]
+    run.phases[:] = [{"step": 0, "phase": "compiling", "seconds": 4.0}]
+    run.phases.extend([{"step": 1, "phase": "saving", "seconds": 0.25}] * 2)
     found = {row["phase"]: row["seconds"] for row in content.phases(run)}
-    assert found == {"step": 2.0, "reward functions": 1.0, "evaluation": 0.5}
+    assert found == {"step": 2.0, "reward functions": 1.0, "evaluation": 0.5, "compiling": 4.0, "saving": 0.5}
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------

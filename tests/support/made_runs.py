@@ -28,7 +28,9 @@ def make_run(folder: Path, steps: int = 12, iterations: int = 12, kl_coef: float
             metrics.append({"step": step, "time": 1.75e9 + step, **{f"eval/{name}": x for name, x in numbers.items()}})
             samples += [sample(step, at) for at in range(8)]
             histograms.append({"step": step, "name": "score", "edges": [-1.0, 0.0, 1.0 + step], "counts": [3, step]})
-    for name, rows in (("metrics", metrics), ("samples", samples), ("histograms", histograms)):
+    phases = [{"step": 0, "phase": "compiling", "seconds": 4.0}, {"step": steps, "phase": "saving", "seconds": 0.5}]
+    written = {"metrics": metrics, "samples": samples, "histograms": histograms, "phases": phases}
+    for name, rows in written.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "evaluations").mkdir()
     for at, step in enumerate(range(4, steps + 1, 4)):
