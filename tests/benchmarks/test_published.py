@@ -13,7 +13,7 @@ import yaml
 
 from jaxrlhf import api
 from jaxrlhf.benchmarks import catalog, figure, reproduce, results_page
-from jaxrlhf.benchmarks.published import perfectible, reverse
+from jaxrlhf.benchmarks.published import arithmetic, perfectible, reverse
 from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Results
 from jaxrlhf.benchmarks.signature import Above, Below, Between, HigherThan, Holds, NoRise, Rise, verdicts
 from jaxrlhf.cli import benchmark as cli
@@ -333,11 +333,38 @@ def test_reverse_has_sloppy_demonstrations_and_holds_words_out(tmp_path):
     assert abs(wrong - 0.2 * 9 / 10) < 0.01  # drawn anew from ten letters, a fifth of them
 
 
+def test_arithmetic_marks_half_of_its_demonstrations_and_keeps_three_kinds_of_sums_apart(tmp_path):
+    arithmetic.write_data(tmp_path, 0)
+    parts = [read(tmp_path / f"{name}.jsonl") for name in ("demonstrations", "prompts", "held_out")]
+    sums = [{row["prompt"] for row in rows} for rows in parts]
+    assert [*map(len, sums)] == [8100 - 1700, 1500, 200] and len(set.union(*sums)) == 8100
+    answers = [str(sum(map(int, row["prompt"][:-1].split("+")))) for row in parts[0]]
+    marked = [row["response"] == f"[{answer}]" for row, answer in zip(parts[0], answers)]
+    assert all(mark or row["response"] == answer for mark, row, answer in zip(marked, parts[0], answers))
+    assert abs(sum(marked) / len(marked) - 0.5) < 0.02
+
+
+def test_when_arithmetic_learned_the_format_and_when_the_sums(tmp_path):
+    """By hand: the gap is halved at the third value, the lenient reward's rise at the fifth."""
+    rows = zip([0.1, 0.2, 0.3, 0.4, 0.7, 0.8], [0.4, 0.4, 0.4, 0.4, 0.7, 0.8])
+    rows = [{"step": at, "score/strict": one, "score/lenient": other} for at, (one, other) in enumerate(rows, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic.smooth, "__defaults__", (1,))
+        found = arithmetic.curves(FinishedCell("grpo", tmp_path, tmp_path, 0))
+    assert (found["half_of_gap"], found["half_of_rise"]) == (2, 4)
+    assert arithmetic.smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+
+
 def test_rewards_of_the_benchmarks_by_hand():
     records = [{"prompt": "abc>", "answer": "cba"}] * 5
     texts = ["cba", "cb", "cbaa", "abc", ""]
     assert reverse.similarity(texts, records) == [1.0, 2 / 3, 3 / 4, 1 / 3, 0.0]
     assert perfectible.solved(["12", "12 ", "1"], [{"answer": "12"}] * 3) == [1.0, 0.0, 0.0]
+    texts, right = ["[12]", "12", "12 ", "[1]2", "[12]1", "[13]", ""], [{"answer": "12"}] * 7
+    assert arithmetic.strict(texts, right) == [1, 0, 0, 0, 0, 0, 0]
+    assert arithmetic.lenient(texts, right) == [1, 1, 1, 0, 0, 0, 0]
+    texts = texts[:5]
     assert reverse.constant(texts, records) == [1.0] * 5
     flips = reverse.coin([str(number) for number in range(1000)], [{"prompt": "a"}] * 1000)
     assert set(flips) == {0.0, 1.0} and 450 < sum(flips) < 550

@@ -171,7 +171,7 @@ BENCHMARK = Benchmark(
         "Reinforcement learning on 1,500 other sums pays for the answer behind the mark. Measured on 200 sums that "
         "neither has seen, of 32 samples each: pass@1 and pass@16, by the strict reward (with the mark) and the "
         "lenient one (without). What is published of word problems: pass@1 rises by far more than pass@16, and the "
-        "format is learned before the sums are. PPO makes two passes over its samples and the others one, so this is no "
+        "format is learned before the sums are. PPO makes two passes over its samples and the others one: this is no "
         "contest between them. The settings are the first that were tried, on seed 100."
     ),
     cells=CELLS,
