@@ -168,6 +168,7 @@ def test_the_function_works_while_networks_are_read(monkeypatch):
     }
     score = lambda ready, sequences, records: said.append("score") or scoring.Scored("scored", {"time/rewards": 0.5})  # type: ignore[arg-type]
     monkeypatch.setattr(scoring, "score", score)
-    _, metrics, sequences = scoring.joined(None, programs)(None, Batch(), [])  # type: ignore[arg-type]
+    ready: Any = SimpleNamespace(cfg=SimpleNamespace(converses=False))
+    _, metrics, sequences = scoring.joined(ready, programs)(None, Batch(), [])  # type: ignore[arg-type]
     assert said == ["rollout", "read responses", "score", "learn scored"]
     assert metrics == {"time/rewards": 0.5} and sequences == "scored"
