@@ -44,8 +44,8 @@ from jaxrlhf.types import Batch
 from tests.support import runs, tiny
 
 OFF_TRAJECTORIES = ["ilql", "fqi", "mc_returns", "bc"]
-METHODS = ["sft", "rm", "rm_ratings", "rm_ties", "cm", "dpo", "kto", "ppo", "ppo_lagrangian", "grpo", "raft"]
-METHODS += OFF_TRAJECTORIES
+METHODS = ["sft", "rm", "rm_ratings", "rm_ties", "cm", "dpo", "simpo", "orpo", "kto", "ppo", "ppo_lagrangian"]
+METHODS += ["grpo", "raft", *OFF_TRAJECTORIES]
 
 # ---- required keys only ---------------------------------------------------------------------------------------------
 
@@ -61,6 +61,7 @@ REQUIRED = {
 REQUIRED["grpo"] = REQUIRED["raft"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
 REQUIRED |= {name: REQUIRED["kto"].replace("unpaired", "trajectories") for name in OFF_TRAJECTORIES}
 REQUIRED["rm_ties"] = REQUIRED["rm"]
+REQUIRED["simpo"] = REQUIRED["orpo"] = REQUIRED["dpo"]
 REQUIRED["cm"] = REQUIRED["kto"].replace("policy", "cost")
 REQUIRED["ppo_lagrangian"] = REQUIRED["ppo"].replace("reward:", "cost: {{init_from: {scalar}}}, reward:")
 REQUIRED["rm_ratings"] = REQUIRED["rm"].replace("preferences", "trajectories")
@@ -178,6 +179,7 @@ ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more f
     "rm_ties": ("rm_ties", RMTiesConfig(), 1, {}),
     "rm_ratings": ("rm_ratings", RMRatingsConfig("steps"), 1, {}),
     "dpo": ("dpo", DPOConfig(), 1, {}),
+    **{name: (name, ALGORITHMS[name].config(), 1, {}) for name in ("simpo", "orpo")},
     "kto": ("kto", KTOConfig(), 1, {}),
     "cm": ("cm", CMConfig(pairs=True), 1, {}),
     "ppo_lagrangian": ("ppo_lagrangian", PPOLagrangianConfig(), 1, {}),

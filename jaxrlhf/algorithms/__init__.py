@@ -11,6 +11,7 @@ from jaxrlhf.algorithms import (
     ilql,
     kto,
     mc_returns,
+    orpo,
     ppo,
     ppo_lagrangian,
     raft,
@@ -18,6 +19,7 @@ from jaxrlhf.algorithms import (
     rm_ratings,
     rm_ties,
     sft,
+    simpo,
 )
 from jaxrlhf.algorithms.validated import checked
 
@@ -32,6 +34,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "grpo": grpo.ALGORITHM,
     "raft": raft.ALGORITHM,
     "dpo": dpo.ALGORITHM,
+    "simpo": simpo.ALGORITHM,
+    "orpo": orpo.ALGORITHM,
     "kto": kto.ALGORITHM,
     "ilql": ilql.ALGORITHM,
     "fqi": fqi.ALGORITHM,

@@ -9,11 +9,10 @@ import dataclasses
 from typing import Literal
 
 from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.algorithms.offline import response_logprobs
+from jaxrlhf.algorithms.offline import pair_likelihoods
 from jaxrlhf.ops.losses import bradley_terry, ipo
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.ops.rows import deinterleave, interleave
-from jaxrlhf.types import Array, Batch, Experience, Mean, Nets, Preferences, Role, TrainState, Trees, given
+from jaxrlhf.types import Array, Batch, Experience, Mean, Nets, Preferences, TrainState, Trees, given
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,22 +31,18 @@ class DPOExperience(Experience, kw_only=True):
     ref_logprobs: tuple[Array, Array]  # f32[B] of the whole chosen and rejected responses, nats
 
 
-def pair_logprobs(nets: Nets, role: Role, trees: Trees, pairs: Preferences) -> tuple[Array, Array]:
-    """log p of the whole chosen and rejected responses, nats f32[B] each, in one pass of the model."""
-    return deinterleave(response_logprobs(nets, role, trees, interleave(pairs.chosen, pairs.rejected)))
-
-
 def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: DPOConfig) -> tuple[DPOExperience, dict[str, Mean]]:
     """Pairs are learned from as they come; the reference computes them once."""
     pairs = given(batch.preferences, "batch.preferences")
-    return DPOExperience(pairs=pairs, ref_logprobs=pair_logprobs(nets, "reference", state.trees, pairs)), {}
+    chosen, rejected = pair_likelihoods(nets, "reference", state.trees, pairs)
+    return DPOExperience(pairs=pairs, ref_logprobs=(chosen.total, rejected.total)), {}
 
 
 def loss(nets: Nets, trees: Trees, minibatch: DPOExperience, cfg: DPOConfig) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Mean loss of a pair; a margin is in units of implicit reward. Padding pairs count for nothing."""
     pairs = minibatch.pairs
     real = pairs.chosen.valid.any(-1)
-    logprobs = pair_logprobs(nets, "policy", trees, pairs)
+    logprobs = [side.total for side in pair_likelihoods(nets, "policy", trees, pairs)]
     chosen, rejected = (cfg.beta * (ours - ref) for ours, ref in zip(logprobs, minibatch.ref_logprobs, strict=True))
     if cfg.objective == "sigmoid":
         terms = bradley_terry(chosen, rejected, pairs.margin, cfg.label_smoothing)

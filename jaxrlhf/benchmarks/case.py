@@ -29,7 +29,7 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "ppo": ({"num_epochs": 4}, 64, 1, "model"),
     "ppo_lagrangian": ({"num_epochs": 4}, 64, 1, "model"),
     "raft": ({}, 8, 8, "host"),
-    "dpo": ({}, 32, 1, ""),
+    **dict.fromkeys(("dpo", "simpo", "orpo"), ({}, 32, 1, "")),
     "kto": ({}, 32, 1, ""),
     **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc", "rm_ratings", "rm_ties", "cm"), ({}, 32, 1, "")),
     "rm": ({}, 32, 1, ""),

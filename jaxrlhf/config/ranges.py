@@ -14,11 +14,11 @@ RANGES = {
         desirable_weight undesirable_weight cql_coef variance_coef multiplier multiplier_learning_rate
         EvalConfig.every BarConfig.step GenerateConfig.beta process_id
         vocab_size observation_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
-        positive_coef AlarmsConfig.judge AlarmsConfig.gold AlarmsConfig.kl AlarmsConfig.mismatch
+        positive_coef target_margin AlarmsConfig.judge AlarmsConfig.gold AlarmsConfig.kl AlarmsConfig.mismatch
         retries poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """timeout max_run_duration epochs clip_norm spike_sigmas eps clip_range clip_range_low clip_range_high
         value_clip_range kl_target stop_kl multiplier_max beta tie_threshold sampler_ratio_cap sampler_ratio_floor
-        std_eps gae_length_alpha score_clip norm_eps rope_theta deadline
+        std_eps odds_coef gae_length_alpha score_clip norm_eps rope_theta deadline
         low_freq_factor high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast beta_slow
         attention_factor short_factor long_factor alpha""",
     "[0, 0]": "dropout",

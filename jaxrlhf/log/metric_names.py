@@ -29,6 +29,8 @@ METRICS = [
     loss/q1 | - | the same of the first Q head (ilql)
     loss/q2 | - | the same of the second Q head (ilql)
     loss/kl | nats | KL term of the loss (grpo), before kl_coef
+    loss/nll | nats | -log p of a token of the chosen sides (orpo)
+    loss/odds_ratio | nats | odds-ratio term of a pair (orpo), before odds_coef
     loss/positive | nats | -log p of a token of the responses whose score is above 0 (ppo), before positive_coef
     <role>/grad_norm | - | norm of the role's gradient before clipping
     <role>/learning_rate | - | mean learning rate of the updates; 0 while the role is delayed, and where no row counts
@@ -75,7 +77,7 @@ METRICS = [
     cost_value/mean | cost | cost to come at a response token, by its critic (ppo_lagrangian)
     cost_value/explained_variance | share | variance of the cost to come that its critic explains
     cost_value/clip_fraction | share | response tokens whose cost value was clipped
-    implicit_reward/chosen | - | beta (log p - log reference) of the chosen sides (dpo)
+    implicit_reward/chosen | - | of chosen sides: beta log(p / reference) (dpo), beta log p a token (simpo), log odds
     implicit_reward/rejected | - | the same of the rejected sides
     implicit_reward/margin | - | difference of the two
     implicit_reward/accuracy | share | pairs (dpo) or responses (kto) on the right side of each other, of kl/baseline

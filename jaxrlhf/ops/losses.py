@@ -211,6 +211,15 @@ def rao_kupper(chosen: Array, rejected: Array, tie: Array, threshold: float) -> 
     return -jnp.where(tie, jnp.log(jnp.expm1(2.0 * threshold)) + win + lose, win)
 
 
+def log_odds(logprobs: Array) -> Array:
+    """f32, the shape of ``logprobs`` (log p, nats): log(p / (1 - p)); p is held below 1 - 1e-6.
+
+    Source: Hong et al. 2024 (arXiv:2403.07691), equation 4.
+    """
+    held = jnp.minimum(logprobs.astype(jnp.float32), -1e-6)
+    return held - jnp.log(-jnp.expm1(held))
+
+
 def ipo(
     chosen: Array,
     rejected: Array,
