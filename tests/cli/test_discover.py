@@ -280,6 +280,8 @@ NOT_IN_TRL = {
     "raft",
     "rm_ratings",
     "rm_ties",
+    "simpo",
+    "orpo",
     "ilql",
     "fqi",
     "mc_returns",
