@@ -45,7 +45,7 @@ from tests.support import runs, tiny
 
 OFF_TRAJECTORIES = ["ilql", "fqi", "mc_returns", "bc"]
 METHODS = ["sft", "rm", "rm_ratings", "rm_ties", "cm", "dpo", "simpo", "orpo", "kto", "ppo", "ppo_lagrangian"]
-METHODS += ["grpo", "raft", *OFF_TRAJECTORIES]
+METHODS += ["grpo", "raft", "online_dpo", *OFF_TRAJECTORIES]
 
 # ---- required keys only ---------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ REQUIRED = {
     "ppo": "models: {{policy: {{init_from: {lm}}}, reward: {{init_from: {scalar}}}}}\n"
     "data: {{prompts: {{path: {text}/prompts.jsonl}}}}",
 }
-REQUIRED["grpo"] = REQUIRED["raft"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
+REQUIRED["grpo"] = REQUIRED["raft"] = REQUIRED["online_dpo"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
 REQUIRED |= {name: REQUIRED["kto"].replace("unpaired", "trajectories") for name in OFF_TRAJECTORIES}
 REQUIRED["rm_ties"] = REQUIRED["rm"]
 REQUIRED["simpo"] = REQUIRED["orpo"] = REQUIRED["dpo"]
@@ -187,6 +187,7 @@ ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more f
     "ppo": ("ppo", PPOConfig(reward_update=True, whiten_rewards=True), 1, {}),
     "ppo, shared trunk": ("ppo", PPOConfig(num_epochs=2), 1, {"trunk_gradient": 0.5}),
     "raft": ("raft", RAFTConfig(), 2, {}),
+    "online_dpo": ("online_dpo", ALGORITHMS["online_dpo"].config(), 2, {}),
     "grpo, one prompt": ("grpo", GRPOConfig(), 2, {}),
     "grpo, cut": ("grpo", GRPOConfig(num_minibatches=2), 2, {"share_prompts": False}),
     "grpo, packed": ("grpo", GRPOConfig(), 2, {"pack_widths": 3}),

@@ -28,7 +28,7 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "grpo": ({"kl_coef": 0.04, "num_epochs": 1}, 8, 8, "host"),
     "ppo": ({"num_epochs": 4}, 64, 1, "model"),
     "ppo_lagrangian": ({"num_epochs": 4}, 64, 1, "model"),
-    "raft": ({}, 8, 8, "host"),
+    **dict.fromkeys(("raft", "online_dpo"), ({}, 8, 8, "host")),
     **dict.fromkeys(("dpo", "simpo", "orpo"), ({}, 32, 1, "")),
     "kto": ({}, 32, 1, ""),
     **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc", "rm_ratings", "rm_ties", "cm"), ({}, 32, 1, "")),

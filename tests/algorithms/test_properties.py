@@ -33,7 +33,7 @@ CONFIGS: dict[str, Any] = {
 NAMES = sorted(ALGORITHMS)
 # of two that share most of their code one stands for both by day
 ALIKE = {"ppo_lagrangian": "ppo", "cm": "rm", "rm_ties": "rm", "bc": "sft", "mc_returns": "ilql"}
-ALIKE |= {"simpo": "dpo", "orpo": "dpo"}
+ALIKE |= {"simpo": "dpo", "orpo": "dpo", "online_dpo": "grpo"}
 EACH = [pytest.param(name, marks=pytest.mark.nightly if name in ALIKE else []) for name in NAMES]
 
 

@@ -282,6 +282,7 @@ NOT_IN_TRL = {
     "rm_ties",
     "simpo",
     "orpo",
+    "online_dpo",
     "ilql",
     "fqi",
     "mc_returns",
