@@ -44,6 +44,8 @@ for line in sys.stdin:
 LLAMA = """
 import itertools, os, sys, tempfile, time, llama_cpp
 file, prompt, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
+silent = llama_cpp.llama_log_callback(lambda *_: None)
+llama_cpp.llama_log_set(silent, None)
 with tempfile.TemporaryDirectory() as folder:
     how = llama_cpp.llama_model_quantize_default_params()
     how.ftype, how.allow_requantize = 1, True  # float16

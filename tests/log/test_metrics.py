@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -289,6 +290,36 @@ def test_tensorboard_events_without_torch(tmp_path):
     (file,) = (tmp_path / "tensorboard").iterdir()
     data = file.read_bytes()
     assert b"score/mean" in data and b"loss/policy" not in data
+
+
+def events_of(run_dir):
+    """The events of the one file: a record is its length, a checksum, the event, a checksum."""
+    (file,) = (run_dir / "tensorboard").iterdir()
+    data, found = file.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        found.append(events.protos()["Event"].FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_shows_samples_as_text(tmp_path):
+    """A table for each split, of the first rows; what a text has of Markdown or HTML is shown as it is."""
+    log, _ = open_log(tmp_path, cfg=LogConfig())
+    rows = [{"prompt": "*a*|<b>", "response": "c\nd \ud83d", "score": 0.123456, "split": "eval"}]
+    log.samples(7, rows + [{"prompt": str(i), "score": None, "costs": [1], "split": "train"} for i in range(20)])
+    log.close()
+    (event,) = [event for event in events_of(tmp_path) if event.step == 7]
+    shown, train = event.summary.value
+    assert [shown.tag, shown.metadata.plugin_data.plugin_name] == ["samples/eval", "text"]
+    assert shown.tensor.string_val[0].decode().splitlines() == [
+        "| prompt | response | score |",
+        "| --- | --- | --- |",
+        "| &#42;a&#42;&#124;&lt;b&gt; | c<br>d ? | 0.1235 |",
+    ]
+    lines = train.tensor.string_val[0].decode().splitlines()
+    assert train.tag == "samples/train" and lines[2] == "| 0 |  | &#91;1&#93; |"
+    assert len(lines) == 2 + events.SHOWN
 
 
 def test_tensorboard_can_be_turned_off(tmp_path):
