@@ -23,6 +23,8 @@ class Events:
     A file that can't be written is given up for a new one, AGAIN seconds later: what lies between is in metrics.jsonl
     alone. tensorboardX's own SummaryWriter has a thread that dies then, and blocks whoever adds to its full queue."""
 
+    url = ""  # TensorBoard is started by whoever looks
+
     def __init__(self, run_dir: epath.Path, start: int):
         self.folder, self.start = os.fspath(run_dir / "tensorboard"), start
         self.file: Any = None

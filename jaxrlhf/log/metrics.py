@@ -76,6 +76,7 @@ class MetricsLog:
             self.open(name)
         self.trackers: dict[str, Tracker] = open_trackers(cfg.trackers, path, start, cfg.project, config or {})
         self.failing: dict[str, str] = {}  # file that can't be written -> why
+        self.unseen = {*self.trackers}  # trackers that did not say yet where the run is seen
 
     def open(self, name: str) -> JsonLines:
         """NAME.jsonl, which is there from its first row on."""
@@ -123,8 +124,16 @@ class MetricsLog:
             self.open("histograms").append(row | {"counts": counts.tolist()})
             self.tell_failures()
 
+    def tell_places(self) -> None:
+        """Says once of each tracker where the run is seen."""
+        for name in sorted(self.unseen):
+            if url := self.trackers[name].url:
+                self.say(f"{name}: {url}")
+                self.unseen.remove(name)
+
     def tell_failures(self) -> None:
         """Says once that a file can't be written, and once that it can be again; and once that a tracker failed."""
+        self.tell_places()
         folder = f"{self.run_dir}/"
         found: dict[str, tuple[Exception | None, str]] = {}
         for name, file in self.files.items():

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 SAID = "jaxrlhf: "  # begins the line that says why the process ends
+SEEN_AT = "jaxrlhf at: "  # begins the line that says where the run is seen
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -106,6 +107,8 @@ def serve() -> NoReturn:
         given = messages()
         opening = next(given)
         tracker = TRACKERS[opening["tracker"]](opening)
+        if url := getattr(tracker.run, "url", None):  # None where it is offline
+            print(f"\n{SEEN_AT}{url}", flush=True)
         for message in given:
             if "metrics" in message:
                 tracker.metrics(message["step"], message["metrics"])

@@ -20,7 +20,7 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.log.events import Events
 from jaxrlhf.log.rows import encode, plain, read_text, replace_text
 from jaxrlhf.log.run_dir import is_local
-from jaxrlhf.log.tracker_process import SAID
+from jaxrlhf.log.tracker_process import SAID, SEEN_AT
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
 IDS = "trackers.json"  # of a run directory: tracker -> the id under which it knows the run
@@ -34,6 +34,11 @@ class Tracker(Protocol):
     @property
     def error(self) -> Exception | None:
         """Why it does not take what it is given; None again where it does."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Where the run is seen; "" where it is not, or that is not known yet."""
         ...
 
     def metrics(self, step: int, scalars: Mapping[str, float]) -> None: ...
@@ -81,6 +86,7 @@ class TrackerProcess:
 
     def __init__(self, name: str, run_dir: epath.Path, project: str, config: Mapping[str, Any]):
         self.error: Exception | None = None
+        self.seen_at = ""
         self.held = bytearray()
         code = f"import sys; sys.path[:] = {sys.path!r}; from jaxrlhf.log.tracker_process import serve; serve()"
         self.output = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the run)
@@ -141,6 +147,14 @@ class TrackerProcess:
         if self.process.poll() is not None:
             self.give_up(self.last_words())
 
+    @property
+    def url(self) -> str:
+        if not self.seen_at and not self.output.closed:
+            file = self.output.fileno()  # whose place is the process's, too: it is not moved
+            lines = os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace").split("\n")[:-1]
+            self.seen_at = next((line.removeprefix(SEEN_AT) for line in lines if line.startswith(SEEN_AT)), "")
+        return self.seen_at
+
     def last_words(self) -> str:
         """Why the process ended: what it said of an error, or the last line that it printed."""
         assert self.process
@@ -174,4 +188,5 @@ class TrackerProcess:
         if self.process and self.process.stdin:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()
+        self.seen_at = self.url
         self.output.close()

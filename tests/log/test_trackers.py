@@ -33,6 +33,7 @@ class Table:
     def __init__(self, columns, data, allow_mixed_types):
         self.cells = [columns, data]
 class Run:
+    url = os.environ.get("SEEN_AT")
     def define_metric(self, name, step_metric=None):
         pass
     def log(self, row):
@@ -103,6 +104,15 @@ def test_a_tracker_is_given_the_config_the_numbers_and_tables_of_samples(tmp_pat
     assert screen.getvalue().splitlines() == ["warning: loss/policy is nan at step 1; written as null"] + [
         "warning: values that were not finite: loss/policy x 1"
     ]
+
+
+def test_where_a_run_is_seen_is_one_line(tmp_path, fake, monkeypatch):
+    """What else a library prints is not the run's; without an address there is no line."""
+    monkeypatch.setenv("SEEN_AT", "https://example.org/films/run")
+    log, screen = open_log(tmp_path / "run", "wandb", "tensorboard")
+    write(log, 1, 2)
+    log.close()
+    assert screen.getvalue().splitlines() == ["wandb: https://example.org/films/run"]
 
 
 def test_a_resumed_run_is_the_same_run_of_the_tracker(tmp_path, fake):
