@@ -127,9 +127,9 @@ def protos() -> dict[str, Any]:
     try:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.proto.summary_pb2 import (  # pyright: ignore[reportAttributeAccessIssue]
-            Summary,
-            SummaryMetadata,
+        from tensorboardX.proto.summary_pb2 import (
+            Summary,  # pyright: ignore[reportAttributeAccessIssue]
+            SummaryMetadata,  # pyright: ignore[reportAttributeAccessIssue]
         )
         from tensorboardX.proto.tensor_pb2 import TensorProto  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboardX.proto.tensor_shape_pb2 import TensorShapeProto  # pyright: ignore[reportAttributeAccessIssue]

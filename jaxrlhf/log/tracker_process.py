@@ -39,6 +39,7 @@ class Wandb:
             save_code=False,
             settings=wandb.Settings(console="off"),
         )
+        self.url = self.run.url or ""  # None where it is offline
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -67,6 +68,8 @@ class Trackio:
             resume="allow",
             embed=False,
         )
+        place = self.run.url or ""  # a server's address, or the name of a Space; None where it is local
+        self.url = f"https://huggingface.co/spaces/{place}" if place and "://" not in place else place
 
     def metrics(self, step: int, scalars: Mapping[str, float]) -> None:
         self.run.log(dict(scalars), step=step)
@@ -107,8 +110,8 @@ def serve() -> NoReturn:
         given = messages()
         opening = next(given)
         tracker = TRACKERS[opening["tracker"]](opening)
-        if url := getattr(tracker.run, "url", None):  # None where it is offline
-            print(f"\n{SEEN_AT}{url}", flush=True)
+        if tracker.url:
+            print(f"\n{SEEN_AT}{tracker.url}", flush=True)
         for message in given:
             if "metrics" in message:
                 tracker.metrics(message["step"], message["metrics"])
