@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrlhf import api
 from jaxrlhf import train as trainer
 from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
@@ -178,6 +179,27 @@ def test_eight_devices_do_what_one_does(folder, conversed, devices):
     _, _, others, _ = iterated(conversing.config(folder, "ppo", **arguments, **devices), 8)
     np.testing.assert_array_equal(rows.tokens, others.tokens)
     np.testing.assert_array_equal(rows.rewards, others.rewards)
+
+
+@pytest.mark.nightly  # by day: packed responses of one turn, in test_response_widths
+def test_packed_conversations_teach_the_same(folder, conversed):
+    state, numbers, rows, _ = conversed
+    changes = {"environment.arguments": {"price": 0.25}, "batch.pack_widths": 2, "batch.micro_batch_size": 16}
+    packed, others, more, _ = iterated(conversing.config(folder, "ppo", **changes))
+    np.testing.assert_array_equal(rows.tokens, more.tokens)
+    for first, second in zip(jax.tree.leaves(state.params), jax.tree.leaves(packed.params), strict=True):
+        np.testing.assert_allclose(first, second, atol=2e-6)
+    assert numbers["loss/value"] == pytest.approx(others["loss/value"], rel=1e-4)
+
+
+@pytest.mark.nightly
+def test_the_policy_of_such_a_run_writes_responses_without_it(folder, tmp_path, monkeypatch):
+    """What a run has taught is a model like any other."""
+    cfg = conversing.config(folder, "grpo", iterations=1, run_dir=str(tmp_path / "run"))
+    assert trainer.run(cfg) == "done"
+    monkeypatch.delattr(conversing, "Show")
+    (written,) = api.sample(cfg.run_dir, ["0?"], n=2, max_new_tokens=3)
+    assert len(written) == 2
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
