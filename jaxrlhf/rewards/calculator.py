@@ -40,7 +40,7 @@ def calculator(expression: str) -> float:
 
 def value_of(node: ast.AST) -> float:
     """The value of a part of an expression. Raises ValueError for what is no arithmetic, or too large."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         return node.value
     if isinstance(node, ast.UnaryOp) and type(node.op) in UNARY:
         return UNARY[type(node.op)](value_of(node.operand))

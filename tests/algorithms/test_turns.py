@@ -17,13 +17,20 @@ REWARDS = np.array([[0, 0, 0.5, 0, 0, 0, 0, 2.0], [0, 0, 0, -1.0, 0, 0, 0, 0], [
 ENDED = np.array([True, False, True])
 
 
-def rows(scores: np.ndarray | None = None, **more) -> Sequences:
+def rows(scores: np.ndarray | None = None) -> Sequences:
     """Conversations, of which the host knows the scores: the sums of their rewards."""
     scores = REWARDS.sum(1) if scores is None else scores
-    given = {"scores": jnp.array(scores, jnp.float32), "rewards": jnp.array(REWARDS, jnp.float32)} | more
     zeros, tokens = jnp.zeros(MASK.shape), jnp.zeros(MASK.shape, jnp.int32)
-    where = {"response_start": 1, "ended": jnp.array(ENDED)}
-    return Sequences(tokens, jnp.array(VALID), jnp.array(MASK), logprobs=zeros, **where, **given)
+    return Sequences(
+        tokens,
+        jnp.array(VALID),
+        jnp.array(MASK),
+        logprobs=zeros,
+        scores=jnp.array(scores, jnp.float32),
+        rewards=jnp.array(REWARDS, jnp.float32),
+        ended=jnp.array(ENDED),
+        response_start=1,
+    )
 
 
 def state_of(values: np.ndarray, reference: np.ndarray) -> TrainState:

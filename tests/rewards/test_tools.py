@@ -63,6 +63,12 @@ def call(name: str, **arguments) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
+def contents(turn: Turn) -> list[str]:
+    """What each message of an observation says."""
+    assert isinstance(turn.observation, list)
+    return [message["content"] for message in turn.observation]
+
+
 def test_calls_are_found_in_a_response():
     text = f"I add. {call('add', first=1)} and\n{call('words', text='</b>')} done"
     assert parse_calls(text) == [ToolCall("add", {"first": 1}), ToolCall("words", {"text": "</b>"})]
@@ -130,7 +136,7 @@ def test_what_goes_wrong_is_told_to_the_policy(asked, said):
     found.max_characters = 10 if said.startswith("x") else 2000
     states = found.reset([{"answer": ""}])
     (turn,) = found.step(states, [asked])
-    assert not turn.done and turn.observation[0]["content"] == said
+    assert not turn.done and contents(turn) == [said]
     assert found.metrics(states)["tool_errors"] == float(said.startswith("error"))
 
 
@@ -139,10 +145,10 @@ def test_calls_run_at_the_same_time_and_are_limited():
     states, began = found.reset([{"answer": ""}] * 40), time.monotonic()
     turns = found.step(states, [call("nap", seconds=0.2)] * 40)
     assert time.monotonic() - began < 4, "8 s, one after the other"
-    assert all(turn.observation[0]["content"] == "x" * 50 for turn in turns)
+    assert all(contents(turn) == ["x" * 50] for turn in turns)
     (turn,) = found.step(states[:1], [call("add", first=1) * 2])
     left = "error: no calls are left of 2; answer without one"
-    assert [message["content"] for message in turn.observation] == ["1.0", left]
+    assert contents(turn) == ["1.0", left]
 
 
 @pytest.mark.parametrize(

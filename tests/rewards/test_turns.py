@@ -31,7 +31,7 @@ class Counts:
 def environment(reset=None, step=None, timeout=None, **more) -> TextEnvironment:
     """One whose two methods answer as Counts, or as they are told to."""
     counts = Counts()
-    methods = {"reset": lambda self, records: reset(records) if reset else counts.reset(records)}
+    methods: dict = {"reset": lambda self, records: reset(records) if reset else counts.reset(records)}
     methods["step"] = lambda self, states, responses: step(states) if step else counts.step(states, responses)
     return TextEnvironment("my:Env", type("Env", (), methods | more)(), timeout)
 
@@ -68,13 +68,13 @@ MESSAGES = r'expected a text, or messages: \[\{"role": "user", "content": "..."\
         ((Turn() for _ in range(9)), "step: returned more than 2 turns: expected 2, one an episode"),
         ([Turn(), 1.0], r"step: turn 1 is 1.0: expected Turn\(observation, reward, done\)"),
         ([Turn(), ("x", 1.0)], r"step: turn 1 is \('x', 1.0\): expected Turn\(observation, reward, done\)"),
-        ([Turn(4), Turn()], f"step: turn 0: observation is 4: {MESSAGES}"),
+        ([(4, 0.0, True), Turn()], f"step: turn 0: observation is 4: {MESSAGES}"),
         ([Turn([{"role": "user"}]), Turn()], f"step: turn 0: observation is .*: {MESSAGES}"),
         ([Turn([{"role": "assistant", "content": "x"}]), Turn()], f"step: turn 0: observation is .*: {MESSAGES}"),
-        ([Turn("", "1"), Turn()], "step: turn 0: reward is '1': expected a finite number, or None"),
+        ([("", "1", True), Turn()], "step: turn 0: reward is '1': expected a finite number, or None"),
         ([Turn("", float("nan")), Turn()], "step: turn 0: reward is nan: expected a finite number, or None"),
         ([Turn("", 1e39), Turn()], r"step: turn 0: reward is 1e\+39: expected a finite number, or None"),
-        ([Turn("", 0.0, "no"), Turn()], "step: turn 0: done is 'no': expected True or False"),
+        ([("", 0.0, "no"), Turn()], "step: turn 0: done is 'no': expected True or False"),
     ],
 )
 def test_what_is_no_turn_is_one_line(found, line):
