@@ -48,7 +48,15 @@ FAST += (
     "serve/test_dialogue.py",
 )
 # but for what takes seconds there
-SLOWER = ("test_movie_reviews", "test_math_answer", "the_nearest_batch_really", "the_module_prints", "libtpu_counts")
+SLOWER = (
+    "test_movie_reviews",
+    "test_math_answer",
+    "the_nearest_batch_really",
+    "the_module_prints",
+    "libtpu_counts",
+    "rewards/test_remote",
+    "rewards/test_http_grader",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
