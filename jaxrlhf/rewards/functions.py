@@ -42,8 +42,7 @@ class RewardsConfig:
     function: str | None = None  # "package.module:name" of (responses, records) -> floats; the module may lie here
     functions: dict[str, GraderConfig] = dataclasses.field(default_factory=dict)  # several: the weighted sum counts
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)  # keywords for function
-    # of several, in grpo: their sum is compared within the group of a prompt, or each is, and then they are summed
-    normalize: Literal["sum_then_group", "group_then_sum"] = "sum_then_group"
+    normalize: Literal["sum_then_group", "group_then_sum"] = "sum_then_group"  # of several: the sum, or each, by group
     timeout: float | None = None  # seconds that a function may take for one batch, retries included; null: any number
     deadline: float | None = None  # seconds that all functions together may take for one batch; null: any number
     on_timeout: Literal["stop", "unscorable"] = "stop"  # unscorable: a function that takes longer gives no number
