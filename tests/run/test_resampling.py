@@ -158,7 +158,7 @@ def test_prompts_that_are_learned_from_are_those_of_a_loop_over_the_data(one):
                 records = next(batches)
                 kept += [record["prompt"] for record in records if record["kind"] == "differ"]
                 equal += sum(record["kind"] != "differ" for record in records)
-                scores += by_kind([""] * SIZE * GROUPS, np.repeat(records, SIZE).tolist())
+                scores += by_kind([""] * SIZE * GROUPS, [record for record in records for _ in range(SIZE)])
                 rollouts += 1
             taken += rollouts
             host, records = feed.next()
