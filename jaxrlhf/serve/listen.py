@@ -67,7 +67,7 @@ def serve_model(asked: Asked, role: Role, host: str, port: int, limits: Limits) 
         given = (asked.model, asked.slots, asked.context, asked.waiting, asked.name)
         service = read_service(*given) if role == "policy" else read_scores(*given)
         began = time.monotonic()
-        print(f"{service.name}: compiling its programs; the next start finds them ready", file=sys.stderr, flush=True)
+        print(f"{service.name}: compiling its programs, which are kept for the next start", file=sys.stderr, flush=True)
         if isinstance(service, TextService):
             service.engine.slots.warm_up()
             stack.enter_context(service.engine)
