@@ -210,8 +210,8 @@ def test_64_clients_for_a_minute(address, client):
 def test_sigterm_finishes_what_is_being_answered(folder):
     command = [sys.executable, "-m", "jaxrlhf", "serve", str(folder), "--port", "0", "--context", "512"]
     environment = runs.environment(1)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as server:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True) as server:
         assert server.stdout
         address = server.stdout.readline().split()[0]
         with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
