@@ -11,7 +11,7 @@ from jaxrlhf.generate.stop_texts import TextAutomaton
 Reason = Literal["eos", "stop", "length", "cancelled", "error"]
 
 
-class Ask(NamedTuple):
+class ResponseSettings(NamedTuple):
     """How a response is sampled, and what is told of it."""
 
     max_tokens: int
@@ -38,12 +38,12 @@ class Job:
     end, and after each token where it ``streams``."""
 
     ids: np.ndarray  # i32[P]
-    ask: Ask
+    ask: ResponseSettings
     sample_id: int
     changed: Callable[[], None] = lambda: None
     streams: bool = False
     tokens: list[Said] = dataclasses.field(default_factory=list)
-    prompt: list[Said] = dataclasses.field(default_factory=list)  # where Ask.of_prompt
+    prompt: list[Said] = dataclasses.field(default_factory=list)  # where ResponseSettings.of_prompt
     reason: Reason | None = None
     read: int = 0  # columns of the prompt that the cache holds
     stops: list[tuple[TextAutomaton, int]] = dataclasses.field(default_factory=list)  # and their states

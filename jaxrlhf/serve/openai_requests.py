@@ -102,7 +102,7 @@ class Chat(Sampled):
     service_tier: str | None = None
 
 
-class Answered(BaseModel):
+class ScoredText(BaseModel):
     """A prompt and its response, or messages that end with the response."""
 
     model_config = ConfigDict(extra="forbid")
@@ -124,7 +124,7 @@ class Scores(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
-    input: Annotated[list[Answered], Field(min_length=1, max_length=1024)]
+    input: Annotated[list[ScoredText], Field(min_length=1, max_length=1024)]
 
 
 def parse(kind: type, body: Any) -> Any:

@@ -15,7 +15,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.models.config import row_limit
 from jaxrlhf.serve.engine import Engine, Full
-from jaxrlhf.serve.jobs import Ask, Job
+from jaxrlhf.serve.jobs import ResponseSettings, Job
 from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, Sampled, Scores
 from jaxrlhf.serve.scorer import Scorer
 from jaxrlhf.serve.slots import Slots
@@ -71,11 +71,11 @@ class TextService(Service):
         ask = self.ask(request, room)._replace(logprobs=bool(request.logprobs))
         return self.submit([ids], ask, request, changed)
 
-    def ask(self, request: Sampled, room: int) -> Ask:
+    def ask(self, request: Sampled, room: int) -> ResponseSettings:
         either = lambda value, default: default if value is None else value
         seed = either(request.seed, secrets.randbelow(2**31)) % 2**31
         temperature, top_p = either(request.temperature, 1.0), either(request.top_p, 1.0)
-        return Ask(room, temperature, top_p, request.top_k or 0, seed, request.stops)
+        return ResponseSettings(room, temperature, top_p, request.top_k or 0, seed, request.stops)
 
     def prompt(self, prompt: str | Sequence[int]) -> np.ndarray:
         """i32[P] of a text or of ids. Raises ApiError."""
@@ -98,7 +98,7 @@ class TextService(Service):
             raise ApiError(400, str(error), param) from None
 
     def submit(
-        self, prompts: Sequence[np.ndarray], ask: Ask, request: Sampled, changed: Callable[[], None]
+        self, prompts: Sequence[np.ndarray], ask: ResponseSettings, request: Sampled, changed: Callable[[], None]
     ) -> list[Job]:
         limit, n = self.engine.slots.limit, request.n or 1
         for ids in prompts:

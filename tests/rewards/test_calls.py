@@ -146,7 +146,7 @@ def loops(responses, records):
 HANGS = [(hangs, False), (loops, False), (hangs_later, False), (loops, True)]
 
 
-@pytest.mark.parametrize(("function", "threads"), HANGS, ids=str)
+@pytest.mark.parametrize(("function", "threads"), HANGS)
 def test_a_function_that_hangs_ends_the_run_or_has_no_score(function, threads, caplog):
     line = (
         r"^rewards\.function: my:f0: no answer within 0\.1 s to 2 responses, the first of them to the record "

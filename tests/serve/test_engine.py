@@ -13,7 +13,7 @@ from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.serve import writer
 from jaxrlhf.serve.engine import Engine, Full
-from jaxrlhf.serve.jobs import Ask, Job
+from jaxrlhf.serve.jobs import ResponseSettings, Job
 from jaxrlhf.serve.writer import encode_record
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support.runs import COMPILED
@@ -21,13 +21,13 @@ from tests.support.served import generated
 
 PROMPT = "the film is warm and its script"
 LONG = "the film is warm and its script " * 12  # several chunks, and wider caches
-SAMPLED = Ask(8, temperature=0.8, top_p=0.9, seed=7)
+SAMPLED = ResponseSettings(8, temperature=0.8, top_p=0.9, seed=7)
 
 
 class Ended(Job):
     """A job that is waited for."""
 
-    def __init__(self, service, prompt: str | list[int], ask: Ask, sample_id: int = 0, then=lambda job: None):
+    def __init__(self, service, prompt: str | list[int], ask: ResponseSettings, sample_id: int = 0, then=lambda job: None):
         self.done, self.then = threading.Event(), then
         ids = encode_record(service.model, {"prompt": prompt}) if isinstance(prompt, str) else prompt
         super().__init__(np.asarray(ids, np.int32), ask, sample_id, self.look, streams=True)
@@ -65,7 +65,7 @@ def test_the_text_is_that_of_generate(service, folder, prompt):
 
 def test_a_response_does_not_depend_on_its_company_nor_on_when_it_joins(service):
     (alone,) = run(service, Ended(service, PROMPT, SAMPLED))
-    others = [Ended(service, LONG, Ask(24, seed=seed)) for seed in range(6)]  # more than there are slots
+    others = [Ended(service, LONG, ResponseSettings(24, seed=seed)) for seed in range(6)]  # more than there are slots
     late = Ended(service, PROMPT, SAMPLED)
 
     def join(job: Job) -> None:
@@ -110,7 +110,7 @@ def test_a_long_prompt_does_not_stop_the_others(service, monkeypatch):
     """A token of theirs is computed between two of its chunks."""
     calls = noted(monkeypatch, service, "read", "decode")
     long = Ended(service, LONG, SAMPLED)
-    short = Ended(service, PROMPT, Ask(24, seed=1))
+    short = Ended(service, PROMPT, ResponseSettings(24, seed=1))
     short.then = lambda job: service.engine.submit([long]) if len(job.tokens) == 2 else None
     run(service, short)
     assert len(long.ids_out) == 8
@@ -122,10 +122,10 @@ def test_a_long_prompt_does_not_stop_the_others(service, monkeypatch):
 
 def test_few_slots_are_computed_where_few_are_in_use(service, monkeypatch):
     """A response goes on where the number of slots changes, with the same tokens."""
-    ask = Ask(60, temperature=2.0, seed=5)
+    ask = ResponseSettings(60, temperature=2.0, seed=5)
     (alone,) = run(service, Ended(service, PROMPT, ask))
     calls = noted(monkeypatch, service, "decode")
-    found = run(service, *(Ended(service, PROMPT, ask if at == 2 else Ask(3, seed=at)) for at in range(3)))
+    found = run(service, *(Ended(service, PROMPT, ask if at == 2 else ResponseSettings(3, seed=at)) for at in range(3)))
     assert found[2] == alone
     assert {size for _, size in calls} == {1, 4} and calls[-1][1] == 1
 
@@ -144,7 +144,7 @@ def test_nothing_compiles_after_warm_up(service):
     listen = lambda event, duration_secs, **_: events.append(event) if event.endswith(COMPILED) else None
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        asks = [Ask(5, 0.0), Ask(9, 1.3, 0.5, 3, 2), Ask(3, logprobs=True, of_prompt=True), Ask(4, stop=("a", "b"))]
+        asks = [ResponseSettings(5, 0.0), ResponseSettings(9, 1.3, 0.5, 3, 2), ResponseSettings(3, logprobs=True, of_prompt=True), ResponseSettings(4, stop=("a", "b"))]
         run(service, *(Ended(service, prompt, ask) for ask in asks for prompt in (PROMPT, LONG, [5])))
         run(service, Ended(service, PROMPT, asks[0]))  # in caches of the smallest width again
         jax.jit(lambda x: x + 17)(1)
@@ -157,7 +157,7 @@ def test_nothing_compiles_after_warm_up(service):
 def test_settings_are_of_each_row(service, folder):
     """Greedy, top-k and sampled rows stand in one batch."""
     cfgs = [GenerateConfig(8, temperature=0.0), GenerateConfig(8, top_k=3), GenerateConfig(8)]
-    asks = [Ask(8, 0.0, seed=3), Ask(8, top_k=3, seed=3), Ask(8, seed=3)]
+    asks = [ResponseSettings(8, 0.0, seed=3), ResponseSettings(8, top_k=3, seed=3), ResponseSettings(8, seed=3)]
     found = run(service, *(Ended(service, PROMPT, ask) for ask in asks))
     assert [decoded(service, ids) for ids in found] == [generated(folder, PROMPT, cfg, 3)[0].text for cfg in cfgs]
     assert len({tuple(ids) for ids in found}) == 3
@@ -167,7 +167,7 @@ def test_a_stop_text_ends_a_response_where_generate_does(service, folder):
     free = generated(folder, PROMPT, GenerateConfig(8, temperature=0.0))[0].text
     stop = free[len(free) // 2 : len(free) // 2 + 2]
     (expected,) = generated(folder, PROMPT, GenerateConfig(8, temperature=0.0, stop=("@@", stop)))
-    job = Ended(service, PROMPT, Ask(8, 0.0, stop=("@@", stop)))
+    job = Ended(service, PROMPT, ResponseSettings(8, 0.0, stop=("@@", stop)))
     (ids,) = run(service, job)
     assert [decoded(service, ids), job.reason, len(ids)] == [expected.text, expected.finish_reason, expected.tokens]
     assert job.reason == "stop"
@@ -175,7 +175,7 @@ def test_a_stop_text_ends_a_response_where_generate_does(service, folder):
 
 def test_what_is_told_is_what_the_model_says(service, folder):
     """Log-probs of prompt and response against a forward pass over all of it, whatever the temperature is."""
-    job = Ended(service, LONG, Ask(4, temperature=0.5, seed=1, logprobs=True, of_prompt=True))
+    job = Ended(service, LONG, ResponseSettings(4, temperature=0.5, seed=1, logprobs=True, of_prompt=True))
     run(service, job)
     said = [*job.prompt, *job.tokens]
     row = jnp.array([[*job.ids, *(x.token for x in job.tokens)]])
@@ -194,7 +194,7 @@ def test_what_is_told_is_what_the_model_says(service, folder):
 
 def test_a_job_that_is_given_up_frees_its_slot(service):
     before = service.engine.counts.cancelled
-    given_up = [Ended(service, PROMPT, Ask(200, seed=seed)) for seed in range(4)]  # all the slots
+    given_up = [Ended(service, PROMPT, ResponseSettings(200, seed=seed)) for seed in range(4)]  # all the slots
     for job in given_up:
         job.then = lambda job: service.engine.cancel([job]) if len(job.tokens) == 2 else None
     (ids,) = run(service, *given_up, Ended(service, PROMPT, SAMPLED))[4:]

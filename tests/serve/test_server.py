@@ -126,8 +126,9 @@ def test_a_model_without_a_chat_template(client, service, monkeypatch):
 def test_a_mistake_is_named(client, asked, expected, param):
     with pytest.raises(openai.BadRequestError) as error:
         complete(client, **asked)
-    assert expected in error.value.body["message"]
-    assert error.value.body["param"] == param and error.value.body["type"] == "invalid_request_error"
+    body: Any = error.value.body
+    assert expected in body["message"]
+    assert body["param"] == param and body["type"] == "invalid_request_error"
 
 
 def test_another_model_and_another_path(client):
