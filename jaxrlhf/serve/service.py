@@ -15,7 +15,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.models.config import row_limit
 from jaxrlhf.serve.engine import Engine, Full
-from jaxrlhf.serve.jobs import ResponseSettings, Job
+from jaxrlhf.serve.jobs import Job, ResponseSettings
 from jaxrlhf.serve.openai_requests import ApiError, Chat, Completion, Sampled, Scores
 from jaxrlhf.serve.scorer import Scorer
 from jaxrlhf.serve.slots import Slots

@@ -13,7 +13,7 @@ from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.serve import writer
 from jaxrlhf.serve.engine import Engine, Full
-from jaxrlhf.serve.jobs import ResponseSettings, Job
+from jaxrlhf.serve.jobs import Job, ResponseSettings
 from jaxrlhf.serve.writer import encode_record
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support.runs import COMPILED
@@ -27,7 +27,9 @@ SAMPLED = ResponseSettings(8, temperature=0.8, top_p=0.9, seed=7)
 class Ended(Job):
     """A job that is waited for."""
 
-    def __init__(self, service, prompt: str | list[int], ask: ResponseSettings, sample_id: int = 0, then=lambda job: None):
+    def __init__(
+        self, service, prompt: str | list[int], ask: ResponseSettings, sample_id: int = 0, then=lambda job: None
+    ):
         self.done, self.then = threading.Event(), then
         ids = encode_record(service.model, {"prompt": prompt}) if isinstance(prompt, str) else prompt
         super().__init__(np.asarray(ids, np.int32), ask, sample_id, self.look, streams=True)
@@ -144,7 +146,12 @@ def test_nothing_compiles_after_warm_up(service):
     listen = lambda event, duration_secs, **_: events.append(event) if event.endswith(COMPILED) else None
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        asks = [ResponseSettings(5, 0.0), ResponseSettings(9, 1.3, 0.5, 3, 2), ResponseSettings(3, logprobs=True, of_prompt=True), ResponseSettings(4, stop=("a", "b"))]
+        asks = [
+            ResponseSettings(5, 0.0),
+            ResponseSettings(9, 1.3, 0.5, 3, 2),
+            ResponseSettings(3, logprobs=True, of_prompt=True),
+            ResponseSettings(4, stop=("a", "b")),
+        ]
         run(service, *(Ended(service, prompt, ask) for ask in asks for prompt in (PROMPT, LONG, [5])))
         run(service, Ended(service, PROMPT, asks[0]))  # in caches of the smallest width again
         jax.jit(lambda x: x + 17)(1)
