@@ -6,9 +6,10 @@ jaxrlhf=${JAXRLHF:-jaxrlhf}
 
 if [ "${PREFLIGHT:-1}" != 0 ]; then
     # a shell that is process 1 of a container would not hear SIGTERM; nothing is lost yet: run it again
+    checks=
+    trap '[ -z "$checks" ] || kill -TERM "$checks" 2>/dev/null || true; exit 75' TERM
     "$jaxrlhf" preflight "$@" &
     checks=$!
-    trap 'kill -TERM "$checks" 2>/dev/null || true; exit 75' TERM
     wait "$checks"
     trap - TERM
 fi

@@ -657,7 +657,7 @@ def test_what_was_recognised_is_announced_once(tmp_path, opened):
     opened("a.jsonl", pairs, "preferences")
     opened("b.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}), "preferences")
     data = SimpleNamespace(cache_dir=str(tmp_path / "cache"), skip_bad=False)
-    ready = SimpleNamespace(cfg=SimpleNamespace(data=data), recognised={})
+    ready = SimpleNamespace(cfg=SimpleNamespace(data=data), recognised={}, environment=None)
     for where, name in (("data.preferences", "a"), ("data.eval_preferences", "a"), ("data.eval_prompts", "b")):
         feed.read_source(ready, "preferences", SourceConfig(path=f"{tmp_path}/{name}.jsonl"), where)  # type: ignore[arg-type]
     assert feed.describe_data(ready) == [  # type: ignore[arg-type]

@@ -126,7 +126,7 @@ def test_a_full_queue_is_told_with_when_to_try_again(address, held, service, mon
     monkeypatch.setattr(service.engine, "most", 0)
     with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
         stream = complete(client, n=SLOTS, max_tokens=100, stream=True)
-        next(iter(stream))
+        waits_until(lambda: service.engine.running == SLOTS)
         with pytest.raises(openai.RateLimitError, match="The server is busy") as error:
             complete(client)
         assert error.value.response.headers["retry-after"] == "1"
