@@ -5,7 +5,6 @@ are compiled for its first seed: the others find them in JAX's cache, as the see
 """
 
 import contextlib
-import difflib
 import filecmp
 import hashlib
 import json
@@ -26,8 +25,8 @@ from jaxrlhf.cli.discover import find_configs
 from jaxrlhf.config.check import check
 from jaxrlhf.config.load import dump, parse
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.yaml_text import read_file, read_yaml
-from jaxrlhf.errors import ConfigError, nearest
+from jaxrlhf.config.yaml_text import flat, read_file, read_yaml
+from jaxrlhf.errors import ConfigError, nearest, show
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.hosts.signals import Stop
 from jaxrlhf.log.progress import PlainLines, open_progress
@@ -167,8 +166,10 @@ def check_kept(path: Path, cfg: Config) -> None:
     """Raises ConfigError where the cell's run was made by another config: it would pass for one of this."""
     kept, wanted = read_kept(path), dump(cfg)
     if kept is not None and not says(kept.config, cfg, os.fspath(path)):
-        lines = difflib.unified_diff(kept.config.splitlines(), wanted.splitlines(), lineterm="", n=0)
-        changed = ", ".join(line[:1] + line[1:].strip() for line in lines if line[:3] not in ("---", "+++", "@@ "))
+        sides = [(sign, flat(read_yaml(text, os.fspath(path)))) for sign, text in (("-", kept.config), ("+", wanted))]
+        (_, before), (_, after) = sides
+        keys = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
+        changed = ", ".join(f"{sign}{key}: {show(tree[key])}" for key in keys for sign, tree in sides if key in tree)
         raise ConfigError(f"--out: {path.with_suffix('')}: made by another config ({changed}); expected another folder")
 
 

@@ -29,11 +29,12 @@ def test_scores_are_those_of_the_run_however_many_rows_at_a_time(tmp_path, monke
     assert train.run(cfg) == train.DONE
     done = FinishedCell("rm_50", tmp_path / "rm_50", tmp_path, 5)
     pairs = [json.loads(line) for line in (tmp_path / "data" / "held_out_pairs.jsonl").read_text().splitlines()]
-    read = lambda: np.subtract(*(control.segment_scores(done.run_dir, pairs, side) for side in ("chosen", "rejected")))
-    margins = read()
+    read = lambda: np.stack([control.segment_scores(done.run_dir, pairs, side) for side in ("chosen", "rejected")])
+    sides = read()
+    margins = sides[0] - sides[1]
     assert margins.shape == (2, control.HELD_OUT)
     assert np.mean(margins.mean(0) > 0) == pytest.approx(done.curve("eval/reward/accuracy")[-1])
     for member, margin in enumerate(margins):
         assert np.mean(margin > 0) == pytest.approx(done.curve(f"eval/reward/accuracy/reward_{member}")[-1])
     monkeypatch.setattr(finished_run, "ROWS", 150)  # the last part is smaller
-    np.testing.assert_allclose(read(), margins, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(read(), sides, rtol=1e-5, atol=1e-6)
