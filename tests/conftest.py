@@ -56,6 +56,9 @@ SLOWER = (
     "libtpu_counts",
     "rewards/test_remote",
     "rewards/test_http_grader",
+    "rewards/test_code.py",
+    "rewards/test_calls",
+    "rewards/test_written_environments",
 )
 
 
