@@ -15,21 +15,14 @@ from jaxrlhf import train as trainer
 from jaxrlhf.algorithms import on_policy
 from jaxrlhf.config.check import check
 from jaxrlhf.config.record import Config
-from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.ops.advantages import gae
 from jaxrlhf.rewards import upright
 from jaxrlhf.run import saved_run
-from jaxrlhf.run.build import build
 from jaxrlhf.run.export import export
-from jaxrlhf.run.feed import Feed
-from jaxrlhf.run.initial_state import initial_state
 from jaxrlhf.run.kept_programs import share_programs
-from jaxrlhf.run.programs import compile_programs
-from jaxrlhf.run.scoring import joined
-from jaxrlhf.run.transfer import fetch_all, put
-from jaxrlhf.sharding import current, for_programs
-from jaxrlhf.types import Sequences, TrainState, given
+from jaxrlhf.types import Sequences, TrainState
+from tests.support.iterated import iterated
 
 UPRIGHT = "jaxrlhf.rewards.upright:UprightCartPole-v0"
 SHAPE = {"family": "mlp", "hidden_size": 8, "num_layers": 2}
@@ -70,19 +63,6 @@ def segments(tmp_path: Path, rows: int = 8) -> str:
     return str(path)
 
 
-def iterated(cfg: Config, devices: int, count: int = 2) -> tuple[TrainState, dict[str, float], Sequences]:
-    """The state, the last metrics and the last episodes after ``count`` iterations on so many devices."""
-    ready = build(resolve_config(cfg), jax.devices()[:devices], keep=False)
-    feed = Feed(ready)
-    with current(ready.mesh):
-        state = for_programs(initial_state(ready), ready.mesh)
-        one = joined(ready, compile_programs(ready, state, next(feed.shapes())))
-        for _ in range(count):
-            host, records = feed.next()
-            state, metrics, sequences = one(state, put(ready.mesh, host), records)
-        return jax.device_get(state), jax.device_get(metrics), fetch_all(given(sequences, "sequences"))
-
-
 @pytest.fixture(scope="module")
 def reward_run(tmp_path_factory) -> Path:
     """A run of an ensemble of two reward models, from segments."""
@@ -112,7 +92,7 @@ def test_reward_models_learn_from_segments(reward_run):
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory) -> tuple[TrainState, dict[str, float], Sequences]:
-    return iterated(config(tmp_path_factory.mktemp("one")), 1)
+    return iterated(config(tmp_path_factory.mktemp("one")), 1, 2)[:3]
 
 
 def test_episodes_are_rows_and_what_sampled_is_what_learns(one_device):
@@ -138,7 +118,7 @@ def test_episodes_are_rows_and_what_sampled_is_what_learns(one_device):
 )
 def test_eight_devices_do_what_one_does(tmp_path, one_device, devices):
     one, numbers, rows = one_device
-    eight, others, more = iterated(config(tmp_path, **devices), 8)
+    eight, others, more, _ = iterated(config(tmp_path, **devices), 8, 2)
     np.testing.assert_array_equal(rows.tokens, more.tokens)
     for first, second in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
         np.testing.assert_allclose(first, second, atol=2e-6)
@@ -168,7 +148,7 @@ def test_learned_rewards_of_every_action_take_the_place_of_the_environments(tmp_
     members = {f"reward_{at}": {"init_from": str(reward_run)} for at in (0, 1)}
     start = {"models": {"policy": {"architecture": SHAPE}} | members, "algorithm.kl_coef": 0.0}
     more = {"models.value": {"architecture": SHAPE}, "algorithm.whiten_advantages": "no"}
-    _, metrics, sequences = iterated(config(tmp_path, **start, **more), 1, count=1)
+    _, metrics, sequences, _ = iterated(config(tmp_path, **start, **more))
     found = saved_run.SavedRuns().read_extra(str(reward_run))[1]
     assert {*found["models"]} == {"reward_0", "reward_1"}
     np.testing.assert_allclose(metrics["reward/mean"], metrics["score/mean"], rtol=1e-5)
@@ -182,7 +162,7 @@ def test_costs_of_every_action_are_those_of_the_cost_models(tmp_path, reward_run
     """A run of rm is a cost model where the chosen side costs more; the environment rewards."""
     members = {f"cost_{at}": {"init_from": str(reward_run)} for at in (0, 1)}
     start = {"models": {"policy": {"architecture": SHAPE}} | members, "algorithm.kl_coef": 0.0}
-    state, metrics, sequences = iterated(config(tmp_path, "ppo_lagrangian", **start), 1, count=1)
+    state, metrics, sequences, _ = iterated(config(tmp_path, "ppo_lagrangian", **start))
     assert metrics["return/mean"] == pytest.approx(sequences.rewards.sum(1).mean(), rel=1e-6)
     assert metrics["reward/mean"] == pytest.approx(metrics["return/mean"], rel=1e-5)
     moved = 1.0 + 0.1 * float(metrics["cost/mean"])
@@ -216,7 +196,7 @@ def test_a_constant_reward_tells_nothing_where_a_limit_cuts_and_much_where_episo
 
 def test_groups_of_episodes_with_one_start(tmp_path):
     changes = {"batch.prompts_per_step": 4, "batch.samples_per_prompt": 2}
-    _, _, sequences = iterated(config(tmp_path, "grpo", **changes), 1, count=1)
+    _, _, sequences, _ = iterated(config(tmp_path, "grpo", **changes))
     starts = np.asarray(sequences.observations)[:, 0]
     np.testing.assert_array_equal(starts[::2], starts[1::2])
     assert not np.array_equal(starts[0], starts[2]) and not np.array_equal(sequences.tokens[0], sequences.tokens[1])

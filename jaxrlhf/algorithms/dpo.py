@@ -9,8 +9,7 @@ import dataclasses
 from typing import Literal
 
 from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.algorithms.offline import pair_likelihoods
-from jaxrlhf.ops.losses import bradley_terry, ipo
+from jaxrlhf.algorithms.offline import logprob_metrics, pair_likelihoods, pair_terms, reward_metrics
 from jaxrlhf.ops.masked import sums
 from jaxrlhf.types import Array, Batch, Experience, Mean, Nets, Preferences, TrainState, Trees, given
 
@@ -42,21 +41,13 @@ def loss(nets: Nets, trees: Trees, minibatch: DPOExperience, cfg: DPOConfig) -> 
     """Mean loss of a pair; a margin is in units of implicit reward. Padding pairs count for nothing."""
     pairs = minibatch.pairs
     real = pairs.chosen.valid.any(-1)
-    logprobs = [side.total for side in pair_likelihoods(nets, "policy", trees, pairs)]
-    chosen, rejected = (cfg.beta * (ours - ref) for ours, ref in zip(logprobs, minibatch.ref_logprobs, strict=True))
-    if cfg.objective == "sigmoid":
-        terms = bradley_terry(chosen, rejected, pairs.margin, cfg.label_smoothing)
-    else:
-        terms = ipo(chosen, rejected, cfg.beta, pairs.margin, cfg.label_smoothing)
-    total, difference = sums(terms, real), chosen - rejected
+    sides = pair_likelihoods(nets, "policy", trees, pairs)
+    chosen, rejected = (cfg.beta * (ours.total - ref) for ours, ref in zip(sides, minibatch.ref_logprobs, strict=True))
+    total = sums(pair_terms(chosen, rejected, pairs.margin, cfg), real)
     return {"policy": total}, {
         "loss/policy": total,
-        "implicit_reward/chosen": sums(chosen, real),
-        "implicit_reward/rejected": sums(rejected, real),
-        "implicit_reward/margin": sums(difference, real),
-        "implicit_reward/accuracy": sums((difference > 0) + 0.5 * (difference == 0), real),
-        "logprobs/chosen": sums(logprobs[0], real),
-        "logprobs/rejected": sums(logprobs[1], real),
+        **reward_metrics(chosen, rejected, real),
+        **logprob_metrics(*sides, real),
     }
 
 

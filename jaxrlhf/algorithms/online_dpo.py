@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm, read_logprobs, two_samples, update_once
 from jaxrlhf.algorithms import on_policy
-from jaxrlhf.ops.losses import bradley_terry, ipo
+from jaxrlhf.algorithms.offline import pair_terms, reward_metrics
 from jaxrlhf.ops.masked import keep, sums
 from jaxrlhf.ops.rows import group_rows, repeat_rows
 from jaxrlhf.ops.selection import best_in_group
@@ -77,27 +77,16 @@ def prepare(
     rewards = cfg.beta * (keep(logprobs, mask) - keep(ref_logprobs, mask)).sum(-1)
     of = lambda which: jnp.sum(group_rows(keep(rewards, which), size), axis=1)
     chosen, rejected, real = of(best), of(worst), group_rows(best, size).any(1)
-    slope = jax.grad(lambda chosen: jnp.sum(pair_terms(chosen, rejected, cfg)))(chosen)
+    slope = jax.grad(lambda chosen: jnp.sum(pair_terms(chosen, rejected, None, cfg)))(chosen)
     sign = best.astype(jnp.float32) - worst
-    difference = chosen - rejected
     metrics |= {
-        "loss/policy": sums(pair_terms(chosen, rejected, cfg), real),
-        "implicit_reward/chosen": sums(chosen, real),
-        "implicit_reward/rejected": sums(rejected, real),
-        "implicit_reward/margin": sums(difference, real),
-        "implicit_reward/accuracy": sums((difference > 0) + 0.5 * (difference == 0), real),
+        "loss/policy": sums(pair_terms(chosen, rejected, None, cfg), real),
+        **reward_metrics(chosen, rejected, real),
         "group/zero_variance": sums(~real, group_rows(mask.any(-1), size).any(1)),
     }
     slopes = cfg.beta * repeat_rows(slope, size) * sign
     sequences = sequences.replace(scores=scores, logprobs=logprobs)
     return OnlineDPOExperience(responses=sequences, slopes=slopes, best=best), metrics
-
-
-def pair_terms(chosen: Array, rejected: Array, cfg: OnlineDPOConfig) -> Array:
-    """The loss of each pair, f32[G], of implicit rewards f32[G]."""
-    if cfg.objective == "sigmoid":
-        return bradley_terry(chosen, rejected, None, cfg.label_smoothing)
-    return ipo(chosen, rejected, cfg.beta, None, cfg.label_smoothing)
 
 
 def loss(

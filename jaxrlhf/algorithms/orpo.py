@@ -12,10 +12,16 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.algorithms.offline import pair_likelihoods
+from jaxrlhf.algorithms.offline import (
+    PairsExperience,
+    logprob_metrics,
+    pair_likelihoods,
+    prepare_pairs,
+    reward_metrics,
+)
 from jaxrlhf.ops.losses import bradley_terry, log_odds
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.types import Batch, Experience, Mean, Nets, Preferences, TrainState, Trees, given
+from jaxrlhf.types import Mean, Nets, Trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +31,8 @@ class ORPOConfig:
     odds_coef: float = 0.1  # weight of the odds-ratio term beside the likelihood of the chosen side
 
 
-class ORPOExperience(Experience, kw_only=True):
-    """Pairs, as they come."""
-
-    pairs: Preferences
-
-
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: ORPOConfig) -> tuple[ORPOExperience, dict[str, Mean]]:
-    """Pairs are learned from as they come."""
-    return ORPOExperience(pairs=given(batch.preferences, "batch.preferences")), {}
-
-
 def loss(
-    nets: Nets, trees: Trees, minibatch: ORPOExperience, cfg: ORPOConfig
+    nets: Nets, trees: Trees, minibatch: PairsExperience, cfg: ORPOConfig
 ) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Mean loss of a pair; a margin of the data is in units of log odds. Padding pairs count for nothing."""
     pairs = minibatch.pairs
@@ -46,17 +41,12 @@ def loss(
     of_chosen, of_rejected = (log_odds(jnp.where(side.tokens > 0, side.mean, -1.0)) for side in (chosen, rejected))
     ratio = bradley_terry(of_chosen, of_rejected, pairs.margin)
     total = sums(cfg.odds_coef * ratio - chosen.mean, real)
-    difference = of_chosen - of_rejected
     return {"policy": total}, {
         "loss/policy": total,
         "loss/nll": sums(-chosen.mean, real),
         "loss/odds_ratio": sums(ratio, real),
-        "implicit_reward/chosen": sums(of_chosen, real),
-        "implicit_reward/rejected": sums(of_rejected, real),
-        "implicit_reward/margin": sums(difference, real),
-        "implicit_reward/accuracy": sums((difference > 0) + 0.5 * (difference == 0), real),
-        "logprobs/chosen": sums(chosen.total, real),
-        "logprobs/rejected": sums(rejected.total, real),
+        **reward_metrics(of_chosen, of_rejected, real),
+        **logprob_metrics(chosen, rejected, real),
     }
 
 
@@ -66,6 +56,6 @@ ALGORITHM = Algorithm(
     batch=lambda cfg: ("preferences",),
     roles=lambda cfg: ({"policy": "lm"}, {}),
     updates=update_once,
-    prepare=prepare,
+    prepare=prepare_pairs,
     loss=loss,
 )

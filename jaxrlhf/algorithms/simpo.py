@@ -11,11 +11,19 @@ No reference holds the policy: the learning rate and the number of iterations do
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from jaxrlhf.algorithm import Algorithm, update_once
-from jaxrlhf.algorithms.offline import pair_likelihoods
+from jaxrlhf.algorithms.offline import (
+    PairsExperience,
+    logprob_metrics,
+    pair_likelihoods,
+    prepare_pairs,
+    reward_metrics,
+)
 from jaxrlhf.ops.losses import bradley_terry
 from jaxrlhf.ops.masked import sums
-from jaxrlhf.types import Batch, Experience, Mean, Nets, Preferences, TrainState, Trees, given
+from jaxrlhf.types import Mean, Nets, Trees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,36 +35,21 @@ class SimPOConfig:
     label_smoothing: float = 0.0  # the share of pairs taken to be labelled the wrong way round
 
 
-class SimPOExperience(Experience, kw_only=True):
-    """Pairs, as they come."""
-
-    pairs: Preferences
-
-
-def prepare(nets: Nets, state: TrainState, batch: Batch, cfg: SimPOConfig) -> tuple[SimPOExperience, dict[str, Mean]]:
-    """Pairs are learned from as they come."""
-    return SimPOExperience(pairs=given(batch.preferences, "batch.preferences")), {}
-
-
 def loss(
-    nets: Nets, trees: Trees, minibatch: SimPOExperience, cfg: SimPOConfig
+    nets: Nets, trees: Trees, minibatch: PairsExperience, cfg: SimPOConfig
 ) -> tuple[dict[str, Mean], dict[str, Mean]]:
     """Mean loss of a pair; a margin of the data is in units of implicit reward. Padding pairs count for nothing."""
     pairs = minibatch.pairs
     real = pairs.chosen.valid.any(-1)
     chosen, rejected = pair_likelihoods(nets, "policy", trees, pairs)
-    margin = cfg.target_margin + (0.0 if pairs.margin is None else pairs.margin)
-    difference = cfg.beta * (chosen.mean - rejected.mean)
-    terms = bradley_terry(difference - margin, 0.0 * difference, None, cfg.label_smoothing)
+    of_chosen, of_rejected = cfg.beta * chosen.mean, cfg.beta * rejected.mean
+    margin = cfg.target_margin + (jnp.zeros_like(of_chosen) if pairs.margin is None else pairs.margin)
+    terms = bradley_terry(of_chosen, of_rejected, margin, cfg.label_smoothing)
     total = sums(terms, real)
     return {"policy": total}, {
         "loss/policy": total,
-        "implicit_reward/chosen": sums(cfg.beta * chosen.mean, real),
-        "implicit_reward/rejected": sums(cfg.beta * rejected.mean, real),
-        "implicit_reward/margin": sums(difference, real),
-        "implicit_reward/accuracy": sums((difference > 0) + 0.5 * (difference == 0), real),
-        "logprobs/chosen": sums(chosen.total, real),
-        "logprobs/rejected": sums(rejected.total, real),
+        **reward_metrics(of_chosen, of_rejected, real),
+        **logprob_metrics(chosen, rejected, real),
     }
 
 
@@ -66,6 +59,6 @@ ALGORITHM = Algorithm(
     batch=lambda cfg: ("preferences",),
     roles=lambda cfg: ({"policy": "lm"}, {}),
     updates=update_once,
-    prepare=prepare,
+    prepare=prepare_pairs,
     loss=loss,
 )

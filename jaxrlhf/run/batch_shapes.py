@@ -50,17 +50,7 @@ def episode_shapes(drawn: Blueprint, episodes: int) -> Sequences:
     """So many whole episodes, as shapes with layouts: what run/episodes.py makes."""
     rows, size = row_shapes(drawn, episodes), given(spaces_of(drawn.cfg), "environment.id").observation
     columns = 2 + drawn.sampler.max_new_tokens
-    numbers, mask = rows(np.float32, columns), rows(bool, columns)
-    return Sequences(
-        tokens=rows(np.int32, columns),
-        valid=mask,
-        response_mask=mask,
-        logprobs=numbers,
-        scores=rows(np.float32) if drawn.cfg.environment_scores else None,
-        ended=rows(bool),
-        observations=rows(np.float32, columns, size),
-        rewards=numbers,
-    )
+    return played_shapes(drawn, episodes, columns).replace(observations=rows(np.float32, columns, size))
 
 
 def context_widths(drawn: Blueprint, columns: int) -> list[int]:
@@ -80,8 +70,14 @@ def context_shapes(drawn: Blueprint, count: int, width: int) -> Prompts:
 def conversation_shapes(drawn: Blueprint, prompts: Prompts) -> Sequences:
     """The whole rows that begin with ``prompts``, as shapes with layouts: what run/turns.py makes."""
     count, start = prompts.tokens.shape
-    rows = row_shapes(drawn, count * drawn.sampler.samples_per_prompt)
     columns = start + drawn.cfg.generate.max_new_tokens
+    rows = played_shapes(drawn, count * drawn.sampler.samples_per_prompt, columns)
+    return rows.replace(response_start=start, copies=drawn.sampler.copies)
+
+
+def played_shapes(drawn: Blueprint, count: int, columns: int) -> Sequences:
+    """So many rows that an environment has answered, as shapes with layouts."""
+    rows = row_shapes(drawn, count)
     numbers, mask = rows(np.float32, columns), rows(bool, columns)
     return Sequences(
         tokens=rows(np.int32, columns),
@@ -91,8 +87,6 @@ def conversation_shapes(drawn: Blueprint, prompts: Prompts) -> Sequences:
         scores=rows(np.float32) if drawn.cfg.environment_scores else None,
         ended=rows(bool),
         rewards=numbers,
-        response_start=start,
-        copies=drawn.sampler.copies,
     )
 
 

@@ -11,40 +11,20 @@ import pytest
 from jaxrlhf import api
 from jaxrlhf import train as trainer
 from jaxrlhf.config.check import check
-from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.tokenizer import save_tokenizer, train_bpe
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.run.build import build
 from jaxrlhf.run.feed import Feed, glue_of
-from jaxrlhf.run.initial_state import initial_state
 from jaxrlhf.run.kept_programs import share_programs
-from jaxrlhf.run.programs import compile_programs
-from jaxrlhf.run.scoring import joined, try_environment
-from jaxrlhf.run.transfer import fetch_all, put
+from jaxrlhf.run.scoring import try_environment
 from jaxrlhf.run.turns import encode
-from jaxrlhf.sharding import current, for_programs
-from jaxrlhf.types import Sequences, TrainState, given
+from jaxrlhf.types import Sequences, given
 from tests.support import conversing, runs
+from tests.support.iterated import iterated
 
 START = 4  # columns of a prompt
 ENDS = (0, 1, 2, 3, 4)  # tokens that end a response: EOS, and the stop texts 0, 1, 2, 3
-
-
-def iterated(
-    cfg: Config, devices: int = 1, count: int = 1
-) -> tuple[TrainState, dict[str, float], Sequences, list[dict]]:
-    """The state, metrics, conversations and their records after ``count`` iterations on so many devices."""
-    ready = build(resolve_config(cfg), jax.devices()[:devices], keep=False)
-    feed = Feed(ready)
-    with current(ready.mesh):
-        state = for_programs(initial_state(ready), ready.mesh)
-        one = joined(ready, compile_programs(ready, state, next(feed.shapes())))
-        for _ in range(count):
-            host, records = feed.next()
-            state, metrics, sequences = one(state, put(ready.mesh, host), records)
-        records = [record for record in records for _ in range(ready.sampler.samples_per_prompt)]
-        return jax.device_get(state), jax.device_get(metrics), fetch_all(given(sequences, "sequences")), records
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Sums behind a mark: what reinforcement learning of a checked answer changes first, and what it leaves."""
 
 import dataclasses
-import json
 import random
 import re
 import statistics
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrlhf.benchmarks.controls import constant
+from jaxrlhf.benchmarks.published.perfectible import read_rows, write_rows
 from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Between, Holds, NoRise, Rise
 
@@ -49,7 +49,7 @@ def write_data(
             ],
         ),
     ):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        write_rows(folder / f"{name}.jsonl", part)
 
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def measure(done: FinishedCell) -> Measured:
     from jaxrlhf import api
     from jaxrlhf.ops.best_of import best_of
 
-    rows = [json.loads(line) for line in (done.folder / "data" / "held_out.jsonl").read_text().splitlines()]
+    rows = read_rows(done.folder / "data" / "held_out.jsonl")
     prompts = [row["prompt"] for row in rows]
     written = api.sample(str(done.run_dir), prompts, n=SAMPLES, max_new_tokens=6, seed=1)
     found: Measured = {}
