@@ -2,10 +2,10 @@
 
 ``python -m jaxrlhf.benchmarks.serving FOLDER --torch PYTHON [--llama PYTHON --gguf FILE]``: FOLDER is a Hugging Face
 folder, PYTHON an interpreter with torch and transformers, or with llama-cpp-python. All sample at temperature 1, with
-no filter. Ours and transformers' compute in float32; the server is asked over HTTP by as many clients as there are rows
-in a batch of transformers, which therefore joins and ends them all at once. llama.cpp decodes one response, through its
-Python API, in float16: FILE, a GGUF of the same model, is rewritten so. They take turns, round by round, so that what
-else the machine does meets all.
+no filter, and each response has as many tokens. Ours and transformers' compute in float32; the server is asked over
+HTTP by as many clients as there are rows in a batch of transformers, which therefore joins and ends them all at once.
+llama.cpp decodes one response, through its Python API, in float16: FILE, a GGUF of the same model, is rewritten so.
+They take turns, round by round, so that what else the machine does meets all.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def served(address: str, clients: int, tokens: int) -> float:
     """Tokens a second that so many clients get together, each for one request."""
 
     def one(seed: int) -> int:
-        body = {"model": "served", "prompt": PROMPT, "max_tokens": tokens, "seed": seed}
+        body = {"model": "served", "prompt": PROMPT, "max_tokens": tokens, "seed": seed, "ignore_eos": True}
         with urllib.request.urlopen(f"{address}/completions", json.dumps(body).encode()) as reply:
             return json.load(reply)["usage"]["completion_tokens"]
 

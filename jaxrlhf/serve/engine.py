@@ -298,7 +298,7 @@ class Engine:
         piece = self.pieces[new.token] if new.token < len(self.pieces) else b""
         job.stops = [(stop, stop.follow(state, new.token, piece)) for stop, state in job.stops]
         job.tokens.append(new)
-        if new.token in self.eos_ids:
+        if new.token in self.eos_ids and not job.ask.ignore_eos:
             self.end(job, "eos")
         elif any(state == stop.found for stop, state in job.stops):
             self.end(job, "stop")

@@ -22,6 +22,7 @@ class ResponseSettings(NamedTuple):
     stop: tuple[str, ...] = ()
     logprobs: bool = False  # of the response's tokens
     of_prompt: bool = False  # of the prompt's
+    ignore_eos: bool = False  # the response goes on behind an end token
 
 
 class Said(NamedTuple):

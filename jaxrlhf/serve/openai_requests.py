@@ -50,7 +50,8 @@ class Sampled(BaseModel):
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31 - 1)  # ours: OpenAI has none
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1)  # OpenAI has none
+    ignore_eos: bool | None = None  # nor this, which vLLM's server has
     n: int | None = Field(None, ge=1, le=128)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     max_tokens: int | None = Field(None, ge=0)

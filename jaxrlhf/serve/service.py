@@ -75,7 +75,8 @@ class TextService(Service):
         either = lambda value, default: default if value is None else value
         seed = either(request.seed, secrets.randbelow(2**31)) % 2**31
         temperature, top_p = either(request.temperature, 1.0), either(request.top_p, 1.0)
-        return ResponseSettings(room, temperature, top_p, request.top_k or 0, seed, request.stops)
+        sampling = temperature, top_p, request.top_k or 0
+        return ResponseSettings(room, *sampling, seed, request.stops, ignore_eos=bool(request.ignore_eos))
 
     def prompt(self, prompt: str | Sequence[int]) -> np.ndarray:
         """i32[P] of a text or of ids. Raises ApiError."""

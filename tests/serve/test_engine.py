@@ -80,6 +80,18 @@ def test_a_response_does_not_depend_on_its_company_nor_on_when_it_joins(service)
     assert len({tuple(job.ids_out) for job in others}) == 6
 
 
+def test_an_end_token_can_be_ignored(service, monkeypatch):
+    """The response is the same until then, and goes on. Here the third token that is sampled becomes an end token."""
+    ask = SAMPLED._replace(ignore_eos=True)
+    (whole,) = run(service, Ended(service, PROMPT, ask))
+    end = whole[2]
+    monkeypatch.setattr(service.engine, "eos_ids", frozenset([end]))
+    ended, ignoring = Ended(service, PROMPT, SAMPLED), Ended(service, PROMPT, ask)
+    found = run(service, ended, ignoring)
+    assert found == [whole[: whole.index(end) + 1], whole] and len(whole) == SAMPLED.max_tokens
+    assert (ended.reason, ignoring.reason) == ("eos", "length")
+
+
 def noted(monkeypatch, service, *names: str) -> list[tuple[str, int]]:
     """What the engine has computed: the programs, each with the seats that it read, or the slots that there were."""
     calls, slots = [], service.engine.slots
