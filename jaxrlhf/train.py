@@ -31,6 +31,7 @@ from jaxrlhf.log.trackers import check_installed
 from jaxrlhf.plan.device_memory import need_room
 from jaxrlhf.rewards.graders import GraderError
 from jaxrlhf.run import announce, checkpoint, normalize, saved_run, verified_steps
+from jaxrlhf.run.ahead import Ahead
 from jaxrlhf.run.bad_batch import NotFinite
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.feed import Feed
@@ -175,6 +176,7 @@ class Trainer:
         self.ready, self.cfg, self.saved, self.log, self.stop = ready, ready.cfg, saved, log, stop
         self.watch, self.noted = watch, Step(0, {}, [])
         self.feed = Feed(ready)
+        self.ahead = Ahead(self.cfg, ready.mesh, self.feed) if self.cfg.rewards.sample_ahead else None
         if ready.graders or ready.environment:
             records = self.feed.first_records()
             try_graders(ready, "data.prompts", records)
@@ -238,6 +240,8 @@ class Trainer:
     def loop(self, state: TrainState, start: int, programs: dict[Any, Callable]) -> int:
         """Iterations up to the last one, or to a signal: the step that it came to, which is saved."""
         cfg, step = self.cfg, start
+        if self.ahead is not None:
+            self.ahead.done = start
         self.last_time = time.perf_counter()
         while step < cfg.length and not (self.asked_to_stop() or self.limit.reached() or self.log.alarms.stop):
             position = self.feed.get_state()
@@ -294,7 +298,9 @@ class Trainer:
         for batch in self.feed.shapes():
             compiled = lambda batch=batch: compile_programs(self.ready, state, batch)
             programs = shared("iteration", self.ready, compiled, state, batch)
-            found[shapes(batch)] = joined(self.ready, programs, self.feed.next)
+            if self.ahead is not None:
+                self.ahead.serve(batch, programs["rollout"].run)
+            found[shapes(batch)] = joined(self.ready, programs, self.feed.next, self.ahead)
             count += len(programs)
         processes.wait()
         self.log.say(f"compiled {count} program{'s' if count > 1 else ''} in {time.perf_counter() - started:.1f} s")

@@ -42,7 +42,7 @@ IN_RUN = (
     ("build", "bad_batch"),
     ("batch_shapes",),
     ("initial_state", "recorded_asks", "feed", "kept_programs", "pool"),
-    ("programs", "normalize", "announce"),
+    ("programs", "normalize", "announce", "ahead"),
     ("episodes", "turns"),
     ("scoring",),
 )

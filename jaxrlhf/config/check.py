@@ -12,7 +12,7 @@ from jaxrlhf.config.places import place_problems
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved, resolve_config
 from jaxrlhf.config.roles import graders_of
-from jaxrlhf.config.rollouts import rollout_problems
+from jaxrlhf.config.rollouts import ahead_problems, rollout_problems
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.data.chat import check_config
 from jaxrlhf.data.record_kinds import DataKind
@@ -44,6 +44,7 @@ def check(cfg: Config, num_devices: int, source: str = "config", place: str = "h
     problems += [
         *environment_problems(found),
         *rollout_problems(found),
+        *ahead_problems(found),
         *place_problems(cfg),
         *profile_problems(cfg),
         *alarm_problems(cfg),

@@ -1,4 +1,5 @@
-"""Can an iteration gather its groups from several rollouts (batch.max_rollouts)?"""
+"""Can an iteration gather its groups from several rollouts (batch.max_rollouts), or sample the next one's responses
+(rewards.sample_ahead)?"""
 
 from collections.abc import Iterator
 
@@ -24,3 +25,21 @@ def rollout_problems(resolved: Resolved) -> Iterator[str]:
         yield f"data.prompt_buckets: {show(list(buckets))}: {wrong}; expected one length; nearest: [{max(buckets)}]"
     if cfg.epochs is not None:
         yield f"epochs: {cfg.epochs:g}: an iteration takes up to batch.max_rollouts batches; expected iterations"
+
+
+def ahead_problems(resolved: Resolved) -> Iterator[str]:
+    """There is something to wait for, and what learns knows how old the responses are."""
+    cfg, where = resolved.cfg, "rewards.sample_ahead: true"
+    if not cfg.rewards.sample_ahead:
+        return
+    if not cfg.rewards.on_host or not resolved.algorithm.online:
+        yield f"{where}: no reward function runs on the host, so nothing is waited for; expected false; nearest: false"
+        return
+    if cfg.batch.max_rollouts > 1:
+        yield f"{where}: the scores decide whether there is another rollout (batch.max_rollouts); nearest: false"
+    if cfg.checkpoint.every == 1:
+        yield f"{where}: nothing is sampled ahead over a checkpoint, and checkpoint.every is 1; nearest: false"
+    known = getattr(cfg.algorithm, "old_logprobs", "sampler")
+    if known == "recompute" and cfg.algorithm.sampler_ratio_cap is None:
+        nearest = "algorithm.old_logprobs: sampler"
+        yield f"{where}: the ratio would not see the update in between; expected {nearest}, or a sampler_ratio_cap"

@@ -99,6 +99,7 @@ METRICS = [
     value/explained_variance | share | variance of the returns that the values explain
     value/clip_fraction | share | response tokens whose value was clipped
     group/zero_variance | share | prompts whose responses all have the same score (grpo)
+    rollout/staleness | iterations | of updates since the responses were sampled (rewards.sample_ahead)
     rollout/count | rollouts | of the iteration (batch.max_rollouts)
     rollout/equal_groups | prompts | dropped, as all responses earned the same
     rollout/surplus_groups | prompts | dropped, as enough other groups differ

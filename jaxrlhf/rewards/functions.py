@@ -49,6 +49,7 @@ class RewardsConfig:
     retries: int = 0  # calls after one that raised what may pass (no KeyError, TypeError, ...), 1, 2, 4, ... s later
     threads: bool = False  # call functions that are not async at the same time, in threads: signal.alarm fails there
     overlap: bool | None = None  # read reference and old values while it runs; null: where there is an accelerator
+    sample_ahead: bool = False  # sample the next responses while it runs: they are older by this iteration's updates
     combine: Combine = "mean"  # one score of the list under models.reward; min: worst case; or mean - coef * variance
     variance_coef: float = 0.5  # mean_minus_variance: score lost for each unit of the members' variance
 

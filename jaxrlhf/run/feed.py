@@ -1,7 +1,7 @@
 """What a run is fed: the algorithm's data as one batch an iteration, and held-out data as a fixed list."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxrlhf.config.batch import rows_taken
 from jaxrlhf.data import batches
@@ -19,12 +19,21 @@ from jaxrlhf.sharding import batch_shards
 from jaxrlhf.types import Batch, given
 
 
+class Peeked(NamedTuple):
+    """A batch that was read before its turn, and where the streams were then."""
+
+    taken: tuple[Batch, list[dict[str, Any]]]
+    state: dict
+    epoch: float
+
+
 class Feed:
     """One stream a kind of data that the algorithm reads, joined into one Batch an iteration."""
 
     def __init__(self, ready: Run):
         cfg = ready.cfg
         self.ready, self.streams = ready, {}
+        self.peeked: Peeked | None = None
         for kind in ready.resolved.kinds:
             self.streams[kind.name] = batches.stream(
                 kind,
@@ -39,12 +48,22 @@ class Feed:
 
     def next(self) -> tuple[Batch, list[dict[str, Any]]]:
         """This process's rows of the next iteration, as NumPy arrays, and the records of its prompts, one each."""
+        if self.peeked is not None:
+            peeked, self.peeked = self.peeked, None
+            return peeked.taken
         merged, records = Batch(), []
         for stream in self.streams.values():
             host = next(stream)
             parts = {name: part for name, part in vars(host.batch).items() if part is not None}
             merged, records = merged.replace(**parts), records + (host.columns or [])
         return merged, records
+
+    def peek(self) -> Batch:
+        """The rows that ``next`` gives then; they are not taken yet."""
+        if self.peeked is None:
+            state, epoch = self.get_state(), self.epoch()
+            self.peeked = Peeked(self.next(), state, epoch)
+        return self.peeked.taken[0]
 
     def first_records(self) -> list[dict[str, Any]]:
         """The records of this process's prompts in the next iteration; the stream stays where it is."""
@@ -77,13 +96,18 @@ class Feed:
 
     def epoch(self) -> float:
         """How often the batches taken so far go through the data: that of the first kind that is read."""
+        if self.peeked is not None:
+            return self.peeked.epoch
         first = next(iter(self.streams.values()))
         return first.taken / first.batches_per_epoch
 
     def get_state(self) -> dict:
+        if self.peeked is not None:
+            return self.peeked.state
         return {kind: stream.get_state() for kind, stream in self.streams.items()}
 
     def set_state(self, state: dict) -> None:
+        self.peeked = None
         for kind, stream in self.streams.items():
             stream.set_state(state[kind])
 

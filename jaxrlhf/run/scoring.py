@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxrlhf.data.tokenizer import decode_rows
 from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.rewards.functions import Details
+from jaxrlhf.run.ahead import Ahead
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.episodes import Player
 from jaxrlhf.run.feed import glue_of
@@ -24,6 +25,10 @@ from jaxrlhf.types import Batch, Sequences, TrainState, given
 
 Records = list[dict[str, Any]]
 More = Callable[[], tuple[Batch, Records]]  # the next batch, of the host, and its records
+
+
+def nothing() -> None:
+    """Done while a program runs."""
 
 
 class Scored(NamedTuple):
@@ -111,22 +116,29 @@ def exchange(mesh: Mesh, scores: np.ndarray) -> np.ndarray:
 
 
 def scored(
-    ready: Run, programs: dict[str, Program], state: TrainState, batch: Batch, records: Records
+    ready: Run,
+    programs: dict[str, Program],
+    state: TrainState,
+    batch: Batch,
+    records: Records,
+    meanwhile: Callable[[], None] = nothing,
 ) -> tuple[Sequences, Batch | Answered, dict[str, float]]:
     """(responses with their scores, what the program "learn" is given, Scored.seconds); the program
-    "read", where there is one, is under way while the host works."""
+    "read", where there is one, is under way while the host works. ``meanwhile`` is called in between."""
     answers = programs["read"].run(state, batch) if "read" in programs else None
+    meanwhile()
     sequences, seconds = score(ready, given(batch.sequences, "batch.sequences"), records)
     batch = batch.replace(sequences=sequences)
     return sequences, batch if answers is None else Answered(batch, answers), seconds
 
 
-def joined(ready: Run, programs: dict[str, Program], more: More | None = None) -> Callable:
+def joined(ready: Run, programs: dict[str, Program], more: More | None = None, ahead: Ahead | None = None) -> Callable:
     """programs.compile_programs as one function: (state, batch, records, meanwhile) -> (state, metrics, responses or
     None). ``meanwhile`` is called once the first program is under way.
 
     Where there are several, the host scores the responses between them, or steps an environment; ``records`` are for
-    that alone. ``more`` takes the next batch of the data, where an iteration may need several."""
+    that alone. ``more`` takes the next batch of the data, where an iteration may need several; ``ahead`` samples the
+    next iteration's responses while the host scores these."""
     if "fill" in programs:
         return resampled(ready, programs, given(more, "more"))
 
@@ -136,11 +148,17 @@ def joined(ready: Run, programs: dict[str, Program], more: More | None = None) -
         return found
 
     def parts(state: TrainState, batch: Batch, records: Records, meanwhile: Callable[[], None] = nothing):
-        batch = batch.replace(sequences=programs["rollout"].run(state, batch))
-        meanwhile()
-        sequences, rows, seconds = scored(ready, programs, state, batch, records)
+        sequences, told = ahead.take(state, batch) if ahead else (programs["rollout"].run(state, batch), {})
+
+        def while_the_host_scores() -> None:
+            if ahead:
+                ahead.sample(state)
+            meanwhile()
+
+        batch = batch.replace(sequences=sequences)
+        sequences, rows, seconds = scored(ready, programs, state, batch, records, while_the_host_scores)
         state, metrics = programs["learn"].run(state, rows)
-        return state, metrics | seconds, sequences
+        return state, metrics | seconds | told, sequences
 
     player = Player(ready)
     talker = Talker(ready, lambda width: programs[turn_name(width)].run) if ready.cfg.converses else None
@@ -201,7 +219,3 @@ def with_ids_from(host: Batch, first: int) -> Batch:
     """A later batch of one iteration: no two rows of it share noise."""
     prompts = given(host.prompts, "batch.prompts")
     return host.replace(prompts=prompts.replace(sample_id=prompts.sample_id + np.int32(first)))
-
-
-def nothing() -> None:
-    """Done while a program runs."""

@@ -104,6 +104,7 @@ OTHER: dict[str, str | None] = {
     "generate.beta": None,  # with action values
     "rewards.combine": None,  # with an ensemble
     "rewards.normalize": None,  # with several functions
+    "rewards.sample_ahead": None,  # with a function
     **dict.fromkeys(("environment.id", "environment.arguments"), None),  # with models of observations
     **{f"environment.{key}": None for key in ("function", "max_turns", "turn_tokens", "context_widths")},  # together
     "generate.stop": "[film]",
