@@ -21,6 +21,7 @@ from jaxrlhf.types import (
 )
 
 TARGET = "target_"  # the slow role target_X follows the trained role X
+TEACHER: Role = "teacher"  # the slow role from whose distribution a policy learns
 
 
 class Updates(NamedTuple):

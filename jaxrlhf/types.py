@@ -120,6 +120,7 @@ class Batch(struct.PyTreeNode):
     unpaired: Unpaired | None = None
     trajectories: Trajectories | None = None
     comparisons: Comparisons | None = None
+    demonstrations: Sequences | None = None  # responses of data beside those that are sampled, which are ``sequences``
 
 
 class Rows(struct.PyTreeNode):
@@ -178,6 +179,25 @@ class QStats(struct.PyTreeNode):
     logsumexp: Array  # f32[B, S]: log of the sum over tokens of exp Q
 
 
+class Divergence(NamedTuple):
+    """How far a next-token distribution is from another: see ops/divergence.py."""
+
+    kind: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    beta: float = 0.5  # jsd: weight of the other distribution in the mixture, more than 0 and less than 1
+    top_k: int = 0  # only so many tokens, those that the other holds likeliest; 0: the whole vocabulary
+    tail: Literal["bucket", "drop"] = "bucket"  # top_k: the rest is one outcome, or is left out
+    temperature: float = 1.0  # both distributions' logits are divided by it
+
+
+class DivergenceStats(struct.PyTreeNode):
+    """Of two next-token distributions at each response token; one chunked pass over the vocabulary."""
+
+    divergence: Array  # f32[B, S]: nats
+    entropy: Array  # f32[B, S]: nats; no gradient
+    against_entropy: Array  # f32[B, S]: of the other distribution
+    against_mass: Array  # f32[B, S]: probability that the other gives to the tokens compared; 1 of the whole vocabulary
+
+
 class TrainState(struct.PyTreeNode):
     """All that a run needs to go on: saved whole, restored bitwise, donated to every iteration."""
 
@@ -202,10 +222,19 @@ class Ask(NamedTuple):
     scores: f32[B], at the last valid token; of rows with observations the sum of their rewards.
     rewards: f32[B, S], column t of the state that token t led to.
     q: QStats of the action values at each response token; of an "lm" head, its logits are the action values.
+    divergence: DivergenceStats of the role's and the ``against`` role's distributions at each response token, as
+        ``how`` says; of the networks' own logits, whatever shapes the distribution that responses are sampled from.
     """
 
     role: Role
-    what: Literal["token_stats", "values", "scores", "rewards", "q"]
+    what: Literal["token_stats", "values", "scores", "rewards", "q", "divergence"]
+    against: Role | None = None  # divergence: from whose distribution; no gradient reaches it
+    how: Divergence = Divergence()
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Those whose networks are computed: one, or with ``against`` two."""
+        return (self.role,) if self.against is None else (self.role, self.against)
 
 
 class Read(Protocol):

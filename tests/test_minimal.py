@@ -45,7 +45,7 @@ from tests.support import runs, tiny
 
 OFF_TRAJECTORIES = ["ilql", "fqi", "mc_returns", "bc"]
 METHODS = ["sft", "rm", "rm_ratings", "rm_ties", "cm", "dpo", "simpo", "orpo", "kto", "ppo", "ppo_lagrangian"]
-METHODS += ["grpo", "raft", "online_dpo", *OFF_TRAJECTORIES]
+METHODS += ["grpo", "raft", "online_dpo", "distill", "distill_data", *OFF_TRAJECTORIES]
 
 # ---- required keys only ---------------------------------------------------------------------------------------------
 
@@ -61,6 +61,8 @@ REQUIRED = {
 REQUIRED["grpo"] = REQUIRED["raft"] = REQUIRED["online_dpo"] = REQUIRED["ppo"] + "\nbatch: {{samples_per_prompt: 2}}"
 REQUIRED |= {name: REQUIRED["kto"].replace("unpaired", "trajectories") for name in OFF_TRAJECTORIES}
 REQUIRED["rm_ties"] = REQUIRED["rm"]
+REQUIRED["distill"] = REQUIRED["ppo"].replace("reward:", "teacher:")
+REQUIRED["distill_data"] = REQUIRED["distill"].replace("prompts", "demonstrations")
 REQUIRED["simpo"] = REQUIRED["orpo"] = REQUIRED["dpo"]
 REQUIRED["cm"] = REQUIRED["kto"].replace("policy", "cost")
 REQUIRED["ppo_lagrangian"] = REQUIRED["ppo"].replace("reward:", "cost: {{init_from: {scalar}}}, reward:")
@@ -101,6 +103,7 @@ def train_all(folder: Path, text: Path, names: list[str], more: list[str]) -> ru
 def fill_in(starter: str, folder: Path, text: Path, models: dict[str, Path]) -> str:
     """A starter config with what is marked CHANGE in it replaced."""
     for old, new in {
+        r"teacher: \{init_from: [\w/-]+": f"teacher: {{init_from: {models['scalar']}",  # other weights
         r"HuggingFaceTB/[\w-]+": str(models["lm"]),
         r"init_from: runs/my-[rc]m": f"init_from: {models['scalar']}",
         r"path: (\w+)\.jsonl": rf"path: {text}/\1.jsonl",
@@ -188,6 +191,8 @@ ONE_ROW: dict[str, tuple] = {  # algorithm, its config, samples a prompt, more f
     "ppo, shared trunk": ("ppo", PPOConfig(num_epochs=2), 1, {"trunk_gradient": 0.5}),
     "raft": ("raft", RAFTConfig(), 2, {}),
     "online_dpo": ("online_dpo", ALGORITHMS["online_dpo"].config(), 2, {}),
+    "distill": ("distill", ALGORITHMS["distill"].config(on_policy_share=0.5, top_k=5), 1, {}),
+    "distill_data": ("distill_data", ALGORITHMS["distill_data"].config(), 1, {}),
     "grpo, one prompt": ("grpo", GRPOConfig(), 2, {}),
     "grpo, cut": ("grpo", GRPOConfig(num_minibatches=2), 2, {"share_prompts": False}),
     "grpo, packed": ("grpo", GRPOConfig(), 2, {"pack_widths": 3}),
@@ -204,6 +209,7 @@ def only_row(name: str) -> Batch:
         "preferences": cut(tiny.preferences(rows=2)),
         "unpaired": cut(tiny.unpaired(rows=2)),
         "sequences": cut(tiny.sequences(rows=2)),
+        "demonstrations": cut(tiny.sequences(rows=2)),
         "trajectories": cut(tiny.trajectories(rows=2)),
         "comparisons": cut(tiny.comparisons(rows=2)),
     }

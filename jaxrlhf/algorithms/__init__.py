@@ -5,6 +5,8 @@ from jaxrlhf.algorithm import Algorithm
 from jaxrlhf.algorithms import (
     bc,
     cm,
+    distill,
+    distill_data,
     dpo,
     fqi,
     grpo,
@@ -39,6 +41,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "orpo": orpo.ALGORITHM,
     "online_dpo": online_dpo.ALGORITHM,
     "kto": kto.ALGORITHM,
+    "distill": distill.ALGORITHM,
+    "distill_data": distill_data.ALGORITHM,
     "ilql": ilql.ALGORITHM,
     "fqi": fqi.ALGORITHM,
     "mc_returns": mc_returns.ALGORITHM,

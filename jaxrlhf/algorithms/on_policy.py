@@ -156,7 +156,7 @@ def correct_for_sampler(
 
 def rollout_metrics(
     sequences: Sequences,
-    scores: Array,
+    scores: Array | None,
     logprobs: Array,
     ref_logprobs: Array | None,
     members: Mapping[Role, Array] = MappingProxyType({}),
@@ -166,6 +166,7 @@ def rollout_metrics(
 
     Args:
         sequences: as sampled, with the scores and grades that the host gave.
+        scores: f32[B]; None: nothing scores.
         members: the scores of an ensemble's members, f32[B] each.
         logprobs: the old ones; kl/sampler_mismatch is their mean distance from those of the sampler, nats per token.
     """
@@ -174,9 +175,10 @@ def rollout_metrics(
     one = jnp.float32(1)
     old = keep(logprobs, mask)
     mismatch = jnp.zeros_like(old) if sequences.logprobs is None else old - keep(sequences.logprobs, mask)
-    metrics = {
-        "score/mean": sums(scores, rows),
-        "score/std": Mean(jnp.sqrt(variance(scores, rows, True)), one),
+    metrics = {}
+    if scores is not None:
+        metrics = {"score/mean": sums(scores, rows), "score/std": Mean(jnp.sqrt(variance(scores, rows, True)), one)}
+    metrics |= {
         "kl/sampler_mismatch": sums(jnp.abs(mismatch), mask),
         "response/length_mean": sums(mask.sum(-1, dtype=jnp.float32), rows),
         "response/ended": sums(given(sequences.ended, "sequences.ended"), rows),

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 
+from jaxrlhf.algorithm import TEACHER
+from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.benchmarks.reward import FUNCTION
 from jaxrlhf.benchmarks.rows import Lengths, countdown, response_lengths
 from jaxrlhf.config.check import check
@@ -32,6 +34,8 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int, str]] = {
     **dict.fromkeys(("dpo", "simpo", "orpo"), ({}, 32, 1, "")),
     "kto": ({}, 32, 1, ""),
     **dict.fromkeys(("ilql", "fqi", "mc_returns", "bc", "rm_ratings", "rm_ties", "cm"), ({}, 32, 1, "")),
+    "distill": ({}, 64, 1, ""),
+    "distill_data": ({}, 32, 1, ""),
     "rm": ({}, 32, 1, ""),
     "sft": ({}, 32, 1, ""),
 }
@@ -178,7 +182,7 @@ def check_sizes(sizes: dict[str, int], name: str) -> None:
     if sizes["hidden"] % HEAD:
         nearest = max(HEAD, round(sizes["hidden"] / HEAD) * HEAD)
         raise ConfigError(f"--hidden: {sizes['hidden']}: expected a multiple of {HEAD}, a head; nearest: {nearest}")
-    if not KNOWN[name][3] and sizes["samples"] != 1:
+    if not ALGORITHMS[name].online and sizes["samples"] != 1:
         raise ConfigError(f"--samples: {sizes['samples']}: {name} samples nothing; expected 1, and more --prompts")
 
 
@@ -199,6 +203,8 @@ def tree_of(name: str, section: dict[str, Any], sizes: dict[str, int], reward: s
         models["reward"] = {"init_from": "policy"}
     if name == "ppo_lagrangian":
         models["cost"] = {"init_from": "policy"}
+    if name in ("distill", "distill_data"):
+        models[TEACHER] = {"init_from": "policy"}
     somewhere = {"path": "random"}
     return {
         "run_dir": "benchmark",

@@ -70,6 +70,9 @@ def random_batch(shapes: Batch, vocab: int, prompt: int, lengths: Lengths, seed:
         own = whole_rows(rng.integers(FIRST, vocab, (rows, prompt)), columns, vocab, sizes, rng)
         rewards = (rng.normal(size=(rows, columns)) * own.response_mask).astype(np.float32)
         batch = batch.replace(trajectories=Trajectories(own, rewards, np.zeros(rows, bool)))  # type: ignore[arg-type]
+    if shapes.demonstrations is not None:
+        asked = Batch(sequences=shapes.demonstrations)
+        batch = batch.replace(demonstrations=random_batch(asked, vocab, prompt, lengths, seed, step).sequences)
     if shapes.sequences is not None:
         rows, columns = shapes.sequences.tokens.shape
         packed = shapes.sequences.segment_ids is not None

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from jaxrlhf.algorithm import TARGET
+from jaxrlhf.algorithm import TARGET, TEACHER
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.roles import Roles
 from jaxrlhf.config.strict import suggest
@@ -41,7 +41,8 @@ def adapter_of(cfg: Config, roles: Roles, role: Role) -> LoraConfig | None:
 
 def bases_of(cfg: Config, roles: Roles) -> dict[Role, Based]:
     """The roles that are computed from a base: those with an adapter, and what does not learn and starts from the same
-    weights as one of them does, through init_from: ROLE."""
+    weights as one of them does, through init_from: ROLE; and a teacher, since a base is saved once, not with every
+    checkpoint."""
     groups: dict[Role, list[Role]] = {}
     for role, head in roles.heads.items():
         if head in ("lm", "scalar") and role in cfg.models:
@@ -49,7 +50,7 @@ def bases_of(cfg: Config, roles: Roles) -> dict[Role, Based]:
     found = {}
     for base, members in groups.items():
         adapters = {role: adapter_of(cfg, roles, role) for role in members}
-        if any(adapters.values()):
+        if any(adapters.values()) or TEACHER in members:
             based = [role for role in members if adapters[role] or role not in roles.trained]
             found |= {role: Based(f"{BASE}{base}", adapters[role]) for role in based}
     return found

@@ -14,13 +14,14 @@ RANGES = {
         desirable_weight undesirable_weight cql_coef variance_coef multiplier multiplier_learning_rate
         EvalConfig.every BarConfig.step GenerateConfig.beta process_id
         vocab_size observation_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
-        positive_coef target_margin AlarmsConfig.judge AlarmsConfig.gold AlarmsConfig.kl AlarmsConfig.mismatch
+        positive_coef target_margin divergence_coef reward_coef
+        AlarmsConfig.judge AlarmsConfig.gold AlarmsConfig.kl AlarmsConfig.mismatch
         retries poll wait longest_wait stockouts restarts failures run_as_user""",
     "(0, inf)": """timeout max_run_duration epochs clip_norm spike_sigmas eps clip_range clip_range_low clip_range_high
         value_clip_range kl_target stop_kl multiplier_max beta tie_threshold sampler_ratio_cap sampler_ratio_floor
         std_eps odds_coef gae_length_alpha score_clip norm_eps rope_theta deadline
         low_freq_factor high_freq_factor local_rope_theta attention_softcap logit_softcap beta_fast beta_slow
-        attention_factor short_factor long_factor alpha""",
+        DistillConfig.temperature DistillDataConfig.temperature attention_factor short_factor long_factor alpha""",
     "[0, 0]": "dropout",
     "(1, inf)": "dual_clip AlarmsConfig.length",
     "[1, inf)": """iterations max_nonfinite every samples_every keep prompts_per_step samples_per_prompt max_rollouts
@@ -33,8 +34,8 @@ RANGES = {
     "[120, inf)": "grace_seconds",
     "[259, 1048576]": "train_vocab_size",
     "[0, 1]": "final_fraction gamma gae_lambda gae_lambda_value AlarmsConfig.entropy AlarmsConfig.zero_variance",
-    "(0, 1]": "top_p rotary_fraction keep_top polyak",
-    "(0, 1)": "expectile",
+    "(0, 1]": "top_p rotary_fraction keep_top polyak on_policy_share",
+    "(0, 1)": "expectile DistillConfig.beta DistillDataConfig.beta",
     "[0, 1)": "b1 b2",
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
     "(-inf, inf)": "weight cost_limit at_least at_most AlarmsConfig.explained_variance",

@@ -72,6 +72,21 @@ def make_packed(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Ba
     return Batch(sequences=_right_padded(rows, layout).replace(segment_ids=segments)), None
 
 
+def make_beside(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
+    """``demonstrations``: as ``make_demonstrations``."""
+    return _beside(make_demonstrations(layout, units, mine)[0]), None
+
+
+def make_packed_beside(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
+    """``demonstrations``: as ``make_packed``."""
+    return _beside(make_packed(layout, units, mine)[0]), None
+
+
+def _beside(batch: Batch) -> Batch:
+    """The sequences of data where those that are sampled will not take their place."""
+    return Batch(demonstrations=batch.sequences)
+
+
 def make_preferences(layout: Layout, units: np.ndarray, mine: np.ndarray) -> tuple[Batch, None]:
     """``preferences``: both sides [rows here, max_length]; the margin is there if all pairs have one."""
     pairs = layout.sides(mine)
@@ -217,6 +232,9 @@ DEMONSTRATIONS = DataKind(
     make_packed=make_packed,
     shapes=demonstration_shapes,
 )
+BESIDE_SAMPLED = DEMONSTRATIONS._replace(  # the same section, for who also samples
+    field="demonstrations", make=make_beside, make_packed=make_packed_beside
+)
 PREFERENCES = DataKind(
     name="preferences",
     field="preferences",
@@ -255,7 +273,8 @@ TRAJECTORIES = DataKind(
 )
 # by their fields of Batch, which is how an algorithm names what it reads
 DATA_KINDS: dict[str, DataKind] = {
-    kind.field: kind for kind in (PROMPTS, DEMONSTRATIONS, PREFERENCES, COMPARISONS, UNPAIRED, TRAJECTORIES)
+    kind.field: kind
+    for kind in (PROMPTS, DEMONSTRATIONS, BESIDE_SAMPLED, PREFERENCES, COMPARISONS, UNPAIRED, TRAJECTORIES)
 }
 
 

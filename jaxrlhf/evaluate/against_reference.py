@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrlhf.algorithm import read_logprobs
+from jaxrlhf.algorithm import TEACHER, read_logprobs
 from jaxrlhf.algorithms.grading import members_of, read_scores
 from jaxrlhf.data.batch_kinds import PROMPTS
 from jaxrlhf.data.tokenizer import decode_rows
@@ -47,6 +47,7 @@ class Responses(NamedTuple):
     scores: np.ndarray | None  # f32; NaN where the reward functions give none
     marks: np.ndarray | None  # f64: the judge's probability that the text is positive
     gold: np.ndarray | None = None  # f32, by the second reward; NaN where its function gives none
+    teacher_kl: np.ndarray | None = None  # f32, nats from the teacher, of the sampled tokens
     cost: np.ndarray | None = None  # f32, by the cost model, or the function of that name; NaN where it gives none
     grades: Mapping[str, np.ndarray] = MappingProxyType(
         {}
@@ -134,7 +135,7 @@ class PolicyEvaluation:
         self, state: TrainState, extra: dict[Role, Params], sequences: Sequences
     ) -> tuple[Sequences, dict[str, Array]]:
         """(responses, with scores where a reward model gives them, and grades where it is an ensemble; f32[B] of each
-        that is known: "kl" in nats, "gold" by models.gold, "cost" by models.cost)."""
+        that is known: "kl" and "teacher_kl" in nats, "gold" by models.gold, "cost" by models.cost)."""
         nets, trees = self.ready.recipe.nets, Trees(state.params, extra | state.slow)
         known = {*trees.params, *trees.slow}
         if self.graders[0] in known and self.ready.graders is None:
@@ -147,6 +148,10 @@ class PolicyEvaluation:
             reference = read_logprobs(nets, "reference", trees, sequences)
             logprobs = given(sequences.logprobs, "sequences.logprobs")
             found["kl"] = keep(logprobs - reference, sequences.response_mask).sum(-1)
+        if TEACHER in known:
+            teacher = read_logprobs(nets, TEACHER, trees, sequences)
+            logprobs = given(sequences.logprobs, "sequences.logprobs")
+            found["teacher_kl"] = keep(logprobs - teacher, sequences.response_mask).sum(-1)
         return sequences, found
 
     def write(self, state: TrainState, between: Callable[[], None] = nothing) -> Responses:
@@ -158,6 +163,7 @@ class PolicyEvaluation:
             "kl": [],
             "scores": [],
             "gold": [],
+            "teacher_kl": [],
             "cost": [],
         }
         grades: dict[str, list] = {}
@@ -206,6 +212,8 @@ class PolicyEvaluation:
         found = {"response/length_mean": mean(responses.lengths[known]), "response/ended": mean(responses.ended[known])}
         if responses.kl is not None:
             found["kl/reference"] = mean(responses.kl[known])
+        if responses.teacher_kl is not None:
+            found["kl/teacher"] = mean(responses.teacher_kl[known])
         scores = None if responses.scores is None else responses.scores[known]
         for name, values in (("score", scores), ("judge", responses.marks), ("gold", responses.gold)):
             if values is not None:
@@ -244,6 +252,7 @@ class PolicyEvaluation:
         members = self.graders if len(self.graders) > 1 else []
         grades = dict.fromkeys(members if graders is None else graders.names, numbers)
         known = {"kl": "reference" in roles, "scores": scored, "marks": self.asks_judge}
+        known["teacher_kl"] = TEACHER in roles
         known["gold"] = self.gold is not None or "gold" in roles
         known["cost"] = self.costs[0] in roles or "cost" in grades
         given: dict[str, Any] = {name: numbers if there else None for name, there in known.items()}

@@ -19,7 +19,7 @@ class MetricName(NamedTuple):
 METRICS = [
     MetricName(*(cell.strip() for cell in row.split("|")))
     for row in """
-    loss/policy | nats | loss of the policy: sft a token's, dpo a pair's; ppo, grpo (clipped), kto have no unit
+    loss/policy | nats | loss of the policy: sft, distill a token's, dpo a pair's; ppo, grpo (clipped), kto have no unit
     loss/value | - | loss of the value model, half the squared error of a token's value
     loss/reward | nats | loss of the reward model, a pair
     loss/cost_value | - | loss of the critic of the cost, as that of the value model (ppo_lagrangian)
@@ -91,6 +91,11 @@ METRICS = [
     kl/reference | nats | KL from the reference, a response (its sampled tokens)
     kl/sampler_mismatch | nats | absolute difference of a token's log-probs by the trainer and by the sampler
     kl/coef | - | weight of the KL penalty in this iteration (ppo)
+    kl/teacher | nats | KL from the teacher, a response (its sampled tokens; distill)
+    teacher/divergence | nats | divergence of policy and teacher, a response token (distill, distill_data)
+    teacher/divergence_data | nats | the same of demonstrations beside sampled responses (on_policy_share)
+    teacher/entropy | nats | entropy of the teacher, a response token
+    teacher/top_k_mass | probability | that the teacher gives to the top_k tokens that are compared
     value/mean | score | value of a response token
     value/above_q | share | response tokens whose value is above the highest action value (ilql)
     q/chosen | score | action value of a response token (ilql: the lower of two)

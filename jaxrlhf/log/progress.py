@@ -26,6 +26,7 @@ TELLING = (
     ("cost {:+.3f}", "cost/mean"),
     ("{:.0f} unscorable", "score/unscorable"),
     ("kl {:.3f}", "kl/reference"),
+    ("divergence {:.4f}", "teacher/divergence", "kl/teacher"),
     ("length {:.1f}", "response/length_mean"),
     ("win rate {:.3f}", "win_rate/reward", "win_rate/judge"),
     ("accuracy {:.3f}", "implicit_reward/accuracy", "reward/accuracy"),

@@ -11,13 +11,24 @@ from jaxrlhf.types import Array, Params
 IMPOSSIBLE = -1e30  # the logit of a padded vocabulary row: finite, so that 0 x it is 0
 
 
-def gathered_head(params: Params, dtype) -> Params:
-    """The parameters that lm_logits reads, cast and whole along ``embed``: for use many times after one gather."""
+def gathered_head(params: Params, dtype, width: int | None = None) -> Params:
+    """The parameters that lm_logits reads, cast and whole along ``embed``: for use many times after one gather.
+    ``width``: only of so many rows of the vocabulary, padding included, the first."""
     if "head" in params:
-        kernel = halfway(params["head"]["kernel"].astype(dtype), ("embed", "vocab"))
+        kernel = first_rows(params["head"]["kernel"].astype(dtype), ("embed", "vocab"), width)
+        kernel = halfway(kernel, ("embed", "vocab"))
         return {"head": {"kernel": used_often(kernel, None, "vocab")}}
-    table = halfway(params["embed"]["tokens"]["embedding"].astype(dtype), ("vocab", "embed"))
+    table = first_rows(params["embed"]["tokens"]["embedding"].astype(dtype), ("vocab", "embed"), width)
+    table = halfway(table, ("vocab", "embed"))
     return {"embed": {"tokens": {"embedding": used_often(table, "vocab", None)}}}
+
+
+def first_rows(weights: Array, axes: tuple[str, str], width: int | None) -> Array:
+    """``weights``, laid out as ``axes``, with the first ``width`` rows along vocab; None: with all."""
+    if width is None or weights.shape[axes.index("vocab")] == width:
+        return weights
+    together = constrain(weights, *(None if axis == "vocab" else axis for axis in axes))
+    return constrain(jax.lax.slice_in_dim(together, 0, width, axis=axes.index("vocab")), *axes)
 
 
 def lm_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:

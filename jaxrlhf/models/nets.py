@@ -1,5 +1,6 @@
 """What algorithms ask of networks, bound to the run's models: see types.Nets."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from jaxrlhf.models.mlp import observed_states
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.models.response_packing import Places, apart, places, side_by_side
 from jaxrlhf.models.transformer import Runtime, forward, forward_responses
+from jaxrlhf.ops.divergence import divergence_stats
 from jaxrlhf.ops.logprobs import action_values, in_chunks, stored_logits, token_logprobs
 from jaxrlhf.ops.masked import at_last, keep
 from jaxrlhf.ops.rows import group_rows, repeat_rows
@@ -22,6 +24,7 @@ from jaxrlhf.ops.sampling import Sampling, shape_logits
 from jaxrlhf.types import (
     Array,
     Ask,
+    DivergenceStats,
     Grader,
     Nets,
     Params,
@@ -105,10 +108,17 @@ def make_nets(
     def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
         passes: dict[Role, TrunkPass] = {}
         for ask in asks:
-            trunk = trunk_of(ask.role)
-            if trunk not in passes:
-                passes[trunk] = run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime)
-        return tuple(answers[ask.what](passes[trunk_of(ask.role)], ask.role, trees, sequences) for ask in asks)
+            for trunk in map(trunk_of, ask.roles):
+                if trunk not in passes:
+                    passes[trunk] = run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime)
+
+        def answer(ask: Ask) -> Any:
+            found = [passes[trunk_of(role)] for role in ask.roles]
+            if ask.what == "divergence":
+                return divergence(*found, ask, trees, sequences)
+            return answers[ask.what](*found, ask.role, trees, sequences)
+
+        return tuple(map(answer, asks))
 
     def token_stats(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> TokenStats:
         cfg, head = configs[role], gathered_head(whole(role, trees), runtime.compute)
@@ -126,6 +136,21 @@ def make_nets(
         q_of = lambda hidden, columns: lm_logits(head, cfg, hidden)
         stats = in_chunks(action_values, states_of(found, role), found.tokens, q_of, padded_vocab(cfg), stored)
         return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
+
+    def divergence(ours: TrunkPass, theirs: TrunkPass, ask: Ask, trees: Trees, sequences: Sequences) -> DivergenceStats:
+        both = ask.roles
+        vocab = min(configs[role].vocab_size for role in both)
+        shapes = [dataclasses.replace(configs[role], vocab_size=vocab) for role in both]
+        width = padded_vocab(shapes[0])
+        heads = [gathered_head(whole(role, trees), runtime.compute, width) for role in both]
+
+        def logits_of(hidden, columns):
+            return [lm_logits(head, cfg, states) for head, cfg, states in zip(heads, shapes, hidden, strict=True)]
+
+        reduce = lambda logits, tokens: divergence_stats(*logits, ask.how)
+        states = [ours.before(), jax.lax.stop_gradient(theirs.before())]
+        stats = in_chunks(reduce, states, ours.tokens, logits_of, 2 * width, stored)
+        return jax.tree.map(lambda x: widen(ours.rows(x), sequences), stats)
 
     def states_of(found: TrunkPass, role: Role) -> Array:
         """[R, C, D]: before each response token, for the role's head."""

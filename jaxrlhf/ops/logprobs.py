@@ -11,6 +11,8 @@ from jaxrlhf.sharding import laid_as, split_columns, split_over, whole_rows
 from jaxrlhf.types import Array, QStats, TokenStats
 
 T = TypeVar("T")
+H = TypeVar("H")  # hidden states [B, S, D], or several of them in a tuple
+L = TypeVar("L")  # logits f32[B, C, V] of those
 
 # floats of a device: below it all logits are kept for the backward pass, above it recomputed, so many at a time
 STORED_LOGITS = 2**24
@@ -80,21 +82,22 @@ def action_values(values: Array, tokens: Array) -> QStats:
 
 
 def in_chunks(
-    reduce: Callable[[Array, Array], T],
-    hidden: Array,
+    reduce: Callable[[L, Array], T],
+    hidden: H,
     tokens: Array,
-    logits_of: Callable[[Array, Array], Array],
+    logits_of: Callable[[H, Array], L],
     vocab: int,
     stored: int,
 ) -> T:
     """``reduce(logits_of(hidden, columns), tokens)`` over chunks of columns: token_logprobs, action_values, or another
-    function of f32[B, C, V] and i32[B, C] to arrays [B, C].
+    function of f32[B, C, V] and i32[B, C] to arrays [B, C]. ``vocab``: floats of logits a token.
 
-    hidden [B, S, D] is aligned: column t is the state before token t. Up to ``stored`` logits of a device are computed
+    hidden [B, S, D] is aligned: column t is the state before token t; there may be those of several models, with widths
+    of their own. Up to ``stored`` logits of a device are computed
     at once; else each chunk of so many is recomputed in the backward pass, so that [B, S, V] is never stored. Every
     chunk adds to the gradient of the head, which is read and written for it, so there should be few.
     """
-    batch, size, _ = hidden.shape
+    batch, size = tokens.shape
     columns = jnp.arange(size)
     num_chunks = min(size, math.ceil(batch * size * vocab / split_over("batch", "vocab") / stored))
     if num_chunks <= 1:
@@ -112,6 +115,6 @@ def in_chunks(
         return None, reduce(logits_of(states, where), ids)
 
     where = jnp.pad(columns, (0, extra)).reshape(num_chunks, width)
-    _, stats = jax.lax.scan(chunk, None, (split(hidden), split(tokens), where))
+    _, stats = jax.lax.scan(chunk, None, (jax.tree.map(split, hidden), split(tokens), where))
     join = lambda x: jnp.swapaxes(x, 0, 1).reshape(batch, num_chunks * width)[:, :size]
     return jax.tree.map(join, stats)

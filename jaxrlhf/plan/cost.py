@@ -352,6 +352,7 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
 
 NAMES = {
     "token_stats": "log-probs of",
+    "divergence": "distributions of",
     "values": "values of",
     "scores": "scores of",
     "states": "states of",

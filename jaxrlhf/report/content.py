@@ -197,7 +197,16 @@ SHOWN = (
     "win_rate/judge",
     "reward/accuracy",
 )
-SHOWN += ("implicit_reward/accuracy", "cost/violations", "loss/policy", "loss/q", "response/length_mean", "return/mean")
+SHOWN += (
+    "implicit_reward/accuracy",
+    "cost/violations",
+    "teacher/divergence",
+    "kl/teacher",
+    "loss/policy",
+    "loss/q",
+    "response/length_mean",
+    "return/mean",
+)
 
 
 def alarms(run: RunRecord) -> list[dict[str, Any]]:

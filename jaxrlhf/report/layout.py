@@ -23,8 +23,11 @@ PARTS = {
     "Preferences": ("implicit_reward/accuracy", "implicit_reward/.*", "logprobs/.*", "kl/baseline"),
     "Policy": (
         "kl/reference",
+        "teacher/divergence.*",
+        "kl/teacher",
         "loss/policy",
         "policy/entropy",
+        f"teacher/{OWN}.*",
         "response/length_mean",
         "policy/clip_fraction",
         "response/ended",

@@ -18,7 +18,7 @@ from jaxrlhf.optim import make_optimizer, make_schedule
 from jaxrlhf.rewards.graders import Graders, find_graders
 from jaxrlhf.rewards.turns import TextEnvironment, find_environment
 from jaxrlhf.run.epochs import with_iterations
-from jaxrlhf.run.origins import Weights, check_loaded, located
+from jaxrlhf.run.origins import Weights, check_loaded, check_teacher, located
 from jaxrlhf.run.runtime import bind_nets, check_shapes
 from jaxrlhf.run.sampler import readable_by_all, run_sampler
 from jaxrlhf.run.saved_run import SavedRuns
@@ -91,6 +91,7 @@ def build(
     heads = resolved.roles.heads
     weights = {role: find_weights(saved_runs, cfg, role, len(tokenizer), head) for role, head in heads.items()}
     check_loaded(cfg, weights, heads, resolved.roles.trained)
+    check_teacher(cfg, weights, tokenizer)
     tokenizers.forbid(tokenizer, foreign_tokens(saved_runs, cfg, weights, tokenizer))
     sampler = run_sampler(saved_runs, cfg, tokenizer, weights)
     tokenizer.endings = sampler.eos_ids  # saved with it: what starts from this run ends responses as it does

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxrlhf.algorithm import TEACHER
 from jaxrlhf.config.adapters import chain, starting_adapter
 from jaxrlhf.config.record import Config
 from jaxrlhf.data import tokenizer as tokenizers
@@ -118,6 +119,22 @@ def check_tokenizers(cfg: Config, weights: Mapping[Role, Weights], tokenizer: An
             ) from None
         foreign |= {id: f"{where}: to it the id is {what}" for id, what in others.items()}
     return foreign
+
+
+def check_teacher(cfg: Config, weights: Mapping[Role, Weights], tokenizer: Any) -> None:
+    """A teacher's distribution is compared with the policy's, token by token. Raises ConfigError where one of the two
+    has a token that the other lacks; rows beyond the tokenizer's, which pad a vocabulary, make no difference."""
+    if TEACHER not in weights or "policy" not in weights:
+        return
+    policy, teacher = weights["policy"], weights[TEACHER]
+    sizes = [found.config.vocab_size for found in (policy, teacher)]
+    if sizes[0] == sizes[1] or min(sizes) > max(tokenizer.get_vocab().values(), default=0):
+        return
+    where, start = f"models.{base_role(cfg, TEACHER)}.init_from: {teacher.path}", policy.path or "random weights"
+    raise ConfigError(
+        f"{where}: its vocab_size is {sizes[1]}, and that of the policy ({start}) is {sizes[0]}: the tokenizer's ids "
+        f"from {min(sizes)} on are tokens of one alone; expected a teacher with the policy's tokens"
+    )
 
 
 def located(find: Callable[[Any], Any], named: Any, where: str, prefix: str = ""):

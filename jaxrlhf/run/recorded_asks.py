@@ -10,10 +10,23 @@ from jax.extend.core import Var
 
 from jaxrlhf.config.roles import trunks_of
 from jaxrlhf.run.build import Blueprint
-from jaxrlhf.types import Ask, Batch, Nets, Prompts, QStats, Role, Sequences, TokenStats, TrainState, Trees, given
+from jaxrlhf.types import (
+    Ask,
+    Batch,
+    DivergenceStats,
+    Nets,
+    Prompts,
+    QStats,
+    Role,
+    Sequences,
+    TokenStats,
+    TrainState,
+    Trees,
+    given,
+)
 
 # "states": of a trunk alone; "head": numbers of states that another pass left
-Kind = Literal["token_stats", "values", "scores", "rewards", "q", "states", "head", "sample"]
+Kind = Literal["token_stats", "values", "scores", "rewards", "q", "divergence", "states", "head", "sample"]
 
 
 def blank_state(drawn: Blueprint) -> TrainState:
@@ -30,12 +43,14 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
 
     def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
         whole = {ask.role for ask in asks if ask.role not in trunks}  # their passes leave the states of their trunks
-        for ask in asks:
-            trunk = trunks.get(ask.role)
+        seen: set[Role] = set()
+        for role, what in [(role, ask.what) for ask in asks for role in ask.roles]:
+            trunk = trunks.get(role)
             if trunk is not None and trunk not in whole:
                 note(trunk, "states", sequences)
                 whole.add(trunk)
-            note(ask.role, ask.what if trunk is None else "head", sequences)
+            note(role, what if trunk is None and role not in seen else "head", sequences)
+            seen.add(role)
         return tuple(zeros_of(ask, sequences) for ask in asks)
 
     def sample(role: Role, trees: Trees, prompts: Prompts, seed, step, /) -> Sequences:
@@ -58,8 +73,10 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
 def zeros_of(ask: Ask, sequences: Sequences) -> Any:
     """The answer to ``ask``, all zeros."""
     a_token, a_row = jnp.zeros(sequences.tokens.shape), jnp.zeros(sequences.tokens.shape[:1])
-    stats, q = TokenStats(a_token, a_token), QStats(a_token, a_token, a_token)
-    return {"token_stats": stats, "values": a_token, "scores": a_row, "rewards": a_token, "q": q}[ask.what]
+    zeros: dict[str, Any] = {"values": a_token, "scores": a_row, "rewards": a_token}
+    zeros |= {"token_stats": TokenStats(a_token, a_token), "q": QStats(a_token, a_token, a_token)}
+    zeros["divergence"] = DivergenceStats(a_token, a_token, a_token, a_token)
+    return zeros[ask.what]
 
 
 def asked_before_scores(drawn: Blueprint, state: TrainState, batch: Batch) -> bool:

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import yaml
 from etils import epath
 
+from jaxrlhf.algorithm import TEACHER
 from jaxrlhf.config.members import grader_of, members_in
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import ModelConfig, resolve
@@ -160,13 +161,16 @@ class SavedRuns:
 
 def find_role(record: dict, role: Role) -> Role:
     """The role of a run's ``models`` that another run's ``role`` starts from: its namesake, of a member its grader, the
-    policy, or any. Raises ValueError for one reward model of an ensemble's run."""
+    policy, or any; a teacher is another run's policy, whoever taught that.
+
+    Raises ValueError for one reward model of an ensemble's run."""
     members = members_in(record, role)
     if members != (role,):
         raise ValueError(
             f"{role}: an ensemble there; expected one of {', '.join(members)}, or a list of {len(members)}"
         )
-    for name in (role, grader_of(role), "policy", *record):
+    namesakes = () if role == TEACHER else (role, grader_of(role))
+    for name in (*namesakes, "policy", *record):
         if name in record:
             return name
     raise ValueError(f"a run without models has nothing to start {role} from")

@@ -10,6 +10,7 @@ import pytest
 from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.cm import CMConfig
+from jaxrlhf.algorithms.distill import DistillConfig
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
 from jaxrlhf.algorithms.ppo_lagrangian import PPOLagrangianConfig
@@ -27,13 +28,14 @@ CONFIGS: dict[str, Any] = {
     "ppo_lagrangian": PPOLagrangianConfig(whiten_advantages="biased"),
     "cm": CMConfig(pairs=True),
     "grpo": GRPOConfig(kl_coef=0.0),  # so that a constant reward leaves nothing to learn
+    "distill": DistillConfig("jsd", on_policy_share=0.7, reward_coef=0.5, top_k=9, advantages="mean"),
     "rm": RMConfig(centering=0.1),
     "rm_ratings": RMRatingsConfig("steps"),
 }
 NAMES = sorted(ALGORITHMS)
 # of two that share most of their code one stands for both by day
 ALIKE = {"ppo_lagrangian": "ppo", "cm": "rm", "rm_ties": "rm", "bc": "sft", "mc_returns": "ilql"}
-ALIKE |= {"simpo": "dpo", "orpo": "dpo", "online_dpo": "grpo"}
+ALIKE |= {"simpo": "dpo", "orpo": "dpo", "online_dpo": "grpo", "distill_data": "distill"}
 EACH = [pytest.param(name, marks=pytest.mark.nightly if name in ALIKE else []) for name in NAMES]
 
 
@@ -55,6 +57,7 @@ def every_row() -> Batch:
         Batch(
             prompts=tiny.prompts(rows=ROWS // 2),
             sequences=sequences,
+            demonstrations=tiny.sequences(rows=ROWS, seed=40),
             preferences=cut(pairs),
             unpaired=cut(tiny.unpaired(rows=ROWS + 1)),
             trajectories=cut(tiny.trajectories(rows=ROWS + 1)),

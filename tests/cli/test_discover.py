@@ -283,6 +283,7 @@ NOT_IN_TRL = {
     "simpo",
     "orpo",
     "online_dpo",
+    "distill_data",
     "ilql",
     "fqi",
     "mc_returns",
@@ -304,7 +305,7 @@ def test_each_key_of_the_table_of_trl_is_one():
         assert any(key == name or key.startswith(f"{name}.") for key in keys), name
     trainers, ours = rows[1]
     pairs = zip(re.findall(r"`(\w+)Trainer`", trainers), re.findall(r"`(?:algorithm\.name: )?(\w+)`", ours))
-    assert dict(pairs) == {"SFT": "sft", "DPO": "dpo", "KTO": "kto", "Reward": "rm", "GRPO": "grpo"}
+    assert dict(pairs) == {"SFT": "sft", "DPO": "dpo", "KTO": "kto", "Reward": "rm", "GRPO": "grpo", "GKD": "distill"}
     assert set(re.findall(r"`(?:algorithm\.name: )?(\w+)`", ours)) == set(ALGORITHMS) - NOT_IN_TRL
 
 

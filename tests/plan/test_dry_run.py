@@ -43,6 +43,7 @@ def checked(root, tmp_path, models, one_device):
 
 READ = {"sft": "demonstrations", "rm": "preferences", "dpo": "preferences", "ppo": "prompts", "grpo": "prompts"}
 READ |= {"ppo_lagrangian": "prompts", "raft": "prompts", "online_dpo": "prompts", "kto": "unpaired", "cm": "unpaired"}
+READ |= {"distill": "prompts", "distill_data": "demonstrations"}
 READ |= dict.fromkeys(("simpo", "orpo", "rm_ties"), "preferences")
 READ |= dict.fromkeys(("ilql", "fqi", "mc_returns", "bc", "rm_ratings"), "trajectories")
 

@@ -46,8 +46,8 @@ class Exact:
         self.rewards, self.costs = (np.asarray(grade(self.responses), np.float64) for grade in (reward_of, cost_of))
         self.log_p = tiny.program(lambda params: self.logprobs(nets, params))
 
-    def logprobs(self, nets: Nets, params):
-        (stats,) = nets.read(Trees({"policy": params}, {}), self.responses, Ask("policy", "token_stats"))
+    def logprobs(self, nets: Nets, params, role: str = "policy"):
+        (stats,) = nets.read(Trees({role: params}, {}), self.responses, Ask(role, "token_stats"))
         return jnp.where(self.responses.response_mask, stats.logprobs, 0).sum(-1)
 
     def __call__(self, params, reference) -> tuple[float, float]:
@@ -56,14 +56,26 @@ class Exact:
         kl, reward = enumerated.expected(log_p[None], log_ref[None], self.rewards[None])
         return reward, kl
 
+    def log_p_of(self, nets: Nets, role: str, params) -> np.ndarray:
+        """f64[responses]: log-probs under another role."""
+        return np.asarray(tiny.program(lambda params: self.logprobs(nets, params, role))(params), np.float64)
+
+    def kl(self, params, log_other: np.ndarray) -> float:
+        """KL(policy || another), nats, of the other's log-probs."""
+        log_p = np.asarray(self.log_p(params), np.float64)
+        return enumerated.expected(log_p[None], log_other[None], self.rewards[None]).kl
+
     def best(self, reference, kl_coef: float) -> float:
         """The largest E[reward] - kl_coef * KL of any policy: kl_coef * log E_reference[exp(reward / kl_coef)]."""
         log_ref = np.asarray(self.log_p(reference), np.float64)
         return kl_coef * float(np.log(np.exp(log_ref + self.rewards / kl_coef).sum()))
 
 
-def run(name: str, cfg: Any, rows: int = 64, samples_per_prompt: int = 1) -> tuple[tiny.Tiny, Exact]:
-    """The algorithm on ``rows`` responses to the prompt, scored by ``reward_of``; ``cost_of`` is the cost model."""
+def run(
+    name: str, cfg: Any, rows: int = 64, samples_per_prompt: int = 1, teacher: ModelConfig | None = None
+) -> tuple[tiny.Tiny, Exact]:
+    """The algorithm on ``rows`` responses to the prompt, scored by ``reward_of``; ``cost_of`` is the cost model.
+    ``teacher``: the shape of one."""
     prompts = rows // samples_per_prompt
     tokens = jnp.tile(jnp.array([[2, 3]], jnp.int32), (prompts, 1))
     batch = Batch(prompts=Prompts(tokens, jnp.ones((prompts, 2), bool), jnp.arange(prompts)))
@@ -76,6 +88,7 @@ def run(name: str, cfg: Any, rows: int = 64, samples_per_prompt: int = 1) -> tup
         room=LONGEST,
         samples_per_prompt=samples_per_prompt,
         eos_ids=(LAST,),
+        teacher=teacher,
     )
     nets = made.recipe.nets
 

@@ -187,11 +187,12 @@ def build(
     members: int = 0,
     iterations: int = 1000,
     lora: LoraConfig | None = None,
+    teacher: ModelConfig | None = None,
 ) -> Tiny:
     """The algorithm called ``name`` (of the table, or module:NAME) on models of this shape, on the current mesh.
     Policy and reference start equal. With ``trunk_gradient`` the value model is a head on the policy; with ``members``
     the reward model is an ensemble. With ``lora`` the roles that learn are adapters on the policy's base, which is the
-    reference."""
+    reference. ``teacher``: its shape, where it is not the model's."""
     algorithm = find(name)
     several = tuple(f"reward_{number}" for number in range(members))
     expand = lambda heads: {
@@ -204,9 +205,10 @@ def build(
             trunks[role] = Trunk(spec.trunk, spec.gradient)
     seeds = {"policy": 0, "reference": 0, "value": 1, "reward": 2, "q1": 3, "q2": 4, "target_q1": 3, "target_q2": 4}
     seeds |= {role: 5 + number for number, role in enumerate(several)}
-    seeds |= {"q": 3, "target_q": 3, "cost": 5, "cost_value": 6}
+    seeds |= {"q": 3, "target_q": 3, "cost": 5, "cost_value": 6, "teacher": 9}
+    shapes = dict.fromkeys(seeds, model) | {"teacher": teacher or model}
     head_in = lambda heads, role: head_of(heads[role], role in trunks)
-    make = lambda heads: {role: parameters(model, head_in(heads, role), seeds[role]) for role in heads}
+    make = lambda heads: {role: parameters(shapes[role], head_in(heads, role), seeds[role]) for role in heads}
     optimizers = {role: make_optimizer(optimizer, iterations) for role in trained}
     sampling, bases = Sampling(temperature, eos_ids=eos_ids), {}
     params, still = make(trained), make(slow)
@@ -216,7 +218,7 @@ def build(
         bases |= {"reference": Based("base", None)} if "reference" in slow else {}
         still |= {"base": parameters(model, "lm", 0)} | ({"reference": {}} if "reference" in slow else {})
     nets = make_nets(
-        dict.fromkeys(seeds, model),
+        shapes,
         Runtime(),
         sampling,
         sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts, bases=bases),
