@@ -105,7 +105,9 @@ def working(one: PlannedPass, cfg: ModelConfig, head: Head, setup: Setup) -> flo
     """One pass without a gradient: a layer's activations and weights, the embedding, the head's weights and logits."""
     tensor = setup.tensor
     layer = sum(weight.size / weight.layers for weight in matrices(cfg, head, tensor)[:-1]) * setup.compute
-    chunk = min(STORED_LOGITS, one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor) * 4 * 2
+    models = 2 if one.kind == "divergence" else 1  # whose logits a chunk has
+    whole = models * one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor
+    chunk = min(STORED_LOGITS, whole) * 4 * 2
     return (
         layer_activations(one, cfg, setup)
         + 2 * layer

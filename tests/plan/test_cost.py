@@ -245,6 +245,25 @@ def test_a_shared_trunk_is_computed_once():
     assert not any(one.kind == "states" for one in passes(again).prepare)
 
 
+@pytest.mark.parametrize("reward", [False, True])
+def test_a_teacher_is_read_forward_in_each_update(reward):
+    """With a reward the policy's log-probs are read off the pass that its distribution is compared in."""
+    text = PPO.replace("ppo, num_epochs: 2, num_minibatches: 2", f"distill, reward_coef: {int(reward)}")
+    roles = "teacher: {init_from: policy}" + "\n  reward: {init_from: policy}" * reward
+    text = text.replace("reward: {init_from: policy}", roles)
+    text = text.replace("micro_batch_size: 4", "micro_batch_size: 4, samples_per_prompt: 2")
+    found = passes(config(text))
+    read = {"rows": 4, "columns": 9, "read": 3, "copies": 2, "prompt": 6}
+    both = [PlannedPass(role, "divergence", **read) for role in ("policy", "teacher")]
+    assert found.micro == [*both, *([PlannedPass("policy", "head", 4, 0, 3)] if reward else [])]
+    assert [one.role for one in found.prepare] == (["reward"] if reward else [])
+    models: Models = {"policy": (MODEL, "lm"), "teacher": (MODEL, "lm"), "reward": (MODEL, "scalar")}
+    rows = {phase.name: phase.work for phase in phases(found, models, Setup(ALONE, moments={"policy": 8}))}
+    parts = found.updates * found.micros
+    assert rows["update teacher: forward"].flops == parts * cost.forward(MODEL, "lm", both[1], Setup(ALONE)).flops
+    assert not any(name.startswith("update teacher: b") for name in rows) and "update policy: backward" in rows
+
+
 def test_a_reward_function_takes_the_reward_model_s_place():
     text = PPO.replace("  reward: {init_from: policy}\n", "")
     cfg = config(text + 'rewards: {function: "jaxrlhf.rewards.math_answer:strict"}\n')

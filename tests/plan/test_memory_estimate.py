@@ -67,7 +67,12 @@ ADAPTED = PPO.replace(
     f"{{architecture: {MODEL}, adapter: {{rank: 8}}}}, value: {{init_from: policy, adapter: {{rank: 4}}}}, "
     f"reward: {{architecture: {MODEL}}}",
 )
+LARGE = MODEL.replace("hidden_size: 128, num_layers: 4", "hidden_size: 192, num_layers: 6")
+TAUGHT = PPO.replace("{name: ppo, num_epochs: 1}", "{name: distill}").replace(
+    "reward: {init_from: policy}", f"teacher: {{architecture: {LARGE}}}"
+)
 ESTIMATED = {
+    "distill": (TAUGHT, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
     "ppo, adapters": (ADAPTED, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
     "sft, fsdp": (SFT, MeshConfig(1, 8, 1), {}),
     "sft, copies, remat": (SFT, MeshConfig(8, 1, 1), {"remat": "full"}),
@@ -164,6 +169,19 @@ def test_adapters_by_hand():
     adapter = 4 * (4 * (128 + 128) + 3 * (128 + 384))  # of rank 1
     learned = 8 * adapter + 4 * adapter + 129
     assert found.arguments == 2 * base + 12 * learned + 2 * (base + 129)
+    with jax.set_mesh(drawn.mesh):
+        state = abstract_state(drawn)
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim) == found.arguments
+
+
+def test_a_teacher_by_hand():
+    """On one chip, in bytes: the policy with two moments in float32, and a larger teacher in bfloat16, once."""
+    cfg = config(TAUGHT, MeshConfig(1, 1, 1), precision=PrecisionConfig(params="bfloat16"))
+    drawn, _ = blueprint(resolve_config(cfg), make_mesh(cfg.mesh, jax.devices()[:1]), {})
+    passes = passes_of(drawn, list(batch_shapes(drawn.resolved, drawn.mesh))[-1])
+    found = estimate(passes, models_of(drawn), setup_of(cfg, jax.devices()[:1], drawn.recipe.optimizers))
+    size = lambda width, layers: 4096 * width + layers * (4 * width**2 + 3 * width * 384 + 2 * width) + width
+    assert found.arguments == 12 * size(128, 4) + 2 * size(192, 6)
     with jax.set_mesh(drawn.mesh):
         state = abstract_state(drawn)
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim) == found.arguments
