@@ -29,9 +29,8 @@ import jax.numpy as jnp
 from jaxrlhf.algorithm import TEACHER, Algorithm, Updates, read_logprobs
 from jaxrlhf.algorithms import on_policy, teaching
 from jaxrlhf.ops.advantages import GroupBaseline, group_advantages
-from jaxrlhf.ops.losses import Aggregation, aggregate
+from jaxrlhf.ops.losses import Aggregation, aggregate, aggregated
 from jaxrlhf.ops.masked import keep, sums
-from jaxrlhf.sharding import across
 from jaxrlhf.types import (
     Array,
     Ask,
@@ -132,7 +131,7 @@ def shares(
         return None, None
     rows = given(demonstrations, "batch.demonstrations")
     masks = [sequences.response_mask, rows.response_mask]
-    counts = [across(aggregate(mask.astype(jnp.float32), mask, cfg.aggregation)).count for mask in masks]
+    counts = [aggregated(mask, cfg.aggregation) for mask in masks]
     sampled, of_data = (
         jnp.ones_like(mask[:, 0], jnp.float32) * share * sum(counts) / jnp.maximum(count, 1.0)
         for mask, share, count in zip(masks, (cfg.on_policy_share, 1.0 - cfg.on_policy_share), counts, strict=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from jaxrlhf.ops.sampling import Sampling, shape_logits
 from jaxrlhf.types import (
     Array,
     Ask,
+    Divergence,
     DivergenceStats,
     Grader,
     Nets,
@@ -57,6 +58,10 @@ class TrunkPass(NamedTuple):
         """[R, C, D]: the state before each response token."""
         before = self.states[:, :-1]
         return before if self.where is None else jnp.where(self.where.index[..., None] == 0, self.states[:, :1], before)
+
+    def read_by(self, trunk: "Trunk | None") -> Array:
+        """``before`` for a head on a trunk, or None for a model's own head."""
+        return self.before() if trunk is None else scale_gradient(self.before(), trunk.gradient)
 
     def index(self, columns: Array) -> Array:
         """i32, broadcastable to [R, columns]: how many response tokens precede those in ``columns``."""
@@ -106,17 +111,15 @@ def make_nets(
     trunk_of = lambda role: trunks[role].role if role in trunks else role
 
     def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
-        passes: dict[Role, TrunkPass] = {}
-        for ask in asks:
-            for trunk in map(trunk_of, ask.roles):
-                if trunk not in passes:
-                    passes[trunk] = run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime)
+        asked = dict.fromkeys(trunk_of(role) for ask in asks for role in ask.roles)
+        passes = {trunk: run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime) for trunk in asked}
 
         def answer(ask: Ask) -> Any:
             found = [passes[trunk_of(role)] for role in ask.roles]
             if ask.what == "divergence":
-                return divergence(*found, ask, trees, sequences)
-            return answers[ask.what](*found, ask.role, trees, sequences)
+                models = [(whole(role, trees), configs[role]) for role in ask.roles]
+                return jax.tree.map(lambda x: widen(x, sequences), compared(found, models, ask.how, runtime))
+            return answers[ask.what](found[0], ask.role, trees, sequences)
 
         return tuple(map(answer, asks))
 
@@ -134,31 +137,11 @@ def make_nets(
     def q(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> QStats:
         cfg, head = configs[role], gathered_head(whole(role, trees), runtime.compute)
         q_of = lambda hidden, columns: lm_logits(head, cfg, hidden)
-        stats = in_chunks(action_values, states_of(found, role), found.tokens, q_of, padded_vocab(cfg), stored)
+        stats = in_chunks(action_values, found.read_by(trunks.get(role)), found.tokens, q_of, padded_vocab(cfg), stored)
         return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
 
-    def divergence(ours: TrunkPass, theirs: TrunkPass, ask: Ask, trees: Trees, sequences: Sequences) -> DivergenceStats:
-        both = ask.roles
-        vocab = min(configs[role].vocab_size for role in both)
-        shapes = [dataclasses.replace(configs[role], vocab_size=vocab) for role in both]
-        width = padded_vocab(shapes[0])
-        heads = [gathered_head(whole(role, trees), runtime.compute, width) for role in both]
-
-        def logits_of(hidden, columns):
-            return [lm_logits(head, cfg, states) for head, cfg, states in zip(heads, shapes, hidden, strict=True)]
-
-        reduce = lambda logits, tokens: divergence_stats(*logits, ask.how)
-        states = [ours.before(), jax.lax.stop_gradient(theirs.before())]
-        stats = in_chunks(reduce, states, ours.tokens, logits_of, 2 * width, stored)
-        return jax.tree.map(lambda x: widen(ours.rows(x), sequences), stats)
-
-    def states_of(found: TrunkPass, role: Role) -> Array:
-        """[R, C, D]: before each response token, for the role's head."""
-        states = found.before()
-        return scale_gradient(states, trunks[role].gradient) if role in trunks else states
-
     def values(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
-        return widen(found.rows(scalar(whole(role, trees), states_of(found, role))), sequences)
+        return widen(found.rows(scalar(whole(role, trees), found.read_by(trunks.get(role)))), sequences)
 
     def rewards(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         every = scalar(whole(role, trees), found.states)
@@ -172,6 +155,28 @@ def make_nets(
 
     answers = {"token_stats": token_stats, "values": values, "scores": scores, "rewards": rewards, "q": q}
     return Nets(read, sample, graders)
+
+
+def compared(
+    passes: Sequence[TrunkPass], models: Sequence[tuple[Params, ModelConfig]], how: Divergence, runtime: Runtime
+) -> DivergenceStats:
+    """How far the first of two models is from the second at each response token, [B, T], over the rows of vocabulary
+    that both have: logits of both are computed a chunk of columns at a time."""
+    vocab = min(cfg.vocab_size for _, cfg in models)
+    shapes = [dataclasses.replace(cfg, vocab_size=vocab) for _, cfg in models]
+    width, (ours, theirs) = padded_vocab(shapes[0]), passes
+    heads = [gathered_head(params, runtime.compute, width) for params, _ in models]
+
+    def logits_of(hidden, columns):
+        return [lm_logits(head, cfg, states) for head, cfg, states in zip(heads, shapes, hidden, strict=True)]
+
+    def reduce(logits, tokens):
+        student, teacher = logits
+        return divergence_stats(student, teacher, how)
+
+    states = [ours.before(), jax.lax.stop_gradient(theirs.before())]
+    stored = stored_logits(runtime.hardware.platform)
+    return jax.tree.map(ours.rows, in_chunks(reduce, states, ours.tokens, logits_of, 2 * width, stored))
 
 
 def run_trunk(params: Params, cfg: ModelConfig, sequences: Sequences, runtime: Runtime) -> TrunkPass:

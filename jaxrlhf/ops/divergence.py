@@ -39,7 +39,7 @@ def divergence_stats(logits: Array, against: Array, how: Divergence) -> Divergen
     assert logits.shape == against.shape, (logits.shape, against.shape)
     ours = log_softmax(logits, how.temperature)
     theirs = jax.lax.stop_gradient(log_softmax(against, how.temperature))
-    entropies = (jax.lax.stop_gradient(entropy(log_p)) for log_p in (ours, theirs))
+    entropies = jax.lax.stop_gradient(entropy(ours)), entropy(theirs)
     if how.top_k == 0:
         return DivergenceStats(terms(ours, theirs, how).sum(-1), *entropies, jnp.ones(ours.shape[:-1]))
     inside = support(theirs, how.top_k, 1.0)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.ops import masked
 from jaxrlhf.ops.kl import LARGEST_LOG_RATIO
+from jaxrlhf.sharding import across
 from jaxrlhf.types import Array, Mean, QStats
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -286,3 +287,8 @@ def aggregate(x: Array, mask: Array, how: Aggregation) -> Mean:
     if how == "seq-mean-token-mean":
         return Mean(total=jnp.sum(row_sums / jnp.maximum(tokens, 1.0)), count=sequences)
     raise ValueError(f"aggregation {how!r}: expected one of {', '.join(get_args(Aggregation))}")
+
+
+def aggregated(mask: Array, how: Aggregation) -> Array:
+    """f32[]: what ``aggregate`` divides by over the whole batch, on all devices: tokens, or sequences."""
+    return across(aggregate(jnp.zeros_like(mask, jnp.float32), mask, how)).count

@@ -44,7 +44,8 @@ def note_taker(drawn: Blueprint, note: Callable[[Role, Kind, Any], None]) -> Net
     def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
         whole = {ask.role for ask in asks if ask.role not in trunks}  # their passes leave the states of their trunks
         seen: set[Role] = set()
-        for role, what in [(role, ask.what) for ask in asks for role in ask.roles]:
+        each: list[tuple[Role, Kind]] = [(role, ask.what) for ask in asks for role in ask.roles]
+        for role, what in each:
             trunk = trunks.get(role)
             if trunk is not None and trunk not in whole:
                 note(trunk, "states", sequences)

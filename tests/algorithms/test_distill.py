@@ -141,7 +141,7 @@ ANSWERS = fake.answering(
     token_stats=lambda params, rows: TokenStats(params["logprobs"], params["entropy"]),
     scores=lambda params, rows: params["scores"],
     divergence=lambda params, rows: DivergenceStats(
-        *(params[name] for name in ("divergence", "entropy", "entropy")), jnp.ones(rows.tokens.shape)
+        params["divergence"], params["entropy"], params["entropy"], jnp.ones(rows.tokens.shape)
     ),
 )
 GROUP = 3
@@ -236,8 +236,8 @@ def test_the_shares_are_those_of_two_means(aggregation):
     of_data = np.random.default_rng(2).random(data.tokens.shape).astype(np.float32)
 
     def read(trees, rows, *asks):
-        here = apart if rows.tokens.shape == case.mask.shape else of_data
-        return tuple(DivergenceStats(*(jnp.array(here),) * 3, jnp.ones(here.shape)) for _ in asks)
+        here = jnp.array(apart if rows.tokens.shape == case.mask.shape else of_data)
+        return tuple(DivergenceStats(here, here, here, jnp.ones(here.shape)) for _ in asks)
 
     losses, metrics = distill.loss(ANSWERS._replace(read=read), state.trees, experience, cfg)
 

@@ -197,7 +197,7 @@ def read_pair(stored: int, how: Divergence):
             heads = ({"head": {"kernel": one}} for one in (head, their_head))
             return [lm_logits(one, cfg, x) for one, cfg, x in zip(heads, PAIR, hidden)]
 
-        reduce = lambda logits, tokens: divergence_stats(*logits, how)
+        reduce = lambda logits, tokens: divergence_stats(logits[0], logits[1], how)
         return in_chunks(reduce, [states, their_states], tokens, logits_of, 2 * TOKENS, stored).divergence.mean()
 
     return jax.value_and_grad(mean, argnums=(0, 1))
