@@ -7,7 +7,7 @@ whose response is better.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from jaxrlhf.run.initial_state import read_weights
 from jaxrlhf.run.kept_programs import shared
 from jaxrlhf.run.scoring import nothing, score
 from jaxrlhf.run.transfer import fetch_all, put
-from jaxrlhf.run.turns import Talker, marked_turns
+from jaxrlhf.run.turns import METRICS, Talker, marked_turns
 from jaxrlhf.step import make_extend
 from jaxrlhf.types import Array, Head, Params, Prompts, Role, Sequences, TrainState, Trees, given
 
@@ -52,11 +52,12 @@ class Responses(NamedTuple):
     grades: Mapping[str, np.ndarray] = MappingProxyType(
         {}
     )  # what each of several functions, or of an ensemble's members, gives
+    turns: Mapping[str, float] = MappingProxyType({})  # means of conversations: turns/..., environment/NAME
 
 
 class Dialogues:
-    """Held-out prompts whose responses the run's environment answers, as PolicyEvaluation.answer; its programs are
-    compiled when they are first used.
+    """Held-out prompts whose responses the run's environment answers; its programs are compiled when they are first
+    used.
 
     Args:
         measured: PolicyEvaluation.measured.
@@ -72,9 +73,11 @@ class Dialogues:
         self.talker = Talker(ready, lambda width: say)
 
     def __call__(self, state: TrainState, extra: dict[Role, Params], prompts: Prompts, records: list[dict[str, Any]]):
-        """What the policy and the environment say, and what is known of it."""
+        """PolicyEvaluation.measured of what the policy and the environment say, and the metrics of the conversations,
+        without times."""
         played = self.talker.play(state, prompts, self.begin(state, prompts), records)
-        return self.measured(state, extra, played.sequences)
+        numbers = {name: value for name, value in played.metrics.items() if not name.startswith("time/")}
+        return *self.measured(state, extra, played.sequences), numbers
 
 
 class PolicyEvaluation:
@@ -167,13 +170,15 @@ class PolicyEvaluation:
             "cost": [],
         }
         grades: dict[str, list] = {}
+        turns: list[tuple[int, dict[str, float]]] = []  # conversations of a batch, and their means
         for host in self.batches:
             between()
             prompts, records = given(put(self.ready.mesh, host.batch).prompts, "prompts"), host.columns or []
             if self.dialogues is None:
                 sequences, known = self.program(state, self.others(), prompts)
             else:
-                sequences, known = self.dialogues(state, self.others(), prompts, records)
+                sequences, known, numbers = self.dialogues(state, self.others(), prompts, records)
+                turns.append((host.real * self.samples, numbers))
             if self.gold is not None:
                 known["gold"] = given(score(self.gold, sequences, records).sequences.scores, "gold")
             if self.ready.graders is not None:
@@ -192,7 +197,7 @@ class PolicyEvaluation:
         each = {name: np.concatenate(parts) for name, parts in grades.items()}
         if self.ready.graders is not None and "cost" in each:
             arrays["cost"] = each["cost"]
-        return Responses(rows=rows, marks=self.marks(rows), grades=each, **arrays)
+        return Responses(rows=rows, marks=self.marks(rows), grades=each, turns=weighted(turns), **arrays)
 
     def marks(self, rows: list[dict[str, Any]]) -> np.ndarray | None:
         """What the judge thinks of prompt + response. It is trained when it is first asked."""
@@ -210,6 +215,7 @@ class PolicyEvaluation:
         if (self.ready.graders or self.ready.environment) and responses.scores is not None:
             known, on_host = ~np.isnan(responses.scores), True
         found = {"response/length_mean": mean(responses.lengths[known]), "response/ended": mean(responses.ended[known])}
+        found |= responses.turns
         if responses.kl is not None:
             found["kl/reference"] = mean(responses.kl[known])
         if responses.teacher_kl is not None:
@@ -256,7 +262,10 @@ class PolicyEvaluation:
         known["gold"] = self.gold is not None or "gold" in roles
         known["cost"] = self.costs[0] in roles or "cost" in grades
         given: dict[str, Any] = {name: numbers if there else None for name, there in known.items()}
-        responses = Responses([], numbers, numbers > 0, **given, grades=grades)
+        environment = self.ready.environment
+        own = [f"environment/{name}" for name in (environment and environment.metric_names) or ()]
+        turns = {} if environment is None else dict.fromkeys([*METRICS, *own], 0.0)
+        responses = Responses([], numbers, numbers > 0, **given, grades=grades, turns=turns)
         made.before = responses if "reference" in roles else None
         return [*made.metrics(responses)]
 
@@ -268,6 +277,12 @@ def opponents(responses: Responses, before: Responses | None) -> dict[str, tuple
     whose = {"reward": "scores", "judge": "marks", "gold": "gold"}
     pairs = {name: (getattr(responses, field), getattr(before, field)) for name, field in whose.items()}
     return {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
+
+
+def weighted(parts: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """The means over all rows: ``parts`` are rows, and the means over them."""
+    total = sum(count for count, _ in parts)
+    return {name: sum(count * part[name] for count, part in parts) / total for name in (parts[0][1] if parts else ())}
 
 
 def mean(values: np.ndarray) -> float:

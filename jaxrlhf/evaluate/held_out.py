@@ -60,7 +60,9 @@ class HeldOut:
 
 def check_best(ready: Run, held_out: HeldOut) -> None:
     """Raises ConfigError where checkpoint.best is none of the metrics that an evaluation of the run will give."""
-    if best := ready.cfg.checkpoint.best:
+    best, environment = ready.cfg.checkpoint.best, ready.environment
+    untried = environment is not None and environment.metric_names is None  # as in a dry run
+    if best and not (untried and best.startswith("eval/environment/")):
         names = sorted(f"eval/{name}" for name in held_out.names(abstract_state(ready)))
         if best not in names:
             raise ConfigError(f"checkpoint.best: {best}: nothing that is evaluated; {suggest(best, names)}")

@@ -117,6 +117,7 @@ METRICS = [
     turns/mean | responses | of a conversation with an environment of text
     turns/cut | share | conversations that a limit ended: of turns, of tokens
     turns/observation_tokens | tokens | of what the environment wrote into a conversation
+    turns/changed_tokens | tokens | of a turn that a later one had otherwise: 0, as no turn is tokenised again
     environment/<name> | - | what the environment's own method metrics gives by this name
     judge/mean | probability | of a positive text, by the outside judge
     judge/std | probability | standard deviation of the judge's answers

@@ -139,9 +139,10 @@ class ToolEnvironment:
         return [{"role": "tool", "name": call.name, "content": text} for call, text in zip(calls, results)]
 
     def metrics(self, states: list[dict[str, Any]]) -> dict[str, float]:
-        """Calls of an episode, and how many of them failed."""
+        """Calls of an episode, and how many of them failed; the share of episodes with a call."""
         count = lambda name: sum(state[name] for state in states) / len(states)
-        return {"tool_calls": count("calls"), "tool_errors": count("errors")}
+        used = sum(state["calls"] > 0 for state in states) / len(states)
+        return {"tool_calls": count("calls"), "tool_errors": count("errors"), "tool_used": used}
 
 
 # ---- the tools ------------------------------------------------------------------------------------------------------

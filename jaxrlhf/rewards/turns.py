@@ -44,6 +44,7 @@ class TextEnvironment:
 
     def __init__(self, name: str, environment: Any, timeout: float | None = None):
         self.name, self.environment, self.timeout = name, environment, timeout
+        self.metric_names: list[str] | None = None  # known once it was tried
 
     def __str__(self) -> str:
         return f"environment.function: {self.name}"
@@ -89,13 +90,14 @@ class TextEnvironment:
             raise ValueError(f"{self}: {method}: {one_line(error)}") from error
 
     def try_on(self, records: Sequence[Record], where: str) -> list[Turn]:
-        """Resets episodes of two ``records`` (of the data section ``where``), answers each with a sample response, and
-        returns the turns. Raises ValueError, in one line, where something is wrong."""
+        """Resets episodes of two ``records`` (of the data section ``where``), answers each with a sample response,
+        remembers what metrics there are, and returns the turns. Raises ValueError, in one line, where something is
+        wrong."""
         some = [dict(records[at % len(records)]) for at in range(len(SAMPLES))]
         try:
             states = self.reset(some)
             turns = self.step(states, list(SAMPLES))
-            self.metrics(states)
+            self.metric_names = [*self.metrics(states)]
         except GraderError as error:
             raise ValueError(f"{error} on a sample response to a record of {where}") from error
         return turns

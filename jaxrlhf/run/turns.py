@@ -24,6 +24,7 @@ from jaxrlhf.run.transfer import fetch, holders, put
 from jaxrlhf.types import Prompts, Sequences, TrainState, given
 
 Record = dict[str, Any]
+METRICS = ("turns/mean", "turns/cut", "turns/observation_tokens", "turns/changed_tokens")
 Say = Callable[[TrainState, Prompts], Sequences]  # compiled: rows so far -> them with a response more
 
 
@@ -95,6 +96,32 @@ class Conversations:
         return Prompts(tokens, valid, sample_id)  # type: ignore[arg-type]
 
 
+class Growth:
+    """Whether rows only grow: what is read and written in a turn has to begin with all tokens of the turn before.
+
+    Args:
+        first: the prompts and their first responses.
+        columns: of whole rows; a response that does not fit into its row is cut there.
+    """
+
+    def __init__(self, first: Sequences, columns: int):
+        size, prompts = len(first.tokens), first.valid[:, : first.response_start].sum(1)
+        self.room = np.asarray(prompts + columns - first.response_start)  # tokens that a row may have
+        self.ids, self.count = np.zeros((size, columns), np.int32), np.zeros(size, np.int32)
+        self.changed = np.zeros(size, np.int32)  # tokens of a turn that the next one had otherwise, or had not
+        self.saw(first, np.ones(size, bool))
+
+    def saw(self, seen: Any, rows: np.ndarray) -> None:
+        """The ``tokens`` that are ``valid`` in those of the rows for which bool[B] ``rows`` is true."""
+        order = np.argsort(~seen.valid, axis=1, kind="stable")[:, : self.ids.shape[1]]  # the valid ones go first
+        ids, count = np.zeros_like(self.ids), np.minimum(seen.valid.sum(1), self.room)
+        ids[:, : order.shape[1]] = np.take_along_axis(seen.tokens, order, 1)
+        place = np.arange(self.ids.shape[1])
+        other = (ids != self.ids) | (place >= count[:, None])
+        self.changed += np.where(rows, (other & (place < self.count[:, None])).sum(1), 0).astype(np.int32)
+        self.ids[rows], self.count[rows] = ids[rows], count[rows]
+
+
 def marked_turns(tokenizer: Any, tokens: np.ndarray, said: np.ndarray, mask: np.ndarray) -> list[dict[str, str]]:
     """The turns of one row, {"by": "policy" or "environment", "text": ...}: the columns ``said`` bool[S], of which the
     policy's are in ``mask``. Special tokens are left out."""
@@ -154,6 +181,7 @@ class Talker:
         start = said.response_start
         table = Conversations(said, len(records), start + ready.cfg.generate.max_new_tokens, ready.sampler.pad_id)
         sample_id = np.repeat(first_id, copies) * copies + np.arange(len(table.live), dtype=np.int32) % copies
+        growth = Growth(said, table.columns)
         table.respond(said, start)
         states = self.timed(lambda: environment.reset(records) if records else [])
         for turn in range(1, ready.cfg.environment.max_turns + 1):
@@ -163,9 +191,13 @@ class Talker:
                 break
             width = next(width for width in context_widths(ready, start) if width >= longest)
             contexts: Any = put(ready.mesh, table.contexts(width, sample_id))
-            table.respond(fetch(self.say(width)(state, contexts)), width)
+            said = fetch(self.say(width)(state, contexts))
+            growth.saw(said, table.live)
+            table.respond(said, width)
+        growth.saw(table, np.ones(len(table.live), bool))
         metrics = self.timed(lambda: environment.metrics(states))
-        return Played(self.rows(table), summary(table, len(records), metrics) | {"time/environment": self.seconds})
+        numbers = summary(table, growth, len(records), metrics)
+        return Played(self.rows(table), numbers | {"time/environment": self.seconds})
 
     def timed(self, work: Callable[[], Any]) -> Any:
         """What ``work``, the user's code, returns."""
@@ -221,15 +253,12 @@ class Talker:
         return put(self.ready.mesh, Sequences(**rows))
 
 
-def summary(table: Conversations, rows: int, more: Mapping[str, float]) -> dict[str, float]:
+def summary(table: Conversations, growth: Growth, rows: int, more: Mapping[str, float]) -> dict[str, float]:
     """Metrics of the conversations of all processes: of the first ``rows`` rows of each; ``more`` are the environment's
     own, of which each process has those of its rows."""
     shown = (table.valid & ~table.mask)[:rows, table.start :]
-    sums = {
-        "turns/mean": float(table.turns[:rows].sum()),
-        "turns/cut": float((~table.ended[:rows]).sum()),
-        "turns/observation_tokens": float(shown.sum()),
-    }
+    counts = table.turns[:rows], ~table.ended[:rows], shown, growth.changed[:rows]
+    sums = {name: float(count.sum()) for name, count in zip(METRICS, counts, strict=True)}
     sums |= {f"environment/{name}": value * rows for name, value in more.items()}
     every = [json.loads(text) for text in processes.everywhere(json.dumps([rows, sums]))]
     total = max(sum(count for count, _ in every), 1)

@@ -109,7 +109,7 @@ def test_results_are_messages_and_an_answer_is_scored():
         False,
     )
     assert found.step(states[:1], ["4"]) == [Turn("", 0.0, True)]
-    assert found.metrics(states) == {"tool_calls": 2 / 3, "tool_errors": 0.0}
+    assert found.metrics(states) == {"tool_calls": 2 / 3, "tool_errors": 0.0, "tool_used": 1 / 3}
 
 
 def test_results_of_the_plain_form_are_text():

@@ -2,7 +2,9 @@
 resumed."""
 
 import json
+import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,11 +16,14 @@ from jaxrlhf.config.check import check
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data.tokenizer import save_tokenizer, train_bpe
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.evaluate.held_out import HeldOut, check_best
 from jaxrlhf.run.build import build
 from jaxrlhf.run.feed import Feed, glue_of
+from jaxrlhf.run.initial_state import abstract_state, initial_state
 from jaxrlhf.run.kept_programs import share_programs
 from jaxrlhf.run.scoring import try_environment
-from jaxrlhf.run.turns import encode
+from jaxrlhf.run.turns import Conversations, Growth, encode
+from jaxrlhf.sharding import current
 from jaxrlhf.types import Sequences, given
 from tests.support import conversing, runs
 from tests.support.iterated import iterated
@@ -81,6 +86,35 @@ def test_a_row_is_prompt_response_observation_response(conversed):
     assert 1 < metrics["turns/mean"] <= 2 and 0 <= metrics["environment/right"] <= 1
 
 
+def test_tokens_that_a_later_turn_has_otherwise_are_counted(folder, conversed, monkeypatch):
+    """None in a run as it is; by hand; and all of them where rows are tokenised again."""
+    assert conversed[1]["turns/changed_tokens"] == 0
+
+    def seen(*rows: list[int]) -> Any:
+        return types.SimpleNamespace(tokens=np.array(rows), valid=np.array(rows) > 0, response_start=2)
+
+    growth = Growth(seen([0, 5, 6, 7], [8, 9, 1, 0], [5, 5, 5, 5]), 6)  # prompts of 1, 2 and 2 tokens
+    later = seen([0, 5, 6, 7, 4], [8, 9, 2, 3, 3], [0, 0, 0, 5, 5])
+    growth.saw(later, np.array([True, True, True]))
+    assert growth.changed.tolist() == [0, 1, 2]
+    growth.saw(seen([1] * 5, [1] * 5, [5] * 5), np.array([True, False, True]))  # the second row waits
+    assert growth.changed.tolist() == [4, 1, 2]
+    growth = Growth(seen([0, 5, 6, 7, 4]), 4)  # room for 3 tokens: the fourth is left out
+    growth.saw(seen([5, 6, 7]), np.array([True]))
+    assert growth.changed.tolist() == [0]
+
+    observe = Conversations.observe
+
+    def again(table, row, ids):
+        table.tokens[row, table.begun[row]] += 1  # what was said is another token from now on
+        return observe(table, row, ids)
+
+    monkeypatch.setattr(Conversations, "observe", again)
+    _, metrics, rows, _ = iterated(conversing.config(folder, "ppo", **{"environment.arguments": {"price": 0.25}}))
+    spoke_on = [sum(own for own, _ in split(rows, row)) == 2 for row in range(len(rows.tokens))]
+    assert metrics["turns/changed_tokens"] == pytest.approx(np.mean(spoke_on)) and any(spoke_on)
+
+
 def test_log_probs_of_all_turns_are_those_of_a_forward_pass(conversed):
     assert conversed[1]["kl/sampler_mismatch"] < 1e-6
 
@@ -116,6 +150,31 @@ def test_a_row_that_a_limit_cuts_is_unfinished(folder, changes, turns):
         assert not rows.ended.any() and metrics["turns/observation_tokens"] == 0
     else:
         assert rows.ended.any() and (rows.valid[:, START:].sum(1) <= 4).all()
+
+
+def test_held_out_conversations_are_measured_and_their_metrics_may_choose_the_best(folder):
+    """Two batches of held-out prompts, 8 and 4: means over the 12, which are those of the rows."""
+    changes = {"data.eval_prompts": {"path": str(folder / "prompts.jsonl")}, "eval.size": 12}
+    changes |= {"checkpoint.best": "eval/environment/right", "eval.every": 1, "batch.samples_per_prompt": 1}
+    ready = build(resolve_config(conversing.config(folder, **changes)), jax.devices()[:1], keep=False)
+    with current(ready.mesh):
+        held = HeldOut(ready)
+        check_best(ready, held)  # the environment was not tried: what it measures is not known
+        policy = given(held.policy, "policy")
+        assert [host.real for host in policy.batches] == [8, 4]
+        try_environment(ready, "data.eval_prompts", policy.batches[0].columns or [])
+        check_best(ready, held)
+        found = given(held.run(initial_state(ready)), "held out")
+    assert set(held.names(abstract_state(ready))) == set(found.metrics), "as many as are promised"
+    talks = [row["turns"] for row in found.samples]
+    own = [sum(turn["by"] == "policy" for turn in turns) for turns in talks]
+    assert found.metrics["turns/mean"] == pytest.approx(np.mean(own)) and len(own) == 12
+    assert found.metrics["turns/changed_tokens"] == 0
+    assert found.metrics["environment/right"] >= found.metrics["score/mean"] - 1e-6 >= 0
+    known = given(ready.environment, "environment")
+    known.metric_names = ["left"]
+    with current(ready.mesh), pytest.raises(ConfigError, match=r"best: eval/environment/right: nothing that"):
+        check_best(ready, held)
 
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
