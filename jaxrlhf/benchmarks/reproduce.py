@@ -128,7 +128,7 @@ def write_data(benchmark: Benchmark, folder: Path, seed: int) -> None:
     new.mkdir(parents=True)
     benchmark.data(new, seed)
     if there.exists():
-        files = sorted(path.name for path in new.iterdir())
+        files = sorted(str(path.relative_to(new)) for path in new.rglob("*") if path.is_file())
         _, differ, missing = filecmp.cmpfiles(new, there, files, shallow=False)
         shutil.rmtree(new)
         if differ or missing:
