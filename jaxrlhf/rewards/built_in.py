@@ -9,6 +9,7 @@ BUILT_IN = {
     "llm_pointwise": "jaxrlhf.rewards.llm_judge:Pointwise",
     "http": "jaxrlhf.rewards.http_grader:HttpGrader",
     "reward_model_server": "jaxrlhf.rewards.http_grader:RewardModelServer",
+    "chrf": "jaxrlhf.rewards.chrf:ChrF",
     "regex": "jaxrlhf.rewards.answers:Regex",
     "json_schema": "jaxrlhf.rewards.answers:JsonSchema",
     "code": "jaxrlhf.rewards.code:RunCode",

@@ -188,6 +188,7 @@ def test_the_nearest_short_name_is_said():
 ARGUMENTS = {
     "exact_match": {"ignore": ["case", "punctuation", "articles", "accents", "blanks"]},
     "numeric": {"relative": 0.1},
+    "chrf": {"word_order": 2},
     "regex": {"pattern": r"(\w+)\s*$", "column": "answer"},
     "json_schema": {"schema": {"type": "object"}},
     "length": {"unit": "words"},
