@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("slice", "data", "fsdp", "decode", "tensor")
-SPLIT_ROWS = ("slice", "data", "fsdp", "decode")  # all that is not tensor
+AXES = ("slice", "data", "fsdp", "decode", "expert", "tensor")
+SPLIT_ROWS = ("slice", "data", "fsdp", "decode", "expert")  # all that is not tensor
 DEVICES = "devices"  # the axis of pmap
 Rules = dict[str, str | tuple[str, ...] | None]
 
@@ -30,13 +30,16 @@ RULES: Rules = {
     "rows": AXES,  # as batch, and over the devices that share its rows too
     "seq": None,
     "hidden": None,  # features of an activation
-    "embed": ("fsdp", "decode"),  # the same features in a weight
+    "embed": ("fsdp", "decode", "expert"),  # the same features in a weight
+    "embed_of_expert": ("fsdp", "decode"),  # and in a weight of an expert
     "embed_of_group": "fsdp",  # those that a decode group has together
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "expert": "expert",
+    "routes": None,  # a router's outputs, one an expert
     "layers": None,
     "positions": None,  # rows of a learned position table
     "score": None,  # the one column of a scalar head
@@ -46,8 +49,9 @@ RULES: Rules = {
 # While responses are sampled no weight is gathered for a token: those of a decode group share one copy among them, as
 # tensor does, and their rows.
 DECODE_RULES: Rules = RULES | {
-    "batch": ("slice", "data", "fsdp"),
-    "embed": "fsdp",
+    "batch": ("slice", "data", "fsdp", "expert"),
+    "embed": ("fsdp", "expert"),
+    "embed_of_expert": "fsdp",
     **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("decode", "tensor")),
 }
 # What is traced depends on these, so they are part of the key under which JAX keeps what it has traced: no program that
@@ -65,6 +69,7 @@ class MeshConfig:
     tensor: int = 1  # devices that share heads, mlp and vocabulary, and their rows
     slices: int = 1  # of a TPU, joined by the data-center network: copies of all the above
     decode: int = 1  # of the fsdp devices: how many share a copy of the weights, and rows, while responses are sampled
+    expert: int = 1  # devices that share the experts, and other weights as fsdp does, each with its own rows
     _: dataclasses.KW_ONLY
     style: Literal["mesh", "pmap"] = "mesh"  # pmap: jax.pmap over the devices of this process, data only
 
@@ -72,10 +77,10 @@ class MeshConfig:
 def mesh_shape(cfg: MeshConfig, num_devices: int, place: str = "here") -> tuple[int, ...]:
     """Sizes along AXES. Raises ValueError, in one line, when they do not multiply to ``num_devices``, which are
     ``place``."""
-    sizes = {"slices": cfg.slices, "data": cfg.data, "fsdp": cfg.fsdp, "tensor": cfg.tensor}
-    shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if name != "slices" or size != 1)
+    sizes = {"slices": cfg.slices, "data": cfg.data, "fsdp": cfg.fsdp, "expert": cfg.expert, "tensor": cfg.tensor}
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if name not in ("slices", "expert") or size != 1)
     given = [*sizes.values()]
-    if cfg.style == "pmap" and (given != [1, cfg.data, 1, 1] or cfg.decode != 1):
+    if cfg.style == "pmap" and (given != [1, cfg.data, 1, 1, 1] or cfg.decode != 1):
         raise ValueError(f"mesh: ({shown}): style pmap splits rows only; expected data alone, or style: mesh")
     if given.count(-1) > 1 or any(size < 1 and size != -1 for size in given) or cfg.slices < 1:
         raise ValueError(f"mesh: ({shown}): sizes are positive, and at most one is -1 (the rest of the devices)")
@@ -83,11 +88,11 @@ def mesh_shape(cfg: MeshConfig, num_devices: int, place: str = "here") -> tuple[
     if num_devices % known or (-1 not in given and known != num_devices):
         count = f"a multiple of {known}" if -1 in given else known
         raise ValueError(f"mesh: ({shown}) needs {count} devices; there are {num_devices} {place}")
-    slices, data, fsdp, tensor = (num_devices // known if size == -1 else size for size in given)
+    slices, data, fsdp, expert, tensor = (num_devices // known if size == -1 else size for size in given)
     if cfg.decode < 1 or fsdp % cfg.decode:
         nearest = math.gcd(fsdp, max(cfg.decode, 1))
         raise ValueError(f"mesh.decode: {cfg.decode}: expected a divisor of fsdp={fsdp}; nearest: {nearest}")
-    return slices, data, fsdp // cfg.decode, cfg.decode, tensor
+    return slices, data, fsdp // cfg.decode, cfg.decode, expert, tensor
 
 
 def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
@@ -133,7 +138,7 @@ def in_steps(mesh: Mesh) -> bool:
     but for each device's part, which sends twice the bytes."""
     if is_pmap(mesh):
         return False
-    devices = mesh.devices[0, 0, :, :, 0]
+    devices = mesh.devices[0, 0, :, :, 0, 0]
     return torus_axes(devices) > 2 >= torus_axes(devices[:, :1])
 
 
@@ -144,7 +149,7 @@ def gathers_in_steps() -> bool:
 
 def sums_whole(mesh: Mesh) -> bool:
     """Whether XLA sums whole weights, as ``in_steps`` says, and steps are of no use."""
-    return not is_pmap(mesh) and not in_steps(mesh) and torus_axes(mesh.devices[0, 0, :, :, 0]) > 2
+    return not is_pmap(mesh) and not in_steps(mesh) and torus_axes(mesh.devices[0, 0, :, :, 0, 0]) > 2
 
 
 def torus_axes(devices: np.ndarray) -> int:

@@ -30,6 +30,7 @@ from jaxrlhf.types import (
     Mean,
     Metrics,
     Nets,
+    Noted,
     Params,
     Prompts,
     Role,
@@ -55,6 +56,7 @@ class Recipe(NamedTuple):
     spike_sigmas: Mapping[Role, float] = MappingProxyType({})  # whose updates are skipped at a spike: notice_spike
     together: int = 1  # shuffle block: consecutive responses to a prompt that stay in one minibatch
     graders: tuple[str, ...] = ()  # names of several graders on the host: of Sequences.grades
+    router_losses: Mapping[Role, Mapping[str, float]] = MappingProxyType({})  # weights of load_balance, router_z
 
 
 def make_iteration(recipe: Recipe) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics, Sequences | None]]:
@@ -265,6 +267,27 @@ def update_minibatch(recipe: Recipe, state: TrainState, minibatch: Experience) -
     return (state if after_update is None else after_update(state, recipe.cfg)), means
 
 
+def with_routers(
+    recipe: Recipe, losses: dict[Role, Mean], means: dict[str, Mean], noted: Noted
+) -> tuple[dict[Role, Mean], dict[str, Mean]]:
+    """The losses with those of the routers of roles that learn, and the metrics with what was measured of them.
+
+    A router's loss is that of the rows that are computed together, a micro-batch, as in other libraries: it is no mean
+    over tokens. It has the weight of as many tokens (rows, pairs) as the role's own loss counts."""
+    found: dict[Role, dict[str, Mean]] = {}
+    for role, measured in noted:
+        before = found.get(role)
+        found[role] = measured if before is None else jax.tree.map(jnp.add, before, measured)
+    for role, measured in found.items():
+        if role not in losses:
+            continue
+        means = means | {f"{role}/{name}": mean for name, mean in measured.items()}
+        own = losses[role]
+        more = sum(weight * measured[name].value() for name, weight in recipe.router_losses.get(role, {}).items())
+        losses = losses | {role: Mean(own.total + more * own.count, own.count)}
+    return losses, means
+
+
 def apply_optimizer(
     optimizer: optax.GradientTransformation, grads: Params, norm: Array, params: Params, opt_state: Any
 ) -> tuple[Params, Any]:
@@ -282,7 +305,11 @@ def gradients(
     Micro-batches and devices add totals and counts, so their number changes rounding only."""
 
     def total(params, part):
-        losses, means = recipe.algorithm.loss(recipe.nets, Trees(params, state.slow), part, recipe.cfg)
+        nets, noted = recipe.nets, []
+        if nets.noting is not None:
+            nets = nets._replace(read=nets.noting(noted))
+        losses, means = recipe.algorithm.loss(nets, Trees(params, state.slow), part, recipe.cfg)
+        losses, means = with_routers(recipe, losses, means, noted)
         return sum(mean.total for mean in losses.values()), (losses, means)
 
     def gradient(part):

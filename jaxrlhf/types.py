@@ -5,7 +5,7 @@ log p(token t | tokens before t) and ``values[:, t]`` is V(state before token t)
 Prompts are left-padded to P columns, so every sampled response starts at column P.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -61,6 +61,9 @@ class Sequences(struct.PyTreeNode):
     # which networks are computed
     observations: Array | None = None
     rewards: Array | None = None  # f32[B, S]: what each token earned by an environment, of control or of text
+    # of a mixture of experts: int8 or int16 [B, S, layers * k], which experts computed each token when it was sampled;
+    # -1: not known
+    routing: Array | None = None
     response_start: int = struct.field(pytree_node=False, default=1)  # no response token is in a column before it
     # consecutive rows that share a prompt, which is computed once
     copies: int = struct.field(pytree_node=False, default=1)
@@ -297,6 +300,9 @@ class Grader(NamedTuple):
     variance_coef: float = 0.0  # of mean_minus_variance
 
 
+Noted = list[tuple[Role, dict[str, Mean]]]  # what was measured of the routers of each role's passes, in their order
+
+
 class Nets(NamedTuple):
     """All that an algorithm may ask of networks."""
 
@@ -307,6 +313,8 @@ class Nets(NamedTuple):
     extend: Sample | None = None  # as sample, but one response a row, of a turn's length: prompts are what came before
     # weights of the graders on the host that an advantage normalises each by itself; empty: it normalises the score
     apart: Mapping[str, float] = MappingProxyType({})
+    # of mixtures of experts: ``read`` that appends to a list what it measures of routers, for who differentiates it
+    noting: Callable[[Noted], Read] | None = None
 
 
 T = TypeVar("T")

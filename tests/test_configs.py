@@ -35,7 +35,7 @@ def test_there_are_configs():
 def devices_of(cfg: Config) -> int:
     """The fewest that the mesh fits."""
     mesh = cfg.mesh
-    return math.prod((mesh.slices, max(mesh.data, 1), max(mesh.fsdp, mesh.decode), max(mesh.tensor, 1)))
+    return math.prod((mesh.slices, max(mesh.data, 1), max(mesh.fsdp, mesh.decode), mesh.expert, max(mesh.tensor, 1)))
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

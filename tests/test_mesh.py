@@ -16,17 +16,17 @@ from jaxrlhf import step as steps
 from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.algorithms.ppo import PPOConfig
-from jaxrlhf.models.config import resolve
+from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.ops.sampling import uniform_noise
 from jaxrlhf.run.programs import compile_program
 from jaxrlhf.run.transfer import put
-from jaxrlhf.sharding import MeshConfig, current, explicit, for_programs, make_mesh
+from jaxrlhf.sharding import SPLIT_ROWS, MeshConfig, current, explicit, for_programs, make_mesh
 from jaxrlhf.types import Batch, TrainState
 from tests.support import tiny
 
 ALONE = (1, 1, 1)
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 2, 2), (1, 8, 1, 1, 4)]  # data, fsdp, tensor, slices, decode
+MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 2, 2), (1, 8, 1, 1, 4)]  # data, fsdp, tensor, slices, decode, expert
 Shape = tuple[int, ...] | int  # of a mesh, or the devices of a pmap
 ITERATIONS = 5
 
@@ -70,7 +70,11 @@ LORA = {"lora": LoraConfig(rank=2, alpha=8.0)}
 ADAPTERS = "ppo", tiny.MODEL, PPOConfig(num_minibatches=2), 2, 2, LORA
 ADAPTERS_PACKED = *GROUPS, PACKED[-1] | LORA
 ADAPTERS_TRUNK = *TRUNK[:-1], TRUNK[-1] | LORA
+# experts, of which expert = 2 has two each; of the same rows as without it
+MOE_MODEL = resolve(ModelConfig("qwen3_moe", 64, 16, 2, mlp_size=8, num_experts=4, experts_per_token=2))
+EXPERTS = "grpo", MOE_MODEL, GRPOConfig(num_minibatches=2), 2, 4
 CASES: dict[str, tuple] = {
+    "experts": EXPERTS,
     "adapters": ADAPTERS,
     "adapters packed": ADAPTERS_PACKED,
     "adapters trunk": ADAPTERS_TRUNK,
@@ -90,7 +94,7 @@ CASES: dict[str, tuple] = {
 def mesh_of(shape: Shape):
     if isinstance(shape, int):
         return make_mesh(MeshConfig(style="pmap"), jax.devices()[:shape])
-    return make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape[:4]))])
+    return make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape[:4]) * np.prod(shape[5:]))])
 
 
 def program_of(recipe: steps.Recipe, mesh, state: TrainState, batch: Batch):
@@ -136,7 +140,18 @@ def first_layouts(shape: Shape, which: str) -> TrainState:
 
 @functools.cache
 def ran(shape: Shape, which: str) -> Ran:
-    few = ("packed", "twice", "twice cut", "trunk", "nine", "wide", "adapters", "adapters packed", "adapters trunk")
+    few = (
+        "experts",
+        "packed",
+        "twice",
+        "twice cut",
+        "trunk",
+        "nine",
+        "wide",
+        "adapters",
+        "adapters packed",
+        "adapters trunk",
+    )
     iterations = 2 if which in few else ITERATIONS
     compiled: list[str] = []
 
@@ -175,7 +190,8 @@ def test_noise_has_the_same_bits(shape):
 
 NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
 # all axes but data, whose rows are split as those of slices and fsdp are
-RUNS: list = [((1, 2, 2, 2, 2), "groups"), ((1, 2, 2, 1, 2), "adapters")]
+RUNS: list = [((1, 2, 2, 2, 2), "groups"), ((1, 2, 2, 1, 2), "adapters"), ((1, 2, 2, 1, 1, 2), "experts")]
+RUNS += [NIGHTLY(shape, "experts") for shape in ((1, 2, 1, 1, 1, 4), (2, 2, 1, 1, 2, 2), (2, 2, 2))]
 RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters packed", "adapters trunk")]
 RUNS += [NIGHTLY(shape, "groups") for shape in ((2, 2, 2), (1, 2, 2, 2), (1, 4, 2, 1, 2))]
 RUNS += [NIGHTLY(shape, "plain") for shape in MESHES]
@@ -232,7 +248,7 @@ def test_nothing_is_compiled_twice(shape, which):
         assert not before.shape or before.sharding == after.sharding
 
 
-FSDP = ("fsdp", "decode")
+FSDP = ("fsdp", "decode", "expert")
 
 
 def table(kv_axis: str | None, axis: str | None = "tensor") -> dict:
@@ -299,7 +315,7 @@ def check_layout(tree, expected, shape: tuple[int, ...]):
 def test_rows_of_a_batch_are_split(shape, which):
     found = ran(shape, which)
     shards = int(np.prod(shape[:4])) // shape[2]
-    assert found.sequences.spec[0] == ("slice", "data", "fsdp", "decode") and not any(found.sequences.spec[1:])
+    assert found.sequences.spec[0] == SPLIT_ROWS and not any(found.sequences.spec[1:])
     assert found.sequences.shard_shape(found.tokens[0].shape)[0] == len(found.tokens[0]) // shards
 
 

@@ -19,14 +19,15 @@ from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape
 @pytest.mark.parametrize(
     ("cfg", "devices", "shape"),
     [
-        (MeshConfig(), 1, (1, 1, 1, 1, 1)),
-        (MeshConfig(), 8, (1, 8, 1, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 1, 2)),
-        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 1, 4, 1, 2)),
-        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (1, 2, 3, 1, 1)),
-        (MeshConfig(slices=2, fsdp=2), 8, (2, 2, 2, 1, 1)),
-        (MeshConfig(data=1, fsdp=4, tensor=2, decode=2), 8, (1, 1, 2, 2, 2)),
-        (MeshConfig(style="pmap"), 8, (1, 8, 1, 1, 1)),
+        (MeshConfig(), 1, (1, 1, 1, 1, 1, 1)),
+        (MeshConfig(), 8, (1, 8, 1, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 1, 1, 2)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 1, 4, 1, 1, 2)),
+        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (1, 2, 3, 1, 1, 1)),
+        (MeshConfig(slices=2, fsdp=2), 8, (2, 2, 2, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=4, tensor=2, decode=2), 8, (1, 1, 2, 2, 1, 2)),
+        (MeshConfig(data=1, fsdp=2, expert=-1), 8, (1, 1, 2, 1, 4, 1)),
+        (MeshConfig(style="pmap"), 8, (1, 8, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_shape(cfg, devices, shape):
@@ -49,6 +50,8 @@ def test_mesh_shape(cfg, devices, shape):
         (MeshConfig(slices=-1, data=8), 8, ["slices=-1", "positive"]),
         (MeshConfig(slices=3), 8, ["slices=3, data=-1", "needs a multiple of 3 devices", "there are 8 here"]),
         (MeshConfig(fsdp=4, decode=3, data=2), 8, ["mesh.decode: 3: expected a divisor of fsdp=4", "nearest: 1"]),
+        (MeshConfig(expert=3), 8, ["data=-1, fsdp=1, expert=3", "needs a multiple of 3 devices"]),
+        (MeshConfig(data=1, expert=8, style="pmap"), 8, ["expert=8", "style pmap splits rows only"]),
         (MeshConfig(fsdp=2, style="pmap"), 8, ["data=-1, fsdp=2", "style pmap splits rows only", "style: mesh"]),
         (MeshConfig(slices=2, style="pmap"), 8, ["slices=2", "style pmap splits rows only"]),
     ],
@@ -66,9 +69,10 @@ def test_a_mesh_is_explicit_and_in_the_order_of_the_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Explicit}
     assert [device.id for device in mesh.devices.flat] == list(range(8))
-    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (1, 3, 1, 1, 1)
+    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (1, 3, 1, 1, 1, 1)
     assert sharding.batch_shards(mesh) == 4  # rows go over data and fsdp
     assert sharding.batch_shards(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))) == 4
+    assert sharding.batch_shards(make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))) == 4
     assert sharding.batch_shards(make_mesh(MeshConfig(tensor=8))) == 1
 
 
@@ -118,9 +122,11 @@ def test_across_sums_over_devices_under_pmap_only():
 
 
 def test_partition_is_the_table():
-    assert sharding.partition(("batch", "seq", None)) == PartitionSpec(("slice", "data", "fsdp", "decode"), None, None)
+    assert sharding.partition(("batch", "seq", None)) == PartitionSpec(
+        ("slice", "data", "fsdp", "decode", "expert"), None, None
+    )
     assert sharding.partition(("layers", "embed", "kv_heads", "head_dim")) == PartitionSpec(
-        None, ("fsdp", "decode"), "tensor", None
+        None, ("fsdp", "decode", "expert"), "tensor", None
     )
     with pytest.raises(KeyError, match="colour"):
         sharding.partition(("colour",))
@@ -139,7 +145,7 @@ def test_under_a_mesh_rows_are_split():
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         split = sharding.constrain(jnp.asarray(x), "batch", None)
         assert sharding.explicit() and jax.typeof(split).sharding.spec == PartitionSpec(
-            ("slice", "data", "fsdp", "decode"), None
+            ("slice", "data", "fsdp", "decode", "expert"), None
         )
         assert {shard.data.shape for shard in split.addressable_shards} == {(2, 2)}
         np.testing.assert_array_equal(split, x)
@@ -154,7 +160,9 @@ def test_concrete_puts_abstract_layouts_on_the_mesh():
             lambda: {"w": sharding.constrain(jnp.ones((4, 8)), "embed", "mlp"), "n": jnp.int32(0)}
         )
     found = sharding.concrete(abstract, mesh)
-    assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec(("fsdp", "decode"), "tensor")
+    assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec(
+        ("fsdp", "decode", "expert"), "tensor"
+    )
     assert found["n"].sharding.spec == PartitionSpec() and found["n"].dtype == jnp.int32
 
 
@@ -168,7 +176,7 @@ def torus(shape: tuple[int, int, int], fsdp: int, decode: int) -> Any:
     """A mesh of them, in order, with no more than what is asked of it."""
     chips = np.empty(math.prod(shape), object)
     chips[:] = [Chip(place) for place in np.ndindex(*shape)]
-    devices = chips.reshape(1, -1, fsdp // decode, decode, 1)
+    devices = chips.reshape(1, -1, fsdp // decode, decode, 1, 1)
     return SimpleNamespace(devices=devices, axis_names=sharding.AXES)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.plan.calls import models_of
-from jaxrlhf.plan.cost import Setup, matrices
+from jaxrlhf.plan.cost import Setup, matrices, read_of
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.run.recorded_asks import Kind, blank_state, note_taker
 from jaxrlhf.types import Batch, Head, Role, Sequences, given
@@ -173,6 +173,7 @@ def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     found = [one for one in documents(sequences) if one.response_tokens]
     seen = products(cfg, [(one.prompt_tokens, one.response_tokens) for one in found])
     steps = decode_steps(sequences)
-    weights = sum(weight.size for weight in matrices(cfg, "lm", 1))
+    rows = float(sequences.response_mask.sum()) / steps
+    weights = sum(read_of(weight, cfg, rows, setup) for weight in matrices(cfg, "lm", 1))
     numbers = seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps
     return weights * setup.decoded + numbers * setup.cached(cfg.head_dim)

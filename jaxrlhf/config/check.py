@@ -29,7 +29,11 @@ from jaxrlhf.types import Role
 CRITICS = ("value", "cost_value")
 ROLES = ("policy", *CRITICS, "reward", "reference", "cost", "q", "target_q", "gold")
 # what of a model some mesh axes must divide; heads need not be
-SPLIT = {"mlp_size": ("decode", "tensor"), "hidden_size": ("fsdp", "decode")}
+SPLIT = {
+    "mlp_size": ("decode", "tensor"),
+    "hidden_size": ("fsdp", "decode", "expert"),
+    "num_experts": ("expert",),  # 0 where there are none, which any number divides
+}
 
 
 def check(cfg: Config, num_devices: int, source: str = "config", place: str = "here") -> Resolved:
@@ -73,6 +77,7 @@ def role_problems(resolved: Resolved) -> Iterator[str]:
         elif model.init_from in {*ROLES, *cfg.models}:
             yield from origin_problems(cfg, role)
         yield from trunk_problems(resolved, role)
+        yield from routing_problems(resolved, role)
     yield from numbering_problems(cfg.models)
     for role, row in cfg.optimizer.items():
         if row.dtype == "bfloat16" and row.b1 > LARGEST_B1_IN_BFLOAT16:
@@ -115,6 +120,19 @@ def trunk_problems(resolved: Resolved, role: Role) -> Iterator[str]:
     elif model.init_from != "policy" or trained.get("policy") != "lm":
         start = f"init_from {model.init_from}" if model.init_from else "an architecture of its own"
         yield f"{where}: {start} is given; expected init_from policy, whose trunk it is"
+
+
+def routing_problems(resolved: Resolved, role: Role) -> Iterator[str]:
+    """Only what samples and learns follows the routing of samples, and only what learns has a loss of its routers."""
+    model, trained, name = resolved.cfg.models[role], resolved.roles.trained, resolved.cfg.algorithm_name
+    where = f"models.{role}.replay_routing: true"
+    if model.replay_routing and (role != "policy" or not resolved.algorithm.online):
+        yield f"{where}: only a policy that {name} samples from keeps its routing; expected false"
+    elif model.replay_routing and (resolved.cfg.acts or resolved.cfg.converses):
+        yield f"{where}: the routing of an environment's turns is not kept; expected false"
+    for key in ("router_aux_loss_coef", "router_z_loss_coef"):
+        if (value := getattr(model, key)) and role not in trained:
+            yield f"models.{role}.{key}: {show(value)}: {role} does not learn; expected 0.0"
 
 
 def reward_problems(resolved: Resolved) -> Iterator[str]:
@@ -330,8 +348,9 @@ def split_by(keys: Sequence[str], sizes: Mapping[str, int]) -> tuple[str, int]:
 def batch_problems(resolved: Resolved, sizes: Mapping[str, int]) -> Iterator[str]:
     """Rows divide into minibatches, micro-batches and shards; ``sizes``: devices along each mesh axis."""
     axes = {"slices": sizes["slice"], "data": sizes["data"], "fsdp": sizes["fsdp"] * sizes["decode"]}
+    axes["expert"] = sizes["expert"]
     cfg, shards, minibatches = resolved.cfg, math.prod(axes.values()), resolved.updates.minibatches
-    shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis != "slices" or size > 1)
+    shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis in ("data", "fsdp") or size > 1)
     over = f"{counted(minibatches, 'minibatch', 'minibatches')} x {counted(shards, 'batch shard')} ({shown})"
     main, *others = resolved.kinds
     undivided = [*divided(cfg, [main, *others], minibatches, shards, over)]

@@ -11,9 +11,11 @@ from jaxrlhf.errors import ConfigError, dotted, show
 RANGES = {
     "[0, inf)": """learning_rate warmup_steps weight_decay delay min_new_tokens halvings temperature top_k size
         samples kl_coef entropy_coef missing_eos_penalty centering reward_centering trunk_gradient normalize_samples
+        router_aux_loss_coef router_z_loss_coef
         desirable_weight undesirable_weight cql_coef variance_coef multiplier multiplier_learning_rate
         EvalConfig.every BarConfig.step GenerateConfig.beta process_id
         vocab_size observation_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
+        num_experts experts_per_token
         positive_coef target_margin divergence_coef reward_coef
         AlarmsConfig.judge AlarmsConfig.gold AlarmsConfig.kl AlarmsConfig.mismatch
         retries poll wait longest_wait stockouts restarts failures run_as_user""",

@@ -29,6 +29,9 @@ class RoleConfig:
     share_trunk: bool = False  # value: no model of its own but a head on the policy, whose pass serves both
     trunk_gradient: float = 0.1  # share_trunk: the policy learns from its loss + this x the value loss (vf_coef)
     adapter: LoraConfig | None = None  # LoRA: the weights are frozen and shared with roles that start from this one
+    router_aux_loss_coef: float = 0.0  # of a mixture of experts that learns: weight of the load-balance loss
+    router_z_loss_coef: float = 0.0  # of the squared logsumexp of its routers' logits
+    replay_routing: bool = False  # policy: updates follow the experts that the sampler chose for each token
 
 
 @dataclasses.dataclass(frozen=True)

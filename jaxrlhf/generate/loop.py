@@ -12,9 +12,10 @@ from jaxrlhf.generate.stop_texts import follow_stops, is_any
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.cpu import prompts_abreast
 from jaxrlhf.models.decoding import abreast, decode_layout, decode_step, prefill
+from jaxrlhf.models.experts import OWN, Routed, routing_dtype
 from jaxrlhf.models.heads import IMPOSSIBLE, lm_logits
 from jaxrlhf.models.transformer import Runtime
-from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows
+from jaxrlhf.ops.rows import group_rows, lay_rows, repeat_rows, ungroup_rows
 from jaxrlhf.ops.sampling import Sampling, choose, shape_logits, uniform_noise
 from jaxrlhf.sharding import constrain, decoding, spec, split_over
 from jaxrlhf.types import Array, Params, Prompts, Sequences
@@ -58,12 +59,14 @@ def respond(
     size = prompts.tokens.shape[0] * copies
     params = decode_layout(params, cfg, "lm", runtime, size)
     guides = tuple(decode_layout(head, cfg, "action", runtime, size) for head in guides)
-    hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime)
-    each = repeat_rows(prompts, copies)
+    routed: list[Routed] = []
+    hidden, caches = prefill(params, cfg, prompts.tokens, prompts.valid, copies, room, runtime, routed.append)
+    read_by = kept_routing(routed, prompts.valid, cfg) if sampler.keeps_routing else None
+    each, read_by = repeat_rows((prompts, read_by), copies)
     tokens, valid = each.tokens, each.valid
     sample_id = each.sample_id * copies + jnp.arange(tokens.shape[0]) % copies
     positions = valid.sum(1, dtype=jnp.int32)[:, None] + jnp.arange(room)
-    rows = blank_rows(valid, uniform_noise(seed, step, sample_id, positions), sampler)
+    rows = blank_rows(valid, uniform_noise(seed, step, sample_id, positions), sampler, read_by)
     hidden, read = jnp.broadcast_to(hidden, (hidden.shape[0], copies, hidden.shape[2])), prompts.valid[:, None]
     if (width := prompts_abreast(hidden.shape[0], copies, runtime.hardware)) > 1:
         hidden, read, caches = group_rows(hidden[:, 0], width), group_rows(read[:, 0], width), abreast(caches, width)
@@ -79,7 +82,25 @@ def respond(
         ended=rows.done,
         response_start=prompt_size,
         copies=sampler.copies,
+        routing=None if read_by is None else jnp.concatenate([read_by, known(rows.routing, rows.mask)], 1),
     )
+
+
+def kept_routing(routed: list[Routed], valid: Array, cfg: ModelConfig) -> Array:
+    """[R, C, layers * k] of tokens bool[R, C], by what each layer's router said of them, or of their last columns."""
+    columns, dtype = valid.shape[1], routing_dtype(cfg)
+
+    def one(choice: Array) -> Array:
+        left = ((0, 0), (columns - choice.shape[1], 0), (0, 0))
+        return jnp.pad(choice.astype(dtype), left, constant_values=OWN)
+
+    return known(jnp.concatenate([one(layer.choice) for layer in routed], axis=-1), valid)
+
+
+def known(routing: Array | None, valid: Array) -> Array:
+    """``routing`` of the tokens that are ``valid``; OWN elsewhere."""
+    assert routing is not None
+    return jnp.where(valid[..., None], routing, jnp.asarray(OWN, routing.dtype))
 
 
 def decode(
@@ -135,8 +156,13 @@ def decode_token(
     logits = next_logits(params, guides, cfg, state.hidden, sampler.beta)
     rows = next_tokens(logits, state.index, jax.tree.map(read, every), sampler)
     token = group_rows(rows.tokens[:, 0], copies)
-    hidden, caches = decode_step(params, cfg, token, state.index, prompt, state.caches, runtime)
+    routed: list[Routed] = []
+    hidden, caches = decode_step(params, cfg, token, state.index, prompt, state.caches, runtime, routed.append)
     rows = jax.tree.map(write, every, rows)._replace(noise=every.noise)
+    if every.routing is not None:
+        new = kept_routing(routed, jnp.ones_like(token, bool), cfg)
+        new = ungroup_rows(new)[:, None]
+        rows = rows._replace(routing=jax.lax.dynamic_update_slice(every.routing, new, (0, state.index, 0)))
     return Decoding(state.index + 1, hidden, caches, rows)
 
 

@@ -20,6 +20,7 @@ class Sampler(NamedTuple):
     share_prompts: bool = True  # what learns from the samples computes a prompt once for all of them
     halvings: int = 0  # see GenerateConfig
     beta: float = 0.0  # weight of the action values that guide what is sampled, where there are any
+    keeps_routing: bool = False  # Sequences.routing is given: which experts computed each token
 
     @property
     def copies(self) -> int:

@@ -41,6 +41,11 @@ METRICS = [
     policy/sampler_ratio | - | probability by the trainer over that by the sampler, before the cap: sampler_ratio
     policy/sampler_ratio_capped | share | response tokens whose ratio is above sampler_ratio_cap
     policy/sampler_ratio_dropped | share | response tokens left out by sampler_ratio_above: drop
+    <role>/load_balance | - | load-balance loss of the role's routers, before its weight; experts_per_token: all even
+    <role>/router_z | - | squared logsumexp of their logits
+    <role>/expert_load_max | - | tokens of the busiest expert of a layer, as a multiple of the mean
+    <role>/expert_load_entropy | nats | entropy of the experts' shares of a layer's tokens
+    <role>/routing_replaced | share | choices of experts that were kept from sampling and that the router would change
     <role>/spikes | share | updates of the role that were left out by spike_sigmas
     update/not_finite | share | updates that were left out: a loss, gradient or new parameter was NaN or infinite
     policy/updates_skipped | share | updates that were skipped because of stop_kl

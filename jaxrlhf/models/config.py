@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.rope import RopeScaling, rope_magnitude
@@ -16,7 +16,19 @@ class ModelConfig:
     """The architecture: what a HF config.json says, in the words of the house."""
 
     family: Literal[
-        "llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "mlp"
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "olmo2",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "mixtral",
+        "qwen3_moe",
+        "mlp",
     ] = "llama"  # the layers: normalisation, mlp, biases, soft-caps, as models of this name have them; mlp: for control
     vocab_size: int = 0  # 0: the tokenizer's
     hidden_size: int = 128  # features of the residual stream
@@ -40,6 +52,9 @@ class ModelConfig:
     query_pre_attn_scalar: int = 0  # attention's products are divided by its root; 0: head_dim
     attention_softcap: float | None = None  # products x become softcap x tanh(x / softcap)
     logit_softcap: float | None = None  # the same of the next-token logits
+    num_experts: int = 0  # feed-forward networks of a layer, each of mlp_size; 0: one, and no router
+    experts_per_token: int = 0  # of them that compute a token; 0: 2, where there are experts
+    normalize_routing: bool | None = None  # the weights of a token's experts sum to 1; null: as the family has it
     observation_size: int = 0  # of mlp, which is computed from observations: their numbers; 0: the environment's
 
 
@@ -69,12 +84,31 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
         sliding_window=window,
         local_rope_theta=None if same or not window else cfg.local_rope_theta,
         query_pre_attn_scalar=0 if cfg.query_pre_attn_scalar == head_dim else cfg.query_pre_attn_scalar,
+        **resolve_experts(cfg),
     )
     if cfg.num_heads % cfg.num_kv_heads:
         raise ValueError(f"num_heads: {cfg.num_heads} is not a multiple of num_kv_heads: {cfg.num_kv_heads}")
     if family.positions == "rope":
         check_rope(cfg)
     return cfg
+
+
+def resolve_experts(cfg: ModelConfig) -> dict[str, Any]:
+    """The fields of ModelConfig that say what experts there are. Raises ValueError where they do not fit each other."""
+    routed = FAMILIES[cfg.family].experts
+    if not routed:
+        for name in ("num_experts", "experts_per_token", "normalize_routing"):
+            if value := getattr(cfg, name):
+                families = " or ".join(name for name, family in FAMILIES.items() if family.experts)
+                raise ValueError(f"{name}: {value}: {cfg.family} has no experts; expected family {families}")
+        return {"normalize_routing": None}
+    count = cfg.experts_per_token or 2
+    if not cfg.num_experts:
+        raise ValueError(f"num_experts: 0: {cfg.family} has experts; expected {count} or more; nearest: {count}")
+    if count > cfg.num_experts:
+        raise ValueError(f"experts_per_token: {count}: expected at most num_experts; nearest: {cfg.num_experts}")
+    normalize = routed == "normalized" if cfg.normalize_routing is None else cfg.normalize_routing
+    return {"experts_per_token": count, "normalize_routing": normalize}
 
 
 def resolve_mlp(cfg: ModelConfig, vocab_size: int) -> ModelConfig:

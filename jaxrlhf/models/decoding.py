@@ -22,6 +22,7 @@ from jaxrlhf.models.attention.products import (
 )
 from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.models.cpu import decodes_by_output
+from jaxrlhf.models.experts import Routed
 from jaxrlhf.models.int8 import Int8, quantized
 from jaxrlhf.models.linear import OUT_FIRST, gathered, in_int8, out_first
 from jaxrlhf.models.lora import merged
@@ -32,6 +33,7 @@ from jaxrlhf.models.transformer import (
     block,
     check_length,
     embed,
+    feed_forward,
     layer_kinds,
     normalize,
     positions_of,
@@ -105,6 +107,8 @@ def by_outputs(params: Params, table: dict) -> Params:
     def change(table, params):
         if "kernel" in table:
             leaf = table["kernel"]
+            if "expert" in leaf.axes:
+                return params
             return out_first(params, leaf.axes[len(leaf.axes) - params["kernel"].ndim :])
         return {name: change(table[name], part) if isinstance(part, dict) else part for name, part in params.items()}
 
@@ -116,12 +120,20 @@ def by_outputs(params: Params, table: dict) -> Params:
 
 
 def prefill(
-    params: Params, cfg: ModelConfig, tokens: Array, valid: Array, copies: int, room: int, runtime: Runtime
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Array,
+    valid: Array,
+    copies: int,
+    room: int,
+    runtime: Runtime,
+    note: Callable[[Routed], None] | None = None,
 ) -> tuple[Array, list[Cache]]:
     """Read left-padded prompts [G, P]: (final hidden state of the last column [G, 1, D], a Cache a layer).
 
     The caches have room for ``copies`` responses of ``room`` columns to each prompt; ``params`` are in decode_layout.
-    Raises ValueError as forward."""
+    ``note`` is told what each layer's router said, of the last column alone in the last layer. Raises ValueError as
+    forward."""
     check_length(cfg, tokens.shape[1] + room)
     segment_ids = valid.astype(jnp.int32)
     positions, kinds = positions_of(segment_ids), row_kinds(cfg, segment_ids, runtime)
@@ -137,10 +149,10 @@ def prefill(
         return kind.attend(query, key, value)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    rotary = rotations(cfg, positions, kinds, tokens.shape[1])
+    rotary, feed = rotations(cfg, positions, kinds, tokens.shape[1]), feed_forward(cfg, runtime, note)
     for i, local in enumerate(local_layers(cfg)):
         since = tokens.shape[1] - 1 if i == cfg.num_layers - 1 else 0
-        x = block(params["layers"][i], cfg, x, rotary[local], functools.partial(attend, kinds[local]), since)
+        x = block(params["layers"][i], cfg, x, rotary[local], functools.partial(attend, kinds[local]), feed, since)
     return normalize(params["final_norm"], x, cfg), caches
 
 
@@ -164,6 +176,7 @@ def decode_step(
     prompt: Array,
     caches: list[Cache],
     runtime: Runtime,
+    note: Callable[[Routed], None] | None = None,
 ) -> tuple[Array, list[Cache]]:
     """The forward pass over one token of each response, with the keys and values of the tokens before it cached.
 
@@ -175,6 +188,7 @@ def decode_step(
         index: i32[], response tokens before it; its keys and values are written there.
         prompt: bool[G, 1, P], or bool[G, n, P] where the columns are prompts: which prompt columns hold tokens.
         caches: one a layer.
+        note: is told what each layer's router said.
 
     Returns:
         (final hidden states [G, n, D], the caches with the token's keys and values).
@@ -206,7 +220,7 @@ def decode_step(
         return kind.attend(query, cache)
 
     x = embed(params, cfg, token, position, runtime.compute)
-    rotary = rotations(cfg, position, kinds, size + room)
+    rotary, feed = rotations(cfg, position, kinds, size + room), feed_forward(cfg, runtime, note)
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        x = block(layer_params, cfg, x, rotary[local], functools.partial(attend, kinds[local]))
+        x = block(layer_params, cfg, x, rotary[local], functools.partial(attend, kinds[local]), feed)
     return normalize(params["final_norm"], x, cfg), updated

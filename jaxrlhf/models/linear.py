@@ -21,7 +21,7 @@ LORA_A, LORA_B = "lora_a", "lora_b"  # beside "kernel" in a linear map with an a
 
 def gathered(axes: Axes) -> Axes:
     """The axes of a weight where it is used: whole along ``embed``, which storage splits over fsdp."""
-    return tuple(None if name == "embed" else name for name in axes)
+    return tuple(None if name in ("embed", "embed_of_expert") else name for name in axes)
 
 
 def inputs(axes: Axes) -> int:

@@ -15,7 +15,7 @@ from jaxrlhf.models.lora import Based, params_of
 from jaxrlhf.models.mlp import observed_states
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.models.response_packing import Places, apart, places, side_by_side
-from jaxrlhf.models.transformer import Runtime, forward, forward_responses
+from jaxrlhf.models.transformer import NO_ROUTING, Routing, Runtime, forward, forward_responses
 from jaxrlhf.ops.divergence import divergence_stats
 from jaxrlhf.ops.logprobs import action_values, in_chunks, stored_logits, token_logprobs
 from jaxrlhf.ops.masked import at_last, keep
@@ -28,6 +28,7 @@ from jaxrlhf.types import (
     DivergenceStats,
     Grader,
     Nets,
+    Noted,
     Params,
     QStats,
     Role,
@@ -103,16 +104,23 @@ def make_nets(
     trunks: Mapping[Role, Trunk] = MappingProxyType({}),
     graders: Mapping[Role, Grader] = MappingProxyType({}),
     bases: Mapping[Role, Based] = MappingProxyType({}),
+    replays: frozenset[Role] = frozenset(),
 ) -> Nets:
     """Nets for models of these (resolved) shapes. ``sampling``: how responses are sampled, so what log-probs are of;
-    ``sample``: Nets.sample; ``trunks`` of bare heads; ``graders``: ensembles; ``bases`` of roles that share weights."""
+    ``sample``: Nets.sample; ``trunks`` of bare heads; ``graders``: ensembles; ``bases`` of roles that share weights;
+    ``replays``: roles that follow the choice of experts that responses were sampled with, where it is kept."""
     stored = stored_logits(runtime.hardware.platform)
     whole = functools.partial(params_of, bases=bases)
     trunk_of = lambda role: trunks[role].role if role in trunks else role
 
-    def read(trees: Trees, sequences: Sequences, /, *asks: Ask) -> tuple[Any, ...]:
+    def one_pass(trunk: Role, trees: Trees, sequences: Sequences, noted: Noted | None) -> TrunkPass:
+        note = None if noted is None else lambda found: noted.append((trunk, found))
+        routing = Routing(note, sequences.routing if trunk in replays else None)
+        return run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime, routing)
+
+    def read(trees: Trees, sequences: Sequences, /, *asks: Ask, noted: Noted | None = None) -> tuple[Any, ...]:
         asked = dict.fromkeys(trunk_of(role) for ask in asks for role in ask.roles)
-        passes = {trunk: run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime) for trunk in asked}
+        passes = {trunk: one_pass(trunk, trees, sequences, noted) for trunk in asked}
 
         def answer(ask: Ask) -> Any:
             found = [passes[trunk_of(role)] for role in ask.roles]
@@ -154,7 +162,8 @@ def make_nets(
         return found.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
     answers = {"token_stats": token_stats, "values": values, "scores": scores, "rewards": rewards, "q": q}
-    return Nets(read, sample, graders)
+    routed = any(cfg.num_experts for cfg in configs.values())
+    return Nets(read, sample, graders, noting=(lambda noted: functools.partial(read, noted=noted)) if routed else None)
 
 
 def compared(
@@ -179,7 +188,9 @@ def compared(
     return jax.tree.map(ours.rows, in_chunks(reduce, states, ours.tokens, logits_of, 2 * width, stored))
 
 
-def run_trunk(params: Params, cfg: ModelConfig, sequences: Sequences, runtime: Runtime) -> TrunkPass:
+def run_trunk(
+    params: Params, cfg: ModelConfig, sequences: Sequences, runtime: Runtime, routing: Routing = NO_ROUTING
+) -> TrunkPass:
     """The forward pass of one trunk over the rows."""
     if cfg.family == MLP:
         observations = given(sequences.observations, "sequences.observations")
@@ -187,11 +198,11 @@ def run_trunk(params: Params, cfg: ModelConfig, sequences: Sequences, runtime: R
         return TrunkPass(states, sequences.tokens[:, sequences.response_start :], None)
     start, tokens, valid, copies = sequences.response_start, sequences.tokens, sequences.valid, sequences.copies
     if sequences.segment_ids is not None or start == 1:
-        states = forward(params, cfg, tokens, segments(sequences), runtime)[:, start - 1 :]
+        states = forward(params, cfg, tokens, segments(sequences), runtime, routing)[:, start - 1 :]
         return TrunkPass(states, tokens[:, start:], None)
     if sequences.width is None:
-        states = forward_responses(params, cfg, tokens, valid, start, copies, runtime)
+        states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, routing=routing)
         return TrunkPass(states, tokens[:, start:], None)
     where = places(group_rows(valid[:, start:], copies), sequences.width)
-    states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, where)
+    states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, where, routing)
     return TrunkPass(states, side_by_side(tokens[:, start:], where), where)

@@ -90,10 +90,23 @@ def attention_table(cfg: ModelConfig) -> dict:
 
 def mlp_table(cfg: ModelConfig) -> dict:
     """Leafs of all layers' mlps, but for the norms of the branch."""
+    if cfg.num_experts:
+        return expert_table(cfg)
     layers, dim, mlp = {"layers": cfg.num_layers}, {"embed": cfg.hidden_size}, {"mlp": cfg.mlp_size}
     up = lambda: linear_table(layers | dim | mlp, cfg.hidden_size, bool(cfg.mlp_bias), 1)
     down = linear_table(layers | mlp | dim, cfg.mlp_size, bool(cfg.mlp_bias), 1, small(cfg))
     return {"up": up(), "down": down} | ({"gate": up()} if FAMILIES[cfg.family].gated else {})
+
+
+def expert_table(cfg: ModelConfig) -> dict:
+    """Leafs of all layers' routers and experts."""
+    layers, experts = {"layers": cfg.num_layers}, {"layers": cfg.num_layers, "expert": cfg.num_experts}
+    dim, mlp = {"embed_of_expert": cfg.hidden_size}, {"mlp": cfg.mlp_size}
+    router = layers | {"embed": cfg.hidden_size, "routes": cfg.num_experts}
+    up = lambda: linear_table(experts | dim | mlp, cfg.hidden_size, False, 1)
+    down = linear_table(experts | mlp | dim, cfg.mlp_size, False, 1, small(cfg))
+    own = {"gate": up(), "up": up(), "down": down}
+    return {"router": linear_table(router, cfg.hidden_size, False, 1), "experts": own}
 
 
 def small(cfg: ModelConfig) -> float:

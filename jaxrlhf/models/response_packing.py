@@ -33,10 +33,12 @@ def places(valid: Array, width: int) -> Places:
 
 
 def side_by_side(x: Array, where: Places) -> Array:
-    """[B, T] -> [G, W]: every response's tokens; the last one's where no token stands."""
+    """[B, T, ...] -> [G, W, ...]: every response's tokens; the last one's where no token stands."""
     copies, room = where.column.shape[1:]
     rows = group_rows(x, copies)
-    flat = jax.lax.reshape(rows, (rows.shape[0], copies * room), out_sharding=spec("batch", None))
+    rest = rows.shape[3:]
+    layout = spec("batch", None, *(None,) * len(rest))
+    flat = jax.lax.reshape(rows, (rows.shape[0], copies * room, *rest), out_sharding=layout)
     return pick(flat, jnp.minimum(where.owner, copies - 1) * room + where.index)
 
 
@@ -49,6 +51,6 @@ def apart(x: Array, where: Places) -> Array:
 
 
 def pick(rows: Array, columns: Array) -> Array:
-    """rows[g, columns[g]] of each g: [G, C], i32[G, D] -> [G, D]. A row at a time: take_along_axis would take a batch
-    of one row for an axis to broadcast."""
+    """rows[g, columns[g]] of each g: [G, C, ...], i32[G, D] -> [G, D, ...]. A row at a time: take_along_axis would
+    take a batch of one row for an axis to broadcast."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(rows, columns)

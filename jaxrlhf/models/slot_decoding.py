@@ -20,6 +20,7 @@ from jaxrlhf.models.transformer import (
     block,
     check_length,
     embed,
+    feed_forward,
     layer_kinds,
     normalize,
     product,
@@ -127,7 +128,7 @@ def read_columns(
     side_by_side = (groups, abreast * count)
     places = positions.reshape(side_by_side)
     x = embed(params, cfg, tokens.reshape(side_by_side), places, runtime.compute)
-    rotary = rotations(cfg, places, kinds, columns)
+    rotary, feed = rotations(cfg, places, kinds, columns), feed_forward(cfg, runtime)
     for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        x = block(layer_params, cfg, x, rotary[local], functools.partial(attend, kinds[local]))
+        x = block(layer_params, cfg, x, rotary[local], functools.partial(attend, kinds[local]), feed)
     return normalize(params["final_norm"], x, cfg).reshape(rows, count, -1), updated

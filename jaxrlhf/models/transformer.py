@@ -17,6 +17,7 @@ from jaxrlhf.models.attention.kernels import SAVED, Asked, Hardware, choose_kern
 from jaxrlhf.models.attention.products import head_axis, match_heads
 from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
 from jaxrlhf.models.cpu import scans_layers
+from jaxrlhf.models.experts import Routed, expert_block, router_load
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.linear import PRODUCT, gather, linear
@@ -24,7 +25,7 @@ from jaxrlhf.models.response_packing import Places, side_by_side
 from jaxrlhf.models.rope import cos_sin, rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
-from jaxrlhf.types import Array, Params
+from jaxrlhf.types import Array, Mean, Params
 
 
 class Runtime(NamedTuple):
@@ -83,10 +84,15 @@ def attention_block(
     return linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
 
 
-def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
+def activation_of(cfg: ModelConfig) -> Callable[[Array], Array]:
+    """What the family's mlp applies between its maps."""
     family = FAMILIES[cfg.family]
     gelu = functools.partial(jax.nn.gelu, approximate=family.activation == "gelu_tanh")
-    activate = jax.nn.silu if family.activation == "silu" else gelu
+    return jax.nn.silu if family.activation == "silu" else gelu
+
+
+def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
+    family, activate = FAMILIES[cfg.family], activation_of(cfg)
     wide = ("batch", "seq", "mlp")
     y = linear(params["up"], x, "bsd,dm->bsm", ("embed", "mlp"), wide)
     if family.gated:
@@ -96,7 +102,33 @@ def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
     return linear(params["down"], y, "bsm,md->bsd", ("mlp", "embed"), ("batch", "seq", "hidden"))
 
 
-def block(params: Params, cfg: ModelConfig, x: Array, rotary: Callable, attend: Callable, since: int = 0) -> Array:
+Feed = Callable[[Params, Array], Array]  # (parameters, [B, S, D]) -> [B, S, D]: the second branch of a block
+
+
+def feed_forward(
+    cfg: ModelConfig, runtime: Runtime, note: Callable[[Routed], None] | None = None, kept: Array | None = None
+) -> Feed:
+    """The mlp of a layer, or its experts.
+
+    Args:
+        note: is told what the router said, where there are experts.
+        kept: int[B, S, k], the experts to follow: see experts.route. Of fewer columns in x the last ones count."""
+    if not cfg.num_experts:
+        return lambda params, x: mlp_block(params, cfg, x)
+
+    def feed(params: Params, x: Array) -> Array:
+        own = None if kept is None else kept[:, kept.shape[1] - x.shape[1] :]
+        y, routed = expert_block(params, cfg, x, activation_of(cfg), runtime.hardware, own)
+        if note is not None:
+            note(routed)
+        return y
+
+    return feed
+
+
+def block(
+    params: Params, cfg: ModelConfig, x: Array, rotary: Callable, attend: Callable, feed: Feed, since: int = 0
+) -> Array:
     """Two residual branches, one after the other or side by side, with norms before or after what they compute.
 
     Returns [B, S - since, D]. Of the columns before ``since`` only keys and values are computed: all that the last
@@ -107,9 +139,9 @@ def block(params: Params, cfg: ModelConfig, x: Array, rotary: Callable, attend: 
     mixed = after(attn, attention_block(attn, cfg, before(attn), rotary, attend, since))
     x = x[:, since:]
     if cfg.parallel_residual:
-        return x + mixed + after(mlp, mlp_block(mlp, cfg, before(mlp)))
+        return x + mixed + after(mlp, feed(mlp, before(mlp)))
     x = x + mixed
-    return x + after(mlp, mlp_block(mlp, cfg, before(mlp)))
+    return x + after(mlp, feed(mlp, before(mlp)))
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dtype) -> Array:
@@ -194,13 +226,36 @@ def positions_of(segment_ids: Array) -> Array:
     return columns - jax.lax.cummax(starts, axis=1)
 
 
-def forward(params: Params, cfg: ModelConfig, tokens: Array, segment_ids: Array, runtime: Runtime) -> Array:
+class Routing(NamedTuple):
+    """What passes between the routers of a pass over rows and who asked for it."""
+
+    # is told once what was measured of all layers, as means over layers and tokens: experts.router_load
+    note: Callable[[dict[str, Mean]], None] | None = None
+    kept: Array | None = (
+        None  # int[B, S, layers * k]: the choice of experts to follow, of each token; see experts.route
+    )
+    counted: Array | None = None  # bool[B, S]: tokens that are measured; given by ``forward``
+
+
+NO_ROUTING = Routing()
+
+
+def forward(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Array,
+    segment_ids: Array,
+    runtime: Runtime,
+    routing: Routing = NO_ROUTING,
+) -> Array:
     """Final hidden states [B, S, D] of whole rows: tokens and segment_ids (0 = padding) i32[B, S].
 
     Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit), and for a
     kernel that can't be had (see kernels.choose_kernel)."""
     check_length(cfg, segment_ids.shape[1])
-    return hidden_states(params, cfg, tokens, positions_of(segment_ids), row_kinds(cfg, segment_ids, runtime), runtime)
+    positions, kinds = positions_of(segment_ids), row_kinds(cfg, segment_ids, runtime)
+    routing = routing._replace(counted=segment_ids > 0)
+    return hidden_states(params, cfg, tokens, positions, kinds, runtime, routing=routing)
 
 
 def forward_responses(
@@ -212,6 +267,7 @@ def forward_responses(
     copies: int,
     runtime: Runtime,
     where: Places | None = None,
+    routing: Routing = NO_ROUTING,
 ) -> Array:
     """[B, S - start + 1, D]: the final hidden states of the prompts' last column and of the responses, from ``start``.
 
@@ -223,29 +279,33 @@ def forward_responses(
     if where is not None and kernel != "xla":
         raise ValueError(f"batch.pack_widths: {kernel} attention can't compute packed responses; nearest: 1")
     if kernel != "xla" and copies == 1:  # rows are what they know
-        return forward(params, cfg, tokens, valid.astype(jnp.int32), runtime)[:, start - 1 :]
+        return forward(params, cfg, tokens, valid.astype(jnp.int32), runtime, routing)[:, start - 1 :]
     check_length(cfg, tokens.shape[1])
     readable = group_rows(valid[:, :start], copies)[:, 0]
     positions = positions_of(valid.astype(jnp.int32))
     if where is None:
-        tokens, positions = (fold_group(x, start, copies) for x in (tokens, positions))
+        fold = lambda x: fold_group(x, start, copies)
+        counted = fold(valid) if cfg.num_experts else None
     else:
-        tokens, positions = (pack_group(x, start, where) for x in (tokens, positions))
+        fold = lambda x: pack_group(x, start, where)
+        counted = jnp.concatenate([readable, where.owner < copies], axis=1)
+    tokens, positions = fold(tokens), fold(positions)
+    routing = routing._replace(counted=counted, kept=None if routing.kept is None else fold(routing.kept))
     room = valid.shape[1] - start
     how = product(cfg) | {"interpret": runtime.interpret}
     attend_to = lambda window: within_groups(kernel, readable, copies, room, window, where, **how)
-    states = hidden_states(params, cfg, tokens, positions, layer_kinds(cfg, attend_to), runtime, start - 1)
+    states = hidden_states(params, cfg, tokens, positions, layer_kinds(cfg, attend_to), runtime, start - 1, routing)
     return unfold_group(states, copies) if where is None else states
 
 
 def pack_group(x: Array, start: int, where: Places) -> Array:
-    """[G * n, S] -> [G, start + W]: the first row's prompt, then what the responses have, side by side."""
+    """[G * n, S, ...] -> [G, start + W, ...]: the first row's prompt, then what the responses have, side by side."""
     prompt = group_rows(x[:, :start], where.column.shape[1])[:, 0]
     return jnp.concatenate([prompt, side_by_side(x[:, start:], where)], axis=1)
 
 
 def fold_group(x: Array, start: int, copies: int) -> Array:
-    """[G * n, S] -> [G, start + n * (S - start)]: the first row's prompt, then every row's response."""
+    """[G * n, S, ...] -> [G, start + n * (S - start), ...]: the first row's prompt, then every row's response."""
     rows = group_rows(x, copies)
     return jnp.concatenate([rows[:, 0, :start], join_columns(rows[:, :, start:])], axis=1)
 
@@ -260,8 +320,10 @@ def unfold_group(x: Array, copies: int) -> Array:
 
 
 def join_columns(x: Array) -> Array:
-    """[G, n, T] -> [G, n * T]."""
-    return jax.lax.reshape(x, (x.shape[0], x.shape[1] * x.shape[2]), out_sharding=spec("batch", "seq"))
+    """[G, n, T, ...] -> [G, n * T, ...]."""
+    groups, copies, columns, *rest = x.shape
+    layout = spec("batch", "seq", *(None,) * len(rest))
+    return jax.lax.reshape(x, (groups, copies * columns, *rest), out_sharding=layout)
 
 
 def hidden_states(
@@ -272,24 +334,42 @@ def hidden_states(
     kinds: dict[bool, LayerKind],
     runtime: Runtime,
     since: int = 0,
+    routing: Routing = NO_ROUTING,
 ) -> Array:
     """Final hidden states [B, S - since, D] of the columns from ``since``, of tokens at ``positions``, both i32[B, S],
     that see what ``kinds`` says."""
 
-    rotary = rotations(cfg, positions, kinds, tokens.shape[1])
+    rotary, counted = rotations(cfg, positions, kinds, tokens.shape[1]), routing.counted
 
-    def layer(local: bool, since: int, layer_params: Params, x: Array) -> Array:
+    def layer(local: bool, since: int, given: tuple[Params, Array | None], x: Array) -> tuple[Array, dict[str, Mean]]:
+        (layer_params, kept), told = given, {}
+
+        def note(routed: Routed) -> None:
+            if routing.note is not None and counted is not None:
+                last = lambda x: None if x is None else x[:, x.shape[1] - routed.choice.shape[1] :]
+                told.update(router_load(routed, last(counted), last(kept)))
+
         def attend(query, key, value):
             return kinds[local].attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
 
-        return block(layer_params, cfg, x, rotary[local], attend, since)
+        x = block(layer_params, cfg, x, rotary[local], attend, feed_forward(cfg, runtime, note, kept), since)
+        return x, told
 
     def layer_of(local: bool, scanned: bool, since: int = 0) -> Callable:
         return rematerialized(functools.partial(layer, local, since), runtime, scanned)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    x = through_layers(layer_of, params["layers"], local_layers(cfg), x, since, scans(cfg, runtime))
+    stacked = params["layers"], None if routing.kept is None else by_layer(routing.kept, cfg)
+    x, told = through_layers(layer_of, stacked, local_layers(cfg), x, since, scans(cfg, runtime))
+    if routing.note is not None and told:
+        routing.note(told)
     return normalize(params["final_norm"], x, cfg)
+
+
+def by_layer(kept: Array, cfg: ModelConfig) -> Array:
+    """[B, S, layers * k] -> [layers, B, S, k]."""
+    shape = (*kept.shape[:2], cfg.num_layers, cfg.experts_per_token)
+    return jnp.moveaxis(jax.lax.reshape(kept, shape, out_sharding=spec("batch", "seq", None, None)), 2, 0)
 
 
 def scans(cfg: ModelConfig, runtime: Runtime) -> bool:
@@ -300,10 +380,10 @@ def scans(cfg: ModelConfig, runtime: Runtime) -> bool:
 
 
 def through_layers(
-    layer_of: Callable, stacked: Params, local: list[bool], x: Array, since: int, scanned: bool
-) -> Array:
-    """The columns of ``x`` from ``since`` after all layers; ``layer_of``: (local, inside a scan, since) to a function
-    of a layer's parameters and x.
+    layer_of: Callable, stacked: Any, local: list[bool], x: Array, since: int, scanned: bool
+) -> tuple[Array, dict[str, Mean]]:
+    """(the columns of ``x`` from ``since`` after all layers, the sum of what was measured of each); ``layer_of``:
+    (local, inside a scan, since) to a function of what a layer has of ``stacked`` and x, to both.
 
     Where local and global layers alternate, one step of the scan is one round of their pattern: each layer's kernel
     is known while tracing, and the program grows with the pattern, not with the model. Layers behind the last whole
@@ -314,17 +394,23 @@ def through_layers(
     behind = range(rounds * period, len(local))
 
     def one_round(x, params):
+        measured = []
         for i, is_local in enumerate(local[:period]):
-            x = layer_of(is_local, True)(jax.tree.map(operator.itemgetter(i), params), x)
-        return x, None
+            x, told = layer_of(is_local, True)(jax.tree.map(operator.itemgetter(i), params), x)
+            measured.append(told)
+        return x, measured
 
+    measured = []
     if rounds:
         fold = lambda w: w[: rounds * period].reshape(rounds, period, *w.shape[1:])
-        x, _ = jax.lax.scan(one_round, x, jax.tree.map(fold, stacked))
+        x, found = jax.lax.scan(one_round, x, jax.tree.map(fold, stacked))
+        measured = [jax.tree.map(lambda y: y.sum(0), told) for told in found]
     for i in behind:
         asked = since if i == behind[-1] else 0
-        x = layer_of(local[i], False, asked)(jax.tree.map(operator.itemgetter(i), stacked), x)
-    return x if behind else x[:, since:]
+        x, told = layer_of(local[i], False, asked)(jax.tree.map(operator.itemgetter(i), stacked), x)
+        measured.append(told)
+    total = jax.tree.map(lambda *layers: sum(layers), *measured)
+    return x if behind else x[:, since:], total
 
 
 def rematerialized(layer: Callable, runtime: Runtime, scanned: bool) -> Callable:

@@ -6,6 +6,8 @@ Counted by ourselves, since XLA's cost analysis counts the body of a loop once. 
 - a prompt is computed once for all its samples. Attention is counted in full, causal or not: all S x S products of a
   text, P x P of a prompt and T x (P + T) of each response behind it. Splash skips blocks in which nothing is read, up
   to half of that, and XLA none; between two responses of a prompt neither computes anything
+- a token is multiplied with the experts that it chooses, evenly spread; decoding reads those that its tokens choose.
+  Where experts are split, tokens are gathered over the axis and their results summed and scattered back
 - rows are split over all but tensor; heads, mlp and vocabulary over tensor, where it divides them; while responses are
   sampled decode goes with tensor
 - a pass reads the stored weights, writes and reads them gathered over fsdp, and writes and reads what goes in and out
@@ -50,6 +52,7 @@ class Setup(NamedTuple):
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits
     sums: bool = False  # see sharding.sums_whole
     bases: Mapping[Role, Based] = MappingProxyType({})  # the roles that share frozen weights
+    laid: bool = False  # weights are laid out for decoding: whole, but for tensor and experts
 
     @property
     def sent(self) -> int:
@@ -76,7 +79,12 @@ class Setup(NamedTuple):
     @property
     def fsdp(self) -> int:
         """Devices that share a copy of the weights as it is stored."""
-        return self.mesh["fsdp"] * self.mesh.get("decode", 1)
+        return self.mesh["fsdp"] * self.mesh.get("decode", 1) * self.expert
+
+    @property
+    def expert(self) -> int:
+        """Devices that the experts are split over."""
+        return self.mesh.get("expert", 1)
 
     @property
     def copies(self) -> int:
@@ -89,8 +97,8 @@ class Setup(NamedTuple):
     def decoding(self) -> "Setup":
         """While responses are sampled: decode groups act as tensor does, and no weight is split over fsdp."""
         group = self.mesh.get("decode", 1)
-        mesh = {"data": self.shards // group, "fsdp": 1, "tensor": self.tensor * group}
-        return self._replace(mesh=mesh, params=self.decoded)
+        mesh = {"data": self.shards // group // self.expert, "fsdp": 1, "tensor": self.tensor * group}
+        return self._replace(mesh=mesh | {"expert": self.expert}, params=self.decoded, laid=True)
 
 
 class DeviceWork(NamedTuple):
@@ -136,12 +144,15 @@ def timed(phase: Phase, chip: Chip, devices_per_chip: int = 1) -> TimedPhase:
 
 
 class Weight(NamedTuple):
-    """A matrix of a model as one device multiplies with it: gathered over fsdp, split over tensor."""
+    """A matrix of a model as one device multiplies with it: gathered over fsdp, split over tensor. Of experts, all of
+    a layer together, on a device that has all of them."""
 
-    size: int  # elements, of all layers
+    size: int  # elements that a token is multiplied with, of all layers
     inputs: int  # features that go in, of a device
     outputs: int
     layers: int  # that it stands in; 1: the head
+    held: int  # elements that there are, of all layers
+    experts: bool = False
 
 
 def leaves(table: dict) -> dict[str, Leaf]:
@@ -167,22 +178,43 @@ def matrices(cfg: ModelConfig, head: Head, tensor: int) -> tuple[Weight, ...]:
         if not name.endswith("kernel"):
             continue
         sizes = local(leaf, tensor)
-        layers = sizes.pop("layers", 1)
+        layers, experts = sizes.pop("layers", 1), sizes.pop("expert", 0)
+        chosen = cfg.experts_per_token if experts else 1
         inner = math.prod(sizes.values())
-        embed = sizes.pop("embed")
+        axis = "embed_of_expert" if experts else "embed"
+        embed = sizes.pop(axis)
         other = inner // embed
-        first = leaf.axes[0 if layers == 1 and "layers" not in leaf.axes else 1] == "embed"
-        found.append(Weight(inner * layers, *((embed, other) if first else (other, embed)), layers))
+        rest = [name for name in leaf.axes if name not in ("layers", "expert")]
+        ends = (embed, other) if rest[0] == axis else (other, embed)
+        moved = [chosen * size for size in ends]
+        held = inner * layers * max(experts, 1)
+        found.append(Weight(inner * layers * chosen, moved[0], moved[1], layers, held, bool(experts)))
     if head == "lm" and cfg.tie_embeddings:
         rows = local(table["embed.tokens.embedding"], tensor)["vocab"]
-        found.append(Weight(rows * cfg.hidden_size, cfg.hidden_size, rows, 1))
+        found.append(Weight(rows * cfg.hidden_size, cfg.hidden_size, rows, 1, rows * cfg.hidden_size))
     return tuple(found)
 
 
 @functools.cache
-def held(cfg: ModelConfig, head: Head, tensor: int, based: Based | None = None) -> int:
+def held(cfg: ModelConfig, head: Head, tensor: int, based: Based | None = None, expert: int = 1) -> int:
     """Elements of all weights on one device, gathered over fsdp; of a role with a base, of its own."""
-    return sum(math.prod(local(leaf, tensor).values()) for leaf in leaves(table_of(cfg, head, based)).values())
+    share = lambda leaf: expert if "expert" in leaf.axes else 1
+    table = leaves(table_of(cfg, head, based)).values()
+    return sum(math.prod(local(leaf, tensor).values()) // share(leaf) for leaf in table)
+
+
+@functools.cache
+def active(cfg: ModelConfig, head: Head) -> int:
+    """Elements of the weights that compute one token: all but those of the experts that it does not choose."""
+    table = leaves(parameter_table(cfg, head)).values()
+    unused = lambda leaf: math.prod(leaf.shape) * (cfg.num_experts - cfg.experts_per_token) // cfg.num_experts
+    return held(cfg, head, 1) - sum(unused(leaf) for leaf in table if "expert" in leaf.axes)
+
+
+def used_and_stored(cfg: ModelConfig, head: Head, setup: Setup, based: Based | None = None) -> tuple[float, float]:
+    """(elements of all weights that a device computes with, those that it stores)."""
+    used = held(cfg, head, setup.tensor, based, setup.expert)
+    return used, used if setup.laid else held(cfg, head, setup.tensor, based) / setup.fsdp
 
 
 def table_of(cfg: ModelConfig, head: Head, based: Based | None) -> dict:
@@ -211,20 +243,19 @@ def forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> Dev
 
 def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """``forward`` without the head's product; its weights are gathered here with the others."""
-    tensor, fsdp = setup.tensor, setup.fsdp
     tokens = one.tokens / setup.shards
-    inside = matrices(cfg, head, tensor)[:-1]
+    inside = matrices(cfg, head, setup.tensor)[:-1]
     products = attention(cfg, one, setup)
     moved = (
         sum(weight.layers * (weight.inputs + weight.outputs) for weight in inside)
         + 6 * cfg.num_layers * cfg.hidden_size
     )
-    size = held(cfg, head, tensor)
-    gathered = 2 * size * setup.compute if fsdp > 1 else 0
+    size, stored = used_and_stored(cfg, head, setup)
+    gathered = 2 * size * setup.compute if stored < size else 0
     return DeviceWork(
         flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
-        hbm=tokens * moved * setup.compute + products.hbm + size / fsdp * setup.stored(one.role) + gathered,
-        ici=setup.sent * size * setup.compute * (fsdp - 1) / fsdp + tensor_sums(cfg, tokens, setup),
+        hbm=tokens * moved * setup.compute + products.hbm + stored * setup.stored(one.role) + gathered,
+        ici=setup.sent * (size - stored) * setup.compute + tensor_sums(cfg, tokens, setup),
     )
 
 
@@ -235,17 +266,21 @@ def attention(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
 
 
 def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
-    """Bytes for the sums behind attention and mlp of each layer, where tensor splits them."""
-    tensor = setup.tensor
-    return 2 * cfg.num_layers * tokens * cfg.hidden_size * setup.compute * 2 * (tensor - 1) / tensor
+    """Bytes for the sums behind attention and mlp of each layer, where tensor splits them; where experts are split
+    also for the tokens of the devices that share them, and the results."""
+    tensor, others = setup.tensor, setup.expert - 1 if cfg.num_experts else 0
+    state = cfg.num_layers * tokens * cfg.hidden_size * setup.compute
+    # the sum behind the experts is of all tokens that were gathered
+    return state * ((2 + others) * 2 * (tensor - 1) / tensor + 2 * others)
 
 
 def backward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The backward pass of ``forward``: twice its products, and gradients scattered; of a frozen weight neither its
     gradient's product nor a gradient. It reads weights as ``recomputed`` gathered them."""
     once, based = forward(cfg, head, one, setup), setup.bases.get(one.role)
-    fsdp, data, size = setup.fsdp, setup.mesh["data"], held(cfg, head, setup.tensor, based) * setup.compute
-    scattered = setup.sent * size * (fsdp - 1) / fsdp + 2 * size / fsdp * (data - 1) / data
+    data = setup.mesh["data"]
+    size, stored = (elements * setup.compute for elements in used_and_stored(cfg, head, setup, based))
+    scattered = setup.sent * (size - stored) + 2 * stored * (data - 1) / data
     sums, frozen = tensor_sums(cfg, one.tokens / setup.shards, setup), 0.0
     if based is not None:
         *inside, last = matrices(cfg, head, setup.tensor)
@@ -257,7 +292,8 @@ def backward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> De
 def between_slices(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The gradients of ``backward``, summed within each slice, summed over the slices: each device has its part."""
     slices = setup.mesh.get("slice", 1)
-    part = held(cfg, head, setup.tensor, setup.bases.get(one.role)) * setup.compute / setup.fsdp / setup.mesh["data"]
+    stored = used_and_stored(cfg, head, setup, setup.bases.get(one.role))[1]
+    part = stored * setup.compute / setup.mesh["data"]
     return DeviceWork(dcn=2 * part * (slices - 1) / slices)
 
 
@@ -268,23 +304,25 @@ def recomputed(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> 
     again = DeviceWork(whole.flops - layers.flops, whole.hbm - layers.hbm) if head in ("lm", "action") else DeviceWork()
     if setup.remat == "full":
         return again.plus(layers)
-    size, fsdp = held(cfg, head, setup.tensor) * setup.compute, setup.fsdp
-    again = again.plus(DeviceWork(0, 2 * size if fsdp > 1 else 0, setup.sent * size * (fsdp - 1) / fsdp))
+    size, stored = (elements * setup.compute for elements in used_and_stored(cfg, head, setup))
+    again = again.plus(DeviceWork(0, 2 * size if stored < size else 0, setup.sent * (size - stored)))
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
 def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup, based: Based | None = None) -> DeviceWork:
     """One step of Adam: the weights that a device stores, their gradient and moments, read and written."""
-    stored = held(cfg, head, setup.tensor, based) / setup.fsdp
+    stored = used_and_stored(cfg, head, setup, based)[1]
     return DeviceWork(hbm=stored * 2 * (2 * MASTER + moments))
 
 
 def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> DeviceWork:
     """decoding.decode_layout: every weight of the policy, cast and gathered over what is left of fsdp, once a
     rollout, after decode groups traded parts of it."""
-    size, fsdp, group = held(cfg, "lm", setup.decoding().tensor), setup.mesh["fsdp"], setup.mesh.get("decode", 1)
-    received = setup.sent * size * (fsdp - 1) / fsdp + size / fsdp * (group - 1) / group
-    return DeviceWork(0, size / fsdp * setup.stored("policy") + 2 * size * setup.decoded, received * setup.decoded)
+    tensor, group = setup.decoding().tensor, setup.mesh.get("decode", 1)
+    size = held(cfg, "lm", tensor, None, setup.expert)
+    stored = held(cfg, "lm", tensor) / setup.mesh["fsdp"] / setup.expert
+    received = setup.sent * (size - stored) + stored * (group - 1) / group
+    return DeviceWork(0, stored * setup.stored("policy") + 2 * size * setup.decoded, received * setup.decoded)
 
 
 def prefill(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
@@ -299,13 +337,23 @@ def decode_step(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     tokens = prompts * one.copies
     heads, _ = heads_here(cfg, tensor)
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
+    read = sum(read_of(weight, cfg, tokens, setup) for weight in matrices(cfg, "lm", tensor))
     pairs = tokens * (one.columns + one.read) * heads * cfg.num_layers
     logits = chosen_from(cfg, one, setup)
     return DeviceWork(
         flops=2 * tokens * weights + 4 * pairs * cfg.head_dim,
-        hbm=weights * setup.decoded + cache_bytes(cfg, one, setup) + 3 * logits,
+        hbm=read * setup.decoded + cache_bytes(cfg, one, setup) + 3 * logits,
         ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
     )
+
+
+def read_of(weight: Weight, cfg: ModelConfig, tokens: float, setup: Setup) -> float:
+    """Elements that a device reads for one token of each of ``tokens`` rows: of experts its part of those that some row
+    of the devices that share them chooses."""
+    if not weight.experts:
+        return weight.held
+    missed = (1 - cfg.experts_per_token / cfg.num_experts) ** (tokens * setup.expert)
+    return weight.held / setup.expert * (1 - missed)
 
 
 def chosen_from(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:

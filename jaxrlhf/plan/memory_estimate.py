@@ -53,7 +53,7 @@ def stored_of(table: dict, fsdp: int, tensor: int) -> int:
     total = 0
     for leaf in leaves(table).values():
         size = math.prod(local(leaf, tensor).values())
-        total += size // fsdp if "embed" in leaf.axes else size
+        total += size // fsdp if {"embed", "embed_of_expert"} & {*leaf.axes} else size
     return total
 
 
@@ -94,7 +94,7 @@ def rollout_of(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     """Weights in decoding's layout, the caches of the prompts and of their responses, the logits of one token; or the
     prompts being read."""
     setup = setup.decoding()
-    weights = held(cfg, "lm", setup.tensor) * setup.decoded
+    weights = held(cfg, "lm", setup.tensor, None, setup.expert) * setup.decoded
     if "weights" in setup.int8:  # tokens are looked up in wide embeddings
         weights += padded_vocab(cfg) * cfg.hidden_size / setup.tensor * setup.compute
     logits = chosen_from(cfg, one, setup)
@@ -104,7 +104,9 @@ def rollout_of(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
 def working(one: PlannedPass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
     """One pass without a gradient: a layer's activations and weights, the embedding, the head's weights and logits."""
     tensor = setup.tensor
-    layer = sum(weight.size / weight.layers for weight in matrices(cfg, head, tensor)[:-1]) * setup.compute
+    share = lambda weight: setup.expert if weight.experts else 1
+    inside = matrices(cfg, head, tensor)[:-1]
+    layer = sum(weight.held / weight.layers / share(weight) for weight in inside) * setup.compute
     models = 2 if one.kind == "divergence" else 1  # whose logits a chunk has
     whole = models * one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor
     chunk = min(STORED_LOGITS, whole) * 4 * 2

@@ -90,14 +90,14 @@ def meshes(drawn: Blueprint, num_devices: int, slices: int) -> Iterator[MeshConf
     fits = lambda axis, size: all(
         getattr(shape, name) % size == 0 for shape in shapes for name, on in SPLIT.items() if axis in on
     )
-    each = num_devices // slices
+    each, expert = num_devices // slices, drawn.cfg.mesh.expert
     for tensor, data, decode in itertools.product(divisors(each), divisors(each), (1, 2, 4, 8, 16)):
-        if each % (tensor * data * decode) or tensor * decode > 64:
+        if each % (tensor * data * decode * expert) or tensor * decode > 64:
             continue
-        fsdp, group = each // tensor // data, tensor * decode
+        fsdp, group = each // tensor // data // expert, tensor * decode
         vocab = all(padded_vocab(shape) % group == 0 for shape in shapes)
-        if fits("tensor", group) and fits("fsdp", fsdp) and vocab:
-            yield MeshConfig(data, fsdp, tensor, slices, decode)
+        if fits("tensor", group) and fits("fsdp", fsdp * expert) and vocab:
+            yield MeshConfig(data, fsdp, tensor, slices, decode, expert)
 
 
 def cheaper(cfg: Config) -> Iterator[Config]:

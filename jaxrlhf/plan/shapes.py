@@ -20,6 +20,7 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import gguf, hf_config, hf_folder
 from jaxrlhf.models.files.published import SHAPES, published, published_file
 from jaxrlhf.models.parameters import padded_vocab
+from jaxrlhf.plan.cost import active, held
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import Blueprint, draw
 from jaxrlhf.run.origins import Weights, base_role, origin
@@ -51,7 +52,18 @@ def blueprint(resolved: Resolved, mesh, beside: Mapping[str, Config]) -> tuple[B
     first = found.get("policy") or next(iter(found.values()))
     rows, copies = padded_vocab(first.config), cfg.batch.samples_per_prompt
     sampler = samplers.make_sampler(cfg.generate, (1,), 0, [], rows, copies)
-    return draw(resolved, mesh, weights, sampler), [f"{role}: {shape.source}" for role, shape in found.items()]
+    return draw(resolved, mesh, weights, sampler), [
+        f"{role}: {shape.source}{counted_experts(shape.config)}" for role, shape in found.items()
+    ]
+
+
+def counted_experts(shape: ModelConfig) -> str:
+    """What to say of a mixture's parameters: how many there are, and how many compute one token."""
+    if not shape.num_experts:
+        return ""
+    every, some = held(shape, "lm", 1) / 1e9, active(shape, "lm") / 1e9
+    chosen = f"{shape.experts_per_token} of {shape.num_experts} experts"
+    return f"; {every:.3g}B parameters, of which {some:.3g}B compute a token: {chosen}"
 
 
 def find_shape(cfg: Config, role: Role, beside: Mapping[str, Config], seen: tuple[str, ...] = ()) -> Found:

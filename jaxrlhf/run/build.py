@@ -115,11 +115,14 @@ def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weight
     # log-probs are of the distribution sampled from, where responses are sampled
     shards = batch_shards(mesh)
     parts = choose_micro_batches(resolved, shards, mesh.devices.flat[0].platform)
-    sampler = sampler._replace(share_prompts=shares_prompts(resolved, shards, parts))
+    replays = algorithm.online and cfg.models["policy"].replay_routing
+    sampler = sampler._replace(share_prompts=shares_prompts(resolved, shards, parts), keeps_routing=replays)
     read_as = sampler.sampling if algorithm.online else Sampling()
     bound = bind_nets(cfg, mesh, weights, sampler, read_as, resolved.roles.guides, resolved.bases)
     found = {role: cfg.optimizer_of(role).spike_sigmas for role in trained}
     spikes = {role: sigmas for role, sigmas in found.items() if sigmas is not None}
+    coefs = {"load_balance": "router_aux_loss_coef", "router_z": "router_z_loss_coef"}
+    weighed = lambda role: {name: weight for name, key in coefs.items() if (weight := getattr(cfg.models[role], key))}
     recipe = Recipe(
         algorithm,
         cfg.algorithm,
@@ -132,6 +135,7 @@ def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weight
         spike_sigmas=spikes,
         together=kept_together(resolved),
         graders=tuple(cfg.rewards.functions),
+        router_losses={role: found for role in trained if (found := weighed(role))},
     )
     return Blueprint(resolved, mesh, weights, resolved.roles.heads, recipe, sampler)
 

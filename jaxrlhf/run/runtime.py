@@ -11,7 +11,7 @@ from jaxrlhf.config.check import SPLIT, split_by
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.config.roles import graders_of, trunks_of
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, show
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.actions import choose_action
 from jaxrlhf.generate.sampler import Sampler
@@ -61,8 +61,9 @@ def bind_nets(
             params_of(role, trees, bases), configs[role], acting, seed, step, sampler.sampling, runtime
         )
 
+    replays = frozenset(role for role, model in cfg.models.items() if model.replay_routing)
     trunks = {role: nets.Trunk(trunk, cfg.models[role].trunk_gradient) for role, trunk in trunks_of(cfg).items()}
-    found = nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg), bases)
+    found = nets.make_nets(configs, runtime, sampling, sample, trunks, graders_of(cfg), bases, replays)
     found = found._replace(apart=cfg.rewards.apart)
     if cfg.converses:
         return found._replace(extend=extend)
@@ -87,6 +88,11 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
                 raise ConfigError(
                     f"{where}: its {name} {value} is not divided by {axes}: {devices}; nearest: {nearest}"
                 )
+        check_routing(cfg, role, found.config, where)
+        if found.config.num_experts and "weights" in cfg.generate.int8:
+            raise ConfigError(
+                f"generate.int8: weights: {where}: experts are not read as 8 bits; expected [cache] or []"
+            )
         if found.config.family == MLP:
             continue  # no attention
         limit = row_limit(found.config)
@@ -102,6 +108,17 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
                 f"batch.pack_widths: {widths}: {kernel} attention ({where}) can't compute packed responses; "
                 "expected 1, or attention: xla"
             )
+
+
+ROUTING = ("router_aux_loss_coef", "router_z_loss_coef", "replay_routing")  # keys of models.<role>
+
+
+def check_routing(cfg: Config, role: Role, shape: ModelConfig, where: str) -> None:
+    """What is asked of a role's routers is asked of a model that has some. Raises ConfigError."""
+    for key in ROUTING if role in cfg.models and not shape.num_experts else ():
+        if value := getattr(cfg.models[role], key):
+            wrong = f"models.{role}.{key}: {show(value)}: a {shape.family} has no experts ({where})"
+            raise ConfigError(f"{wrong}; expected {show(type(value)())}")
 
 
 def check_adapters(resolved: Resolved, weights: dict[Role, Weights]) -> None:

@@ -504,6 +504,14 @@ def test_a_good_config_passes(ppo):
             ["models.value={init_from: reward, trunk_gradient: 0.5}"],
             "models.value.trunk_gradient: 0.5: share_trunk is false, so there is no such gradient; nearest: 0.1",
         ),
+        (
+            ["models.reward.replay_routing=true"],
+            "models.reward.replay_routing: true: only a policy that ppo samples from keeps its routing; expected false",
+        ),
+        (
+            ["models.reward.router_aux_loss_coef=0.1"],
+            "models.reward.router_aux_loss_coef: 0.1: reward does not learn; expected 0.0",
+        ),
         (["models.rewards.init_from=runs/rm"], "models.rewards: unknown role; nearest: reward"),
         (["optimizer.valeu={}"], "optimizer.valeu: no role of ppo; nearest: value"),
         (["rewards.function=operator:add"], "models.reward: rewards.function operator:add is given too; expected one"),

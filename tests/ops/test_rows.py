@@ -20,7 +20,7 @@ from jaxrlhf.ops.rows import (
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support.tiny import program, put
 
-ROWS = PartitionSpec(("slice", "data", "fsdp", "decode"), None)
+ROWS = PartitionSpec(("slice", "data", "fsdp", "decode", "expert"), None)
 
 
 def tree(rows: int = 16):
@@ -81,7 +81,7 @@ def test_rows_that_stay_together():
 def test_split_rows_stays_on_its_devices():
     out = on_mesh(lambda rows: split_rows(rows, 2), tree())
     np.testing.assert_array_equal(out["x"], split_rows(tree_of_jax(), 2)["x"])
-    assert out["x"].sharding.spec == PartitionSpec(None, ("slice", "data", "fsdp", "decode"), None)
+    assert out["x"].sharding.spec == PartitionSpec(None, ("slice", "data", "fsdp", "decode", "expert"), None)
     for shard in out["id"].addressable_shards:  # a device holds 4 neighbouring rows before, and the same ones after
         assert len({int(row) // 4 for row in np.asarray(shard.data).ravel()}) == 1
     collectives = ("all_gather", "all-gather", "all-to-all", "collective-permute")
@@ -114,7 +114,7 @@ def test_groups_are_neighbours_and_come_apart_again():
     np.testing.assert_array_equal(meshed[0], out)
     np.testing.assert_array_equal(meshed[1], tree()["x"])
     assert (
-        meshed[0].sharding.spec == PartitionSpec(("slice", "data", "fsdp", "decode"), None, None)
+        meshed[0].sharding.spec == PartitionSpec(("slice", "data", "fsdp", "decode", "expert"), None, None)
         and meshed[1].sharding.spec == ROWS
     )
 

@@ -16,7 +16,7 @@ from jaxrlhf.models.heads import lm_logits, scalar
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.types import Prompts
-from tests.parity.cases import NEW_TOKENS, POSITIONS, TOKENS, VALID, config_of, law
+from tests.parity.cases import NEW_TOKENS, POSITIONS, TOKENS, VALID, config_of, law, law_of_parameter
 from tests.support.tiny import FAST
 
 FLOAT32 = Runtime()
@@ -84,7 +84,7 @@ def their_model(case: str, head: str = "lm"):
     model = cls(cls.config_class.from_dict(raw)).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():  # a tied head is not listed
-            value.copy_(torch.tensor(law(name, tuple(value.shape))))
+            value.copy_(torch.tensor(law_of_parameter(name, tuple(value.shape))))
     return model
 
 

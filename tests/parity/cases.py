@@ -25,6 +25,8 @@ QWEN3 = {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 1
 PHI3 = {**LLAMA, "model_type": "phi3", "num_key_value_heads": 2}
 GEMMA = {**LLAMA, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
 GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+MOE = {**LLAMA, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 3}
+MIXTRAL = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
 NEOX = {**LLAMA, "model_type": "gpt_neox", "rotary_pct": 0.5}
 
 # family, or family and what is special; windows are shorter than the rows
@@ -138,6 +140,38 @@ CASES: dict[str, dict] = {
     },
     "gpt_neox: odd": {**NEOX, "rotary_pct": 0.7},  # 5 of 8 features, of which transformers rotates 6
 }
+CASES |= {
+    "mixtral": {**MOE, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral: windows": {
+        **MOE,
+        "model_type": "mixtral",
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+        "sliding_window": 4,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe": {
+        **MOE,
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe: plain weights": {
+        **MOE,
+        "model_type": "qwen3_moe",
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "moe_intermediate_size": 40,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
+}
 TOKENS = np.random.default_rng(7).integers(0, VOCAB, (3, COLUMNS))
 VALID = np.arange(COLUMNS) >= np.array([[0], [4], [7]])  # left-padded
 POSITIONS = np.maximum(np.cumsum(VALID, 1) - 1, 0)
@@ -145,10 +179,25 @@ POSITIONS = np.maximum(np.cumsum(VALID, 1) - 1, 0)
 
 def law(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The weights of every test here: normal numbers seeded by the tensor's name, about 1 for norms and 0 elsewhere."""
-    name = name.replace("embed_out.", "lm_head.")  # files of GPT-NeoX have the first, transformers 5 the second
+    # files have the first, transformers 5 the second: GPT-NeoX, Mixtral
+    for file, theirs in (("embed_out.", "lm_head."), (".block_sparse_moe.", ".mlp."), *MIXTRAL.items()):
+        name = name.replace(file, theirs)
     noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
     center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
     return (center + 0.2 * noise).astype(np.float32)
+
+
+def law_of_parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """``law`` of a parameter of transformers, which has one for all experts of a layer; files have one for each."""
+    branch, _, rest = name.partition(".mlp.")
+    if (kind := rest.removeprefix("experts.")) not in ("gate_up_proj", "down_proj"):
+        return law(name, shape)
+    each = [f"{branch}.mlp.experts.{expert}" for expert in range(shape[0])]
+    if kind == "down_proj":
+        return np.stack([law(f"{expert}.down_proj.weight", shape[1:]) for expert in each])
+    half = (shape[1] // 2, shape[2])
+    pair = lambda expert: [law(f"{expert}.{part}_proj.weight", half) for part in ("gate", "up")]
+    return np.stack([np.concatenate(pair(expert)) for expert in each])
 
 
 def family_of(case: str) -> str:

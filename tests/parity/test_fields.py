@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.parity.both import compute, read, their_output
-from tests.parity.cases import CASES, VALID, config_of, law
+from tests.parity.cases import CASES, VALID, config_of, law_of_parameter
 
 FAMILIES_OF = [case for case in CASES if ":" not in case]
 # besides the fields of the class: what other families, older versions or remote code know
@@ -144,7 +144,7 @@ def theirs(raw: dict, folder) -> np.ndarray | str:
             return "too large"
         with torch.no_grad():
             for name, value in model.named_parameters():
-                value.copy_(torch.tensor(law(name, tuple(value.shape))))
+                value.copy_(torch.tensor(law_of_parameter(name, tuple(value.shape))))
         model.save_pretrained(folder)
         found = their_output(model)
     except Exception as error:

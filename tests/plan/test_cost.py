@@ -321,3 +321,41 @@ def test_published_decoding_by_hand():
     cache = 2 * 36 * 2 * 8 / 4 * 128 * 64 * (1024 + 512)
     assert row.predicted == pytest.approx((weights + cache) / 1638e9, rel=0.02)
     assert all(0.35 < row.ratio < 0.55 for row in calibrate_decoding())
+
+
+# ---- experts --------------------------------------------------------------------------------------------------------
+
+# a layer: attention as MODEL's, a router 8x4, and 4 experts of 3 maps 8x16, of which a token is computed by 2
+MOE = resolve(ModelConfig("qwen3_moe", 64, 8, 2, 4, 2, head_dim=2, mlp_size=16, num_experts=4, experts_per_token=2))
+ATTENTION, ROUTER, EXPERT = 64 + 2 * 32 + 64, 8 * 4, 3 * 8 * 16
+
+
+def test_flops_of_experts_are_those_of_the_chosen_ones():
+    work = cost.forward(MOE, "lm", TEXTS, Setup(ALONE))
+    assert work.flops == 2 * 15 * 2 * (ATTENTION + ROUTER + 2 * EXPERT) + 2 * 3 * 4 * 25 * 4 * 2 + 2 * 6 * EMBED
+    every = cost.held(MOE, "lm", 1)
+    assert every == 2 * (ATTENTION + ROUTER + 4 * EXPERT + 2 * 8 + 2 * 2) + 8 + EMBED
+    assert cost.active(MOE, "lm") == every - 2 * 2 * EXPERT
+
+
+def test_experts_split_over_devices():
+    """Over 2 devices: half of the experts, never gathered; the rest as over fsdp. Tokens are gathered, and results
+    scattered back."""
+    setup = Setup({**ALONE, "expert": 2})
+    assert setup.shards == 2 and cost.forward(MOE, "lm", TEXTS, setup).flops == (
+        cost.forward(MOE, "lm", TEXTS, Setup(ALONE)).flops / 2
+    )
+    dense = cost.held(MOE, "lm", 1) - 2 * 4 * EXPERT
+    tokens = 7.5 * 2 * 8 * 2 * 2  # layers, features, bytes, there and back
+    assert cost.forward(MOE, "lm", TEXTS, setup).ici == dense / 2 * 2 + tokens
+    assert cost.used_and_stored(MOE, "lm", setup) == (dense + 2 * 2 * EXPERT, cost.held(MOE, "lm", 1) / 2)
+
+
+def test_decoding_reads_the_experts_that_its_tokens_choose():
+    """One token: 2 of 4; three tokens: all but those that none of them chose, a share of 1/2 to the third."""
+    read = lambda tokens, expert=1: sum(
+        cost.read_of(weight, MOE, tokens, Setup({**ALONE, "expert": expert})) for weight in cost.matrices(MOE, "lm", 1)
+    )
+    rest = 2 * (ATTENTION + ROUTER) + EMBED
+    assert read(1) == rest + 2 * 2 * EXPERT and read(3) == rest + 2 * 4 * EXPERT * 7 / 8
+    assert read(1, expert=2) == rest + 2 * 2 * EXPERT * 3 / 4

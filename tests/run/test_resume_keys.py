@@ -66,6 +66,7 @@ eval: {{every: 4}}
 OTHER: dict[str, str | None] = {
     "preset": None,  # with what it sets
     **dict.fromkeys(("run_dir", "epochs", "algorithm.name", "mesh.data", "mesh.fsdp", "mesh.tensor"), None),
+    "mesh.expert": None,
     **dict.fromkeys(("mesh.slices", "mesh.decode", "tokenizer.train_vocab_size", "rewards.arguments"), None),
     **dict.fromkeys(("rewards.function", "rewards.functions", "algorithm.reward_update"), None),  # with models.reward
     **{f"data.{name}.{key}": None for name in ("prompts", "eval_prompts", "preferences") for key in ("tfds", "hf")},
@@ -73,6 +74,11 @@ OTHER: dict[str, str | None] = {
     **{f"data.{name}.split": '"train[:20]"' for name in ("prompts", "eval_prompts", "preferences")},
     **{f"models.{role}.{key}": None for role in ("policy", "reward", "reference") for key in ("share_trunk",)},
     **{f"models.{role}.trunk_gradient": None for role in ("policy", "reward", "reference")},
+    **{  # with experts
+        f"models.{role}.{key}": None
+        for role in ("policy", "value", "reward", "reference")
+        for key in ("router_aux_loss_coef", "router_z_loss_coef", "replay_routing")
+    },
     **dict.fromkeys(("models.value.init_from", "models.reference.init_from", "models.value.share_trunk"), None),
     **{f"models.{role}.architecture": None for role in ("policy", "value", "reward", "reference")},
     **{f"models.{role}.adapter": None for role in ("value", "reward", "reference")},  # it does not learn, or is a head

@@ -19,7 +19,7 @@ class Module(NamedTuple):
         - "heads.part.head_dim embed": query, key and value of head 0, then those of head 1, and so on.
     """
 
-    name: str  # {layer} stands for the layer's number
+    name: str  # {layer} stands for the layer's number, {expert} for the expert's
     layout: str
 
 
@@ -57,6 +57,7 @@ class HuggingFace(NamedTuple):
     modules: dict[str, Module]  # path in our parameters -> the same in the file
     prefix: str  # that base-model files leave out of the names
     ignored: str = "(?!)"  # regular expression: tensors that are no weights (buffers of old versions)
+    aliases: Mapping[str, str] = {}  # fields that files may call otherwise -> the name in ``fields``
     rope: Rope = Rope()
     windows: Windows | None = None  # None: no layer has one
 
@@ -78,3 +79,6 @@ class Family(NamedTuple):
     scaled_embeddings: bool = False  # multiplied by sqrt(hidden_size)
     parallel_residual: bool = False  # x + attention(x) + mlp(x), unless the config says
     global_every: int = 0  # where there is a window, every n-th layer is global; 0: none
+    # each layer's mlp is experts behind a router; "normalized": the weights of a token's experts sum to 1 unless the
+    # config says otherwise
+    experts: Literal["plain", "normalized"] | None = None

@@ -59,6 +59,7 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
         raise ValueError(f"{where}: model_type: {kind!r} is not supported; expected one of {known}")
     family = FAMILIES[families[kind]]
     names = family.hf
+    raw = by_first_names(raw, names.aliases, where)
     check_auto_map(raw.get("auto_map"), names.classes, where)
     refuse_unsupported(raw, ALWAYS | names.fixed, where)
     head = parse_head(raw, names.classes, where, scored)
@@ -75,6 +76,15 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
         return resolve(ModelConfig(**{"family": families[kind], **found})), head
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def by_first_names(raw: Mapping[str, Any], aliases: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """``raw`` whose fields have the names that the family's table has. Raises ValueError where two names differ."""
+    found = {name: value for name, value in raw.items() if name not in aliases}
+    for other, name in aliases.items():
+        if other in raw and found.setdefault(name, raw[other]) != raw[other]:
+            raise ValueError(f"{where}: {other}: {raw[other]!r}: {name} is {found[name]!r}; expected the same")
+    return found
 
 
 def unwrap(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES, Module
@@ -15,15 +16,16 @@ SCORE = Module("score", "score embed")  # the scalar head, in every family; clas
 
 
 class LeafTensors(NamedTuple):
-    """The tensor, one a layer, that holds a leaf."""
+    """The tensor, one a layer, or one an expert of it, that holds a leaf."""
 
     name: str
     dims: tuple[tuple[str, ...], ...]  # the tensor's dimensions, each the leaf's axes that it is made of
-    axes: tuple[str, ...]  # the leaf's, without layers
+    axes: tuple[str, ...]  # the leaf's, without layers, and without experts where each has a tensor
     sizes: dict[str, int]  # of those axes in the file: the vocabulary is not padded there
     layers: int | None
     before: int = 0  # where the leaf begins along the ``part`` of a fused tensor
     total: int = 0  # and how long that is
+    experts: int | None = None  # where each has a tensor of its own
 
     def own(self) -> int:
         """The leaf's share of ``total``; 0 where the tensor is not fused."""
@@ -40,8 +42,17 @@ class LeafTensors(NamedTuple):
         return tuple(map(one, self.dims))
 
     def names(self) -> Iterator[str]:
-        """The tensor's name for each layer."""
-        return (self.name.format(layer=i) for i in range(self.layers)) if self.layers else iter([self.name])
+        """The tensor's name for each layer, and each expert of it."""
+        return map(self.name_at, np.ndindex(self.stacked))
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The leaf's first dimensions, for each place in which there is a tensor."""
+        return tuple(size for size in (self.layers, self.experts) if size is not None)
+
+    def name_at(self, place: tuple[int, ...]) -> str:
+        """The tensor's name for a layer and an expert, where there are any."""
+        return self.name.format(**dict(zip(("layer", "expert"), place)))
 
 
 def dotted(path) -> str:
@@ -77,11 +88,13 @@ def score_bias(cfg: ModelConfig) -> LeafTensors:
 
 def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> LeafTensors:
     """Where ``leaf`` of ``module`` is, but for its place among parts."""
-    stacked = leaf.axes[0] == "layers"
-    axes = leaf.axes[1:] if stacked else leaf.axes
-    sizes = dict(zip(axes, leaf.shape[1:] if stacked else leaf.shape, strict=True))
+    layers = cfg.num_layers if leaf.axes[0] == "layers" else None
+    experts = cfg.num_experts if "{expert}" in module.name else None
+    count = (layers is not None) + (experts is not None)
+    axes = leaf.axes[count:]
+    sizes = dict(zip(axes, leaf.shape[count:], strict=True))
     if "vocab" in sizes:
         sizes["vocab"] = cfg.vocab_size or sizes["vocab"]
     dims = tuple(tuple(dim.split(".")) for dim in module.layout.split())
     dims = tuple(dim for dim in dims if set(dim) - {"part"} <= set(axes))  # a bias has some of the weight's
-    return LeafTensors(f"{module.name}.{suffix}", dims, axes, sizes, cfg.num_layers if stacked else None)
+    return LeafTensors(f"{module.name}.{suffix}", dims, axes, sizes, layers, experts=experts)

@@ -113,19 +113,20 @@ def read_shard(
     """``index`` of the leaf whose shape is ``shape``: layers stacked, vocabulary padded with zeros."""
     bounds = [one.indices(size)[:2] for one, size in zip(index, shape)]
     shard = np.zeros([stop - start for start, stop in bounds], jnp.dtype(dtype))
-    layers, inner = (range(*bounds[0]), bounds[1:]) if source.layers else ([None], bounds)
+    count = len(source.stacked)
+    outer, inner = bounds[:count], bounds[count:]
     window = {
         axis: tuple(min(bound, source.sizes[axis]) for bound in pair)
         for axis, pair in zip(source.axes, inner, strict=True)
     }
     if any(start == stop for start, stop in window.values()):
         return shard  # beyond the vocabulary: all padding
-    for row, layer in enumerate(layers):
-        name = source.name.format(layer=layer)
+    for place in np.ndindex(*(stop - start for start, stop in outer)):
+        name = source.name_at(tuple(start + at for (start, _), at in zip(outer, place)))
         value = read_tensor(source, tensors[name], window)
         if not np.isfinite(value).all():
             raise ValueError(f"{where}: {name}: holds weights that are NaN or infinite")
-        target = shard if layer is None else shard[row]
+        target = shard[place] if place else shard
         part = target[tuple(slice(size) for size in value.shape)]
         with np.errstate(over="ignore"):
             part[...] = value
@@ -197,8 +198,11 @@ def save(
     shards = plan_shards(sources, jnp.dtype(dtype).itemsize, max_shard_bytes)
     place = written_whole(folder, {path.name for path in tokenizer}) if writes else contextlib.nullcontext(folder)
     with place as new:
+        host: dict[tuple, np.ndarray] = {}
         for name, tensors in shards.items():
-            values = {tensor: join_parts(params, parts).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()}
+            values = {
+                tensor: join_parts(params, parts, host).astype(jnp.dtype(dtype)) for tensor, parts in tensors.items()
+            }
             if writes:
                 write_weights(new / name, values)
         if not writes:
@@ -232,11 +236,11 @@ def fold_score_bias(params: Params) -> Params:
 
 
 class LayerPart(NamedTuple):
-    """One layer of a leaf, which is all or a part of a tensor."""
+    """One layer of a leaf, or one expert of it, which is all or a part of a tensor."""
 
     path: str
     source: LeafTensors
-    layer: int | None
+    place: tuple[int, ...]
 
 
 def plan_shards(
@@ -245,8 +249,8 @@ def plan_shards(
     """File name -> tensor -> its parts; a file is as full as ``max_bytes`` allows, and holds one tensor at least."""
     tensors: dict[str, list[LayerPart]] = {}
     for path, source in sources.items():
-        for layer, name in enumerate(source.names()):
-            tensors.setdefault(name, []).append(LayerPart(path, source, layer if source.layers else None))
+        for place in np.ndindex(source.stacked):
+            tensors.setdefault(source.name_at(place), []).append(LayerPart(path, source, place))
     groups, room = [{}], max_bytes
     for name, parts in tensors.items():
         size = math.prod(parts[0].source.shape()) * itemsize
@@ -260,12 +264,17 @@ def plan_shards(
     return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups)}
 
 
-def join_parts(params: Params, parts: list[LayerPart]) -> np.ndarray:
-    """The tensor as files have it: the inverse of read_tensor, for all the leaves that share it."""
+def join_parts(params: Params, parts: list[LayerPart], host: dict[tuple, np.ndarray]) -> np.ndarray:
+    """The tensor as files have it: the inverse of read_tensor, for all the leaves that share it. ``host`` keeps the
+    experts of one layer, which are asked for one after the other."""
     blocks, at = [], 0
-    for path, source, layer in parts:
-        leaf = leaf_at(params, path)
-        whole = to_numpy(leaf if layer is None else leaf[layer])
+    for path, source, place in parts:
+        layer, expert = place[:1], place[1:]
+        if (path, layer) not in host:
+            host.clear()
+            leaf = leaf_at(params, path)
+            host[path, layer] = to_numpy(leaf[layer] if layer else leaf)
+        whole = host[path, layer][expert]
         value = whole[tuple(slice(source.sizes[axis]) for axis in source.axes)]
         order = [axis for dim in source.dims for axis in dim if axis != "part"]
         shape = []

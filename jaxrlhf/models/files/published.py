@@ -68,6 +68,23 @@ QWEN_0_5B = shape("qwen2", 151936, 896, 24, 14, 2, 4864, 32768, tied=True, **QWE
 QWEN_1_5B = shape("qwen2", 151936, 1536, 28, 12, 2, 8960, 32768, tied=True, **QWEN2_5)
 QWEN_7B = shape("qwen2", 152064, 3584, 28, 28, 4, 18944, 32768, **QWEN2_5)
 QWEN3_1_7B = shape("qwen3", 151936, 2048, 28, 16, 8, 6144, 40960, tied=True, head_dim=128, **QWEN2_5)
+QWEN3_30B_A3B = shape(
+    "qwen3_moe",
+    151936,
+    2048,
+    48,
+    32,
+    4,
+    768,
+    40960,
+    head_dim=128,
+    num_experts=128,
+    experts_per_token=8,
+    normalize_routing=True,
+    **QWEN2_5,
+)
+MIXTRAL: dict[str, Any] = {"num_experts": 8, "experts_per_token": 2, "norm_eps": 1e-5, "rope_theta": 1e6}
+MIXTRAL_8X7B = shape("mixtral", 32000, 4096, 32, 32, 8, 14336, 32768, **MIXTRAL)
 SMOLLM2_135M = shape("llama", 49152, 576, 30, 9, 3, 1536, 8192, tied=True, norm_eps=1e-5, rope_theta=1e5)
 
 SHAPES: dict[str, ModelConfig] = {
@@ -88,6 +105,9 @@ SHAPES: dict[str, ModelConfig] = {
     "Qwen/Qwen2.5-7B": QWEN_7B,
     "Qwen/Qwen2.5-7B-Instruct": QWEN_7B,
     "Qwen/Qwen3-1.7B": QWEN3_1_7B,
+    "Qwen/Qwen3-30B-A3B": QWEN3_30B_A3B,
+    "mistralai/Mixtral-8x7B-v0.1": MIXTRAL_8X7B,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL_8X7B,
     "meta-llama/Llama-3.1-8B": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-70B": LLAMA_3_1_70B,

@@ -1,0 +1,62 @@
+"""Mixtures of experts: Mixtral, and the mixtures of Qwen 3."""
+
+from jaxrlhf.models.families.llama import FIELDS, HEAD_NORMS, LLAMA, PLAIN, SILU
+from jaxrlhf.models.families.traits import Module, Windows
+
+
+def expert_modules(branch: str, gate: str, up: str, down: str) -> dict[str, Module]:
+    """The router, and the three maps of each expert, whose layers call their mlp ``branch``."""
+    expert = f"model.layers.{{layer}}.{branch}.experts.{{expert}}"
+    return {
+        "layers.mlp.router": Module(f"model.layers.{{layer}}.{branch}.gate", "routes embed"),
+        "layers.mlp.experts.gate": Module(f"{expert}.{gate}", "mlp embed_of_expert"),
+        "layers.mlp.experts.up": Module(f"{expert}.{up}", "mlp embed_of_expert"),
+        "layers.mlp.experts.down": Module(f"{expert}.{down}", "embed_of_expert mlp"),
+    }
+
+
+DENSE = ("layers.mlp.gate", "layers.mlp.up", "layers.mlp.down")
+AROUND = {path: module for path, module in LLAMA.modules.items() if path not in DENSE}  # the experts
+
+MIXTRAL = LLAMA._replace(
+    model_type="mixtral",
+    classes={"lm": "MixtralForCausalLM", "scalar": "MixtralForSequenceClassification"},
+    fields=FIELDS
+    | {
+        "num_kv_heads": ("num_key_value_heads", 8),
+        "max_positions": ("max_position_embeddings", 131072),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "num_experts": ("num_local_experts", 8),
+        "experts_per_token": ("num_experts_per_tok", 2),
+    },
+    fixed=SILU | {"router_jitter_noise": (0.0, None), "layer_types": (None,)},
+    modules=AROUND | expert_modules("block_sparse_moe", "w1", "w3", "w2"),
+    aliases={"num_experts": "num_local_experts"},
+    rope=LLAMA.rope._replace(theta=("rope_theta", 1e6)),
+    windows=Windows(size=None, types=False),
+)
+
+QWEN3_MOE = LLAMA._replace(
+    model_type="qwen3_moe",
+    classes={"lm": "Qwen3MoeForCausalLM", "scalar": "Qwen3MoeForSequenceClassification"},
+    fields=FIELDS
+    | {
+        "num_kv_heads": ("num_key_value_heads", 4),
+        "max_positions": ("max_position_embeddings", 32768),
+        "attention_bias": ("attention_bias", False),
+        "mlp_size": ("moe_intermediate_size", 768),
+        "num_experts": ("num_experts", 128),
+        "experts_per_token": ("num_experts_per_tok", 8),
+        "normalize_routing": ("norm_topk_prob", False),
+    },
+    # layers without experts
+    fixed=SILU | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None), "layer_types": (None,)},
+    modules=AROUND | HEAD_NORMS | expert_modules("mlp", "gate_proj", "up_proj", "down_proj"),
+    aliases={"num_local_experts": "num_experts"},
+    windows=Windows(size=4096, switch="use_sliding_window", types=False),
+)
+
+FAMILIES = {
+    "mixtral": PLAIN._replace(experts="normalized", hf=MIXTRAL),
+    "qwen3_moe": PLAIN._replace(query_key_norm="head", experts="plain", hf=QWEN3_MOE),
+}

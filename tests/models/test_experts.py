@@ -1,0 +1,141 @@
+"""Experts against a loop over all of them: both ways of computing, gradients, what is chosen, what is refused."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.models.attention.kernels import Hardware
+from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.cpu import experts_in_blocks
+from jaxrlhf.models.experts import OWN, expert_block, route
+from jaxrlhf.models.grouped import LARGEST_BLOCK, block_size, make_groups
+from jaxrlhf.models.lora import LoraConfig, targets_of
+from tests.support import tiny
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_size": 12}
+MODEL = resolve(ModelConfig("qwen3_moe", num_experts=5, experts_per_token=2, **SIZES))
+CPU, TPU = Hardware("cpu"), Hardware("tpu")
+
+
+def layer(cfg: ModelConfig = MODEL, seed: int = 0):
+    """Parameters of one layer's experts, and 3 x 7 tokens."""
+    params = jax.tree.map(lambda x: x[0] * 3, tiny.parameters(cfg, "lm", seed)["layers"]["mlp"])
+    params = {name: params[name] for name in ("router", "experts")}
+    return params, jnp.asarray(np.random.default_rng(seed).normal(size=(3, 7, cfg.hidden_size)), jnp.float32)
+
+
+def by_loop(params, cfg: ModelConfig, x):
+    """Every expert computes every token; each token weighs what it chose."""
+    probs = jax.nn.softmax(x @ params["router"]["kernel"])
+    order = jnp.argsort(-probs, axis=-1)[..., : cfg.experts_per_token]
+    y, total = 0.0, jnp.take_along_axis(probs, order, -1).sum(-1, keepdims=True)
+    for number in range(cfg.num_experts):
+        gate, up, down = (params["experts"][name]["kernel"][number] for name in ("gate", "up", "down"))
+        weight = jnp.where((order == number).any(-1, keepdims=True), probs[..., number : number + 1], 0)
+        y += weight / (total if cfg.normalize_routing else 1) * ((jax.nn.silu(x @ gate) * (x @ up)) @ down)
+    return y
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("hardware", [CPU, TPU], ids=["blocks", "ragged_dot"])
+def test_experts_are_a_loop_over_all_of_them(hardware, normalize):
+    """Output, and the gradient of every parameter and of the tokens."""
+    cfg = dataclasses.replace(MODEL, normalize_routing=normalize)
+    params, x = layer(cfg)
+    ours = lambda params, x: expert_block(params, cfg, x, jax.nn.silu, hardware)[0]
+    loop = lambda params, x: by_loop(params, cfg, x)
+    np.testing.assert_allclose(ours(params, x), loop(params, x), atol=2e-5)
+    square = lambda f: jax.jit(jax.grad(lambda *given: (f(*given) ** 2).sum(), argnums=(0, 1)))
+    found, expected = square(ours)(params, x), square(loop)(params, x)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(other).max() > 0.1
+        np.testing.assert_allclose(one, other, atol=2e-4 * np.abs(other).max())
+
+
+def test_the_platform_chooses_once():
+    assert experts_in_blocks(CPU) and not experts_in_blocks(TPU) and not experts_in_blocks(Hardware("gpu"))
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("spread", ["all to one", "random", "elsewhere"])
+def test_no_token_is_dropped(blocks, spread):
+    """Every choice of a group here has a place of its own in the part of its group, however many chose it."""
+    groups, rng = 4, np.random.default_rng(1)
+    choice = {"all to one": np.full((50, 2), 3), "random": rng.integers(0, 4, (50, 2))}.get(
+        spread, rng.integers(-3, 9, (50, 2))
+    )
+    found = make_groups(jnp.asarray(choice), groups, groups, blocks)
+    places, flat = len(found.source), choice.reshape(-1)
+    here = (flat >= 0) & (flat < groups)
+    place, ends = np.asarray(found.place), np.cumsum(found.sizes)
+    assert (place[~here] == places).all() and len(set(place[here])) == here.sum()
+    assert (np.searchsorted(ends, place[here], side="right") == flat[here]).all()
+    assert (np.asarray(found.source)[place[here]] == np.flatnonzero(here)).all()
+    assert (np.asarray(found.source) < len(flat)).sum() == here.sum()
+    if blocks:
+        size = places // len(found.owner)
+        assert (np.asarray(found.owner)[place[here] // size] == flat[here]).all()
+        assert (place[here] < found.used * size).all()
+
+
+def test_blocks_are_as_large_as_groups_are():
+    assert [block_size(choices, 8) for choices in (1, 64, 65, 200, 10**6)] == [8, 8, 16, 32, LARGEST_BLOCK]
+
+
+def test_router_is_float32_whatever_the_tokens_are():
+    """Two logits that bfloat16 rounds to one number."""
+    params = {"kernel": jnp.zeros((16, 5)).at[0].set(jnp.array([1.0, 1.0, 1.001, 0, 0]))}
+    routed = route(params, MODEL, jnp.ones((1, 1, 16), jnp.bfloat16))
+    assert routed.logits.dtype == jnp.float32 and routed.own[0, 0, 0] == 2
+    np.testing.assert_allclose(routed.weight[0, 0], jax.nn.softmax(jnp.array([1.0, 1, 1.001, 0, 0]))[jnp.array([2, 0])])
+
+
+@pytest.mark.parametrize("hardware", [CPU, TPU], ids=["blocks", "ragged_dot"])
+def test_a_kept_choice_is_followed(hardware):
+    """Where it is given; the weights are the router's own of those experts."""
+    params, x = layer()
+    own = route(params["router"], MODEL, x).own
+    kept = jnp.asarray(np.random.default_rng(2).permuted(np.tile(np.arange(5), (3, 7, 1)), axis=-1)[..., :2], jnp.int8)
+    kept = kept.at[0].set(OWN)
+    y, routed = expert_block(params, MODEL, x, jax.nn.silu, hardware, kept)
+    np.testing.assert_array_equal(routed.choice[1:], kept[1:])
+    np.testing.assert_array_equal(routed.choice[0], own[0])
+    probs = jax.nn.softmax(x @ params["router"]["kernel"])
+    np.testing.assert_allclose(routed.weight, jnp.take_along_axis(probs, routed.choice, -1), rtol=1e-5)
+    np.testing.assert_allclose(y[0], by_loop(params, MODEL, x)[0], atol=2e-5)
+    assert np.abs(y[1:] - by_loop(params, MODEL, x)[1:]).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"family": "qwen3_moe"}, "num_experts: 0: qwen3_moe has experts; expected 2 or more; nearest: 2"),
+        (
+            {"family": "mixtral", "num_experts": 2, "experts_per_token": 3},
+            "experts_per_token: 3: expected at most num_experts; nearest: 2",
+        ),
+        ({"num_experts": 4}, "num_experts: 4: llama has no experts; expected family mixtral or qwen3_moe"),
+        ({"normalize_routing": True}, "normalize_routing: True: llama has no experts; expected family"),
+    ],
+)
+def test_what_does_not_fit_together(fields, line):
+    with pytest.raises(ValueError, match="^" + line) as error:
+        resolve(ModelConfig(**fields))
+    assert "\n" not in str(error.value)
+
+
+def test_families_weigh_as_they_do():
+    make = lambda family, **more: resolve(ModelConfig(family, num_experts=4, **more))
+    assert make("mixtral").normalize_routing is True and make("qwen3_moe").normalize_routing is False
+    assert make("qwen3_moe", normalize_routing=True).normalize_routing is True
+    assert make("mixtral").experts_per_token == 2 and resolve(make("mixtral")) == make("mixtral")
+
+
+def test_adapters_are_on_attention_alone():
+    assert targets_of(MODEL, LoraConfig()) == ("query", "key", "value", "out")
+    with pytest.raises(ValueError, match=r"^adapter.targets: gate: a qwen3_moe has no such map; choices: all-linear, "):
+        targets_of(MODEL, LoraConfig(targets=("gate",)))
