@@ -36,9 +36,9 @@ def weights():
 
 
 @functools.cache
-def sampled(compute, keeps: bool = True) -> Sequences:
+def sampled(compute, keeps: bool = True, halvings: int = 0) -> Sequences:
     """Responses to 8 prompts, three each, which end early."""
-    sampler = Sampler(SAMPLING, ROOM, EOS, 0, samples_per_prompt=COPIES, keeps_routing=keeps)
+    sampler = Sampler(SAMPLING, ROOM, EOS, 0, samples_per_prompt=COPIES, keeps_routing=keeps, halvings=halvings)
     made = lambda params: loop.sample(
         params, MODEL, tiny.prompts(8), jnp.int32(0), jnp.int32(0), sampler, Runtime(compute=compute)
     )
@@ -79,6 +79,12 @@ def test_the_choice_of_every_token_is_kept():
         assert (known[there][:, 0] != known[there][:, 1]).all()
     assert (routing[:, : start - 1, 2] == OWN).all()
     assert sampled(jnp.float32, keeps=False).routing is None
+
+
+def test_compaction_takes_the_choices_along():
+    whole, halved = sampled(jnp.float32), sampled(jnp.float32, halvings=1)
+    np.testing.assert_array_equal(halved.tokens, whole.tokens)
+    np.testing.assert_array_equal(halved.routing, whole.routing)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -10,6 +10,7 @@ from jaxrlhf.algorithms import ALGORITHMS
 from jaxrlhf.algorithms.sft import SFTConfig
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
+from jaxrlhf.models.attention.kernels import hardware_of
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.linear import linear
 from jaxrlhf.models.nets import make_nets
@@ -161,3 +162,29 @@ def test_a_program_for_v5p_that_jaxlib_cannot_print_is_described():
     assert found.arguments >= vocab * dim and found.peak > found.temporaries > 0
     assert "async-update" in found.unread if found.collectives is None else found.collectives
     assert "\n" not in found.unread
+
+
+def test_the_decode_loop_gathers_tokens_and_no_experts():
+    """8 experts over 4 devices, each split over 2: of one token's rows the states are gathered over the devices that
+    share the experts, and what these computed is scattered back."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=4), find_target("v5e:4x4").devices)
+    model = resolve(
+        ModelConfig("qwen3_moe", 2048, 512, 2, 8, 8, 64, 1024, num_experts=8, experts_per_token=2)  # widths of experts
+    )
+    sampler = Sampler(Sampling(eos_ids=(2,)), ROOM, (2,), 0, keeps_routing=True)
+    prompts = Prompts(rows_of(mesh, ROWS, 32), rows_of(mesh, ROWS, 32, dtype=bool), rows_of(mesh, ROWS))  # type: ignore[arg-type]
+    runtime = BF16._replace(hardware=hardware_of(mesh.devices.flat[0]))
+
+    def rollout(params, prompts):
+        return loop.sample(params, model, prompts, jnp.int32(0), jnp.int32(0), sampler, runtime)
+
+    with jax.set_mesh(mesh):
+        params = states.abstract_params(model, "lm", jnp.float32, mesh)
+        program = jax.jit(rollout).lower(params, prompts).compile()
+    inside = [(kind, size) for runs, kind, size, _ in sent(program) if runs >= ROOM]
+    states_of_all = ROWS // 2 * model.hidden_size * 4  # of the rows of the devices that share the experts, float32
+    one_expert = model.hidden_size * model.mlp_size // 2 * 2  # bytes, of one map
+    assert max(size for _, size in inside) <= states_of_all < one_expert
+    assert (
+        {"all-gather"} <= {kind for kind, _ in inside} <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+    )

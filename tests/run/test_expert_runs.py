@@ -89,12 +89,12 @@ def test_an_exported_mixture_is_served(trained, tmp_path):
         (
             {"architecture": MOE},
             {"generate": {"max_new_tokens": 4, "int8": ["weights"]}},
-            "generate.int8: weights: models.policy: experts have no 8 bits; expected [cache] or []",
+            "generate.int8: weights: models.policy: experts are not read as 8 bits; expected [cache] or []",
         ),
         (
             {"architecture": MOE, "adapter": {"targets": ["down"]}},
             {},
-            "models.policy: adapter.targets: down: a qwen3_moe has no such map; choices: all-linear, query, ",
+            "models.policy.adapter.targets: down: a qwen3_moe has no such map; choices: all-linear, query, ",
         ),
     ],
 )
