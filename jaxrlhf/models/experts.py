@@ -105,11 +105,7 @@ def expert_block(
     if not explicit():
         return one(x, routed.choice, routed.weight, *kernels, inside=Inside()), routed
     rows = spec("batch", "seq", "hidden")
-    inside = Inside(
-        expert=names_of(layout(kernels[0]).partitions[0]),
-        embed=names_of(layout(kernels[0]).partitions[1]),
-        mlp=names_of(layout(kernels[0]).partitions[2]),
-    )
+    inside = Inside(*map(names_of, (*layout(kernels[0]).partitions,)))
     mapped = jax.shard_map(
         functools.partial(one, inside=inside),
         in_specs=(rows, rows, rows, *(layout(kernel) for kernel in kernels)),

@@ -85,9 +85,9 @@ def dispatch(x: Array, groups: Groups, copies: int) -> Array:
     return rows_at(x, groups.source // copies, groups.place, copies)
 
 
-def bring_back(y: Array, groups: Groups, shape: tuple[int, int]) -> Array:
+def bring_back(y: Array, groups: Groups, shape: tuple[int, ...]) -> Array:
     """[places, D] -> [N, k, D]: what was computed for each choice; 0 for those that have no place."""
-    return rows_at(y, groups.place, groups.source, 1).reshape(*shape, y.shape[-1])
+    return jnp.reshape(rows_at(y, groups.place, groups.source, 1), (*shape, y.shape[-1]))
 
 
 # ---- products -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -113,14 +113,11 @@ def make_nets(
     whole = functools.partial(params_of, bases=bases)
     trunk_of = lambda role: trunks[role].role if role in trunks else role
 
-    def one_pass(trunk: Role, trees: Trees, sequences: Sequences, noted: Noted | None) -> TrunkPass:
-        note = None if noted is None else lambda found: noted.append((trunk, found))
-        routing = Routing(note, sequences.routing if trunk in replays else None)
-        return run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime, routing)
-
     def read(trees: Trees, sequences: Sequences, /, *asks: Ask, noted: Noted | None = None) -> tuple[Any, ...]:
         asked = dict.fromkeys(trunk_of(role) for ask in asks for role in ask.roles)
-        passes = {trunk: one_pass(trunk, trees, sequences, noted) for trunk in asked}
+        routing = {trunk: routing_of(trunk, sequences, replays, noted) for trunk in asked}
+        run = lambda trunk: run_trunk(whole(trunk, trees), configs[trunk], sequences, runtime, routing[trunk])
+        passes = {trunk: run(trunk) for trunk in asked}
 
         def answer(ask: Ask) -> Any:
             found = [passes[trunk_of(role)] for role in ask.roles]
@@ -133,12 +130,7 @@ def make_nets(
 
     def token_stats(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> TokenStats:
         cfg, head = configs[role], gathered_head(whole(role, trees), runtime.compute)
-
-        def logits_of(hidden, columns):
-            logits = lm_logits(head, cfg, hidden)
-            keep = found.tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
-            return shape_logits(logits, sampling, found.index(columns), keep)
-
+        logits_of = shaped_logits(head, cfg, sampling, found)
         stats = in_chunks(token_logprobs, found.before(), found.tokens, logits_of, padded_vocab(cfg), stored)
         return jax.tree.map(lambda x: widen(found.rows(x), sequences), stats)
 
@@ -162,8 +154,25 @@ def make_nets(
         return found.at_last(every, sequences.valid[:, sequences.response_start - 1 :])
 
     answers = {"token_stats": token_stats, "values": values, "scores": scores, "rewards": rewards, "q": q}
-    routed = any(cfg.num_experts for cfg in configs.values())
-    return Nets(read, sample, graders, noting=(lambda noted: functools.partial(read, noted=noted)) if routed else None)
+    noting = lambda noted: functools.partial(read, noted=noted)
+    return Nets(read, sample, graders, noting=noting if any(cfg.num_experts for cfg in configs.values()) else None)
+
+
+def routing_of(trunk: Role, sequences: Sequences, replays: frozenset[Role], noted: Noted | None) -> Routing:
+    """What a pass of ``trunk`` over the rows follows, and where it says what was measured of its routers."""
+    note = None if noted is None else lambda found: noted.append((trunk, found))
+    return Routing(note, sequences.routing if trunk in replays else None)
+
+
+def shaped_logits(head: Params, cfg: ModelConfig, sampling: Sampling, found: TrunkPass) -> Callable[..., Array]:
+    """(hidden states, columns) -> the logits there, as they were sampled from."""
+
+    def logits_of(hidden: Array, columns: Array) -> Array:
+        logits = lm_logits(head, cfg, hidden)
+        keep = found.tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
+        return shape_logits(logits, sampling, found.index(columns), keep)
+
+    return logits_of
 
 
 def compared(

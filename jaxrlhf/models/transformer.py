@@ -346,8 +346,8 @@ def hidden_states(
 
         def note(routed: Routed) -> None:
             if routing.note is not None and counted is not None:
-                last = lambda x: None if x is None else x[:, x.shape[1] - routed.choice.shape[1] :]
-                told.update(router_load(routed, last(counted), last(kept)))
+                last = lambda x: x[:, x.shape[1] - routed.choice.shape[1] :]
+                told.update(router_load(routed, last(counted), None if kept is None else last(kept)))
 
         def attend(query, key, value):
             return kinds[local].attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))

@@ -28,7 +28,7 @@ def layer(cfg: ModelConfig = MODEL, seed: int = 0):
     return params, jnp.asarray(np.random.default_rng(seed).normal(size=(3, 7, cfg.hidden_size)), jnp.float32)
 
 
-def by_loop(params, cfg: ModelConfig, x):
+def by_loop(params, cfg: ModelConfig, x) -> Any:
     """Every expert computes every token; each token weighs what it chose."""
     probs = jax.nn.softmax(x @ params["router"]["kernel"])
     order = jnp.argsort(-probs, axis=-1)[..., : cfg.experts_per_token]
@@ -46,8 +46,8 @@ def test_experts_are_a_loop_over_all_of_them(hardware, normalize):
     """Output, and the gradient of every parameter and of the tokens."""
     cfg = dataclasses.replace(MODEL, normalize_routing=normalize)
     params, x = layer(cfg)
-    ours = lambda params, x: expert_block(params, cfg, x, jax.nn.silu, hardware)[0]
-    loop = lambda params, x: by_loop(params, cfg, x)
+    ours: Any = lambda params, x: expert_block(params, cfg, x, jax.nn.silu, hardware)[0]
+    loop: Any = lambda params, x: by_loop(params, cfg, x)
     np.testing.assert_allclose(ours(params, x), loop(params, x), atol=2e-5)
     square = lambda f: jax.jit(jax.grad(lambda *given: (f(*given) ** 2).sum(), argnums=(0, 1)))
     found, expected = square(ours)(params, x), square(loop)(params, x)
@@ -77,6 +77,7 @@ def test_no_token_is_dropped(blocks, spread):
     assert (np.asarray(found.source)[place[here]] == np.flatnonzero(here)).all()
     assert (np.asarray(found.source) < len(flat)).sum() == here.sum()
     if blocks:
+        assert found.owner is not None and found.used is not None
         size = places // len(found.owner)
         assert (np.asarray(found.owner)[place[here] // size] == flat[here]).all()
         assert (place[here] < found.used * size).all()

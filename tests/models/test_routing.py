@@ -56,6 +56,7 @@ def trained(sequences: Sequences, compute, replays: bool):
     )
 
     def read(params, sequences):
+        assert found.noting is not None
         noted = []
         (stats,) = found.noting(noted)(Trees({"policy": params}, {}), sequences, Ask("policy", "token_stats"))
         return stats.logprobs, noted[0][1]

@@ -18,6 +18,7 @@ from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run.export import export
 from jaxrlhf.sharding import MeshConfig, make_mesh
+from jaxrlhf.types import given
 from tests.run.test_adapters import config
 from tests.support import runs
 
@@ -38,9 +39,9 @@ def trained(root, tmp_path_factory):
         "optimizer": {"default": {"learning_rate": 1e-2}},
     }
     cfg = config("grpo", root, run, {"policy": POLICY}, **more)
-    data = dataclasses.replace(
-        cfg.data, demonstrations=dataclasses.replace(cfg.data.prompts, path=f"{text}/demonstrations.jsonl")
-    )
+    prompts = given(cfg.data.prompts, "data.prompts")
+    demonstrations = dataclasses.replace(prompts, path=f"{text}/demonstrations.jsonl")
+    data = dataclasses.replace(cfg.data, demonstrations=demonstrations)
     assert trainer.run(dataclasses.replace(cfg, data=data)) == "done"
     return runs.rows(run, "metrics"), run
 
