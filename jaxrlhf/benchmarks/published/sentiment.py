@@ -185,6 +185,7 @@ def plot(on: Any, results: Results) -> None:
     """KL and its coefficient over the run, and the gold score at the end."""
     from jaxrlhf.benchmarks import figure
 
+    on.set_size_inches(9, 2.8)
     left, middle, right = on.subplots(1, 3)
     shown = ("ppo", "target_1", "far")
     figure.plot_curves(left, results, "iterations", "kl_curve", shown)
@@ -192,7 +193,9 @@ def plot(on: Any, results: Results) -> None:
         left.axhline(target, color="gray", linewidth=0.8, linestyle="--")
     left.set(title="KL, nats a response", xlabel="iteration")
     figure.plot_curves(middle, results, "iterations", "coef_curve", shown)
-    middle.set(title="KL coefficient", xlabel="iteration", yscale="log")
+    middle.set(title="KL coefficient", xlabel="iteration", yscale="log", yticks=(0.1, 0.2, 0.5, 1, 2))
+    middle.set_yticklabels(("0.1", "0.2", "0.5", "1", "2"))
+    middle.minorticks_off()
     middle.legend(fontsize=6, frameon=False)
     figure.plot_dots(right, results, "gold")
 
