@@ -271,8 +271,10 @@ BENCHMARK = Benchmark(
 )
 
 SMALL = {"models.policy.architecture.num_layers": 1, "models.policy.architecture.hidden_size": 32}
+FEW = {"algorithm.normalize_samples": 512, "batch.preferences_per_step": 24, "eval.size": 64}
 SHORT = {
     "iterations": 40,
+    "algorithm.kl_coef": 0.5,
     "batch.prompts_per_step": 32,
     "algorithm.num_epochs": 2,
     "algorithm.kl_horizon": 250,
@@ -285,7 +287,7 @@ QUICK = dataclasses.replace(
         dataclasses.replace(CELLS[0], overrides={"iterations": 120} | SMALL),
         dataclasses.replace(
             CELLS[1],
-            overrides={"algorithm.normalize_samples": 512, "batch.preferences_per_step": 24, "eval.size": 64},
+            overrides={"epochs": 4, "optimizer.default.learning_rate": 5e-3} | FEW,
             prepare=partial(write_labels, labels=300, held_out=20),
         ),
         dataclasses.replace(CELLS[2], overrides=SHORT),
