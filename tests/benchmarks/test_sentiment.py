@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from jaxrlhf.benchmarks.published import sentiment as task
 from jaxrlhf.benchmarks.record import FinishedCell, Results
 from jaxrlhf.benchmarks.words import word_tokenizer
+from jaxrlhf.config.load import load
 from jaxrlhf.data import encode
 from jaxrlhf.data.tokenizer import decode_rows
 
@@ -115,3 +117,10 @@ def test_the_coefficient_from_afar_is_compared_seed_by_seed():
     assert task.same_from_afar(results([0.44, 0.36]))[0]
     assert not task.same_from_afar(results([0.40, 0.48]))[0]
     assert not task.same_from_afar(results([0.30, 0.40]))[0]
+
+
+def test_the_config_says_how_many_words_there_are():
+    architecture = (
+        load(Path(__file__).parents[2] / "configs/benchmarks/sentiment/sft.yaml").models["policy"].architecture
+    )
+    assert architecture is not None and architecture.vocab_size == len(word_tokenizer(task.WORDS))
