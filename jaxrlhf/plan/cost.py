@@ -235,10 +235,14 @@ def heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
 
 def forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """One forward pass, whose head reads ``one.read`` columns of each row."""
+    return layers_forward(cfg, head, one, setup).plus(head_product(cfg, head, one, setup))
+
+
+def head_product(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
+    """The head's product with ``one.read`` columns of each row."""
     tokens = one.rows / setup.shards * one.read
     last = matrices(cfg, head, setup.tensor)[-1]
-    product = DeviceWork(2 * tokens * last.size, tokens * (last.inputs * setup.compute + 2 * 4 * last.outputs))
-    return layers_forward(cfg, head, one, setup).plus(product)
+    return DeviceWork(2 * tokens * last.size, tokens * (last.inputs * setup.compute + 2 * 4 * last.outputs))
 
 
 def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
@@ -300,10 +304,9 @@ def between_slices(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup)
 def recomputed(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
     """What the backward pass does again: the head's logits where they are chunked, and the gathering of weights; under
     remat full all layers, under dots attention's products."""
-    whole, layers = forward(cfg, head, one, setup), layers_forward(cfg, head, one, setup)
-    again = DeviceWork(whole.flops - layers.flops, whole.hbm - layers.hbm) if head in ("lm", "action") else DeviceWork()
+    again = head_product(cfg, head, one, setup) if head in ("lm", "action") else DeviceWork()
     if setup.remat == "full":
-        return again.plus(layers)
+        return again.plus(layers_forward(cfg, head, one, setup))
     size, stored = (elements * setup.compute for elements in used_and_stored(cfg, head, setup))
     again = again.plus(DeviceWork(0, 2 * size if stored < size else 0, setup.sent * (size - stored)))
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
@@ -392,6 +395,8 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
             add(f"update {one.role}: recomputed", recomputed(*part).times(count), 0.0)
             add(f"update {one.role}: backward", backward(*part).times(count))
             add(f"update {one.role}: between slices", between_slices(*part).times(count))
+        elif one.kind == "divergence":  # a chunk's logits are of both models, also when they are computed again
+            add(f"update {one.role}: recomputed", head_product(*part).times(count), 0.0)
     for role, moments in setup.moments.items():
         step = optimizer(*models[role], moments, setup, setup.bases.get(role))
         add(f"update {role}: Adam", step.times(passes.updates))

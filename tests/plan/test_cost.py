@@ -261,6 +261,7 @@ def test_a_teacher_is_read_forward_in_each_update(reward):
     rows = {phase.name: phase.work for phase in phases(found, models, Setup(ALONE, moments={"policy": 8}))}
     parts = found.updates * found.micros
     assert rows["update teacher: forward"].flops == parts * cost.forward(MODEL, "lm", both[1], Setup(ALONE)).flops
+    assert rows["update teacher: recomputed"].flops == parts * 2 * 4 * 3 * EMBED, "its logits alone"
     assert not any(name.startswith("update teacher: b") for name in rows) and "update policy: backward" in rows
 
 

@@ -179,6 +179,8 @@ def test_every_metric_of_the_table_has_one_place():
     placed = [name for part in arranged.values() for name in part]
     assert sorted(placed) == sorted({*names, "mine/own"})
     assert arranged["Other"] == ["mine/own"]
+    teacher = {"teacher/divergence", "teacher/entropy", "kl/teacher", "policy/entropy"}
+    assert teacher <= {*arranged["Policy"]}, "side by side"
     assert "reward/grad_norm" in layout.arrange(["reward/grad_norm"])["Optimizer"]
 
 
