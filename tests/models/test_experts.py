@@ -13,7 +13,8 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.cpu import experts_in_blocks
 from jaxrlhf.models.experts import OWN, expert_block, route
 from jaxrlhf.models.grouped import LARGEST_BLOCK, block_size, make_groups
-from jaxrlhf.models.lora import LoraConfig, targets_of
+from jaxrlhf.models.lora import LoraConfig, assemble, merged, targets_of
+from jaxrlhf.models.transformer import Runtime, forward
 from tests.support import tiny
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_size": 12}
@@ -140,3 +141,15 @@ def test_adapters_are_on_attention_alone():
     assert targets_of(MODEL, LoraConfig()) == ("query", "key", "value", "out")
     with pytest.raises(ValueError, match=r"^adapter.targets: gate: a qwen3_moe has no such map; choices: all-linear, "):
         targets_of(MODEL, LoraConfig(targets=("gate",)))
+
+
+def test_an_adapter_beside_experts():
+    """What it adds to attention is in the merged kernels, and the experts are those of the base."""
+    base, lora = tiny.parameters(MODEL, "lm", 0), LoraConfig(rank=2, alpha=8.0)
+    params = assemble(base, tiny.adapter(MODEL, "lm", lora, 1), lora.scale)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 64, (2, 6)), jnp.int32)
+    run = tiny.program(lambda params: forward(params, MODEL, tokens, jnp.ones_like(tokens), Runtime()))
+    adapted, whole = run(params), merged(params)
+    np.testing.assert_allclose(adapted, run(whole), atol=1e-5)
+    assert np.abs(adapted - run(base)).max() > 0.01
+    assert tiny.equal_trees(whole["layers"]["mlp"], base["layers"]["mlp"])
