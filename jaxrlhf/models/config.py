@@ -28,6 +28,7 @@ class ModelConfig:
         "gpt_neox",
         "mixtral",
         "qwen3_moe",
+        "olmoe",
         "mlp",
     ] = "llama"  # the layers: normalisation, mlp, biases, soft-caps, as models of this name have them; mlp: for control
     vocab_size: int = 0  # 0: the tokenizer's

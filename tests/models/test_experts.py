@@ -12,6 +12,7 @@ from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.cpu import experts_in_blocks
 from jaxrlhf.models.experts import OWN, expert_block, route
+from jaxrlhf.models.files.hf_config import describe
 from jaxrlhf.models.grouped import LARGEST_BLOCK, block_size, make_groups
 from jaxrlhf.models.lora import LoraConfig, assemble, merged, targets_of
 from jaxrlhf.models.transformer import Runtime, forward
@@ -120,7 +121,7 @@ def test_a_kept_choice_is_followed(hardware):
             {"family": "mixtral", "num_experts": 2, "experts_per_token": 3},
             "experts_per_token: 3: expected at most num_experts; nearest: 2",
         ),
-        ({"num_experts": 4}, "num_experts: 4: llama has no experts; expected family mixtral or qwen3_moe"),
+        ({"num_experts": 4}, "num_experts: 4: llama has no experts; expected family mixtral or qwen3_moe or olmoe"),
         ({"normalize_routing": True}, "normalize_routing: True: llama has no experts; expected family"),
     ],
 )
@@ -153,3 +154,12 @@ def test_an_adapter_beside_experts():
     np.testing.assert_allclose(adapted, run(whole), atol=1e-5)
     assert np.abs(adapted - run(base)).max() > 0.01
     assert tiny.equal_trees(whole["layers"]["mlp"], base["layers"]["mlp"])
+
+
+def test_a_score_that_transformers_has_no_class_for_is_not_exported():
+    cfg = resolve(ModelConfig("olmoe", num_experts=4, **SIZES))
+    with pytest.raises(
+        ValueError, match=r"^export: transformers has no class of olmoe with a scalar head; expected lm$"
+    ):
+        describe(cfg, "scalar")
+    assert describe(cfg, "lm")["num_experts"] == 4

@@ -260,13 +260,13 @@ def test_what_is_not_supported_is_named(family, changes, line):
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("head", ["lm", "scalar"])
+@pytest.mark.parametrize(("family", "head"), [(name, head) for name in FAMILIES for head in FAMILIES[name].hf.classes])
 def test_a_model_from_scratch_comes_back_from_its_folder(family, head, tmp_path):
     """Whatever the family's defaults are; norms and all other weights to the bit."""
     window: dict[str, Any] = {"sliding_window": 4} if FAMILIES[family].hf.windows else {}
     local: dict[str, Any] = {"local_rope_theta": 50.0} if family == "gemma3_text" else {}
-    cfg = resolve(ModelConfig(family=family, num_layers=3, tie_embeddings=False, **SMALL, **window, **local))
+    experts: dict[str, Any] = {"num_experts": 3} if FAMILIES[family].experts else {}
+    cfg = resolve(ModelConfig(family=family, num_layers=3, tie_embeddings=False, **SMALL, **window, **local, **experts))
     rng = np.random.default_rng(0)
     params = tiny.parameters(cfg, head, 0)
     params["layers"]["attention"]["query"]["kernel"] = jnp.asarray(rng.normal(size=(3, 32, 4, 8)), jnp.float32)

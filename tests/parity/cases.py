@@ -158,6 +158,13 @@ CASES |= {
         "num_experts_per_tok": 3,
         "norm_topk_prob": True,
     },
+    "olmoe": {
+        **LLAMA,
+        "model_type": "olmoe",
+        "num_key_value_heads": 2,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+    },
     "qwen3_moe: plain weights": {
         **MOE,
         "model_type": "qwen3_moe",
@@ -202,6 +209,11 @@ def law_of_parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def family_of(case: str) -> str:
     return CASES[case]["model_type"]
+
+
+def heads_of(case: str) -> tuple[str, ...]:
+    """Those that transformers has a class for."""
+    return tuple(FAMILIES[family_of(case)].hf.classes)
 
 
 def config_of(case: str, head: str) -> dict:

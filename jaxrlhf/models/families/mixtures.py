@@ -1,6 +1,6 @@
-"""Mixtures of experts: Mixtral, and the mixtures of Qwen 3."""
+"""Mixtures of experts: Mixtral, the mixtures of Qwen 3, and OLMoE."""
 
-from jaxrlhf.models.families.llama import FIELDS, HEAD_NORMS, LLAMA, PLAIN, SILU
+from jaxrlhf.models.families.llama import FIELDS, HEAD_NORMS, LLAMA, PLAIN, SILU, WHOLE_NORMS
 from jaxrlhf.models.families.traits import Module, Windows
 
 
@@ -56,7 +56,25 @@ QWEN3_MOE = LLAMA._replace(
     windows=Windows(size=4096, switch="use_sliding_window", types=False),
 )
 
+OLMOE = QWEN3_MOE._replace(
+    model_type="olmoe",
+    classes={"lm": "OlmoeForCausalLM"},
+    fields={name: field for name, field in FIELDS.items() if name != "head_dim"}
+    | {
+        "max_positions": ("max_position_embeddings", 4096),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "attention_bias": ("attention_bias", False),
+        "num_experts": ("num_experts", 64),
+        "experts_per_token": ("num_experts_per_tok", 8),
+        "normalize_routing": ("norm_topk_prob", False),
+    },
+    fixed=SILU | {"clip_qkv": (None,), "head_dim": (None,)},
+    modules=AROUND | WHOLE_NORMS | expert_modules("mlp", "gate_proj", "up_proj", "down_proj"),
+    windows=None,
+)
+
 FAMILIES = {
     "mixtral": PLAIN._replace(experts="normalized", hf=MIXTRAL),
     "qwen3_moe": PLAIN._replace(query_key_norm="head", experts="plain", hf=QWEN3_MOE),
+    "olmoe": PLAIN._replace(query_key_norm="all", experts="plain", hf=OLMOE),
 }

@@ -213,6 +213,9 @@ def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, 
     Raises ValueError, in one line, for a model that the family's class in transformers cannot be."""
     family = FAMILIES[cfg.family]
     names = family.hf
+    if head not in names.classes:
+        wrong = f"transformers has no class of {names.model_type} with a {head} head"
+        raise ValueError(f"export: {wrong}; expected {' or '.join(names.classes)}")
     raw = {"architectures": [names.classes[head]], "model_type": names.model_type}
     said = dataclasses.replace(cfg, query_pre_attn_scalar=cfg.query_pre_attn_scalar or cfg.head_dim)
     raw |= {theirs: getattr(said, ours) for ours, (theirs, _) in names.fields.items()}
