@@ -30,7 +30,7 @@ from jaxrlhf.log.run_dir import is_local, lock_run_dir
 from jaxrlhf.log.trackers import check_installed
 from jaxrlhf.plan.device_memory import need_room
 from jaxrlhf.rewards.graders import GraderError
-from jaxrlhf.run import announce, checkpoint, normalize, saved_run, verified_steps
+from jaxrlhf.run import announce, checkpoint, normalize, quantization_mismatch, saved_run, verified_steps
 from jaxrlhf.run.ahead import Ahead
 from jaxrlhf.run.bad_batch import NotFinite
 from jaxrlhf.run.build import Run, build
@@ -212,6 +212,9 @@ class Trainer:
         with self.log.doing("loading"):
             state = for_programs(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
         write_config(cfg, raw)
+        if not start:
+            with self.log.doing("loading"):
+                quantization_mismatch.tell(self.ready, state, self.feed, self.log)
         for line in checkpoint.describe_room(cfg.run_dir, state, cfg.checkpoint.keep):
             self.log.say(line)
         with self.log.doing("compiling"):

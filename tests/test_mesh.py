@@ -73,9 +73,15 @@ ADAPTERS_TRUNK = *TRUNK[:-1], TRUNK[-1] | LORA
 # experts, of which expert = 2 has two each; of the same rows as without it
 MOE_MODEL = resolve(ModelConfig("qwen3_moe", 64, 16, 2, mlp_size=8, num_experts=4, experts_per_token=2))
 EXPERTS = "grpo", MOE_MODEL, GRPOConfig(num_minibatches=2), 2, 4
+# the same base in 4 bits, which decoding merges, or reads beside the adapter; 16 features are one block, which fsdp
+# cuts
+QUANTIZED = *ADAPTERS[:-1], LORA | {"quantization": "nf4"}
+QUANTIZED_BESIDE = *GROUPS, LORA | {"quantization": "nf4", "merge_adapter": False}
 CASES: dict[str, tuple] = {
     "experts": EXPERTS,
     "adapters": ADAPTERS,
+    "quantized": QUANTIZED,
+    "quantized beside": QUANTIZED_BESIDE,
     "adapters packed": ADAPTERS_PACKED,
     "adapters trunk": ADAPTERS_TRUNK,
     "plain": PLAIN,
@@ -152,6 +158,7 @@ def ran(shape: Shape, which: str) -> Ran:
         "adapters packed",
         "adapters trunk",
     )
+    few += ("quantized", "quantized beside")
     iterations = 2 if which in few else ITERATIONS
     compiled: list[str] = []
 
@@ -193,12 +200,15 @@ NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
 RUNS: list = [((1, 2, 2, 2, 2), "groups"), ((1, 2, 2, 1, 2), "adapters"), ((1, 2, 2, 1, 1, 2), "experts")]
 RUNS += [NIGHTLY(shape, "experts") for shape in ((1, 1, 2, 1, 1, 4), (1, 2, 2, 1, 2, 2), (2, 2, 2))]
 RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters packed", "adapters trunk")]
+# by day: models/test_quantized, one forward and backward pass
+RUNS += [NIGHTLY((2, 2, 2), "quantized"), NIGHTLY((1, 2, 2, 1, 2), "quantized beside")]
 RUNS += [NIGHTLY(shape, "groups") for shape in ((2, 2, 2), (1, 2, 2, 2), (1, 4, 2, 1, 2))]
 RUNS += [NIGHTLY(shape, "plain") for shape in MESHES]
 RUNS += [NIGHTLY((2, 2, 2), name) for name in ("odd", "packed", "trunk", "nine", "wide")]
 RUNS += [NIGHTLY((1, 4, 2, 1, 2), "odd")]
 # by day: the cut groups of pmap against one device's whole ones, below
-MAPPED = [
+MAPPED = [NIGHTLY(4, "quantized")]
+MAPPED += [
     NIGHTLY(*case)
     for case in ((8, "cut"), (4, "adapters"), (4, "odd"), (8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))
 ]

@@ -21,20 +21,26 @@ def export(
     role: Annotated[str, typer.Option(help="Whose weights: policy, reward, value, ...")] = "policy",
     step: StepOption = "",
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the adapter alone, as PEFT does.")] = False,
+    dequantized: Annotated[
+        bool, typer.Option("--dequantized", help="Merge an adapter into the quantised weights, as it was trained.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a folder that is not empty; do not ask.")] = False,
     strict: StrictOption = False,
 ) -> None:
     """Write the weights of one role, or of a GGUF file, as a Hugging Face folder, which transformers loads.
 
-    An adapter is merged into them; or with --adapter it is written alone, as a folder that PEFT loads."""
+    An adapter is merged into them: one on quantised weights into those that init_from names, or with --dequantized
+    into what it was trained on. With --adapter it is written alone, as a folder that PEFT loads."""
+    from jaxrlhf.errors import ConfigError
+
     name = name_step(run, step)
     if run.startswith("gguf:"):
         need_empty_folder(to, force)
-        from jaxrlhf.errors import ConfigError
         from jaxrlhf.serve.writer import export_model
 
-        if adapter:
-            raise ConfigError(f"--adapter: {run} has none; expected a run with models.policy.adapter")
+        if adapter or dequantized:
+            option = "--adapter" if adapter else "--dequantized"
+            raise ConfigError(f"{option}: {run} has no adapter; expected a run with models.policy.adapter")
 
         export_model(run, to)
         typer.echo(f"{run} written to {to}")
@@ -46,8 +52,10 @@ def export(
     from jaxrlhf.run.export import export as export_role
     from jaxrlhf.run.export import export_adapter
 
+    if adapter and dequantized:
+        raise ConfigError("--dequantized: an adapter alone is written with --adapter; expected one of them")
     processes.on_main(lambda: need_empty_folder(to, force))
-    which, notes = (export_adapter if adapter else export_role)(name, role, to)
+    which, notes = export_adapter(name, role, to) if adapter else export_role(name, role, to, dequantized)
     what = "adapter of " if adapter else ""
     if main:
         typer.echo("\n".join([f"{what}{role} of {run}, {which}, written to {to}", *notes]))

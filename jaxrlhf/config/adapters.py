@@ -52,8 +52,33 @@ def bases_of(cfg: Config, roles: Roles) -> dict[Role, Based]:
         adapters = {role: adapter_of(cfg, roles, role) for role in members}
         if any(adapters.values()) or TEACHER in members:
             based = [role for role in members if adapters[role] or role not in roles.trained]
-            found |= {role: Based(f"{BASE}{base}", adapters[role]) for role in based}
+            asked = (cfg.models[role].base_quantization for role in based)
+            kind = next((one for one in asked if one is not None), None)
+            found |= {role: Based(f"{BASE}{base}", adapters[role], kind) for role in based}
     return found
+
+
+def quantization_problems(cfg: Config, roles: Roles) -> Iterator[str]:
+    """What is quantised is frozen under an adapter, all that share it say the same, and decoding beside it has one."""
+    bases = bases_of(cfg, roles)
+    for role, model in cfg.models.items():
+        kind, where = model.base_quantization, f"models.{role}.base_quantization"
+        if kind is None:
+            continue
+        if model.adapter is None:
+            yield f"{where}: {kind}: {role} has no adapter, under which weights are frozen; expected null, or adapter"
+        elif role in bases and bases[role].quantization != kind:
+            other = bases[role].quantization
+            first = next(one for one in bases if cfg.models[one].base_quantization == other)
+            yield f"{where}: {kind}: {first} has {other} for the same weights; nearest: {other}"
+    if cfg.generate.merge_adapter:
+        return
+    if "policy" not in bases or bases["policy"].quantization is None:
+        wrong = "models.policy.base_quantization is null, so it would save nothing"
+        yield f"generate.merge_adapter: false: {wrong}; expected true, or int8 or nf4 there"
+    elif "weights" in cfg.generate.int8:
+        wrong = "generate.int8 has weights, which are merged ones"
+        yield f"generate.merge_adapter: false: {wrong}; expected true, or generate.int8 without weights"
 
 
 def adapter_problems(cfg: Config, roles: Roles) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from jaxrlhf.config.adapters import adapter_problems
+from jaxrlhf.config.adapters import adapter_problems, quantization_problems
 from jaxrlhf.config.batch import divisors, longest_row, rows_of, rows_taken
 from jaxrlhf.config.environment import environment_problems
 from jaxrlhf.config.field_types import hints
@@ -54,7 +54,7 @@ def check(cfg: Config, num_devices: int, source: str = "config", place: str = "h
         *alarm_problems(cfg),
         *bar_problems(cfg.bars),
         *device_problems(found, num_devices, place),
-        *(adapter_problems(cfg, found.roles) if not problems else ()),
+        *([*adapter_problems(cfg, found.roles), *quantization_problems(cfg, found.roles)] if not problems else ()),
     ]
     if problems:
         raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))

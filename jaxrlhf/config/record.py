@@ -13,6 +13,7 @@ from jaxrlhf.log.metrics import LogConfig
 from jaxrlhf.models.attention.kernels import Asked
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.lora import LoraConfig
+from jaxrlhf.models.quantized import Quantization
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.rewards.environments import EnvironmentConfig
 from jaxrlhf.rewards.functions import RewardsConfig
@@ -32,6 +33,7 @@ class RoleConfig:
     router_aux_loss_coef: float = 0.0  # of a mixture of experts that learns: weight of the load-balance loss
     router_z_loss_coef: float = 0.0  # of the squared logsumexp of its routers' logits
     replay_routing: bool = False  # policy: updates follow the experts that the sampler chose for each token
+    base_quantization: Quantization | None = None  # QLoRA: the frozen weights of layers in 8 bits (int8) or 4 (nf4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,4 +17,5 @@ class GenerateConfig:
     beta: float = 0.0  # of a run with Q heads: sample from policy * exp(beta * (Q - V)); 1e6: greedily by Q; 0: policy
     stop: tuple[str, ...] = ()  # texts that end a response, besides the EOS tokens
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits: weights, cache; the trainer's log-probs are not its
+    merge_adapter: bool = True  # once a rollout; false: decode beside the base_quantization: less memory, and slower
     halvings: int = 0  # times, each compiled, that half of the responses (to a prompt; on a device) go on alone

@@ -46,6 +46,8 @@ METRICS = [
     <role>/expert_load_max | - | tokens of the busiest expert of a layer, as a multiple of the mean
     <role>/expert_load_entropy | nats | entropy of the experts' shares of a layer's tokens
     <role>/routing_replaced | share | choices of experts that were kept from sampling and that the router would change
+    <role>/quantization_error | share | RMS error of the quantised weights of its base over their RMS; at step 0
+    <role>/quantization_mismatch | nats | absolute difference of a token's log-probs by them and as they were; at step 0
     <role>/spikes | share | updates of the role that were left out by spike_sigmas
     update/not_finite | share | updates that were left out: a loss, gradient or new parameter was NaN or infinite
     policy/updates_skipped | share | updates that were skipped because of stop_kl

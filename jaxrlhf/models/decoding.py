@@ -24,9 +24,10 @@ from jaxrlhf.models.config import ModelConfig, local_layers
 from jaxrlhf.models.cpu import decodes_by_output
 from jaxrlhf.models.experts import Routed
 from jaxrlhf.models.int8 import Int8, quantized
-from jaxrlhf.models.linear import OUT_FIRST, gathered, in_int8, out_first
+from jaxrlhf.models.linear import LORA_A, LORA_B, OUT_FIRST, gathered, in_int8, inputs, out_first, used_whole
 from jaxrlhf.models.lora import merged
 from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
+from jaxrlhf.models.quantized import PACKED, placed
 from jaxrlhf.models.transformer import (
     LayerKind,
     Runtime,
@@ -72,8 +73,8 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
 
     In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
     vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice. Adapters are added
-    to their kernels. Where the run asks for int8, kernels are quantised before they are gathered, and a head of tied
-    embeddings after."""
+    to their kernels, but for quantised ones where the run has decoding read these as they are. Where the run asks for
+    int8, kernels are quantised before they are gathered, and a head of tied embeddings after."""
     table = parameter_table(cfg, head)
     int8 = "weights" in runtime.int8
 
@@ -85,6 +86,11 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
         return constrain(constrain(x, *axes), *gathered(axes))
 
     def lay_out(table, params):
+        if isinstance(params.get("kernel"), PACKED) and not runtime.merge_adapter:
+            return beside(table, params, runtime.compute)
+        if any(isinstance(part, dict) for part in params.values()):
+            return {name: lay_out(table[name], part) for name, part in params.items()}
+        table = {name: table[name] for name in params if name in table}
         return jax.tree_util.tree_map_with_path(one, table, merged(params), is_leaf=lambda x: isinstance(x, Leaf))
 
     laid: Params = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
@@ -96,6 +102,20 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     return by_outputs(laid, table) if decodes_by_output(rows, runtime.hardware) else laid
 
 
+def beside(table: dict, params: Params, compute) -> Params:
+    """A linear map whose kernel is quantised, as decoding reads it: gathered as it is, A and B beside it."""
+    leaf = table["kernel"]
+    axes = weight_axes(leaf)[len(leaf.axes) - params["kernel"][0].ndim :]
+    ins, found = inputs(axes), {"kernel": used_whole(placed(params["kernel"], axes), axes)}
+    others = {LORA_A: (*axes[:ins], "rank"), LORA_B: ("rank", *axes[ins:])}
+    if "bias" in params:
+        others["bias"] = axes[len(axes) - params["bias"].ndim :]
+    for name, own in others.items():
+        if name in params:
+            found[name] = constrain(constrain(params[name].astype(compute), *own), *gathered(own))
+    return found
+
+
 def tied_in_int8(tokens: Params) -> Int8:
     """Embeddings [V, D] as the kernel of a head, [D, V]."""
     return Int8(*map(jnp.transpose, quantized(tokens["embedding"], (1,))))
@@ -105,6 +125,8 @@ def by_outputs(params: Params, table: dict) -> Params:
     """``params`` in decode_layout with all kernels as linear.out_first makes them; tied embeddings are a head too."""
 
     def change(table, params):
+        if isinstance(params.get("kernel"), PACKED):
+            return params
         if "kernel" in table:
             leaf = table["kernel"]
             if "expert" in leaf.axes:

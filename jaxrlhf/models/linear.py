@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxrlhf.models.int8 import Int8, quantized
+from jaxrlhf.models.quantized import PACKED, Packed, part_axes, unpacked
 from jaxrlhf.sharding import constrain, explicit, gathers_in_steps, spec, split_over
 from jaxrlhf.types import Array, Params
 
@@ -36,12 +37,14 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
     so its gradient is scattered here; a contraction over a split axis (heads, mlp) is summed over the mesh. Whatever
     is recomputed backward, a gathered kernel is never kept for it: what is kept is its part, which is gathered again.
     """
-    where = spec(*out_axes)
     if OUT_FIRST in params:
         return plus_bias(params, by_output(params[OUT_FIRST], x, equation, out_axes, dtype), axes)
-    if isinstance(params["kernel"], Int8):
-        return plus_bias(params, by_int8(params["kernel"], x, equation, inputs(axes), where, dtype), axes)
-    y = checkpoint_name(gathered_product(params["kernel"], x, equation, axes, out_axes, dtype), PRODUCT)
+    if isinstance(params["kernel"], PACKED):
+        like = layout(x) if explicit() else None, x.dtype
+        y = times_packed(params["kernel"], x, equation, spec(*out_axes), axes, dtype, like)
+    else:
+        y = gathered_product(params["kernel"], x, equation, axes, out_axes, dtype)
+    y = checkpoint_name(y, PRODUCT)
     if LORA_A in params:
         y = y + low_rank(params[LORA_A], params[LORA_B], x, equation, axes, out_axes, dtype)
     return plus_bias(params, y, axes)
@@ -203,7 +206,7 @@ def by_output(kernel: Array, x: Array, equation: str, out_axes: Axes, dtype=None
     return jnp.transpose(jax.lax.optimization_barrier(y), [made.index(name) for name in out])
 
 
-# ---- 8 bits ---------------------------------------------------------------------------------------------------------
+# ---- 8 and 4 bits ---------------------------------------------------------------------------------------------------
 
 
 def in_int8(kernel: Array, axes: Axes) -> Int8:
@@ -213,9 +216,53 @@ def in_int8(kernel: Array, axes: Axes) -> Int8:
     return Int8(constrain(found.values, *whole), constrain(found.scale, *(None,) * ins, *whole[ins:]))
 
 
-def by_int8(kernel: Int8, x: Array, equation: str, ins: int, where: Any, dtype=None) -> Array:
-    """What ``linear`` computes before the bias, of such a kernel: it is widened where the product reads it, and the
-    scales are applied to what comes out."""
-    values = kernel.values.astype(x.dtype)
-    y = jnp.einsum(equation, x, values, out_sharding=where, preferred_element_type=dtype)
-    return (y * jnp.squeeze(kernel.scale, tuple(range(ins)))).astype(y.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def times_packed(kernel: Packed, x: Array, equation: str, where: Any, axes: Axes, dtype: Any, like: tuple) -> Array:
+    """einsum(equation, x, the weights that ``kernel`` stands for), where these are frozen: no gradient is theirs.
+
+    The weights are there in x's dtype for this product alone, and again for its backward pass, which keeps ``kernel``
+    and no more: else a copy of all layers would be kept. ``like``: layout and dtype of x."""
+    kernel = used_packed(kernel, x, axes)
+    if isinstance(kernel, Int8):  # its scales are applied to what comes out
+        y = jnp.einsum(equation, x, kernel.values.astype(x.dtype), out_sharding=where, preferred_element_type=dtype)
+        return (y * jnp.squeeze(kernel.scale, tuple(range(inputs(axes))))).astype(y.dtype)
+    return jnp.einsum(equation, x, unpacked(kernel, x.dtype), out_sharding=where, preferred_element_type=dtype)
+
+
+def times_packed_forward(
+    kernel: Packed, x: Array, equation: str, where: Any, axes: Axes, dtype: Any, like: tuple
+) -> tuple[Array, Packed]:
+    return times_packed(kernel, x, equation, where, axes, dtype, like), kernel
+
+
+def times_packed_backward(
+    equation: str, where: Any, axes: Axes, dtype: Any, like: tuple, kernel: Packed, dy: Array
+) -> tuple[None, Array]:
+    (split, compute), (ins, out) = like, equation.split("->")
+    left, right = ins.split(",")
+    kernel = used_packed(kernel, dy, axes)
+    if isinstance(kernel, Int8):
+        dy = dy * jnp.squeeze(kernel.scale, tuple(range(inputs(axes))))
+        weights = kernel.values.astype(compute)
+    else:
+        weights = unpacked(kernel, compute)
+    return None, jnp.einsum(f"{out},{right}->{left}", dy.astype(compute), weights, out_sharding=split)
+
+
+times_packed.defvjp(times_packed_forward, times_packed_backward)
+
+
+def used_packed(kernel: Packed, after: Array, axes: Axes) -> Packed:
+    """``used_whole``, not before ``after`` is there: else XLA could compute the weights of all layers, or for all
+    tokens, at once and keep them."""
+    return jax.lax.optimization_barrier((used_whole(kernel, axes), after))[0]
+
+
+def used_whole(kernel: Packed, axes: Axes) -> Packed:
+    """``kernel`` whole along ``embed``, gathered as 8 or 4 bits."""
+
+    def one(part: Array) -> Array:
+        names = part_axes(part, axes)
+        return whole(halfway(part, names), names)
+
+    return type(kernel)(*map(one, kernel))

@@ -18,6 +18,7 @@ from jaxrlhf.errors import nearest
 from jaxrlhf.models.config import MLP, ModelConfig
 from jaxrlhf.models.linear import LORA_A, LORA_B, inputs, layout
 from jaxrlhf.models.parameters import Leaf, draw_table, parameter_table, scalar_table
+from jaxrlhf.models.quantized import PACKED, Quantization, unpacked
 from jaxrlhf.sharding import explicit
 from jaxrlhf.types import Array, Head, Params, Role, Trees
 
@@ -58,6 +59,7 @@ class Based(NamedTuple):
 
     base: Role  # the name of the frozen weights in TrainState.slow
     lora: LoraConfig | None  # None: it is the base with the adapter off
+    quantization: Quantization | None = None  # of the base's linear maps
 
 
 def targets_of(cfg: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
@@ -132,7 +134,7 @@ def params_of(role: Role, trees: Trees, bases: Mapping[Role, Based]) -> Params:
     own = trees.of(role)
     if role not in bases or is_whole(own):
         return own
-    base, lora = bases[role]
+    base, lora, _ = bases[role]
     return assemble(trees.slow[base], own, 1.0 if lora is None else lora.scale)
 
 
@@ -172,13 +174,14 @@ def assemble(base: Params, own: Params, scale: float) -> Params:
 
 def merged(params: Params, dtype=jnp.float32) -> Params:
     """``params`` whose kernels hold their adapters: W + A B, added in float32 and then of ``dtype``. Those of all
-    layers, or of one."""
+    layers, or of one. A quantised W is added as the numbers that it stands for."""
     if LORA_A in params:
-        kernel, a, b = (params[name].astype(jnp.float32) for name in ("kernel", LORA_A, LORA_B))
+        kernel, a, b = (unpacked(params[name], jnp.float32) for name in ("kernel", LORA_A, LORA_B))
         stacked = a.ndim + b.ndim - 2 != kernel.ndim
         dimensions = (((a.ndim - 1,), (1,)), ((0,), (0,))) if stacked else (((a.ndim - 1,), (0,)), ((), ()))
-        where = layout(params["kernel"]) if explicit() else None
+        where = layout(kernel) if explicit() else None
         product = jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST, out_sharding=where)
         rest = {name: x for name, x in params.items() if name not in (LORA_A, LORA_B)}
         return rest | {"kernel": (kernel + product).astype(dtype)}
-    return {name: merged(part, dtype) if isinstance(part, dict) else part for name, part in params.items()}
+    one = lambda part: unpacked(part, dtype) if isinstance(part, PACKED) else part
+    return {name: merged(part, dtype) if isinstance(part, dict) else one(part) for name, part in params.items()}

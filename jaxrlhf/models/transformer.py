@@ -39,6 +39,7 @@ class Runtime(NamedTuple):
     hardware: Hardware = Hardware()  # that programs are compiled for
     scan_layers: bool | None = True  # one compiled body for all layers; False: each has its own; None: see ``scans``
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits
+    merge_adapter: bool = True  # into the kernels that decoding reads; False: beside the quantised ones
     interpret: bool = False  # run Pallas kernels step by step, on any platform (slow: for tests)
 
 
@@ -401,7 +402,10 @@ def through_layers(
         return x, measured
 
     measured = []
-    if rounds:
+    if rounds and period == 1:  # as they are stacked: what the backward pass reads of them is then no copy
+        x, told = jax.lax.scan(lambda x, params: layer_of(local[0], True)(params, x), x, stacked)
+        measured = [jax.tree.map(lambda y: y.sum(0), told)]
+    elif rounds:
         fold = lambda w: w[: rounds * period].reshape(rounds, period, *w.shape[1:])
         x, found = jax.lax.scan(one_round, x, jax.tree.map(fold, stacked))
         measured = [jax.tree.map(lambda y: y.sum(0), told) for told in found]

@@ -51,10 +51,11 @@ def describe_adapters(ready: Run) -> list[str]:
         own = {role: count_of(own_table(ready.configs[role], ready.heads[role], bases[role].lora)) for role in members}
         learned = {role: count for role, count in own.items() if role in ready.recipe.optimizers}
         frozen = count_of(base_table(ready.configs[members[0]], {ready.heads[role] for role in members}))
+        kind = bases[members[0]].quantization
         each = ", ".join(f"{role} {short_count(count)}" for role, count in learned.items())
         lines.append(
             f"adapters: {short_count(sum(learned.values()))} parameters learn ({each}); {short_count(frozen)} are "
-            f"frozen, kept once for {', '.join(members)}"
+            f"frozen, kept once for {', '.join(members)}" + (f", the layers in {kind}" if kind else "")
         )
     return lines
 

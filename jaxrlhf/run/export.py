@@ -15,6 +15,7 @@ from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import MLP
 from jaxrlhf.models.files import hf_config, hf_weights, peft
 from jaxrlhf.run.export_pad_token import with_own_pad
+from jaxrlhf.run.original_base import end_of_chain, merged_with_original
 from jaxrlhf.run.saved_run import based_of, describe_step, model_of, read_extra, restore_model, restore_own
 from jaxrlhf.run.verified_steps import reading
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -27,22 +28,31 @@ def token_ids(tokenizer: Any, generation_config: Mapping[str, Any] | None) -> hf
     return hf_config.TokenIds(eos, tokenizer.bos_token_id, tokenizer.pad_token_id)
 
 
-def export(name, role: Role, to) -> tuple[str, list[str]]:
+def export(name, role: Role, to, dequantized: bool = False) -> tuple[str, list[str]]:
     """Write one role of a run (RUN, RUN@best, RUN@40) as a HF folder, tokenizer included. A reward model gets a pad
     token of its own. Returns which step it was, in words, and what differs from the run, or in transformers.
 
-    Raises FileNotFoundError for a run without checkpoints, ValueError for a step or a role that it does not have."""
+    An adapter on a quantised base is merged into the weights that this was made from; ``dequantized``: into what it
+    was trained on, the numbers that the quantised ones stand for.
+
+    Raises FileNotFoundError for a run without checkpoints, ValueError for a step or a role that it does not have, and
+    where those weights are gone."""
     with reading():
-        return export_role(name, role, to)
+        return export_role(name, role, to, dequantized)
 
 
-def export_role(name, role: Role, to) -> tuple[str, list[str]]:
+def export_role(name, role: Role, to, dequantized: bool = False) -> tuple[str, list[str]]:
     """``export``, while the run's steps stay where they are."""
     (step, extra), (run_dir, _) = read_extra(name), split_step(name)
-    dtype = dtype_of(extra, run_dir, role)
-    mesh = make_mesh(MeshConfig())
+    dtype, based = jnp.dtype(dtype_of(extra, run_dir, role)), based_of(extra["models"][role])
+    mesh, quantized = make_mesh(MeshConfig()), based is not None and based.quantization is not None
+    if dequantized and not quantized:
+        raise ValueError(f"--dequantized: {run_dir}: the weights of its {role} are not quantised; leave it out")
     with jax.set_mesh(mesh):
-        params = restore_model(run_dir, step, extra["models"], role, jnp.dtype(dtype), mesh)
+        if quantized and not dequantized:
+            params = merged_with_original(run_dir, step, extra, role, dtype, mesh)
+        else:
+            params = restore_model(run_dir, step, extra["models"], role, dtype, mesh)
         notes = write_folder(params, run_dir, extra, role, to)
     return describe_step(run_dir, step), notes
 
@@ -56,7 +66,7 @@ def export_adapter(name, role: Role, to) -> tuple[str, list[str]]:
     with reading():
         (step, extra), (run_dir, _) = read_extra(name), split_step(name)
         dtype_of(extra, run_dir, role)
-        models, start = extra["models"], origin_of(read_yaml(extra["config"], "config"), role)
+        models, (_, start) = extra["models"], end_of_chain(read_yaml(extra["config"], "config"), role)
         based = based_of(models[role])
         if based is None or based.lora is None:
             adapted = [other for other, record in models.items() if record.get("adapter")]
@@ -66,14 +76,6 @@ def export_adapter(name, role: Role, to) -> tuple[str, list[str]]:
             own = restore_own(run_dir, step, models, role, mesh)
             notes = peft.save(own, cfg, head, based.lora, to, start)
     return describe_step(run_dir, step), notes
-
-
-def origin_of(tree: Mapping[str, Any], role: Role) -> str:
-    """Where the weights of a role of a saved config come from: what its chain of init_from ends at."""
-    models = tree["models"]
-    while (start := models[role].get("init_from")) in models:
-        role = start
-    return start or ""
 
 
 def dtype_of(extra: Mapping[str, Any], run_dir: str, role: Role) -> str:

@@ -67,10 +67,14 @@ class Feed:
 
     def first_records(self) -> list[dict[str, Any]]:
         """The records of this process's prompts in the next iteration; the stream stays where it is."""
+        return self.first()[1]
+
+    def first(self) -> tuple[Batch, list[dict[str, Any]]]:
+        """``next``, after which the stream is where it was."""
         state = self.get_state()
-        _, records = self.next()
+        found = self.next()
         self.set_state(state)
-        return records
+        return found
 
     def shapes(self) -> Iterator[Batch]:
         """A batch (of shapes with layouts, global rows) for every shape that can come: no prompts wider than the bucket

@@ -11,6 +11,8 @@ from jaxrlhf.config.adapters import starting_adapter
 from jaxrlhf.config.members import grader_of
 from jaxrlhf.models.files import hf_weights, peft
 from jaxrlhf.models.lora import Based, assemble, base_table, merged, own_table
+from jaxrlhf.models.parameters import Leaf, parameter_table
+from jaxrlhf.models.quantized import Quantization
 from jaxrlhf.run import saved_run, state
 from jaxrlhf.run.build import Blueprint, Run
 from jaxrlhf.run.origins import base_role, located
@@ -34,10 +36,11 @@ def initial_state(run: Run) -> TrainState:
 
 
 def read_base(run: Run, name: Role, bases: Mapping[Role, Based]) -> Params:
-    """The frozen weights that roles share, in precision.params: a language model, or a trunk where none of them is."""
+    """The frozen weights that roles share, in precision.params: a language model, or a trunk where none of them is.
+    Where they are quantised, each leaf of a folder is as it comes."""
     members = [role for role, based in bases.items() if based.base == name]
     first = next((role for role in members if run.heads[role] == "lm"), members[0])
-    params = read_plain(run, first, jnp.dtype(run.cfg.precision.params))
+    params = read_plain(run, first, jnp.dtype(run.cfg.precision.params), bases[first].quantization)
     return params if run.heads[first] == "lm" else {part: x for part, x in params.items() if part != "head"}
 
 
@@ -84,8 +87,9 @@ def read_weights(run: Run, role: Role) -> Params:
     return for_programs(whole, run.mesh)
 
 
-def read_plain(run: Run, role: Role, dtype=None) -> Params:
-    """``read_weights`` without the adapter; ``dtype``: by default that of the role."""
+def read_plain(run: Run, role: Role, dtype=None, kind: Quantization | None = None) -> Params:
+    """``read_weights`` without the adapter; ``dtype``: by default that of the role; ``kind``: how layers are
+    quantised."""
     found, head, zero = run.weights[role], run.heads[role], role in ZERO
     key, dtype = key_of(run, role), run.dtype_of(role) if dtype is None else dtype
     if head == "action":  # the heads of one trunk differ, but for a target and what it follows
@@ -97,8 +101,16 @@ def read_plain(run: Run, role: Role, dtype=None) -> Params:
     if found.kind == "run":
         models = found.record["models"]
         params = saved_run.restore_model(found.path, found.step, models, found.role, dtype, run.mesh)
+        table = parameter_table(found.config, saved_run.model_of(models[found.role])[1])
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf, x: state.pack_leaf(path[-1].key, leaf, x, kind),
+            {name: table[name] for name in params},
+            params,
+            is_leaf=lambda x: isinstance(x, Leaf),
+        )
     else:
-        params = hf_weights.load(found.path or "", found.config, found.head or "scalar", dtype)
+        change = lambda name, leaf, x: state.pack_leaf(name, leaf, x, kind)
+        params = hf_weights.load(found.path or "", found.config, found.head or "scalar", dtype, change=change)
         if found.head is None:
             del params["head"]  # drawn; that of change_head knows of ``zero``
     return for_programs(state.change_head(params, found.config, found.head or "lm", head, key, zero), run.mesh)
@@ -118,6 +130,7 @@ def abstract_state(drawn: Blueprint) -> TrainState:
     for name in sorted({based.base for based in bases.values()}):
         members = [role for role, based in bases.items() if based.base == name]
         table = base_table(drawn.configs[members[0]], {drawn.heads[role] for role in members})
-        still[name] = state.abstract_table(table, jnp.dtype(drawn.cfg.precision.params), drawn.mesh)
+        kind, dtype = bases[members[0]].quantization, jnp.dtype(drawn.cfg.precision.params)
+        still[name] = state.abstract_base(table, kind, dtype, drawn.mesh)
     controls = lambda: drawn.algorithm.controls(drawn.cfg.algorithm)
     return state.describe_state(params, still, drawn.recipe.optimizers, controls, drawn.mesh)

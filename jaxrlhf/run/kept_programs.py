@@ -56,7 +56,10 @@ def key_of(drawn: Blueprint) -> tuple[Any, ...]:
     """All that the programs of a run depend on besides their arguments, hashable."""
     models = repr([(role, found.config, drawn.heads[role]) for role, found in drawn.weights.items()])
     bases = repr(
-        [(role, base, lora and (lora.scale, lora.targets)) for role, (base, lora) in drawn.resolved.bases.items()]
+        [
+            (role, base, lora and (lora.scale, lora.targets), kind)
+            for role, (base, lora, kind) in drawn.resolved.bases.items()
+        ]
     )
     stops = tuple((stop.table.tobytes(), np.asarray(stop.start).tobytes()) for stop in drawn.sampler.stops)
     sampler = repr(drawn.sampler._replace(stops=()))

@@ -19,7 +19,8 @@ from jaxrlhf.models import nets, parameters
 from jaxrlhf.models.attention.kernels import choose_kernel, hardware_of, passed_over
 from jaxrlhf.models.config import MLP, ModelConfig, row_limit
 from jaxrlhf.models.files import peft
-from jaxrlhf.models.lora import Based, params_of, targets_of
+from jaxrlhf.models.lora import Based, base_table, params_of, targets_of
+from jaxrlhf.models.quantized import check_blocks
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run.origins import Weights, base_role, located
@@ -29,7 +30,9 @@ from jaxrlhf.types import Acting, Array, Nets, Prompts, Role, Sequences, Trees
 def runtime_of(cfg: Config, mesh: jax.sharding.Mesh) -> Runtime:
     """How the run's models are computed on the devices of ``mesh``."""
     compute, hardware = jnp.dtype(cfg.precision.compute), hardware_of(mesh.devices.flat[0])
-    return Runtime(compute, cfg.remat, cfg.attention, hardware, cfg.scan_layers, cfg.generate.int8)
+    generate = cfg.generate
+    own = {"int8": generate.int8, "merge_adapter": generate.merge_adapter}
+    return Runtime(compute, cfg.remat, cfg.attention, hardware, cfg.scan_layers, **own)
 
 
 def bind_nets(
@@ -123,7 +126,10 @@ def check_routing(cfg: Config, role: Role, shape: ModelConfig, where: str) -> No
 
 def check_adapters(resolved: Resolved, weights: dict[Role, Weights]) -> None:
     """The models have the linear maps that their adapters are for, and are as wide as these. Raises ConfigError."""
-    for role, (_, lora) in resolved.bases.items():
+    for role, (_, lora, kind) in resolved.bases.items():
+        if kind is not None and role in weights:
+            table = base_table(weights[role].config, {"lm"})
+            located(lambda table, kind=kind: check_blocks(table, kind), table, f"models.{role}")
         if lora is not None and role in weights:
             located(lambda shape, lora=lora: targets_of(shape, lora), weights[role].config, f"models.{role}")
             if lora.init_from is not None and weights[role].kind != "new":  # else shapes alone are known: a plan

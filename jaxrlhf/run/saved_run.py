@@ -19,7 +19,7 @@ from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.lora import Based, LoraConfig, assemble, base_table, merged, own_table
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.run.state import abstract_params, abstract_table
+from jaxrlhf.run.state import abstract_base, abstract_params, abstract_table
 from jaxrlhf.run.verified_steps import base_directory, committed, directory, newest, require
 from jaxrlhf.types import Head, Params, Role
 
@@ -46,8 +46,9 @@ def models_record(
         record[role]["trunk"] = trunk
     for role, dtype in dtypes.items():
         record[role]["dtype"] = jnp.dtype(dtype).name
-    for role, (base, lora) in bases.items():
-        record[role] |= {"base": base, "adapter": None if lora is None else dataclasses.asdict(lora)}
+    for role, (base, lora, kind) in bases.items():
+        adapter = None if lora is None else dataclasses.asdict(lora)
+        record[role] |= {"base": base, "adapter": adapter, "base_quantization": kind}
     return record
 
 
@@ -65,7 +66,8 @@ def based_of(record: dict) -> Based | None:
     if "base" not in record:
         return None
     adapter = record["adapter"]
-    return Based(record["base"], None if adapter is None else LoraConfig(**with_tuples(adapter)))
+    lora = None if adapter is None else LoraConfig(**with_tuples(adapter))
+    return Based(record["base"], lora, record.get("base_quantization"))
 
 
 def with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
@@ -202,13 +204,14 @@ def restore_own(run_dir, step: int, models: dict, role: Role, mesh) -> Params:
 
 def restore_model(run_dir, step: int, models: dict, role: Role, dtype, mesh) -> Params:
     """One role's model of a run that recorded ``models``, on ``mesh``; a bare head gets a copy of its trunk, and a base
-    has the role's adapter added."""
+    has the role's adapter added: a quantised one is taken for what it was trained as."""
     record = models[role]
     if (based := based_of(record)) is not None:
         heads = {other["head"] for other in models.values() if other.get("base") == based.base}
         table = base_table(model_of(record)[0], heads)
+        shape = abstract_base(table, based.quantization, dtype, mesh)
         with ocp.StandardCheckpointer() as checkpointer:
-            base = checkpointer.restore(base_directory(run_dir, based.base), abstract_table(table, dtype, mesh))
+            base = checkpointer.restore(base_directory(run_dir, based.base), shape)
         scale = 1.0 if based.lora is None else based.lora.scale
         return merged(assemble(base, restore_own(run_dir, step, models, role, mesh), scale), dtype)
     params = restore_role(run_dir, step, role, abstract_params(model_of(record)[0], record["head"], dtype, mesh))

@@ -1,6 +1,7 @@
 """The training state: made from parameters, described without making it, and moved from one head to another."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,14 @@ import optax
 
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.lora import init_adapter
-from jaxrlhf.models.parameters import draw_table, init
+from jaxrlhf.models.parameters import Leaf, draw_table, init
+from jaxrlhf.models.quantized import Quantization, is_quantized, pack, packed_tree
 from jaxrlhf.sharding import concrete
 from jaxrlhf.types import Array, Head, Params, Role, TrainState
 
 draw = jax.jit(init, static_argnums=(0, 1, 3))  # one program for all seeds and for all runs of a process
 draw_adapter = jax.jit(init_adapter, static_argnums=(0, 1))
+pack_jit = jax.jit(pack, static_argnums=(1, 2))
 
 
 def new_state(
@@ -36,6 +39,21 @@ def abstract_params(cfg: ModelConfig, head: Head, dtype, mesh) -> Params:
 def abstract_table(table: dict, dtype, mesh) -> Params:
     """``abstract_params`` of the Leafs in ``table``."""
     return concrete(jax.eval_shape(lambda: draw_table(table, jax.random.key(0), dtype)), mesh)
+
+
+def abstract_base(table: dict, kind: Quantization | None, dtype, mesh) -> Params:
+    """``abstract_table`` of a base whose layers are quantised."""
+    make = lambda: packed_tree(draw_table(table, jax.random.key(0), dtype), table, kind)
+    return concrete(jax.eval_shape(make), mesh)
+
+
+def pack_leaf(name: str, leaf: Leaf, x: Array, kind: Quantization | None) -> Any:
+    """The parameter ``x`` as a base holds it; where it is quantised, the wide array is deleted."""
+    if kind is None or not is_quantized(name, leaf):
+        return x
+    packed = jax.block_until_ready(pack_jit(x, leaf, kind))
+    x.delete()
+    return packed
 
 
 def describe_state(

@@ -82,6 +82,7 @@ OTHER: dict[str, str | None] = {
     **dict.fromkeys(("models.value.init_from", "models.reference.init_from", "models.value.share_trunk"), None),
     **{f"models.{role}.architecture": None for role in ("policy", "value", "reward", "reference")},
     **{f"models.{role}.adapter": None for role in ("value", "reward", "reference")},  # it does not learn, or is a head
+    **{f"models.{role}.base_quantization": None for role in ("policy", "value", "reward", "reference")},  # no adapter
     "models.policy.adapter": "{{rank: 4}}",
     "models.policy.init_from": "{folder}/scalar",
     "models.reward.init_from": "{folder}/lm",
@@ -120,6 +121,7 @@ OTHER: dict[str, str | None] = {
     "log.trackers": "[]",
     "log.project": "films",
     "generate.int8": "[weights]",
+    "generate.merge_adapter": None,  # with a base_quantization
     "checkpoint.best": "eval/score/mean",
     "eval.judge": "{{path: {text}/labels.jsonl}}",
     "eval.gold": "tests.support.runs:praise",

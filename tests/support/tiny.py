@@ -1,5 +1,6 @@
 """A tiny model and a tiny run of an algorithm, put together by hand: what tests of the step and algorithms share."""
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from jaxrlhf.models.int8 import Int8
 from jaxrlhf.models.lora import Based, LoraConfig, own_table, params_of
 from jaxrlhf.models.nets import Trunk, make_nets
 from jaxrlhf.models.parameters import parameter_table, weight_spec
+from jaxrlhf.models.quantized import Quantization, packed_tree
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
@@ -188,11 +190,13 @@ def build(
     iterations: int = 1000,
     lora: LoraConfig | None = None,
     teacher: ModelConfig | None = None,
+    quantization: Quantization | None = None,
+    merge_adapter: bool = True,
 ) -> Tiny:
     """The algorithm called ``name`` (of the table, or module:NAME) on models of this shape, on the current mesh.
     Policy and reference start equal. With ``trunk_gradient`` the value model is a head on the policy; with ``members``
     the reward model is an ensemble. With ``lora`` the roles that learn are adapters on the policy's base, which is the
-    reference. ``teacher``: its shape, where it is not the model's."""
+    reference, with ``quantization`` in so many bits. ``teacher``: its shape, where it is not the model's."""
     algorithm = find(name)
     several = tuple(f"reward_{number}" for number in range(members))
     expand = lambda heads: {
@@ -213,15 +217,18 @@ def build(
     sampling, bases = Sampling(temperature, eos_ids=eos_ids), {}
     params, still = make(trained), make(slow)
     if lora is not None:
-        bases = {role: Based("base", lora) for role in trained if head_in(trained, role) in ("lm", "scalar")}
+        based = functools.partial(Based, "base", quantization=quantization)
+        bases = {role: based(lora) for role in trained if head_in(trained, role) in ("lm", "scalar")}
         params |= {role: adapter(model, head_in(trained, role), lora, seeds[role]) for role in bases}
-        bases |= {"reference": Based("base", None)} if "reference" in slow else {}
-        still |= {"base": parameters(model, "lm", 0)} | ({"reference": {}} if "reference" in slow else {})
+        bases |= {"reference": based(None)} if "reference" in slow else {}
+        base = packed_tree(parameters(model, "lm", 0), parameter_table(model, "lm"), quantization)
+        still |= {"base": base} | ({"reference": {}} if "reference" in slow else {})
+    runtime = Runtime(merge_adapter=merge_adapter)
     nets = make_nets(
         shapes,
-        Runtime(),
+        runtime,
         sampling,
-        sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts, bases=bases),
+        sampler_of(model, sampling, room, samples_per_prompt, share=share_prompts, bases=bases, runtime=runtime),
         trunks,
         {"reward": Grader(several)} if several else {},
         bases,
@@ -241,12 +248,13 @@ def sampler_of(
     pad_id: int = 0,
     share: bool = True,
     bases: Mapping[Role, Based] = MappingProxyType({}),
+    runtime: Runtime | None = None,
 ):
     """Nets.sample for a model of this shape."""
     sampler = Sampler(sampling, room, sampling.eos_ids, pad_id, (), samples_per_prompt, share)
 
     def sample(role, trees, prompts, seed, step):
-        return loop.sample(params_of(role, trees, bases), model, prompts, seed, step, sampler, Runtime())
+        return loop.sample(params_of(role, trees, bases), model, prompts, seed, step, sampler, runtime or Runtime())
 
     return sample
 

@@ -37,12 +37,14 @@ def load(
     *,
     key: Array | None = None,
     fresh: list[str] | None = None,
+    change: Callable[[str, Leaf, Array], Any] = lambda name, leaf, x: x,
 ) -> Params:
     """The weights of a folder as the parameters of parameters.parameter_table, laid out on the current mesh.
 
-    Every device's part is read by itself, so that no whole copy is ever held besides. A scalar head that the folder
-    lacks is drawn with ``key`` (by default that of 0) as parameters.init does; the paths of such leaves are added to
-    ``fresh``. Raises ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite.
+    Every device's part is read by itself, so that no whole copy is ever held besides; nor is one of what ``change``
+    (name of the leaf, leaf, what was read) makes of each leaf as it comes. A scalar head that the folder lacks is drawn
+    with ``key`` (by default that of 0) as parameters.init does; the paths of such leaves are added to ``fresh``. Raises
+    ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite.
     """
     folder = epath.Path(folder)
     tensors, sources, has_score, _ = examine(folder, cfg, head)
@@ -69,7 +71,7 @@ def load(
     leaves, tree = jax.tree_util.tree_flatten_with_path(table, is_leaf=lambda x: isinstance(x, Leaf))
     # the largest first: a leaf is held twice while it moves to its devices, and then the fewest others are there
     order = sorted(range(len(leaves)), key=lambda i: -math.prod(leaves[i][1].shape))
-    arrays = {i: one(*leaves[i]) for i in order}
+    arrays = {i: change(leaves[i][0][-1].key, leaves[i][1], one(*leaves[i])) for i in order}
     return jax.tree.unflatten(tree, [arrays[i] for i in range(len(leaves))])
 
 
