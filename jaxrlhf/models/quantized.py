@@ -68,7 +68,7 @@ def bytes_each(leaf: Leaf, kind: Quantization) -> float:
     return 0.5 + 4 / block_of(leaf.shape[inputs_of(leaf)[-1]])
 
 
-# ---- there ----------------------------------------------------------------------------------------------------------
+# ---- into 8 or 4 bits -----------------------------------------------------------------------------------------------
 
 
 def pack(kernel: Array, leaf: Leaf, kind: Quantization) -> Packed:
@@ -119,7 +119,7 @@ def spread(x: Array, axis: int) -> jax.sharding.PartitionSpec | None:
     return jax.sharding.PartitionSpec(*split[: axis + 1], None, *split[axis + 1 :])
 
 
-# ---- and back -------------------------------------------------------------------------------------------------------
+# ---- into wide numbers ----------------------------------------------------------------------------------------------
 
 
 def unpacked(kernel: Array | Packed, dtype) -> Array:

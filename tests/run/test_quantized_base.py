@@ -135,7 +135,7 @@ def test_a_run_that_decodes_beside_its_base(folder, root, tmp_path):
     assert len(rows) == 2 and all(np.isfinite(row["loss/policy"]) for row in rows)
 
 
-# ---- what is there --------------------------------------------------------------------------------------------------
+# ---- what a state holds ----------------------------------------------------------------------------------------------
 
 
 def test_roles_share_a_base_in_4_bits(folder, root, tmp_path):
