@@ -58,7 +58,7 @@ def inputs_of(leaf: Leaf) -> tuple[int, ...]:
 
 def is_quantized(name: str, leaf: Leaf) -> bool:
     """Whether a parameter of this name is among those that are quantised."""
-    return name == "kernel" and leaf.axes[0] == "layers"
+    return name == "kernel" and leaf.axes[0] == "layers" and not {"expert", "routes"} & {*leaf.axes}
 
 
 def bytes_each(leaf: Leaf, kind: Quantization) -> float:
@@ -169,8 +169,11 @@ def packed_tree(params: Params, table: dict, kind: Quantization | None) -> Param
 
 
 def check_blocks(table: dict, kind: Quantization) -> None:
-    """Raises ValueError, in one line, for a kernel of ``table`` that has no blocks."""
+    """Raises ValueError, in one line, for a kernel of ``table`` that has no blocks, and for experts, which would stay
+    wide and are most of a model."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(table, is_leaf=lambda x: isinstance(x, Leaf))
+    if any("expert" in leaf.axes for _, leaf in leaves):
+        raise ValueError(f"base_quantization: {kind}: a mixture's experts are not quantised; nearest: null")
     for path, leaf in leaves:
         if kind != "nf4" or not is_quantized(path[-1].key, leaf):
             continue

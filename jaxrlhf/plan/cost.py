@@ -30,6 +30,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.lora import Based, own_table
 from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
+from jaxrlhf.models.quantized import Quantization, bytes_each, is_quantized
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
 from jaxrlhf.sharding import RULES
 from jaxrlhf.tpu.peaks import Chip
@@ -53,6 +54,7 @@ class Setup(NamedTuple):
     sums: bool = False  # see sharding.sums_whole
     bases: Mapping[Role, Based] = MappingProxyType({})  # the roles that share frozen weights
     laid: bool = False  # weights are laid out for decoding: whole, but for tensor and experts
+    merged: bool = True  # decoding reads adapters merged into their base; False: beside a quantised one
 
     @property
     def sent(self) -> int:
@@ -62,6 +64,14 @@ class Setup(NamedTuple):
     def stored(self, role: Role) -> int:
         """Bytes of a stored weight of ``role``; of its base, where it has one."""
         return MASTER if role in self.moments and role not in self.bases else self.params
+
+    def quantization(self, role: Role) -> Quantization | None:
+        """How the weights that ``role`` is computed from are quantised."""
+        return self.bases[role].quantization if role in self.bases else None
+
+    def decoded_as(self, role: Role) -> Quantization | None:
+        """How the layers of ``role`` are quantised that decoding reads; None: they are ``decoded``."""
+        return None if self.merged else self.quantization(role)
 
     @property
     def decoded(self) -> int:
@@ -217,6 +227,23 @@ def used_and_stored(cfg: ModelConfig, head: Head, setup: Setup, based: Based | N
     return used, used if setup.laid else held(cfg, head, setup.tensor, based) / setup.fsdp
 
 
+@functools.cache
+def packed(cfg: ModelConfig, head: Head, tensor: int, kind: Quantization | None) -> tuple[int, float]:
+    """(elements of the weights that are quantised, their bytes), of those ``held`` by one device."""
+    found = [
+        (math.prod(local(leaf, tensor).values()), bytes_each(leaf, kind))
+        for name, leaf in leaves(parameter_table(cfg, head)).items()
+        if kind is not None and is_quantized(name.rpartition(".")[2], leaf)
+    ]
+    return sum(size for size, _ in found), sum(size * each for size, each in found)
+
+
+def saved(cfg: ModelConfig, head: Head, tensor: int, kind: Quantization | None, each: float) -> float:
+    """Bytes that quantised weights take less, of those ``held`` by one device, than with ``each``."""
+    size, small = packed(cfg, head, tensor, kind)
+    return size * each - small
+
+
 def table_of(cfg: ModelConfig, head: Head, based: Based | None) -> dict:
     """The Leafs that a role has of its own: all of a model, or what it has beside its base."""
     return parameter_table(cfg, head) if based is None else own_table(cfg, head, based.lora)
@@ -255,11 +282,16 @@ def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup)
         + 6 * cfg.num_layers * cfg.hidden_size
     )
     size, stored = used_and_stored(cfg, head, setup)
-    gathered = 2 * size * setup.compute if stored < size else 0
+    kind = setup.decoded_as(one.role) if setup.laid else setup.quantization(one.role)
+    tensor, sent = setup.tensor, setup.sent * (size - stored) / size
+    less, wide = functools.partial(saved, cfg, head, tensor, kind), packed(cfg, head, tensor, kind)[0]
+    gathered = 2 * (size * setup.compute - less(setup.compute)) if stored < size else 0
+    gathered += 2 * wide * setup.compute  # widened where they are used
+    read = stored * setup.stored(one.role) - less(setup.stored(one.role)) * stored / size
     return DeviceWork(
         flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
-        hbm=tokens * moved * setup.compute + products.hbm + stored * setup.stored(one.role) + gathered,
-        ici=setup.sent * (size - stored) * setup.compute + tensor_sums(cfg, tokens, setup),
+        hbm=tokens * moved * setup.compute + products.hbm + read + gathered,
+        ici=setup.sent * (size - stored) * setup.compute - sent * less(setup.compute) + tensor_sums(cfg, tokens, setup),
     )
 
 
@@ -308,7 +340,9 @@ def recomputed(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> 
     if setup.remat == "full":
         return again.plus(layers_forward(cfg, head, one, setup))
     size, stored = (elements * setup.compute for elements in used_and_stored(cfg, head, setup))
-    again = again.plus(DeviceWork(0, 2 * size if stored < size else 0, setup.sent * (size - stored)))
+    share = 1 - saved(cfg, head, setup.tensor, setup.quantization(one.role), setup.compute) / size
+    work = DeviceWork(0, 2 * size if stored < size else 0, setup.sent * (size - stored))
+    again = again.plus(work.times(share))
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
@@ -321,11 +355,13 @@ def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup, based: B
 def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> DeviceWork:
     """decoding.decode_layout: every weight of the policy, cast and gathered over what is left of fsdp, once a
     rollout, after decode groups traded parts of it."""
-    tensor, group = setup.decoding().tensor, setup.mesh.get("decode", 1)
+    tensor, group, kind = setup.decoding().tensor, setup.mesh.get("decode", 1), setup.quantization("policy")
     size = held(cfg, "lm", tensor, None, setup.expert)
     stored = held(cfg, "lm", tensor) / setup.mesh["fsdp"] / setup.expert
     received = setup.sent * (size - stored) + stored * (group - 1) / group
-    return DeviceWork(0, stored * setup.stored("policy") + 2 * size * setup.decoded, received * setup.decoded)
+    each = setup.decoded - saved(cfg, "lm", tensor, setup.decoded_as("policy"), setup.decoded) / size
+    kept = setup.stored("policy") - saved(cfg, "lm", tensor, kind, setup.stored("policy")) / size
+    return DeviceWork(0, stored * kept + 2 * size * each, received * each)
 
 
 def prefill(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
@@ -340,12 +376,14 @@ def decode_step(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     tokens = prompts * one.copies
     heads, _ = heads_here(cfg, tensor)
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
-    read = sum(read_of(weight, cfg, tokens, setup) for weight in matrices(cfg, "lm", tensor))
+    read = sum(read_of(weight, cfg, tokens, setup) for weight in matrices(cfg, "lm", tensor)) * setup.decoded
+    if (kind := setup.decoded_as(one.role)) is not None:  # widened before they are multiplied
+        read += 2 * packed(cfg, "lm", tensor, kind)[0] * setup.compute - saved(cfg, "lm", tensor, kind, setup.decoded)
     pairs = tokens * (one.columns + one.read) * heads * cfg.num_layers
     logits = chosen_from(cfg, one, setup)
     return DeviceWork(
         flops=2 * tokens * weights + 4 * pairs * cfg.head_dim,
-        hbm=read * setup.decoded + cache_bytes(cfg, one, setup) + 3 * logits,
+        hbm=read + cache_bytes(cfg, one, setup) + 3 * logits,
         ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
     )
 

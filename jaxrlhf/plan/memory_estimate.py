@@ -24,6 +24,8 @@ from jaxrlhf.plan.cost import (
     leaves,
     local,
     matrices,
+    packed,
+    saved,
     table_of,
 )
 from jaxrlhf.types import Head
@@ -86,7 +88,11 @@ def bases_bytes(models: Models, setup: Setup) -> float:
     for base in {based.base for based in setup.bases.values()}:
         members = [role for role, based in setup.bases.items() if based.base == base and role in models]
         table = base_table(models[members[0]][0], {models[role][1] for role in members})
-        total += stored_of(table, setup.fsdp, setup.tensor) * setup.params
+        size, small = stored_of(table, setup.fsdp, setup.tensor), 0.0
+        if setup.quantization(members[0]) is not None:
+            wide, small = packed(models[members[0]][0], "lm", setup.tensor, setup.quantization(members[0]))
+            size, small = size - wide // setup.fsdp, small / setup.fsdp
+        total += small + size * setup.params
     return total
 
 
@@ -95,6 +101,7 @@ def rollout_of(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     prompts being read."""
     setup = setup.decoding()
     weights = held(cfg, "lm", setup.tensor, None, setup.expert) * setup.decoded
+    weights -= saved(cfg, "lm", setup.tensor, setup.decoded_as(one.role), setup.decoded)
     if "weights" in setup.int8:  # tokens are looked up in wide embeddings
         weights += padded_vocab(cfg) * cfg.hidden_size / setup.tensor * setup.compute
     logits = chosen_from(cfg, one, setup)

@@ -43,7 +43,8 @@ def setup_of(cfg: Config, devices: list, roles) -> Setup:
     stored = cfg.attention == "xla"  # on TPUs auto is splash
     sums = torus_axes(np.array(devices)) > 2 and sums_whole(make_mesh(cfg.mesh, devices))
     compute, bases = BYTES[cfg.precision.compute], resolve_config(cfg).bases
-    return Setup(sizes, compute, params, moments, cfg.remat, stored, cfg.generate.int8, sums, bases)
+    more = cfg.generate.int8, sums, bases, cfg.generate.merge_adapter
+    return Setup(sizes, compute, params, moments, cfg.remat, stored, *more)
 
 
 def candidates(drawn: Blueprint, passes: Passes, where: Target, available: float) -> list[Candidate]:
