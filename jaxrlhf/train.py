@@ -205,16 +205,12 @@ class Trainer:
         cfg, resolved = self.cfg, self.ready.resolved
         held_out.check_best(self.ready, self.evaluation)
         with self.log.doing("loading"):
-            lines = announce.first_lines(
-                self.ready, self.feed, self.evaluation.summaries(), held_out.describe_best(cfg)
-            )
-        self.log.say("\n".join(lines))
-        with self.log.doing("loading"):
+            held = self.evaluation.summaries(), held_out.describe_best(cfg)
+            self.log.say("\n".join(announce.first_lines(self.ready, self.feed, *held)))
             state = for_programs(self.restore(start) if start else initial_state(self.ready), self.ready.mesh)
-        write_config(cfg, raw)
-        if not start:
-            with self.log.doing("loading"):
+            if not start:
                 quantization_mismatch.tell(self.ready, state, self.feed, self.log)
+        write_config(cfg, raw)
         for line in checkpoint.describe_room(cfg.run_dir, state, cfg.checkpoint.keep):
             self.log.say(line)
         with self.log.doing("compiling"):

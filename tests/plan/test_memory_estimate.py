@@ -71,9 +71,11 @@ LARGE = MODEL.replace("hidden_size: 128, num_layers: 4", "hidden_size: 192, num_
 TAUGHT = PPO.replace("{name: ppo, num_epochs: 1}", "{name: distill}").replace(
     "reward: {init_from: policy}", f"teacher: {{architecture: {LARGE}}}"
 )
+QUANTIZED = ADAPTED.replace("{rank: 8}}", "{rank: 8}, base_quantization: nf4}")
 ESTIMATED = {
     "distill": (TAUGHT, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
     "ppo, adapters": (ADAPTED, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
+    "ppo, adapters on nf4": (QUANTIZED, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
     "sft, fsdp": (SFT, MeshConfig(1, 8, 1), {}),
     "sft, copies, remat": (SFT, MeshConfig(8, 1, 1), {"remat": "full"}),
     "ppo, fsdp and tensor": (PPO, MeshConfig(1, 4, 2), {}),
@@ -185,6 +187,37 @@ def test_a_teacher_by_hand():
     with jax.set_mesh(drawn.mesh):
         state = abstract_state(drawn)
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim) == found.arguments
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        # a byte a weight, and 4 bytes for each of 4 x 128 outputs of attention, 2 x 384 + 128 of the mlp
+        ("int8", 4 * 128 * 128 + 3 * 128 * 384 + 4 * (4 * 128 + 2 * 384 + 128)),
+        # half a byte, and 4 bytes for each block of 64; of 32 where attention's heads are the input
+        ("nf4", (4 * 128 * 128 + 3 * 128 * 384) // 2 + 4 * ((3 * 128 * 128 + 3 * 128 * 384) // 64 + 128 * 128 // 32)),
+    ],
+)
+def test_quantised_bases_by_hand(kind, layer):
+    """On one chip, in bytes: the layers' maps of the base packed, the rest of it in bfloat16; decoding reads merged
+    weights, or these."""
+    half = PrecisionConfig(params="bfloat16")
+    texts = ADAPTED, QUANTIZED.replace("nf4", kind)
+    plain, cfg = (config(text, MeshConfig(1, 1, 1), precision=half) for text in texts)
+    found, rollouts = [], []
+    beside = dataclasses.replace(cfg, generate=dataclasses.replace(cfg.generate, merge_adapter=False))
+    for one in (plain, cfg, beside):
+        drawn, _ = blueprint(resolve_config(one), make_mesh(one.mesh, jax.devices()[:1]), {})
+        passes = passes_of(drawn, list(batch_shapes(drawn.resolved, drawn.mesh))[-1])
+        need = estimate(passes, models_of(drawn), setup_of(one, jax.devices()[:1], drawn.recipe.optimizers))
+        found.append(need.arguments)
+        rollouts.append(need.rollout)
+    elements = 4 * 128 * 128 + 3 * 128 * 384
+    assert found[0] - found[1] == 4 * (2 * elements - layer) and found[1] == found[2]
+    assert rollouts[0] == rollouts[1] and rollouts[1] - rollouts[2] == 4 * (4 * elements - layer)  # computed in float32
+    with jax.set_mesh(drawn.mesh):
+        state = abstract_state(drawn)
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim) == found[1]
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
