@@ -121,6 +121,10 @@ def test_a_run_learns_its_adapter_alone_resumes_and_is_exported(folder, root, tm
     _, notes = export(str(tmp_path / "whole"), "policy", tmp_path / "merged")
     export_adapter(str(tmp_path / "whole"), "policy", tmp_path / "peft")
     assert notes == []
+    with pytest.raises(
+        ValueError, match=r"^--dequantized: .*: the weights of its policy are not quantised; leave it out$"
+    ):
+        export(str(tmp_path / "whole"), "policy", tmp_path / "no", dequantized=True)
     _, extra = read_extra(str(tmp_path / "whole"))
     with jax.set_mesh(run.mesh):
         merged = restore_model(str(tmp_path / "whole"), 2, extra["models"], "policy", jnp.float32, run.mesh)

@@ -240,11 +240,3 @@ def test_a_config_is_written_and_read(root, tmp_path):
     )
     (tmp_path / "config.yaml").write_text(dump(cfg))
     assert load(tmp_path / "config.yaml").models["policy"].base_quantization == "nf4"
-
-
-def test_only_a_quantised_base_is_dequantized(root, tmp_path):
-    runs.whole(root)
-    with pytest.raises(
-        ValueError, match=r"^--dequantized: .*: the weights of its policy are not quantised; leave it out"
-    ):
-        export(str(root / "whole" / "sft"), "policy", tmp_path / "no", dequantized=True)
