@@ -43,7 +43,7 @@ def setup_of(cfg: Config, devices: list, roles) -> Setup:
     stored = cfg.attention == "xla"  # on TPUs auto is splash
     sums = torus_axes(np.array(devices)) > 2 and sums_whole(make_mesh(cfg.mesh, devices))
     compute, bases = BYTES[cfg.precision.compute], resolve_config(cfg).bases
-    more = cfg.generate.int8, sums, bases, cfg.generate.merge_adapter
+    more = cfg.generate.int8, sums, bases, False, cfg.generate.merge_adapter
     return Setup(sizes, compute, params, moments, cfg.remat, stored, *more)
 
 
