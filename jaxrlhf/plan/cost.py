@@ -284,10 +284,9 @@ def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup)
     size, stored = used_and_stored(cfg, head, setup)
     kind = setup.decoded_as(one.role) if setup.laid else setup.quantization(one.role)
     tensor, sent = setup.tensor, setup.sent * (size - stored) / size
-    less, wide = functools.partial(saved, cfg, head, tensor, kind), packed(cfg, head, tensor, kind)[0]
+    less, wide = functools.partial(saved, cfg, head, tensor, kind), packed(cfg, head, tensor, kind)[0]  # widened in use
     gathered = 2 * (size * setup.compute - less(setup.compute)) if stored < size else 0
-    gathered += 2 * wide * setup.compute  # widened where they are used
-    read = stored * setup.stored(one.role) - less(setup.stored(one.role)) * stored / size
+    read = stored * setup.stored(one.role) - less(setup.stored(one.role)) * stored / size + 2 * wide * setup.compute
     return DeviceWork(
         flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
         hbm=tokens * moved * setup.compute + products.hbm + read + gathered,
