@@ -15,7 +15,7 @@ import yaml
 from jaxrlhf import api, sharding
 from jaxrlhf.generate.config import GenerateConfig
 from jaxrlhf.run import build
-from jaxrlhf.serve import scorer
+from jaxrlhf.serve import scorer, writer
 from jaxrlhf.serve.writer import generate_text
 from tests.support import compiler, runs
 
@@ -178,6 +178,23 @@ def test_scores_are_those_of_the_run_s_evaluation_and_of_its_export(root, whole,
     exported = api.score(str(whole / "reward-hf"), [""] * len(texts), texts)
     assert exported == pytest.approx(found, abs=1e-4)
     assert api.score(str(whole / "rm"), [""], texts[-1:]) == pytest.approx(found[-1:], abs=1e-5)
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_a_response_ends_as_those_that_the_run_learned_from(whole, one_scorer, monkeypatch, append_eos):
+    """The score is that of the last token, so it has to be the one that training scored."""
+    read = writer.read_yaml
+
+    def of_a_run_that(text, where):
+        tree = read(text, where)
+        tree["data"]["append_eos"] = append_eos
+        return tree
+
+    monkeypatch.setattr(writer, "read_yaml", of_a_run_that)
+    made = scorer.Scorer(str(whole / "rm"))
+    (row,) = made.encode([{"prompt": "the film", "response": " is warm"}])
+    assert (row[-1] in made.model.ids.eos) == append_eos
+    assert made.model.tokenizer.decode(row, skip_special_tokens=True) == "the film is warm"
 
 
 def test_what_gives_no_scores_is_refused(whole, one_scorer):

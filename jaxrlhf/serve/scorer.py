@@ -52,16 +52,16 @@ class Scorer:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> list[float]:
         """The score of each record of prompt and response, both texts, or of ``messages`` that end with the response.
 
-        A row is encoded as reward models are trained: the response ends with an ending token."""
+        A row is encoded as in training: the response ends with an ending token, but for a run with data.append_eos
+        false."""
         return self.score(self.encode(records))
 
     def encode(self, records: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
         """i32[S] of each record. Raises ValueError for one that can't be encoded."""
-        eos, turns = self.model.ids.eos, encode.as_turns if self.model.chat else dict
-        return [
-            encode.encode_demonstration(turns(record), self.model.tokenizer, "response", eos).tokens
-            for record in records
-        ]
+        tokenizer, eos, append_eos = self.model.tokenizer, self.model.ids.eos, self.model.append_eos
+        turns = encode.as_turns if self.model.chat else dict
+        encoded = lambda record: encode.encode_demonstration(turns(record), tokenizer, "response", eos, append_eos)
+        return [encoded(record).tokens for record in records]
 
     def score(self, rows: Sequence[np.ndarray]) -> list[float]:
         """The score of each encoded row."""

@@ -43,6 +43,7 @@ class Model(NamedTuple):
     ids: hf_config.TokenIds
     chat: bool = False  # whether it was trained on plain-text prompts as turns of a conversation (data.chat)
     guides: tuple[Params, ...] = ()  # heads of action values on its trunk, where they are to guide it
+    append_eos: bool = True  # whether the responses that it learned from end with an ending token (data.append_eos)
 
 
 def read_model(name: str, mesh, dtype=jnp.float32, role: Role = "policy", guided: bool = False) -> Model:
@@ -75,7 +76,8 @@ def read_found(name: str, mesh, dtype, role: Role, guided: bool) -> Model:
         trained = read_yaml(extra["config"], "config").get("data") or {}
         run_dir, models = split_step(name)[0], extra["models"]
         guides = saved_run.restore_guides(run_dir, step, models, dtype, mesh) if guided else ()
-        return Model(params, cfg, tokenizer, ids, trained.get("chat") is not None, guides)
+        chat, append_eos = trained.get("chat") is not None, trained.get("append_eos", True)
+        return Model(params, cfg, tokenizer, ids, chat, guides, append_eos)
     folder = hf_folder.locate(name)
     cfg, head = hf_config.read_config(folder)
     check_head(name, head, wanted)
