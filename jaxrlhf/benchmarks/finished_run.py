@@ -9,10 +9,12 @@ import numpy as np
 
 from jaxrlhf.algorithms.grading import members_of
 from jaxrlhf.config.load import load
+from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
+from jaxrlhf.evaluate.against_reference import PolicyEvaluation
 from jaxrlhf.run import checkpoint
 from jaxrlhf.run.build import Run, build
-from jaxrlhf.run.initial_state import abstract_state
+from jaxrlhf.run.initial_state import abstract_state, initial_state
 from jaxrlhf.run.kept_programs import shared
 from jaxrlhf.run.saved_run import find_step
 from jaxrlhf.run.transfer import put
@@ -41,3 +43,13 @@ def member_scores(run_dir: Path, rows: Any) -> np.ndarray:
             program = shared("member scores", ready, lambda: jax.jit(read), part)
             found.append(jax.device_get(program(state.trees, part)))
     return np.concatenate(found, axis=1)
+
+
+def played(cfg: Config, samples: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The conversations of the policy that ``cfg`` starts from, in its environment, ``samples`` about each held-out
+    prompt, as rows of samples.jsonl; and what is measured of them."""
+    ready = build(resolve_config(cfg), keep=False)
+    with current(ready.mesh):
+        policy = PolicyEvaluation(ready, judge=False, samples=samples)
+        found = policy.run(initial_state(ready))
+        return found.rows, policy.metrics(found)
