@@ -20,7 +20,7 @@ from jaxrlhf.run.export import export
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import given
 from tests.run.test_adapters import config
-from tests.support import runs
+from tests.support import runs, tiny
 
 SHAPE = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "mlp_size": 16, "max_positions": 64}
 MOE = SHAPE | {"family": "qwen3_moe", "num_experts": 4}
@@ -65,12 +65,17 @@ def test_an_exported_mixture_is_served(trained, tmp_path):
     assert (cfg.family, cfg.num_experts, cfg.experts_per_token) == ("qwen3_moe", 4, 2)
     params = hf_weights.load(tmp_path / "hf", cfg, head)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 290, (2, 9)), jnp.int32)
-    whole = lm_logits(params, cfg, forward(params, cfg, tokens, jnp.ones_like(tokens), Runtime()))
-    laid = decode_layout(params, cfg, "lm", Runtime(), 2)
-    caches, at = blank_caches(cfg, 2, 1, 16, jnp.float32), jnp.zeros(2, jnp.int32)
-    first, caches = read_columns(laid, cfg, tokens[:, :6], at, caches, Runtime())
-    second, _ = read_columns(laid, cfg, tokens[:, 6:], at + 6, caches, Runtime())
-    found = lm_logits(laid, cfg, jnp.concatenate([first, second], 1))
+
+    @tiny.program
+    def both(params):
+        whole = lm_logits(params, cfg, forward(params, cfg, tokens, jnp.ones_like(tokens), Runtime()))
+        laid = decode_layout(params, cfg, "lm", Runtime(), 2)
+        caches, at = blank_caches(cfg, 2, 1, 16, jnp.float32), jnp.zeros(2, jnp.int32)
+        first, caches = read_columns(laid, cfg, tokens[:, :6], at, caches, Runtime())
+        second, _ = read_columns(laid, cfg, tokens[:, 6:], at + 6, caches, Runtime())
+        return lm_logits(laid, cfg, jnp.concatenate([first, second], 1)), whole
+
+    found, whole = both(params)
     np.testing.assert_allclose(found, whole, atol=1e-4)
 
 
