@@ -6,13 +6,15 @@ import statistics
 from functools import partial
 from itertools import pairwise, permutations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.benchmarks.letters import write_letters
 from jaxrlhf.benchmarks.published.perfectible import write_rows
 from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Measured, Results
 from jaxrlhf.benchmarks.signature import Below, Between, HigherThan, Holds, NoRise, Rise
-from jaxrlhf.rewards.turns import Turn
+
+if TYPE_CHECKING:
+    from jaxrlhf.rewards.turns import Turn
 
 LENGTH, TURNS = 8, 3  # numbers of a list; exchanges that sort it
 WRONG = 0.5  # of the moves of a demonstration are drawn at random
@@ -65,12 +67,14 @@ class Sort:
         """The record's ``list``, and what was earned."""
         return [{"list": record["list"], "earned": 0.0, "wrong": 0, "sorted": 0} for record in records]
 
-    def step(self, states: list[dict[str, Any]], responses: list[str]) -> list[Turn]:
+    def step(self, states: list[dict[str, Any]], responses: list[str]) -> "list[Turn]":
         """The lists after the moves; over where one is sorted."""
         return [self.turn(state, text) for state, text in zip(states, responses, strict=True)]
 
-    def turn(self, state: dict[str, Any], move: str) -> Turn:
+    def turn(self, state: dict[str, Any], move: str) -> "Turn":
         """What one move does. A text that is none leaves the list as it is."""
+        from jaxrlhf.rewards.turns import Turn
+
         after = exchange(state["list"], move)
         state["wrong"] += after is None
         state["list"] = after or state["list"]
