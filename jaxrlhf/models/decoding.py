@@ -106,14 +106,14 @@ def beside(table: dict, params: Params, compute) -> Params:
     """A linear map whose kernel is quantised, as decoding reads it: gathered as it is, A and B beside it."""
     leaf = table["kernel"]
     axes = weight_axes(leaf)[len(leaf.axes) - params["kernel"][0].ndim :]
-    ins, found = inputs(axes), {"kernel": used_whole(placed(params["kernel"], axes), axes)}
+    ins, found = inputs(axes), {}
     others = {LORA_A: (*axes[:ins], "rank"), LORA_B: ("rank", *axes[ins:])}
     if "bias" in params:
         others["bias"] = axes[len(axes) - params["bias"].ndim :]
     for name, own in others.items():
         if name in params:
             found[name] = constrain(constrain(params[name].astype(compute), *own), *gathered(own))
-    return found
+    return found | {"kernel": used_whole(placed(params["kernel"], axes), axes)}
 
 
 def tied_in_int8(tokens: Params) -> Int8:

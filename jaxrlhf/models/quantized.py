@@ -79,7 +79,7 @@ def pack(kernel: Array, leaf: Leaf, kind: Quantization) -> Packed:
     block_of(leaf.shape[ins[-1]])
     along = ins[-1] - 1  # of one layer
 
-    def one(kernel: Array) -> Nf4:
+    def one(kernel: Array) -> Packed:
         whole = tuple(None if axis == along else name for axis, name in enumerate(axes[1:]))
         return placed(in_nf4(constrain(kernel, *whole), along), axes[1:])
 

@@ -21,7 +21,7 @@ from jaxrlhf.run.initial_state import read_base
 from jaxrlhf.run.runtime import runtime_of
 from jaxrlhf.run.transfer import put, share_of
 from jaxrlhf.sharding import for_programs
-from jaxrlhf.types import Array, Ask, Batch, Params, Prompts, Role, Sequences, TrainState, Trees
+from jaxrlhf.types import Array, Ask, Batch, Head, Params, Prompts, Role, Sequences, TrainState, Trees
 
 ROWS = 8  # that are computed; more where more devices have one each
 ROOM = 1.1  # times the wide weights must be free: for activations
@@ -68,7 +68,7 @@ def role_on(run: Run, name: Role) -> Role:
 def no_room(run: Run, name: Role) -> str | None:
     """Why the wide weights of a base can't be on the devices, too; None where they can, or where that is not known. All
     processes answer alike."""
-    heads = {run.heads[role] for role, based in run.resolved.bases.items() if based.base == name}
+    heads: set[Head] = {run.heads[role] for role, based in run.resolved.bases.items() if based.base == name}
     table = base_table(run.configs[role_on(run, name)], heads)
     shape = states.abstract_table(table, jnp.dtype(run.cfg.precision.params), run.mesh)
     need = sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(shape))

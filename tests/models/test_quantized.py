@@ -18,7 +18,7 @@ from jaxrlhf.models.linear import linear
 from jaxrlhf.models.lora import Based, LoraConfig
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.parameters import Leaf, parameter_table
-from jaxrlhf.models.quantized import NF4, Nf4, bytes_each, pack, packed_tree, unpacked
+from jaxrlhf.models.quantized import NF4, Nf4, Quantization, bytes_each, pack, packed_tree, unpacked
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.sharding import MeshConfig, make_mesh
@@ -45,7 +45,7 @@ MAPS = {
 
 
 def leaf_of(name: str) -> Leaf:
-    return Leaf(*MAPS[name][:2], 1.0)
+    return Leaf(MAPS[name][0], MAPS[name][1], 1.0)
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -97,6 +97,7 @@ def test_two_codes_a_byte_by_hand():
     """A block of 4 whose largest is 2: shares -1, 0.05, 0.9, 1 are codes 0, 8, 15, 15, the first in the high bits."""
     x = jnp.array([[[-2.0], [0.1], [1.8], [2.0]]])
     packed = pack(x, Leaf((1, 4, 1), ("layers", "mlp", "embed"), 1.0), "nf4")
+    assert isinstance(packed, Nf4)
     assert packed.codes.ravel().tolist() == [0x08, 0xFF] and packed.scales.ravel().tolist() == [2.0]
     np.testing.assert_allclose(np.ravel(unpacked(packed, jnp.float32)), [-2, 2 * NF4[8], 2, 2])
 
@@ -157,12 +158,12 @@ def test_a_map_is_that_of_the_weights_that_it_stands_for(name, equation, out, ki
 
 
 @functools.cache
-def trees(kind: str) -> Trees:
+def trees(kind: Quantization) -> Trees:
     base = packed_tree(tiny.parameters(MODEL, "lm", 0), TABLE, kind)
     return Trees({"policy": tiny.adapter(MODEL, "lm", LORA, 1)}, {"base": base, "reference": {}})
 
 
-def wide_trees(kind: str) -> Trees:
+def wide_trees(kind: Quantization) -> Trees:
     return trees(kind)._replace(slow={"base": lora.merged(trees(kind).slow["base"]), "reference": {}})
 
 
@@ -250,7 +251,7 @@ def test_on_eight_devices(mesh_8):
 WIDE = resolve(ModelConfig(vocab_size=64, hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=4, mlp_size=256))
 
 
-def temporaries(kind: str | None, runtime: Runtime) -> float:
+def temporaries(kind: Quantization, runtime: Runtime) -> float:
     """Bytes beside the arguments that a gradient of adapters takes, in float32 weights of one layer."""
     table = parameter_table(WIDE, "lm")
     base = jax.eval_shape(lambda: packed_tree(lora.draw_table(table, jax.random.key(0)), table, kind))
@@ -266,7 +267,7 @@ def temporaries(kind: str | None, runtime: Runtime) -> float:
     [
         ("nf4", Runtime()),
         *(
-            pytest.param(kind, Runtime(remat=remat, scan_layers=scan), marks=pytest.mark.nightly)
+            pytest.param(kind, Runtime()._replace(remat=remat, scan_layers=scan), marks=pytest.mark.nightly)
             for kind, remat, scan in [
                 ("int8", "none", True),
                 ("nf4", "dots", True),

@@ -83,7 +83,7 @@ def test_a_run_learns_its_adapter_resumes_and_is_exported(folder, root, tmp_path
         trained = saved_run.restore_model(str(tmp_path / "whole"), 2, extra["models"], "policy", jnp.float32, run.mesh)
         own = saved_run.restore_own(str(tmp_path / "whole"), 2, extra["models"], "policy", run.mesh)
         wide = hf_weights.load(first, run.configs["policy"], "lm")
-    add = lambda base: lora.merged(lora.assemble(base, own, LoraConfig(**ADAPTER).scale))
+    add = lambda base: lora.merged(lora.assemble(base, own, LoraConfig(rank=2, alpha=4).scale))
     assert tiny.equal_trees(trained, add(state.slow["base_policy"]))
 
     for name, how, expected in (("merged", {}, add(wide)), ("trained", {"dequantized": True}, trained)):
@@ -146,8 +146,8 @@ def test_roles_share_a_base_in_4_bits(folder, root, tmp_path):
     cfg = config("ppo", root, tmp_path / "run", models, precision={"params": "bfloat16"})
     run, state = started(cfg)
     assert run.resolved.bases == {
-        "policy": Based("base_policy", LoraConfig(**ADAPTER), "nf4"),
-        "value": Based("base_policy", LoraConfig(**ADAPTER), "nf4"),
+        "policy": Based("base_policy", LoraConfig(rank=2, alpha=4), "nf4"),
+        "value": Based("base_policy", LoraConfig(rank=2, alpha=4), "nf4"),
         "reference": Based("base_policy", None, "nf4"),
     }
     assert describe_adapters(run)[0].endswith("kept once for policy, value, reference, the layers in nf4")
