@@ -41,6 +41,7 @@ RULES: Rules = {
     "expert": "expert",
     "routes": None,  # a router's outputs, one an expert
     "layers": None,
+    "taps": None,  # columns that a convolution sees
     "positions": None,  # rows of a learned position table
     "score": None,  # the one column of a scalar head
     "rank": None,  # of an adapter: columns of A, rows of B

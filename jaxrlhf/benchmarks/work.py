@@ -2,7 +2,8 @@
 
 The rules: every valid token of a pass counts once, and a prompt that several rows of the pass begin with counts once
 for all of them, in sampling, in scoring and in training; a multiplication and its addition are 2 FLOPs; a token attends
-to itself and to what is before it (in a local layer, in its window); the head reads what is asked of it, logits and
+to itself and to what is before it (in a local layer, in its window; in a linear one three products with the state stand
+for that); the head reads what is asked of it, logits and
 values at response tokens, a score once a response; a trained role pays three times its forward pass an epoch, and
 nothing is computed twice. Padding, recomputation, masked halves of attention and prompts read once a sample are what
 programs do besides.
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxrlhf.models.config import ModelConfig, local_layers
+from jaxrlhf.models.config import ModelConfig, layer_types_of, layers_with
 from jaxrlhf.plan.calls import models_of
 from jaxrlhf.plan.cost import Setup, matrices, read_of
+from jaxrlhf.plan.mixing import state_bytes
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.run.recorded_asks import Kind, blank_state, note_taker
 from jaxrlhf.types import Batch, Head, Role, Sequences, given
@@ -78,8 +80,9 @@ def pairs(start: int, count: int, window: int = 0) -> int:
 
 
 def products(cfg: ModelConfig, spans: list[tuple[int, int]]) -> int:
-    """``pairs`` of all spans (start, count), in all layers."""
-    windows = [cfg.sliding_window if local else 0 for local in local_layers(cfg)]
+    """``pairs`` of all spans (start, count), in all attention layers."""
+    kinds = [kind for kind in layer_types_of(cfg) if kind != "linear"]
+    windows = [cfg.sliding_window if kind == "local" else 0 for kind in kinds]
     return sum(windows.count(window) * pairs(*span, window) for window in set(windows) for span in spans)
 
 
@@ -94,7 +97,12 @@ def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Docu
     tokens = sum(count for _, count in spans)
     read = {"scores": len(found), "states": 0}.get(kind, sum(one.read for one in found))
     multiplied = tokens * sum(weight.size for weight in inside) + read * last.size
-    return float(2 * multiplied + 4 * products(cfg, spans) * cfg.num_heads * cfg.head_dim)
+    state = cfg.linear_value_heads * cfg.linear_key_dim * cfg.linear_value_dim
+    return float(
+        2 * multiplied
+        + 4 * products(cfg, spans) * cfg.num_heads * cfg.head_dim
+        + 6 * tokens * state * len(layers_with(cfg, "delta"))
+    )
 
 
 def calls_of(drawn: Blueprint, batch: Batch) -> tuple[list[NetworkCall], list[NetworkCall]]:
@@ -167,7 +175,8 @@ def decode_steps(sequences: Sequences) -> int:
 
 def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     """Bytes that a step of the sampler reads, the mean over its steps: the policy's weights once, and the keys and
-    values of the tokens before it, of the rows that have not ended; in the compute format or in int8."""
+    values of the tokens before it, of the rows that have not ended, in the compute format or in int8; of these rows the
+    states of linear layers too, which are written back."""
     cfg, asked = drawn.configs["policy"], drawn.cfg
     setup = Setup({}, np.dtype(asked.precision.compute).itemsize, int8=asked.generate.int8)
     found = [one for one in documents(sequences) if one.response_tokens]
@@ -176,4 +185,7 @@ def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     rows = float(sequences.response_mask.sum()) / steps
     weights = sum(read_of(weight, cfg, rows, setup) for weight in matrices(cfg, "lm", 1))
     numbers = seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps
-    return weights * setup.decoded + numbers * setup.cached(cfg.head_dim)
+    states = (
+        2 * state_bytes(cfg, 1) * len(layers_with(cfg, "delta")) * sum(one.response_tokens for one in found) / steps
+    )
+    return weights * setup.decoded + numbers * setup.cached(cfg.head_dim) + states

@@ -69,9 +69,7 @@ def compact(state: Decoding, prompt: Array, places: Array, lines: Lines) -> tupl
         some = lambda x: of_devices(take(by_device(x), places))
         hidden, caches, prompt = jax.tree.map(some, (state.hidden, state.caches, prompt))
         return Decoding(state.index, hidden, caches, rows), prompt
-    of_heads = jax.vmap(lambda x, at: x.at[:, at].get())  # [G, N, n, ...]: samples are the third axis
-    own = lambda tree: jax.tree.map(lambda x: of_heads(x, places), tree)
-    caches = [cache._replace(key=own(cache.key), value=own(cache.value)) for cache in state.caches]
+    caches = [cache.of_samples(places) for cache in state.caches]
     return Decoding(state.index, take(state.hidden, places), caches, rows), prompt
 
 

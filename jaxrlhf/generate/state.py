@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxrlhf.generate.sampler import Sampler
-from jaxrlhf.models.decoding import Cache
+from jaxrlhf.models.decoding import LayerCache
 from jaxrlhf.models.experts import OWN
 from jaxrlhf.sharding import constrain
 from jaxrlhf.types import Array
@@ -28,7 +28,7 @@ class Decoding(NamedTuple):
 
     index: Array  # i32[]: response tokens sampled so far
     hidden: Array  # [G, n, D]: state before the next token of each response
-    caches: list[Cache]
+    caches: list[LayerCache]
     rows: LoopRows
 
 

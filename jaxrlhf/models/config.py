@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.rope import RopeScaling, rope_magnitude
 
 MLP = "mlp"  # the family of models that are computed from observations, each by itself
-LayerTypes = tuple[Literal["local", "global"], ...]
+LayerType = Literal["local", "global", "linear"]  # attention in a window, attention to everything, a gated delta net
+LayerTypes = tuple[LayerType, ...]
+Branch = Literal["attention", "delta"]  # what mixes the columns of a layer, and the name of its parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,7 @@ class ModelConfig:
         "mistral",
         "qwen2",
         "qwen3",
+        "qwen3_5_text",
         "phi3",
         "olmo2",
         "gemma2",
@@ -48,7 +52,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head's weights are the token embedding
     parallel_residual: bool | None = None  # attention and mlp side by side; null: the family's
     sliding_window: int = 0  # tokens that local layers see, the token itself included; 0: there are no such layers
-    layer_types: LayerTypes = ()  # a layer; []: the family's, where there is a window
+    layer_types: LayerTypes = ()  # local, global or linear, a layer; []: the family's, where it has several kinds
     local_rope_theta: float | None = None  # of local layers, which rope_scaling leaves alone; null: rope_theta
     query_pre_attn_scalar: int = 0  # attention's products are divided by its root; 0: head_dim
     attention_softcap: float | None = None  # products x become softcap x tanh(x / softcap)
@@ -56,6 +60,11 @@ class ModelConfig:
     num_experts: int = 0  # feed-forward networks of a layer, each of mlp_size; 0: one, and no router
     experts_per_token: int = 0  # of them that compute a token; 0: 2, where there are experts
     normalize_routing: bool | None = None  # the weights of a token's experts sum to 1; null: as the family has it
+    linear_key_heads: int = 0  # of linear layers: heads of queries and keys; 0: num_heads
+    linear_value_heads: int = 0  # heads of values, states and gates, a multiple of that; 0: linear_key_heads
+    linear_key_dim: int = 0  # features of a query or key; 0: head_dim
+    linear_value_dim: int = 0  # features of a value; 0: linear_key_dim
+    convolution_size: int = 0  # tokens that the convolution sees, the token itself included; 0: 4
     observation_size: int = 0  # of mlp, which is computed from observations: their numbers; 0: the environment's
 
 
@@ -74,6 +83,7 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
     same = cfg.local_rope_theta == cfg.rope_theta and cfg.rope_scaling is None
     cfg = dataclasses.replace(
         cfg,
+        **resolve_linear(cfg, head_dim),
         vocab_size=cfg.vocab_size or vocab_size,
         num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
         head_dim=head_dim,
@@ -129,17 +139,42 @@ def resolve_mlp(cfg: ModelConfig, vocab_size: int) -> ModelConfig:
 
 def resolve_layers(cfg: ModelConfig) -> tuple[LayerTypes, int]:
     """(layer_types, sliding_window): both empty where no layer is local."""
-    every = FAMILIES[cfg.family].global_every
+    family = FAMILIES[cfg.family]
+    every = family.global_every
     types: LayerTypes = cfg.layer_types
-    if not types and cfg.sliding_window:
+    if not types and family.has_linear:  # of fewer than a round the last is global
+        size = min(every, cfg.num_layers)
+        types = tuple("linear" if (i + 1) % size else "global" for i in range(cfg.num_layers))
+    elif not types and cfg.sliding_window:
         types = tuple("global" if every and (i + 1) % every == 0 else "local" for i in range(cfg.num_layers))
     if types and len(types) != cfg.num_layers:
         raise ValueError(f"layer_types: {len(types)} of them; expected one for each of num_layers: {cfg.num_layers}")
+    if family.has_linear:
+        if "global" not in types or "local" in types:
+            raise ValueError(f"layer_types: {', '.join(dict.fromkeys(types))}: expected linear and one global at least")
+        return types, 0
+    if "linear" in types:
+        raise ValueError(f"layer_types: linear: a {cfg.family} has no such layers; expected local or global")
     if "local" not in types:
         return (), 0
     if not cfg.sliding_window:
         raise ValueError("layer_types: local layers need a window; expected sliding_window of 1 or more")
     return types, cfg.sliding_window
+
+
+def resolve_linear(cfg: ModelConfig, head_dim: int) -> dict[str, int]:
+    """The fields of linear layers. Raises ValueError where a family without them is given one, or heads do not fit."""
+    names = ("linear_key_heads", "linear_value_heads", "linear_key_dim", "linear_value_dim", "convolution_size")
+    if not FAMILIES[cfg.family].has_linear:
+        for name in names:
+            if value := getattr(cfg, name):
+                raise ValueError(f"{name}: {value}: a {cfg.family} has no linear layers; nearest: 0")
+        return {}
+    keys, width = cfg.linear_key_heads or cfg.num_heads, cfg.linear_key_dim or head_dim
+    heads = cfg.linear_value_heads or keys
+    if heads % keys:
+        raise ValueError(f"linear_value_heads: {heads} is not a multiple of linear_key_heads: {keys}")
+    return dict(zip(names, (keys, heads, width, cfg.linear_value_dim or width, cfg.convolution_size or 4)))
 
 
 def rotary_size(cfg: ModelConfig) -> int:
@@ -178,6 +213,18 @@ def row_limit(cfg: ModelConfig) -> int | None:
     return scaling.original_max_positions if scaling is not None and scaling.kind == "longrope" else None
 
 
-def local_layers(cfg: ModelConfig) -> list[bool]:
-    """Which layers are local."""
-    return [kind == "local" for kind in cfg.layer_types] or [False] * cfg.num_layers
+def layer_types_of(cfg: ModelConfig) -> LayerTypes:
+    """The kind of every layer."""
+    return cfg.layer_types or ("global",) * cfg.num_layers
+
+
+def branch_of(kind: LayerType) -> Branch:
+    """Which branch a layer of this kind has, beside its mlp."""
+    return "delta" if kind == "linear" else "attention"
+
+
+def layers_with(cfg: ModelConfig, branch: str) -> Sequence[int]:
+    """The numbers of the layers that have this Branch; each has an mlp. A file may claim any number of layers."""
+    if branch == "mlp" or not cfg.layer_types:
+        return range(cfg.num_layers if branch != "delta" else 0)
+    return [i for i, kind in enumerate(cfg.layer_types) if branch_of(kind) == branch]

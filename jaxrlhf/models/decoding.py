@@ -1,12 +1,10 @@
-"""One token at a time: the transformer of transformer.py with caches of keys and values, in a layout of its own.
+"""One token at a time: the transformer of transformer.py with a cache a layer, in a layout of its own.
 
 Decoding reads all weights for every token, so that they are laid out for it once a rollout: unstacked and gathered.
 """
 
-import functools
-import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +18,37 @@ from jaxrlhf.models.attention.products import (
     merge_copies,
     split_copies,
 )
-from jaxrlhf.models.config import ModelConfig, local_layers
+from jaxrlhf.models.config import ModelConfig, layer_types_of
 from jaxrlhf.models.cpu import decodes_by_output
+from jaxrlhf.models.delta_net.cache import DeltaCache, next_token, prefill_cache
+from jaxrlhf.models.delta_net.layer import Streams
 from jaxrlhf.models.experts import Routed
 from jaxrlhf.models.int8 import Int8, quantized
 from jaxrlhf.models.linear import LORA_A, LORA_B, OUT_FIRST, gathered, in_int8, inputs, out_first, used_whole
 from jaxrlhf.models.lora import merged
-from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
+from jaxrlhf.models.parameters import Leaf, layer_at, parameter_table, weight_axes
 from jaxrlhf.models.quantized import PACKED, placed
 from jaxrlhf.models.transformer import (
-    LayerKind,
     Runtime,
     block,
     check_length,
     embed,
     feed_forward,
-    layer_kinds,
+    mixers,
     normalize,
     positions_of,
     product,
-    rotations,
-    row_kinds,
+    row_attention,
 )
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
+WIDE = ("scale", "A_log", "dt_bias", "taps")  # leaves that are computed with in float32, few numbers
+
 
 class Cache(NamedTuple):
-    """Keys and values of one layer; heads before time, so that a decoded token reads contiguous rows. In int8 each
-    token has a scale for each head."""
+    """Keys and values of one attention layer; heads before time, so that a decoded token reads contiguous rows. In int8
+    each token has a scale for each head."""
 
     # [G, N, P, K]: read by all samples of a prompt; [G, N, n, P, K]: of prompts that stand abreast
     prompt_key: Array | Int8
@@ -60,6 +60,26 @@ class Cache(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """(G, N, n, T, K)."""
         return (self.key.values if isinstance(self.key, Int8) else self.key).shape
+
+    def of_samples(self, places: Array) -> "Cache":
+        """The cache of the samples at ``places`` i32[G, k] of each prompt."""
+        take = jax.vmap(lambda x, at: x.at[:, at].get())  # samples are the third axis
+        own = lambda tree: jax.tree.map(lambda x: take(x, places), tree)
+        return self._replace(key=own(self.key), value=own(self.value))
+
+    def abreast(self, width: int) -> "Cache":
+        """Of G prompts with one response each: the same as G / ``width`` rows of ``width`` such."""
+
+        def one(x: Array) -> Array:
+            prompts, heads, *_, columns, dim = x.shape
+            layout = spec("batch", None, head_axis("kv_heads", heads), "seq", "head_dim")
+            x = jax.lax.reshape(x, (prompts // width, width, heads, columns, dim), out_sharding=layout)
+            return jnp.swapaxes(x, 1, 2)
+
+        return jax.tree.map(one, self)
+
+
+LayerCache = Cache | DeltaCache
 
 
 def stored(x: Array, runtime: Runtime) -> Array | Int8:
@@ -82,7 +102,7 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
         axes = weight_axes(leaf)[len(leaf.axes) - x.ndim :]  # without "layers" where it is one layer's
         if int8 and path[-1].key == "kernel":
             return in_int8(constrain(x, *axes), axes)
-        x = x if path[-1].key == "scale" else x.astype(runtime.compute)  # norms compute in float32
+        x = x if path[-1].key in WIDE else x.astype(runtime.compute)
         return constrain(constrain(x, *axes), *gathered(axes))
 
     def lay_out(table, params):
@@ -95,8 +115,8 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
 
     laid: Params = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
     if "layers" in params:  # else it is a head alone
-        layers = [jax.tree.map(operator.itemgetter(i), params["layers"]) for i in range(cfg.num_layers)]
-        laid |= {"layers": [lay_out(table["layers"], layer) for layer in layers]}
+        layers = [layer_at(params["layers"], layer_types_of(cfg), i) for i in range(cfg.num_layers)]
+        laid |= {"layers": [lay_out({name: table["layers"][name] for name in layer}, layer) for layer in layers]}
     if int8:
         return laid if "head" in laid else laid | {"head": {"kernel": tied_in_int8(laid["embed"]["tokens"])}}
     return by_outputs(laid, table) if decodes_by_output(rows, runtime.hardware) else laid
@@ -150,44 +170,46 @@ def prefill(
     room: int,
     runtime: Runtime,
     note: Callable[[Routed], None] | None = None,
-) -> tuple[Array, list[Cache]]:
-    """Read left-padded prompts [G, P]: (final hidden state of the last column [G, 1, D], a Cache a layer).
+) -> tuple[Array, list[LayerCache]]:
+    """Read left-padded prompts [G, P]: (final hidden state of the last column [G, 1, D], a cache a layer).
 
     The caches have room for ``copies`` responses of ``room`` columns to each prompt; ``params`` are in decode_layout.
     ``note`` is told what each layer's router said, of the last column alone in the last layer. Raises ValueError as
     forward."""
     check_length(cfg, tokens.shape[1] + room)
     segment_ids = valid.astype(jnp.int32)
-    positions, kinds = positions_of(segment_ids), row_kinds(cfg, segment_ids, runtime)
-    caches = []
+    positions, within = positions_of(segment_ids), row_attention(cfg, segment_ids, runtime)
+    caches: list[LayerCache] = []
 
-    def attend(kind: LayerKind, query, key, value):
-        key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
-        batch, _, heads, _ = key.shape
-        layout = spec("batch", head_axis("kv_heads", heads), None, "seq", "head_dim")
-        zeros = lambda x: jnp.zeros((batch, heads, copies, room, x.shape[-1]), x.dtype, out_sharding=layout)
-        prompt = [stored(by_head(x), runtime) for x in (key, value)]
-        caches.append(Cache(*prompt, *jax.tree.map(zeros, prompt)))
-        return kind.attend(query, key, value)
+    def attend_to(window: int | None) -> Callable:
+        def attend(query, key, value):
+            key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
+            batch, _, heads, _ = key.shape
+            layout = spec("batch", head_axis("kv_heads", heads), None, "seq", "head_dim")
+            zeros = lambda x: jnp.zeros((batch, heads, copies, room, x.shape[-1]), x.dtype, out_sharding=layout)
+            prompt = [stored(by_head(x), runtime) for x in (key, value)]
+            caches.append(Cache(*prompt, *jax.tree.map(zeros, prompt)))
+            return mix(query, key, value)
+
+        mix = within(window)
+        return attend
+
+    def recur(params: Params, streams: Streams) -> Array:
+        out, cache = prefill_cache(params, streams, valid, copies)
+        caches.append(cache)
+        return out
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    rotary, feed = rotations(cfg, positions, kinds, tokens.shape[1]), feed_forward(cfg, runtime, note)
-    for i, local in enumerate(local_layers(cfg)):
+    kinds, feed = mixers(cfg, positions, tokens.shape[1], attend_to, recur), feed_forward(cfg, runtime, note)
+    for i, kind in enumerate(layer_types_of(cfg)):
         since = tokens.shape[1] - 1 if i == cfg.num_layers - 1 else 0
-        x = block(params["layers"][i], cfg, x, rotary[local], functools.partial(attend, kinds[local]), feed, since)
+        x = block(params["layers"][i], cfg, x, kinds[kind], feed, since)
     return normalize(params["final_norm"], x, cfg), caches
 
 
-def abreast(caches: list[Cache], width: int) -> list[Cache]:
+def abreast(caches: list[LayerCache], width: int) -> list[LayerCache]:
     """The caches of G prompts with one response each, as those of G / ``width`` rows of ``width`` such."""
-
-    def one(x: Array) -> Array:
-        prompts, heads, *_, columns, dim = x.shape
-        layout = spec("batch", None, head_axis("kv_heads", heads), "seq", "head_dim")
-        x = jax.lax.reshape(x, (prompts // width, width, heads, columns, dim), out_sharding=layout)
-        return jnp.swapaxes(x, 1, 2)
-
-    return jax.tree.map(one, caches)
+    return [cache.abreast(width) for cache in caches]
 
 
 def decode_step(
@@ -196,53 +218,56 @@ def decode_step(
     token: Array,
     index: Array,
     prompt: Array,
-    caches: list[Cache],
+    caches: list[LayerCache],
     runtime: Runtime,
     note: Callable[[Routed], None] | None = None,
-) -> tuple[Array, list[Cache]]:
-    """The forward pass over one token of each response, with the keys and values of the tokens before it cached.
+) -> tuple[Array, list[LayerCache]]:
+    """The forward pass over one token of each response, with what layers keep of the tokens before it.
 
     The n responses to a prompt are the columns of one row, so that the prompt's cache is read once for all of them. Or
     the n columns of a row are n prompts with one response each.
 
     Args:
         token: i32[G, n], the newest token of each response.
-        index: i32[], response tokens before it; its keys and values are written there.
+        index: i32[], response tokens before it; keys and values are written there.
         prompt: bool[G, 1, P], or bool[G, n, P] where the columns are prompts: which prompt columns hold tokens.
         caches: one a layer.
         note: is told what each layer's router said.
 
     Returns:
-        (final hidden states [G, n, D], the caches with the token's keys and values).
+        (final hidden states [G, n, D], the caches with the token in them).
     """
-    size, room = prompt.shape[-1], caches[0].shape[3]
+    size, room = prompt.shape[-1], next(cache.shape[3] for cache in caches if isinstance(cache, Cache))
     position = jnp.broadcast_to(prompt.sum(axis=-1, dtype=jnp.int32) + index, token.shape)
 
-    def attend_to(window: int | None) -> Callable[[Array, Cache], Array]:
+    layers, updated = iter(caches), []
+
+    def attend_to(window: int | None) -> Callable:
         columns = jnp.arange(size + room)
         seen = columns <= size + index
         seen = seen if window is None else seen & (size + index - columns < window)
         biases = bias_of(prompt & seen[:size])[:, :, None], bias_of(seen[None, None, size:])[:, :, None]
+        grow = lambda new: stored(by_head(match_heads(new, cfg.num_heads))[:, :, :, None], runtime)
+        put = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, index, 0))
+        write = lambda old, new: jax.tree.map(put, old, grow(new))
 
-        def attend(query: Array, cache: Cache) -> Array:
+        def attend(query, key, value):
+            cache: Any = next(layers)
+            cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
+            updated.append(cache)
             parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
             return merge_copies(branches(split_copies(query, cache.shape[1], query.shape[1]), parts, **product(cfg)))
 
         return attend
 
-    kinds, layers, updated = layer_kinds(cfg, attend_to), iter(caches), []
-
-    def attend(kind: LayerKind, query, key, value):
-        cache = next(layers)
-        grow = lambda new: stored(by_head(match_heads(new, cfg.num_heads))[:, :, :, None], runtime)
-        put = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, index, 0))
-        write = lambda old, new: jax.tree.map(put, old, grow(new))
-        cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
+    def recur(params: Params, streams: Streams) -> Array:
+        last: Any = next(layers)
+        out, cache = next_token(params, streams, last)
         updated.append(cache)
-        return kind.attend(query, cache)
+        return out
 
     x = embed(params, cfg, token, position, runtime.compute)
-    rotary, feed = rotations(cfg, position, kinds, size + room), feed_forward(cfg, runtime, note)
-    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        x = block(layer_params, cfg, x, rotary[local], functools.partial(attend, kinds[local]), feed)
+    kinds, feed = mixers(cfg, position, size + room, attend_to, recur), feed_forward(cfg, runtime, note)
+    for layer_params, kind in zip(params["layers"], layer_types_of(cfg), strict=True):
+        x = block(layer_params, cfg, x, kinds[kind], feed)
     return normalize(params["final_norm"], x, cfg), updated

@@ -28,6 +28,7 @@ BASE = "base_"  # in front of the role at whose start it begins: the name of a b
 TARGETS = {
     **dict.fromkeys(("query", "key", "value", "out"), "attention"),
     **dict.fromkeys(("gate", "up", "down"), "mlp"),
+    **{f"delta_{name}": "delta" for name in ("query", "key", "value", "decay", "beta", "gate", "out")},
 }
 
 
@@ -37,7 +38,9 @@ class LoraConfig:
 
     rank: int = 16  # columns of A, rows of B
     alpha: float = 32.0  # the product of A and B counts alpha / rank times
-    targets: tuple[str, ...] = (ALL,)  # of query, key, value, out, gate, up, down; all-linear: all that the model has
+    # of query, key, value, out, gate, up, down, and of linear layers delta_query, delta_key, delta_value, delta_decay,
+    # delta_beta, delta_gate, delta_out; all-linear: all that the model has
+    targets: tuple[str, ...] = (ALL,)
     dropout: float = 0.0  # only 0: a policy must give what it sampled the same log-probs when it learns
     rslora: bool = False  # count the product alpha / sqrt(rank) times (Kalajdzievski 2023)
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"  # of A, as PEFT has it; B starts at 0
@@ -69,7 +72,7 @@ def targets_of(cfg: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     if cfg.family == MLP:
         raise ValueError("adapter: a model of observations has none; expected null")
     layers = parameter_table(cfg, "lm")["layers"]
-    there = [name for name, branch in TARGETS.items() if name in layers[branch]]
+    there = [name for name, branch in TARGETS.items() if name in layers.get(branch, {})]
     for name in lora.targets:
         if name not in (ALL, *there):
             known = f"choices: {', '.join([ALL, *there])}"

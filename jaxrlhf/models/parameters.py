@@ -1,6 +1,7 @@
 """The table of a model's parameters: shapes, logical axes and initialisation."""
 
 import math
+import operator
 import zlib
 from typing import Literal, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.attention.products import head_axis
-from jaxrlhf.models.config import MLP, ModelConfig
+from jaxrlhf.models.config import MLP, LayerTypes, ModelConfig, branch_of, layers_with
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.sharding import spec
 from jaxrlhf.types import Array, Head, Params
@@ -42,7 +43,7 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
         return mlp_trunk_table(cfg) | {"head": own}
     table = {
         "embed": {"tokens": {"embedding": Leaf((vocab, dim), ("vocab", "embed"), 1 / math.sqrt(dim))}},
-        "layers": {"attention": attention_table(cfg) | branch_norms(cfg), "mlp": mlp_table(cfg) | branch_norms(cfg)},
+        "layers": layers_table(cfg),
         "final_norm": norm_table(cfg, {"embed": dim}),
     }
     if FAMILIES[cfg.family].positions == "learned":
@@ -52,6 +53,22 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
     elif not cfg.tie_embeddings:
         table["head"] = {"kernel": Leaf((dim, vocab), ("embed", "vocab"), 0.02)}
     return table
+
+
+def layers_table(cfg: ModelConfig) -> dict:
+    """Leafs of all layers, a branch each: those of the layers that have it are stacked, in their order."""
+    tables = {"attention": attention_table, "delta": delta_table}
+    count = {branch: len(layers_with(cfg, branch)) for branch in tables}
+    found = {name: tables[name](cfg, size) | branch_norms(cfg, size) for name, size in count.items() if size}
+    return found | {"mlp": mlp_table(cfg) | branch_norms(cfg, cfg.num_layers)}
+
+
+def layer_at(stacked: Params, kinds: LayerTypes, index: int) -> Params:
+    """The parameters of layer ``index`` among layers of these ``kinds``, out of those that are stacked."""
+    own = branch_of(kinds[index])
+    place = [branch_of(kind) for kind in kinds[:index]].count(own)
+    pick = lambda tree, at: jax.tree.map(operator.itemgetter(at), tree)
+    return {own: pick(stacked[own], place), "mlp": pick(stacked["mlp"], index)}
 
 
 def scalar_table(cfg: ModelConfig) -> dict:
@@ -72,20 +89,53 @@ def mlp_trunk_table(cfg: ModelConfig) -> dict:
     return {"observations": first} | ({"layers": linear_table(sizes, dim, True, 1)} if behind else {})
 
 
-def attention_table(cfg: ModelConfig) -> dict:
-    """Leafs of all layers' attention, but for the norms of the branch."""
-    family, bias, layers = FAMILIES[cfg.family], bool(cfg.attention_bias), {"layers": cfg.num_layers}
+def attention_table(cfg: ModelConfig, count: int) -> dict:
+    """Leafs of the attention of ``count`` layers, but for the norms of the branch. With an output gate a head's query
+    is twice as wide: the query, then its gate."""
+    family, bias, layers = FAMILIES[cfg.family], bool(cfg.attention_bias), {"layers": count}
     dim, width = {"embed": cfg.hidden_size}, {"head_dim": cfg.head_dim}
     heads, kv = {"heads": cfg.num_heads}, {"kv_heads": cfg.num_kv_heads}
-    project = lambda n: linear_table(layers | dim | n | width, cfg.hidden_size, bias, 2)
+    wide = {"head_dim": cfg.head_dim * (2 if family.output_gate else 1)}
+    project = lambda n, width=width: linear_table(layers | dim | n | width, cfg.hidden_size, bias, 2)
     out = linear_table(
         layers | heads | width | dim, cfg.num_heads * cfg.head_dim, bias and family.out_bias, 1, small(cfg)
     )
-    table = {"query": project(heads), "key": project(kv), "value": project(kv), "out": out}
+    table = {"query": project(heads, wide), "key": project(kv), "value": project(kv), "out": out}
     if family.query_key_norm == "none":
         return table
     norm = lambda n: norm_table(cfg, layers | (n if family.query_key_norm == "all" else {}) | width)
     return table | {"query_norm": norm(heads), "key_norm": norm(kv)}
+
+
+def delta_table(cfg: ModelConfig, count: int) -> dict:
+    """Leafs of the gated delta nets of ``count`` layers, but for the norms of the branch.
+
+    A token's decay begins near exp(-exp(A_log) softplus(1)): some heads forget at once, some hardly at all."""
+    layers, dim = {"layers": count}, {"embed": cfg.hidden_size}
+    keys = {"kv_heads": cfg.linear_key_heads, "head_dim": cfg.linear_key_dim}
+    values = {"heads": cfg.linear_value_heads, "head_dim": cfg.linear_value_dim}
+    heads = {"heads": cfg.linear_value_heads}
+    project = lambda sizes: linear_table(layers | dim | sizes, cfg.hidden_size, False, len(sizes))
+    size = cfg.convolution_size
+    taps = lambda sizes: {"taps": plain_leaf(layers | sizes | {"taps": size}, 1 / math.sqrt(size))}
+    fan_in = cfg.linear_value_heads * cfg.linear_value_dim
+    return {
+        "delta_query": project(keys),
+        "delta_key": project(keys),
+        "delta_value": project(values),
+        "delta_convolution": {"query": taps(keys), "key": taps(keys), "value": taps(values)},
+        "delta_decay": project(heads),
+        "delta_beta": project(heads),
+        "delta_rate": {"A_log": plain_leaf(layers | heads, 2.0), "dt_bias": plain_leaf(layers | heads, "ones")},
+        "delta_gate": project(values),
+        "delta_norm": {"scale": plain_leaf(layers | {"head_dim": cfg.linear_value_dim}, "ones")},
+        "delta_out": linear_table(layers | values | dim, fan_in, False, 1, small(cfg)),
+    }
+
+
+def plain_leaf(sizes: dict[str, int], init: float | Literal["ones", "zeros"]) -> Leaf:
+    """A Leaf by the ``sizes`` of its logical axes, in their order."""
+    return Leaf(tuple(sizes.values()), tuple(sizes), init)
 
 
 def mlp_table(cfg: ModelConfig) -> dict:
@@ -114,17 +164,17 @@ def small(cfg: ModelConfig) -> float:
     return 1.0 / math.sqrt(2 * cfg.num_layers)
 
 
-def branch_norms(cfg: ModelConfig) -> dict:
-    """Leafs of all layers' norms before and after a residual branch, as the family has them."""
+def branch_norms(cfg: ModelConfig, count: int) -> dict:
+    """Leafs of the norms before and after a residual branch of ``count`` layers, as the family has them."""
     places = {"pre": ["norm"], "post": ["post_norm"], "sandwich": ["norm", "post_norm"]}[FAMILIES[cfg.family].norms]
-    return {place: norm_table(cfg, {"layers": cfg.num_layers, "embed": cfg.hidden_size}) for place in places}
+    return {place: norm_table(cfg, {"layers": count, "embed": cfg.hidden_size}) for place in places}
 
 
 def norm_table(cfg: ModelConfig, sizes: dict[str, int]) -> dict:
     """Leafs of a norm: ``sizes`` of its logical axes, in their order."""
-    family, leaf = FAMILIES[cfg.family], lambda init: Leaf(tuple(sizes.values()), tuple(sizes), init)
-    scale = {"scale": leaf("zeros" if family.norm_offset else "ones")}
-    return scale | ({"bias": leaf("zeros")} if family.norm == "layer" else {})
+    family = FAMILIES[cfg.family]
+    scale = {"scale": plain_leaf(sizes, "zeros" if family.norm_offset else "ones")}
+    return scale | ({"bias": plain_leaf(sizes, "zeros")} if family.norm == "layer" else {})
 
 
 def linear_table(sizes: dict[str, int], fan_in: int, bias: bool, bias_rank: int, gain: float = 1.0) -> dict:

@@ -174,6 +174,8 @@ def check_blocks(table: dict, kind: Quantization) -> None:
     leaves, _ = jax.tree_util.tree_flatten_with_path(table, is_leaf=lambda x: isinstance(x, Leaf))
     if any("expert" in leaf.axes for _, leaf in leaves):
         raise ValueError(f"base_quantization: {kind}: a mixture's experts are not quantised; nearest: null")
+    if "delta" in table.get("layers", {}):
+        raise ValueError(f"base_quantization: {kind}: gated delta nets are not quantised yet; nearest: null")
     for path, leaf in leaves:
         if kind != "nf4" or not is_quantized(path[-1].key, leaf):
             continue

@@ -4,66 +4,84 @@ A slot's prompt and response share one cache, left-aligned. One function serves 
 and decoding, one column at a time. It runs on one device, outside of any mesh.
 """
 
-import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.attention.products import bias_of, branches, merge_copies, split_copies, split_keys
-from jaxrlhf.models.config import ModelConfig, local_layers
+from jaxrlhf.models.config import ModelConfig, layer_types_of
 from jaxrlhf.models.cpu import writes_row_by_row
-from jaxrlhf.models.transformer import (
-    LayerKind,
-    Runtime,
-    block,
-    check_length,
-    embed,
-    feed_forward,
-    layer_kinds,
-    normalize,
-    product,
-    rotations,
-)
+from jaxrlhf.models.delta_net import cache as delta_net
+from jaxrlhf.models.delta_net.layer import Streams
+from jaxrlhf.models.transformer import Runtime, block, check_length, embed, feed_forward, mixers, normalize, product
 from jaxrlhf.types import Array, Params
 
 
 class SlotCache(NamedTuple):
-    """Keys and values of one layer, [G, N, n, W, K]: W columns of each of G * n slots."""
+    """Keys and values of one attention layer, [G, N, n, W, K]: W columns of each of G * n slots."""
 
     key: Array
     value: Array
 
 
-def blank_caches(cfg: ModelConfig, groups: int, abreast: int, columns: int, dtype) -> list[SlotCache]:
+LayerSlots = SlotCache | delta_net.DeltaCache
+
+
+def blank_caches(cfg: ModelConfig, groups: int, abreast: int, columns: int, dtype) -> list[LayerSlots]:
     """The caches of ``groups`` x ``abreast`` slots. Raises ValueError as transformer.forward."""
     check_length(cfg, columns)
     shape = (groups, cfg.num_kv_heads, abreast, columns, cfg.head_dim)
-    return [SlotCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(cfg.num_layers)]
+
+    def one(linear: bool) -> LayerSlots:
+        if linear:
+            return delta_net.blank_cache(cfg, groups, abreast, dtype)
+        return SlotCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return [one(kind == "linear") for kind in layer_types_of(cfg)]
 
 
-def place_of(slot: Array, x: Array) -> tuple[Array | int, ...]:
-    """Where a slot's columns begin in keys or values [G, N, n, W, K]."""
-    return slot // x.shape[2], 0, slot % x.shape[2], 0, 0
+def keys_of(caches: list[LayerSlots]) -> Array:
+    """The keys of one layer [G, N, n, W, K], for their sizes."""
+    return next(cache.key for cache in caches if isinstance(cache, SlotCache))
 
 
-def slot_of(caches: list[SlotCache], slot: Array) -> list[SlotCache]:
-    """The caches of one slot, [1, N, 1, W, K]."""
-
-    def one(x: Array) -> Array:
-        _, heads, _, columns, size = x.shape
-        return jax.lax.dynamic_slice(x, place_of(slot, x), (1, heads, 1, columns, size))
-
-    return jax.tree.map(one, caches)
+def place_of(slot: Array, x: Array, cache: LayerSlots) -> tuple[Array | int, ...]:
+    """Where a slot begins in an array of its layer's cache."""
+    if isinstance(cache, SlotCache):
+        return slot // x.shape[2], 0, slot % x.shape[2], 0, 0
+    return slot // x.shape[1], slot % x.shape[1], *(0,) * (x.ndim - 2)
 
 
-def with_slot(caches: list[SlotCache], own: list[SlotCache], slot: Array) -> list[SlotCache]:
+def slot_of(caches: list[LayerSlots], slot: Array) -> list[LayerSlots]:
+    """The caches of one slot: [1, N, 1, W, K], or [1, 1, ...] of a linear layer."""
+
+    def one(x: Array, cache: LayerSlots) -> Array:
+        slots = (0, 2) if isinstance(cache, SlotCache) else (0, 1)
+        sizes = [1 if axis in slots else size for axis, size in enumerate(x.shape)]
+        return jax.lax.dynamic_slice(x, place_of(slot, x, cache), sizes)
+
+    return [jax.tree.map(lambda x, cache=cache: one(x, cache), cache) for cache in caches]
+
+
+def with_slot(caches: list[LayerSlots], own: list[LayerSlots], slot: Array) -> list[LayerSlots]:
     """``caches`` with those of one slot replaced."""
-    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice(x, new, place_of(slot, x)), caches, own)
+
+    def one(cache: LayerSlots, new: LayerSlots) -> LayerSlots:
+        put = lambda x, new: jax.lax.dynamic_update_slice(x, new, place_of(slot, x, cache))
+        return jax.tree.map(put, cache, new)
+
+    return [one(cache, new) for cache, new in zip(caches, own, strict=True)]
 
 
-def moved(caches: list[SlotCache], blank: list[SlotCache], source: Array) -> list[SlotCache]:
+def widened(caches: list[LayerSlots], columns: int) -> list[LayerSlots]:
+    """``caches`` of so many columns; the new ones are empty. Linear layers have none."""
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, columns - x.shape[3]), (0, 0)))
+    return [jax.tree.map(pad, cache) if isinstance(cache, SlotCache) else cache for cache in caches]
+
+
+def moved(caches: list[LayerSlots], blank: list[LayerSlots], source: Array) -> list[LayerSlots]:
     """``blank`` with the slots ``source`` i32[slots of blank] of ``caches``, which are as wide."""
     move = lambda slot, new: with_slot(new, slot_of(caches, source[slot]), slot)
     return jax.lax.fori_loop(0, len(source), move, blank)
@@ -77,7 +95,7 @@ def write(cache: SlotCache, new: SlotCache, start: Array, runtime: Runtime) -> S
 
         def row(slot: Array, cache: SlotCache) -> SlotCache:
             at = (slot // abreast, 0, slot % abreast, start[slot], 0)
-            own = slot_of([new], slot)[0]
+            own: Any = slot_of([new], slot)[0]
             return jax.tree.map(lambda old, own: jax.lax.dynamic_update_slice(old, own, at), cache, own)
 
         return jax.lax.fori_loop(0, len(start), row, cache)
@@ -88,47 +106,56 @@ def write(cache: SlotCache, new: SlotCache, start: Array, runtime: Runtime) -> S
 
 
 def read_columns(
-    params: Params, cfg: ModelConfig, tokens: Array, start: Array, caches: list[SlotCache], runtime: Runtime
-) -> tuple[Array, list[SlotCache]]:
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Array,
+    start: Array,
+    count: Array,
+    caches: list[LayerSlots],
+    runtime: Runtime,
+) -> tuple[Array, list[LayerSlots]]:
     """The forward pass over the next C columns of each slot, with what stands before them cached.
 
     Args:
         params: in decoding.decode_layout.
         tokens: i32[G * n, C].
         start: i32[G * n], the column of each slot's first token. No column may be beyond those of the caches.
+        count: i32[G * n]: how many of the C are tokens, the first ones. Only linear layers ask: keys and values of the
+            others are overwritten before anything attends to them, and a state would keep them.
         caches: one a layer.
 
     Returns:
-        (final hidden states [G * n, C, D], the caches with the tokens' keys and values).
+        (final hidden states [G * n, C, D], the caches with the tokens in them).
     """
-    rows, count = tokens.shape
-    groups, _, abreast, columns, _ = caches[0].key.shape
-    positions = start[:, None] + jnp.arange(count)
-    grouped = positions.reshape(groups, abreast, count)
+    rows, size = tokens.shape
+    groups, _, abreast, columns, _ = keys_of(caches).shape
+    positions = start[:, None] + jnp.arange(size)
+    grouped = positions.reshape(groups, abreast, size)
+    layers, updated = iter(caches), []
 
-    def attend_to(window: int | None) -> Callable[[Array, SlotCache], Array]:
+    def attend_to(window: int | None) -> Callable:
         back = grouped[..., None] - jnp.arange(columns)
         bias = bias_of((back >= 0) if window is None else (back >= 0) & (back < window))
 
-        def attend(query: Array, cache: SlotCache) -> Array:
-            heads = cache.key.shape[1]
+        def attend(query: Array, key: Array, value: Array) -> Array:
+            cache: Any = next(layers)
+            cache = write(cache, SlotCache(split_keys(key, abreast), split_keys(value, abreast)), start, runtime)
+            updated.append(cache)
             parts = [(cache.key, cache.value, bias)]
-            return merge_copies(branches(split_copies(query, heads, abreast), parts, **product(cfg)))
+            return merge_copies(branches(split_copies(query, cache.key.shape[1], abreast), parts, **product(cfg)))
 
         return attend
 
-    kinds, layers, updated = layer_kinds(cfg, attend_to), iter(caches), []
-
-    def attend(kind: LayerKind, query: Array, key: Array, value: Array) -> Array:
-        cache = next(layers)
-        cache = write(cache, SlotCache(split_keys(key, abreast), split_keys(value, abreast)), start, runtime)
+    def recur(params: Params, streams: Streams) -> Array:
+        cache: Any = next(layers)
+        out, cache = delta_net.next_columns(params, streams, cache, start, count)
         updated.append(cache)
-        return kind.attend(query, cache)
+        return out
 
-    side_by_side = (groups, abreast * count)
+    side_by_side = (groups, abreast * size)
     places = positions.reshape(side_by_side)
     x = embed(params, cfg, tokens.reshape(side_by_side), places, runtime.compute)
-    rotary, feed = rotations(cfg, places, kinds, columns), feed_forward(cfg, runtime)
-    for layer_params, local in zip(params["layers"], local_layers(cfg), strict=True):
-        x = block(layer_params, cfg, x, rotary[local], functools.partial(attend, kinds[local]), feed)
-    return normalize(params["final_norm"], x, cfg).reshape(rows, count, -1), updated
+    kinds, feed = mixers(cfg, places, columns, attend_to, recur), feed_forward(cfg, runtime)
+    for layer_params, kind in zip(params["layers"], layer_types_of(cfg), strict=True):
+        x = block(layer_params, cfg, x, kinds[kind], feed)
+    return normalize(params["final_norm"], x, cfg).reshape(rows, size, -1), updated

@@ -1,12 +1,12 @@
 """A decoder-only transformer in plain functions over a pytree of parameters.
 
-One block serves training, prefill and decoding: it is given ``attend``, which either attends within the rows at hand
-or through a cache (decoding.py). Training scans over stacked layers.
+One block serves training, prefill and decoding. What differs between them, and between kinds of layers, is how columns
+are mixed: a ``Mixer`` a kind, made by ``mixers`` from two functions. They look at what is before a token, within the
+rows at hand or through a cache (decoding.py). Training scans over stacked layers.
 """
 
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +15,21 @@ import jax.numpy as jnp
 
 from jaxrlhf.models.attention.kernels import SAVED, Asked, Hardware, choose_kernel, within_groups, within_rows
 from jaxrlhf.models.attention.products import head_axis, match_heads
-from jaxrlhf.models.config import ModelConfig, local_layers, rotary_size, row_limit
+from jaxrlhf.models.config import (
+    Branch,
+    LayerType,
+    ModelConfig,
+    branch_of,
+    layer_types_of,
+    rotary_size,
+    row_limit,
+)
 from jaxrlhf.models.cpu import scans_layers
+from jaxrlhf.models.delta_net import layer as delta_net
 from jaxrlhf.models.experts import Routed, expert_block, router_load
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.int8 import Part
+from jaxrlhf.models.layer_scan import through_layers
 from jaxrlhf.models.linear import PRODUCT, gather, linear
 from jaxrlhf.models.response_packing import Places, side_by_side
 from jaxrlhf.models.rope import cos_sin, rope_frequencies, rope_magnitude, rotate
@@ -77,11 +87,14 @@ def attention_block(
         return linear(params[name], x, "bsd,dhk->bshk", ("embed", axis, "head_dim"), out)
 
     query, key, value = project("query", heads), project("key", kv), project("value", kv)
+    gated = FAMILIES[cfg.family].output_gate
+    query, gate = jnp.split(query, 2, axis=-1) if gated else (query, None)
     if "query_norm" in params:
         whole = FAMILIES[cfg.family].query_key_norm == "all"
         query = normalize(params["query_norm"], query, cfg, (heads, None) if whole else (None,))
         key = normalize(params["key_norm"], key, cfg, (kv, None) if whole else (None,))
     mixed = attend(rotary(query), rotary(key), value)[:, since:]
+    mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate[:, since:])
     return linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
 
 
@@ -127,17 +140,15 @@ def feed_forward(
     return feed
 
 
-def block(
-    params: Params, cfg: ModelConfig, x: Array, rotary: Callable, attend: Callable, feed: Feed, since: int = 0
-) -> Array:
+def block(params: Params, cfg: ModelConfig, x: Array, mixer: "Mixer", feed: Feed, since: int = 0) -> Array:
     """Two residual branches, one after the other or side by side, with norms before or after what they compute.
 
-    Returns [B, S - since, D]. Of the columns before ``since`` only keys and values are computed: all that the last
-    layer needs where nothing uses their states."""
-    attn, mlp = params["attention"], params["mlp"]
+    Returns [B, S - since, D]. Of the columns before ``since`` only keys and values are computed (or states): all that
+    the last layer needs where nothing uses what comes out there."""
+    mixing, mlp = params[mixer.branch], params["mlp"]
     before = lambda part: normalize(part["norm"], x, cfg) if "norm" in part else x
     after = lambda part, y: normalize(part["post_norm"], y, cfg) if "post_norm" in part else y
-    mixed = after(attn, attention_block(attn, cfg, before(attn), rotary, attend, since))
+    mixed = after(mixing, mixer.mix(mixing, before(mixing), since))
     x = x[:, since:]
     if cfg.parallel_residual:
         return x + mixed + after(mlp, feed(mlp, before(mlp)))
@@ -157,11 +168,17 @@ def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dty
     return x
 
 
-class LayerKind(NamedTuple):
-    """What differs between local and global layers."""
+class Mixer(NamedTuple):
+    """How a kind of layers mixes columns."""
 
-    attend: Callable[..., Array]  # (query, key, value), or (query, Cache) -> weighted values [B, S, H, K]
-    freqs: Array | None  # f32[R / 2], radians a position; None where positions were embedded
+    branch: Branch  # its parameters, in a layer's
+    mix: Callable[[Params, Array, int], Array]  # (they, x [B, S, D] behind the norm, since) -> [B, S - since, D]
+
+
+AttendTo = Callable[
+    [int | None], Callable[..., Array]
+]  # window, None where a layer has none -> attention_block's attend
+Mixers = dict[LayerType, Mixer]
 
 
 def check_length(cfg: ModelConfig, columns: int) -> None:
@@ -171,44 +188,49 @@ def check_length(cfg: ModelConfig, columns: int) -> None:
         raise ValueError(f"rows of {columns} columns: more than this {cfg.family} model computes; nearest: {limit}")
 
 
-def layer_kinds(cfg: ModelConfig, attend_to: Callable[[int | None], Callable[..., Array]]) -> dict[bool, LayerKind]:
-    """Local or not -> LayerKind, for the kinds of layers that the model has.
+def mixers(cfg: ModelConfig, positions: Array, limit: int, attend_to: AttendTo, recur: delta_net.Recur) -> Mixers:
+    """The Mixer of every kind of layers that the model has, of tokens at ``positions`` i32[B, S], below ``limit``.
 
     Args:
-        attend_to: (window, or None where a layer has none) -> LayerKind.attend.
+        attend_to: what attention layers look at.
+        recur: what linear layers begin with, as delta_block takes it.
     """
 
-    def one(local: bool) -> LayerKind:
-        attend = attend_to(cfg.sliding_window if local else None)
-        if FAMILIES[cfg.family].positions == "learned":
-            return LayerKind(attend, None)
-        if local and cfg.local_rope_theta:
-            return LayerKind(attend, rope_frequencies(rotary_size(cfg), cfg.local_rope_theta, None))
-        return LayerKind(attend, rope_frequencies(rotary_size(cfg), cfg.rope_theta, cfg.rope_scaling))
+    def one(kind: LayerType) -> Callable[[Params, Array, int], Array]:
+        if kind == "linear":
+            return lambda params, x, since: delta_net.delta_block(params, cfg, x, recur, since)
+        attend, rotary = (
+            attend_to(cfg.sliding_window if kind == "local" else None),
+            rotation(cfg, kind, positions, limit),
+        )
+        return lambda params, x, since: attention_block(params, cfg, x, rotary, attend, since)
 
-    return {local: one(local) for local in set(local_layers(cfg))}
+    return {kind: Mixer(branch_of(kind), one(kind)) for kind in sorted(set(layer_types_of(cfg)))}
 
 
-def row_kinds(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> dict[bool, LayerKind]:
-    """``layer_kinds`` within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose_kernel."""
+def rotation(cfg: ModelConfig, kind: LayerType, positions: Array, limit: int) -> Callable[[Array], Array]:
+    """How queries and keys of such layers learn of their positions: rotation, or nothing where they were embedded."""
+    if FAMILIES[cfg.family].positions == "learned":
+        return lambda x: x
+    if kind == "local" and cfg.local_rope_theta:
+        freqs = rope_frequencies(rotary_size(cfg), cfg.local_rope_theta, None)
+    else:
+        freqs = rope_frequencies(rotary_size(cfg), cfg.rope_theta, cfg.rope_scaling)
+    cos, sin = cos_sin(positions, freqs, limit, rope_magnitude(cfg.rope_scaling))
+    return lambda x: rotate(x, cos, sin)
+
+
+def row_attention(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> AttendTo:
+    """``mixers``' attend_to within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose_kernel."""
     kernel = choose_kernel(runtime.attention, runtime.hardware, cfg, runtime.compute)
-    attend_to = lambda window: within_rows(kernel, segment_ids, window, **product(cfg), interpret=runtime.interpret)
-    return layer_kinds(cfg, attend_to)
+    return lambda window: matching_heads(
+        cfg, within_rows(kernel, segment_ids, window, **product(cfg), interpret=runtime.interpret)
+    )
 
 
-def rotations(
-    cfg: ModelConfig, positions: Array, kinds: dict[bool, LayerKind], limit: int
-) -> dict[bool, Callable[[Array], Array]]:
-    """Local or not -> how queries and keys learn of their positions, i32[B, S] below ``limit``: rotation, or nothing
-    where positions were embedded."""
-
-    def one(kind: LayerKind) -> Callable[[Array], Array]:
-        if kind.freqs is None:
-            return lambda x: x
-        cos, sin = cos_sin(positions, kind.freqs, limit, rope_magnitude(cfg.rope_scaling))
-        return lambda x: rotate(x, cos, sin)
-
-    return {local: one(kind) for local, kind in kinds.items()}
+def matching_heads(cfg: ModelConfig, attend: Callable[..., Array]) -> Callable[..., Array]:
+    """``attend`` of keys and values whose heads the mesh divides as it does those of queries."""
+    return lambda query, key, value: attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
 
 
 def product(cfg: ModelConfig) -> dict[str, Any]:
@@ -254,9 +276,9 @@ def forward(
     Raises ValueError, in one line, for rows that are longer than the model computes (see config.row_limit), and for a
     kernel that can't be had (see kernels.choose_kernel)."""
     check_length(cfg, segment_ids.shape[1])
-    positions, kinds = positions_of(segment_ids), row_kinds(cfg, segment_ids, runtime)
-    routing = routing._replace(counted=segment_ids > 0)
-    return hidden_states(params, cfg, tokens, positions, kinds, runtime, routing=routing)
+    positions, attend_to = positions_of(segment_ids), row_attention(cfg, segment_ids, runtime)
+    recur, routing = delta_net.within_rows(positions), routing._replace(counted=segment_ids > 0)
+    return hidden_states(params, cfg, tokens, positions, attend_to, recur, runtime, routing=routing)
 
 
 def forward_responses(
@@ -294,8 +316,9 @@ def forward_responses(
     routing = routing._replace(counted=counted, kept=None if routing.kept is None else fold(routing.kept))
     room = valid.shape[1] - start
     how = product(cfg) | {"interpret": runtime.interpret}
-    attend_to = lambda window: within_groups(kernel, readable, copies, room, window, where, **how)
-    states = hidden_states(params, cfg, tokens, positions, layer_kinds(cfg, attend_to), runtime, start - 1, routing)
+    attend_to = lambda window: matching_heads(cfg, within_groups(kernel, readable, copies, room, window, where, **how))
+    recur = delta_net.within_groups(readable, copies, where)
+    states = hidden_states(params, cfg, tokens, positions, attend_to, recur, runtime, start - 1, routing)
     return unfold_group(states, copies) if where is None else states
 
 
@@ -332,17 +355,21 @@ def hidden_states(
     cfg: ModelConfig,
     tokens: Array,
     positions: Array,
-    kinds: dict[bool, LayerKind],
+    attend_to: AttendTo,
+    recur: delta_net.Recur,
     runtime: Runtime,
     since: int = 0,
     routing: Routing = NO_ROUTING,
 ) -> Array:
     """Final hidden states [B, S - since, D] of the columns from ``since``, of tokens at ``positions``, both i32[B, S],
-    that see what ``kinds`` says."""
+    that see what ``attend_to`` and ``recur`` say (see ``mixers``)."""
+    kinds = mixers(cfg, positions, tokens.shape[1], attend_to, recur)
 
-    rotary, counted = rotations(cfg, positions, kinds, tokens.shape[1]), routing.counted
+    counted = routing.counted
 
-    def layer(local: bool, since: int, given: tuple[Params, Array | None], x: Array) -> tuple[Array, dict[str, Mean]]:
+    def layer(
+        kind: LayerType, since: int, given: tuple[Params, Array | None], x: Array
+    ) -> tuple[Array, dict[str, Mean]]:
         (layer_params, kept), told = given, {}
 
         def note(routed: Routed) -> None:
@@ -350,18 +377,14 @@ def hidden_states(
                 last = lambda x: x[:, x.shape[1] - routed.choice.shape[1] :]
                 told.update(router_load(routed, last(counted), None if kept is None else last(kept)))
 
-        def attend(query, key, value):
-            return kinds[local].attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
+        return block(layer_params, cfg, x, kinds[kind], feed_forward(cfg, runtime, note, kept), since), told
 
-        x = block(layer_params, cfg, x, rotary[local], attend, feed_forward(cfg, runtime, note, kept), since)
-        return x, told
-
-    def layer_of(local: bool, scanned: bool, since: int = 0) -> Callable:
-        return rematerialized(functools.partial(layer, local, since), runtime, scanned)
+    def layer_of(kind: LayerType, scanned: bool, since: int = 0) -> Callable:
+        return rematerialized(functools.partial(layer, kind, since), runtime, scanned)
 
     x = embed(params, cfg, tokens, positions, runtime.compute)
-    stacked = params["layers"], None if routing.kept is None else by_layer(routing.kept, cfg)
-    x, told = through_layers(layer_of, stacked, local_layers(cfg), x, since, scans(cfg, runtime))
+    kept = None if routing.kept is None else by_layer(routing.kept, cfg)
+    x, told = through_layers(layer_of, params["layers"], kept, layer_types_of(cfg), x, since, scans(cfg, runtime))
     if routing.note is not None and told:
         routing.note(told)
     return normalize(params["final_norm"], x, cfg)
@@ -378,43 +401,6 @@ def scans(cfg: ModelConfig, runtime: Runtime) -> bool:
     if runtime.scan_layers is not None:
         return runtime.scan_layers
     return scans_layers(cfg.num_layers, runtime.hardware)
-
-
-def through_layers(
-    layer_of: Callable, stacked: Any, local: list[bool], x: Array, since: int, scanned: bool
-) -> tuple[Array, dict[str, Mean]]:
-    """(the columns of ``x`` from ``since`` after all layers, the sum of what was measured of each); ``layer_of``:
-    (local, inside a scan, since) to a function of what a layer has of ``stacked`` and x, to both.
-
-    Where local and global layers alternate, one step of the scan is one round of their pattern: each layer's kernel
-    is known while tracing, and the program grows with the pattern, not with the model. Layers behind the last whole
-    round follow the scan, all of them where it is not wanted: what is kept of those for the backward pass is not
-    copied into and out of stacks, and the last of them computes no more than is asked for."""
-    period = next(size for size in range(1, len(local) + 1) if local == (local[:size] * len(local))[: len(local)])
-    rounds = len(local) // period if scanned else 0
-    behind = range(rounds * period, len(local))
-
-    def one_round(x, params):
-        measured = []
-        for i, is_local in enumerate(local[:period]):
-            x, told = layer_of(is_local, True)(jax.tree.map(operator.itemgetter(i), params), x)
-            measured.append(told)
-        return x, measured
-
-    measured = []
-    if rounds and period == 1:  # as they are stacked: what the backward pass reads of them is then no copy
-        x, told = jax.lax.scan(lambda x, params: layer_of(local[0], True)(params, x), x, stacked)
-        measured = [jax.tree.map(lambda y: y.sum(0), told)]
-    elif rounds:
-        fold = lambda w: w[: rounds * period].reshape(rounds, period, *w.shape[1:])
-        x, found = jax.lax.scan(one_round, x, jax.tree.map(fold, stacked))
-        measured = [jax.tree.map(lambda y: y.sum(0), told) for told in found]
-    for i in behind:
-        asked = since if i == behind[-1] else 0
-        x, told = layer_of(local[i], False, asked)(jax.tree.map(operator.itemgetter(i), stacked), x)
-        measured.append(told)
-    total = jax.tree.map(lambda *layers: sum(layers), *measured)
-    return x if behind else x[:, since:], total
 
 
 def rematerialized(layer: Callable, runtime: Runtime, scanned: bool) -> Callable:

@@ -4,10 +4,10 @@ Counted by ourselves, since XLA's cost analysis counts the body of a loop once. 
 
 - a matrix product of T tokens with a weight of n elements is 2 T n FLOPs; backward is twice forward
 - a prompt is computed once for all its samples. Attention is counted in full, causal or not: all S x S products of a
-  text, P x P of a prompt and T x (P + T) of each response behind it. Splash skips blocks in which nothing is read, up
-  to half of that, and XLA none; between two responses of a prompt neither computes anything
+  text, P x P of a prompt and T x (P + T) of each response behind it. Splash skips up to half of that, and XLA none
 - a token is multiplied with the experts that it chooses, evenly spread; decoding reads those that its tokens choose.
   Where experts are split, tokens are gathered over the axis and their results summed and scattered back
+- a linear layer counts what its chunks multiply, and its state, read and written, for each token that is sampled
 - rows are split over all but tensor; heads, mlp and vocabulary over tensor, where it divides them; while responses are
   sampled decode goes with tensor
 - a pass reads the stored weights, writes and reads them gathered over fsdp, and writes and reads what goes in and out
@@ -26,12 +26,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.config import ModelConfig, layers_with
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.lora import Based, own_table
 from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
 from jaxrlhf.models.quantized import Quantization, bytes_each, is_quantized
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
+from jaxrlhf.plan.mixing import heads_here, kept_bytes, rule_of_token, state_bytes
 from jaxrlhf.sharding import RULES
 from jaxrlhf.tpu.peaks import Chip
 from jaxrlhf.types import Head, Role
@@ -249,14 +250,6 @@ def table_of(cfg: ModelConfig, head: Head, based: Based | None) -> dict:
     return parameter_table(cfg, head) if based is None else own_table(cfg, head, based.lora)
 
 
-def heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
-    """(query heads, cached key-value heads) on one device; see attention.match_heads."""
-    if cfg.num_heads % tensor:
-        return cfg.num_heads, cfg.num_kv_heads
-    kv = cfg.num_kv_heads // tensor if cfg.num_kv_heads % tensor == 0 else cfg.num_heads // tensor
-    return cfg.num_heads // tensor, kv
-
-
 # ---- passes ---------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +269,7 @@ def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup)
     """``forward`` without the head's product; its weights are gathered here with the others."""
     tokens = one.tokens / setup.shards
     inside = matrices(cfg, head, setup.tensor)[:-1]
-    products = attention(cfg, one, setup)
+    products = attention(cfg, one, setup).plus(delta_rule(cfg, one, setup))
     moved = (
         sum(weight.layers * (weight.inputs + weight.outputs) for weight in inside)
         + 6 * cfg.num_layers * cfg.hidden_size
@@ -295,9 +288,15 @@ def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup)
 
 
 def attention(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
-    """The products of queries and keys of all layers, and of their softmax and values."""
-    pairs = one.pairs / setup.shards * heads_here(cfg, setup.tensor)[0] * cfg.num_layers
+    """The products of queries and keys of all attention layers, and of their softmax and values."""
+    pairs = one.pairs / setup.shards * heads_here(cfg, setup.tensor)[0] * len(layers_with(cfg, "attention"))
     return DeviceWork(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention)
+
+
+def delta_rule(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
+    """The gated delta rule of all linear layers."""
+    count = one.tokens / setup.shards * len(layers_with(cfg, "delta"))
+    return DeviceWork(*rule_of_token(cfg, setup.tensor)).times(count)
 
 
 def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
@@ -341,7 +340,7 @@ def recomputed(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> 
     size, stored = (elements * setup.compute for elements in used_and_stored(cfg, head, setup))
     share = 1 - saved(cfg, head, setup.tensor, setup.quantization(one.role), setup.compute) / size
     work = DeviceWork(0, 2 * size if stored < size else 0, setup.sent * (size - stored))
-    again = again.plus(work.times(share))
+    again = again.plus(work.times(share)).plus(delta_rule(cfg, one, setup))  # chunks are always computed again
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
@@ -373,16 +372,16 @@ def decode_step(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     setup = setup.decoding()
     tensor, prompts = setup.tensor, one.rows / setup.shards
     tokens = prompts * one.copies
-    heads, _ = heads_here(cfg, tensor)
     weights = sum(weight.size for weight in matrices(cfg, "lm", tensor))
     read = sum(read_of(weight, cfg, tokens, setup) for weight in matrices(cfg, "lm", tensor)) * setup.decoded
     if (kind := setup.decoded_as(one.role)) is not None:  # widened before they are multiplied
         read += 2 * packed(cfg, "lm", tensor, kind)[0] * setup.compute - saved(cfg, "lm", tensor, kind, setup.decoded)
-    pairs = tokens * (one.columns + one.read) * heads * cfg.num_layers
+    pairs = tokens * (one.columns + one.read) * heads_here(cfg, tensor)[0] * len(layers_with(cfg, "attention"))
+    states = tokens * state_bytes(cfg, tensor) * len(layers_with(cfg, "delta"))  # written; read with the caches
     logits = chosen_from(cfg, one, setup)
     return DeviceWork(
-        flops=2 * tokens * weights + 4 * pairs * cfg.head_dim,
-        hbm=read + cache_bytes(cfg, one, setup) + 3 * logits,
+        flops=2 * tokens * weights + 4 * pairs * cfg.head_dim + 6 * states / MASTER,
+        hbm=read + cache_bytes(cfg, one, setup) + states + 3 * logits,
         ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
     )
 
@@ -404,10 +403,11 @@ def chosen_from(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:
 
 
 def cache_bytes(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:
-    """The keys and values that a device holds while it samples; ``setup`` is decoding's."""
+    """The keys, values and states that a device holds while it samples; ``setup`` is decoding's."""
     columns = one.rows / setup.shards * (one.columns + one.copies * one.read)
-    numbers = columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * cfg.num_layers
-    return numbers * setup.cached(cfg.head_dim)
+    numbers = columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * len(layers_with(cfg, "attention"))
+    kept = one.rows / setup.shards * one.copies * kept_bytes(cfg, setup.tensor, setup.compute)
+    return numbers * setup.cached(cfg.head_dim) + kept * len(layers_with(cfg, "delta"))
 
 
 # ---- an iteration ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.config import ModelConfig, layers_with
 from jaxrlhf.models.lora import Based, base_table
 from jaxrlhf.models.parameters import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
@@ -28,6 +28,7 @@ from jaxrlhf.plan.cost import (
     saved,
     table_of,
 )
+from jaxrlhf.plan.mixing import stream_bytes
 from jaxrlhf.types import Head
 
 
@@ -113,7 +114,7 @@ def working(one: PlannedPass, cfg: ModelConfig, head: Head, setup: Setup) -> flo
     tensor = setup.tensor
     share = lambda weight: setup.expert if weight.experts else 1
     inside = matrices(cfg, head, tensor)[:-1]
-    layer = sum(weight.held / weight.layers / share(weight) for weight in inside) * setup.compute
+    layer = sum(weight.held / share(weight) for weight in inside) / cfg.num_layers * setup.compute
     models = 2 if one.kind == "divergence" else 1  # whose logits a chunk has
     whole = models * one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor
     chunk = min(STORED_LOGITS, whole) * 4 * 2
@@ -129,7 +130,8 @@ def layer_activations(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float
     """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys."""
     tokens = one.tokens / setup.shards
     wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", setup.tensor)[:-1])
-    return tokens * setup.compute * (2 * cfg.hidden_size + 2 * wide) + stored_products(one, cfg, setup)
+    mixing = max(stored_products(one, cfg, setup), chunk_states(one, cfg, setup))
+    return tokens * setup.compute * (2 * cfg.hidden_size + 2 * wide) + mixing
 
 
 def stored_products(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
@@ -138,15 +140,21 @@ def stored_products(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     return one.pairs / setup.shards * heads * (4 + setup.compute) * setup.stored_attention
 
 
+def chunk_states(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
+    """One linear layer's streams in float32, and its states before each chunk, which its backward pass needs."""
+    return one.tokens / setup.shards * stream_bytes(cfg, setup.tensor) if layers_with(cfg, "delta") else 0.0
+
+
 def kept(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     """What a forward pass keeps for its backward pass, of all layers: activations, never a gathered weight."""
     tokens, (heads, _) = one.tokens / setup.shards, heads_here(cfg, setup.tensor)
-    inside = matrices(cfg, "lm", setup.tensor)[:-1]
-    wide = sum(weight.outputs for weight in inside)
+    wide = sum(weight.layers * weight.outputs for weight in matrices(cfg, "lm", setup.tensor)[:-1])
+    layers, attending = cfg.num_layers, len(layers_with(cfg, "attention"))
     if setup.remat == "full":
-        return tokens * cfg.hidden_size * cfg.num_layers * setup.compute
+        return tokens * cfg.hidden_size * layers * setup.compute
     if setup.remat == "dots":
         gathered = 0 if setup.stored_attention else heads * cfg.head_dim  # kept by name: see kernels.SAVED
-        return tokens * (cfg.hidden_size + wide + gathered) * cfg.num_layers * setup.compute
-    every = tokens * (2 * 4 * cfg.hidden_size + (4 * cfg.hidden_size + 2 * wide) * setup.compute)
-    return (every + stored_products(one, cfg, setup)) * cfg.num_layers
+        return tokens * (cfg.hidden_size * layers + wide + gathered * attending) * setup.compute
+    every = tokens * (layers * (2 * 4 + 4 * setup.compute) * cfg.hidden_size + 2 * wide * setup.compute)
+    mixing = stored_products(one, cfg, setup) * attending + chunk_states(one, cfg, setup) * (layers - attending)
+    return every + mixing

@@ -18,7 +18,16 @@ from jaxrlhf.models.config import ModelConfig, row_limit
 from jaxrlhf.models.cpu import prompts_abreast
 from jaxrlhf.models.decoding import decode_layout
 from jaxrlhf.models.heads import lm_logits
-from jaxrlhf.models.slot_decoding import SlotCache, blank_caches, moved, read_columns, slot_of, with_slot
+from jaxrlhf.models.slot_decoding import (
+    LayerSlots,
+    blank_caches,
+    keys_of,
+    moved,
+    read_columns,
+    slot_of,
+    widened,
+    with_slot,
+)
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import RowSampling, choose, shape_rows, uniform_noise
 from jaxrlhf.serve.jobs import Job
@@ -114,8 +123,8 @@ class Slots:
         lay_out = lambda params: decode_layout(params, cfg, "lm", self.runtime, count)
         self.params = jax.jit(lay_out)(params)
         self.compile()
-        self.caches: list[SlotCache] = []
-        self.seat_caches: list[SlotCache] = []
+        self.caches: list[LayerSlots] = []
+        self.seat_caches: list[LayerSlots] = []
         self.reset()
 
     def compile(self) -> None:
@@ -131,9 +140,9 @@ class Slots:
         self.move = jax.jit(lambda caches, source: moved(caches, self.blank(len(source), caches), source))
         self.grow = jax.jit(widened, static_argnums=1)
 
-    def blank(self, rows: int, like: int | list[SlotCache]) -> list[SlotCache]:
+    def blank(self, rows: int, like: int | list[LayerSlots]) -> list[LayerSlots]:
         """Empty caches of so many rows; ``like``: their columns, or caches that have as many."""
-        columns = like if isinstance(like, int) else like[0].key.shape[3]
+        columns = like if isinstance(like, int) else keys_of(like).shape[3]
         abreast = prompts_abreast(rows, 1, self.runtime.hardware)
         return blank_caches(self.cfg, rows // abreast, abreast, columns, self.runtime.compute)
 
@@ -149,12 +158,12 @@ class Slots:
     @property
     def rows(self) -> int:
         """Slots that the caches hold now."""
-        groups, _, abreast, _, _ = self.caches[0].key.shape
+        groups, _, abreast, _, _ = keys_of(self.caches).shape
         return groups * abreast
 
     @property
     def width(self) -> int:
-        return self.caches[0].key.shape[3]
+        return keys_of(self.caches).shape[3]
 
     def make_room(self, columns: int) -> None:
         """Widen the caches until they hold so many columns."""
@@ -186,14 +195,16 @@ class Slots:
         size = LARGE if not together and min(map(len, rests.values())) >= LARGE else self.small
         counts = {seat: min(len(rest), size) for seat, rest in rests.items()}
         rows = [*range(self.seats)] if together else [*rests]
-        tokens, start = np.zeros((len(rows), size), np.int32), np.zeros(len(rows), np.int32)
+        tokens, start, count = np.zeros((len(rows), size), np.int32), *np.zeros((2, len(rows)), np.int32)
         for row, seat in enumerate(rows):
             if seat in rests:
                 tokens[row, : counts[seat]], start[row] = rests[seat][: counts[seat]], starts[seat]
+                count[row] = counts[seat]
         if together:
-            hidden, self.seat_caches = self.chunks(self.params, self.seat_caches, tokens, start)
+            hidden, self.seat_caches = self.chunks(self.params, self.seat_caches, tokens, start, count)
         else:
-            hidden, self.seat_caches = self.chunk(self.params, self.seat_caches, tokens, np.int32(rows[0]), start)
+            seat = np.int32(rows[0])
+            hidden, self.seat_caches = self.chunk(self.params, self.seat_caches, tokens, seat, start, count)
         return counts, hidden
 
     def first(self, hidden: Array, last: np.ndarray, positions: np.ndarray, settings: Settings) -> SlotStep:
@@ -247,31 +258,32 @@ class Slots:
                 self.caches = self.grow(self.caches, wider)
 
 
-def widened(caches: list[SlotCache], columns: int) -> list[SlotCache]:
-    """``caches`` of so many columns; the new ones are empty."""
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, columns - x.shape[3]), (0, 0)))
-    return jax.tree.map(pad, caches)
-
-
 def read_chunk(
     cfg: ModelConfig,
     runtime: Runtime,
     params: Params,
-    caches: list[SlotCache],
+    caches: list[LayerSlots],
     tokens: Array,
     seat: Array,
     start: Array,
-) -> tuple[Array, list[SlotCache]]:
-    """The program of Slots.read for one seat: tokens i32[1, C], start i32[1]."""
-    hidden, own = read_columns(params, cfg, tokens, start, slot_of(caches, seat), runtime)
+    count: Array,
+) -> tuple[Array, list[LayerSlots]]:
+    """The program of Slots.read for one seat: tokens i32[1, C]; start, count i32[1]."""
+    hidden, own = read_columns(params, cfg, tokens, start, count, slot_of(caches, seat), runtime)
     return hidden, with_slot(caches, own, seat)
 
 
 def read_chunks(
-    cfg: ModelConfig, runtime: Runtime, params: Params, caches: list[SlotCache], tokens: Array, start: Array
-) -> tuple[Array, list[SlotCache]]:
-    """The program of Slots.read for all seats: tokens i32[seats, C], start i32[seats]."""
-    return read_columns(params, cfg, tokens, start, caches, runtime)
+    cfg: ModelConfig,
+    runtime: Runtime,
+    params: Params,
+    caches: list[LayerSlots],
+    tokens: Array,
+    start: Array,
+    count: Array,
+) -> tuple[Array, list[LayerSlots]]:
+    """The program of Slots.read for all seats: tokens i32[seats, C]; start, count i32[seats]."""
+    return read_columns(params, cfg, tokens, start, count, caches, runtime)
 
 
 def pick_last(
@@ -282,7 +294,7 @@ def pick_last(
     return pick(cfg, params, state, position, settings), state
 
 
-def take_slot(caches: list[SlotCache], seats: list[SlotCache], seat: Array, slot: Array) -> list[SlotCache]:
+def take_slot(caches: list[LayerSlots], seats: list[LayerSlots], seat: Array, slot: Array) -> list[LayerSlots]:
     """The program of Slots.take."""
     return with_slot(caches, slot_of(seats, seat), slot)
 
@@ -291,13 +303,13 @@ def decode_slots(
     cfg: ModelConfig,
     runtime: Runtime,
     params: Params,
-    caches: list[SlotCache],
+    caches: list[LayerSlots],
     given: Array,
     before: Array,
     positions: Array,
     settings: Settings,
-) -> tuple[Array, Array, list[SlotCache]]:
+) -> tuple[Array, Array, list[LayerSlots]]:
     """The program of Slots.decode: one token of each slot."""
     tokens = jnp.where(given >= 0, given, before)
-    hidden, caches = read_columns(params, cfg, tokens[:, None], positions, caches, runtime)
+    hidden, caches = read_columns(params, cfg, tokens[:, None], positions, jnp.ones_like(positions), caches, runtime)
     return pick(cfg, params, hidden[:, 0], positions + 1, settings), hidden[:, 0], caches

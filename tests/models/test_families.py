@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf.models.config import ModelConfig, local_layers, resolve, row_limit
+from jaxrlhf.models.config import ModelConfig, layer_types_of, resolve, row_limit
 from jaxrlhf.models.decoding import prefill
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.files import hf_config, hf_weights
@@ -40,8 +40,8 @@ def parse(family: str, **changes) -> ModelConfig:
 
 
 def pattern(cfg: ModelConfig) -> str:
-    """ "LG...": local and global layers."""
-    return "".join("GL"[local] for local in local_layers(cfg))
+    """ "LG...": local and global layers; N: linear ones."""
+    return "".join({"global": "G", "local": "L", "linear": "N"}[kind] for kind in layer_types_of(cfg))
 
 
 # ---- resolve --------------------------------------------------------------------------------------------------------
@@ -147,6 +147,9 @@ def test_records_of_older_checkpoints():
         ("gemma3_text", {}, (4096, "LLLLLG")),
         ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 7}, (7, "LGLGLG")),
         ("gemma2", {"layer_types": ["full_attention"] * 6}, (0, "GGGGGG")),
+        ("qwen3_5_text", {}, (0, "NNNGNN")),
+        ("qwen3_5_text", {"full_attention_interval": 2}, (0, "NGNGNG")),
+        ("qwen3_5_text", {"layer_types": ["full_attention", *["linear_attention"] * 5]}, (0, "GNNNNN")),
     ],
 )
 def test_windows(family, changes, expected):
@@ -243,6 +246,13 @@ def test_longrope_of_phi3(kind):
         ("qwen2", {"layer_types": ["sliding_attention"] * 6}, "layer_types: local layers need a window"),
         ("qwen2", {"layer_types": ["full_attention"] * 5}, "layer_types: 5 of them; expected .* num_layers: 6"),
         ("qwen3", {"layer_types": ["chunked_attention"] * 6}, "layer_types: 'chunked_attention' is not supported"),
+        ("qwen3", {"layer_types": ["linear_attention"] * 6}, "'linear_attention' is not supported; expected sliding_"),
+        ("qwen3_5_text", {"layer_types": ["sliding_attention"] * 6}, "expected linear_attention or full_attention"),
+        ("qwen3_5_text", {"layer_types": ["linear_attention"] * 6}, "layer_types: linear: expected .* one global"),
+        ("qwen3_5_text", {"linear_num_value_heads": 24}, "linear_value_heads: 24 is not a multiple of linear_key_hea"),
+        ("qwen3_5_text", {"sliding_window": 7}, "sliding_window: 7 is not supported; expected None"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate: False is not supported"),
+        ("qwen3_5_text", {"full_attention_interval": 0}, "full_attention_interval: 0; expected a positive whole"),
         ("qwen3", {"layer_types": "full_attention"}, "layer_types: 'full_attention'; expected a list"),
         ("gpt_neox", {"hidden_act": "gelu_fast"}, "hidden_act: 'gelu_fast' is not supported; expected 'gelu'"),
         ("gpt_neox", {"rotary_pct": 0}, "partial_rotary_factor: 0; expected a positive number"),
@@ -269,7 +279,8 @@ def test_a_model_from_scratch_comes_back_from_its_folder(family, head, tmp_path)
     cfg = resolve(ModelConfig(family=family, num_layers=3, tie_embeddings=False, **SMALL, **window, **local, **experts))
     rng = np.random.default_rng(0)
     params = tiny.parameters(cfg, head, 0)
-    params["layers"]["attention"]["query"]["kernel"] = jnp.asarray(rng.normal(size=(3, 32, 4, 8)), jnp.float32)
+    query = params["layers"]["attention"]["query"]
+    query["kernel"] = jnp.asarray(rng.normal(size=query["kernel"].shape), jnp.float32)
     hf_weights.save(params, cfg, head, tmp_path)
     assert hf_config.read_config(tmp_path) == (cfg, head)
     assert tiny.equal_trees(cut(hf_weights.load(tmp_path, cfg, head), cfg), cut(params, cfg))

@@ -162,6 +162,27 @@ def test_an_untied_head_tells_what_the_config_leaves_open(tmp_path):
     assert hf_headers.kinds(hf_headers.examine(tmp_path, cfg, head).left) == "vision_tower (1 tensor)"
 
 
+def test_other_parts_of_qwen3_5_are_left_and_named(tmp_path):
+    """Its vision tower and its head for several tokens, in a model of text and images and in a plain one."""
+    qwen = resolve(dataclasses.replace(SHAPE, family="qwen3_5_text", num_layers=4, linear_key_heads=2))
+    params = random_params(qwen)
+    hf_weights.save(params, qwen, "lm", tmp_path)
+    raw, plain = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    other = {name: np.ones((2, 2), np.float32) for name in ("model.visual.blocks.0.norm1.weight", "mtp.fc.weight")}
+    save_file(plain | other, tmp_path / "model.safetensors")
+    for wrapped in (False, True):
+        if wrapped:
+            text = {name.replace("model.", "model.language_model.", 1): value for name, value in plain.items()}
+            save_file(text | other, tmp_path / "model.safetensors")
+            whole = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": raw}
+            (tmp_path / "config.json").write_text(json.dumps(whole))
+        cfg, head = hf_config.read_config(tmp_path)
+        assert (cfg, head) == (qwen, "lm")
+        equal(hf_weights.load(tmp_path, cfg, head), params)
+        left = hf_headers.kinds(hf_headers.examine(tmp_path, cfg, head).left)
+        assert sorted(left.split(", ")) == ["mtp (1 tensor)", "visual (1 tensor)"]
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("field, value", [("is_causal", False), ("is_causal", None), ("partial_rotary_factor", 2.0)])
 def test_fields_that_no_model_here_computes_are_refused_in_every_family(kind, field, value):

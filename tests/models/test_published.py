@@ -26,6 +26,13 @@ COUNTS = {
 }
 
 
+# of models of text and images the files count a vision tower too: the text part by hand, of a layer's maps and norms
+MLP, NORMS = 3 * 1024 * 3584, 2 * 1024
+DELTA = 1024 * (3 * 2048 + 2 * 2048 + 2 * 16) + 4 * 3 * 2048 + 2 * 16 + 128
+GATED = 1024 * (2 * 2048 + 2 * 512 + 2048) + 2 * 256
+COUNTS["Qwen/Qwen3.5-0.8B"] = 248320 * 1024 + 24 * (MLP + NORMS) + 18 * DELTA + 6 * GATED + 1024
+
+
 def count(name: str) -> int:
     """Parameters of the model, without the rows that pad its vocabulary."""
     cfg = published(name)

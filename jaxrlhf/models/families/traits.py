@@ -12,7 +12,7 @@ class Module(NamedTuple):
     The file has <name>.weight and <name>.bias, one pair a layer. ``layout`` names the axes of the weight:
         - A blank separates dimensions. A dot joins axes that share a dimension, the slowest first.
         - "heads.head_dim embed" is a torch Linear [H * K, D]; "embed heads.head_dim" is its transpose.
-        - A bias has the dimensions that our bias has.
+        - A bias has the dimensions that our bias has. "1" is a dimension of that size, which ours lacks.
 
     Several modules with one name share one fused tensor. ``part`` is the axis that counts them, in the table's order:
         - "part.heads.head_dim embed": all queries, then all keys, then all values; their sizes may differ.
@@ -60,6 +60,8 @@ class HuggingFace(NamedTuple):
     aliases: Mapping[str, str] = {}  # fields that files may call otherwise -> the name in ``fields``
     rope: Rope = Rope()
     windows: Windows | None = None  # None: no layer has one
+    linear_every: str | None = None  # without layer_types: the field that overrides Family.global_every
+    left: str = "(?!)"  # regular expression: tensors of other parts of the model, which are not read
 
 
 class Family(NamedTuple):
@@ -78,7 +80,9 @@ class Family(NamedTuple):
     query_key_norm: Literal["none", "head", "all"] = "none"  # over the features of each head, or of all of them
     scaled_embeddings: bool = False  # multiplied by sqrt(hidden_size)
     parallel_residual: bool = False  # x + attention(x) + mlp(x), unless the config says
-    global_every: int = 0  # where there is a window, every n-th layer is global; 0: none
+    has_linear: bool = False  # layers are gated delta nets, but for the global ones
+    output_gate: bool = False  # attention's queries come with a gate, whose sigmoid its output is multiplied by
+    global_every: int = 0  # where there is a window or are linear layers, every n-th layer is global; 0: none
     # each layer's mlp is experts behind a router; "normalized": the weights of a token's experts sum to 1 unless the
     # config says otherwise
     experts: Literal["plain", "normalized"] | None = None

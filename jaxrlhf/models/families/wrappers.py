@@ -25,6 +25,9 @@ WRAPPERS: dict[str, Wrapper] = {
     "gemma3": Wrapper(
         {"lm": "Gemma3ForConditionalGeneration", "scalar": "Gemma3ForSequenceClassification"}, "gemma3_text", True
     ),
+    "qwen3_5": Wrapper(
+        {"lm": "Qwen3_5ForConditionalGeneration", "scalar": "Qwen3_5ForSequenceClassification"}, "qwen3_5_text", False
+    ),
     "llava": Wrapper({"lm": "LlavaForConditionalGeneration"}, "llama", False),
     "llava_next": Wrapper({"lm": "LlavaNextForConditionalGeneration"}, "llama", False),
     "mistral3": Wrapper({"lm": "Mistral3ForConditionalGeneration"}, "mistral", True),
@@ -38,6 +41,13 @@ SIZES: dict[str, Mapping[str, Any]] = {
         "intermediate_size": 9216,
         "num_hidden_layers": 26,
         "num_attention_heads": 8,
+    },
+    "qwen3_5_text": {
+        "vocab_size": 248320,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
     },
     "llama": {
         "vocab_size": 32000,

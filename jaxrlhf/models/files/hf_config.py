@@ -5,12 +5,12 @@ What a family's fields are called is in models/families; nothing here knows a fa
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from jaxrlhf.errors import content_of
-from jaxrlhf.models.config import LayerTypes, ModelConfig, resolve
+from jaxrlhf.models.config import LayerType, LayerTypes, ModelConfig, layer_types_of, resolve
 from jaxrlhf.models.families import FAMILIES, Windows
 from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS
 from jaxrlhf.models.files.hf_fields import checked, parse_field, refuse_unsupported
@@ -21,7 +21,8 @@ from jaxrlhf.types import Head
 
 # fixed in every family
 ALWAYS: dict[str, tuple] = {"quantization_config": (None,), "is_encoder_decoder": (False,), "is_causal": (True,)}
-LAYER_TYPES: dict[Literal["local", "global"], str] = {"local": LOCAL, "global": GLOBAL}
+MOST_LAYERS = 2**16  # of which each has a kind of its own
+LAYER_TYPES: dict[LayerType, str] = {"local": LOCAL, "global": GLOBAL, "linear": "linear_attention"}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -66,7 +67,9 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
     found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
     if family.positions == "rope":
         found |= parse_rope(raw, names.rope, found["max_positions"], where)
-    if names.windows:
+    if names.linear_every:
+        found |= parse_linear(raw, names.linear_every, family.global_every, found["num_layers"], where)
+    elif names.windows:
         found |= parse_windows(raw, names.windows, family.global_every, found["num_layers"], where)
     else:
         refuse_windows(raw, where)
@@ -175,9 +178,21 @@ def refuse_windows(raw: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: layer_types: {given!r} is not supported; expected {GLOBAL} alone")
 
 
-def parse_types(given: Any, where: str) -> LayerTypes:
-    """layer_types in our words."""
-    names: dict[Any, Literal["local", "global"]] = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
+def parse_linear(raw: Mapping[str, Any], field: str, every: int, num_layers: int, where: str) -> dict[str, Any]:
+    """layer_types of ModelConfig, of a family with linear layers: a kind each, or one global layer of every n-th."""
+    refuse_unsupported(raw, {"sliding_window": (None,)}, where)
+    if raw.get("layer_types") is not None:
+        return {"layer_types": parse_types(raw["layer_types"], where, ("linear", "global"))}
+    every = checked(raw.get(field, every), int, f"{where}: {field}")
+    if num_layers > MOST_LAYERS:
+        raise ValueError(f"{where}: num_hidden_layers: {num_layers}; expected at most {MOST_LAYERS}")
+    types: LayerTypes = tuple("linear" if (i + 1) % every else "global" for i in range(num_layers))
+    return {"layer_types": types}
+
+
+def parse_types(given: Any, where: str, kinds: tuple[LayerType, ...] = ("local", "global")) -> LayerTypes:
+    """layer_types in our words, where these ``kinds`` may be."""
+    names: dict[Any, LayerType] = {LAYER_TYPES[kind]: kind for kind in kinds}
     if not isinstance(given, list):
         raise ValueError(f"{where}: layer_types: {given!r}; expected a list")
     for kind in given:
@@ -222,6 +237,7 @@ def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, 
     raw |= {name: allowed[0] for name, allowed in names.fixed.items() if allowed[0] is not None}
     raw |= describe_rope(cfg, names.rope) if family.positions == "rope" else {}
     raw |= describe_windows(cfg, names.windows) if names.windows else {}
+    raw |= {"layer_types": described_types(cfg)} if names.linear_every else {}
     raw |= describe_ids(ids)
     if head == "scalar":
         raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
@@ -244,9 +260,13 @@ def describe_windows(cfg: ModelConfig, names: Windows) -> dict[str, Any]:
     if names.switch:
         raw[names.switch] = cfg.sliding_window > 0
     if names.types:
-        types = cfg.layer_types or ("global",) * cfg.num_layers
-        raw["layer_types"] = [LAYER_TYPES[kind] for kind in types]
+        raw["layer_types"] = described_types(cfg)
     return raw
+
+
+def described_types(cfg: ModelConfig) -> list[str]:
+    """layer_types of config.json."""
+    return [LAYER_TYPES[kind] for kind in layer_types_of(cfg)]
 
 
 def describe_ids(ids: TokenIds) -> dict[str, Any]:

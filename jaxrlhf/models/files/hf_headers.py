@@ -133,6 +133,8 @@ def plain_names(
     left: list[str] = []
     if wrapped:
         tensors, left = text_part(tensors)
+    other = [name for name in tensors if re.match(names.left, name)]
+    tensors, left = {name: tensor for name, tensor in tensors.items() if name not in other}, [*left, *other]
     heads = sorted({name.rpartition(".")[0] for name in tensors if HEAD_NAMES.fullmatch(name)})
     if len(heads) > 1:
         raise ValueError(f"{where}: holds {len(heads)} scalar heads: {', '.join(heads)}; expected one")

@@ -1,17 +1,17 @@
 """Where each leaf of the parameters is in the tensors of a Hugging Face folder, by the tables in models/families."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.config import ModelConfig, layers_with
 from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.types import Head
 
+OWN_NAMES = ("bias", "A_log", "dt_bias")  # leaves that files call by their names; the others are a module's weight
 SCORE = Module("score", "score embed")  # the scalar head, in every family; classes of transformers have no bias there
 
 
@@ -22,7 +22,7 @@ class LeafTensors(NamedTuple):
     dims: tuple[tuple[str, ...], ...]  # the tensor's dimensions, each the leaf's axes that it is made of
     axes: tuple[str, ...]  # the leaf's, without layers, and without experts where each has a tensor
     sizes: dict[str, int]  # of those axes in the file: the vocabulary is not padded there
-    layers: int | None
+    layers: Sequence[int] | None  # the numbers of the layers that it stands in
     before: int = 0  # where the leaf begins along the ``part`` of a fused tensor
     total: int = 0  # and how long that is
     experts: int | None = None  # where each has a tensor of its own
@@ -33,26 +33,38 @@ class LeafTensors(NamedTuple):
         return math.prod(self.sizes[axis] for axis in fused[0]) if fused else 0
 
     def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor, its other parts included."""
+        """Of the whole tensor, its other parts included; a dimension "1" is of that size."""
 
         def one(dim: tuple[str, ...]) -> int:
-            mine = math.prod(self.sizes[axis] for axis in dim if axis != "part")
+            mine = math.prod(self.sizes[axis] for axis in dim if axis not in ("part", "1"))
             return mine // self.own() * self.total if "part" in dim else mine
 
         return tuple(map(one, self.dims))
 
     def names(self) -> Iterator[str]:
         """The tensor's name for each layer, and each expert of it."""
-        return map(self.name_at, np.ndindex(self.stacked))
+        return map(self.name_at, places(self.stacked))
 
     @property
     def stacked(self) -> tuple[int, ...]:
         """The leaf's first dimensions, for each place in which there is a tensor."""
-        return tuple(size for size in (self.layers, self.experts) if size is not None)
+        layers = None if self.layers is None else len(self.layers)
+        return tuple(size for size in (layers, self.experts) if size is not None)
 
     def name_at(self, place: tuple[int, ...]) -> str:
-        """The tensor's name for a layer and an expert, where there are any."""
-        return self.name.format(**dict(zip(("layer", "expert"), place)))
+        """The tensor's name for a layer, by its place among those that have it, and an expert, where there are any."""
+        layer = place if self.layers is None else (self.layers[place[0]], *place[1:])
+        return self.name.format(**dict(zip(("layer", "expert"), layer)))
+
+
+def places(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """All indices of an array of this shape, one at a time: np.ndindex would first hold those of each dimension, and a
+    config may claim any number of layers."""
+    if not shape:
+        yield ()
+    for first in range(shape[0]) if shape else ():
+        for rest in places(shape[1:]):
+            yield first, *rest
 
 
 def dotted(path) -> str:
@@ -75,7 +87,8 @@ def find_sources(cfg: ModelConfig, head: Head) -> dict[str, LeafTensors]:
     found, length = {}, {}
     for path, leaf in sorted(leaves.items(), key=lambda item: order[item[0].rpartition(".")[0]]):
         module, _, kind = path.rpartition(".")
-        source = make_source(modules[module], "bias" if kind == "bias" else "weight", leaf, cfg)
+        place = path.split(".")[1] if leaf.axes[0] == "layers" else None
+        source = make_source(modules[module], kind if kind in OWN_NAMES else "weight", leaf, cfg, place)
         found[path] = source._replace(before=length.get(source.name, 0))
         length[source.name] = found[path].before + source.own()
     return {path: source._replace(total=length[source.name]) for path, source in found.items()}
@@ -86,9 +99,9 @@ def score_bias(cfg: ModelConfig) -> LeafTensors:
     return make_source(SCORE, "bias", leaves_of(cfg, "scalar")["head.bias"], cfg)._replace(total=1)
 
 
-def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> LeafTensors:
-    """Where ``leaf`` of ``module`` is, but for its place among parts."""
-    layers = cfg.num_layers if leaf.axes[0] == "layers" else None
+def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig, branch: str | None = None) -> LeafTensors:
+    """Where ``leaf`` of ``module`` is, but for its place among parts; ``branch`` of the layers that it is in."""
+    layers = None if branch is None else layers_with(cfg, branch)
     experts = cfg.num_experts if "{expert}" in module.name else None
     count = (layers is not None) + (experts is not None)
     axes = leaf.axes[count:]
@@ -96,5 +109,5 @@ def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig) -> Le
     if "vocab" in sizes:
         sizes["vocab"] = cfg.vocab_size or sizes["vocab"]
     dims = tuple(tuple(dim.split(".")) for dim in module.layout.split())
-    dims = tuple(dim for dim in dims if set(dim) - {"part"} <= set(axes))  # a bias has some of the weight's
+    dims = tuple(dim for dim in dims if set(dim) - {"part", "1"} <= set(axes))  # a bias has some of the weight's
     return LeafTensors(f"{module.name}.{suffix}", dims, axes, sizes, layers, experts=experts)

@@ -143,6 +143,9 @@ def read_tensor(source: LeafTensors, tensor: Any, window: Mapping[str, tuple[int
     than the slice of each dimension's slowest axis."""
     picked, fused, mine, split, wanted, order = [], [], [], [], [], []
     for dim in source.dims:
+        if dim == ("1",):
+            picked.append(0)
+            continue
         lead, *rest = (axis for axis in dim if axis != "part")
         start, stop = window[lead]
         inner = math.prod(source.sizes[axis] for axis in rest)
@@ -278,7 +281,7 @@ def join_parts(params: Params, parts: list[LayerPart], host: dict[tuple, np.ndar
             host[path, layer] = to_numpy(leaf[layer] if layer else leaf)
         whole = host[path, layer][expert]
         value = whole[tuple(slice(source.sizes[axis]) for axis in source.axes)]
-        order = [axis for dim in source.dims for axis in dim if axis != "part"]
+        order = [axis for dim in source.dims for axis in dim if axis not in ("part", "1")]
         shape = []
         for dim, size in zip(source.dims, source.shape()):
             if "part" in dim:

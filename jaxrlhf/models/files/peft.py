@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf.errors import show
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.config import ModelConfig, layers_with
 from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.files.hf_folder import read_json, write_json
 from jaxrlhf.models.files.hf_headers import FLOATS, open_file, shown
@@ -122,9 +122,10 @@ def examine(cfg: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
 
 
 def names_of(cfg: ModelConfig, target: str, which: str) -> list[str]:
-    """The tensors of A or B (``which``) of one map, a layer each."""
+    """The tensors of A or B (``which``) of one map, of each layer that has it."""
     name = module_of(cfg, target).name
-    return [f"{PREFIX}{name.format(layer=layer)}.lora_{which}.weight" for layer in range(cfg.num_layers)]
+    layers = layers_with(cfg, TARGETS[target])
+    return [f"{PREFIX}{name.format(layer=layer)}.lora_{which}.weight" for layer in layers]
 
 
 def has_head(folder: epath.PathLike) -> bool:
@@ -237,7 +238,7 @@ def module_names(cfg: ModelConfig, targets: tuple[str, ...]) -> list[str]:
     """What PEFT calls the maps: by the last part of their names, or by two where another map ends as well."""
     layers, parts = parameter_table(cfg, "lm")["layers"], {}
     for target, branch in TARGETS.items():
-        if target in layers[branch]:
+        if target in layers.get(branch, {}):
             parts[target] = FAMILIES[cfg.family].hf.modules[f"layers.{branch}.{target}"].name.split(".")
     others = [parts[target][-1] for target in parts if target not in targets]
     return sorted(

@@ -85,6 +85,10 @@ QWEN3_30B_A3B = shape(
 )
 MIXTRAL: dict[str, Any] = {"num_experts": 8, "experts_per_token": 2, "norm_eps": 1e-5, "rope_theta": 1e6}
 MIXTRAL_8X7B = shape("mixtral", 32000, 4096, 32, 32, 8, 14336, 32768, **MIXTRAL)
+QWEN3_5: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e7, "rotary_fraction": 0.25, "head_dim": 256}
+QWEN3_5 |= {"linear_key_heads": 16, "linear_key_dim": 128, "linear_value_dim": 128, "convolution_size": 4}
+QWEN3_5_0_8B = shape("qwen3_5_text", 248320, 1024, 24, 8, 2, 3584, 262144, tied=True, linear_value_heads=16, **QWEN3_5)
+QWEN3_5_4B = shape("qwen3_5_text", 248320, 2560, 32, 16, 4, 9216, 262144, tied=True, linear_value_heads=32, **QWEN3_5)
 SMOLLM2_135M = shape("llama", 49152, 576, 30, 9, 3, 1536, 8192, tied=True, norm_eps=1e-5, rope_theta=1e5)
 
 SHAPES: dict[str, ModelConfig] = {
@@ -108,6 +112,10 @@ SHAPES: dict[str, ModelConfig] = {
     "Qwen/Qwen3-30B-A3B": QWEN3_30B_A3B,
     "mistralai/Mixtral-8x7B-v0.1": MIXTRAL_8X7B,
     "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL_8X7B,
+    "Qwen/Qwen3.5-0.8B": QWEN3_5_0_8B,
+    "Qwen/Qwen3.5-0.8B-Base": QWEN3_5_0_8B,
+    "Qwen/Qwen3.5-4B": QWEN3_5_4B,
+    "Qwen/Qwen3.5-4B-Base": QWEN3_5_4B,
     "meta-llama/Llama-3.1-8B": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-70B": LLAMA_3_1_70B,

@@ -1,0 +1,1 @@
+"""Gated delta nets: linear attention whose state is one matrix a head."""

@@ -1,0 +1,48 @@
+"""Heads on one device, and what a linear layer (a gated delta net) computes, moves and keeps there."""
+
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.delta_net.rule import CHUNK
+
+FLOAT32 = 4  # bytes: streams and states, whatever the run computes in
+
+
+def heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
+    """(query heads, cached key-value heads) on one device; see attention.match_heads."""
+    if cfg.num_heads % tensor:
+        return cfg.num_heads, cfg.num_kv_heads
+    kv = cfg.num_kv_heads // tensor if cfg.num_kv_heads % tensor == 0 else cfg.num_heads // tensor
+    return cfg.num_heads // tensor, kv
+
+
+def linear_heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
+    """(value heads, key heads) on one device."""
+    split = lambda heads: heads if heads % tensor else heads // tensor
+    return split(cfg.linear_value_heads), split(cfg.linear_key_heads)
+
+
+def state_bytes(cfg: ModelConfig, tensor: int) -> int:
+    """The state of one row."""
+    return linear_heads_here(cfg, tensor)[0] * cfg.linear_key_dim * cfg.linear_value_dim * FLOAT32
+
+
+def kept_bytes(cfg: ModelConfig, tensor: int, compute: int) -> int:
+    """What decoding keeps of one row, however long it is: the state, and the columns that the convolution sees."""
+    heads, keys = linear_heads_here(cfg, tensor)
+    tail = (cfg.convolution_size - 1) * (2 * keys * cfg.linear_key_dim + heads * cfg.linear_value_dim)
+    return state_bytes(cfg, tensor) + tail * compute
+
+
+def stream_bytes(cfg: ModelConfig, tensor: int) -> float:
+    """Of one token: queries, keys, values and outputs, and its share of the states between chunks."""
+    heads, _ = linear_heads_here(cfg, tensor)
+    return heads * 2 * (cfg.linear_key_dim + cfg.linear_value_dim) * FLOAT32 + state_bytes(cfg, tensor) / CHUNK
+
+
+def rule_of_token(cfg: ModelConfig, tensor: int) -> tuple[float, float]:
+    """(FLOPs, bytes moved) of one token: products with the chunk's other tokens (keys with keys and queries, the
+    inverse of the triangular system, what it and the shares multiply), and three with the state; its streams read and
+    written, and a part of a state."""
+    key, value = cfg.linear_key_dim, cfg.linear_value_dim
+    inside = 4 * CHUNK * (key + value) + 4 * CHUNK * CHUNK * (CHUNK.bit_length() - 2)
+    flops = linear_heads_here(cfg, tensor)[0] * (inside + 6 * key * value)
+    return flops, stream_bytes(cfg, tensor) + state_bytes(cfg, tensor) / CHUNK
