@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxrlhf.models.attention.products import head_axis
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.delta_net.layer import (
-    Memory,
+    DeltaMemory,
     Mixed,
     Streams,
     after_prompts,
@@ -30,7 +30,7 @@ from jaxrlhf.types import Array, Params
 class DeltaCache(NamedTuple):
     """What one linear layer keeps of each of n responses to G prompts; as many bytes, however long they are."""
 
-    memory: Memory  # with [G, n, ...] in place of [B, ...]
+    memory: DeltaMemory  # with [G, n, ...] in place of [B, ...]
 
     def of_samples(self, places: Array) -> "DeltaCache":
         """The cache of the samples at ``places`` i32[G, k] of each prompt."""
@@ -61,7 +61,7 @@ def next_token(params: Params, streams: Streams, cache: DeltaCache) -> tuple[Arr
         return jax.nn.silu(y).astype(x.dtype)
 
     out, state = step(state, *of_heads(Mixed(*map(convolved, Mixed._fields))), streams.decay, streams.rate)
-    return out, DeltaCache(Memory(jax.tree.map(lambda x: x[:, :, 1:], columns), state))
+    return out, DeltaCache(DeltaMemory(jax.tree.map(lambda x: x[:, :, 1:], columns), state))
 
 
 # ---- slots ----------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def blank_cache(cfg: ModelConfig, groups: int, abreast: int, dtype) -> DeltaCach
     key = jnp.zeros((*rows, size, cfg.linear_key_heads, cfg.linear_key_dim), dtype)
     value = jnp.zeros((*rows, size, cfg.linear_value_heads, cfg.linear_value_dim), dtype)
     state = (*rows, cfg.linear_value_heads, cfg.linear_key_dim, cfg.linear_value_dim)
-    return DeltaCache(Memory(Mixed(key, key, value), jnp.zeros(state, jnp.float32)))
+    return DeltaCache(DeltaMemory(Mixed(key, key, value), jnp.zeros(state, jnp.float32)))
 
 
 def next_columns(
@@ -95,6 +95,6 @@ def next_columns(
     every = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=1), memory.tail, streams.mixed)
     size = memory.tail.key.shape[1]
     ending = jax.vmap(lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, size))
-    memory = Memory(jax.tree.map(lambda x: ending(x, count), every), state)
+    memory = DeltaMemory(jax.tree.map(lambda x: ending(x, count), every), state)
     cache = DeltaCache(jax.tree.map(lambda x: group_again(x, abreast), memory))
     return recounted(out, groups, -1), cache

@@ -111,7 +111,7 @@ def weighted(x: Array, taps: Array, index: Array, tail: Array | None) -> Array:
 # ---- the rule -------------------------------------------------------------------------------------------------------
 
 
-class Memory(NamedTuple):
+class DeltaMemory(NamedTuple):
     """What a linear layer keeps of the tokens before the next one, of each row. It does not grow with them."""
 
     tail: Mixed  # of the W - 1 columns before, zeros in front: each [B, W - 1, N, K]
@@ -134,7 +134,7 @@ def of_heads(mixed: Mixed) -> tuple[Array, Array, Array]:
     return matched(query), matched(key), mixed.value.astype(jnp.float32)
 
 
-def recurred(params: Params, streams: Streams, index: Array, before: Memory | None = None) -> tuple[Array, Array]:
+def recurred(params: Params, streams: Streams, index: Array, before: DeltaMemory | None = None) -> tuple[Array, Array]:
     """(outputs f32[B, S, Nv, V], states behind the last column): documents begin where index i32[B, S] is 0, with what
     ``before`` has for their row; None: with nothing."""
     tail, state = before or (None, None)
@@ -167,12 +167,12 @@ def within_groups(readable: Array, copies: int, where: Places | None) -> Recur:
     return recur
 
 
-def after_prompts(params: Params, streams: Streams, readable: Array) -> tuple[Array, Memory]:
+def after_prompts(params: Params, streams: Streams, readable: Array) -> tuple[Array, DeltaMemory]:
     """(outputs, what the layer keeps) of left-padded prompts; readable bool[G, P]: their tokens. Padding enters
     neither the convolution nor the state."""
     streams = jax.tree.map(lambda x: kept(x, readable), streams)
     out, state = recurred(params, streams, columns_of(streams.rate))
-    return out, Memory(jax.tree.map(lambda x: last_columns(x, taps_of(params) - 1), streams.mixed), state)
+    return out, DeltaMemory(jax.tree.map(lambda x: last_columns(x, taps_of(params) - 1), streams.mixed), state)
 
 
 def kept(x: Array, mask: Array) -> Array:
