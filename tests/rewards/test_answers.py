@@ -201,7 +201,10 @@ ODD = st.text(max_size=40) | st.text("0123456789.,/%$-e#\\boxed{}[] \n`", max_si
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(responses=st.lists(ODD, min_size=1, max_size=6), answer=st.integers() | st.floats(allow_nan=False, width=32))
+@given(
+    responses=st.lists(ODD, min_size=1, max_size=6),
+    answer=st.integers() | st.floats(allow_nan=False, allow_infinity=False, width=32),
+)
 def test_every_response_has_a_finite_number_or_none(responses, answer):
     count = len(responses)
     details = Details([[*text.encode(errors="replace")] for text in responses], [True] * count, [0] * count, 64)
