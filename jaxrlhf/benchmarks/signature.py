@@ -106,6 +106,20 @@ class Rise(NamedTuple):
         return Verdict(line, all(rise > self.by for rise in rises), listed(rises))
 
 
+class Fall(NamedTuple):
+    """With every seed ``quantity`` of ``cell`` is lower than that of ``start`` by more than ``by``."""
+
+    cell: str
+    start: str
+    quantity: str
+    by: float = 0.0
+
+    def __call__(self, results: Any) -> Verdict:
+        rises = rises_of(results, self.cell, self.start, self.quantity)
+        line = f"{self.cell} falls below {self.start} in {self.quantity} by more than {self.by:g} with every seed"
+        return Verdict(line, all(rise < -self.by for rise in rises), listed(rises))
+
+
 class NoRise(NamedTuple):
     """A control: with no seed is ``quantity`` of ``cell`` higher than that of ``start`` by more than ``within``."""
 

@@ -15,7 +15,7 @@ from jaxrlhf import api
 from jaxrlhf.benchmarks import catalog, figure, reproduce, results_page
 from jaxrlhf.benchmarks.published import arithmetic, perfectible, reverse
 from jaxrlhf.benchmarks.record import Benchmark, Cell, FinishedCell, Results
-from jaxrlhf.benchmarks.signature import Above, Below, Between, HigherThan, Holds, NoRise, Rise, verdicts
+from jaxrlhf.benchmarks.signature import Above, Below, Between, Fall, HigherThan, Holds, NoRise, Rise, verdicts
 from jaxrlhf.cli import benchmark as cli
 from jaxrlhf.config.load import dump
 from jaxrlhf.errors import ConfigError
@@ -60,6 +60,10 @@ FOUND = results(a=[0.7, 0.8, 0.9], b=[0.2, 0.3, 0.4], c=[0.2, 0.3, 0.41], odd=[0
         (HigherThan("odd", "b", "x", 0.0), False, "+nan, sigma nan: nan sigma"),
         (Rise("a", "b", "x", 0.49), True, "0.5, 0.5, 0.5"),
         (Rise("a", "b", "x", 0.51), False, "0.5, 0.5, 0.5"),
+        (Fall("b", "a", "x", 0.49), True, "-0.5, -0.5, -0.5"),
+        (Fall("b", "a", "x", 0.51), False, "-0.5, -0.5, -0.5"),
+        (Fall("odd", "a", "x"), False, "0.2, nan, 0"),
+        (Fall("b", "c", "x"), False, "0, 0, -0.01"),  # every seed
         (NoRise("c", "b", "x", 0.02), True, "0, 0, 0.01"),
         (NoRise("c", "b", "x"), False, "0, 0, 0.01"),  # one seed is enough
         (NoRise("b", "c", "x"), True, "0, 0, -0.01"),
