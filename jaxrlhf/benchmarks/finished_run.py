@@ -13,13 +13,10 @@ from jaxrlhf.algorithms.grading import members_of
 from jaxrlhf.config.load import load
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
-<<<<<<< HEAD
-from jaxrlhf.evaluate.against_reference import PolicyEvaluation
-=======
 from jaxrlhf.data.encode import encode_demonstration
+from jaxrlhf.evaluate.against_reference import PolicyEvaluation
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.transformer import Runtime, forward
->>>>>>> 3a37872 (Add translation between made-up languages as a benchmark, and how ranks of right tokens change)
 from jaxrlhf.run import checkpoint
 from jaxrlhf.run.build import Run, build
 from jaxrlhf.run.initial_state import abstract_state, initial_state
@@ -53,7 +50,6 @@ def member_scores(run_dir: Path, rows: Any) -> np.ndarray:
     return np.concatenate(found, axis=1)
 
 
-<<<<<<< HEAD
 def played(cfg: Config, samples: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The conversations of the policy that ``cfg`` starts from, in its environment, ``samples`` about each held-out
     prompt, as rows of samples.jsonl; and what is measured of them."""
@@ -62,7 +58,8 @@ def played(cfg: Config, samples: int) -> tuple[list[dict[str, Any]], dict[str, f
         policy = PolicyEvaluation(ready, judge=False, samples=samples)
         found = policy.run(initial_state(ready))
         return found.rows, policy.metrics(found)
-=======
+
+
 def token_ranks(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> list[np.ndarray]:
     """i32[response tokens] for each of ``rows``, records with ``prompt`` and ``response``: which rank each token of the
     response, and the EOS behind it, has in the policy's distribution there. Of a policy with weights of its own."""
@@ -85,4 +82,3 @@ def ranks_in(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """i32[B, S]: 1 where no token has a larger logit than the token itself; logits f32[B, S, V], tokens i32[B, S]."""
     own = np.take_along_axis(logits, tokens[..., None], axis=-1)
     return 1 + (logits > own).sum(-1, dtype=np.int32)
->>>>>>> 3a37872 (Add translation between made-up languages as a benchmark, and how ranks of right tokens change)
