@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxrlhf.models.families import FAMILIES
-from jaxrlhf.models.rope import RopeScaling, rope_magnitude
+from jaxrlhf.models.rope import RopeScaling
 
 MLP = "mlp"  # the family of models that are computed from observations, each by itself
-LayerType = Literal["local", "global", "linear"]  # attention in a window, attention to everything, a gated delta net
+# attention in a window, attention to everything, the same without positions (NoPE), a gated delta net
+LayerType = Literal["local", "global", "nope", "linear"]
 LayerTypes = tuple[LayerType, ...]
 Branch = Literal["attention", "delta"]  # what mixes the columns of a layer, and the name of its parameters
 
@@ -25,7 +26,10 @@ class ModelConfig:
         "qwen3",
         "qwen3_5_text",
         "phi3",
+        "ministral3",
         "olmo2",
+        "olmo3",
+        "smollm3",
         "gemma2",
         "gemma3_text",
         "gpt2",
@@ -52,7 +56,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head's weights are the token embedding
     parallel_residual: bool | None = None  # attention and mlp side by side; null: the family's
     sliding_window: int = 0  # tokens that local layers see, the token itself included; 0: there are no such layers
-    layer_types: LayerTypes = ()  # local, global or linear, a layer; []: the family's, where it has several kinds
+    layer_types: LayerTypes = ()  # local, global, nope or linear, a layer; []: the family's, where it has several kinds
     local_rope_theta: float | None = None  # of local layers, which rope_scaling leaves alone; null: rope_theta
     query_pre_attn_scalar: int = 0  # attention's products are divided by its root; 0: head_dim
     attention_softcap: float | None = None  # products x become softcap x tanh(x / softcap)
@@ -145,16 +149,24 @@ def resolve_layers(cfg: ModelConfig) -> tuple[LayerTypes, int]:
     if not types and family.has_linear:  # of fewer than a round the last is global
         size = min(every, cfg.num_layers)
         types = tuple("linear" if (i + 1) % size else "global" for i in range(cfg.num_layers))
+    elif not types and family.nope_every:
+        types = tuple("global" if (i + 1) % family.nope_every else "nope" for i in range(cfg.num_layers))
     elif not types and cfg.sliding_window:
         types = tuple("global" if every and (i + 1) % every == 0 else "local" for i in range(cfg.num_layers))
     if types and len(types) != cfg.num_layers:
         raise ValueError(f"layer_types: {len(types)} of them; expected one for each of num_layers: {cfg.num_layers}")
     if family.has_linear:
-        if "global" not in types or "local" in types:
+        if "global" not in types or set(types) - {"linear", "global"}:
             raise ValueError(f"layer_types: {', '.join(dict.fromkeys(types))}: expected linear and one global at least")
         return types, 0
-    if "linear" in types:
-        raise ValueError(f"layer_types: linear: a {cfg.family} has no such layers; expected local or global")
+    allowed: LayerTypes = ("global", "nope") if family.nope_every else ("local", "global")
+    if other := [kind for kind in types if kind not in allowed]:
+        expected = " or ".join(allowed)
+        raise ValueError(f"layer_types: {other[0]}: a {cfg.family} has no such layers; expected {expected}")
+    if family.nope_every:
+        if cfg.sliding_window:
+            raise ValueError(f"sliding_window: {cfg.sliding_window}: a {cfg.family} has no local layers; nearest: 0")
+        return types, 0
     if "local" not in types:
         return (), 0
     if not cfg.sliding_window:
@@ -196,9 +208,6 @@ def check_rope(cfg: ModelConfig) -> None:
         count, expected = len(getattr(scaling, name)), (size + 1) // 2
         if count != expected:
             raise ValueError(f"rope_scaling.{name}: {count} numbers; expected one for each of {expected} frequencies")
-    if cfg.local_rope_theta and rope_magnitude(scaling) != 1:
-        kind = scaling.kind
-        raise ValueError(f"rope_scaling.kind: {kind}: would scale local layers too; expected linear or llama3")
 
 
 def row_limit(cfg: ModelConfig) -> int | None:

@@ -25,6 +25,7 @@ class RopeScaling:
     attention_factor: float | None = None  # yarn, longrope: of cosines and sines; null: by factor, as in their papers
     short_factor: tuple[float, ...] = ()  # longrope: what each frequency is divided by, up to the original context
     long_factor: tuple[float, ...] = ()  # longrope: the same in longer rows, which are refused; it is kept for export
+    query_beta: float = 0.0  # queries are multiplied by 1 + query_beta x ln(1 + floor(position / original context))
 
 
 def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> Array:
@@ -92,6 +93,16 @@ def cos_sin(positions: Array, freqs: Array, limit: int, magnitude: float = 1.0) 
         return rows.get(mode="clip", out_sharding=spec("batch", "seq", None))[:, :, None]
 
     return look_up(jnp.cos(angles)), look_up(jnp.sin(angles))
+
+
+def query_scale(positions: Array, scaling: RopeScaling | None, limit: int) -> Array | None:
+    """What queries at positions i32[B, S] below ``limit`` are multiplied by, f32[B, S, 1, 1]: 1 within the original
+    context, and more behind it, as the softmax over more keys would else be flatter (Llama 4). None: by 1."""
+    if scaling is None or not scaling.query_beta:
+        return None
+    contexts = jnp.arange(limit) // scaling.original_max_positions
+    table = 1 + scaling.query_beta * jnp.log(1 + contexts.astype(jnp.float32))
+    return table.at[positions].get(mode="clip", out_sharding=spec("batch", "seq"))[:, :, None, None]
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

@@ -32,7 +32,7 @@ from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.layer_scan import through_layers
 from jaxrlhf.models.linear import PRODUCT, gather, linear
 from jaxrlhf.models.response_packing import Places, side_by_side
-from jaxrlhf.models.rope import cos_sin, rope_frequencies, rope_magnitude, rotate
+from jaxrlhf.models.rope import cos_sin, query_scale, rope_frequencies, rope_magnitude, rotate
 from jaxrlhf.ops.rows import group_rows, ungroup_rows
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Mean, Params
@@ -71,12 +71,12 @@ def normalize(params: Params, x: Array, cfg: ModelConfig, axes: tuple[str | None
 
 
 def attention_block(
-    params: Params, cfg: ModelConfig, x: Array, rotary: Callable, attend: Callable, since: int = 0
+    params: Params, cfg: ModelConfig, x: Array, rotary: "Rotary", attend: Callable, since: int = 0
 ) -> Array:
     """x [B, S, D] -> [B, S - since, D]: attention of the columns from ``since`` on.
 
     Args:
-        rotary: applied to queries and to keys [B, S, H, K]: their rotation by position, or nothing.
+        rotary: (queries, keys [B, S, H, K]) -> the same: their rotation by position, or nothing.
         attend: (query, key, value) -> [B, S, H, K].
         since: no output is computed for the columns before it; their keys and values are.
     """
@@ -93,7 +93,8 @@ def attention_block(
         whole = FAMILIES[cfg.family].query_key_norm == "all"
         query = normalize(params["query_norm"], query, cfg, (heads, None) if whole else (None,))
         key = normalize(params["key_norm"], key, cfg, (kv, None) if whole else (None,))
-    mixed = attend(rotary(query), rotary(key), value)[:, since:]
+    query, key = rotary(query, key)
+    mixed = attend(query, key, value)[:, since:]
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate[:, since:])
     return linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
 
@@ -208,16 +209,26 @@ def mixers(cfg: ModelConfig, positions: Array, limit: int, attend_to: AttendTo, 
     return {kind: Mixer(branch_of(kind), one(kind)) for kind in sorted(set(layer_types_of(cfg)))}
 
 
-def rotation(cfg: ModelConfig, kind: LayerType, positions: Array, limit: int) -> Callable[[Array], Array]:
-    """How queries and keys of such layers learn of their positions: rotation, or nothing where they were embedded."""
-    if FAMILIES[cfg.family].positions == "learned":
-        return lambda x: x
+Rotary = Callable[[Array, Array], tuple[Array, Array]]  # (query, key), both with the positions in them
+
+
+def rotation(cfg: ModelConfig, kind: LayerType, positions: Array, limit: int) -> Rotary:
+    """How queries and keys of such layers learn of their positions: rotation, or nothing where tokens have theirs in
+    their embeddings and in layers without positions."""
+    if kind == "nope" or FAMILIES[cfg.family].positions == "learned":
+        return lambda query, key: (query, key)
+    theta, scaling = cfg.rope_theta, cfg.rope_scaling
     if kind == "local" and cfg.local_rope_theta:
-        freqs = rope_frequencies(rotary_size(cfg), cfg.local_rope_theta, None)
-    else:
-        freqs = rope_frequencies(rotary_size(cfg), cfg.rope_theta, cfg.rope_scaling)
-    cos, sin = cos_sin(positions, freqs, limit, rope_magnitude(cfg.rope_scaling))
-    return lambda x: rotate(x, cos, sin)
+        theta, scaling = cfg.local_rope_theta, None
+    freqs = rope_frequencies(rotary_size(cfg), theta, scaling)
+    cos, sin = cos_sin(positions, freqs, limit, rope_magnitude(scaling))
+    scale = query_scale(positions, scaling, limit)
+
+    def rotary(query: Array, key: Array) -> tuple[Array, Array]:
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        return query if scale is None else query * scale.astype(query.dtype), key
+
+    return rotary
 
 
 def row_attention(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> AttendTo:

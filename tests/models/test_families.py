@@ -40,8 +40,8 @@ def parse(family: str, **changes) -> ModelConfig:
 
 
 def pattern(cfg: ModelConfig) -> str:
-    """ "LG...": local and global layers; N: linear ones."""
-    return "".join({"global": "G", "local": "L", "linear": "N"}[kind] for kind in layer_types_of(cfg))
+    """ "LG...": local and global layers; N: linear ones; O: without positions."""
+    return "".join({"global": "G", "local": "L", "linear": "N", "nope": "O"}[kind] for kind in layer_types_of(cfg))
 
 
 # ---- resolve --------------------------------------------------------------------------------------------------------
@@ -89,10 +89,9 @@ LONGROPE = RopeScaling("longrope", 4.0, original_max_positions=16, short_factor=
         ),
         ({"head_dim": 7}, "rotary_fraction: 1 of head_dim: 7 is 7 features"),
         ({"rope_scaling": LONGROPE}, "rope_scaling.short_factor: 8 numbers; expected one for each of 16 frequencies"),
-        (
-            {"rope_scaling": RopeScaling("yarn", 4.0), "local_rope_theta": 9.0, "sliding_window": 4},
-            "rope_scaling.kind: yarn: would scale local layers too; expected linear or llama3",
-        ),
+        ({"layer_types": ("global", "nope")}, "layer_types: nope: a llama has no such layers; expected local or gl"),
+        ({"family": "smollm3", "layer_types": ("global", "local")}, "layer_types: local: .* expected global or nope"),
+        ({"family": "smollm3", "sliding_window": 4}, "sliding_window: 4: a smollm3 has no local layers; nearest: 0"),
     ],
 )
 def test_what_does_not_fit_together(fields, line):
@@ -147,6 +146,10 @@ def test_records_of_older_checkpoints():
         ("gemma3_text", {}, (4096, "LLLLLG")),
         ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 7}, (7, "LGLGLG")),
         ("gemma2", {"layer_types": ["full_attention"] * 6}, (0, "GGGGGG")),
+        ("olmo3", {}, (4096, "LLLGLL")),
+        ("smollm3", {}, (0, "GGGOGG")),
+        ("smollm3", {"no_rope_layer_interval": 2, "sliding_window": 7}, (0, "GOGOGO")),  # use_sliding_window: false
+        ("smollm3", {"no_rope_layers": [0, 1, 1, 1, 1, 0, 0, 0]}, (0, "OGGGGO")),
         ("qwen3_5_text", {}, (0, "NNNGNN")),
         ("qwen3_5_text", {"full_attention_interval": 2}, (0, "NGNGNG")),
         ("qwen3_5_text", {"layer_types": ["full_attention", *["linear_attention"] * 5]}, (0, "GNNNNN")),
@@ -253,6 +256,23 @@ def test_longrope_of_phi3(kind):
         ("qwen3_5_text", {"sliding_window": 7}, "sliding_window: 7 is not supported; expected None"),
         ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate: False is not supported"),
         ("qwen3_5_text", {"full_attention_interval": 0}, "full_attention_interval: 0; expected a positive whole"),
+        ("ministral3", {}, "rope_parameters.rope_type: 'default' is not supported; expected yarn"),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_parameters.llama_4_scaling_beta: None; expected a positive number",
+        ),
+        (
+            "olmo3",
+            {"rope_theta": 1e6},
+            "rope_theta: 1000000.0 is not read alike .*; expected 500000, or rope_parameters",
+        ),
+        ("olmo3", {"sliding_window": None}, "sliding_window: null is not supported"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window: True is not supported; expected False"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 6}, "layer_types: .* expected full_attention alone"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0]}, "no_rope_layers: 3 of them; expected one for each of 6 layers"),
+        ("smollm3", {"no_rope_layers": [1, 1, 2] * 2}, "no_rope_layers: .* expected a list of 1 .* and 0"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval: 0; expected a positive whole number"),
         ("qwen3", {"layer_types": "full_attention"}, "layer_types: 'full_attention'; expected a list"),
         ("gpt_neox", {"hidden_act": "gelu_fast"}, "hidden_act: 'gelu_fast' is not supported; expected 'gelu'"),
         ("gpt_neox", {"rotary_pct": 0}, "partial_rotary_factor: 0; expected a positive number"),
@@ -275,6 +295,8 @@ def test_a_model_from_scratch_comes_back_from_its_folder(family, head, tmp_path)
     """Whatever the family's defaults are; norms and all other weights to the bit."""
     window: dict[str, Any] = {"sliding_window": 4} if FAMILIES[family].hf.windows else {}
     local: dict[str, Any] = {"local_rope_theta": 50.0} if family == "gemma3_text" else {}
+    if family == "ministral3":
+        local = {"rope_scaling": RopeScaling("yarn", 2.0, original_max_positions=64, query_beta=0.1)}
     experts: dict[str, Any] = {"num_experts": 3} if FAMILIES[family].experts else {}
     cfg = resolve(ModelConfig(family=family, num_layers=3, tie_embeddings=False, **SMALL, **window, **local, **experts))
     rng = np.random.default_rng(0)
@@ -338,6 +360,8 @@ def test_pythia_files_of_old_versions(tmp_path):
         ("gpt_neox", {"num_kv_heads": 2}, "num_kv_heads: 2 cannot be said"),
         ("olmo2", {"rotary_fraction": 0.5}, "rotary_fraction: 0.5 cannot be said"),
         ("phi3", {"rope_scaling": RopeScaling("linear", 2.0)}, "'linear' is not supported"),
+        ("ministral3", {}, "'default' is not supported; expected yarn"),
+        ("mistral", {"rope_scaling": RopeScaling("yarn", 2.0, query_beta=0.1)}, "rope_scaling: .* cannot be said"),
     ],
 )
 def test_what_a_family_cannot_say(family, changes, what, tmp_path):

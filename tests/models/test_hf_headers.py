@@ -183,7 +183,9 @@ def test_other_parts_of_qwen3_5_are_left_and_named(tmp_path):
         assert sorted(left.split(", ")) == ["mtp (1 tensor)", "visual (1 tensor)"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "olmo3", "smollm3", "gemma2", "gemma3_text"]
+)
 @pytest.mark.parametrize("field, value", [("is_causal", False), ("is_causal", None), ("partial_rotary_factor", 2.0)])
 def test_fields_that_no_model_here_computes_are_refused_in_every_family(kind, field, value):
     from jaxrlhf.models.families import FAMILIES

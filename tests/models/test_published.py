@@ -21,6 +21,7 @@ COUNTS = {
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
 }

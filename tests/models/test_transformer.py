@@ -53,6 +53,18 @@ NET = resolve(  # gated delta nets around a gated attention
         norm_eps=1e-2,
     )
 )
+# a layer without positions between rotated ones, queries that are scaled by position
+NOPE = resolve(
+    dataclasses.replace(
+        BASE,
+        family="smollm3",
+        num_layers=3,
+        layer_types=("global", "nope", "global"),
+        num_kv_heads=2,
+        rope_theta=100.0,
+        rope_scaling=RopeScaling("yarn", 2.0, original_max_positions=3, query_beta=0.5),
+    )
+)
 SIZE = 12  # columns
 FLOAT32 = Runtime()
 
@@ -246,7 +258,7 @@ OFTEN = [("llama", 3, True)]  # of gated delta nets by day: a layer, in test_del
     ("cfg", "copies", "scanned"),
     [
         pytest.param(cfg, copies, scanned, marks=[] if case in OFTEN else pytest.mark.nightly)
-        for cfg in (LLAMA, GPT2, GEMMA3, NET)
+        for cfg in (LLAMA, GPT2, GEMMA3, NET, NOPE)
         for copies in (1, 3)
         for scanned in (True, False)
         for case in [(cfg.family, copies, scanned)]
@@ -290,7 +302,7 @@ def test_a_prompt_read_once_for_its_responses(cfg, copies, scanned):
 # ---- whole rows -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET, NOPE])
 def test_padding_never_changes_logits(cfg):
     """Left, right, more or less of it, and whatever tokens stand there."""
     text = rows(1)[0, :7]
@@ -306,7 +318,7 @@ def test_padding_never_changes_logits(cfg):
     np.testing.assert_allclose(alone, alone[:1].repeat(8, 0), atol=1e-5)
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET, NOPE])
 def test_packed_documents_do_not_see_each_other(cfg):
     """Three documents in one row give the logits of three rows."""
     text, params = rows(1, seed=2)[0], weights(cfg)
@@ -354,6 +366,7 @@ def test_padding_of_the_vocabulary_cannot_be_sampled():
         (OLMO2, (2, 2, 2)),  # a norm over all heads, on two devices
         pytest.param(GEMMA3, (2, 2, 2), marks=pytest.mark.nightly),
         (NET, (2, 2, 2)),
+        (NOPE, (2, 2, 2)),
         pytest.param(  # value heads are split, and the one key head is not
             dataclasses.replace(NET, linear_key_heads=1), (1, 4, 2), marks=pytest.mark.nightly
         ),

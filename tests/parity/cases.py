@@ -19,6 +19,8 @@ LLAMA = {
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+SCALED = {"rope_type": "yarn", "type": "yarn", "rope_theta": 1e3, "factor": 16.0, "beta_fast": 4.0, "beta_slow": 1.0}
+SCALED |= {"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0}
 MISTRAL = {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2}
 QWEN2 = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2}
 QWEN3 = {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16}
@@ -81,6 +83,19 @@ CASES: dict[str, dict] = {
     },
     "mistral": {**MISTRAL, "sliding_window": 4, "head_dim": 16},
     "mistral: no window": {**MISTRAL, "sliding_window": None, "rope_theta": 1e6},
+    # rows of several original contexts, which queries are scaled by
+    "ministral3": {**MISTRAL, "model_type": "ministral3", "head_dim": 16, "rope_parameters": SCALED},
+    "ministral3: windows": {
+        **MISTRAL,
+        "model_type": "ministral3",
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "hidden_size": 36,
+        "head_dim": 16,
+        "sliding_window": 5,
+        "rope_parameters": {**SCALED, "mscale": 1.5, "llama_4_scaling_beta": 0.5, "rope_theta": 1e4},
+        "tie_word_embeddings": True,
+    },
     "qwen2": {**QWEN2, "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen2: windows": {
         **QWEN2,
@@ -127,6 +142,46 @@ CASES: dict[str, dict] = {
         "tie_word_embeddings": True,
     },
     "olmo2": {**LLAMA, "model_type": "olmo2", "num_key_value_heads": 2, "rope_theta": 5e5},
+    "olmo3": {  # yarn of the global layer alone, in the spelling of published files
+        **LLAMA,
+        "model_type": "olmo3",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 4,
+        "rope_theta": 5e5,
+        "rope_scaling": {**YARN, "beta_fast": 4.0},
+    },
+    "olmo3: two thetas": {  # 3 heads, windows behind, biases
+        **LLAMA,
+        "model_type": "olmo3",
+        "hidden_size": 36,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {**LLAMA, "model_type": "smollm3", "num_hidden_layers": 5, "num_key_value_heads": 2, "head_dim": 16},
+    "smollm3: odd": {  # 3 heads, an order of its own, biases, stretched frequencies
+        **LLAMA,
+        "model_type": "smollm3",
+        "hidden_size": 36,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "no_rope_layers": [0, 1, 1],
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_theta": 100.0,
+        "rope_scaling": YARN,
+        "tie_word_embeddings": False,
+    },
     "gemma2": {
         **GEMMA,
         "model_type": "gemma2",

@@ -61,7 +61,7 @@ OTHERS: dict[str, list[Any]] = {
         ["chunked_attention"] * 2,
     ],
     "attention_chunk_size": [2],
-    "no_rope_layers": [[0, 1]],
+    "no_rope_layers": [[0, 1], [0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 2]],
     "head_dim": [4, 6, 12, None],
     "v_head_dim": [4],
     "qk_norm": [True],

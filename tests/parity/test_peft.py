@@ -14,6 +14,7 @@ from jaxrlhf import train as trainer
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_weights, peft
 from jaxrlhf.models.lora import LoraConfig, assemble, targets_of
+from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.run import build as builds
 from jaxrlhf.run.export import export, export_adapter
 from jaxrlhf.sharding import make_mesh
@@ -33,6 +34,8 @@ QWEN2 = resolve(ModelConfig(family="qwen2", num_kv_heads=2, tie_embeddings=False
 QWEN3_5 = resolve(
     ModelConfig(family="qwen3_5_text", num_kv_heads=2, linear_key_heads=2, linear_value_heads=4, norm_eps=1e-2, **SIZES)
 )
+YARN = RopeScaling("yarn", 2.0, original_max_positions=4, query_beta=0.5)
+MINISTRAL3 = resolve(ModelConfig(family="ministral3", num_kv_heads=2, rope_scaling=YARN, **SIZES))
 GPT2 = resolve(ModelConfig(family="gpt2", **SIZES))
 ADAPTERS = {
     "llama": (LLAMA, LoraConfig(rank=3, alpha=7.5)),
@@ -47,6 +50,9 @@ ADAPTERS = {
             + ("delta_decay", "delta_beta", "delta_gate", "delta_out"),
         ),
     ),
+    "smollm3": (resolve(ModelConfig(family="smollm3", num_kv_heads=2, **SIZES)), LoraConfig(rank=2, alpha=8)),
+    "ministral3": (MINISTRAL3, LoraConfig(rank=2, alpha=8)),
+    "olmo3": (resolve(ModelConfig(family="olmo3", num_kv_heads=2, **SIZES)), LoraConfig(rank=2, alpha=8)),
     "gpt2, few": (GPT2, LoraConfig(rank=2, alpha=4, targets=("down",))),  # whose out has the same last name
 }
 

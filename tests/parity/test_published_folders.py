@@ -15,7 +15,7 @@ from jaxrlhf.models.files.hf_config import TokenIds
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.run import export_pad_token
 from tests.parity.both import compute, read
-from tests.parity.cases import VOCAB, law
+from tests.parity.cases import SCALED, VOCAB, law
 from tests.parity.checks import TOLERANCE
 
 pytestmark = pytest.mark.torch
@@ -58,6 +58,12 @@ WRAPPED = {
         {},
     ),
     "Mistral3ForConditionalGeneration": ("Mistral3Config", {"model_type": "mistral"}, "pixtral", {}),
+    "Mistral3ForConditionalGeneration: Ministral 3": (
+        "Mistral3Config",
+        {"model_type": "ministral3", "rope_parameters": SCALED},
+        "pixtral",
+        {},
+    ),
 }
 OTHER_PARTS = ("vision_tower", "multi_modal", "newline", "visual")
 NEW_NAMES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
@@ -69,7 +75,9 @@ def whole(name: str):
     config, text, vision, more = WRAPPED[name]
     kinds = {"text_config": TEXT | text, "vision_config": SIGHT | {"model_type": vision}}
     images = {"image_token_index": VOCAB - 1, "mm_tokens_per_image": 4}
-    model = getattr(transformers, name)(getattr(transformers, config)(**kinds, **images, **more)).eval()
+    model = getattr(transformers, name.partition(":")[0])(
+        getattr(transformers, config)(**kinds, **images, **more)
+    ).eval()
     with torch.no_grad():
         for tensor, value in model.named_parameters():
             value.copy_(torch.tensor(law(tensor, tuple(value.shape))))

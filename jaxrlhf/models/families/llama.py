@@ -1,4 +1,4 @@
-"""Llama (and SmolLM2) and its near relatives: Mistral, Qwen 2 and 3, Phi 3, OLMo 2."""
+"""Llama (and SmolLM2) and its near relatives: Mistral, Ministral 3, Qwen 2 and 3, Phi 3, OLMo 2 and 3, SmolLM3."""
 
 from typing import Any
 
@@ -78,6 +78,19 @@ MISTRAL = LLAMA._replace(
     windows=Windows(size=4096, types=False),
 )
 
+MINISTRAL3 = MISTRAL._replace(
+    model_type="ministral3",
+    classes={"lm": "Ministral3ForCausalLM", "scalar": "Ministral3ForSequenceClassification"},
+    fields=MISTRAL.fields
+    | {
+        "head_dim": ("head_dim", 128),
+        "max_positions": ("max_position_embeddings", 262144),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+    },
+    rope=Rope(kinds=("yarn",), query_beta="llama_4_scaling_beta"),
+    windows=Windows(size=None, types=False),
+)
+
 QWEN2 = LLAMA._replace(
     model_type="qwen2",
     classes={"lm": "Qwen2ForCausalLM", "scalar": "Qwen2ForSequenceClassification"},
@@ -116,13 +129,39 @@ OLMO2 = LLAMA._replace(
     modules=ENDS | MAPS | POST_NORMS | WHOLE_NORMS,
 )
 
+OLMO3 = OLMO2._replace(
+    model_type="olmo3",
+    classes={"lm": "Olmo3ForCausalLM", "scalar": "Olmo3ForSequenceClassification"},
+    # old files have one rope_theta for all layers, and rope_scaling for the global ones
+    rope=Rope(theta=("rope_theta", 5e5), local_theta=("rope_theta", 5e5)),
+    windows=Windows(size=4096, optional=False),
+)
+
+SMOLLM3 = LLAMA._replace(
+    model_type="smollm3",
+    classes={"lm": "SmolLM3ForCausalLM", "scalar": "SmolLM3ForSequenceClassification"},
+    fields=FIELDS
+    | BIASES
+    | {
+        "num_kv_heads": ("num_key_value_heads", 4),
+        "max_positions": ("max_position_embeddings", 32768),
+        "tie_embeddings": ("tie_word_embeddings", True),
+    },
+    fixed=SILU | {"use_sliding_window": (False,)},
+    rope=Rope(theta=("rope_theta", 2e6)),
+    nope=("no_rope_layers", "no_rope_layer_interval"),
+)
+
 PLAIN = Family(norm="rms", activation="silu", gated=True, positions="rope", hf=LLAMA)
 
 FAMILIES = {
     "llama": PLAIN,
     "mistral": PLAIN._replace(hf=MISTRAL),
+    "ministral3": PLAIN._replace(hf=MINISTRAL3),
     "qwen2": PLAIN._replace(attention_bias=True, out_bias=False, hf=QWEN2),
     "qwen3": PLAIN._replace(query_key_norm="head", hf=QWEN3),
     "phi3": PLAIN._replace(hf=PHI3),
     "olmo2": PLAIN._replace(norms="post", query_key_norm="all", hf=OLMO2),
+    "olmo3": PLAIN._replace(norms="post", query_key_norm="all", global_every=4, hf=OLMO3),
+    "smollm3": PLAIN._replace(nope_every=4, hf=SMOLLM3),
 }

@@ -31,6 +31,7 @@ class Rope(NamedTuple):
     theta: tuple[str, float] = ("rope_theta", 10000.0)
     fraction: tuple[str, float] | None = None  # None: heads are rotated whole
     local_theta: tuple[str, float] | None = None  # of local layers; rope_parameters then has an object a kind of layer
+    query_beta: str | None = None  # of rope_parameters, required: RopeScaling.query_beta; None: queries are not scaled
     original: int | None = None  # original_max_position_embeddings where absent; None: max_positions
 
 
@@ -61,6 +62,8 @@ class HuggingFace(NamedTuple):
     rope: Rope = Rope()
     windows: Windows | None = None  # None: no layer has one
     linear_every: str | None = None  # without layer_types: the field that overrides Family.global_every
+    # (a list with a 0 for each layer without positions, without that list: the field that overrides Family.nope_every)
+    nope: tuple[str, str] | None = None
     left: str = "(?!)"  # regular expression: tensors of other parts of the model, which are not read
 
 
@@ -83,6 +86,7 @@ class Family(NamedTuple):
     has_linear: bool = False  # layers are gated delta nets, but for the global ones
     output_gate: bool = False  # attention's queries come with a gate, whose sigmoid its output is multiplied by
     global_every: int = 0  # where there is a window or are linear layers, every n-th layer is global; 0: none
+    nope_every: int = 0  # attention of every n-th layer has no positions (NoPE); 0: of none
     # each layer's mlp is experts behind a router; "normalized": the weights of a token's experts sum to 1 unless the
     # config says otherwise
     experts: Literal["plain", "normalized"] | None = None

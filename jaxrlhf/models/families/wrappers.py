@@ -63,6 +63,13 @@ SIZES: dict[str, Mapping[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    "ministral3": {
+        "vocab_size": 131072,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 32,
+    },
     "qwen2": {
         "vocab_size": 151936,
         "hidden_size": 4096,

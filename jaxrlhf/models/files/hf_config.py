@@ -69,6 +69,8 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
         found |= parse_rope(raw, names.rope, found["max_positions"], where)
     if names.linear_every:
         found |= parse_linear(raw, names.linear_every, family.global_every, found["num_layers"], where)
+    elif names.nope:
+        found |= parse_nope(raw, names.nope, family.nope_every, found["num_layers"], where)
     elif names.windows:
         found |= parse_windows(raw, names.windows, family.global_every, found["num_layers"], where)
     else:
@@ -173,6 +175,11 @@ def parse_windows(raw: Mapping[str, Any], names: Windows, every: int, num_layers
 def refuse_windows(raw: Mapping[str, Any], where: str) -> None:
     """Raises ValueError where a family without windows has one: transformers' cache would drop what is before it."""
     refuse_unsupported(raw, {"sliding_window": (None,)}, where)
+    refuse_types(raw, where)
+
+
+def refuse_types(raw: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where layer_types names another kind than full attention."""
     given = raw.get("layer_types")
     if given is not None and (not isinstance(given, list) or set(given) - {GLOBAL}):
         raise ValueError(f"{where}: layer_types: {given!r} is not supported; expected {GLOBAL} alone")
@@ -187,6 +194,25 @@ def parse_linear(raw: Mapping[str, Any], field: str, every: int, num_layers: int
     if num_layers > MOST_LAYERS:
         raise ValueError(f"{where}: num_hidden_layers: {num_layers}; expected at most {MOST_LAYERS}")
     types: LayerTypes = tuple("linear" if (i + 1) % every else "global" for i in range(num_layers))
+    return {"layer_types": types}
+
+
+def parse_nope(
+    raw: Mapping[str, Any], names: tuple[str, str], every: int, num_layers: int, where: str
+) -> dict[str, Any]:
+    """layer_types of ModelConfig, of a family with layers without positions; ``names``: as HuggingFace.nope."""
+    refuse_types(raw, where)
+    given, interval = (raw.get(name) for name in names)
+    if given is None:
+        every = checked(every if interval is None else interval, int, f"{where}: {names[1]}")
+        if num_layers > MOST_LAYERS:
+            raise ValueError(f"{where}: num_hidden_layers: {num_layers}; expected at most {MOST_LAYERS}")
+        given = [int((i + 1) % every != 0) for i in range(num_layers)]
+    if not isinstance(given, list) or any(type(one) is not int or one not in (0, 1) for one in given):
+        raise ValueError(f"{where}: {names[0]}: {given!r}; expected a list of 1 (rotated) and 0 (no positions)")
+    if len(given) < num_layers:
+        raise ValueError(f"{where}: {names[0]}: {len(given)} of them; expected one for each of {num_layers} layers")
+    types: LayerTypes = tuple("global" if one else "nope" for one in given[:num_layers])
     return {"layer_types": types}
 
 
@@ -238,6 +264,7 @@ def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, 
     raw |= describe_rope(cfg, names.rope) if family.positions == "rope" else {}
     raw |= describe_windows(cfg, names.windows) if names.windows else {}
     raw |= {"layer_types": described_types(cfg)} if names.linear_every else {}
+    raw |= {names.nope[0]: [int(kind != "nope") for kind in layer_types_of(cfg)]} if names.nope else {}
     raw |= describe_ids(ids)
     if head == "scalar":
         raw |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}

@@ -29,6 +29,7 @@ def parse_rope(raw: Mapping[str, Any], names: Rope, max_positions: int, where: s
     what = f"{where}: {spelling}"
     found: dict[str, Any] = {"rope_theta": number(rope, raw, names.theta, "rope_theta", what)}
     if names.local_theta:
+        refuse_ambiguous(raw, local, names, where)
         found["local_rope_theta"] = number(local, raw, names.local_theta, "rope_theta", f"{what}.{LOCAL}")
     if names.fraction:
         found["rotary_fraction"] = number(rope, raw, names.fraction, FRACTION, what)
@@ -57,6 +58,15 @@ def split_layers(raw: Mapping[str, Any], where: str) -> tuple[dict[str, Any], di
     if "type" in old and "rope_type" not in old:
         raise ValueError(f"{where}: rope_scaling.type: {old['type']!r} is not read by transformers; expected rope_type")
     return rope | old, local, "rope_scaling" if old else "rope_parameters"
+
+
+def refuse_ambiguous(raw: Mapping[str, Any], local: Mapping[str, Any], names: Rope, where: str) -> None:
+    """Raises ValueError for a base outside rope_parameters that some versions of transformers give to all layers, and
+    others to the global ones alone: where both kinds have their base in one field, and it is not the default."""
+    field, default = names.theta
+    if names.local_theta == names.theta and not local.get("rope_theta") and raw.get(field) not in (None, default):
+        shown = f"{raw[field]!r} is not read alike by all versions of transformers"
+        raise ValueError(f"{where}: {field}: {shown}; expected {default:g}, or rope_parameters.{LOCAL}.rope_theta")
 
 
 def number(rope: Mapping[str, Any], raw: Mapping[str, Any], names: tuple[str, float], new: str, what: str) -> float:
@@ -108,6 +118,7 @@ def parse_scaling(
         beta_slow=get("beta_slow", 1.0),
         truncate=checked(rope.get("truncate", True), bool, f"{where}.truncate"),
         attention_factor=given,
+        query_beta=get(names.query_beta) if names.query_beta else 0.0,
     )
 
 
@@ -123,7 +134,7 @@ def numbers(value: Any, what: str) -> tuple[float, ...]:
 
 def describe_rope(cfg: ModelConfig, names: Rope) -> dict[str, Any]:
     """The config.json fields that parse_rope reads, in both spellings: readers older than transformers 5 remain."""
-    scaling = describe_scaling(cfg.rope_scaling)
+    scaling = describe_scaling(cfg.rope_scaling, names)
     raw: dict[str, Any] = {names.theta[0]: cfg.rope_theta}
     new: dict[str, Any] = (scaling or {"rope_type": "default"}) | {"rope_theta": cfg.rope_theta}
     if names.fraction:
@@ -134,12 +145,12 @@ def describe_rope(cfg: ModelConfig, names: Rope) -> dict[str, Any]:
         raw[ORIGINAL] = scaling[ORIGINAL]
     if names.local_theta:
         theta = cfg.local_rope_theta or cfg.rope_theta
-        raw[names.local_theta[0]] = theta
+        raw = {names.local_theta[0]: theta} | raw
         new = {GLOBAL: new, LOCAL: {"rope_type": "default", "rope_theta": theta}}
     return raw | {"rope_parameters": new}
 
 
-def describe_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def describe_scaling(scaling: RopeScaling | None, names: Rope) -> dict[str, Any] | None:
     """The inverse of parse_scaling."""
     if scaling is None:
         return None
@@ -153,4 +164,6 @@ def describe_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
         rope["attention_factor"] = scaling.attention_factor
     if scaling.kind == "longrope":
         return rope | {"short_factor": [*scaling.short_factor], "long_factor": [*scaling.long_factor]}
+    if names.query_beta:
+        rope[names.query_beta] = scaling.query_beta
     return rope | {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}

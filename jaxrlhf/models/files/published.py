@@ -90,6 +90,7 @@ QWEN3_5 |= {"linear_key_heads": 16, "linear_key_dim": 128, "linear_value_dim": 1
 QWEN3_5_0_8B = shape("qwen3_5_text", 248320, 1024, 24, 8, 2, 3584, 262144, tied=True, linear_value_heads=16, **QWEN3_5)
 QWEN3_5_4B = shape("qwen3_5_text", 248320, 2560, 32, 16, 4, 9216, 262144, tied=True, linear_value_heads=32, **QWEN3_5)
 SMOLLM2_135M = shape("llama", 49152, 576, 30, 9, 3, 1536, 8192, tied=True, norm_eps=1e-5, rope_theta=1e5)
+SMOLLM3_3B = shape("smollm3", 128256, 2048, 36, 16, 4, 11008, 65536, tied=True, norm_eps=1e-6, rope_theta=5e6)
 
 SHAPES: dict[str, ModelConfig] = {
     "EleutherAI/pythia-1b": PYTHIA_1B,
@@ -125,6 +126,8 @@ SHAPES: dict[str, ModelConfig] = {
     "mistralai/Mistral-7B-v0.1": MISTRAL_7B,
     "HuggingFaceTB/SmolLM2-135M": SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM3-3B": SMOLLM3_3B,
+    "HuggingFaceTB/SmolLM3-3B-Base": SMOLLM3_3B,
 }
 
 
