@@ -38,9 +38,7 @@ class LoraConfig:
 
     rank: int = 16  # columns of A, rows of B
     alpha: float = 32.0  # the product of A and B counts alpha / rank times
-    # of query, key, value, out, gate, up, down, and of linear layers delta_query, delta_key, delta_value, delta_decay,
-    # delta_beta, delta_gate, delta_out; all-linear: all that the model has
-    targets: tuple[str, ...] = (ALL,)
+    targets: tuple[str, ...] = (ALL,)  # some of query, key, value, out, gate, up, down, delta_*; all-linear: all it has
     dropout: float = 0.0  # only 0: a policy must give what it sampled the same log-probs when it learns
     rslora: bool = False  # count the product alpha / sqrt(rank) times (Kalajdzievski 2023)
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"  # of A, as PEFT has it; B starts at 0

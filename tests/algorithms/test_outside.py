@@ -125,8 +125,8 @@ BROKEN = {
         "a_text:MINE: batch returned 'sequences'; expected a tuple of fields of Batch: prompts, sequences, ",
     ),
     "no_field": (
-        GOOD.replace("config=Mine", "config=Mine, batch=lambda cfg: ('demonstrations',)"),
-        "no_field:MINE: batch returned the field demonstrations, which data do not fill; ",
+        GOOD.replace("config=Mine", "config=Mine, batch=lambda cfg: ('ratings',)"),
+        "no_field:MINE: batch returned the field ratings, which data do not fill; ",
     ),
     "no_roles": (
         GOOD.replace("config=Mine", "config=Mine, roles=lambda cfg: {'policy': 'lm'}"),

@@ -220,7 +220,7 @@ def test_evaluate_passes_the_best_of_on(run_dir, calls, run):
 
 def test_export_passes_role_and_folder(run_dir, calls, run):
     out, _ = run("export", run_dir, "--role", "reward", "--to", "there")
-    assert calls == [("export", str(run_dir), "reward", "there")]
+    assert calls == [("export", str(run_dir), "reward", "there", False)]
     assert out == f"reward of {run_dir}, step 4, written to there\na note\n"
 
 

@@ -71,8 +71,9 @@ def test_an_exported_mixture_is_served(trained, tmp_path):
         whole = lm_logits(params, cfg, forward(params, cfg, tokens, jnp.ones_like(tokens), Runtime()))
         laid = decode_layout(params, cfg, "lm", Runtime(), 2)
         caches, at = blank_caches(cfg, 2, 1, 16, jnp.float32), jnp.zeros(2, jnp.int32)
-        first, caches = read_columns(laid, cfg, tokens[:, :6], at, caches, Runtime())
-        second, _ = read_columns(laid, cfg, tokens[:, 6:], at + 6, caches, Runtime())
+        count = lambda columns: jnp.full(2, columns, jnp.int32)
+        first, caches = read_columns(laid, cfg, tokens[:, :6], at, count(6), caches, Runtime())
+        second, _ = read_columns(laid, cfg, tokens[:, 6:], at + 6, count(3), caches, Runtime())
         return lm_logits(laid, cfg, jnp.concatenate([first, second], 1)), whole
 
     found, whole = both(params)

@@ -58,7 +58,7 @@ def test_a_stream_is_the_whole_in_parts(client):
         complete(client, max_tokens=20, n=2, logprobs=2, echo=True, stream=True, stream_options={"include_usage": True})
     )
     *texts, last = parts
-    assert last.choices == [] and last.usage == whole.usage and len(texts) > 4
+    assert last.choices == [] and last.usage == whole.usage and len(texts) > 2  # more than one of each
     for choice in whole.choices:
         own = [part.choices[0] for part in texts if part.choices[0].index == choice.index]
         assert "".join(part.text for part in own) == choice.text
