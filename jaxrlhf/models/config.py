@@ -201,6 +201,9 @@ def check_rope(cfg: ModelConfig) -> None:
         share = f"{cfg.rotary_fraction:g} of head_dim: {cfg.head_dim} is {size} features, rotated in pairs"
         raise ValueError(f"rotary_fraction: {share}; expected 1 to {cfg.head_dim - cfg.head_dim % 2}")
     if scaling is None:
+        kinds = FAMILIES[cfg.family].hf.rope.kinds
+        if "default" not in kinds:
+            raise ValueError(f"rope_scaling: null: of {cfg.family} it is {' or '.join(kinds)}; nearest: {kinds[0]}")
         return
     if size % 2 and scaling.kind == "yarn":
         raise ValueError(f"rope_scaling.kind: yarn: {size} rotated features are an odd number; expected an even one")

@@ -91,6 +91,7 @@ LONGROPE = RopeScaling("longrope", 4.0, original_max_positions=16, short_factor=
         ({"rope_scaling": LONGROPE}, "rope_scaling.short_factor: 8 numbers; expected one for each of 16 frequencies"),
         ({"layer_types": ("global", "nope")}, "layer_types: nope: a llama has no such layers; expected local or gl"),
         ({"family": "smollm3", "layer_types": ("global", "local")}, "layer_types: local: .* expected global or nope"),
+        ({"family": "ministral3"}, "rope_scaling: null: of ministral3 it is yarn; nearest: yarn"),
         ({"family": "smollm3", "sliding_window": 4}, "sliding_window: 4: a smollm3 has no local layers; nearest: 0"),
     ],
 )
@@ -360,7 +361,11 @@ def test_pythia_files_of_old_versions(tmp_path):
         ("gpt_neox", {"num_kv_heads": 2}, "num_kv_heads: 2 cannot be said"),
         ("olmo2", {"rotary_fraction": 0.5}, "rotary_fraction: 0.5 cannot be said"),
         ("phi3", {"rope_scaling": RopeScaling("linear", 2.0)}, "'linear' is not supported"),
-        ("ministral3", {}, "'default' is not supported; expected yarn"),
+        (
+            "ministral3",
+            {"rope_scaling": RopeScaling("yarn", 2.0)},
+            "rope_scaling.llama_4_scaling_beta: 0.0; expected a positive number",
+        ),
         ("mistral", {"rope_scaling": RopeScaling("yarn", 2.0, query_beta=0.1)}, "rope_scaling: .* cannot be said"),
     ],
 )
