@@ -1,6 +1,7 @@
 """From an optimizer's config to its optax chain and schedule: one chain a role, clipped by its own norm."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -8,17 +9,24 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from jaxrlhf.ops.newton_schulz import Matrices, orthogonalized
+
 # b1 of a first moment in bfloat16: with more, (1 - b1) of a gradient that is not far from the moment is rounded away
 LARGEST_B1_IN_BFLOAT16 = 0.95
 MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
 WINDOW = 128  # updates in which a spike is looked for
+UPDATE_RMS = 0.2  # root mean square of a matrix's update by Muon, in learning rates: about that of AdamW's
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW for one role. Schedules count optimizer steps (epochs x minibatches an iteration), not iterations."""
+    """The optimizer of one role. Schedules count optimizer steps (epochs x minibatches an iteration), not
+    iterations."""
 
     learning_rate: float = 1e-5  # its peak; models of 1M parameters need 1e-3, of 100M 2e-5, of 7B 1e-6 to 1e-5
+    name: Literal["adamw", "muon"] = "adamw"  # muon: of the layers' matrices; AdamW, at the same rate, of the rest
+    momentum: float = 0.95  # of Muon: decay of the sum of gradients (Nesterov's)
+    newton_schulz_steps: int = 5  # of Muon: steps in which an update is made nearly orthogonal
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate after warm-up
     warmup_steps: int = 0  # optimizer steps in which the learning rate rises from 0
     final_fraction: float = 0.0  # of the learning rate, at the end of linear and cosine
@@ -32,7 +40,7 @@ class OptimizerConfig:
         None  # an update is left out whose loss or gradient norm is so many standard deviations
     )
     # above the mean of the last 128 updates; 6 is usual; null: never
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment; the second is float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of Adam's first moment and of Muon's; Adam's second is float32
 
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -52,15 +60,55 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, body], [cfg.warmup_steps])
 
 
-def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformationExtraArgs:
-    """clip by the norm that ``update`` is given -> Adam -> decoupled weight decay -> learning rate."""
+def make_optimizer(
+    cfg: OptimizerConfig, total_steps: int, matrices: Matrices = MappingProxyType({})
+) -> optax.GradientTransformationExtraArgs:
+    """clip by the norm that ``update`` is given -> Adam, or Muon for ``matrices`` -> decoupled weight decay -> learning
+    rate."""
+    adam = optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.dtype(cfg.dtype))
     return optax.chain(
         optax.identity() if cfg.clip_norm is None else clip_by_norm(cfg.clip_norm),
-        optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps, mu_dtype=jnp.dtype(cfg.dtype)),
+        adam if cfg.name == "adamw" else by_kind(scale_by_muon(cfg, matrices), adam, matrices),
         optax.add_decayed_weights(cfg.weight_decay, mask=is_matrix),
         optax.scale_by_learning_rate(make_schedule(cfg, total_steps)),
         *([] if cfg.spike_sigmas is None else [keep_recent()]),
     )
+
+
+def by_kind(
+    muon: optax.GradientTransformation, adam: optax.GradientTransformation, matrices: Matrices
+) -> optax.GradientTransformationExtraArgs:
+    """``muon`` for the leaves in ``matrices``, ``adam`` for the others; each keeps a state of its own leaves alone."""
+
+    def label(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if keys(path) in matrices else "adamw", params)
+
+    return optax.partition({"muon": muon, "adamw": adam}, label)
+
+
+def scale_by_muon(cfg: OptimizerConfig, matrices: Matrices) -> optax.GradientTransformation:
+    """Momentum -> its nearest orthogonal matrix x 0.2 sqrt(max(inputs, outputs)): a root mean square of about 0.2,
+    which AdamW's updates have, so that learning rate and weight decay mean what they mean there.
+
+    The momentum is laid out as the parameters are. optax.contrib.muon has both in one function, where an explicit mesh
+    can't give whole matrices to devices. Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); Liu et al.
+    2025 (arXiv:2502.16982), section 2.2."""
+
+    def update(updates, state, params=None):
+        def one(path: tuple, x: Array) -> Array:
+            axes = matrices[keys(path)]
+            size = UPDATE_RMS * max(axes.sizes(x.shape)) ** 0.5
+            return size * orthogonalized(x, axes, cfg.newton_schulz_steps)
+
+        return jax.tree_util.tree_map_with_path(one, updates), state
+
+    momentum = optax.trace(cfg.momentum, nesterov=True, accumulator_dtype=jnp.dtype(cfg.dtype))
+    return optax.chain(momentum, optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+
+
+def keys(path: tuple) -> tuple[str, ...]:
+    """The path of a leaf in a role's parameters, as names."""
+    return tuple(part.key for part in path)
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:

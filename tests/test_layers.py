@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "jaxrlhf"
 # floors, lowest first: the first part of a module's name below jaxrlhf, or inside run/ the second
 FLOORS = (
     ("", "errors", "paths", "types", "tpu"),
-    ("algorithm", "sharding", "optim", "hosts", "log", "user_code"),
-    ("ops",),
+    ("algorithm", "sharding", "hosts", "log", "user_code"),
+    ("ops", "optim"),
     ("models", "algorithms", "data", "rewards"),
     ("precomputed_answers", "response_widths", "step", "generate"),
     ("config",),

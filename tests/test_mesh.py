@@ -77,7 +77,9 @@ EXPERTS = "grpo", MOE_MODEL, GRPOConfig(num_minibatches=2), 2, 4
 # cuts
 QUANTIZED = *ADAPTERS[:-1], LORA | {"quantization": "nf4"}
 QUANTIZED_BESIDE = *GROUPS, LORA | {"quantization": "nf4", "merge_adapter": False}
+MUON = *EXPERTS, {"optimizer": dataclasses.replace(tiny.ADAM, name="muon")}
 CASES: dict[str, tuple] = {
+    "muon": MUON,
     "experts": EXPERTS,
     "adapters": ADAPTERS,
     "quantized": QUANTIZED,
@@ -158,7 +160,7 @@ def ran(shape: Shape, which: str) -> Ran:
         "adapters packed",
         "adapters trunk",
     )
-    few += ("quantized", "quantized beside")
+    few += ("quantized", "quantized beside", "muon")
     iterations = 2 if which in few else ITERATIONS
     compiled: list[str] = []
 
@@ -200,6 +202,8 @@ NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
 RUNS: list = [((1, 2, 2, 2, 2), "groups"), ((1, 2, 2, 1, 2), "adapters"), ((1, 2, 2, 1, 1, 2), "experts")]
 RUNS += [NIGHTLY(shape, "experts") for shape in ((1, 1, 2, 1, 1, 4), (1, 2, 2, 1, 2, 2), (2, 2, 2))]
 RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters packed", "adapters trunk")]
+# by day: test_optim, updates alone
+RUNS += [NIGHTLY(shape, "muon") for shape in ((1, 2, 2, 1, 2), (1, 2, 2, 1, 1, 2))]
 # by day: models/test_quantized, one forward and backward pass
 RUNS += [NIGHTLY((2, 2, 2), "quantized"), NIGHTLY((1, 2, 2, 1, 2), "quantized beside")]
 RUNS += [NIGHTLY(shape, "groups") for shape in ((2, 2, 2), (1, 2, 2, 2), (1, 4, 2, 1, 2))]
@@ -207,7 +211,7 @@ RUNS += [NIGHTLY(shape, "plain") for shape in MESHES]
 RUNS += [NIGHTLY((2, 2, 2), name) for name in ("odd", "packed", "trunk", "nine", "wide")]
 RUNS += [NIGHTLY((1, 4, 2, 1, 2), "odd")]
 # by day: the cut groups of pmap against one device's whole ones, below
-MAPPED = [NIGHTLY(4, "quantized")]
+MAPPED = [NIGHTLY(4, "quantized"), NIGHTLY(4, "muon")]
 MAPPED += [
     NIGHTLY(*case)
     for case in ((8, "cut"), (4, "adapters"), (4, "odd"), (8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))

@@ -1,5 +1,6 @@
 """Schedules against hand numbers; what is clipped, decayed and in which dtype it is kept."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,7 +10,15 @@ import optax
 import pytest
 
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.optim import WINDOW, OptimizerConfig, is_matrix, make_optimizer, make_schedule, notice_spike
+from jaxrlhf.models.lora import LoraConfig, own_table
+from jaxrlhf.models.matrices import layer_matrices
+from jaxrlhf.models.parameters import parameter_table
+from jaxrlhf.ops.newton_schulz import MatrixAxes
+from jaxrlhf.optim import WINDOW, OptimizerConfig, is_matrix, learning_rate, make_optimizer, make_schedule, notice_spike
+from jaxrlhf.run.checkpoint import Checkpoints, restore
+from jaxrlhf.sharding import MeshConfig, concrete, make_mesh
+from jaxrlhf.types import TrainState
+from tests.support import tiny
 from tests.support.tiny import parameters
 
 RATE = 0.1
@@ -134,3 +143,191 @@ def test_a_spike_is_one_of_the_last_updates_by_hand():
 def test_without_spike_sigmas_nothing_is_kept_of_updates():
     state = make_optimizer(OptimizerConfig(), 8).init({"kernel": jnp.zeros(1)})
     assert optax.tree.get(state, "recent", None) is None
+
+
+# ---- Muon -----------------------------------------------------------------------------------------------------------
+
+ATTENTION = {
+    **{f"layers.attention.{name}.kernel": MatrixAxes(1, 1) for name in ("query", "key", "value")},
+    "layers.attention.out.kernel": MatrixAxes(1, 2),
+}
+DENSE = {f"layers.mlp.{name}.kernel": MatrixAxes(1, 1) for name in ("gate", "up", "down")}
+EXPERTS = {f"layers.mlp.experts.{name}.kernel": MatrixAxes(2, 1) for name in ("gate", "up", "down")}
+DELTA = {
+    **{f"layers.delta.delta_{name}.kernel": MatrixAxes(1, 1) for name in ("query", "key", "value", "gate")},
+    **{f"layers.delta.delta_{name}.kernel": MatrixAxes(1, 1) for name in ("decay", "beta")},
+    "layers.delta.delta_out.kernel": MatrixAxes(1, 2),
+}
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_heads": 2, "mlp_size": 32}
+HYBRID = ModelConfig(
+    "qwen3_5_text",
+    num_layers=2,
+    layer_types=("linear", "global"),
+    linear_key_heads=2,
+    linear_value_heads=4,
+    linear_key_dim=8,
+    linear_value_dim=8,
+    **SIZES,
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (ModelConfig("llama", num_layers=2, **SIZES), ATTENTION | DENSE),
+        (
+            ModelConfig("qwen3_moe", num_layers=2, num_experts=4, experts_per_token=2, **SIZES),
+            ATTENTION | EXPERTS | {"layers.mlp.router.kernel": MatrixAxes(1, 1)},
+        ),
+        (HYBRID, ATTENTION | DENSE | DELTA),
+    ],
+    ids=["llama", "qwen3_moe", "qwen3_5"],
+)
+@pytest.mark.parametrize("head", ["lm", "scalar"])
+def test_muon_takes_the_matrices_of_the_layers(shape, expected, head):
+    """Not embeddings, the head, norms, biases, convolutions, nor the rates of a delta net."""
+    found = layer_matrices(parameter_table(resolve(shape), head))
+    assert {".".join(path): axes for path, axes in found.items()} == expected
+
+
+def test_muon_takes_nothing_of_an_adapter_or_of_a_head():
+    shape = resolve(HYBRID)
+    assert not layer_matrices(own_table(shape, "scalar", LoraConfig(rank=2)))
+    assert not layer_matrices(parameter_table(shape, "bare"))
+
+
+MUON = OptimizerConfig(name="muon", learning_rate=RATE, clip_norm=None, newton_schulz_steps=4)
+PATH = ("layers", "up", "kernel")
+
+
+def pair(kernel, scale) -> dict:
+    """One stacked kernel, and a norm beside it."""
+    return {"layers": {"up": {"kernel": kernel}}, "norm": {"scale": scale}}
+
+
+def orthogonal(x: np.ndarray, steps: int) -> np.ndarray:
+    x = x / np.linalg.norm(x)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def test_muon_by_a_numpy_loop():
+    """Two layers of 3 x 5, three updates by other gradients: momentum, Nesterov, size, weight decay, schedule; Adam of
+    the norm beside it, at the same rate."""
+    random, decay = np.random.default_rng(0), 0.5
+    cfg = dataclasses.replace(MUON, weight_decay=decay, momentum=0.8, schedule="linear")
+    optimizer = make_optimizer(cfg, 8, {PATH: MatrixAxes(1, 1)})
+    params: Any = pair(jnp.asarray(random.normal(size=(2, 3, 5)), jnp.float32), jnp.ones(4))
+    state, summed = optimizer.init(params), np.zeros((2, 3, 5))
+    for step in range(3):
+        grads = pair(jnp.asarray(random.normal(size=(2, 3, 5)), jnp.float32), jnp.full(4, 2.0))
+        update: Any
+        update, state = optimizer.update(grads, state, params, norm=None)
+        gradient = np.asarray(grads["layers"]["up"]["kernel"], np.float64)
+        summed = 0.8 * summed + gradient
+        made = np.stack([orthogonal(matrix, 4) for matrix in gradient + 0.8 * summed])
+        rate = RATE * (1 - step / 8)
+        expected = -rate * (0.2 * np.sqrt(5) * made + decay * np.asarray(params["layers"]["up"]["kernel"]))
+        np.testing.assert_allclose(update["layers"]["up"]["kernel"], expected, atol=1e-5)
+        np.testing.assert_allclose(update["norm"]["scale"], -rate, rtol=1e-4)
+        params = optax.apply_updates(params, update)
+
+
+def test_muon_is_that_of_optax_without_momentum():
+    """With momentum they differ by the correction of optax for its first steps. The tree is a model's."""
+    shape = resolve(dataclasses.replace(HYBRID, num_experts=0))
+    params, matrices = parameters(shape, "lm", 0), layer_matrices(parameter_table(shape, "lm"))
+
+    def numbers(path, x):
+        if (axes := matrices.get(tuple(part.key for part in path))) is None:
+            return None
+        ins = axes.stack + axes.inputs
+        return optax.contrib.MuonDimensionNumbers(tuple(range(axes.stack, ins)), tuple(range(ins, x.ndim)))
+
+    cfg = dataclasses.replace(MUON, momentum=0.0, newton_schulz_steps=5)
+    theirs = optax.contrib.muon(
+        RATE,
+        beta=0.0,
+        nesterov=False,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=jax.tree_util.tree_map_with_path(numbers, params),
+    )
+    adam = optax.adamw(RATE, weight_decay=0.0)
+    ours, grads = make_optimizer(cfg, 8, matrices), jax.tree.map(lambda x: x + 0.01, params)
+    found, _ = jax.jit(ours.update)(grads, ours.init(params), params, norm=jnp.float32(1))
+    expected, _ = jax.jit(theirs.update)(grads, theirs.init(params), params)
+    rest, _ = jax.jit(adam.update)(grads, adam.init(params), params)
+
+    def check(path, ours, theirs, rest):
+        taken = tuple(part.key for part in path) in matrices  # their Adam is Nesterov's
+        np.testing.assert_allclose(ours, theirs if taken else rest, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+    jax.tree_util.tree_map_with_path(check, found, expected, rest)
+    sizes = [float(jnp.sqrt((found["layers"]["mlp"][name]["kernel"] ** 2).mean())) for name in ("gate", "down")]
+    np.testing.assert_allclose(sizes, 0.2 * RATE, rtol=0.3)  # in learning rates, whatever the shape
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_keeps_one_moment_of_a_matrix(dtype):
+    params = pair(jnp.ones((2, 3, 5)), jnp.ones(4))
+    state = make_optimizer(dataclasses.replace(MUON, dtype=dtype), 8, {PATH: MatrixAxes(1, 1)}).init(params)
+    assert sorted((x.dtype.name, x.shape) for x in jax.tree.leaves(state) if x.ndim) == sorted(
+        [(dtype, (2, 3, 5)), (dtype, (4,)), ("float32", (4,))]
+    )
+
+
+def test_muon_is_clipped_before_its_momentum_and_tells_its_rate_and_spikes():
+    cfg = dataclasses.replace(MUON, clip_norm=1.0, spike_sigmas=6.0, schedule="linear")
+    optimizer = make_optimizer(cfg, 8, {PATH: MatrixAxes(1, 1)})
+    params = pair(jnp.ones((2, 3, 5)), jnp.ones(4))
+    state = optimizer.init(params)
+    for step in range(3):
+        assert float(learning_rate(make_schedule(cfg, 8), state)) == pytest.approx(RATE * (1 - step / 8))
+        _, state = optimizer.update(params, state, params, norm=jnp.float32(4))
+    (trace,) = (x for x in jax.tree.leaves(state) if x.shape == (2, 3, 5))
+    np.testing.assert_allclose(trace, (1 + 0.95 + 0.95**2) / 4, rtol=1e-6)
+    assert optax.tree.get(state, "recent").shape == (2, WINDOW)
+
+
+def muon_updates(mesh: MeshConfig | None, steps: int, state: Any = None) -> tuple[Any, Any, Any]:
+    """(parameters, state of the optimizer, shapes of both) after ``steps`` updates of a tiny mixture on ``mesh``, going
+    on from ``state``; gradients are the parameters."""
+    shape = resolve(ModelConfig("qwen3_moe", num_layers=3, num_experts=4, experts_per_token=2, **SIZES))
+    optimizer = make_optimizer(MUON, 8, layer_matrices(parameter_table(shape, "lm")))
+    with jax.set_mesh(here := make_mesh(mesh or MeshConfig(1), jax.devices()[: 8 if mesh else 1])):
+        params = parameters(shape, "lm", 0)
+        moments = jax.jit(optimizer.init)(params)
+        described = concrete(jax.eval_shape(lambda: (params, moments)), here)
+        params, moments = state or (params, moments)
+
+        def update(params, moments):
+            updates, moments = optimizer.update(params, moments, params, norm=jnp.float32(1))
+            return optax.apply_updates(params, updates), moments
+
+        program = tiny.program(update)
+        for _ in range(steps):
+            params, moments = program(params, moments)
+    return params, moments, described
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 8), MeshConfig(1, 2, 2, expert=2)], ids=["fsdp", "all"])
+def test_muon_on_a_mesh_is_that_of_one_device_and_goes_on_bitwise(mesh, tmp_path):
+    """Moments are laid out as their parameters are, before and after updates, and come back from a checkpoint."""
+    alone, _, _ = muon_updates(None, 4)
+    params, moments, described = muon_updates(mesh, 4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5), params, alone)
+    of = {(x.shape, x.sharding.spec) for x in jax.tree.leaves(params)}
+    assert {(x.shape, x.sharding.spec) for x in jax.tree.leaves(moments) if x.ndim} <= of
+    layouts = lambda tree: jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), tree)
+    assert layouts((params, moments)) == layouts(described)
+    half, then, _ = muon_updates(mesh, 2)
+    saved = Checkpoints(tmp_path)
+    wrapped = lambda params, moments: TrainState(jnp.int32(2), jnp.int32(0), {"p": params}, {}, {"p": moments}, {})
+    saved.save(2, wrapped(half, then), {})
+    saved.close()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wrapped(*described))
+    found = restore(tmp_path, 2, abstract)
+    again = muon_updates(mesh, 2, (found.params["p"], found.opt_state["p"]))[:2]
+    assert tiny.equal_trees(again, (params, moments))

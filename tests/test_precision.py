@@ -89,6 +89,48 @@ def test_a_coarse_first_moment_is_refused_where_it_would_stick():
     assert line.startswith("config: optimizer.default.b1: 0.99: dtype bfloat16") and line.endswith("nearest: 0.95")
 
 
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"momentum": 0.9}, "momentum: 0.9: a key of muon, and name is adamw; expected 0.95"),
+        ({"newton_schulz_steps": 3}, "newton_schulz_steps: 3: a key of muon, and name is adamw; expected 5"),
+        ({"name": "muon", "dtype": "bfloat16", "momentum": 0.99}, "momentum: 0.99: dtype bfloat16 is too coarse for"),
+        ({"name": "muon", "momentum": 0.9, "newton_schulz_steps": 3}, None),
+    ],
+    ids=lambda value: "" if value is None or isinstance(value, str) else "-".join(value),
+)
+def test_keys_of_muon_are_refused_where_they_do_nothing(row, line):
+    cfg = config(optimizer={"default": OptimizerConfig(**row)})
+    try:
+        check(cfg, 1)
+        found = []
+    except ConfigError as error:
+        found = [text for text in str(error).splitlines() if "optimizer" in text]
+    assert len(found) == (line is not None) and all(
+        text.startswith(f"config: optimizer.default.{line}") for text in found
+    )
+
+
+def test_muon_is_refused_where_a_role_has_no_matrix():
+    """The value model's is a head on the policy's trunk; a default that also serves others goes through."""
+    text = PPO.replace(
+        "reward: {init_from: policy}", "reward: {init_from: policy}\n  value: {init_from: policy, share_trunk: true}"
+    )
+    muon = OptimizerConfig(name="muon")
+    cfg = replace(parse(read_yaml(text, "test"), "test"), optimizer={"default": muon})
+    with current((drawn := drawn_for(cfg)).mesh):
+        state = abstract_state(drawn)
+    label = lambda role: sorted(optax.tree.get(state.opt_state[role], "inner_states"))
+    assert label("policy") == label("value") == ["adamw", "muon"]
+    shape = state.params["policy"]["layers"]["mlp"]["up"]["kernel"].shape
+    count = lambda tree: [x.shape for x in jax.tree.leaves(tree)].count(shape)
+    assert count(state.opt_state["policy"]) == count(state.params["policy"]) > 0, "one moment"
+    with pytest.raises(ConfigError) as error:
+        drawn_for(replace(cfg, optimizer={"value": muon}))
+    assert str(error.value).startswith("optimizer.value.name: muon: value learns no matrix inside a layer")
+    assert str(error.value).endswith("expected adamw")
+
+
 def test_what_is_said_of_it():
     assert describe_precision(resolve_config(config())) == []
     (line,) = describe_precision(resolve_config(config(precision=PrecisionConfig(params="bfloat16"))))

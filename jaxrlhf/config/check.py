@@ -79,15 +79,26 @@ def role_problems(resolved: Resolved) -> Iterator[str]:
         yield from trunk_problems(resolved, role)
         yield from routing_problems(resolved, role)
     yield from numbering_problems(cfg.models)
+    yield from optimizer_problems(cfg, needed)
+
+
+def optimizer_problems(cfg: Config, needed: list[Role]) -> Iterator[str]:
+    """Rows of ``optimizer`` are of roles that are needed, keep moments that can move, and have no key that does
+    nothing."""
     for role, row in cfg.optimizer.items():
-        if row.dtype == "bfloat16" and row.b1 > LARGEST_B1_IN_BFLOAT16:
-            yield (
-                f"optimizer.{role}.b1: {show(row.b1)}: dtype bfloat16 is too coarse for a first moment that moves so "
-                f"little; expected dtype float32, or b1 of at most {LARGEST_B1_IN_BFLOAT16}; "
-                f"nearest: {LARGEST_B1_IN_BFLOAT16}"
-            )
+        for key in ("b1", "momentum"):
+            if row.dtype == "bfloat16" and (value := getattr(row, key)) > LARGEST_B1_IN_BFLOAT16:
+                yield (
+                    f"optimizer.{role}.{key}: {show(value)}: dtype bfloat16 is too coarse for a first moment that "
+                    f"moves so little; expected dtype float32, or {key} of at most {LARGEST_B1_IN_BFLOAT16}; "
+                    f"nearest: {LARGEST_B1_IN_BFLOAT16}"
+                )
+        for key in ("momentum", "newton_schulz_steps"):
+            if row.name != "muon" and (value := getattr(row, key)) != (default := getattr(type(row), key)):
+                wrong = f"optimizer.{role}.{key}: {show(value)}: a key of muon, and name is {row.name}"
+                yield f"{wrong}; expected {show(default)}"
         if role != "default" and role not in {*needed, *map(grader_of, needed)}:
-            yield f"optimizer.{role}: no role of {name}; {suggest(role, ['default', *needed])}"
+            yield f"optimizer.{role}: no role of {cfg.algorithm_name}; {suggest(role, ['default', *needed])}"
 
 
 def alarm_problems(cfg: Config) -> Iterator[str]:

@@ -31,7 +31,7 @@ RANGES = {
         sequences_per_step preferences_per_step unpaired_per_step trajectories_per_step micro_batch_size
         patience pack_widths max_new_tokens prompt_buckets num_epochs num_minibatches kl_horizon target_period
         rank hidden_size num_layers num_heads max_positions original_max_positions factor num_processes
-        init_timeout slices starts max_turns turn_tokens context_widths""",
+        init_timeout slices starts newton_schulz_steps max_turns turn_tokens context_widths""",
     "[2, inf)": "max_length",
     "[5, inf)": "heartbeat_timeout",
     "[120, inf)": "grace_seconds",
@@ -39,7 +39,7 @@ RANGES = {
     "[0, 1]": "final_fraction gamma gae_lambda gae_lambda_value AlarmsConfig.entropy AlarmsConfig.zero_variance",
     "(0, 1]": "top_p rotary_fraction keep_top polyak on_policy_share",
     "(0, 1)": "expectile DistillConfig.beta DistillDataConfig.beta",
-    "[0, 1)": "b1 b2",
+    "[0, 1)": "b1 b2 momentum",
     "[0, 0.5)": "label_smoothing reward_label_smoothing",
     "(-inf, inf)": "weight cost_limit at_least at_most AlarmsConfig.explained_variance",
     "[0, 2147483647]": "seed",

@@ -107,7 +107,7 @@ def plan(
     batch = largest_batch(drawn)
     passes = passes_of(drawn, batch)
     models = models_of(drawn)
-    setup = setup_of(cfg, where.devices, drawn.recipe.optimizers)
+    setup = setup_of(cfg, where.devices, drawn)
     counted = [timed(phase, where.chip, where.devices_per_chip) for phase in phases(passes, models, setup)]
     made = Plan(
         cfg=cfg,

@@ -29,11 +29,12 @@ from typing import Literal, NamedTuple
 from jaxrlhf.models.config import ModelConfig, layers_with
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.lora import Based, own_table
-from jaxrlhf.models.parameters import Leaf, padded_vocab, parameter_table
+from jaxrlhf.models.parameters import padded_vocab, parameter_table
 from jaxrlhf.models.quantized import Quantization, bytes_each, is_quantized
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
 from jaxrlhf.plan.mixing import heads_here, kept_bytes, rule_of_token, state_bytes
-from jaxrlhf.sharding import RULES
+from jaxrlhf.plan.muon import newton_schulz_work
+from jaxrlhf.plan.stored import leaves, local
 from jaxrlhf.tpu.peaks import Chip
 from jaxrlhf.types import Head, Role
 
@@ -48,7 +49,9 @@ class Setup(NamedTuple):
     mesh: Mapping[str, int]  # devices along the axes of sharding.AXES
     compute: int = 2  # bytes of an activation
     params: int = 4  # bytes of a stored weight of a role that does not learn; of others: float32
-    moments: Mapping[Role, int] = MappingProxyType({})  # bytes of a weight's two Adam moments, of the roles that learn
+    # bytes of a weight's moments, of the roles that learn; under Muon the mean over matrices, with one, and the rest
+    moments: Mapping[Role, float] = MappingProxyType({})
+    newton_schulz: Mapping[Role, int] = MappingProxyType({})  # steps, of the roles whose matrices learn by Muon
     remat: Literal["none", "full", "dots"] = "none"
     stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits
@@ -164,21 +167,6 @@ class Weight(NamedTuple):
     layers: int  # that it stands in; 1: the head
     held: int  # elements that there are, of all layers
     experts: bool = False
-
-
-def leaves(table: dict) -> dict[str, Leaf]:
-    """The parameter table, flat: "layers.mlp.up.kernel" -> Leaf."""
-    found: dict[str, Leaf] = {}
-    for name, part in table.items():
-        inside = {"": part} if isinstance(part, Leaf) else leaves(part)
-        found |= {f"{name}.{rest}".rstrip("."): leaf for rest, leaf in inside.items()}
-    return found
-
-
-def local(leaf: Leaf, tensor: int) -> dict[str, int]:
-    """Logical axis -> its size on one device."""
-    split = lambda name, size: RULES[name] == "tensor" and size % tensor == 0
-    return {name: size // tensor if split(name, size) else size for name, size in zip(leaf.axes, leaf.shape)}
 
 
 @functools.cache
@@ -344,8 +332,8 @@ def recomputed(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> 
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
-def optimizer(cfg: ModelConfig, head: Head, moments: int, setup: Setup, based: Based | None = None) -> DeviceWork:
-    """One step of Adam: the weights that a device stores, their gradient and moments, read and written."""
+def optimizer(cfg: ModelConfig, head: Head, moments: float, setup: Setup, based: Based | None = None) -> DeviceWork:
+    """One step of Adam or Muon: the weights that a device stores, their gradient and moments, read and written."""
     stored = used_and_stored(cfg, head, setup, based)[1]
     return DeviceWork(hbm=stored * 2 * (2 * MASTER + moments))
 
@@ -436,7 +424,12 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
             add(f"update {one.role}: recomputed", head_product(*part).times(count), 0.0)
     for role, moments in setup.moments.items():
         step = optimizer(*models[role], moments, setup, setup.bases.get(role))
-        add(f"update {role}: Adam", step.times(passes.updates))
+        muon = role in setup.newton_schulz
+        add(f"update {role}: {'weights' if muon else 'Adam'}", step.times(passes.updates))
+        if muon:
+            table = table_of(*models[role], setup.bases.get(role))
+            own = newton_schulz_work(table, setup.newton_schulz[role], setup.mesh, setup.fsdp, setup.tensor)
+            add(f"update {role}: Newton-Schulz", DeviceWork(*own).times(passes.updates))
     return [phase for phase in found if any(phase.work)]
 
 

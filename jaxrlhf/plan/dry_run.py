@@ -132,7 +132,7 @@ def shortened(text: str) -> str:
 def describe_memory(ready: Run) -> str:
     """What a device needs, by the count of `jaxrlhf plan`, and what the devices here have."""
     devices = list(ready.mesh.devices.flat)
-    setup = setup_of(ready.cfg, devices, ready.recipe.optimizers)
+    setup = setup_of(ready.cfg, devices, ready)
     need = estimate(passes_of(ready, largest_batch(ready)), models_of(ready), setup)
     room = room_of(devices[0])
     total = need.peak * (len(devices) if room and room.shared else 1)

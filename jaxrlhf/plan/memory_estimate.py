@@ -21,14 +21,14 @@ from jaxrlhf.plan.cost import (
     chosen_from,
     heads_here,
     held,
-    leaves,
-    local,
     matrices,
     packed,
     saved,
     table_of,
 )
 from jaxrlhf.plan.mixing import stream_bytes
+from jaxrlhf.plan.muon import newton_schulz_bytes
+from jaxrlhf.plan.stored import leaves, local, stored_of
 from jaxrlhf.types import Head
 
 
@@ -51,15 +51,6 @@ def stored(cfg: ModelConfig, head: Head, fsdp: int, tensor: int, based: Based | 
     return stored_of(table_of(cfg, head, based), fsdp, tensor)
 
 
-def stored_of(table: dict, fsdp: int, tensor: int) -> int:
-    """Elements of the Leafs in ``table`` that one device stores."""
-    total = 0
-    for leaf in leaves(table).values():
-        size = math.prod(local(leaf, tensor).values())
-        total += size // fsdp if {"embed", "embed_of_expert"} & {*leaf.axes} else size
-    return total
-
-
 @functools.cache
 def outside(cfg: ModelConfig, head: Head, tensor: int) -> int:
     """Elements of the weights that stand in no layer, on one device, gathered over fsdp."""
@@ -80,7 +71,10 @@ def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
     gradients = copies * sum(own[role] for role in setup.moments) * MASTER
     saved = sum(kept(one, models[one.role][0], setup) for one in passes.micro if one.role in setup.moments)
     busy = max((working(one, *models[one.role], setup) for one in passes.micro), default=0.0)
-    return Memory(arguments, rollout, scoring, gradients + saved + 2 * busy)
+    # matrices are orthogonalised after the backward pass
+    tables = [table_of(*models[role], setup.bases.get(role)) for role in setup.newton_schulz]
+    orthogonal = max((newton_schulz_bytes(table, setup.mesh) for table in tables), default=0.0)
+    return Memory(arguments, rollout, scoring, gradients + max(saved + 2 * busy, orthogonal))
 
 
 def bases_bytes(models: Models, setup: Setup) -> float:

@@ -17,11 +17,14 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16, OptimizerConfig
 from jaxrlhf.plan.calls import Passes, models_of
-from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, timed
+from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, table_of, timed
 from jaxrlhf.plan.memory_estimate import Memory, estimate
+from jaxrlhf.plan.muon import matrices_of
+from jaxrlhf.plan.stored import stored_of
 from jaxrlhf.plan.target import Target
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape, sums_whole, torus_axes
+from jaxrlhf.types import Role
 
 ROOM = 0.9  # of the memory that there is: estimates are no better
 
@@ -35,16 +38,26 @@ class Candidate(NamedTuple):
     seconds: float
 
 
-def setup_of(cfg: Config, devices: list, roles) -> Setup:
-    """What the counts read of a config; ``roles``: those that learn."""
+def setup_of(cfg: Config, devices: list, drawn: Blueprint) -> Setup:
+    """What the counts read of a config, of models as ``drawn``."""
     sizes: dict[str, int] = dict(zip(AXES, mesh_shape(cfg.mesh, len(devices)), strict=True))
     params = BYTES[cfg.precision.params]
-    moments = {role: BYTES[cfg.optimizer_of(role).dtype] + MASTER for role in roles}
+    moments = {role: BYTES[cfg.optimizer_of(role).dtype] + MASTER for role in drawn.recipe.optimizers}
     stored = cfg.attention == "xla"  # on TPUs auto is splash
     sums = torus_axes(np.array(devices)) > 2 and sums_whole(make_mesh(cfg.mesh, devices))
     compute, bases = BYTES[cfg.precision.compute], resolve_config(cfg).bases
     more = cfg.generate.int8, sums, bases, False, cfg.generate.merge_adapter
-    return Setup(sizes, compute, params, moments, cfg.remat, stored, *more)
+    muon = {role: row.newton_schulz_steps for role in moments if (row := cfg.optimizer_of(role)).name == "muon"}
+    setup = Setup(sizes, compute, params, moments, muon, cfg.remat, stored, *more)
+    second = {role: MASTER * matrix_share(drawn, role, setup) for role in muon}  # what Adam would keep of matrices
+    return setup._replace(moments={role: size - second.get(role, 0) for role, size in moments.items()})
+
+
+def matrix_share(drawn: Blueprint, role: Role, setup: Setup) -> float:
+    """The share of Muon's matrices in what a device stores of a role's own weights."""
+    table = table_of(drawn.configs[role], drawn.heads[role], setup.bases.get(role))
+    one = lambda table: stored_of(table, setup.fsdp, setup.tensor)
+    return one(matrices_of(table)) / one(table)
 
 
 def candidates(drawn: Blueprint, passes: Passes, where: Target, available: float) -> list[Candidate]:
@@ -53,7 +66,7 @@ def candidates(drawn: Blueprint, passes: Passes, where: Target, available: float
     found = []
     num_devices, models = len(where.devices), models_of(drawn)
     for price, cfg in settings(drawn, num_devices, where.slices):
-        setup = setup_of(cfg, where.devices, drawn.recipe.optimizers)
+        setup = setup_of(cfg, where.devices, drawn)
         mine = with_micro(passes, asked_parts(dataclasses.replace(drawn.resolved, cfg=cfg)))
         memory = estimate(mine, models, setup)
         if memory.peak > ROOM * available:

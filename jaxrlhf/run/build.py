@@ -19,7 +19,7 @@ from jaxrlhf.rewards.graders import Graders, find_graders
 from jaxrlhf.rewards.turns import TextEnvironment, find_environment
 from jaxrlhf.run.epochs import with_iterations
 from jaxrlhf.run.origins import Weights, check_loaded, check_teacher, located
-from jaxrlhf.run.runtime import bind_nets, check_shapes
+from jaxrlhf.run.runtime import bind_nets, check_shapes, learned_matrices
 from jaxrlhf.run.sampler import readable_by_all, run_sampler
 from jaxrlhf.run.saved_run import SavedRuns
 from jaxrlhf.run.tokenizer import find_tokenizer, foreign_tokens, keep_tokenizer
@@ -110,7 +110,8 @@ def draw(resolved: Resolved, mesh: jax.sharding.Mesh, weights: dict[Role, Weight
     epochs, minibatches, _ = resolved.updates
     delays = {role: cfg.optimizer_of(role).delay for role in trained}
     steps = {role: (cfg.length - delay) * epochs * minibatches for role, delay in delays.items()}  # the role's own
-    optimizers = {role: make_optimizer(cfg.optimizer_of(role), steps[role]) for role in trained}
+    matrices = learned_matrices(resolved, weights)
+    optimizers = {role: make_optimizer(cfg.optimizer_of(role), steps[role], matrices[role]) for role in trained}
     schedules = {role: make_schedule(cfg.optimizer_of(role), steps[role]) for role in trained}
     # log-probs are of the distribution sampled from, where responses are sampled
     shards = batch_shards(mesh)

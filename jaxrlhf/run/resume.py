@@ -9,12 +9,15 @@ import numpy as np
 from jax import Array
 
 from jaxrlhf.config.load import as_tree, parse
+from jaxrlhf.config.members import grader_of
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import Resolved
 from jaxrlhf.config.yaml_text import flat, read_yaml
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.errors import show as cut_short
+from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.run.saved_run import SavedRuns
+from jaxrlhf.types import Role
 
 # keys whose effect is in the checkpoint: another value would be ignored, or would not fit it
 FIXED = ("algorithm.name", "models.", "precision.params", "seed", "tokenizer.", "data.chat", "environment.id")
@@ -26,7 +29,8 @@ OF_STATE = ("algorithm.", "optimizer.", "precision.")  # keys that decide which 
 def changes_since_saved(saved_runs: SavedRuns, resolved: Resolved) -> list[str]:
     """What the config says otherwise than at the run's last checkpoint, as "key: old -> new".
 
-    Raises ConfigError where one of the keys is FIXED, or says how many rows of its data an iteration takes."""
+    Raises ConfigError where one of the keys is FIXED, says how many rows of its data an iteration takes, or gives
+    a role that learns another optimizer."""
     cfg = resolved.cfg
     if (own := saved_runs.own_extra(cfg.run_dir)) is None:
         return []
@@ -39,7 +43,19 @@ def changes_since_saved(saved_runs: SavedRuns, resolved: Resolved) -> list[str]:
     for key in changed:
         if key in rows:
             raise ConfigError(misfit(cfg, step, {key: changed[key]}, "its place in the data is counted by it"))
+    for role in resolved.roles.trained:
+        old, new = named_optimizer(settings(extra["config"]), role), cfg.optimizer_of(role).name
+        if old != new:
+            keys = [f"optimizer.{row}.name" for row in (role, grader_of(role), "default")]
+            key = next((key for key in keys if key in changed), keys[0])
+            raise ConfigError(misfit(cfg, step, {key: (old, new)}, "another optimizer keeps other moments"))
     return [f"{key}: {show(old)} -> {show(new)}" for key, (old, new) in changed.items()]
+
+
+def named_optimizer(keys: dict[str, object], role: Role) -> object:
+    """The name of the role's optimizer in a config's dotted ``keys``, as Config.optimizer_of finds its row."""
+    names = [keys.get(f"optimizer.{row}.name") for row in (role, grader_of(role), "default")]
+    return next((name for name in names if name), OptimizerConfig.name)
 
 
 def misfit(cfg: Config, step: int, changed: dict[str, tuple], why: str = "") -> str:

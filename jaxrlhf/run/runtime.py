@@ -19,9 +19,11 @@ from jaxrlhf.models import nets, parameters
 from jaxrlhf.models.attention.kernels import choose_kernel, hardware_of, passed_over
 from jaxrlhf.models.config import MLP, ModelConfig, row_limit
 from jaxrlhf.models.files import peft
-from jaxrlhf.models.lora import Based, base_table, params_of, targets_of
+from jaxrlhf.models.lora import Based, base_table, own_table, params_of, targets_of
+from jaxrlhf.models.matrices import layer_matrices
 from jaxrlhf.models.quantized import check_blocks
 from jaxrlhf.models.transformer import Runtime
+from jaxrlhf.ops.newton_schulz import Matrices
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run.origins import Weights, base_role, located
 from jaxrlhf.types import Acting, Array, Nets, Prompts, Role, Sequences, Trees
@@ -134,6 +136,24 @@ def check_adapters(resolved: Resolved, weights: dict[Role, Weights]) -> None:
             located(lambda shape, lora=lora: targets_of(shape, lora), weights[role].config, f"models.{role}")
             if lora.init_from is not None and weights[role].kind != "new":  # else shapes alone are known: a plan
                 located(lambda shape, lora=lora: peft.check_folder(shape, lora), weights[role].config, f"models.{role}")
+
+
+def learned_matrices(resolved: Resolved, weights: dict[Role, Weights]) -> dict[Role, Matrices]:
+    """The matrices of each role that learns, which Muon takes. Raises ConfigError where a row of ``optimizer`` names
+    Muon and no role that it serves has one."""
+    cfg, found = resolved.cfg, {}
+    for role, head in resolved.roles.trained.items():
+        shape, based = weights[role].config, resolved.bases.get(role)
+        table = parameters.parameter_table(shape, head) if based is None else own_table(shape, head, based.lora)
+        found[role] = layer_matrices(table)
+    for name, row in cfg.optimizer.items():
+        served = [role for role in found if cfg.optimizer_of(role) is row]
+        if row.name == "muon" and served and not any(found[role] for role in served):
+            raise ConfigError(
+                f"optimizer.{name}.name: muon: {' and '.join(served)} learns no matrix inside a layer (an adapter, a "
+                "head alone, or a model without layers); expected adamw"
+            )
+    return found
 
 
 def kernels_passed_over(cfg: Config, mesh: jax.sharding.Mesh, shapes: dict[Role, ModelConfig]) -> list[str]:

@@ -10,10 +10,12 @@ from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.parameters import Leaf
 from jaxrlhf.plan import cost
 from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reached
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass, passes_of
 from jaxrlhf.plan.cost import DeviceWork, Phase, Setup, phases, timed
+from jaxrlhf.plan.muon import newton_schulz_work
 from jaxrlhf.plan.shapes import blueprint
 from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.sharding import make_mesh
@@ -181,6 +183,26 @@ def test_heads_that_tensor_does_not_divide():
 def test_adam_reads_and_writes_weights_gradient_and_moments():
     assert cost.optimizer(MODEL, "lm", 8, Setup(ALONE)).hbm == ALL * 2 * (4 + 4 + 8)
     assert cost.optimizer(MODEL, "lm", 6, Setup(ALONE, params=2)).hbm == ALL * 2 * (4 + 4 + 6)
+
+
+def test_newton_schulz_by_hand():
+    """Two matrices of 3 x 5, one a device of two: 4 m^2 n + 2 m^3 a step; of three layers each has two, one padded."""
+    leaf = lambda layers: Leaf((layers, 3, 5), ("layers", "embed", "mlp"), 1.0)
+    two, three = {"layers": {"up": {"kernel": leaf(2)}}}, {"layers": {"up": {"kernel": leaf(3)}}}
+    step, mesh = 4 * 9 * 5 + 2 * 27, {"data": 2, "fsdp": 1, "tensor": 1}
+    assert newton_schulz_work(two, 5, ALONE, 1, 1)[0] == 2 * 5 * step
+    assert newton_schulz_work(two, 5, mesh, 1, 1)[0] == 5 * step
+    assert newton_schulz_work(three, 5, mesh, 1, 1)[0] == 2 * 5 * step
+    assert newton_schulz_work(two, 5, ALONE, 1, 1)[2] == 0
+    assert newton_schulz_work(two, 5, mesh, 1, 1)[2] == 30 * 4 / 2  # gathered
+    assert (
+        newton_schulz_work(two, 5, {"data": 1, "fsdp": 2, "tensor": 2}, 2, 2)[2] == 30 / 2 * 4 * 2
+    )  # tensor divides no 5
+    expert = {"layers": {"up": {"kernel": Leaf((2, 4, 5, 3), ("layers", "expert", "embed_of_expert", "mlp"), 1.0)}}}
+    assert newton_schulz_work(expert, 1, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 1}, 4, 1)[0] == 1 * 2 * step
+    setup = Setup(ALONE, moments={"policy": 8}, newton_schulz={"policy": 5})
+    rows = {phase.name: phase.work for phase in phases(Passes([], [], [], 1, 1), {"policy": (MODEL, "lm")}, setup)}
+    assert rows["update policy: Newton-Schulz"].flops > 0 and "update policy: Adam" not in rows
 
 
 @pytest.mark.parametrize("remat, layers", [("none", 0), ("full", 1), ("dots", None)])

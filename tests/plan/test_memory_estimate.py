@@ -57,7 +57,7 @@ def drawn_for(cfg: Config):
     recipe = drawn.recipe._replace(num_micro=asked_parts(drawn.resolved))  # as on a TPU
     drawn = dataclasses.replace(drawn, recipe=recipe)
     passes = passes_of(drawn, list(batch_shapes(drawn.resolved, drawn.mesh))[-1])
-    return drawn, passes, models_of(drawn), setup_of(cfg, jax.devices()[:8], drawn.recipe.optimizers)
+    return drawn, passes, models_of(drawn), setup_of(cfg, jax.devices()[:8], drawn)
 
 
 MANY = PPO.replace("prompts_per_step: 64", "prompts_per_step: 16, samples_per_prompt: 8")
@@ -156,6 +156,21 @@ def test_weights_and_moments_are_counted_in_the_formats_of_the_state(params, mom
     assert estimate(passes, models, setup).arguments == pytest.approx(sum(map(held, jax.tree.leaves(state))), rel=0.01)
 
 
+@pytest.mark.parametrize("moment", ["float32", "bfloat16"])
+def test_muon_keeps_one_moment_of_a_matrix(moment):
+    """As the state has it, and less than Adam's by a float32 of each matrix of the layers."""
+    rows = {name: {"default": OptimizerConfig(name=name, dtype=moment)} for name in ("adamw", "muon")}
+    found = {}
+    for name, row in rows.items():
+        drawn, passes, models, setup = drawn_for(config(PPO, MeshConfig(1, 4, 2), optimizer=row))
+        with current(drawn.mesh):
+            state = abstract_state(drawn)
+        held = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        found[name] = estimate(passes, models, setup).arguments
+        assert found[name] == pytest.approx(sum(map(held, jax.tree.leaves(state))), rel=0.01)
+    assert found["muon"] < 0.9 * found["adamw"]
+
+
 def test_adapters_by_hand():
     """On one chip, in bytes: the base of policy, value and reference once in bfloat16; A and B of rank 8 and 4, the
     value's head, all with two moments in float32; the reward model in bfloat16."""
@@ -166,7 +181,7 @@ def test_adapters_by_hand():
     )
     drawn, _ = blueprint(resolved, make_mesh(cfg.mesh, jax.devices()[:1]), {})
     passes = passes_of(drawn, list(batch_shapes(resolved, drawn.mesh))[-1])
-    found = estimate(passes, models_of(drawn), setup_of(cfg, jax.devices()[:1], drawn.recipe.optimizers))
+    found = estimate(passes, models_of(drawn), setup_of(cfg, jax.devices()[:1], drawn))
     base = 4096 * 128 + 4 * (4 * 128 * 128 + 3 * 128 * 384 + 2 * 128) + 128
     adapter = 4 * (4 * (128 + 128) + 3 * (128 + 384))  # of rank 1
     learned = 8 * adapter + 4 * adapter + 129
@@ -181,7 +196,7 @@ def test_a_teacher_by_hand():
     cfg = config(TAUGHT, MeshConfig(1, 1, 1), precision=PrecisionConfig(params="bfloat16"))
     drawn, _ = blueprint(resolve_config(cfg), make_mesh(cfg.mesh, jax.devices()[:1]), {})
     passes = passes_of(drawn, list(batch_shapes(drawn.resolved, drawn.mesh))[-1])
-    found = estimate(passes, models_of(drawn), setup_of(cfg, jax.devices()[:1], drawn.recipe.optimizers))
+    found = estimate(passes, models_of(drawn), setup_of(cfg, jax.devices()[:1], drawn))
     size = lambda width, layers: 4096 * width + layers * (4 * width**2 + 3 * width * 384 + 2 * width) + width
     assert found.arguments == 12 * size(128, 4) + 2 * size(192, 6)
     with jax.set_mesh(drawn.mesh):
@@ -209,7 +224,7 @@ def test_quantised_bases_by_hand(kind, layer):
     for one in (plain, cfg, beside):
         drawn, _ = blueprint(resolve_config(one), make_mesh(one.mesh, jax.devices()[:1]), {})
         passes = passes_of(drawn, list(batch_shapes(drawn.resolved, drawn.mesh))[-1])
-        need = estimate(passes, models_of(drawn), setup_of(one, jax.devices()[:1], drawn.recipe.optimizers))
+        need = estimate(passes, models_of(drawn), setup_of(one, jax.devices()[:1], drawn))
         found.append(need.arguments)
         rollouts.append(need.rollout)
     elements = 4 * 128 * 128 + 3 * 128 * 384

@@ -400,7 +400,7 @@ def test_schedules_end_with_the_run(root, tmp_path, monkeypatch):
     """They count optimizer steps: iterations x epochs x minibatches."""
     told = []
     real = build.make_optimizer
-    monkeypatch.setattr(build, "make_optimizer", lambda cfg, total: told.append((cfg, total)) or real(cfg, total))
+    monkeypatch.setattr(build, "make_optimizer", lambda cfg, total, _: told.append((cfg, total)) or real(cfg, total))
     runs.whole(root)
     optimizer = ["optimizer.value.learning_rate=0.5", "optimizer.value.delay=3", "batch.micro_batch_size=8"]
     ready = build.build(resolve_config(runs.config("ppo", root, tmp_path, *optimizer, "iterations=5")))

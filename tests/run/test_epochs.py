@@ -132,7 +132,7 @@ def test_a_run_trains_for_its_epochs_and_goes_on_for_more(root, tmp_path, one_de
     count_steps(monkeypatch)
     totals = []
     make = build.make_optimizer
-    monkeypatch.setattr(build, "make_optimizer", lambda cfg, total: totals.append(total) or make(cfg, total))
+    monkeypatch.setattr(build, "make_optimizer", lambda cfg, total, _: totals.append(total) or make(cfg, total))
     off = ["eval.every=0", "data.eval_demonstrations=null", "log.trackers=[]", "iterations=null"]
     make_config = lambda *more: runs.config("sft", root, tmp_path, *off, "batch.sequences_per_step=32", *more)
     assert train.run(make_config("epochs=1")) == "done"

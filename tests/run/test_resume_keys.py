@@ -68,6 +68,7 @@ OTHER: dict[str, str | None] = {
     **dict.fromkeys(("run_dir", "epochs", "algorithm.name", "mesh.data", "mesh.fsdp", "mesh.tensor"), None),
     "mesh.expert": None,
     **dict.fromkeys(("mesh.slices", "mesh.decode", "tokenizer.train_vocab_size", "rewards.arguments"), None),
+    **{f"optimizer.{row}.{key}": None for row in ("default", "policy") for key in ("momentum", "newton_schulz_steps")},
     **dict.fromkeys(("rewards.function", "rewards.functions", "algorithm.reward_update"), None),  # with models.reward
     **{f"data.{name}.{key}": None for name in ("prompts", "eval_prompts", "preferences") for key in ("tfds", "hf")},
     **{f"data.{name}.fields": None for name in ("prompts", "eval_prompts", "preferences")},
@@ -223,6 +224,7 @@ def test_every_key_is_told_or_refused(saved):
     assert refused == {
         *("seed", "models.policy.init_from", "models.reward.init_from", "tokenizer.init_from", "precision.params"),
         *("data.chat", "batch.prompts_per_step", "batch.preferences_per_step", "models.policy.adapter"),
+        *("optimizer.default.name", "optimizer.policy.name"),
     }
     assert len(told) > 90 and {"algorithm.kl_coef", "iterations", "optimizer.policy.delay", "eval.judge"} <= told
     assert OTHER.keys() - saved.keys.keys() == set(), "keys that are gone"

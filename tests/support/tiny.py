@@ -17,10 +17,12 @@ from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.int8 import Int8
 from jaxrlhf.models.lora import Based, LoraConfig, own_table, params_of
+from jaxrlhf.models.matrices import layer_matrices
 from jaxrlhf.models.nets import Trunk, make_nets
 from jaxrlhf.models.parameters import parameter_table, weight_spec
 from jaxrlhf.models.quantized import Quantization, packed_tree
 from jaxrlhf.models.transformer import Runtime
+from jaxrlhf.ops.newton_schulz import Matrices
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
 from jaxrlhf.run import state as states
@@ -213,7 +215,6 @@ def build(
     shapes = dict.fromkeys(seeds, model) | {"teacher": teacher or model}
     head_in = lambda heads, role: head_of(heads[role], role in trunks)
     make = lambda heads: {role: parameters(shapes[role], head_in(heads, role), seeds[role]) for role in heads}
-    optimizers = {role: make_optimizer(optimizer, iterations) for role in trained}
     sampling, bases = Sampling(temperature, eos_ids=eos_ids), {}
     params, still = make(trained), make(slow)
     if lora is not None:
@@ -224,6 +225,12 @@ def build(
         base = packed_tree(parameters(model, "lm", 0), parameter_table(model, "lm"), quantization)
         still |= {"base": base} | ({"reference": {}} if "reference" in slow else {})
     runtime = Runtime(merge_adapter=merge_adapter)
+
+    def matrices(role: str) -> Matrices:
+        head = head_in(trained, role)
+        return layer_matrices(parameter_table(shapes[role], head) if lora is None else own_table(model, head, lora))
+
+    optimizers = {role: make_optimizer(optimizer, iterations, matrices(role)) for role in trained}
     nets = make_nets(
         shapes,
         runtime,
