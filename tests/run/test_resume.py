@@ -16,6 +16,7 @@ import pytest
 
 from jaxrlhf import train as trainer
 from jaxrlhf.config.load import load
+from jaxrlhf.errors import ConfigError
 from tests.support import runs
 
 NAMES = ["sft", "ppo", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("rm", "dpo", "grpo"))]
@@ -214,3 +215,29 @@ def test_a_checkpoint_is_restored_on_another_mesh_and_back(root, whole, name, me
     for key, value in losses(many, 4).items():
         np.testing.assert_allclose(losses(one, 4)[key], value, rtol=0, atol=1e-5, err_msg=key)
     assert losses(one, 4) != losses(one, 3)
+
+
+# ---- Muon -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.nightly  # by day: test_optim, updates alone
+def test_a_run_by_muon_goes_on_with_the_same_bits(root, tmp_path):
+    """Split over eight devices: four iterations, and two and two; it learns, and another optimizer is refused."""
+    options = [*MESH, "optimizer.default.name=muon", "optimizer.default.weight_decay=0.01", "log.trackers=[]"]
+
+    def train(folder: str, iterations: int, *more: str) -> Path:
+        cfg = runs.config("sft", root, tmp_path / folder, *options, f"iterations={iterations}", *more)
+        assert trainer.run(cfg) == "done"
+        return tmp_path / folder / "sft"
+
+    whole, parted = train("whole", 4), [train("parted", count) for count in (2, 4)][1]
+    expected, found = (runs.read_state(run, 4) for run in (whole, parted))
+    assert found.keys() == expected.keys() and any("/trace/" in path for path in found)
+    for path, leaf in expected.items():
+        assert found[path].tobytes() == leaf.tobytes(), path
+    first, last = (losses(whole, step)["loss/policy"] for step in (1, 4))
+    assert last < 0.95 * first
+    with pytest.raises(
+        ConfigError, match=r'^optimizer\.default\.name: "adamw": the run in .* is at step 4 with "muon"'
+    ):
+        train("parted", 5, "optimizer.default.name=adamw")
