@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,7 +14,9 @@ from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.attention.kernels import hardware_of
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.linear import linear
+from jaxrlhf.models.matrices import layer_matrices
 from jaxrlhf.models.nets import make_nets
+from jaxrlhf.models.parameters import parameter_table
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.optim import OptimizerConfig, make_optimizer
@@ -98,6 +101,27 @@ def test_between_slices_only_what_is_scattered_is_summed():
     # gradients of the layers' products are bfloat16, that of the embedding is float32
     assert (2 * layers + 4 * (whole - layers)) / 4 <= across < 1.15 * (2 * layers + 4 * (whole - layers)) / 4
     assert {"all-gather", "reduce-scatter"} <= {kind for _, kind, *_ in every}
+
+
+def test_muon_moves_parts_of_matrices_alone():
+    """On v5e:2x4 as (fsdp 4, tensor 2): an update sends all-to-alls within them, and keeps one moment of a matrix."""
+    mesh, table = make_mesh(MeshConfig(1, 4, 2), find_target("v5e:2x4").devices), parameter_table(MODEL, "lm")
+    held = {}
+    for name in ("adamw", "muon"):
+        optimizer = make_optimizer(OptimizerConfig(name=name), 10, layer_matrices(table))
+
+        def update(params, moments, grads, optimizer=optimizer):
+            updates, moments = optimizer.update(grads, moments, params, norm=jnp.float32(1))
+            return optax.apply_updates(params, updates), moments
+
+        with current(mesh):
+            params = states.abstract_params(MODEL, "lm", jnp.float32, mesh)
+            state = states.describe_state({"policy": params}, {}, {"policy": optimizer}, dict, mesh)
+            program = jax.jit(update, donate_argnums=(0, 1)).lower(params, state.opt_state["policy"], params).compile()
+        held[name] = program.memory_analysis().argument_size_in_bytes
+        assert {kind for _, kind, *_ in sent(program)} == ({"all-to-all"} if name == "muon" else set())
+    matrices = sum(params["layers"][path[1]][path[2]]["kernel"].size for path in layer_matrices(table))
+    assert held["adamw"] - held["muon"] == pytest.approx(4 * matrices / 8, rel=0.05)
 
 
 def gradients_of_an_mlp(mesh, dim: int, mlp: int) -> jax.stages.Compiled:
