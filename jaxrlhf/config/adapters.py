@@ -9,6 +9,7 @@ from jaxrlhf.config.roles import Roles
 from jaxrlhf.config.strict import suggest
 from jaxrlhf.errors import ConfigError, show
 from jaxrlhf.models.lora import ALL, BASE, TARGETS, Based, LoraConfig
+from jaxrlhf.models.quantized import Quantization
 from jaxrlhf.types import Role
 
 SHAPE = ("rank", "alpha", "targets", "rslora")  # what the adapters of one folder have in common
@@ -52,8 +53,8 @@ def bases_of(cfg: Config, roles: Roles) -> dict[Role, Based]:
         adapters = {role: adapter_of(cfg, roles, role) for role in members}
         if any(adapters.values()) or TEACHER in members:
             based = [role for role in members if adapters[role] or role not in roles.trained]
-            asked = (cfg.models[role].base_quantization for role in based)
-            kind = next((one for one in asked if one is not None), None)
+            asked = [cfg.models[role].base_quantization for role in based]
+            kind: Quantization | None = next(filter(None, asked), None)
             found |= {role: Based(f"{BASE}{base}", adapters[role], kind) for role in based}
     return found
 

@@ -35,6 +35,8 @@ def test_slots_move_to_caches_of_other_sizes():
     cache = cache_of(0, SHAPE)
     blank = SlotCache(*jnp.zeros((2, 1, HEADS, 1, COLUMNS, SIZE)))
     (found,) = moved([cache], [blank], jnp.array([3]))
+    assert isinstance(found, SlotCache)
     np.testing.assert_array_equal(found.key[0, :, 0], cache.key[1, :, 1])
     (wider,) = moved([found], [SlotCache(*jnp.zeros((2, *SHAPE)))], jnp.zeros(6, jnp.int32))
+    assert isinstance(wider, SlotCache)
     np.testing.assert_array_equal(wider.value[0, :, 0], cache.value[1, :, 1])
