@@ -54,7 +54,7 @@ def bases_of(cfg: Config, roles: Roles) -> dict[Role, Based]:
         if any(adapters.values()) or TEACHER in members:
             based = [role for role in members if adapters[role] or role not in roles.trained]
             asked: list[Quantization | None] = [cfg.models[role].base_quantization for role in based]
-            kind = next((one for one in asked if one is not None), None)
+            kind: Quantization | None = next((one for one in asked if one is not None), None)
             found |= {role: Based(f"{BASE}{base}", adapters[role], kind) for role in based}
     return found
 
