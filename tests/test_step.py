@@ -1,7 +1,6 @@
 """The fused step: what an iteration does, in which order, and in how many programs."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.profiler import ProfileData
 
 from jaxrlhf import step as steps
 from jaxrlhf.algorithm import Algorithm, Updates
@@ -434,28 +432,14 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def dispatches(function, folder) -> int:
-    """Events of an executable being run, in a profile of ``function``."""
-    options = jax.profiler.ProfileOptions()
-    # a start of the profiler, which looks at all programs unless told not to, once ended a worker that had hundreds
-    options.enable_hlo_proto, options.python_tracer_level = False, 0
-    with jax.profiler.trace(str(folder), profiler_options=options):
-        function()
-    (path,) = folder.glob("**/*.xplane.pb")
-    lines = [line for plane in ProfileData.from_file(str(path)).planes for line in plane.lines]
-    return sum(bool(re.search("Executable::Execute", event.name)) for line in lines for event in line.events)
-
-
-def test_an_iteration_is_one_program_and_never_compiled_again(running, compiled, tmp_path):
-    """After the first iteration. Both counters are first seen to count."""
-    one = jax.jit(lambda x: x + 1)
-    x = one(jnp.zeros(3)).block_until_ready()
+def test_an_iteration_is_never_compiled_again(running, compiled):
+    """After the first. That it is one dispatch is counted in a process of its own, in test_train: the profiler looks at
+    all programs of a process, and has ended workers that had hundreds."""
+    jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()
     assert compiled, "a compilation goes unnoticed"
-    events_each = dispatches(lambda: [one(x).block_until_ready() for _ in range(4)], tmp_path / "known") / 4
-    assert events_each >= 1 and events_each == int(events_each)
     compiled.clear()
-    found = dispatches(lambda: [jax.block_until_ready(running.go_on()) for _ in range(3)], tmp_path / "step")
-    assert found == 3 * events_each
+    for _ in range(3):
+        jax.block_until_ready(running.go_on())
     assert not compiled
 
 
