@@ -102,22 +102,20 @@ def prepare(
         scores, members = on_policy.scores_of(nets, state.trees, sequences)
     logprobs = given(sequences.logprobs, "sequences.logprobs")
     metrics = on_policy.rollout_metrics(sequences, scores, logprobs, None, members)
-    advantages = None
-    if cfg.divergence_in == "rewards":
-        found = read_logprobs(nets, TEACHER, state.trees, sequences)
-    if cfg.reward_coef:  # a response without a score teaches nothing of it, and of the teacher neither
-        sequences = on_policy.scorable(sequences)
-    mask = sequences.response_mask
+    # a response without a score teaches nothing of it, and of the teacher neither
+    learned = on_policy.scorable(sequences) if cfg.reward_coef else sequences
+    mask, advantages = learned.response_mask, None
     if cfg.reward_coef:
         size = len(mask) // len(given(batch.prompts, "batch.prompts").tokens)
         each, equal = group_advantages(given(scores, "scores"), mask.any(-1), size, cfg.advantages, cfg.std_eps)
         advantages = jnp.where(mask, cfg.reward_coef * each[:, None], 0.0)
         metrics |= {} if cfg.advantages == "none" else {"group/zero_variance": equal}
     if cfg.divergence_in == "rewards":
+        found = read_logprobs(nets, TEACHER, state.trees, sequences)
         apart = keep(logprobs, mask) - keep(found, mask)
         advantages = (0.0 if advantages is None else advantages) - cfg.divergence_coef * apart
         metrics["kl/teacher"] = sums(apart.sum(-1), mask.any(-1))
-    sequences = sequences.replace(scores=scores)
+    sequences = learned.replace(scores=scores)
     weights, data = shares(sequences, batch.demonstrations, cfg)
     return DistillExperience(responses=sequences, weights=weights, advantages=advantages, data=data), metrics
 

@@ -24,9 +24,9 @@ from jaxrlhf.models.delta_net.cache import DeltaCache, next_token, prefill_cache
 from jaxrlhf.models.delta_net.layer import Streams
 from jaxrlhf.models.experts import Routed
 from jaxrlhf.models.int8 import Int8, quantized
-from jaxrlhf.models.linear import LORA_A, LORA_B, OUT_FIRST, gathered, in_int8, inputs, out_first, used_whole
+from jaxrlhf.models.linear import LORA_A, LORA_B, OUT_FIRST, gathered, in_int8, out_first, used_whole
 from jaxrlhf.models.lora import merged
-from jaxrlhf.models.parameters import Leaf, layer_at, parameter_table, weight_axes
+from jaxrlhf.models.parameters import Leaf, inputs, layer_at, parameter_table, weight_axes
 from jaxrlhf.models.quantized import PACKED, placed
 from jaxrlhf.models.transformer import (
     Runtime,

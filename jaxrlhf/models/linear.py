@@ -10,11 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxrlhf.models.int8 import Int8, quantized
+from jaxrlhf.models.parameters import Axes, inputs
 from jaxrlhf.models.quantized import PACKED, Packed, part_axes, unpacked
 from jaxrlhf.sharding import constrain, explicit, gathers_in_steps, spec, split_over
 from jaxrlhf.types import Array, Params
 
-Axes = tuple[str | None, ...]  # a logical axis a dimension; None: whole on every device
 PRODUCT = "product"  # the name under which remat policies may keep what a linear map's product is
 OUT_FIRST = "kernel_out_first"  # in place of "kernel" in a linear map that ``out_first`` made
 LORA_A, LORA_B = "lora_a", "lora_b"  # beside "kernel" in a linear map with an adapter: see models/lora.py
@@ -23,11 +23,6 @@ LORA_A, LORA_B = "lora_a", "lora_b"  # beside "kernel" in a linear map with an a
 def gathered(axes: Axes) -> Axes:
     """The axes of a weight where it is used: whole along ``embed``, which storage splits over fsdp."""
     return tuple(None if name in ("embed", "embed_of_expert") else name for name in axes)
-
-
-def inputs(axes: Axes) -> int:
-    """How many of a kernel's axes, its first, are summed over."""
-    return 1 if axes[0] == "embed" else len(axes) - 1
 
 
 def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, dtype=None) -> Array:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from jaxrlhf.errors import nearest
 from jaxrlhf.models.config import MLP, ModelConfig
-from jaxrlhf.models.linear import LORA_A, LORA_B, inputs, layout
-from jaxrlhf.models.parameters import Leaf, draw_table, parameter_table, scalar_table
+from jaxrlhf.models.linear import LORA_A, LORA_B, layout
+from jaxrlhf.models.parameters import Leaf, draw_table, inputs, parameter_table, scalar_table
 from jaxrlhf.models.quantized import PACKED, Quantization, unpacked
 from jaxrlhf.sharding import explicit
 from jaxrlhf.types import Array, Head, Params, Role, Trees

@@ -2,8 +2,7 @@
 
 import jax
 
-from jaxrlhf.models.linear import inputs
-from jaxrlhf.models.parameters import Leaf
+from jaxrlhf.models.parameters import Leaf, inputs
 from jaxrlhf.ops.newton_schulz import Matrices, MatrixAxes
 
 

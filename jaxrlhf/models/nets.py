@@ -96,6 +96,11 @@ def widen(x: Array, sequences: Sequences) -> Array:
     return jnp.pad(x, ((0, 0), (sequences.response_start, 0)))
 
 
+def no_sampling(*_: Any) -> Sequences:
+    """Nets.sample of networks that only read."""
+    raise AssertionError("nothing is sampled here")
+
+
 def make_nets(
     configs: dict[Role, ModelConfig],
     runtime: Runtime,

@@ -26,6 +26,14 @@ class Leaf(NamedTuple):
     noise: Literal["normal", "uniform"] = "normal"
 
 
+Axes = tuple[str | None, ...]  # a logical axis a dimension; None: whole on every device
+
+
+def inputs(axes: Axes) -> int:
+    """How many of a kernel's axes, its first, are summed over."""
+    return 1 if axes[0] == "embed" else len(axes) - 1
+
+
 def padded_vocab(cfg: ModelConfig) -> int:
     """Rows of the embedding: the vocabulary rounded up to VOCAB_MULTIPLE."""
     return -(-cfg.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

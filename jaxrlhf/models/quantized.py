@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.int8 import Int8, quantized
-from jaxrlhf.models.parameters import Leaf, weight_axes
+from jaxrlhf.models.parameters import Leaf, inputs, weight_axes
 from jaxrlhf.sharding import constrain, explicit, laid_as, split_over
 from jaxrlhf.types import Array, Params
 
@@ -53,7 +53,7 @@ def block_of(size: int) -> int:
 
 def inputs_of(leaf: Leaf) -> tuple[int, ...]:
     """The axes of a layer's stacked kernel that are summed over; nf4 has its blocks along the last of them."""
-    return (1,) if leaf.axes[1] == "embed" else tuple(range(1, len(leaf.axes) - 1))
+    return tuple(range(1, 1 + inputs(leaf.axes[1:])))
 
 
 def is_quantized(name: str, leaf: Leaf) -> bool:

@@ -176,9 +176,8 @@ class Mixer(NamedTuple):
     mix: Callable[[Params, Array, int], Array]  # (they, x [B, S, D] behind the norm, since) -> [B, S - since, D]
 
 
-AttendTo = Callable[
-    [int | None], Callable[..., Array]
-]  # window, None where a layer has none -> attention_block's attend
+# window, None where a layer has none -> attention_block's attend
+AttendTo = Callable[[int | None], Callable[..., Array]]
 Mixers = dict[LayerType, Mixer]
 
 
@@ -200,10 +199,8 @@ def mixers(cfg: ModelConfig, positions: Array, limit: int, attend_to: AttendTo, 
     def one(kind: LayerType) -> Callable[[Params, Array, int], Array]:
         if kind == "linear":
             return lambda params, x, since: delta_net.delta_block(params, cfg, x, recur, since)
-        attend, rotary = (
-            attend_to(cfg.sliding_window if kind == "local" else None),
-            rotation(cfg, kind, positions, limit),
-        )
+        attend = attend_to(cfg.sliding_window if kind == "local" else None)
+        rotary = rotation(cfg, kind, positions, limit)
         return lambda params, x, since: attention_block(params, cfg, x, rotary, attend, since)
 
     return {kind: Mixer(branch_of(kind), one(kind)) for kind in sorted(set(layer_types_of(cfg)))}
@@ -265,9 +262,8 @@ class Routing(NamedTuple):
 
     # is told once what was measured of all layers, as means over layers and tokens: experts.router_load
     note: Callable[[dict[str, Mean]], None] | None = None
-    kept: Array | None = (
-        None  # int[B, S, layers * k]: the choice of experts to follow, of each token; see experts.route
-    )
+    # int[B, S, layers * k]: the choice of experts to follow, of each token; see experts.route
+    kept: Array | None = None
     counted: Array | None = None  # bool[B, S]: tokens that are measured; given by ``forward``
 
 
@@ -374,9 +370,7 @@ def hidden_states(
 ) -> Array:
     """Final hidden states [B, S - since, D] of the columns from ``since``, of tokens at ``positions``, both i32[B, S],
     that see what ``attend_to`` and ``recur`` say (see ``mixers``)."""
-    kinds = mixers(cfg, positions, tokens.shape[1], attend_to, recur)
-
-    counted = routing.counted
+    kinds, counted = mixers(cfg, positions, tokens.shape[1], attend_to, recur), routing.counted
 
     def layer(
         kind: LayerType, since: int, given: tuple[Params, Array | None], x: Array

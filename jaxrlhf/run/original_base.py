@@ -7,17 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.log.run_dir import split_step
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.files import hf_folder, hf_weights
-from jaxrlhf.models.lora import Based, assemble, base_table, merged
+from jaxrlhf.models.lora import assemble, merged
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.models.quantized import Quantization, is_quantized, pack
 from jaxrlhf.run import saved_run
-from jaxrlhf.run.state import abstract_base
-from jaxrlhf.run.verified_steps import base_directory
 from jaxrlhf.run.weights import in_folder
 from jaxrlhf.types import Head, Params, Role
 
@@ -36,7 +34,8 @@ def merged_with_original(run_dir: str, step: int, extra: Mapping[str, Any], role
     except (ValueError, OSError) as error:
         raise ValueError(f"{run_dir}: models.{end}.init_from: {start}: {error}; {instead}") from error
     stored = jnp.dtype(tree.get("precision", {}).get("params", "float32"))
-    if (changed := first_difference(run_dir, extra, based, wide, stored, mesh)) is not None:
+    base, cfg = saved_run.restore_base(run_dir, models, role, stored, mesh), saved_run.model_of(record)[0]
+    if (changed := first_difference(base, wide, cfg, based.quantization, stored)) is not None:
         raise ValueError(f"{run_dir}: models.{end}.init_from: {start}: other weights by now ({changed}); {instead}")
     scale = 1.0 if based.lora is None else based.lora.scale
     return merged(assemble(wide, saved_run.restore_own(run_dir, step, models, role, mesh), scale), dtype)
@@ -60,13 +59,8 @@ def read_wide(start: str, role: Role, head: Head, mesh) -> Params:
     return hf_weights.load(found.path or "", found.config, found.head or "scalar", jnp.float32)
 
 
-def first_difference(run_dir: str, extra: Mapping[str, Any], based: Based, wide: Params, stored, mesh) -> str | None:
-    """The first kernel of ``wide`` that isn't quantised as the run's base is; None where all are."""
-    members = [record for record in extra["models"].values() if record.get("base") == based.base]
-    cfg, kind = saved_run.model_of(members[0])[0], based.quantization
-    shape = abstract_base(base_table(cfg, {record["head"] for record in members}), kind, stored, mesh)
-    with ocp.StandardCheckpointer() as checkpointer:
-        base = checkpointer.restore(base_directory(run_dir, based.base), shape)
+def first_difference(base: Params, wide: Params, cfg: ModelConfig, kind: Quantization, stored) -> str | None:
+    """The first kernel of ``wide`` that isn't quantised as ``base`` is; None where all are."""
     layers = parameter_table(cfg, "lm")["layers"]
     for branch, maps in layers.items():
         for name, table in maps.items():
@@ -79,8 +73,7 @@ def first_difference(run_dir: str, extra: Mapping[str, Any], based: Based, wide:
     return None
 
 
-def same(packed: Any, wide: Any, leaf: Leaf, kind: Quantization | None, stored) -> bool:
+def same(packed: Any, wide: Any, leaf: Leaf, kind: Quantization, stored) -> bool:
     """Whether ``wide`` is quantised to ``packed``."""
-    assert kind is not None
     again = jax.jit(lambda x: pack(x.astype(stored), leaf, kind))(wide)
     return all(np.array_equal(hf_weights.to_numpy(one), hf_weights.to_numpy(two)) for one, two in zip(packed, again))

@@ -11,7 +11,7 @@ import numpy as np
 from jaxrlhf.hosts import memory, processes
 from jaxrlhf.log.metrics import MetricsLog
 from jaxrlhf.models.lora import BASE, base_table
-from jaxrlhf.models.nets import make_nets
+from jaxrlhf.models.nets import make_nets, no_sampling
 from jaxrlhf.models.quantized import PACKED, unpacked
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run import state as states
@@ -103,7 +103,7 @@ def squares(packed: Any, wide: Array) -> tuple[Array, Array]:
 
 def logprob_mismatch(run: Run, role: Role, packed: Params, wide: Params, rows: Sequences) -> float:
     """Mean absolute difference of the log-probs of the rows' tokens, nats."""
-    nets = make_nets({role: run.configs[role]}, runtime_of(run.cfg, run.mesh), Sampling(), no_sampler)
+    nets = make_nets({role: run.configs[role]}, runtime_of(run.cfg, run.mesh), Sampling(), no_sampling)
 
     @jax.jit
     def logprobs(params: Params, rows: Sequences) -> Array:
@@ -114,10 +114,6 @@ def logprob_mismatch(run: Run, role: Role, packed: Params, wide: Params, rows: S
         return jnp.where(mask, jnp.abs(one - other), 0).sum() / jnp.maximum(mask.sum(), 1)
 
     return float(mean(logprobs(packed, rows), logprobs(wide, rows), rows.response_mask))
-
-
-def no_sampler(*_: Any) -> Sequences:
-    raise AssertionError("nothing is sampled here")
 
 
 def first_rows(run: Run, batch: Batch) -> Sequences:

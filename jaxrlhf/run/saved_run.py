@@ -202,16 +202,22 @@ def restore_own(run_dir, step: int, models: dict, role: Role, mesh) -> Params:
     return restore_role(run_dir, step, role, abstract_table(table, jnp.float32, mesh)) if table else {}
 
 
+def restore_base(run_dir, models: dict, role: Role, dtype, mesh) -> Params:
+    """The frozen weights that a role is on, as they are stored: packed where they are quantised."""
+    based = based_of(models[role])
+    assert based is not None, f"{role} is on no base"
+    heads = {record["head"] for record in models.values() if record.get("base") == based.base}
+    shape = abstract_base(base_table(model_of(models[role])[0], heads), based.quantization, dtype, mesh)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(base_directory(run_dir, based.base), shape)
+
+
 def restore_model(run_dir, step: int, models: dict, role: Role, dtype, mesh) -> Params:
     """One role's model of a run that recorded ``models``, on ``mesh``; a bare head gets a copy of its trunk, and a base
     has the role's adapter added: a quantised one is taken for what it was trained as."""
     record = models[role]
     if (based := based_of(record)) is not None:
-        heads = {other["head"] for other in models.values() if other.get("base") == based.base}
-        table = base_table(model_of(record)[0], heads)
-        shape = abstract_base(table, based.quantization, dtype, mesh)
-        with ocp.StandardCheckpointer() as checkpointer:
-            base = checkpointer.restore(base_directory(run_dir, based.base), shape)
+        base = restore_base(run_dir, models, role, dtype, mesh)
         scale = 1.0 if based.lora is None else based.lora.scale
         return merged(assemble(base, restore_own(run_dir, step, models, role, mesh), scale), dtype)
     params = restore_role(run_dir, step, role, abstract_params(model_of(record)[0], record["head"], dtype, mesh))

@@ -11,7 +11,7 @@ from jaxrlhf.data import encode
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.hosts import compiler_flags
 from jaxrlhf.models.attention.kernels import hardware_of
-from jaxrlhf.models.nets import make_nets
+from jaxrlhf.models.nets import make_nets, no_sampling
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run.transfer import put
@@ -20,10 +20,6 @@ from jaxrlhf.sharding import MeshConfig, batch_shards, make_mesh
 from jaxrlhf.types import Ask, Params, Role, Sequences, Trees
 
 ROWS = 32  # responses that are scored at a time, on one device or on all
-
-
-def no_sampling(*_: Any) -> Any:
-    raise AssertionError("a reward model samples nothing")
 
 
 class Scorer:

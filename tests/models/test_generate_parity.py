@@ -20,9 +20,8 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.cpu import prompts_abreast
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.int8 import quantized
-from jaxrlhf.models.linear import inputs
 from jaxrlhf.models.nets import make_nets
-from jaxrlhf.models.parameters import Leaf, parameter_table, weight_spec
+from jaxrlhf.models.parameters import Leaf, inputs, parameter_table, weight_spec
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import IMPOSSIBLE, Sampling, choose, support, uniform_noise
 from jaxrlhf.sharding import MeshConfig

@@ -239,11 +239,7 @@ def plot(on: Any, results: Results) -> None:
 
 STILL = {"optimizer.default.learning_rate": 0.0, "iterations": 2}
 FOLDER = "runs/benchmarks/summarize"
-BY_DATA, BY_WIDTH, POLICIES = (
-    ("rm_250", "rm_1000", "rm"),
-    ("rm_narrow", "rm"),
-    ("sft_narrow", "sft"),
-)
+BY_DATA, BY_WIDTH, POLICIES = ("rm_250", "rm_1000", "rm"), ("rm_narrow", "rm"), ("sft_narrow", "sft")
 NO_MODEL = {
     "models": {"policy": {"init_from": f"{FOLDER}/sft"}, "value": {"init_from": f"{FOLDER}/rm"}},
     "rewards.function": constant,

@@ -18,9 +18,9 @@ from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.files.hf_folder import read_json, write_json
 from jaxrlhf.models.files.hf_headers import FLOATS, open_file, shown
 from jaxrlhf.models.files.hf_weights import place, to_numpy, write_weights
-from jaxrlhf.models.linear import LORA_A, LORA_B, inputs
+from jaxrlhf.models.linear import LORA_A, LORA_B
 from jaxrlhf.models.lora import TARGETS, LoraConfig, own_table, targets_of
-from jaxrlhf.models.parameters import Leaf, parameter_table
+from jaxrlhf.models.parameters import Leaf, inputs, parameter_table
 from jaxrlhf.types import Array, Head, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
