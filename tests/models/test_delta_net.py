@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.dpo import DPOConfig
-from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.decoding import decode_layout
 from jaxrlhf.models.delta_net import rule
@@ -20,11 +18,9 @@ from jaxrlhf.models.delta_net.layer import delta_block, weighted, within_groups,
 from jaxrlhf.models.response_packing import places
 from jaxrlhf.models.slot_decoding import blank_caches, moved, read_columns, slot_of, widened, with_slot
 from jaxrlhf.models.transformer import Runtime, forward, positions_of
-from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.step import make_iteration
-from jaxrlhf.types import Batch
 from tests.models.test_transformer import NET, weights
 from tests.support import tiny
+from tests.support.learning import first_dpo_metrics, gain_by_grpo
 
 ROWS, COLUMNS, HEADS, KEY, VALUE = 2, 150, 2, 8, 12  # three chunks
 CUTS = [0, 40, 64, 65, 130], [0, 7, 128]  # where documents begin: inside chunks, and where one ends
@@ -231,20 +227,9 @@ def test_states_do_not_grow():
 
 
 def test_the_first_loss_of_dpo_is_ln_2():
-    batch = Batch(preferences=tiny.preferences().replace(margin=None))
-    made = tiny.build("dpo", DPOConfig(), model=TINY, batch=batch)
-    _, metrics, _ = tiny.program(make_iteration(made.recipe))(made.state, made.batch)
-    assert float(metrics["loss/policy"]) == pytest.approx(np.log(2), abs=1e-6)
+    assert float(first_dpo_metrics(TINY)["loss/policy"]) == pytest.approx(np.log(2), abs=1e-6)
 
 
 def test_grpo_learns():
-    """A reward model of random weights scores higher, iteration after iteration; log-probs of what was sampled are
-    those of the trainer."""
-    cfg, optimizer = GRPOConfig(kl_coef=0.0, old_logprobs="recompute"), OptimizerConfig(learning_rate=3e-2)
-    made = tiny.build("grpo", cfg, model=TINY, optimizer=optimizer, samples_per_prompt=4)
-    step, state, scores = tiny.program(make_iteration(made.recipe)), made.state, []
-    for _ in range(24):
-        state, metrics, _ = step(state, made.batch)
-        scores.append(float(metrics["score/mean"]))
-        assert 0 < float(metrics["kl/sampler_mismatch"]) < 1e-4
-    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 1
+    """A reward model of random weights scores higher, iteration after iteration."""
+    assert gain_by_grpo(TINY) > 1

@@ -10,18 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.algorithms.dpo import DPOConfig
-from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.models.config import LayerType, ModelConfig, resolve
 from jaxrlhf.models.decoding import decode_layout
 from jaxrlhf.models.rope import RopeScaling, query_scale
 from jaxrlhf.models.slot_decoding import blank_caches, read_columns
 from jaxrlhf.models.transformer import Runtime, forward, rotation
-from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.step import make_iteration
-from jaxrlhf.types import Batch
 from tests.models.test_transformer import NOPE, weights
 from tests.support import tiny
+from tests.support.learning import first_dpo_metrics, gain_by_grpo
 
 YARN = RopeScaling("yarn", 2.0, original_max_positions=4, query_beta=0.5)
 SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_layers": 4, "num_kv_heads": 2, "mlp_size": 24}
@@ -93,24 +89,13 @@ def test_slots_read_what_whole_rows_say():
 
 
 def test_grpo_learns():
-    """A layer without positions beside scaled queries: log-probs of what was sampled are those of the trainer, and a
-    reward model of random weights scores higher, iteration after iteration."""
+    """A layer without positions beside scaled queries."""
     sizes: dict[str, Any] = SMALL | {"num_layers": 2, "layer_types": ("nope", "global")}
-    model = resolve(ModelConfig(family="smollm3", rope_scaling=YARN, **sizes))
-    cfg, optimizer = GRPOConfig(kl_coef=0.0, old_logprobs="recompute"), OptimizerConfig(learning_rate=3e-2)
-    made = tiny.build("grpo", cfg, model=model, optimizer=optimizer, samples_per_prompt=4)
-    step, state, scores = tiny.program(make_iteration(made.recipe)), made.state, []
-    for _ in range(24):
-        state, metrics, _ = step(state, made.batch)
-        scores.append(float(metrics["score/mean"]))
-        assert 0 < float(metrics["kl/sampler_mismatch"]) < 1e-4
-    assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.5
+    assert gain_by_grpo(resolve(ModelConfig(family="smollm3", rope_scaling=YARN, **sizes))) > 0.5
 
 
 @pytest.mark.parametrize("model", RELATIVES, ids=lambda model: model.family)
 def test_the_first_loss_of_dpo_is_ln_2(model):
-    batch = Batch(preferences=tiny.preferences().replace(margin=None))
-    made = tiny.build("dpo", DPOConfig(), model=model, batch=batch)
-    _, metrics, _ = tiny.program(make_iteration(made.recipe))(made.state, made.batch)
+    metrics = first_dpo_metrics(model)
     assert float(metrics["loss/policy"]) == pytest.approx(np.log(2), abs=1e-6)
     assert float(metrics["policy/grad_norm"]) > 1e-3

@@ -39,6 +39,8 @@ DATA = {
     "dpo": ["preferences"],
     "raft": ["prompts"],
     "kto": ["unpaired"],
+    "distill": ["prompts", "eval_prompts", "demonstrations", "eval_demonstrations"],
+    "distill_data": ["prompts", "eval_prompts", "demonstrations", "eval_demonstrations"],
 }
 
 
@@ -77,6 +79,20 @@ def config(name: str, root: Path, run_dir: Path, models: dict, **more) -> Config
     if name in ("grpo", "raft"):
         tree["rewards"] = {"function": "tests.support.runs:praise"}
     return parse(tree | more, name)
+
+
+def learner(name: str, adapted: dict, folder: Path) -> tuple[str, dict, dict]:
+    """(the role that learns with the adapter of ``adapted``; the models of a run of the algorithm; what else it
+    needs)."""
+    role = "reward" if name == "rm" else "policy"
+    models = {role: adapted}
+    if name == "ppo":
+        models |= {"reward": {"init_from": str(folder / "scalar")}}
+        models |= {"value": {"init_from": "policy", "adapter": ADAPTER}}
+    if name == "rm":
+        models |= {"policy": {"init_from": str(folder / "lm")}}
+    more: dict = {"algorithm": {"name": "rm", "normalize_samples": 0}} if name == "rm" else {}
+    return role, models, more
 
 
 def ready(cfg: Config) -> Run:
@@ -152,14 +168,7 @@ def test_a_run_learns_its_adapter_alone_resumes_and_is_exported(folder, root, tm
 @pytest.mark.parametrize("name", ["ppo", "sft", "rm", "dpo", "raft", "kto"])
 def test_every_algorithm_trains_one(name, folder, root, tmp_path, one_device):
     adapted = {"init_from": str(folder / "lm"), "adapter": ADAPTER}
-    role = "reward" if name == "rm" else "policy"
-    models = {role: adapted}
-    if name == "ppo":
-        models |= {"reward": {"init_from": str(folder / "scalar")}}
-        models |= {"value": {"init_from": "policy", "adapter": ADAPTER}}
-    if name == "rm":
-        models |= {"policy": {"init_from": str(folder / "lm")}}
-    more = {"algorithm": {"name": "rm", "normalize_samples": 0}} if name == "rm" else {}
+    role, models, more = learner(name, adapted, folder)
     assert trainer.run(config(name, root, tmp_path / "run", models, **more)) == "done"
     state = runs.read_state(tmp_path / "run", 2)
     learned = {item.partition("/")[0] for item in state if item.startswith("params")}

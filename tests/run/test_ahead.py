@@ -11,7 +11,6 @@ import pytest
 
 from jaxrlhf import train as trainer
 from jaxrlhf.config.check import check
-from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
@@ -23,10 +22,10 @@ from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.run.transfer import put
 from jaxrlhf.sharding import current, for_programs
 from jaxrlhf.types import Batch
+from tests.run import test_resampling
 from tests.support import runs
 
 EVERY, LENGTH, PROMPTS = 3, 5, 12
-SHAPE = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_positions": 32}
 STALENESS = [0, 1, 1, 0, 1]  # nothing is sampled ahead over the checkpoint behind the third
 
 
@@ -37,27 +36,15 @@ def vowels(responses: list[str], records: list[dict]) -> list[float]:
 
 def config(folder: Path, run_dir: str = "run", **more: Any) -> Config:
     tree: dict[str, Any] = {
-        "run_dir": str(folder / run_dir),
         "iterations": LENGTH,
         "algorithm": {"name": "grpo", "kl_coef": 0.0},
-        "models": {
-            "policy": {"architecture": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_positions": 32}}
-        },
-        "tokenizer": {"train_vocab_size": 300},
         "rewards": {"function": "tests.run.test_ahead:vowels", "sample_ahead": True},
         "optimizer": {"default": {"learning_rate": 1e-2}},
-        "data": {
-            "prompts": {"path": str(folder / "prompts.jsonl")},
-            "demonstrations": {"path": str(folder / "text.jsonl")},
-            "prompt_buckets": [24],
-            "cache_dir": str(folder / "cache"),
-        },
         "batch": {"prompts_per_step": 4, "samples_per_prompt": 2},
         "generate": {"max_new_tokens": 6},
         "checkpoint": {"every": EVERY, "background": False},
-        "log": {"samples": 0, "trackers": []},
     }
-    return parse(tree | more, "test")
+    return test_resampling.config(folder, run_dir, **tree | more)
 
 
 @pytest.fixture

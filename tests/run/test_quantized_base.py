@@ -28,7 +28,7 @@ from jaxrlhf.run.export import export
 from jaxrlhf.run.feed import Feed
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.sharding import make_mesh
-from tests.run.test_adapters import ADAPTER, config, ready, started
+from tests.run.test_adapters import ADAPTER, config, learner, ready, started
 from tests.support import runs, tiny
 from tests.test_minimal import write_models
 
@@ -112,14 +112,8 @@ def refused_where_the_weights_are_others(tmp_path: Path, first: Path, wide, run)
 @pytest.mark.nightly  # by day: grpo, above
 @pytest.mark.parametrize("name", ["ppo", "sft", "rm", "dpo", "raft", "kto"])
 def test_every_algorithm_trains_one(name, folder, root, tmp_path):
-    role, kind = ("reward", "int8") if name == "rm" else ("policy", "nf4")
-    models = {role: quantized(folder, kind)["policy"]}
-    if name == "ppo":
-        models |= {"reward": {"init_from": str(folder / "scalar")}}
-        models |= {"value": {"init_from": "policy", "adapter": ADAPTER}}
-    if name == "rm":
-        models |= {"policy": {"init_from": str(folder / "lm")}}
-    more = {"algorithm": {"name": "rm", "normalize_samples": 0}} if name == "rm" else {}
+    kind = "int8" if name == "rm" else "nf4"
+    role, models, more = learner(name, quantized(folder, kind)["policy"], folder)
     assert trainer.run(config(name, root, tmp_path / "run", models, **more)) == "done"
     state = runs.read_state(tmp_path / "run", 2)
     assert all(np.abs(x).max() > 0 for item, x in state.items() if item.endswith("lora_b") and "params" in item)

@@ -11,7 +11,6 @@ import pytest
 
 from jaxrlhf import train as trainer
 from jaxrlhf.config.check import check
-from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.data import tokenizer as tokenizers
@@ -19,11 +18,10 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_config, hf_weights
 from jaxrlhf.models.lora import Based
-from jaxrlhf.run import build as builds
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import build
 from jaxrlhf.run.initial_state import initial_state
-from jaxrlhf.sharding import make_mesh
+from tests.run import test_adapters
 from tests.support import runs, tiny
 from tests.test_minimal import write_models
 
@@ -50,31 +48,10 @@ def folder(root, tmp_path_factory) -> Path:
     return made
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs of this test are on one of the eight devices."""
-    monkeypatch.setattr(builds, "make_mesh", lambda cfg, *_: make_mesh(cfg, jax.devices()[:1]))
-
-
 def config(root: Path, run_dir: Path, models: dict, name: str = "distill", **more) -> Config:
     """A run of a few rows with these models."""
-    text = runs.text(root)
-    sections = ("prompts", "eval_prompts", "demonstrations", "eval_demonstrations")
-    data = {section: {"path": f"{text}/{section}.jsonl"} for section in sections}
-    limits = {"max_length": 24, "prompt_buckets": [8], "too_long": "truncate", "cache_dir": str(text / "cache")}
-    tree = {
-        "run_dir": str(run_dir),
-        "iterations": 2,
-        "algorithm": {"name": name},
-        "models": models,
-        "optimizer": {"default": {"learning_rate": 1e-2}},
-        "data": data | limits,
-        "batch": {"prompts_per_step": 8, "sequences_per_step": 8},
-        "generate": {"max_new_tokens": 4},
-        "eval": {"size": 16},
-        "log": {"trackers": []},
-    }
-    return parse(tree | more, name)
+    tree = {"batch": {"prompts_per_step": 8, "sequences_per_step": 8}, "eval": {"size": 16}}
+    return test_adapters.config(name, root, run_dir, models, **tree | more)
 
 
 def built(cfg: Config):
