@@ -26,6 +26,7 @@ from jaxrlhf.data import chat, files, readers, tokenizer
 from jaxrlhf.data.record_kinds import BadRecord
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.families.wrappers import WRAPPERS
 from jaxrlhf.models.files import gguf, hf_config, hf_folder, hf_headers
 from jaxrlhf.serve import dialogue
 
@@ -172,6 +173,13 @@ def model_config(family: str) -> dict[str, Any]:
     } | sizes
 
 
+def wrapped_config(kind: str) -> dict[str, Any]:
+    """A config.json of a model of text and images."""
+    wrapper = WRAPPERS[kind]
+    text = model_config(next(name for name, family in FAMILIES.items() if family.hf.model_type == wrapper.text))
+    return {"architectures": [wrapper.classes["lm"]], "model_type": kind, "text_config": text}
+
+
 # ---- targets --------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +219,7 @@ def read_weights(content: bytes) -> None:
 
 
 def read_model_config(raw: dict[str, Any]) -> None:
-    hold(lambda: hf_config.parse_config(raw, "config.json"))
+    in_file("config.json", json.dumps(raw).encode(), lambda path: hf_config.read_config(path.parent))
 
 
 def read_json_file(content: bytes) -> None:
@@ -276,6 +284,8 @@ JSONL = "\n".join(map(json.dumps, ROWS)).encode()
 CSV = b'prompt,response,n\n"a ""b""",c,1\nd,e\n"f\ng",h,2\n'
 LEAVES = [f"{section}.{key}" for section, inside in TREE.items() if isinstance(inside, dict) for key in inside]
 
+MODELS = [*map(model_config, FAMILIES), *map(wrapped_config, WRAPPERS)]
+
 TARGETS: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {
     "config": (read_config, edited(TREE)),
     "yaml": (read_text, damaged(CONFIG.encode())),
@@ -288,7 +298,7 @@ TARGETS: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {
     "values": (lambda rows: read_rows("jsonl")(json.dumps(rows).encode()), edited(ROWS[0])),
     "prompts": (read_prompts, damaged(JSONL)),
     "safetensors": (read_weights, damaged(weights())),
-    "config.json": (read_model_config, st.sampled_from([*FAMILIES]).map(model_config).flatmap(edited)),
+    "config.json": (read_model_config, st.sampled_from(MODELS).flatmap(edited)),
     "config.json bytes": (read_json_file, damaged(json.dumps(model_config("llama")).encode())),
     "gguf": (read_gguf, damaged(gguf_file())),
     "template": (read_template, jinja),
@@ -296,6 +306,8 @@ TARGETS: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {
 # (target, input) that once raised something else
 FOUND: list[tuple[str, Any]] = [
     ("config.json", model_config("llama") | {"model_type": []}),
+    ("config.json", wrapped_config("gemma3") | {"text_config": [1]}),
+    ("config.json", model_config("mistral") | {"num_hidden_layers": 10**9}),
     ("config.json", model_config("llama") | {"auto_map": 3}),
     ("config.json", model_config("gemma2") | {"layer_types": [[]]}),
     ("gguf", gguf_file().replace(b"<|endoftext|>", b"<|endofte\xff\xfe|>")),

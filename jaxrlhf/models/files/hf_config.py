@@ -12,7 +12,7 @@ from etils import epath
 from jaxrlhf.errors import content_of
 from jaxrlhf.models.config import LayerType, LayerTypes, ModelConfig, layer_types_of, resolve
 from jaxrlhf.models.families import FAMILIES, Windows
-from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS
+from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS, Wrapper
 from jaxrlhf.models.files.hf_fields import checked, parse_field, refuse_unsupported
 from jaxrlhf.models.files.hf_folder import SINGLE, read_json
 from jaxrlhf.models.files.hf_headers import has_score, has_tensor
@@ -21,7 +21,7 @@ from jaxrlhf.types import Head
 
 # fixed in every family
 ALWAYS: dict[str, tuple] = {"quantization_config": (None,), "is_encoder_decoder": (False,), "is_causal": (True,)}
-MOST_LAYERS = 2**16  # of which each has a kind of its own
+MOST_LAYERS = 2**16  # a list of their kinds stays small
 LAYER_TYPES: dict[LayerType, str] = {"local": LOCAL, "global": GLOBAL, "linear": "linear_attention"}
 
 
@@ -35,7 +35,8 @@ def read_config(folder: epath.PathLike) -> tuple[ModelConfig, Head]:
     raw, where = read_json(folder, "config.json"), f"{folder}/config.json"
     if raw is None:
         raise ValueError(f"{where}: there is no such file; expected a Hugging Face folder: config.json and {SINGLE}")
-    if raw.get("model_type") in WRAPPERS and "tie_word_embeddings" not in raw | (raw.get("text_config") or {}):
+    text = raw.get("text_config")
+    if wrapper_of(raw) and isinstance(text, dict) and "tie_word_embeddings" not in raw | text:
         raw = raw | {"tie_word_embeddings": not has_tensor(folder, "lm_head.weight")}
     return parse_config(raw, where, lambda: has_score(folder))
 
@@ -53,7 +54,7 @@ def parse_config(
 def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool]) -> tuple[ModelConfig, Head]:
     """``parse_config``, but for types of values that nobody thought of."""
     families = {family.hf.model_type: name for name, family in FAMILIES.items()}
-    raw, where = unwrap(raw, where), f"{where}: text_config" if raw.get("model_type") in WRAPPERS else where
+    raw, where = unwrap(raw, where), f"{where}: text_config" if wrapper_of(raw) else where
     kind = raw.get("model_type")
     if kind not in families:
         known = ", ".join([*families, *WRAPPERS])
@@ -65,6 +66,9 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
     refuse_unsupported(raw, ALWAYS | names.fixed, where)
     head = parse_head(raw, names.classes, where, scored)
     found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
+    if found["num_layers"] > MOST_LAYERS:
+        field = names.fields["num_layers"][0]
+        raise ValueError(f"{where}: {field}: {found['num_layers']}; expected at most {MOST_LAYERS}")
     if family.positions == "rope":
         found |= parse_rope(raw, names.rope, found["max_positions"], where)
     if names.linear_every:
@@ -92,9 +96,15 @@ def by_first_names(raw: Mapping[str, Any], aliases: Mapping[str, str], where: st
     return found
 
 
+def wrapper_of(raw: Mapping[str, Any]) -> Wrapper | None:
+    """What is known of a model of text and images; None: ``raw`` is of another."""
+    kind = raw.get("model_type")
+    return WRAPPERS.get(kind) if isinstance(kind, str) else None
+
+
 def unwrap(raw: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """The config of the text part of a model of text and images, as a plain model says it; any other as it is."""
-    wrapper = WRAPPERS.get(str(raw.get("model_type")))
+    wrapper = wrapper_of(raw)
     if wrapper is None:
         return raw
     text, shown = raw.get("text_config"), raw.get("architectures")
@@ -191,8 +201,6 @@ def parse_linear(raw: Mapping[str, Any], field: str, every: int, num_layers: int
     if raw.get("layer_types") is not None:
         return {"layer_types": parse_types(raw["layer_types"], where, ("linear", "global"))}
     every = checked(raw.get(field, every), int, f"{where}: {field}")
-    if num_layers > MOST_LAYERS:
-        raise ValueError(f"{where}: num_hidden_layers: {num_layers}; expected at most {MOST_LAYERS}")
     types: LayerTypes = tuple("linear" if (i + 1) % every else "global" for i in range(num_layers))
     return {"layer_types": types}
 
@@ -205,8 +213,6 @@ def parse_nope(
     given, interval = (raw.get(name) for name in names)
     if given is None:
         every = checked(every if interval is None else interval, int, f"{where}: {names[1]}")
-        if num_layers > MOST_LAYERS:
-            raise ValueError(f"{where}: num_hidden_layers: {num_layers}; expected at most {MOST_LAYERS}")
         given = [int((i + 1) % every != 0) for i in range(num_layers)]
     if not isinstance(given, list) or any(type(one) is not int or one not in (0, 1) for one in given):
         raise ValueError(f"{where}: {names[0]}: {given!r}; expected a list of 1 (rotated) and 0 (no positions)")
