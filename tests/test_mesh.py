@@ -73,6 +73,9 @@ ADAPTERS_TRUNK = *TRUNK[:-1], TRUNK[-1] | LORA
 # experts, of which expert = 2 has two each; of the same rows as without it
 MOE_MODEL = resolve(ModelConfig("qwen3_moe", 64, 16, 2, mlp_size=8, num_experts=4, experts_per_token=2))
 EXPERTS = "grpo", MOE_MODEL, GRPOConfig(num_minibatches=2), 2, 4
+# and with sinks and biases
+OSS = ModelConfig("gpt_oss", 64, 16, 2, mlp_size=8, num_experts=4, sliding_window=4)
+SINKS = "grpo", resolve(OSS), GRPOConfig(num_minibatches=2), 2, 4
 # the same base in 4 bits, which decoding merges, or reads beside the adapter; 16 features are one block, which fsdp
 # cuts
 QUANTIZED = *ADAPTERS[:-1], LORA | {"quantization": "nf4"}
@@ -81,6 +84,7 @@ MUON = *EXPERTS, {"optimizer": dataclasses.replace(tiny.ADAM, name="muon")}
 CASES: dict[str, tuple] = {
     "muon": MUON,
     "experts": EXPERTS,
+    "sinks": SINKS,
     "adapters": ADAPTERS,
     "quantized": QUANTIZED,
     "quantized beside": QUANTIZED_BESIDE,
@@ -160,7 +164,7 @@ def ran(shape: Shape, which: str) -> Ran:
         "adapters packed",
         "adapters trunk",
     )
-    few += ("quantized", "quantized beside", "muon")
+    few += ("quantized", "quantized beside", "muon", "sinks")
     iterations = 2 if which in few else ITERATIONS
     compiled: list[str] = []
 
@@ -203,6 +207,7 @@ RUNS: list = [((1, 2, 2, 2, 2), "groups"), ((1, 2, 2, 1, 2), "adapters"), ((1, 2
 RUNS += [NIGHTLY(shape, "experts") for shape in ((1, 1, 2, 1, 1, 4), (1, 2, 2, 1, 2, 2), (2, 2, 2))]
 RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters packed", "adapters trunk")]
 # by day: test_optim, updates alone
+RUNS += [NIGHTLY(shape, "sinks") for shape in ((1, 2, 2, 1, 1, 2), (1, 2, 2, 1, 2), (2, 2, 2))]
 RUNS += [NIGHTLY(shape, "muon") for shape in ((1, 2, 2, 1, 2), (1, 2, 2, 1, 1, 2))]
 # by day: models/test_quantized, one forward and backward pass
 RUNS += [NIGHTLY((2, 2, 2), "quantized"), NIGHTLY((1, 2, 2, 1, 2), "quantized beside")]

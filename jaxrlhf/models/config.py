@@ -37,6 +37,7 @@ class ModelConfig:
         "mixtral",
         "qwen3_moe",
         "olmoe",
+        "gpt_oss",
         "mlp",
     ] = "llama"  # the layers: normalisation, mlp, biases, soft-caps, as models of this name have them; mlp: for control
     vocab_size: int = 0  # 0: the tokenizer's

@@ -43,7 +43,7 @@ from jaxrlhf.models.transformer import (
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
-WIDE = ("scale", "A_log", "dt_bias", "taps")  # leaves that are computed with in float32, few numbers
+WIDE = ("scale", "A_log", "dt_bias", "taps", "sinks")  # leaves that are computed with in float32, few numbers
 
 
 class Cache(NamedTuple):
@@ -182,14 +182,14 @@ def prefill(
     caches: list[LayerCache] = []
 
     def attend_to(window: int | None) -> Callable:
-        def attend(query, key, value):
+        def attend(query, key, value, sinks):
             key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
             batch, _, heads, _ = key.shape
             layout = spec("batch", head_axis("kv_heads", heads), None, "seq", "head_dim")
             zeros = lambda x: jnp.zeros((batch, heads, copies, room, x.shape[-1]), x.dtype, out_sharding=layout)
             prompt = [stored(by_head(x), runtime) for x in (key, value)]
             caches.append(Cache(*prompt, *jax.tree.map(zeros, prompt)))
-            return mix(query, key, value)
+            return mix(query, key, value, sinks)
 
         mix = within(window)
         return attend
@@ -251,12 +251,13 @@ def decode_step(
         put = lambda old, new: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, 0, 0, index, 0))
         write = lambda old, new: jax.tree.map(put, old, grow(new))
 
-        def attend(query, key, value):
+        def attend(query, key, value, sinks):
             cache: Any = next(layers)
             cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
             updated.append(cache)
             parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
-            return merge_copies(branches(split_copies(query, cache.shape[1], query.shape[1]), parts, **product(cfg)))
+            query = split_copies(query, cache.shape[1], query.shape[1])
+            return merge_copies(branches(query, parts, **product(cfg), sinks=sinks))
 
         return attend
 

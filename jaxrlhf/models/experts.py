@@ -19,9 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.cpu import experts_in_blocks
-from jaxrlhf.models.grouped import bring_back, dispatch, grouped_product, make_groups
+from jaxrlhf.models.grouped import bring_back, dispatch, group_of, grouped_product, make_groups
 from jaxrlhf.models.linear import PRODUCT, layout, linear
-from jaxrlhf.sharding import explicit, spec
+from jaxrlhf.sharding import constrain, explicit, spec
 from jaxrlhf.types import Array, Mean, Params
 
 OWN = -1  # in place of an expert's number in kept choices: the router's own choice
@@ -92,27 +92,34 @@ def expert_block(
     params: Params,
     cfg: ModelConfig,
     x: Array,
-    activate: Callable[[Array], Array],
+    gated: Callable[[Array, Array], Array],
     hardware: Hardware,
     kept: Array | None = None,
 ) -> tuple[Array, Routed]:
     """x [B, S, D] -> ([B, S, D], what the router said): the feed-forward part of a layer with experts.
 
-    params: {"router", "experts": {"gate", "up", "down"}}; ``kept`` as in ``route``."""
+    params: {"router", "experts": {"gate", "up", "down"}}; ``gated`` joins what gate and up make of a token; ``kept`` as
+    in ``route``."""
     routed = route(params["router"], cfg, x, kept)
-    kernels = [params["experts"][name]["kernel"] for name in ("gate", "up", "down")]
-    one = functools.partial(own_experts, cfg=cfg, activate=activate, blocks=experts_in_blocks(hardware))
+    own = [params["experts"][name] for name in ("gate", "up", "down")]
+    maps = [(part["kernel"], bias_of_experts(part, axis)) for part, axis in zip(own, ("mlp", "mlp", None))]
+    one = functools.partial(own_experts, cfg=cfg, gated=gated, blocks=experts_in_blocks(hardware))
     if not explicit():
-        return one(x, routed.choice, routed.weight, *kernels, inside=Inside()), routed
+        return one(x, routed.choice, routed.weight, maps, inside=Inside()), routed
     rows = spec("batch", "seq", "hidden")
-    inside = Inside(*map(names_of, (*layout(kernels[0]).partitions,)))
+    inside = Inside(*map(names_of, (*layout(maps[0][0]).partitions,)))
     mapped = jax.shard_map(
         functools.partial(one, inside=inside),
-        in_specs=(rows, rows, rows, *(layout(kernel) for kernel in kernels)),
+        in_specs=(rows, rows, rows, jax.tree.map(layout, maps)),
         out_specs=rows,
         check_vma=False,
     )
-    return mapped(x, routed.choice, routed.weight, *kernels), routed
+    return mapped(x, routed.choice, routed.weight, maps), routed
+
+
+def bias_of_experts(params: Params, axis: str | None) -> Array | None:
+    """The biases [E, M] of one map of all experts, M laid out as ``axis`` is; None where it has none."""
+    return constrain(params["bias"], "expert", axis) if "bias" in params else None
 
 
 class Inside(NamedTuple):
@@ -132,21 +139,23 @@ def own_experts(
     x: Array,
     choice: Array,
     weight: Array,
-    *kernels: Array,
+    maps: Sequence[tuple[Array, Array | None]],
+    *,
     cfg: ModelConfig,
-    activate: Callable[[Array], Array],
+    gated: Callable[[Array, Array], Array],
     blocks: bool,
     inside: Inside,
 ) -> Array:
-    """What one device computes: x [b, S, D], choice and weight [b, S, k], and its parts of gate, up [e, d, m] and
-    down [e, m, d] -> [b, S, D], summed over all experts."""
+    """What one device computes: x [b, S, D], choice and weight [b, S, k], and its parts of the kernels and biases of
+    gate, up ([e, d, m], [e, m]) and down ([e, m, d], [e, D]) -> [b, S, D], summed over all experts."""
     shape = x.shape
     flat = lambda y: y.reshape(-1, y.shape[-1])
     x, choice, weight = (gather_over(flat(y), inside.expert, 0) for y in (x, choice, weight))
-    count = kernels[0].shape[0]
+    count = maps[0][0].shape[0]
     first = jax.lax.axis_index(inside.expert) * count if inside.expert else 0
     groups = make_groups(choice - first, count, cfg.num_experts, blocks)
     rows = dispatch(x, groups, cfg.experts_per_token)
+    of_group = lambda group: (group[..., None] == jnp.arange(count)).astype(jnp.float32)  # one-hot; of none here: zeros
 
     def product(rows: Array, kernel: Array, axis: int) -> Array:
         """``kernel`` is gathered again where it is needed backward, and never kept."""
@@ -156,10 +165,19 @@ def own_experts(
         one = jax.checkpoint(one, prevent_cse=False) if inside.embed else one
         return checkpoint_name(one(rows, kernel), PRODUCT)
 
-    gate, up, down = kernels
-    hidden = activate(product(rows, gate, 1)) * product(rows, up, 1)
+    def biased(rows: Array, kernel: Array, bias: Array | None) -> Array:
+        """``product`` and the bias of each row's expert: a product too, whose gradient is no scatter."""
+        y = product(rows, kernel, 1)
+        return y if bias is None else y + (of_group(group_of(groups, choice - first)) @ bias).astype(y.dtype)
+
+    (gate, gate_bias), (up, up_bias), (down, down_bias) = maps
+    hidden = gated(biased(rows, gate, gate_bias), biased(rows, up, up_bias))
     each = bring_back(product(hidden, down, 2), groups, weight.shape)
-    y = jnp.einsum("nkd,nk->nd", each.astype(jnp.float32), weight).astype(x.dtype)
+    y = jnp.einsum("nkd,nk->nd", each.astype(jnp.float32), weight)
+    if down_bias is not None:
+        whose = jax.lax.axis_index(inside.mlp) == 0 if inside.mlp else True  # each device has part of the sum before it
+        y += jnp.where(whose, jnp.einsum("nke,nk->ne", of_group(choice - first), weight) @ down_bias, 0.0)
+    y = y.astype(x.dtype)
     y = jax.lax.psum(y, inside.mlp) if inside.mlp else y
     y = jax.lax.psum_scatter(y, inside.expert, scatter_dimension=0, tiled=True) if inside.expert else y
     return y.reshape(shape)

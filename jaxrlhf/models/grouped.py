@@ -58,6 +58,11 @@ def make_groups(choice: Array, groups: int, everywhere: int, blocks: bool) -> Gr
     return Groups(place, source, padded, jnp.minimum(owner, groups - 1), ends[-1] // size)
 
 
+def group_of(groups: Groups, choice: Array) -> Array:
+    """i32[places]: the group that each place's choice, of ``choice`` i32[N, k], is of; -1 where none stands."""
+    return choice.reshape(-1).at[groups.source].get(mode="fill", fill_value=-1)
+
+
 # ---- rows to their places, and back ---------------------------------------------------------------------------------
 
 

@@ -109,6 +109,8 @@ def attention_table(cfg: ModelConfig, count: int) -> dict:
         layers | heads | width | dim, cfg.num_heads * cfg.head_dim, bias and family.out_bias, 1, small(cfg)
     )
     table = {"query": project(heads, wide), "key": project(kv), "value": project(kv), "out": out}
+    if family.sinks:
+        table["softmax"] = {"sinks": plain_leaf(layers | heads, 0.02)}
     if family.query_key_norm == "none":
         return table
     norm = lambda n: norm_table(cfg, layers | (n if family.query_key_norm == "all" else {}) | width)
@@ -157,14 +159,14 @@ def mlp_table(cfg: ModelConfig) -> dict:
 
 
 def expert_table(cfg: ModelConfig) -> dict:
-    """Leafs of all layers' routers and experts."""
+    """Leafs of all layers' routers and experts, which have biases where the mlp has."""
     layers, experts = {"layers": cfg.num_layers}, {"layers": cfg.num_layers, "expert": cfg.num_experts}
-    dim, mlp = {"embed_of_expert": cfg.hidden_size}, {"mlp": cfg.mlp_size}
+    dim, mlp, bias = {"embed_of_expert": cfg.hidden_size}, {"mlp": cfg.mlp_size}, bool(cfg.mlp_bias)
     router = layers | {"embed": cfg.hidden_size, "routes": cfg.num_experts}
-    up = lambda: linear_table(experts | dim | mlp, cfg.hidden_size, False, 1)
-    down = linear_table(experts | mlp | dim, cfg.mlp_size, False, 1, small(cfg))
+    up = lambda: linear_table(experts | dim | mlp, cfg.hidden_size, bias, 1)
+    down = linear_table(experts | mlp | dim, cfg.mlp_size, bias, 1, small(cfg))
     own = {"gate": up(), "up": up(), "down": down}
-    return {"router": linear_table(router, cfg.hidden_size, False, 1), "experts": own}
+    return {"router": linear_table(router, cfg.hidden_size, bias, 1), "experts": own}
 
 
 def small(cfg: ModelConfig) -> float:
@@ -186,11 +188,13 @@ def norm_table(cfg: ModelConfig, sizes: dict[str, int]) -> dict:
 
 
 def linear_table(sizes: dict[str, int], fan_in: int, bias: bool, bias_rank: int, gain: float = 1.0) -> dict:
-    """Leafs of a linear map: ``sizes`` of its kernel's logical axes; its bias has layers and the last ``bias_rank``."""
-    axes, shape = tuple(sizes), tuple(sizes.values())
-    table = {"kernel": Leaf(shape, axes, gain / math.sqrt(fan_in))}
+    """Leafs of a linear map: ``sizes`` of its kernel's logical axes; its bias has layers, experts where the kernel has,
+    and the last ``bias_rank``."""
+    table = {"kernel": plain_leaf(sizes, gain / math.sqrt(fan_in))}
     if bias:
-        table["bias"] = Leaf(shape[:1] + shape[-bias_rank:], axes[:1] + axes[-bias_rank:], "zeros")
+        last = [*sizes][-bias_rank:]
+        kept = {name: size for name, size in sizes.items() if name in ("layers", "expert", *last)}
+        table["bias"] = plain_leaf(kept, "zeros")
     return table
 
 

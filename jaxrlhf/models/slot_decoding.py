@@ -137,12 +137,13 @@ def read_columns(
         back = grouped[..., None] - jnp.arange(columns)
         bias = bias_of((back >= 0) if window is None else (back >= 0) & (back < window))
 
-        def attend(query: Array, key: Array, value: Array) -> Array:
+        def attend(query: Array, key: Array, value: Array, sinks: Array | None) -> Array:
             cache: Any = next(layers)
             cache = write(cache, SlotCache(split_keys(key, abreast), split_keys(value, abreast)), start, runtime)
             updated.append(cache)
             parts = [(cache.key, cache.value, bias)]
-            return merge_copies(branches(split_copies(query, cache.key.shape[1], abreast), parts, **product(cfg)))
+            query = split_copies(query, cache.key.shape[1], abreast)
+            return merge_copies(branches(query, parts, **product(cfg), sinks=sinks))
 
         return attend
 

@@ -77,7 +77,7 @@ def attention_block(
 
     Args:
         rotary: (queries, keys [B, S, H, K]) -> the same: their rotation by position, or nothing.
-        attend: (query, key, value) -> [B, S, H, K].
+        attend: (query, key, value, sinks) -> [B, S, H, K]: see kernels.Attend.
         since: no output is computed for the columns before it; their keys and values are.
     """
     heads, kv = head_axis("heads", cfg.num_heads), head_axis("kv_heads", cfg.num_kv_heads)
@@ -94,7 +94,8 @@ def attention_block(
         query = normalize(params["query_norm"], query, cfg, (heads, None) if whole else (None,))
         key = normalize(params["key_norm"], key, cfg, (kv, None) if whole else (None,))
     query, key = rotary(query, key)
-    mixed = attend(query, key, value)[:, since:]
+    sinks = params["softmax"]["sinks"] if "softmax" in params else None
+    mixed = attend(query, key, value, sinks)[:, since:]
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate[:, since:])
     return linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
 
@@ -106,14 +107,31 @@ def activation_of(cfg: ModelConfig) -> Callable[[Array], Array]:
     return jax.nn.silu if family.activation == "silu" else gelu
 
 
+Gated = Callable[[Array, Array], Array]  # (gate, up), of one shape -> what a gated mlp multiplies with down
+
+
+def gated_by(cfg: ModelConfig) -> Gated:
+    """How the family's gated mlp, and each of its experts, joins what gate and up make of a token."""
+    if FAMILIES[cfg.family].activation == "clamped":
+        return clamped_swiglu
+    activate = activation_of(cfg)
+    return lambda gate, up: activate(gate) * up
+
+
+def clamped_swiglu(gate: Array, up: Array, alpha: float = 1.702, limit: float = 7.0) -> Array:
+    """g sigmoid(alpha g) (u + 1), where g is the gate, at most ``limit``, and u is up, within -/+ ``limit`` (gpt-oss:
+    OpenAI 2025, arXiv:2508.10925)."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
 def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
-    family, activate = FAMILIES[cfg.family], activation_of(cfg)
     wide = ("batch", "seq", "mlp")
     y = linear(params["up"], x, "bsd,dm->bsm", ("embed", "mlp"), wide)
-    if family.gated:
-        y = y * activate(linear(params["gate"], x, "bsd,dm->bsm", ("embed", "mlp"), wide))
+    if FAMILIES[cfg.family].gated:
+        y = gated_by(cfg)(linear(params["gate"], x, "bsd,dm->bsm", ("embed", "mlp"), wide), y)
     else:
-        y = activate(y)
+        y = activation_of(cfg)(y)
     return linear(params["down"], y, "bsm,md->bsd", ("mlp", "embed"), ("batch", "seq", "hidden"))
 
 
@@ -133,7 +151,7 @@ def feed_forward(
 
     def feed(params: Params, x: Array) -> Array:
         own = None if kept is None else kept[:, kept.shape[1] - x.shape[1] :]
-        y, routed = expert_block(params, cfg, x, activation_of(cfg), runtime.hardware, own)
+        y, routed = expert_block(params, cfg, x, gated_by(cfg), runtime.hardware, own)
         if note is not None:
             note(routed)
         return y
@@ -238,7 +256,8 @@ def row_attention(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> Att
 
 def matching_heads(cfg: ModelConfig, attend: Callable[..., Array]) -> Callable[..., Array]:
     """``attend`` of keys and values whose heads the mesh divides as it does those of queries."""
-    return lambda query, key, value: attend(query, match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads))
+    match = lambda x: match_heads(x, cfg.num_heads)
+    return lambda query, key, value, sinks=None: attend(query, match(key), match(value), sinks)
 
 
 def product(cfg: ModelConfig) -> dict[str, Any]:

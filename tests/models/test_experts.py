@@ -15,40 +15,62 @@ from jaxrlhf.models.experts import OWN, expert_block, route
 from jaxrlhf.models.files.hf_config import describe
 from jaxrlhf.models.grouped import LARGEST_BLOCK, block_size, make_groups
 from jaxrlhf.models.lora import LoraConfig, assemble, merged, targets_of
-from jaxrlhf.models.transformer import Runtime, forward
+from jaxrlhf.models.transformer import Runtime, forward, gated_by
 from tests.support import tiny
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_size": 12}
 MODEL = resolve(ModelConfig("qwen3_moe", num_experts=5, experts_per_token=2, **SIZES))
+OSS = resolve(ModelConfig("gpt_oss", num_experts=5, experts_per_token=2, **SIZES))
 CPU, TPU = Hardware("cpu"), Hardware("tpu")
 
 
 def layer(cfg: ModelConfig = MODEL, seed: int = 0):
-    """Parameters of one layer's experts, and 3 x 7 tokens."""
-    params = jax.tree.map(lambda x: x[0] * 3, tiny.parameters(cfg, "lm", seed)["layers"]["mlp"])
-    params = {name: params[name] for name in ("router", "experts")}
-    return params, jnp.asarray(np.random.default_rng(seed).normal(size=(3, 7, cfg.hidden_size)), jnp.float32)
+    """Parameters of one layer's experts, and 3 x 7 tokens; biases are no zeros, and some units of gpt_oss clamped."""
+    params, rng = tiny.parameters(cfg, "lm", seed)["layers"]["mlp"], np.random.default_rng(seed)
+    params = {name: jax.tree.map(lambda x: x[0] * 3, params[name]) for name in ("router", "experts")}
+    draw = lambda path, x: jnp.asarray(rng.normal(size=x.shape), jnp.float32) if path[-1].key == "bias" else x
+    params = jax.tree_util.tree_map_with_path(draw, params)
+    if cfg.family == "gpt_oss":
+        own = params["experts"]
+        wide = {name: own[name] | {"kernel": 2 * own[name]["kernel"]} for name in ("gate", "up")}
+        params["experts"] = wide | {"down": jax.tree.map(lambda x: x / 20, own["down"])}
+    return params, jnp.asarray(rng.normal(size=(3, 7, cfg.hidden_size)), jnp.float32)
+
+
+def swiglu(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def clamped(gate, up):
+    """As the reference implementation of gpt-oss has it."""
+    gate, up = jnp.where(gate > 7, 7, gate), jnp.where(up > 7, 7, jnp.where(up < -7, -7, up))
+    return gate / (1 + jnp.exp(-1.702 * gate)) * (up + 1)
 
 
 def by_loop(params, cfg: ModelConfig, x) -> Any:
     """Every expert computes every token; each token weighs what it chose."""
-    probs = jax.nn.softmax(x @ params["router"]["kernel"])
-    order = jnp.argsort(-probs, axis=-1)[..., : cfg.experts_per_token]
-    y, total = 0.0, jnp.take_along_axis(probs, order, -1).sum(-1, keepdims=True)
+    applied = lambda part, x: x @ part["kernel"] + part.get("bias", 0.0)
+    logits, gated = applied(params["router"], x), clamped if cfg.family == "gpt_oss" else swiglu
+    order = jnp.argsort(-logits, axis=-1)[..., : cfg.experts_per_token]
+    among = jnp.take_along_axis(logits, order, -1) if cfg.normalize_routing else logits  # of whom weights sum to 1
+    y = 0.0
     for number in range(cfg.num_experts):
-        gate, up, down = (params["experts"][name]["kernel"][number] for name in ("gate", "up", "down"))
-        weight = jnp.where((order == number).any(-1, keepdims=True), probs[..., number : number + 1], 0)
-        y += weight / (total if cfg.normalize_routing else 1) * ((jax.nn.silu(x @ gate) * (x @ up)) @ down)
+        part = jax.tree.map(lambda x, number=number: x[number], params["experts"])
+        hidden = gated(applied(part["gate"], x), applied(part["up"], x))
+        weight = jnp.exp(logits[..., number] - jax.nn.logsumexp(among, axis=-1))
+        y += jnp.where((order == number).any(-1), weight, 0)[..., None] * applied(part["down"], hidden)
     return y
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+PLAIN, NORMALIZED = (dataclasses.replace(MODEL, normalize_routing=normalize) for normalize in (False, True))
+
+
+@pytest.mark.parametrize("cfg", [PLAIN, NORMALIZED, OSS], ids=["plain", "normalized", "gpt_oss"])
 @pytest.mark.parametrize("hardware", [CPU, TPU], ids=["blocks", "ragged_dot"])
-def test_experts_are_a_loop_over_all_of_them(hardware, normalize):
+def test_experts_are_a_loop_over_all_of_them(hardware, cfg):
     """Output, and the gradient of every parameter and of the tokens."""
-    cfg = dataclasses.replace(MODEL, normalize_routing=normalize)
     params, x = layer(cfg)
-    ours: Any = lambda params, x: expert_block(params, cfg, x, jax.nn.silu, hardware)[0]
+    ours: Any = lambda params, x: expert_block(params, cfg, x, gated_by(cfg), hardware)[0]
     loop: Any = lambda params, x: by_loop(params, cfg, x)
     np.testing.assert_allclose(ours(params, x), loop(params, x), atol=2e-5)
     square = lambda f: jax.jit(jax.grad(lambda *given: (f(*given) ** 2).sum(), argnums=(0, 1)))
@@ -104,7 +126,7 @@ def test_a_kept_choice_is_followed(hardware):
     own = route(params["router"], MODEL, x).own
     kept = jnp.asarray(np.random.default_rng(2).permuted(np.tile(np.arange(5), (3, 7, 1)), axis=-1)[..., :2], jnp.int8)
     kept = kept.at[0].set(OWN)
-    y, routed = expert_block(params, MODEL, x, jax.nn.silu, hardware, kept)
+    y, routed = expert_block(params, MODEL, x, swiglu, hardware, kept)
     np.testing.assert_array_equal(routed.choice[1:], kept[1:])
     np.testing.assert_array_equal(routed.choice[0], own[0])
     probs = jax.nn.softmax(x @ params["router"]["kernel"])

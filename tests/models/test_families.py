@@ -148,6 +148,8 @@ def test_records_of_older_checkpoints():
         ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 7}, (7, "LGLGLG")),
         ("gemma2", {"layer_types": ["full_attention"] * 6}, (0, "GGGGGG")),
         ("olmo3", {}, (4096, "LLLGLL")),
+        ("gpt_oss", {}, (128, "LGLGLG")),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 6}, (0, "GGGGGG")),
         ("smollm3", {}, (0, "GGGOGG")),
         ("smollm3", {"no_rope_layer_interval": 2, "sliding_window": 7}, (0, "GOGOGO")),  # use_sliding_window: false
         ("smollm3", {"no_rope_layers": [0, 1, 1, 1, 1, 0, 0, 0]}, (0, "OGGGGO")),

@@ -61,6 +61,17 @@ CONFIGS = {
         )
     ),
     "gpt2": resolve(ModelConfig(family="gpt2", vocab_size=101, hidden_size=32, mlp_size=48, max_positions=64)),
+    "gpt_oss": resolve(
+        ModelConfig(
+            family="gpt_oss",
+            vocab_size=101,
+            hidden_size=32,
+            num_kv_heads=2,
+            mlp_size=48,
+            sliding_window=4,
+            num_experts=4,
+        )
+    ),
 }
 PROMPT, NEW = 6, 16  # columns
 LENGTHS = np.array([6, 3, 5, 1, 6, 2, 4, 6])  # of the eight prompts
@@ -81,6 +92,7 @@ SAMPLERS["six"] = SAMPLERS["six"]._replace(stops=(*SAMPLERS["six"].stops, countd
 SAMPLERS["halved"] = SAMPLERS["six"]._replace(halvings=4)  # 6, 3, 1; 4 and 2 of the eight prompts
 SAMPLERS["limited, halved"] = SAMPLERS["limited"]._replace(halvings=9)  # 8, 4, 2, 1 and, there being no half of it, 1
 FLOAT32, BFLOAT16 = Runtime(), Runtime(compute=jnp.bfloat16)
+NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
 
 
 @functools.cache
@@ -153,6 +165,7 @@ MODELS = [
     ("gpt2", "shaped"),
     ("gemma3_text", "shaped"),
     ("qwen3_5_text", "shaped"),
+    ("gpt_oss", "shaped"),
 ]
 
 # ---- the sampler and the trainer agree ------------------------------------------------------------------------------
@@ -208,13 +221,20 @@ def test_int8_weights_are_what_their_scales_make_of_them():
     assert 1e-3 < np.abs(sequences.logprobs - exact)[mask].mean() < 0.05
 
 
-@pytest.mark.parametrize("name", ["plain", "shaped", pytest.param("halved", marks=pytest.mark.nightly)])
-def test_an_int8_cache_is_near_full_forward(name):
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("llama", "plain"),
+        ("llama", "shaped"),
+        *(NIGHTLY(*case) for case in (("llama", "halved"), ("gpt_oss", "shaped"))),
+    ],
+)
+def test_an_int8_cache_is_near_full_forward(model, name):
     """Of one response to a prompt (on CPUs two prompts stand abreast), of two, and of fewer and fewer; with a
     scale for each token and head the log-probs differ by 0.02 nats per token on average, and 0.3 at most."""
-    sequences = draw("llama", name, runtime=FLOAT32._replace(int8=("cache",)))
+    sequences = draw(model, name, runtime=FLOAT32._replace(int8=("cache",)))
     mask = sequences.response_mask
-    exact = np.asarray(forward_program("llama", name)(weights("llama"), sequences).logprobs)
+    exact = np.asarray(forward_program(model, name)(weights(model), sequences).logprobs)
     error = np.abs(sequences.logprobs - exact)[mask]
     assert 1e-4 < error.mean() < 0.02 and error.max() < 0.3
 
@@ -398,9 +418,6 @@ def draw_on_mesh(name: str, mesh: MeshConfig, runtime: Runtime = FLOAT32, model:
     return jax.tree.map(np.asarray, many)
 
 
-NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
-
-
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
@@ -421,6 +438,13 @@ def test_states_of_linear_layers_on_a_mesh(name):
     """Heads over tensor and decode groups, rows over the rest; samples that have ended leave, and prompts do."""
     mesh = MeshConfig(data=2, fsdp=2, tensor=2, decode=2)
     same_samples(draw_on_mesh(name, mesh, model="qwen3_5_text"), draw("qwen3_5_text", name))
+
+
+@pytest.mark.nightly  # by day: a forward pass over a mesh, and one prompt's samples on one device
+@pytest.mark.parametrize("name", ["shaped", "halved"])
+def test_sinks_and_experts_on_a_mesh(name):
+    for mesh in (MeshConfig(data=2, fsdp=2, tensor=2, decode=2), MeshConfig(data=1, fsdp=2, tensor=2, expert=2)):
+        same_samples(draw_on_mesh(name, mesh, model="gpt_oss"), draw("gpt_oss", name))
 
 
 @pytest.mark.nightly

@@ -44,6 +44,7 @@ class Case(NamedTuple):
     size: int
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
 
 
 CASES = {
@@ -51,6 +52,7 @@ CASES = {
     "one kv head": Case(4, 1, 37),  # shorter than a block
     "wide window": Case(2, 1, 600, window=290),  # several blocks, some of which no query sees
     "all": Case(4, 2, 530, window=140, softcap=1.5),
+    "sinks": Case(4, 2, 150, window=20, sinks=True),
 }
 
 
@@ -69,26 +71,34 @@ def inputs(case: Case, dtype=jnp.float32):
     query, key, value = (
         jnp.array(rng.normal(size=shape(heads)), dtype) for heads in (case.heads, case.kv_heads, case.kv_heads)
     )
-    return query, key, value, jnp.array(segments(case.size))
+    sinks = [jnp.array(2 * rng.normal(size=case.heads), jnp.float32)] if case.sinks else []
+    return jnp.array(segments(case.size)), query, key, value, *sinks
 
 
-def placed(query, key, value, ids):
+def placed(ids, query, key, value, *sinks):
     """The same on the current mesh."""
     put = lambda x, name: sharding.constrain(x, "batch", "seq", head_axis(name, x.shape[2]), None)
-    return put(query, "heads"), put(key, "kv_heads"), put(value, "kv_heads"), sharding.constrain(ids, "batch", "seq")
+    own = [sharding.constrain(x, head_axis("heads", x.shape[0])) for x in sinks]
+    return (
+        sharding.constrain(ids, "batch", "seq"),
+        put(query, "heads"),
+        put(key, "kv_heads"),
+        put(value, "kv_heads"),
+        *own,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=tiny.FAST)
-def both_ways(case: Case, attend_by, query, key, value, ids):
-    """What real tokens gather, and the gradients of a loss of it."""
+def both_ways(case: Case, attend_by, ids, *given):
+    """What real tokens gather, and the gradients of a loss of it: of queries, keys, values, and sinks."""
 
-    def loss(query, key, value):
-        out = attend_by(case, ids)(query, key, value)
+    def loss(*given):
+        out = attend_by(case, ids)(*given)
         real = jnp.where((ids > 0)[:, :, None, None], out, 0).astype(jnp.float32)
         weights = jnp.cos(jnp.arange(real.size)).reshape(real.shape)
         return (real * weights).sum() + (real**2).sum(), (real, jnp.isfinite(out).all())
 
-    (_, (out, finite)), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(query, key, value)
+    (_, (out, finite)), gradients = jax.value_and_grad(loss, tuple(range(len(given))), has_aux=True)(*given)
     return out, gradients, finite
 
 
@@ -124,15 +134,16 @@ def often(cases, *names: str) -> list:
     return [pytest.param(name, marks=[] if name in names else pytest.mark.nightly) for name in cases]
 
 
-@pytest.mark.parametrize("name", often(CASES, "all"))
+@pytest.mark.parametrize("name", often(CASES, "all", "sinks"))
 def test_splash_computes_what_we_do(name):
     compare(CASES[name], SPLASH, jnp.float32, 1e-4)
 
 
 @pytest.mark.nightly
-def test_splash_in_bfloat16():
+@pytest.mark.parametrize("name", ["all", "sinks"])
+def test_splash_in_bfloat16(name):
     """The kernel's scores are float32 as ours; queries are scaled before their product, in bfloat16 (8 bits)."""
-    compare(CASES["all"], SPLASH, jnp.bfloat16, 0.02)
+    compare(CASES[name], SPLASH, jnp.bfloat16, 0.02)
 
 
 @pytest.mark.parametrize("name", often(("plain", "one kv head", "wide window"), "wide window"))
@@ -151,7 +162,7 @@ def test_cudnn_gets_the_call(monkeypatch, shape):
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
     case = Case(4, 2, 37)
 
-    def gradients(query, key, value, ids):
+    def gradients(ids, query, key, value):
         loss = lambda q, k, v: by_kernel("cudnn", case, ids)(q, k, v).astype(jnp.float32).sum()
         return jax.grad(loss, (0, 1, 2))(query, key, value)
 
@@ -171,11 +182,11 @@ def test_cudnn_gets_the_call(monkeypatch, shape):
 def test_padding_is_never_attended():
     """Whatever stands there, forward and backward."""
     case = CASES["all"]
-    query, key, value, ids = inputs(case)
+    ids, query, key, value = inputs(case)
     padding = (ids == 0)[:, :, None, None]
     other = lambda x: jnp.where(padding, 100.0, x)
-    out, gradients, _ = both_ways(case, SPLASH, query, key, value, ids)
-    changed, changed_gradients, finite = both_ways(case, SPLASH, other(query), other(key), other(value), ids)
+    out, gradients, _ = both_ways(case, SPLASH, ids, query, key, value)
+    changed, changed_gradients, finite = both_ways(case, SPLASH, ids, other(query), other(key), other(value))
     assert finite
     np.testing.assert_array_equal(changed, out)
     for found, wanted in zip(changed_gradients, gradients):
@@ -210,6 +221,7 @@ class Group(NamedTuple):
     room: int
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
 
 
 GROUPS = {
@@ -218,13 +230,15 @@ GROUPS = {
     "capped": Group(4, 140, 150, softcap=1.5),  # two blocks: responses begin inside them, and the last is padded
     "narrow window": Group(3, 10, 15, window=12),  # a response outgrows it: it loses sight of the prompt
     "wide window": Group(3, 300, 90, window=100),
+    "sinks": Group(3, 10, 15, window=12, sinks=True),
 }
 
 
 def group_arguments(case: Group, dtype=F32):
-    """(readable, [query, key, value], which columns are real)."""
+    """(readable, [query, key, value and sinks, where there are any], which columns are real)."""
     size, rng = case.prompt + case.copies * case.room, np.random.default_rng(0)
     arguments = [jnp.array(rng.normal(size=(3, size, heads, WIDTH)), dtype) for heads in (4, 2, 2)]
+    arguments += [jnp.array(2 * rng.normal(size=4), F32)] if case.sinks else []
     readable = jnp.arange(case.prompt) >= jnp.array([[0], [case.prompt // 3], [case.prompt - 1]])
     real = jnp.pad(readable, ((0, 0), (0, size - case.prompt)), constant_values=True)[:, :, None, None]
     return readable, arguments, real
@@ -241,11 +255,11 @@ def compare_groups(case: Group, attend_by, dtype=F32, atol: float = 1e-4):
             out = jnp.where(real, attend_by(case, readable)(*arguments), 0).astype(F32)
             return (out * weights).sum() + (out**2).sum(), out
 
-        (_, out), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*arguments)
+        (_, out), gradients = jax.value_and_grad(loss, tuple(range(len(arguments))), has_aux=True)(*arguments)
         return out, *gradients
 
     wanted = gradients(functools.partial(groups_by, "xla"), *arguments)
-    changed = (jnp.where(real, x, 9.0) for x in arguments)
+    changed = (jnp.where(real, x, 9.0) if x.ndim > 1 else x for x in arguments)
     for found in (gradients(attend_by, *arguments), gradients(attend_by, *changed)):
         for mine, theirs in zip(found, wanted):
             mine, theirs = (np.asarray(x, np.float32) for x in (mine, theirs))
@@ -263,7 +277,7 @@ def groups_by_library(case: Group, readable):
     return lambda query, key, value: kernels.library_groups(query, key, value, readable, **how)
 
 
-@pytest.mark.parametrize("name", often(GROUPS, "narrow window"))
+@pytest.mark.parametrize("name", often(GROUPS, "sinks"))
 def test_splash_computes_groups_as_we_do(name):
     compare_groups(GROUPS[name], functools.partial(groups_by, "splash"))
 
@@ -325,12 +339,13 @@ def test_the_mask_of_a_long_group_is_no_square():
 )
 @pytest.mark.parametrize("attend_by", [SPLASH, by_library], ids=["splash", "library"])
 def test_each_device_attends_to_its_own(heads, kv_heads, shape, attend_by):
-    case = Case(heads, kv_heads, 130, window=60)
+    case = Case(heads, kv_heads, 130, window=60, sinks=attend_by is SPLASH)
     alone = both_ways(case, XLA, *inputs(case))
 
     def repeated(case, ids):
         attend = attend_by(case, ids)
-        return lambda query, key, value: attend(query, match_heads(key, heads), match_heads(value, heads))
+        match = lambda x: match_heads(x, heads)
+        return lambda query, key, value, *sinks: attend(query, match(key), match(value), *sinks)
 
     with jax.set_mesh(sharding.make_mesh(MeshConfig(*shape), jax.devices()[:4])):
         out, gradients, _ = both_ways(case, repeated, *placed(*inputs(case)))

@@ -24,6 +24,7 @@ COUNTS = {
     "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "openai/gpt-oss-20b": 20_914_757_184,  # in bfloat16
 }
 
 

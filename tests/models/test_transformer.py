@@ -65,6 +65,19 @@ NOPE = resolve(
         rope_scaling=RopeScaling("yarn", 2.0, original_max_positions=3, query_beta=0.5),
     )
 )
+OSS = resolve(  # sinks, biases, experts
+    dataclasses.replace(
+        BASE,
+        family="gpt_oss",
+        num_kv_heads=2,
+        head_dim=16,
+        attention_bias=True,
+        mlp_bias=True,
+        num_experts=4,
+        rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=3, truncate=False),
+        **WINDOWS,
+    )
+)
 SIZE = 12  # columns
 FLOAT32 = Runtime()
 
@@ -258,7 +271,7 @@ OFTEN = [("llama", 3, True)]  # of gated delta nets by day: a layer, in test_del
     ("cfg", "copies", "scanned"),
     [
         pytest.param(cfg, copies, scanned, marks=[] if case in OFTEN else pytest.mark.nightly)
-        for cfg in (LLAMA, GPT2, GEMMA3, NET, NOPE)
+        for cfg in (LLAMA, GPT2, GEMMA3, NET, NOPE, OSS)
         for copies in (1, 3)
         for scanned in (True, False)
         for case in [(cfg.family, copies, scanned)]
@@ -302,7 +315,7 @@ def test_a_prompt_read_once_for_its_responses(cfg, copies, scanned):
 # ---- whole rows -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET, NOPE])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET, NOPE, OSS])
 def test_padding_never_changes_logits(cfg):
     """Left, right, more or less of it, and whatever tokens stand there."""
     text = rows(1)[0, :7]
@@ -318,7 +331,7 @@ def test_padding_never_changes_logits(cfg):
     np.testing.assert_allclose(alone, alone[:1].repeat(8, 0), atol=1e-5)
 
 
-@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET, NOPE])
+@pytest.mark.parametrize("cfg", [LLAMA, GPT2, GEMMA3, NET, NOPE, OSS])
 def test_packed_documents_do_not_see_each_other(cfg):
     """Three documents in one row give the logits of three rows."""
     text, params = rows(1, seed=2)[0], weights(cfg)
@@ -367,6 +380,10 @@ def test_padding_of_the_vocabulary_cannot_be_sampled():
         pytest.param(GEMMA3, (2, 2, 2), marks=pytest.mark.nightly),
         (NET, (2, 2, 2)),
         (NOPE, (2, 2, 2)),
+        (OSS, (1, 2, 2, 1, 1, 2)),  # also over experts
+        # kv heads are repeated; heads, and with them sinks, stay whole
+        pytest.param(dataclasses.replace(OSS, num_kv_heads=1), (1, 2, 4), marks=pytest.mark.nightly),
+        pytest.param(dataclasses.replace(OSS, num_heads=9, num_kv_heads=3), (1, 4, 2), marks=pytest.mark.nightly),
         pytest.param(  # value heads are split, and the one key head is not
             dataclasses.replace(NET, linear_key_heads=1), (1, 4, 2), marks=pytest.mark.nightly
         ),

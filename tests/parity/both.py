@@ -84,7 +84,7 @@ def their_model(case: str, head: str = "lm"):
     model = cls(cls.config_class.from_dict(raw)).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():  # a tied head is not listed
-            value.copy_(torch.tensor(law_of_parameter(name, tuple(value.shape))))
+            value.copy_(torch.tensor(law_of_parameter(raw["model_type"], name, tuple(value.shape))))
     return model
 
 

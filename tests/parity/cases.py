@@ -1,5 +1,6 @@
 """The models that are compared with transformers: small, of every family, and different in every trait."""
 
+import re
 import zlib
 
 import numpy as np
@@ -258,6 +259,30 @@ CASES |= {
         "sliding_window": 5,
     },
 }
+OSS = {**MOE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
+CASES |= {
+    # a window, everything, a window; positions as in published files, of which rows have several original contexts
+    "gpt_oss": {
+        **OSS,
+        "rope_theta": 1e3,
+        "rope_scaling": {**YARN, "original_max_position_embeddings": 4, "beta_fast": 4.0, "truncate": False},
+    },
+    "gpt_oss: odd": {  # 3 heads of more features than the stream has, a kind of layers in its own order
+        **OSS,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 40,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "tie_word_embeddings": True,
+    },
+}
 TOKENS = np.random.default_rng(7).integers(0, VOCAB, (3, COLUMNS))
 VALID = np.arange(COLUMNS) >= np.array([[0], [4], [7]])  # left-padded
 POSITIONS = np.maximum(np.cumsum(VALID, 1) - 1, 0)
@@ -270,14 +295,17 @@ def law(name: str, shape: tuple[int, ...]) -> np.ndarray:
         name = name.replace(file, theirs)
     noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
     center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
-    size = 1.0 if "conv1d" in name else 0.2  # else a norm would divide by what is hardly more than rounding
+    # else a norm would divide by what is hardly more than rounding; no sink would weigh, and nothing be clamped
+    size = 1.0 if re.search(r"conv1d|sinks|experts\.gate_up_proj", name) else 0.2
     return (center + size * noise).astype(np.float32)
 
 
-def law_of_parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """``law`` of a parameter of transformers, which has one for all experts of a layer; files have one for each."""
+def law_of_parameter(family: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """``law`` of a parameter of transformers, which has one for all experts of a layer; the files of most families have
+    one for each."""
     branch, _, rest = name.partition(".mlp.")
-    if (kind := rest.removeprefix("experts.")) not in ("gate_up_proj", "down_proj"):
+    kind = rest.removeprefix("experts.")
+    if family == "gpt_oss" or kind not in ("gate_up_proj", "down_proj"):
         return law(name, shape)
     each = [f"{branch}.mlp.experts.{expert}" for expert in range(shape[0])]
     if kind == "down_proj":

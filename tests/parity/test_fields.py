@@ -139,12 +139,14 @@ def theirs(raw: dict, folder) -> np.ndarray | str:
 
     cls = getattr(transformers, raw["architectures"][0])
     try:
-        model = cls(cls.config_class.from_dict(json.loads(json.dumps(raw)))).float().eval()
+        config = cls.config_class.from_dict(json.loads(json.dumps(raw)))
+        config._experts_implementation = "eager"  # the other one computes no odd widths on CPUs
+        model = cls(config).float().eval()
         if sum(value.numel() for value in model.parameters()) > 1e6:
             return "too large"
         with torch.no_grad():
             for name, value in model.named_parameters():
-                value.copy_(torch.tensor(law_of_parameter(name, tuple(value.shape))))
+                value.copy_(torch.tensor(law_of_parameter(raw["model_type"], name, tuple(value.shape))))
         model.save_pretrained(folder)
         found = their_output(model)
     except Exception as error:

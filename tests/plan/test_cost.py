@@ -10,13 +10,14 @@ from jaxrlhf.config.load import parse
 from jaxrlhf.config.record import Config
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.files.published import published
 from jaxrlhf.models.parameters import Leaf
 from jaxrlhf.plan import cost
 from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reached
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass, passes_of
 from jaxrlhf.plan.cost import DeviceWork, Phase, Setup, phases, timed
 from jaxrlhf.plan.muon import newton_schulz_work
-from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.plan.shapes import blueprint, counted_experts
 from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.sharding import make_mesh
 from jaxrlhf.tpu.peaks import CHIPS
@@ -393,6 +394,18 @@ def test_flops_of_experts_are_those_of_the_chosen_ones():
     every = cost.held(MOE, "lm", 1)
     assert every == 2 * (ATTENTION + ROUTER + 4 * EXPERT + 2 * 8 + 2 * 2) + 8 + EMBED
     assert cost.active(MOE, "lm") == every - 2 * 2 * EXPERT
+
+
+def test_experts_of_gpt_oss():
+    """The parameters that its model card counts: 20.91 and 116.83 billion, of which 3.61 and 5.13 compute a token, but
+    for the embeddings (arXiv:2508.10925, table 1)."""
+    for name, every, some in (("20b", 20.91, 3.61), ("120b", 116.83, 5.13)):
+        shape = published(f"openai/gpt-oss-{name}")
+        assert shape is not None
+        unread = shape.vocab_size * shape.hidden_size
+        found = cost.held(shape, "lm", 1), cost.active(shape, "lm") - unread
+        assert [round(size / 1e9, 2) for size in found] == [every, some]
+    assert shape is not None and "4 of 128 experts" in counted_experts(shape)
 
 
 def test_experts_split_over_devices():

@@ -26,13 +26,15 @@ from jaxrlhf.models.attention.products import (
     within_window,
 )
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.response_packing import Places
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array
 
 Kernel = Literal["xla", "splash", "cudnn"]
 Asked = Literal["auto", "xla", "splash", "cudnn"]  # auto: the best that computes this model here
-Attend = Callable[[Array, Array, Array], Array]  # query [B, S, H, K]; key, value [B, S, N, K] -> [B, S, H, K]
+# query [B, S, H, K]; key, value [B, S, N, K]; sinks [H], or nothing (products.branches) -> [B, S, H, K]
+Attend = Callable[..., Array]
 
 SAVED = "attention"  # the name under which remat policies may keep what the splash kernel's backward pass reads
 LANES = 128  # columns of a TPU register: splash's blocks are multiples of it
@@ -97,6 +99,8 @@ def refusal(kernel: Kernel, hardware: Hardware, cfg: ModelConfig, dtype: Any) ->
         return f"computes in bfloat16, and precision.compute is {jnp.dtype(dtype).name}"
     if cfg.attention_softcap is not None:
         return f"has no soft-caps, and attention_softcap is {cfg.attention_softcap:g}"
+    if FAMILIES[cfg.family].sinks:
+        return f"has no attention sinks, and a {cfg.family} has"
     largest = 256 if hardware.capability >= 9 else 128
     if cfg.head_dim % 8 or cfg.head_dim > largest:
         return f"takes multiples of 8 up to {largest} features a head here, and head_dim is {cfg.head_dim}"
@@ -119,13 +123,13 @@ def within_rows(
     if kernel == "splash":
         square = functools.partial(causal_square, window=window)
         local = functools.partial(splash_rows, mask_of=square, scale=scale, softcap=softcap, interpret=interpret)
-        return lambda query, key, value: per_device(local, query, key, value, segment_ids)
+        return lambda query, key, value, sinks=None: per_device(local, query, key, value, segment_ids, sinks)
     mask = row_mask(segment_ids, window)
     if kernel == "cudnn":
         local = functools.partial(library_rows, scale=scale, implementation="cudnn")
-        return lambda query, key, value: per_device(local, query, key, value, mask)
+        return lambda query, key, value, sinks=None: per_device(local, query, key, value, mask, sinks)
     bias = bias_of(mask)
-    return lambda query, key, value: attention(query, key, value, bias, scale, softcap)
+    return lambda query, key, value, sinks=None: attention(query, key, value, bias, scale, softcap, sinks)
 
 
 def within_groups(
@@ -148,22 +152,23 @@ def within_groups(
         ids = lambda columns: jnp.pad(readable, ((0, 0), (0, columns - readable.shape[1])), constant_values=True)
         mask_of = functools.partial(tree, prompt=readable.shape[1], copies=copies, window=window)
         local = functools.partial(splash_rows, mask_of=mask_of, scale=scale, softcap=softcap, interpret=interpret)
-        return lambda query, key, value: per_device(local, query, key, value, ids(query.shape[1]).astype(jnp.int32))
+        rows = lambda query: ids(query.shape[1]).astype(jnp.int32)
+        return lambda query, key, value, sinks=None: per_device(local, query, key, value, rows(query), sinks)
     if kernel == "cudnn":
         local = functools.partial(library_groups, copies=copies, window=window, scale=scale, implementation="cudnn")
-        return lambda query, key, value: per_device(local, query, key, value, readable)
+        return lambda query, key, value, sinks=None: per_device(local, query, key, value, readable, sinks)
     start, branch = readable.shape[1], copies if where is None else 1
     masks = branch_masks(readable, room, window) if where is None else packed_masks(readable, where, window)
     biases = [bias_of(mask) for mask in masks]
 
-    def attend(query, key, value):
+    def attend(query, key, value, sinks=None):
         kv_heads = key.shape[2]
         keys, values = by_head(key[:, :start]), by_head(value[:, :start])
         within = [(keys[:, :, None], values[:, :, None], biases[0])]
-        prompt = branches(split_copies(query[:, :start], kv_heads, 1), within, scale, softcap)
+        prompt = branches(split_copies(query[:, :start], kv_heads, 1), within, scale, softcap, sinks)
         own = split_keys(key[:, start:], branch), split_keys(value[:, start:], branch), biases[2]
         parts = [(keys, values, biases[1]), own]
-        responses = branches(split_copies(query[:, start:], kv_heads, branch), parts, scale, softcap)
+        responses = branches(split_copies(query[:, start:], kv_heads, branch), parts, scale, softcap, sinks)
         return jnp.concatenate([merge_copies(prompt), merge_copies(responses)], axis=1)
 
     return attend
@@ -200,15 +205,20 @@ def row_mask(segment_ids: Array, window: int | None) -> Array:
     return mask if window is None else within_window(mask, jnp.arange(mask.shape[-1]), window)
 
 
-def per_device(local: Callable, query: Array, key: Array, value: Array, rows: Array) -> Array:
-    """``local(query, key, value, rows)`` on the rows and heads of each device; ``rows`` [B, ...] is split along B."""
+def per_device(
+    local: Callable, query: Array, key: Array, value: Array, rows: Array, sinks: Array | None = None
+) -> Array:
+    """``local(query, key, value, rows)``, and sinks where there are any, on the rows and heads of each device; ``rows``
+    [B, ...] is split along B."""
+    given = (query, key, value, rows) if sinks is None else (query, key, value, rows, sinks)
     if not explicit():
-        return local(query, key, value, rows)
+        return local(*given)
     heads = lambda name, x: partition(("batch", "seq", head_axis(name, x.shape[2]), "head_dim"))
     queries, keys = heads("heads", query), heads("kv_heads", key)
     split = (queries, keys, keys, partition(("batch", *(None,) * (rows.ndim - 1))))
+    split += () if sinks is None else (partition((head_axis("heads", sinks.shape[0]),)),)
     # check_vma: a Pallas kernel does not say over which axes its results vary
-    return jax.shard_map(local, in_specs=split, out_specs=queries, check_vma=False)(query, key, value, rows)
+    return jax.shard_map(local, in_specs=split, out_specs=queries, check_vma=False)(*given)
 
 
 # ---- splash ---------------------------------------------------------------------------------------------------------
@@ -226,6 +236,7 @@ def splash_rows(
     key: Array,
     value: Array,
     segment_ids: Array,
+    sinks: Array | None = None,
     *,
     mask_of: Callable[[int, int], Any],
     scale: float,
@@ -255,7 +266,8 @@ def splash_rows(
     )
     ids = widen(segment_ids)
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
-    out = jax.vmap(kernel)(by_head(scaled), by_head(key), by_head(value), splash.SegmentIds(ids, ids))
+    one = lambda query, key, value, ids: kernel(query, key, value, ids, sinks=sinks)
+    out = jax.vmap(one)(by_head(scaled), by_head(key), by_head(value), splash.SegmentIds(ids, ids))
     return jnp.swapaxes(out, 1, 2)[:, :size]
 
 

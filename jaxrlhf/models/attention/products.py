@@ -34,14 +34,20 @@ def bias_of(mask: Array) -> Array:
 
 
 def attention(
-    query: Array, key: Array, value: Array, bias: Array, scale: float | None = None, softcap: float | None = None
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Softmax attention; the softmax is float32 whatever the inputs are.
 
     query [B, S, H, K]; key, value [B, T, N, K], each for H / N query heads; bias f32[B, 1, S, T] -> [B, S, H, K].
-    ``scale``: of the products, by default 1 / sqrt(K); ``softcap``: see soft_cap."""
+    ``scale``: of the products, by default 1 / sqrt(K); ``softcap``: see soft_cap; ``sinks``: as in branches."""
     grouped, key, value = split_copies(query, key.shape[2], 1), by_head(key), by_head(value)
-    return merge_copies(branches(grouped, [(key[:, :, None], value[:, :, None], bias)], scale, softcap))
+    return merge_copies(branches(grouped, [(key[:, :, None], value[:, :, None], bias)], scale, softcap, sinks))
 
 
 def branches(
@@ -49,12 +55,15 @@ def branches(
     parts: Sequence[tuple[Array | Int8, Array | Int8, Array]],
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Softmax attention of the n samples of a prompt, query [G, N, n, H / N, S, K], over keys that stand in parts.
 
     A part is (keys, values, bias): keys and values [G, N, T, K] are read by all samples and [G, N, n, T, K] by one
     each; the bias is f32, broadcastable to [G, n, S, T]. So a prompt that samples share stands in memory once, and
-    their queries meet it in one product. Returns the shape of ``query``."""
+    their queries meet it in one product. ``sinks`` [H]: a logit of each head beside those of its keys, whose share of
+    the softmax no value gets (Xiao et al. 2023, arXiv:2309.17453; learned in gpt-oss). Returns the shape of ``query``.
+    """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     query = query * jnp.asarray(scale, query.dtype)
     logits = []
@@ -64,9 +73,11 @@ def branches(
         products = jnp.einsum(f"bkngsd,{letters}->bkngst", query, key, preferred_element_type=jnp.float32)
         products = products if steps is None else products * steps
         logits.append(soft_cap(products, softcap) + bias[:, None, :, None])
-    peak = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in logits])
-    weights = [jnp.exp(x - jax.lax.stop_gradient(peak)) for x in logits]
-    total = functools.reduce(jnp.add, [x.sum(-1, keepdims=True) for x in weights])
+    extra = [] if sinks is None else [sinks_of(sinks, query)]
+    peak = functools.reduce(jnp.maximum, [*(x.max(-1, keepdims=True) for x in logits), *extra])
+    weigh = lambda x: jnp.exp(x - jax.lax.stop_gradient(peak))
+    weights = [weigh(x) for x in logits]
+    total = functools.reduce(jnp.add, [*(x.sum(-1, keepdims=True) for x in weights), *map(weigh, extra)])
     mixed = []
     for weight, (_, value, _) in zip(weights, parts, strict=True):
         value, steps = widened(value, query.dtype)
@@ -74,6 +85,13 @@ def branches(
         weight = (weight if steps is None else weight * steps).astype(value.dtype)
         mixed.append(jnp.einsum(f"bkngst,{letters}->bkngsd", weight, value, preferred_element_type=jnp.float32))
     return (functools.reduce(jnp.add, mixed) / total).astype(query.dtype)
+
+
+def sinks_of(sinks: Array, query: Array) -> Array:
+    """[H] -> f32[1, N, 1, H / N, 1, 1], beside the products of ``query`` as split_copies made it."""
+    _, kv_heads, _, group, _, _ = query.shape
+    layout = spec(None, head_axis("kv_heads", kv_heads), None, None, None, None)
+    return jax.lax.reshape(sinks.astype(jnp.float32), (1, kv_heads, 1, group, 1, 1), out_sharding=layout)
 
 
 def widened(x: Array | Int8, dtype) -> tuple[Array, Array | None]:

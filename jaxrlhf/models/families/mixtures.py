@@ -1,7 +1,7 @@
-"""Mixtures of experts: Mixtral, the mixtures of Qwen 3, and OLMoE."""
+"""Mixtures of experts: Mixtral, the mixtures of Qwen 3, OLMoE, and gpt-oss."""
 
 from jaxrlhf.models.families.llama import FIELDS, HEAD_NORMS, LLAMA, PLAIN, SILU, WHOLE_NORMS
-from jaxrlhf.models.families.traits import Module, Windows
+from jaxrlhf.models.families.traits import Module, Rope, Windows
 
 
 def expert_modules(branch: str, gate: str, up: str, down: str) -> dict[str, Module]:
@@ -73,8 +73,59 @@ OLMOE = QWEN3_MOE._replace(
     windows=None,
 )
 
+EXPERTS = "model.layers.{layer}.mlp.experts"
+GATE_UP, DOWN = (
+    Module(f"{EXPERTS}.{name}_proj", layout, weight="", bias="_bias")
+    for name, layout in (("gate_up", "expert embed_of_expert mlp.part"), ("down", "expert mlp embed_of_expert"))
+)
+GPT_OSS = LLAMA._replace(
+    model_type="gpt_oss",
+    classes={"lm": "GptOssForCausalLM", "scalar": "GptOssForSequenceClassification"},
+    fields=FIELDS
+    | {
+        "num_kv_heads": ("num_key_value_heads", 8),
+        "head_dim": ("head_dim", 64),
+        "max_positions": ("max_position_embeddings", 131072),
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "attention_bias": ("attention_bias", True),
+        "num_experts": ("num_local_experts", 128),
+        "experts_per_token": ("num_experts_per_tok", 4),
+    },
+    fixed=SILU | {"swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
+    modules=AROUND
+    | {
+        "layers.attention.softmax": Module("model.layers.{layer}.self_attn", "heads"),
+        "layers.mlp.router": Module("model.layers.{layer}.mlp.router", "routes embed"),
+        "layers.mlp.experts.gate": GATE_UP,
+        "layers.mlp.experts.up": GATE_UP,
+        "layers.mlp.experts.down": DOWN,
+    },
+    aliases={"num_experts": "num_local_experts"},
+    rope=Rope(
+        theta=("rope_theta", 150000.0),
+        absent={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    ),
+    windows=Windows(size=128, optional=False),
+    quantized=("mxfp4",),
+)
+
 FAMILIES = {
     "mixtral": PLAIN._replace(experts="normalized", hf=MIXTRAL),
     "qwen3_moe": PLAIN._replace(query_key_norm="head", experts="plain", hf=QWEN3_MOE),
     "olmoe": PLAIN._replace(query_key_norm="all", experts="plain", hf=OLMOE),
+    # the softmax over the logits of the chosen experts is that over all, divided by what the chosen have of it
+    "gpt_oss": PLAIN._replace(
+        activation="clamped",
+        attention_bias=True,
+        mlp_bias=True,
+        sinks=True,
+        global_every=2,
+        experts="normalized",
+        hf=GPT_OSS,
+    ),
 }

@@ -9,7 +9,8 @@ from jaxrlhf.types import Head
 class Module(NamedTuple):
     """Where the tensors of one module (linear map, norm, embedding) are in a safetensors file, and in which layout.
 
-    The file has <name>.weight and <name>.bias, one pair a layer. ``layout`` names the axes of the weight:
+    The file has <name>.weight and <name>.bias, one pair a layer, or ends their names otherwise. ``layout`` names the
+    axes of the weight:
         - A blank separates dimensions. A dot joins axes that share a dimension, the slowest first.
         - "heads.head_dim embed" is a torch Linear [H * K, D]; "embed heads.head_dim" is its transpose.
         - A bias has the dimensions that our bias has. "1" is a dimension of that size, which ours lacks.
@@ -17,10 +18,13 @@ class Module(NamedTuple):
     Several modules with one name share one fused tensor. ``part`` is the axis that counts them, in the table's order:
         - "part.heads.head_dim embed": all queries, then all keys, then all values; their sizes may differ.
         - "heads.part.head_dim embed": query, key and value of head 0, then those of head 1, and so on.
+        - "expert embed_of_expert mlp.part": gate and up of feature 0, then those of feature 1; all experts in one.
     """
 
     name: str  # {layer} stands for the layer's number, {expert} for the expert's
     layout: str
+    weight: str = ".weight"  # behind the name
+    bias: str = ".bias"
 
 
 class Rope(NamedTuple):
@@ -33,6 +37,7 @@ class Rope(NamedTuple):
     local_theta: tuple[str, float] | None = None  # of local layers; rope_parameters then has an object a kind of layer
     query_beta: str | None = None  # of rope_parameters, required: RopeScaling.query_beta; None: queries are not scaled
     original: int | None = None  # original_max_position_embeddings where absent; None: max_positions
+    absent: Mapping[str, Any] = {}  # rope_parameters where config.json has neither these nor rope_scaling
 
 
 class Windows(NamedTuple):
@@ -65,13 +70,14 @@ class HuggingFace(NamedTuple):
     # (a list with a 0 for each layer without positions, without that list: the field that overrides Family.nope_every)
     nope: tuple[str, str] | None = None
     left: str = "(?!)"  # regular expression: tensors of other parts of the model, which are not read
+    quantized: tuple[str, ...] = ()  # values of quantization_config.quant_method whose files are read
 
 
 class Family(NamedTuple):
     """The traits of a family's decoder block, and its names."""
 
     norm: Literal["rms", "layer"]
-    activation: Literal["silu", "gelu_tanh", "gelu"]
+    activation: Literal["silu", "gelu_tanh", "gelu", "clamped"]  # clamped: see transformer.clamped_swiglu
     gated: bool  # mlp: down(act(gate(x)) * up(x)), else down(act(up(x)))
     positions: Literal["rope", "learned"]
     hf: HuggingFace
@@ -85,6 +91,7 @@ class Family(NamedTuple):
     parallel_residual: bool = False  # x + attention(x) + mlp(x), unless the config says
     has_linear: bool = False  # layers are gated delta nets, but for the global ones
     output_gate: bool = False  # attention's queries come with a gate, whose sigmoid its output is multiplied by
+    sinks: bool = False  # each head of attention has a learned logit beside its keys' that adds to the softmax's sum
     global_every: int = 0  # where there is a window or are linear layers, every n-th layer is global; 0: none
     nope_every: int = 0  # attention of every n-th layer has no positions (NoPE); 0: of none
     # each layer's mlp is experts behind a router; "normalized": the weights of a token's experts sum to 1 unless the

@@ -11,7 +11,7 @@ from etils import epath
 
 from jaxrlhf.errors import content_of
 from jaxrlhf.models.config import LayerType, LayerTypes, ModelConfig, layer_types_of, resolve
-from jaxrlhf.models.families import FAMILIES, Windows
+from jaxrlhf.models.families import FAMILIES, HuggingFace, Windows
 from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS, Wrapper
 from jaxrlhf.models.files.hf_fields import checked, parse_field, refuse_unsupported
 from jaxrlhf.models.files.hf_folder import SINGLE, read_json
@@ -63,7 +63,7 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
     names = family.hf
     raw = by_first_names(raw, names.aliases, where)
     check_auto_map(raw.get("auto_map"), names.classes, where)
-    refuse_unsupported(raw, ALWAYS | names.fixed, where)
+    refuse_unsupported(without_quantization(raw, names), ALWAYS | names.fixed, where)
     head = parse_head(raw, names.classes, where, scored)
     found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
     if found["num_layers"] > MOST_LAYERS:
@@ -85,6 +85,13 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
         return resolve(ModelConfig(**{"family": families[kind], **found})), head
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def without_quantization(raw: Mapping[str, Any], names: HuggingFace) -> Mapping[str, Any]:
+    """``raw`` without quantization_config where that is of a kind whose tensors are read: these say what they hold."""
+    how = raw.get("quantization_config")
+    read = isinstance(how, dict) and how.get("quant_method") in names.quantized
+    return {name: value for name, value in raw.items() if not (read and name == "quantization_config")}
 
 
 def by_first_names(raw: Mapping[str, Any], aliases: Mapping[str, str], where: str) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from etils import epath
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES, HuggingFace
 from jaxrlhf.models.families.wrappers import TEXT_NAMES
-from jaxrlhf.models.files import gguf
+from jaxrlhf.models.files import gguf, mxfp4
 from jaxrlhf.models.files.hf_folder import INDEX, SINGLE, VALUE_HEAD, read_json
 from jaxrlhf.models.files.hf_layout import SCORE, LeafTensors, find_sources, score_bias
 from jaxrlhf.types import Head
@@ -45,7 +45,9 @@ def examine(folder: epath.PathLike, cfg: ModelConfig, head: Head) -> Contents:
     that is missing, of another shape, or that such a model has no place for."""
     folder = epath.Path(folder)
     opened = open_weights(folder)
-    tensors, left = plain_names(opened, FAMILIES[cfg.family].hf, is_wrapped(folder), str(folder))
+    names = FAMILIES[cfg.family].hf
+    tensors, left = plain_names(opened, names, is_wrapped(folder), str(folder))
+    tensors = mxfp4.joined(tensors, str(folder)) if "mxfp4" in names.quantized else tensors
     heads = [name.removeprefix(TRL_PREFIX) for name in opened]
     called = {HEAD_NAMES.sub(rf"{SCORE.name}.\1", name): name for name in heads if HEAD_NAMES.fullmatch(name)}
     sources, has_score = find_sources(cfg, head), f"{SCORE.name}.weight" in tensors

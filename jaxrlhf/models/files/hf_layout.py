@@ -11,7 +11,7 @@ from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.types import Head
 
-OWN_NAMES = ("bias", "A_log", "dt_bias")  # leaves that files call by their names; the others are a module's weight
+OWN_NAMES = ("A_log", "dt_bias", "sinks")  # leaves that files call by their names; the others are weights and biases
 SCORE = Module("score", "score embed")  # the scalar head, in every family; classes of transformers have no bias there
 
 
@@ -88,7 +88,7 @@ def find_sources(cfg: ModelConfig, head: Head) -> dict[str, LeafTensors]:
     for path, leaf in sorted(leaves.items(), key=lambda item: order[item[0].rpartition(".")[0]]):
         module, _, kind = path.rpartition(".")
         place = path.split(".")[1] if leaf.axes[0] == "layers" else None
-        source = make_source(modules[module], kind if kind in OWN_NAMES else "weight", leaf, cfg, place)
+        source = make_source(modules[module], kind, leaf, cfg, place)
         found[path] = source._replace(before=length.get(source.name, 0))
         length[source.name] = found[path].before + source.own()
     return {path: source._replace(total=length[source.name]) for path, source in found.items()}
@@ -99,8 +99,9 @@ def score_bias(cfg: ModelConfig) -> LeafTensors:
     return make_source(SCORE, "bias", leaves_of(cfg, "scalar")["head.bias"], cfg)._replace(total=1)
 
 
-def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig, branch: str | None = None) -> LeafTensors:
-    """Where ``leaf`` of ``module`` is, but for its place among parts; ``branch`` of the layers that it is in."""
+def make_source(module: Module, kind: str, leaf: Leaf, cfg: ModelConfig, branch: str | None = None) -> LeafTensors:
+    """Where ``leaf``, the ``kind`` of ``module``, is, but for its place among parts; ``branch`` of the layers that it
+    is in."""
     layers = None if branch is None else layers_with(cfg, branch)
     experts = cfg.num_experts if "{expert}" in module.name else None
     count = (layers is not None) + (experts is not None)
@@ -110,4 +111,5 @@ def make_source(module: Module, suffix: str, leaf: Leaf, cfg: ModelConfig, branc
         sizes["vocab"] = cfg.vocab_size or sizes["vocab"]
     dims = tuple(tuple(dim.split(".")) for dim in module.layout.split())
     dims = tuple(dim for dim in dims if set(dim) - {"part", "1"} <= set(axes))  # a bias has some of the weight's
-    return LeafTensors(f"{module.name}.{suffix}", dims, axes, sizes, layers, experts=experts)
+    ending = f".{kind}" if kind in OWN_NAMES else module.bias if kind == "bias" else module.weight
+    return LeafTensors(module.name + ending, dims, axes, sizes, layers, experts=experts)

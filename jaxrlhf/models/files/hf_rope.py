@@ -25,7 +25,8 @@ def parse_rope(raw: Mapping[str, Any], names: Rope, max_positions: int, where: s
         rope, local, spelling = split_layers(raw, where)
     else:
         spelling = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-        rope, local = flat(raw.get(spelling), f"{where}: {spelling}"), {}
+        given = raw.get(spelling)
+        rope, local = flat(names.absent if given is None else given, f"{where}: {spelling}"), {}
     what = f"{where}: {spelling}"
     found: dict[str, Any] = {"rope_theta": number(rope, raw, names.theta, "rope_theta", what)}
     if names.local_theta:

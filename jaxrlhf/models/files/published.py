@@ -85,6 +85,13 @@ QWEN3_30B_A3B = shape(
 )
 MIXTRAL: dict[str, Any] = {"num_experts": 8, "experts_per_token": 2, "norm_eps": 1e-5, "rope_theta": 1e6}
 MIXTRAL_8X7B = shape("mixtral", 32000, 4096, 32, 32, 8, 14336, 32768, **MIXTRAL)
+GPT_OSS: dict[str, Any] = {"head_dim": 64, "experts_per_token": 4, "norm_eps": 1e-5, "sliding_window": 128}
+GPT_OSS |= {
+    "rope_theta": 150000.0,
+    "rope_scaling": RopeScaling("yarn", 32.0, original_max_positions=4096, truncate=False),
+}
+GPT_OSS_20B = shape("gpt_oss", 201088, 2880, 24, 64, 8, 2880, 131072, num_experts=32, **GPT_OSS)
+GPT_OSS_120B = shape("gpt_oss", 201088, 2880, 36, 64, 8, 2880, 131072, num_experts=128, **GPT_OSS)
 QWEN3_5: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e7, "rotary_fraction": 0.25, "head_dim": 256}
 QWEN3_5 |= {"linear_key_heads": 16, "linear_key_dim": 128, "linear_value_dim": 128, "convolution_size": 4}
 QWEN3_5_0_8B = shape("qwen3_5_text", 248320, 1024, 24, 8, 2, 3584, 262144, tied=True, linear_value_heads=16, **QWEN3_5)
@@ -113,6 +120,8 @@ SHAPES: dict[str, ModelConfig] = {
     "Qwen/Qwen3-30B-A3B": QWEN3_30B_A3B,
     "mistralai/Mixtral-8x7B-v0.1": MIXTRAL_8X7B,
     "mistralai/Mixtral-8x7B-Instruct-v0.1": MIXTRAL_8X7B,
+    "openai/gpt-oss-20b": GPT_OSS_20B,
+    "openai/gpt-oss-120b": GPT_OSS_120B,
     "Qwen/Qwen3.5-0.8B": QWEN3_5_0_8B,
     "Qwen/Qwen3.5-0.8B-Base": QWEN3_5_0_8B,
     "Qwen/Qwen3.5-4B": QWEN3_5_4B,
