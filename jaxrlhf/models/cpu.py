@@ -4,8 +4,12 @@ The core asks these functions by name. Two more rules for CPUs stay where they a
 in place of a comparison) and linear.by_output (the product behind ``decodes_by_output``).
 """
 
+import jax
+import jax.numpy as jnp
+
 from jaxrlhf.models.attention.kernels import Hardware
-from jaxrlhf.sharding import split_over
+from jaxrlhf.sharding import explicit, split_over
+from jaxrlhf.types import Array
 
 # Rows of a device. XLA's product of few rows is up to twice as fast with the weights on its left, each row of them read
 # once and in order. With 64 rows, rollouts took 1.04 to 1.35 of the time.
@@ -48,3 +52,29 @@ def experts_in_blocks(hardware: Hardware) -> bool:
 
     XLA:CPU lowers ragged_dot to a product of all rows with all experts: 16 times the work at 16 experts."""
     return hardware.platform == "cpu"
+
+
+def not_before(x: Array, after: Array) -> Array:
+    """The integers ``x``, as they are, where XLA must compute ``after`` first; on every platform.
+
+    An optimization barrier says so, but XLA:CPU drops it before it merges what is equal and orders the operations: it
+    would make wide numbers of the 4 or 8 bits of all layers at once, and keep them for the backward pass. There the
+    lowest bits of one number of ``after`` are made 0 in a way that XLA does not see through, and joined to ``x``. In
+    place of 7.5 layers a gradient then takes 1.6 beside its arguments, in 0.4 to 1 of the time."""
+    device = jax.sharding.get_abstract_mesh().abstract_device  # None: no mesh is current
+    platform = jax.default_backend() if device is None else device.platform
+    return joined(x, after) if platform == "cpu" else jax.lax.optimization_barrier((x, after))[0]
+
+
+def joined(x: Array, after: Array) -> Array:
+    """``not_before`` on a CPU: each device waits for its own part of ``after``."""
+
+    def one(x: Array, after: Array) -> Array:
+        number = after[(0,) * after.ndim]
+        bits = jax.lax.bitcast_convert_type(number, jnp.dtype(f"uint{8 * number.dtype.itemsize}")) & 127
+        return x | jnp.minimum(bits.astype(jnp.int32), 0).astype(x.dtype)
+
+    if not explicit():
+        return one(x, after)
+    own, other = (jax.typeof(part).sharding.spec for part in (x, after))
+    return jax.shard_map(one, in_specs=(own, other), out_specs=own, check_vma=False)(x, after)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from jaxrlhf.models.cpu import not_before
 from jaxrlhf.models.int8 import Int8, quantized
 from jaxrlhf.models.parameters import Axes, inputs
 from jaxrlhf.models.quantized import PACKED, Packed, part_axes, unpacked
@@ -250,7 +251,8 @@ times_packed.defvjp(times_packed_forward, times_packed_backward)
 def used_packed(kernel: Packed, after: Array, axes: Axes) -> Packed:
     """``used_whole``, not before ``after`` is there: else XLA could compute the weights of all layers, or for all
     tokens, at once and keep them."""
-    return jax.lax.optimization_barrier((used_whole(kernel, axes), after))[0]
+    bits, scale = used_whole(kernel, axes)
+    return type(kernel)(not_before(bits, after), scale)
 
 
 def used_whole(kernel: Packed, axes: Axes) -> Packed:
