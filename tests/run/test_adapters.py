@@ -300,6 +300,13 @@ def change(folder: Path, **fields) -> None:
         ({"rank": 4}, {}, "models.policy.adapter.rank: 4: {folder} has 2; nearest: 2"),
         ({"targets": ["query"]}, {}, "models.policy.adapter.targets: query: {folder} holds "),
         ({}, {"use_dora": True}, "models.policy.adapter.init_from: {folder}/adapter_config.json: use_dora: true"),
+        (
+            {},
+            {"init_lora_weights": "pissa"},
+            "models.policy.adapter.init_from: {folder}/adapter_config.json: init_",
+        ),
+        ({}, {"alora_invocation_tokens": [1]}, "models.policy.adapter.init_from: {folder}/adapter_config.json: alora_"),
+        ({}, {"lora_alpha": 10**400}, "models.policy.adapter.init_from: {folder}/adapter_config.json: lora_alpha: "),
         ({}, {"r": "2"}, 'models.policy.adapter.init_from: {folder}/adapter_config.json: r: "2"; expected a rank'),
     ],
 )

@@ -26,6 +26,7 @@ from jaxrlhf.types import Array, Head, Params
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of transformers' names
 SCORE = f"{PREFIX}score."
+MOST_ALPHA = 1e30  # what a float32 holds with room to spare
 # fields that would mean another adapter -> what they may be
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -38,6 +39,15 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None,),
     "modules_to_save": (None, ["score"]),
     "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "use_rslora": (False, True, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    # the others (pissa, olora, corda, loftq, lora_ga) change the frozen weights as well
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -87,8 +97,10 @@ def read_shape(folder: epath.PathLike) -> LoraConfig:
     rank, alpha = raw.get("r"), raw.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"adapter.init_from: {where}: r: {show(rank)}; expected a rank of 1 or more")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise ValueError(f"adapter.init_from: {where}: lora_alpha: {show(alpha)}; expected more than 0")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < MOST_ALPHA:
+        raise ValueError(
+            f"adapter.init_from: {where}: lora_alpha: {show(alpha)}; expected more than 0, less than {MOST_ALPHA:g}"
+        )
     return LoraConfig(rank=rank, alpha=float(alpha), rslora=bool(raw.get("use_rslora")), init_from=os.fspath(folder))
 
 
