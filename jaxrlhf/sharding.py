@@ -18,20 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-AXES = ("slice", "data", "fsdp", "decode", "expert", "tensor")
-SPLIT_ROWS = ("slice", "data", "fsdp", "decode", "expert")  # all that is not tensor
+AXES = ("slice", "data", "fsdp", "decode", "expert", "context", "tensor")
+SPLIT_ROWS = ("slice", "data", "fsdp", "decode", "expert")  # all that is not context or tensor
 DEVICES = "devices"  # the axis of pmap
 Rules = dict[str, str | tuple[str, ...] | None]
 
 # logical axis -> mesh axes. Weights are stored split over fsdp (and decode, which is a part of it) and gathered where
-# they are used (models/linear.py); activations split their rows over all that is not tensor.
+# they are used (models/linear.py); activations split their rows over all that is not context or tensor.
 RULES: Rules = {
     "batch": SPLIT_ROWS,
     "rows": AXES,  # as batch, and over the devices that share its rows too
     "seq": None,
     "hidden": None,  # features of an activation
-    "embed": ("fsdp", "decode", "expert"),  # the same features in a weight
-    "embed_of_expert": ("fsdp", "decode"),  # and in a weight of an expert
+    "embed": ("fsdp", "decode", "expert", "context"),  # the same features in a weight
+    "embed_of_expert": ("fsdp", "decode", "context"),  # and in a weight of an expert
     "embed_of_group": "fsdp",  # those that a decode group has together
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -47,12 +47,14 @@ RULES: Rules = {
     "rank": None,  # of an adapter: columns of A, rows of B
     "observation": None,  # numbers of an environment's observation
 }
+# Where the mesh has an axis context, it splits the columns of activations (models/split_columns.py).
+CONTEXT_RULES: Rules = RULES | {"seq": "context"}
 # While responses are sampled no weight is gathered for a token: those of a decode group share one copy among them, as
-# tensor does, and their rows.
+# tensor does, and their rows. Devices along context have rows of their own: a token is one column.
 DECODE_RULES: Rules = RULES | {
-    "batch": ("slice", "data", "fsdp", "expert"),
-    "embed": ("fsdp", "expert"),
-    "embed_of_expert": "fsdp",
+    "batch": ("slice", "data", "fsdp", "expert", "context"),
+    "embed": ("fsdp", "expert", "context"),
+    "embed_of_expert": ("fsdp", "context"),
     **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("decode", "tensor")),
 }
 # What is traced depends on these, so they are part of the key under which JAX keeps what it has traced: no program that
@@ -71,17 +73,22 @@ class MeshConfig:
     slices: int = 1  # of a TPU, joined by the data-center network: copies of all the above
     decode: int = 1  # of the fsdp devices: how many share a copy of the weights, and rows, while responses are sampled
     expert: int = 1  # devices that share the experts, and other weights as fsdp does, each with its own rows
+    context: int = 1  # devices that share the columns of a row, and weights as fsdp does; each samples rows of its own
     _: dataclasses.KW_ONLY
     style: Literal["mesh", "pmap"] = "mesh"  # pmap: jax.pmap over the devices of this process, data only
+
+
+ALWAYS_SHOWN = ("data", "fsdp", "tensor")
 
 
 def mesh_shape(cfg: MeshConfig, num_devices: int, place: str = "here") -> tuple[int, ...]:
     """Sizes along AXES. Raises ValueError, in one line, when they do not multiply to ``num_devices``, which are
     ``place``."""
-    sizes = {"slices": cfg.slices, "data": cfg.data, "fsdp": cfg.fsdp, "expert": cfg.expert, "tensor": cfg.tensor}
-    shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if name not in ("slices", "expert") or size != 1)
+    named = ("slices", "data", "fsdp", "expert", "context", "tensor")
+    sizes: dict[str, int] = {name: getattr(cfg, name) for name in named}
+    shown = ", ".join(f"{name}={size}" for name, size in sizes.items() if name in ALWAYS_SHOWN or size != 1)
     given = [*sizes.values()]
-    if cfg.style == "pmap" and (given != [1, cfg.data, 1, 1, 1] or cfg.decode != 1):
+    if cfg.style == "pmap" and (given != [1, cfg.data, 1, 1, 1, 1] or cfg.decode != 1):
         raise ValueError(f"mesh: ({shown}): style pmap splits rows only; expected data alone, or style: mesh")
     if given.count(-1) > 1 or any(size < 1 and size != -1 for size in given) or cfg.slices < 1:
         raise ValueError(f"mesh: ({shown}): sizes are positive, and at most one is -1 (the rest of the devices)")
@@ -89,11 +96,11 @@ def mesh_shape(cfg: MeshConfig, num_devices: int, place: str = "here") -> tuple[
     if num_devices % known or (-1 not in given and known != num_devices):
         count = f"a multiple of {known}" if -1 in given else known
         raise ValueError(f"mesh: ({shown}) needs {count} devices; there are {num_devices} {place}")
-    slices, data, fsdp, expert, tensor = (num_devices // known if size == -1 else size for size in given)
+    slices, data, fsdp, expert, context, tensor = (num_devices // known if size == -1 else size for size in given)
     if cfg.decode < 1 or fsdp % cfg.decode:
         nearest = math.gcd(fsdp, max(cfg.decode, 1))
         raise ValueError(f"mesh.decode: {cfg.decode}: expected a divisor of fsdp={fsdp}; nearest: {nearest}")
-    return slices, data, fsdp // cfg.decode, cfg.decode, expert, tensor
+    return slices, data, fsdp // cfg.decode, cfg.decode, expert, context, tensor
 
 
 def make_mesh(cfg: MeshConfig, devices: list | None = None) -> Mesh:
@@ -133,14 +140,20 @@ def current(mesh: Mesh) -> Iterator[None]:
 
 def in_steps(mesh: Mesh) -> bool:
     """Whether weights are better gathered within decode groups first, then over fsdp, and their gradients scattered the
-    other way round: where all of fsdp lies along three axes of a torus, and that of one decode rank along fewer.
+    other way round: where all of fsdp (and context) lies along three axes of a torus, and that of one decode rank
+    along fewer.
 
     XLA:TPU (libtpu 0.0.52, v5p) gathers and scatters along one axis or two; along three it sums whole weights, of zeros
     but for each device's part, which sends twice the bytes."""
     if is_pmap(mesh):
         return False
-    devices = mesh.devices[0, 0, :, :, 0, 0]
-    return torus_axes(devices) > 2 >= torus_axes(devices[:, :1])
+    devices = sharing(mesh)
+    return torus_axes(devices) > 2 >= torus_axes(devices[:, :1, :1])
+
+
+def sharing(mesh: Mesh) -> np.ndarray:
+    """[fsdp, decode, context]: devices that share a copy of the weights, of the first experts and the first heads."""
+    return mesh.devices[0, 0, :, :, 0, :, 0]
 
 
 def gathers_in_steps() -> bool:
@@ -150,7 +163,7 @@ def gathers_in_steps() -> bool:
 
 def sums_whole(mesh: Mesh) -> bool:
     """Whether XLA sums whole weights, as ``in_steps`` says, and steps are of no use."""
-    return not is_pmap(mesh) and not in_steps(mesh) and torus_axes(mesh.devices[0, 0, :, :, 0, 0]) > 2
+    return not is_pmap(mesh) and not in_steps(mesh) and torus_axes(sharing(mesh)) > 2
 
 
 def torus_axes(devices: np.ndarray) -> int:
@@ -203,7 +216,9 @@ def partition(names: tuple[str | None, ...]) -> PartitionSpec:
 
 def rules_in_force() -> Rules:
     """The table that logical axes are looked up in."""
-    return DECODE_RULES if DECODING.value else RULES
+    if DECODING.value:
+        return DECODE_RULES
+    return CONTEXT_RULES if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1 else RULES
 
 
 def decoding() -> contextlib.AbstractContextManager[None]:
@@ -215,9 +230,14 @@ def split_over(*names: str) -> int:
     """Over how many devices the current mesh splits the logical axes ``names`` together; 1 without an explicit mesh."""
     if not explicit():
         return 1
-    shape, rules = jax.sharding.get_abstract_mesh().shape, rules_in_force()
-    axes = [axis for rule in map(rules.get, names) for axis in ((rule,) if isinstance(rule, str) else rule or ())]
-    return math.prod(shape[axis] for axis in axes)
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in mesh_axes(*names))
+
+
+def mesh_axes(*names: str) -> list[str]:
+    """The mesh axes that split the logical axes ``names``."""
+    rules = map(rules_in_force().get, names)
+    return [axis for rule in rules for axis in ((rule,) if isinstance(rule, str) else rule or ())]
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -226,11 +246,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def used_often(x: jax.Array, *names: str | None) -> jax.Array:
-    """``constrain``, where rows that devices split meet ``x`` in several products, in a loop say: each device adds up
-    the gradient of its own rows, and what they all have is summed once, where this is differentiated."""
+    """``constrain``, where tokens that devices split meet ``x`` in several products, in a loop say: each device adds up
+    the gradient of its own tokens, and what they all have is summed once, where this is differentiated."""
     if not explicit():
         return x
-    return jax.sharding.reshard(x, PartitionSpec(*partition(names), reduced=frozenset(SPLIT_ROWS)))
+    return jax.sharding.reshard(x, PartitionSpec(*partition(names), reduced=frozenset(mesh_axes("batch", "seq"))))
 
 
 def whole_rows(x: jax.Array) -> jax.Array:
@@ -248,6 +268,15 @@ def split_columns(x: jax.Array, *sizes: int) -> jax.Array:
     whose = jax.typeof(x).sharding.spec
     layout = PartitionSpec(whose[0], *(None,) * len(sizes), *whose[2:]) if explicit() else None
     return jax.lax.reshape(x, (rows, *sizes, *rest), out_sharding=layout)
+
+
+def reshaped(x: jax.Array, shape: Sequence[int], takes: Sequence[int | None]) -> jax.Array:
+    """``x`` in another ``shape``, whose dimension i is split as dimension takes[i] of ``x`` is; None: not at all."""
+    layout = None
+    if explicit():
+        whose = jax.typeof(x).sharding.spec
+        layout = PartitionSpec(*(None if axis is None else whose[axis] for axis in takes))
+    return jax.lax.reshape(x, tuple(shape), out_sharding=layout)
 
 
 def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -279,3 +308,13 @@ def row_layout(mesh: Mesh, ndim: int) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are split."""
     return mesh.size // row_layout(mesh, 1).shard_shape((mesh.size,))[0]
+
+
+def prompt_shards(mesh: Mesh) -> int:
+    """Over how many devices prompts have to divide: as the rows of a batch, and while responses are sampled."""
+    return batch_shards(mesh) * context_of(mesh)
+
+
+def context_of(mesh: Mesh) -> int:
+    """Devices that share the columns of a row."""
+    return mesh.shape.get("context", 1)

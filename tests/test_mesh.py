@@ -26,7 +26,13 @@ from jaxrlhf.types import Batch, TrainState
 from tests.support import tiny
 
 ALONE = (1, 1, 1)
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 2, 2, 2), (1, 8, 1, 1, 4)]  # data, fsdp, tensor, slices, decode, expert
+MESHES = [
+    (8, 1, 1),
+    (2, 2, 2),
+    (1, 4, 2),
+    (1, 2, 2, 2),
+    (1, 8, 1, 1, 4),
+]  # data, fsdp, tensor, slices, decode, expert, context
 Shape = tuple[int, ...] | int  # of a mesh, or the devices of a pmap
 ITERATIONS = 5
 
@@ -204,6 +210,10 @@ def test_noise_has_the_same_bits(shape):
 NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
 # all axes but data, whose rows are split as those of slices and fsdp are
 RUNS: list = [((1, 2, 2, 2, 2), "groups"), ((1, 2, 2, 1, 2), "adapters"), ((1, 2, 2, 1, 1, 2), "experts")]
+RUNS += [((1, 2, 2, 1, 1, 1, 2), "groups")]
+RUNS += [NIGHTLY(shape, "groups") for shape in ((1, 2, 1, 1, 1, 1, 4), (1, 4, 1, 1, 2, 1, 2))]
+RUNS += [NIGHTLY((1, 1, 1, 1, 1, 1, 4), "trunk"), NIGHTLY((1, 1, 2, 1, 1, 1, 2), "adapters")]
+RUNS += [NIGHTLY((1, 1, 1, 1, 1, 2, 2), "experts"), NIGHTLY((1, 2, 2, 1, 1, 1, 2), "odd")]
 RUNS += [NIGHTLY(shape, "experts") for shape in ((1, 1, 2, 1, 1, 4), (1, 2, 2, 1, 2, 2), (2, 2, 2))]
 RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters packed", "adapters trunk")]
 # by day: test_optim, updates alone
@@ -267,7 +277,7 @@ def test_nothing_is_compiled_twice(shape, which):
         assert not before.shape or before.sharding == after.sharding
 
 
-FSDP = ("fsdp", "decode", "expert")
+FSDP = ("fsdp", "decode", "expert", "context")
 
 
 def table(kv_axis: str | None, axis: str | None = "tensor") -> dict:

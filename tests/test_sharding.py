@@ -19,15 +19,16 @@ from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape
 @pytest.mark.parametrize(
     ("cfg", "devices", "shape"),
     [
-        (MeshConfig(), 1, (1, 1, 1, 1, 1, 1)),
-        (MeshConfig(), 8, (1, 8, 1, 1, 1, 1)),
-        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 1, 1, 2)),
-        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 1, 4, 1, 1, 2)),
-        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (1, 2, 3, 1, 1, 1)),
-        (MeshConfig(slices=2, fsdp=2), 8, (2, 2, 2, 1, 1, 1)),
-        (MeshConfig(data=1, fsdp=4, tensor=2, decode=2), 8, (1, 1, 2, 2, 1, 2)),
-        (MeshConfig(data=1, fsdp=2, expert=-1), 8, (1, 1, 2, 1, 4, 1)),
-        (MeshConfig(style="pmap"), 8, (1, 8, 1, 1, 1, 1)),
+        (MeshConfig(), 1, (1, 1, 1, 1, 1, 1, 1)),
+        (MeshConfig(), 8, (1, 8, 1, 1, 1, 1, 1)),
+        (MeshConfig(data=2, fsdp=-1, tensor=2), 8, (1, 2, 2, 1, 1, 1, 2)),
+        (MeshConfig(data=1, fsdp=4, tensor=2), 8, (1, 1, 4, 1, 1, 1, 2)),
+        (MeshConfig(data=2, fsdp=3, tensor=-1), 6, (1, 2, 3, 1, 1, 1, 1)),
+        (MeshConfig(slices=2, fsdp=2), 8, (2, 2, 2, 1, 1, 1, 1)),
+        (MeshConfig(data=1, fsdp=4, tensor=2, decode=2), 8, (1, 1, 2, 2, 1, 1, 2)),
+        (MeshConfig(data=1, fsdp=2, expert=-1), 8, (1, 1, 2, 1, 4, 1, 1)),
+        (MeshConfig(data=1, fsdp=2, context=-1, tensor=2), 8, (1, 1, 2, 1, 1, 2, 2)),
+        (MeshConfig(style="pmap"), 8, (1, 8, 1, 1, 1, 1, 1)),
     ],
 )
 def test_mesh_shape(cfg, devices, shape):
@@ -52,6 +53,8 @@ def test_mesh_shape(cfg, devices, shape):
         (MeshConfig(fsdp=4, decode=3, data=2), 8, ["mesh.decode: 3: expected a divisor of fsdp=4", "nearest: 1"]),
         (MeshConfig(expert=3), 8, ["data=-1, fsdp=1, expert=3", "needs a multiple of 3 devices"]),
         (MeshConfig(data=1, expert=8, style="pmap"), 8, ["expert=8", "style pmap splits rows only"]),
+        (MeshConfig(context=3), 8, ["data=-1, fsdp=1, context=3", "needs a multiple of 3 devices"]),
+        (MeshConfig(context=2, style="pmap"), 8, ["context=2", "style pmap splits rows only"]),
         (MeshConfig(fsdp=2, style="pmap"), 8, ["data=-1, fsdp=2", "style pmap splits rows only", "style: mesh"]),
         (MeshConfig(slices=2, style="pmap"), 8, ["slices=2", "style pmap splits rows only"]),
     ],
@@ -69,7 +72,7 @@ def test_a_mesh_is_explicit_and_in_the_order_of_the_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Explicit}
     assert [device.id for device in mesh.devices.flat] == list(range(8))
-    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (1, 3, 1, 1, 1, 1)
+    assert make_mesh(MeshConfig(), jax.devices()[:3]).devices.shape == (1, 3, 1, 1, 1, 1, 1)
     assert sharding.batch_shards(mesh) == 4  # rows go over data and fsdp
     assert sharding.batch_shards(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))) == 4
     assert sharding.batch_shards(make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))) == 4
@@ -126,12 +129,26 @@ def test_partition_is_the_table():
         ("slice", "data", "fsdp", "decode", "expert"), None, None
     )
     assert sharding.partition(("layers", "embed", "kv_heads", "head_dim")) == PartitionSpec(
-        None, ("fsdp", "decode", "expert"), "tensor", None
+        None, ("fsdp", "decode", "expert", "context"), "tensor", None
     )
     with pytest.raises(KeyError, match="colour"):
         sharding.partition(("colour",))
     used = {axis for rule in sharding.RULES.values() for axis in ((rule,) if isinstance(rule, str) else rule or ())}
     assert used <= set(AXES)
+
+
+def test_context_splits_columns_where_a_row_has_several():
+    """In training; while responses are sampled it splits rows."""
+    whole, split = make_mesh(MeshConfig(data=4, tensor=2)), make_mesh(MeshConfig(data=2, tensor=2, context=2))
+    rows = ("slice", "data", "fsdp", "decode", "expert")
+    with jax.set_mesh(whole):
+        assert sharding.partition(("batch", "seq")) == PartitionSpec(rows, None) and sharding.split_over("seq") == 1
+    with jax.set_mesh(split):
+        assert sharding.partition(("batch", "seq")) == PartitionSpec(rows, "context")
+        assert (sharding.split_over("batch"), sharding.split_over("seq")) == (2, 2)
+        with sharding.decoding():
+            assert sharding.partition(("seq",)) == PartitionSpec(None) and sharding.split_over("batch") == 4
+    assert (sharding.batch_shards(split), sharding.prompt_shards(split)) == (2, 4)
 
 
 def test_without_a_mesh_nothing_is_laid_out():
@@ -161,7 +178,7 @@ def test_concrete_puts_abstract_layouts_on_the_mesh():
         )
     found = sharding.concrete(abstract, mesh)
     assert found["w"].sharding.mesh == mesh and found["w"].sharding.spec == PartitionSpec(
-        ("fsdp", "decode", "expert"), "tensor"
+        ("fsdp", "decode", "expert", "context"), "tensor"
     )
     assert found["n"].sharding.spec == PartitionSpec() and found["n"].dtype == jnp.int32
 
@@ -172,11 +189,11 @@ class Chip(NamedTuple):
     coords: tuple[int, int, int]
 
 
-def torus(shape: tuple[int, int, int], fsdp: int, decode: int) -> Any:
+def torus(shape: tuple[int, int, int], fsdp: int, decode: int, context: int = 1) -> Any:
     """A mesh of them, in order, with no more than what is asked of it."""
     chips = np.empty(math.prod(shape), object)
     chips[:] = [Chip(place) for place in np.ndindex(*shape)]
-    devices = chips.reshape(1, -1, fsdp // decode, decode, 1, 1)
+    devices = chips.reshape(1, -1, fsdp // decode, decode, 1, context, 1)
     return SimpleNamespace(devices=devices, axis_names=sharding.AXES)
 
 
@@ -194,6 +211,12 @@ def torus(shape: tuple[int, int, int], fsdp: int, decode: int) -> Any:
 def test_weights_move_in_steps_along_three_axes(shape, fsdp, decode, steps, whole):
     mesh = torus(shape, fsdp, decode)
     assert (sharding.in_steps(mesh), sharding.sums_whole(mesh)) == (steps, whole)
+
+
+def test_context_shares_weights_as_fsdp_does():
+    """16 x 4 devices of a v5p:4x4x4: those along context are gathered from first."""
+    assert sharding.in_steps(torus((4, 4, 4), 16, 1, 4)) and not sharding.sums_whole(torus((4, 4, 4), 16, 1, 4))
+    assert sharding.sums_whole(torus((4, 4, 4), 32, 1, 2))
 
 
 def test_cpus_lie_on_no_torus():

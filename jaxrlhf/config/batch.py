@@ -90,8 +90,11 @@ def columns_of(cfg: Config, field: str, rows: int, shared: bool) -> int:
 
 def shares_prompts(resolved: Resolved, shards: int, parts: int) -> bool:
     """Whether training too computes a prompt once for all its responses. They then stay together on one of the
-    ``shards`` devices that split a batch, in each of the ``parts`` that an update is computed in."""
+    ``shards`` devices that split a batch, in each of the ``parts`` that an update is computed in. Not where devices
+    share the columns of a row: a row of all responses to a prompt would gather the keys of all of them."""
     batch = resolved.cfg.batch
+    if resolved.cfg.mesh.context != 1:
+        return False
     rows = minibatch_rows(resolved) // parts % (batch.samples_per_prompt * shards)
     return reads_prompts(resolved) and batch.share_prompts and rows == 0
 
@@ -102,6 +105,8 @@ def describe_sharing(resolved: Resolved, shards: int, parts: int) -> list[str]:
     each, could = batch.samples_per_prompt, batch.share_prompts and reads_prompts(resolved)
     if each == 1 or not could or shares_prompts(resolved, shards, parts):
         return []
+    if (context := resolved.cfg.mesh.context) != 1:
+        return [f"batch: mesh.context: {context}: training and scoring read a prompt for each of its {each} responses"]
     over = f" over {shards} devices" if shards > 1 else ""
     return [
         f"batch: micro-batches of {minibatch_rows(resolved) // parts} rows{over} cut the {each} responses to a prompt "

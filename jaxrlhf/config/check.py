@@ -31,7 +31,7 @@ ROLES = ("policy", *CRITICS, "reward", "reference", "cost", "q", "target_q", "go
 # what of a model some mesh axes must divide; heads need not be
 SPLIT = {
     "mlp_size": ("decode", "tensor"),
-    "hidden_size": ("fsdp", "decode", "expert"),
+    "hidden_size": ("fsdp", "decode", "expert", "context"),
     "num_experts": ("expert",),  # 0 where there are none, which any number divides
 }
 
@@ -364,7 +364,7 @@ def batch_problems(resolved: Resolved, sizes: Mapping[str, int]) -> Iterator[str
     shown = " x ".join(f"{axis} {size}" for axis, size in axes.items() if axis in ("data", "fsdp") or size > 1)
     over = f"{counted(minibatches, 'minibatch', 'minibatches')} x {counted(shards, 'batch shard')} ({shown})"
     main, *others = resolved.kinds
-    undivided = [*divided(cfg, [main, *others], minibatches, shards, over)]
+    undivided = [*divided(cfg, [main, *others], minibatches, shards, over, sizes["context"])]
     yield from undivided
     micro = cfg.batch.micro_batch_size
     if undivided or micro is None:
@@ -384,14 +384,18 @@ def batch_problems(resolved: Resolved, sizes: Mapping[str, int]) -> Iterator[str
     )
 
 
-def divided(cfg: Config, kinds: Sequence[DataKind], parts: int, shards: int, over: str) -> Iterator[str]:
-    """What to say of the kinds' rows where ``parts`` parts on ``shards`` shards do not divide them."""
+def divided(
+    cfg: Config, kinds: Sequence[DataKind], parts: int, shards: int, over: str, context: int = 1
+) -> Iterator[str]:
+    """What to say of the kinds' rows where ``parts`` parts on ``shards`` shards do not divide them, and of prompts that
+    the ``context`` devices of each shard do not, which share them while responses are sampled."""
     for kind in kinds:
         key, each = kind.rows_key, cfg.batch.samples_per_prompt if kind.is_prompt else 1
         count = rows_taken(cfg, kind)
         # prompts lie on the shards themselves, before each of them becomes several rows
-        unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards)
+        unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards * (context if kind.is_prompt else 1))
         if count % unit:
+            over += f" x context {context} while responses are sampled" if context > 1 and kind.is_prompt else ""
             rows = f"{count} prompts x {each} samples = {count * each} rows" if each > 1 else f"{count} rows"
             yield f"batch.{key}: {count}: {rows} do not divide over {over}; nearest: {nearest_multiple(count, unit)}"
 

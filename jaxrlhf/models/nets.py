@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import MLP, ModelConfig
+from jaxrlhf.models.context import SplitRows, forward_split, split_rows
 from jaxrlhf.models.heads import gathered_head, lm_logits, scalar, scale_gradient
 from jaxrlhf.models.lora import Based, params_of
 from jaxrlhf.models.mlp import observed_states
@@ -21,6 +22,7 @@ from jaxrlhf.ops.logprobs import action_values, in_chunks, stored_logits, token_
 from jaxrlhf.ops.masked import at_last, keep
 from jaxrlhf.ops.rows import group_rows, repeat_rows
 from jaxrlhf.ops.sampling import Sampling, shape_logits
+from jaxrlhf.sharding import constrain
 from jaxrlhf.types import (
     Array,
     Ask,
@@ -49,14 +51,21 @@ def segments(sequences: Sequences) -> Array:
 
 class TrunkPass(NamedTuple):
     """Hidden states of a trunk over responses: R rows of C columns. These are the B rows of T response columns, or they
-    are packed: several responses to one prompt in a row."""
+    are packed: several responses to one prompt in a row.
+
+    Where columns are ``split`` over devices, R = B and the states [B, C, D] are those of all C columns, as they lie;
+    each is the one before the token of the next column."""
 
     states: Array  # [R, 1 + C, D]: of the prompts' last column, and of the response tokens
-    tokens: Array  # i32[R, C]: the response tokens
-    where: Places | None  # where each packed token belongs; None: not packed
+    tokens: Array  # i32[R, C]: the response tokens; split: those of the next columns
+    where: Places | None = None  # where each packed token belongs; None: not packed
+    split: SplitRows | None = None
+    start: int = 1  # split: the first response column
 
     def before(self) -> Array:
         """[R, C, D]: the state before each response token."""
+        if self.split is not None:
+            return self.states
         before = self.states[:, :-1]
         return before if self.where is None else jnp.where(self.where.index[..., None] == 0, self.states[:, :1], before)
 
@@ -66,16 +75,33 @@ class TrunkPass(NamedTuple):
 
     def index(self, columns: Array) -> Array:
         """i32, broadcastable to [R, columns]: how many response tokens precede those in ``columns``."""
+        if self.split is not None:
+            return self.split.columns()[columns] + 1 - self.start
         return columns if self.where is None else self.where.index.at[:, columns].get(mode="clip")
 
+    def tokens_at(self, columns: Array) -> Array:
+        """i32[R, columns]: ``tokens`` in some columns."""
+        if self.split is None:
+            return self.tokens.at[:, columns].get(mode="clip")
+        return constrain(constrain(self.tokens, "batch", None)[:, columns], "batch", "seq")
+
     def rows(self, x: Array) -> Array:
-        """[R, C] -> [B, T]."""
+        """[R, C] -> [B, T], of what is ``before`` the response tokens."""
+        if self.split is not None:
+            return self.split.in_order(x)[:, self.start - 1 : -1]
         return x if self.where is None else apart(x, self.where)
 
+    def behind(self, x: Array) -> Array:
+        """[B, T] of the response tokens themselves, from what is of every state."""
+        return self.rows(x[:, 1:]) if self.split is None else self.split.in_order(x)[:, self.start :]
+
     def at_last(self, x: Array, valid: Array) -> Array:
-        """[R, 1 + C] -> [B]: at each row's last token, of those that ``valid`` bool[B, 1 + T] marks; 0 if there is
-        none."""
-        every = x if self.where is None else jnp.concatenate([self.prompts(x), self.rows(x[:, 1:])], axis=1)
+        """[B]: at each row's last token, of those that ``valid`` bool[B, 1 + T] marks, from what is of every state; 0
+        if there is none."""
+        if self.split is not None:
+            every = self.split.in_order(x)[:, self.start - 1 :]
+        else:
+            every = x if self.where is None else jnp.concatenate([self.prompts(x), self.behind(x)], axis=1)
         return jnp.where(at_last(valid), every, 0.0).sum(-1)
 
     def prompts(self, x: Array) -> Array:
@@ -150,7 +176,7 @@ def make_nets(
 
     def rewards(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         every = scalar(whole(role, trees), found.states)
-        return keep(widen(found.rows(every[:, 1:]), sequences), sequences.response_mask)
+        return keep(widen(found.behind(every), sequences), sequences.response_mask)
 
     def scores(found: TrunkPass, role: Role, trees: Trees, sequences: Sequences) -> Array:
         if sequences.observations is not None:
@@ -174,7 +200,7 @@ def shaped_logits(head: Params, cfg: ModelConfig, sampling: Sampling, found: Tru
 
     def logits_of(hidden: Array, columns: Array) -> Array:
         logits = lm_logits(head, cfg, hidden)
-        keep = found.tokens.at[:, columns].get(mode="clip") if sampling.top_k or sampling.top_p < 1 else None
+        keep = found.tokens_at(columns) if sampling.top_k or sampling.top_p < 1 else None
         return shape_logits(logits, sampling, found.index(columns), keep)
 
     return logits_of
@@ -209,14 +235,23 @@ def run_trunk(
     if cfg.family == MLP:
         observations = given(sequences.observations, "sequences.observations")
         states = observed_states(params, cfg, observations, runtime)[:, sequences.response_start - 1 :]
-        return TrunkPass(states, sequences.tokens[:, sequences.response_start :], None)
+        return TrunkPass(states, sequences.tokens[:, sequences.response_start :])
     start, tokens, valid, copies = sequences.response_start, sequences.tokens, sequences.valid, sequences.copies
+    if (split := split_rows(tokens.shape[1])) is not None:
+        states = forward_split(params, cfg, tokens, segments(sequences), split, runtime, routing)
+        ahead = constrain(split.spread(next_tokens(tokens)), "batch", "seq")
+        return TrunkPass(states, ahead, split=split, start=start)
     if sequences.segment_ids is not None or start == 1:
         states = forward(params, cfg, tokens, segments(sequences), runtime, routing)[:, start - 1 :]
-        return TrunkPass(states, tokens[:, start:], None)
+        return TrunkPass(states, tokens[:, start:])
     if sequences.width is None:
         states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, routing=routing)
-        return TrunkPass(states, tokens[:, start:], None)
+        return TrunkPass(states, tokens[:, start:])
     where = places(group_rows(valid[:, start:], copies), sequences.width)
     states = forward_responses(params, cfg, tokens, valid, start, copies, runtime, where, routing)
     return TrunkPass(states, side_by_side(tokens[:, start:], where), where)
+
+
+def next_tokens(tokens: Array) -> Array:
+    """i32[B, S]: the token of the next column; 0 in the last one."""
+    return jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))

@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.sharding import laid_as, split_columns, split_over, whole_rows
+from jaxrlhf.sharding import laid_as, reshaped, split_over, whole_rows
 from jaxrlhf.types import Array, QStats, TokenStats
 
 T = TypeVar("T")
@@ -99,22 +99,31 @@ def in_chunks(
     """
     batch, size = tokens.shape
     columns = jnp.arange(size)
-    num_chunks = min(size, math.ceil(batch * size * vocab / split_over("batch", "vocab") / stored))
+    num_chunks = min(size, math.ceil(batch * size * vocab / split_over("batch", "seq", "vocab") / stored))
     if num_chunks <= 1:
         return reduce(logits_of(hidden, columns), tokens)
-    width = math.ceil(size / num_chunks)
-    extra = num_chunks * width - size
+    devices = split_over("seq")  # a chunk has as many columns of each
+    own = size // devices
+    width = math.ceil(own / num_chunks)
 
-    def split(x):  # [B, S, ...] -> [chunks, B, width, ...]
-        x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.swapaxes(split_columns(x, num_chunks, width), 0, 1)
+    def split(x):  # [B, S, ...] -> [chunks, B, devices * width, ...]
+        rest, tail = x.shape[2:], range(x.ndim)[2:]
+        x = reshaped(x, (len(x), devices, own, *rest), (0, 1, None, *tail))
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, num_chunks * width - own)) + ((0, 0),) * len(rest))
+        x = reshaped(x, (len(x), devices, num_chunks, width, *rest), (0, 1, None, None, *(axis + 1 for axis in tail)))
+        parts = (num_chunks, len(x), devices * width, *rest)
+        return reshaped(jnp.moveaxis(x, 2, 0), parts, (0, 1, 2, *(axis + 2 for axis in tail)))
+
+    def join(x):  # what ``split`` did to [B, S], undone
+        x = reshaped(x, (num_chunks, batch, devices, width), (0, 1, 2, None))
+        x = reshaped(jnp.moveaxis(x, 0, 2), (batch, devices, num_chunks * width), (0, 1, None))
+        return reshaped(x[:, :, :own], (batch, size), (0, 1))
 
     @jax.checkpoint
     def chunk(_, part):
         states, ids, where = part
         return None, reduce(logits_of(states, where), ids)
 
-    where = jnp.pad(columns, (0, extra)).reshape(num_chunks, width)
+    where = split(columns[None])[:, 0]
     _, stats = jax.lax.scan(chunk, None, (jax.tree.map(split, hidden), split(tokens), where))
-    join = lambda x: jnp.swapaxes(x, 0, 1).reshape(batch, num_chunks * width)[:, :size]
     return jax.tree.map(join, stats)

@@ -15,9 +15,10 @@ from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.plan.calls import models_of, passes_of
 from jaxrlhf.plan.compiled_memory import Compiled, TooBig, compile_for
-from jaxrlhf.plan.cost import TimedPhase, phases, timed
+from jaxrlhf.plan.cost import phases
 from jaxrlhf.plan.length import with_length
 from jaxrlhf.plan.memory_estimate import Memory, estimate
+from jaxrlhf.plan.roofline import TimedPhase, timed
 from jaxrlhf.plan.search import Candidate, candidates, setup_of
 from jaxrlhf.plan.shapes import blueprint, configs_by_run
 from jaxrlhf.plan.target import Target, find_target

@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files.published import LLAMA_2_70B, LLAMA_3_1_8B, LLAMA_3_1_70B, shape
 from jaxrlhf.plan.calls import Passes, PlannedPass
-from jaxrlhf.plan.cost import Phase, Setup, decode_step, phases, timed
+from jaxrlhf.plan.cost import Setup, decode_step, phases
+from jaxrlhf.plan.roofline import Phase, timed
 from jaxrlhf.tpu.peaks import CHIPS
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.run.recorded_asks import Kind, blank_state, note_taker
+from jaxrlhf.sharding import context_of
 from jaxrlhf.step import make_rollout, split
 from jaxrlhf.types import Batch, Head, Prompts, Role, Sequences
 
@@ -92,6 +93,8 @@ def shape_of_pass(drawn: Blueprint, role: Role, kind: Kind, rows: Sequences | Pr
     if kind == "head":
         return PlannedPass(role, kind, count, 0, read)
     read = 0 if kind == "states" else read
+    if context_of(drawn.mesh) > 1:  # of all columns, and a prompt's for each of its responses
+        return PlannedPass(role, kind, count, columns, read and columns)
     if rows.segment_ids is not None or start == 1:
         return PlannedPass(role, kind, count, columns, read)
     return PlannedPass(role, kind, count, columns, read, rows.copies, start)

@@ -8,8 +8,10 @@ Counted by ourselves, since XLA's cost analysis counts the body of a loop once. 
 - a token is multiplied with the experts that it chooses, evenly spread; decoding reads those that its tokens choose.
   Where experts are split, tokens are gathered over the axis and their results summed and scattered back
 - a linear layer counts what its chunks multiply, and its state, read and written, for each token that is sampled
-- rows are split over all but tensor; heads, mlp and vocabulary over tensor, where it divides them; while responses are
-  sampled decode goes with tensor
+- rows are split over all but tensor and context, columns over context; heads, mlp and vocabulary over tensor, where it
+  divides them; while responses are sampled decode goes with tensor, and rows are split over context
+- where columns are split, a device gathers the keys and values of all columns, forward and again backward, and scatters
+  their gradients
 - a pass reads the stored weights, writes and reads them gathered over fsdp, and writes and reads what goes in and out
   of every product once; what one fusion could keep is not counted, but for softmax
 - a gather over n devices brings (n - 1) / n of the result, a sum twice that
@@ -34,8 +36,8 @@ from jaxrlhf.models.quantized import Quantization, bytes_each, is_quantized
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
 from jaxrlhf.plan.mixing import heads_here, kept_bytes, rule_of_token, state_bytes
 from jaxrlhf.plan.muon import newton_schulz_work
+from jaxrlhf.plan.roofline import DeviceWork, Phase
 from jaxrlhf.plan.stored import leaves, local
-from jaxrlhf.tpu.peaks import Chip
 from jaxrlhf.types import Head, Role
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -93,12 +95,17 @@ class Setup(NamedTuple):
     @property
     def fsdp(self) -> int:
         """Devices that share a copy of the weights as it is stored."""
-        return self.mesh["fsdp"] * self.mesh.get("decode", 1) * self.expert
+        return self.mesh["fsdp"] * self.mesh.get("decode", 1) * self.expert * self.context
 
     @property
     def expert(self) -> int:
         """Devices that the experts are split over."""
         return self.mesh.get("expert", 1)
+
+    @property
+    def context(self) -> int:
+        """Devices that share the columns of a row; 1 while responses are sampled."""
+        return self.mesh.get("context", 1)
 
     @property
     def copies(self) -> int:
@@ -113,45 +120,6 @@ class Setup(NamedTuple):
         group = self.mesh.get("decode", 1)
         mesh = {"data": self.shards // group // self.expert, "fsdp": 1, "tensor": self.tensor * group}
         return self._replace(mesh=mesh | {"expert": self.expert}, params=self.decoded, laid=True)
-
-
-class DeviceWork(NamedTuple):
-    """What one device does."""
-
-    flops: float = 0.0
-    hbm: float = 0.0  # bytes
-    ici: float = 0.0  # bytes received within the slice
-    dcn: float = 0.0  # bytes received from other slices
-
-    def plus(self, other: "DeviceWork") -> "DeviceWork":
-        return DeviceWork(*(ours + theirs for ours, theirs in zip(self, other)))
-
-    def times(self, count: float) -> "DeviceWork":
-        return DeviceWork(*(part * count for part in self))
-
-
-class Phase(NamedTuple):
-    """A part of the iteration. ``useful``: FLOPs of a device that are no recomputation."""
-
-    name: str
-    work: DeviceWork
-    useful: float
-
-
-class TimedPhase(NamedTuple):
-    """A phase on a chip: seconds at least, and what takes them."""
-
-    phase: Phase
-    seconds: float
-    bound: Literal["compute", "HBM", "network", "between slices"]
-
-
-def timed(phase: Phase, chip: Chip, devices_per_chip: int = 1) -> TimedPhase:
-    """The roofline: a phase lasts as long as the slowest of compute, memory and networks."""
-    peaks = {"compute": chip.flops, "HBM": chip.bandwidth, "network": chip.ici, "between slices": chip.dcn}
-    seconds = {name: part * devices_per_chip / peaks[name] if part else 0.0 for name, part in zip(peaks, phase.work)}
-    slowest = max(seconds, key=lambda name: seconds[name])
-    return TimedPhase(phase, seconds[slowest], slowest)  # type: ignore[arg-type]
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
@@ -272,13 +240,29 @@ def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup)
         flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
         hbm=tokens * moved * setup.compute + products.hbm + read + gathered,
         ici=setup.sent * (size - stored) * setup.compute - sent * less(setup.compute) + tensor_sums(cfg, tokens, setup),
-    )
+    ).plus(keys_gathered(cfg, one, setup))
 
 
 def attention(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The products of queries and keys of all attention layers, and of their softmax and values."""
     pairs = one.pairs / setup.shards * heads_here(cfg, setup.tensor)[0] * len(layers_with(cfg, "attention"))
     return DeviceWork(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention)
+
+
+def keys_of_rows(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:
+    """Bytes of one layer's keys and values of all columns of a device's rows."""
+    return (
+        one.tokens / setup.shards * setup.context * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * setup.compute
+    )
+
+
+def keys_gathered(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
+    """Keys and values of all attention layers brought from the devices that have the other columns; as much is sent to
+    scatter their gradients."""
+    if setup.context == 1:
+        return DeviceWork()
+    size = keys_of_rows(cfg, one, setup) * len(layers_with(cfg, "attention"))
+    return DeviceWork(0, 2 * size, size * (setup.context - 1) / setup.context)
 
 
 def delta_rule(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
@@ -308,7 +292,8 @@ def backward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> De
         *inside, last = matrices(cfg, head, setup.tensor)
         frozen = 2 * one.tokens / setup.shards * sum(weight.size for weight in inside)
         frozen += 2 * one.rows / setup.shards * one.read * last.size * (head == "lm")
-    return DeviceWork(2 * once.flops - frozen, 2 * once.hbm + 2 * size, scattered + sums)
+    keys = keys_gathered(cfg, one, setup).ici
+    return DeviceWork(2 * once.flops - frozen, 2 * once.hbm + 2 * size, scattered + sums + keys)
 
 
 def between_slices(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
@@ -328,7 +313,8 @@ def recomputed(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> 
     size, stored = (elements * setup.compute for elements in used_and_stored(cfg, head, setup))
     share = 1 - saved(cfg, head, setup.tensor, setup.quantization(one.role), setup.compute) / size
     work = DeviceWork(0, 2 * size if stored < size else 0, setup.sent * (size - stored))
-    again = again.plus(work.times(share)).plus(delta_rule(cfg, one, setup))  # chunks are always computed again
+    again = again.plus(work.times(share)).plus(keys_gathered(cfg, one, setup))
+    again = again.plus(delta_rule(cfg, one, setup))  # chunks are always computed again
     return again if setup.remat == "none" else again.plus(attention(cfg, one, setup))
 
 
@@ -343,7 +329,7 @@ def gather_for_decoding(cfg: ModelConfig, setup: Setup) -> DeviceWork:
     rollout, after decode groups traded parts of it."""
     tensor, group, kind = setup.decoding().tensor, setup.mesh.get("decode", 1), setup.quantization("policy")
     size = held(cfg, "lm", tensor, None, setup.expert)
-    stored = held(cfg, "lm", tensor) / setup.mesh["fsdp"] / setup.expert
+    stored = held(cfg, "lm", tensor) / setup.mesh["fsdp"] / setup.expert / setup.context
     received = setup.sent * (size - stored) + stored * (group - 1) / group
     each = setup.decoded - saved(cfg, "lm", tensor, setup.decoded_as("policy"), setup.decoded) / size
     kept = setup.stored("policy") - saved(cfg, "lm", tensor, kind, setup.stored("policy")) / size

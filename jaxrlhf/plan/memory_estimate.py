@@ -21,6 +21,7 @@ from jaxrlhf.plan.cost import (
     chosen_from,
     heads_here,
     held,
+    keys_of_rows,
     matrices,
     packed,
     saved,
@@ -121,10 +122,12 @@ def working(one: PlannedPass, cfg: ModelConfig, head: Head, setup: Setup) -> flo
 
 
 def layer_activations(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
-    """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys."""
+    """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys; where
+    columns are split, the keys and values of all of them."""
     tokens = one.tokens / setup.shards
     wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", setup.tensor)[:-1])
     mixing = max(stored_products(one, cfg, setup), chunk_states(one, cfg, setup))
+    mixing += keys_of_rows(cfg, one, setup) * (setup.context > 1)
     return tokens * setup.compute * (2 * cfg.hidden_size + 2 * wide) + mixing
 
 

@@ -26,7 +26,7 @@ def stacks(table: dict, mesh: Mapping[str, int]) -> Iterator[Stack]:
     expert = mesh.get("expert", 1)
     for path, axes in layer_matrices(table).items():
         shape = found[".".join(path)].shape
-        devices = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "decode", "tensor"))
+        devices = math.prod(mesh.get(axis, 1) for axis in ("data", "fsdp", "decode", "context", "tensor"))
         layers = -(-shape[0] // (devices * (expert if axes.stack == 1 else 1)))
         yield Stack(layers * (shape[1] // expert if axes.stack == 2 else 1), *sorted(axes.sizes(shape)))
 

@@ -17,13 +17,14 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16, OptimizerConfig
 from jaxrlhf.plan.calls import Passes, models_of
-from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, table_of, timed
+from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, table_of
 from jaxrlhf.plan.memory_estimate import Memory, estimate
 from jaxrlhf.plan.muon import matrices_of
+from jaxrlhf.plan.roofline import timed
 from jaxrlhf.plan.stored import stored_of
 from jaxrlhf.plan.target import Target
 from jaxrlhf.run.build import Blueprint
-from jaxrlhf.sharding import AXES, MeshConfig, make_mesh, mesh_shape, sums_whole, torus_axes
+from jaxrlhf.sharding import AXES, MeshConfig, context_of, make_mesh, mesh_shape, sums_whole, torus_axes
 from jaxrlhf.types import Role
 
 ROOM = 0.9  # of the memory that there is: estimates are no better
@@ -99,19 +100,20 @@ def settings(drawn: Blueprint, num_devices: int, slices: int = 1) -> Iterator[tu
 
 
 def meshes(drawn: Blueprint, num_devices: int, slices: int) -> Iterator[MeshConfig]:
-    """Every way to lay the devices that divides all models and keeps slices along data."""
+    """Every way to lay the devices that divides all models and keeps slices along data, with the config's expert and
+    context."""
     shapes = drawn.configs.values()
     fits = lambda axis, size: all(
         getattr(shape, name) % size == 0 for shape in shapes for name, on in SPLIT.items() if axis in on
     )
-    each, expert = num_devices // slices, drawn.cfg.mesh.expert
+    each, expert, context = num_devices // slices, drawn.cfg.mesh.expert, context_of(drawn.mesh)
     for tensor, data, decode in itertools.product(divisors(each), divisors(each), (1, 2, 4, 8, 16)):
-        if each % (tensor * data * decode * expert) or tensor * decode > 64:
+        if each % (tensor * data * decode * expert * context) or tensor * decode > 64:
             continue
-        fsdp, group = each // tensor // data // expert, tensor * decode
+        fsdp, group = each // tensor // data // expert // context, tensor * decode
         vocab = all(padded_vocab(shape) % group == 0 for shape in shapes)
-        if fits("tensor", group) and fits("fsdp", fsdp * expert) and vocab:
-            yield MeshConfig(data, fsdp, tensor, slices, decode, expert)
+        if fits("tensor", group) and fits("fsdp", fsdp * expert * context) and vocab:
+            yield MeshConfig(data, fsdp, tensor, slices, decode, expert, context)
 
 
 def cheaper(cfg: Config) -> Iterator[Config]:

@@ -15,7 +15,7 @@ from jaxrlhf.hosts import processes
 from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.run.build import Run
 from jaxrlhf.run.transfer import share_of
-from jaxrlhf.sharding import batch_shards
+from jaxrlhf.sharding import batch_shards, prompt_shards
 from jaxrlhf.types import Batch, given
 
 
@@ -172,7 +172,8 @@ def held_out(ready: Run, kind: DataKind, size: int, rows: int) -> batches.FixedB
 
 def fixed_batches(ready: Run, kind: DataKind, section: str, size: int, rows: int) -> batches.FixedBatches:
     """The first ``size`` records of a section of ``data``, once, in batches of ``rows`` rounded up to the mesh."""
-    source, shards, where = getattr(ready.cfg.data, section), batch_shards(ready.mesh), f"data.{section}"
+    shards = prompt_shards(ready.mesh) if kind.is_prompt else batch_shards(ready.mesh)
+    source, where = getattr(ready.cfg.data, section), f"data.{section}"
     return batches.held_out_batches(
         kind,
         read_source(ready, kind.name, source, where),

@@ -18,6 +18,7 @@ from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models import nets, parameters
 from jaxrlhf.models.attention.kernels import choose_kernel, hardware_of, passed_over
 from jaxrlhf.models.config import MLP, ModelConfig, row_limit
+from jaxrlhf.models.context import refusal
 from jaxrlhf.models.files import peft
 from jaxrlhf.models.lora import Based, base_table, own_table, params_of, targets_of
 from jaxrlhf.models.matrices import layer_matrices
@@ -26,6 +27,7 @@ from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.newton_schulz import Matrices
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run.origins import Weights, base_role, located
+from jaxrlhf.sharding import context_of
 from jaxrlhf.types import Acting, Array, Nets, Prompts, Role, Sequences, Trees
 
 
@@ -94,6 +96,8 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
                     f"{where}: its {name} {value} is not divided by {axes}: {devices}; nearest: {nearest}"
                 )
         check_routing(cfg, role, found.config, where)
+        if (devices := context_of(mesh)) > 1 and (problem := refusal(found.config)) is not None:
+            raise ConfigError(f"mesh.context: {devices}: {where}: {problem}; nearest: 1")
         if found.config.num_experts and "weights" in cfg.generate.int8:
             raise ConfigError(
                 f"generate.int8: weights: {where}: experts are not read as 8 bits; expected [cache] or []"
@@ -108,6 +112,10 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
         except ValueError as error:
             raise ConfigError(f"{error} ({where})") from None
         widths = cfg.batch.pack_widths
+        if widths > 1 and (devices := context_of(mesh)) > 1:
+            raise ConfigError(
+                f"batch.pack_widths: {widths}: mesh.context: {devices} splits the columns of each response; nearest: 1"
+            )
         if widths > 1 and kernel != "xla":
             raise ConfigError(
                 f"batch.pack_widths: {widths}: {kernel} attention ({where}) can't compute packed responses; "

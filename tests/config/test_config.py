@@ -467,6 +467,12 @@ def test_a_good_config_passes(ppo):
             "that the shards divide; nearest: 8",
         ),
         (["batch.micro_batch_size=4"], "batch.micro_batch_size: 4: a minibatch has 32 / 2 = 16 rows on 8 batch shards"),
+        # 12 prompts divide over 2 minibatches x 2 shards, but not over 8 devices that sample
+        (
+            ["batch.prompts_per_step=12", "mesh={data: 2, context: 4}"],
+            "batch.prompts_per_step: 12: 12 prompts x 2 samples = 24 rows do not divide over 2 minibatches x 2 batch "
+            "shards (data 2 x fsdp 1) x context 4 while responses are sampled; nearest: 16",
+        ),
         (["mesh={data: 3}"], "mesh: (data=3, fsdp=1, tensor=1) needs 3 devices"),
         (["mesh={data: -1, fsdp: -1}"], "mesh: (data=-1, fsdp=-1, tensor=1): sizes are positive"),
         (["data.prompts="], "data.prompts: missing; ppo reads it; expected path, tfds or hf"),
@@ -702,6 +708,9 @@ def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     alone = resolve_config(load(ppo, ["batch.share_prompts=false"]))
     assert not shares_prompts(alone, 1, 1) and describe_sharing(alone, 1, 1) == []
     assert kept_together(resolved) == kept_together(alone) == 2  # whatever cuts them afterwards
+    split = resolve_config(load(ppo, ["mesh.context=2"]))
+    said = "batch: mesh.context: 2: training and scoring read a prompt for each of its 2 responses"
+    assert not shares_prompts(split, 1, 1) and describe_sharing(split, 1, 1) == [said]
 
 
 @pytest.mark.parametrize("samples, minibatches, together", [(8, 2, 8), (8, 16, 8), (8, 64, 2), (3, 8, 3), (3, 6, 1)])

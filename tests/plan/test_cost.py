@@ -15,7 +15,7 @@ from jaxrlhf.models.parameters import Leaf
 from jaxrlhf.plan import cost
 from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reached
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass, passes_of
-from jaxrlhf.plan.cost import DeviceWork, Phase, Setup, phases, timed
+from jaxrlhf.plan.cost import Setup, phases
 from jaxrlhf.plan.muon import newton_schulz_work
 from jaxrlhf.plan.shapes import blueprint, counted_experts
 from jaxrlhf.run.batch_shapes import batch_shapes

@@ -126,6 +126,38 @@ def test_packed_responses_want_a_kernel_that_computes_them(monkeypatch, platform
     assert str(error.value) == line + "expected 1, or attention: xla"
 
 
+LINEAR = ModelConfig("qwen3_5", 300, 32, 4, num_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "more", "line"),
+    [
+        (ModelConfig(vocab_size=300), {}, None),
+        (
+            LINEAR,
+            {},
+            "mesh.context: 2: models.policy: some/folder: a qwen3_5 has linear layers, whose states pass from column "
+            "to column; nearest: 1",
+        ),
+        (
+            ModelConfig(vocab_size=300),
+            {"batch": {"pack_widths": 4}},
+            "batch.pack_widths: 4: mesh.context: 2 splits the columns of each response; nearest: 1",
+        ),
+    ],
+)
+def test_what_split_columns_cannot_compute_is_one_line(shape, more, line):
+    tree = {"run_dir": "r", "iterations": 1, "algorithm": {"name": "sft"}, "mesh": {"data": 1, "context": 2}} | more
+    resolved = resolve_config(parse(tree | {"models": {"policy": {"init_from": "x"}}}, "test"))
+    weights = {"policy": build.Weights("hf", "some/folder", resolve(shape), "lm")}
+    check = lambda: check_shapes(resolved, weights, make_mesh(resolved.cfg.mesh, jax.devices()[:2]))
+    if line is None:
+        return check()
+    with pytest.raises(ConfigError) as error:
+        check()
+    assert str(error.value) == line
+
+
 def tokenizer_of(run: Path) -> str:
     return tokenizers.fingerprint(tokenizers.load_tokenizer(str(run / "tokenizer")))
 

@@ -67,6 +67,7 @@ OTHER: dict[str, str | None] = {
     "preset": None,  # with what it sets
     **dict.fromkeys(("run_dir", "epochs", "algorithm.name", "mesh.data", "mesh.fsdp", "mesh.tensor"), None),
     "mesh.expert": None,
+    "mesh.context": None,
     **dict.fromkeys(("mesh.slices", "mesh.decode", "tokenizer.train_vocab_size", "rewards.arguments"), None),
     **{f"optimizer.{row}.{key}": None for row in ("default", "policy") for key in ("momentum", "newton_schulz_steps")},
     **dict.fromkeys(("rewards.function", "rewards.functions", "algorithm.reward_update"), None),  # with models.reward

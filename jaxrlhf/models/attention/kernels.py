@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxrlhf.models.attention.products import (
     attention,
@@ -213,12 +214,17 @@ def per_device(
     given = (query, key, value, rows) if sinks is None else (query, key, value, rows, sinks)
     if not explicit():
         return local(*given)
-    heads = lambda name, x: partition(("batch", "seq", head_axis(name, x.shape[2]), "head_dim"))
-    queries, keys = heads("heads", query), heads("kv_heads", key)
+    queries, keys = head_layouts(query, key)
     split = (queries, keys, keys, partition(("batch", *(None,) * (rows.ndim - 1))))
     split += () if sinks is None else (partition((head_axis("heads", sinks.shape[0]),)),)
     # check_vma: a Pallas kernel does not say over which axes its results vary
     return jax.shard_map(local, in_specs=split, out_specs=queries, check_vma=False)(*given)
+
+
+def head_layouts(query: Array, key: Array) -> tuple[PartitionSpec, PartitionSpec]:
+    """The layouts of queries [B, S, H, K], and of keys and values [B, S, N, K]."""
+    heads = lambda name, x: partition(("batch", "seq", head_axis(name, x.shape[2]), "head_dim"))
+    return heads("heads", query), heads("kv_heads", key)
 
 
 # ---- splash ---------------------------------------------------------------------------------------------------------
