@@ -53,7 +53,7 @@ def test_a_kind_is_added_as_rows(songs, letters, tmp_path):
     assert sections_read(resolved) == ["songs"] and arithmetic.rows_of(resolved) == {"sequences": 3}
     assert arithmetic.columns_of(run, "sequences", 2, shared=False) == 2 * 16 * 3
     assert any(line.startswith("batch.prompts_per_step: 3: sft needs") for line in data_problems(resolved))
-    sizes = {"slice": 1, "data": 2, "fsdp": 1, "decode": 1, "expert": 1}
+    sizes = {"slice": 1, "data": 2, "fsdp": 1, "decode": 1, "expert": 1, "context": 1}
     assert next(batch_problems(resolved, sizes)).startswith("batch.prompts_per_step: 3: 3 rows do not divide")
     (shape,) = batch_shapes(resolved, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert shape.sequences.tokens.shape == (3, 16)

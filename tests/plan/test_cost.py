@@ -17,6 +17,7 @@ from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reach
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass, passes_of
 from jaxrlhf.plan.cost import Setup, phases
 from jaxrlhf.plan.muon import newton_schulz_work
+from jaxrlhf.plan.roofline import DeviceWork, Phase, timed
 from jaxrlhf.plan.shapes import blueprint, counted_experts
 from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.sharding import make_mesh
@@ -406,6 +407,21 @@ def test_experts_of_gpt_oss():
         found = cost.held(shape, "lm", 1), cost.active(shape, "lm") - unread
         assert [round(size / 1e9, 2) for size in found] == [every, some]
     assert shape is not None and "4 of 128 experts" in counted_experts(shape)
+
+
+def test_columns_split_over_devices():
+    """Over 2 devices: half of the tokens and of the weights that are stored; keys and values come from the other one,
+    forward and for the backward pass, and their gradients go there."""
+    alone, split = Setup(ALONE, remat="dots"), Setup({**ALONE, "context": 2}, remat="dots")
+    assert (split.shards, split.decoding().shards, split.decoding().context) == (2, 2, 1)
+    assert cost.forward(MODEL, "lm", TEXTS, split).flops == cost.forward(MODEL, "lm", TEXTS, alone).flops / 2
+    keys = 7.5 * 2 * 2 * 4 * 2  # tokens of the other device, layers, keys and values, 2 heads of 2, bytes
+    weights = ALL / 2 * 2
+    assert cost.forward(MODEL, "lm", TEXTS, split).ici == weights + keys
+    assert cost.recomputed(MODEL, "lm", TEXTS, split).ici == weights + keys
+    assert cost.backward(MODEL, "lm", TEXTS, split).ici == weights + keys
+    assert cost.recomputed(MODEL, "lm", TEXTS, split._replace(remat="full")).ici == weights + keys
+    assert cost.gather_for_decoding(MODEL, split).ici == weights
 
 
 def test_experts_split_over_devices():

@@ -45,7 +45,7 @@ def test_a_tiny_run_fits_four_chips(libtpu):
     assert err == "", "libtpu's own log reaches nobody"
     plan = json.loads(out)
     assert plan["compiled"] and plan["fits"] and (plan["chips"], plan["devices_per_chip"]) == (4, 1)
-    assert plan["mesh"] == {"slice": 1, "data": 2, "fsdp": 2, "decode": 1, "expert": 1, "tensor": 1}
+    assert plan["mesh"] == {"slice": 1, "data": 2, "fsdp": 2, "decode": 1, "expert": 1, "context": 1, "tensor": 1}
     (program,) = plan["programs"]
     assert program["name"] == "iteration" and 0 < program["arguments"] < program["peak"] < 16 * GIB
     counts = {one["kind"]: one for one in program["collectives"]}

@@ -76,39 +76,45 @@ def within_split_rows(
     ``gather_again``: the backward pass gathers keys and values again, so that no layer keeps those of all columns.
     XLA's products are then computed again too; what splash keeps for its backward pass is not."""
 
-    def attend(query: Array, key: Array, value: Array) -> Array:
-        devices, size = split_over("seq"), query.shape[1]
-        order = column_order(size, devices)
+    def attend(query: Array, key: Array, value: Array, sinks: Array | None = None) -> Array:
+        order, made, heads = column_order(query.shape[1], split_over("seq")), None, query.shape[2]
         queries, keys = head_layouts(query, key)
-        made, own = None, query.shape[2] // (split_over("heads") if head_axis("heads", query.shape[2]) else 1)
         if kernel == "splash":
-            made = splash_kernel(order.reshape(devices, -1), own, window, softcap, interpret)
+            own = heads // (split_over("heads") if head_axis("heads", heads) else 1)
+            made = splash_kernel(order.reshape(split_over("seq"), -1), own, window, softcap, interpret)
         local = local_of(kernel, window, scale, softcap)
         if gather_again:
             local = jax.checkpoint(local, policy=jax.checkpoint_policies.save_only_these_names(SAVED))
         layouts = kernel_layout(made)
         made = jax.tree.map(jax.sharding.reshard, made, layouts)
         rows, columns = partition(("batch", None)), partition(("seq",))
-        mapped = jax.shard_map(
-            local, in_specs=(queries, keys, keys, rows, columns, layouts), out_specs=queries, check_vma=False
+        specs = (
+            queries,
+            keys,
+            keys,
+            rows,
+            columns,
+            layouts,
+            sinks if sinks is None else partition((head_axis("heads", heads),)),
         )
-        return mapped(query, key, value, segment_ids, constrain(jnp.asarray(order), "seq"), made)
+        mapped = jax.shard_map(local, in_specs=specs, out_specs=queries, check_vma=False)
+        return mapped(query, key, value, segment_ids, constrain(jnp.asarray(order), "seq"), made, sinks)
 
     return attend
 
 
 def local_of(kernel: Kernel, window: int | None, scale: float, softcap: float | None) -> Callable[..., Array]:
     """What one device computes: query [b, C, h, K], key, value [b, C, n, K], segment_ids i32[b, S], which columns it
-    has i32[C], the splash kernel or None -> [b, C, h, K]."""
+    has i32[C], the splash kernel or None, sinks [h] or None -> [b, C, h, K]."""
 
-    def local(query, key, value, segment_ids, columns, made) -> Array:
+    def local(query, key, value, segment_ids, columns, made, sinks) -> Array:
         key, value = whole(key), whole(value)
         if kernel == "splash":
-            return splash_columns(made, query, key, value, segment_ids, columns, scale)
+            return splash_columns(made, query, key, value, segment_ids, columns, sinks, scale)
         mask = column_mask(segment_ids, columns, window)
         if kernel == "cudnn":
             return library_rows(query, key, value, mask, scale=scale, implementation="cudnn", causal=False)
-        return attention(query, key, value, bias_of(mask), scale, softcap)
+        return attention(query, key, value, bias_of(mask), scale, softcap, sinks)
 
     return local
 
@@ -181,7 +187,14 @@ def kernel_layout(made: Any) -> Any:
 
 
 def splash_columns(
-    made: Any, query: Array, key: Array, value: Array, segment_ids: Array, columns: Array, scale: float
+    made: Any,
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    columns: Array,
+    sinks: Array | None,
+    scale: float,
 ) -> Array:
     """Attention of one device's queries by the kernel that was ``made``; see kernels.splash_rows."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -194,5 +207,6 @@ def splash_columns(
     by_head = lambda x, to: jnp.swapaxes(widen(x, to), 1, 2)
     ids = splash.SegmentIds(widen(segment_ids[:, columns], padded, "edge"), widen(segment_ids, keys))
     scaled = (query.astype(jnp.float32) * scale).astype(query.dtype)
-    out = jax.vmap(made)(by_head(scaled, padded), by_head(key, keys), by_head(value, keys), ids)
+    one = lambda query, key, value, ids: made(query, key, value, ids, sinks=sinks)
+    out = jax.vmap(one)(by_head(scaled, padded), by_head(key, keys), by_head(value, keys), ids)
     return jnp.swapaxes(out, 1, 2)[:, :size]
