@@ -64,19 +64,22 @@ class Rows(NamedTuple):
     size: int
     window: int | None = None
     softcap: float | None = None
+    sinks: bool = False
 
 
 PLAIN, ALL = Rows(2, 2, 256), Rows(4, 2, 1160, window=140, softcap=1.5)
+SINKS = Rows(4, 2, 600, window=140, sinks=True)
 
 
 def attention_inputs(rows: Rows):
-    """Queries, keys, values, and segments: left padding; packed documents with padding behind them."""
+    """Segments, which are left padding, and packed documents with padding behind them; queries, keys, values; sinks."""
     rng = np.random.default_rng(0)
     make = lambda heads: rng.normal(size=(2, rows.size, heads, 16)).astype(np.float32)
     ids = np.zeros((2, rows.size), np.int32)
     ids[0, rows.size // 3 :] = 1
     ids[1, :-5] = 1 + np.arange(rows.size - 5) * 3 // rows.size
-    return make(rows.heads), make(rows.kv_heads), make(rows.kv_heads), ids
+    sinks = (2 * rng.normal(size=rows.heads)).astype(np.float32) if rows.sinks else None
+    return ids, make(rows.heads), make(rows.kv_heads), make(rows.kv_heads), sinks
 
 
 def whole(x):
@@ -84,7 +87,7 @@ def whole(x):
     return constrain(x, "batch", None, None, None)
 
 
-def gathered_and_gradients(attend, query, key, value, ids, order=None):
+def gathered_and_gradients(attend, ids, query, key, value, sinks, order=None):
     """What real tokens gather and the gradients of a loss of it, in order."""
     back = np.arange(ids.shape[1]) if order is None else np.argsort(order)
     real = jnp.asarray((ids > 0)[:, :, None, None])
@@ -93,27 +96,31 @@ def gathered_and_gradients(attend, query, key, value, ids, order=None):
     def mix(x, name):
         return x if order is None else constrain(whole(x)[:, order], "batch", "seq", name, None)
 
-    def loss(query, key, value):
-        out = attend(mix(query, "heads"), mix(key, "kv_heads"), mix(value, "kv_heads"))
+    def loss(given):
+        query, key, value, sinks = given
+        sinks = sinks if sinks is None or order is None else constrain(sinks, "heads")
+        out = attend(mix(query, "heads"), mix(key, "kv_heads"), mix(value, "kv_heads"), sinks)
         out = jnp.where(real, whole(out)[:, back], 0)
         return (out * weights).sum() + (out**2).sum(), out
 
-    value_and_grad = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
-    (_, out), gradients = tiny.program(value_and_grad)(query, key, value)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    (_, out), gradients = tiny.program(value_and_grad)((query, key, value, sinks))
     return jax.tree.map(np.asarray, (out, gradients))
 
 
 @functools.cache
 def attention_alone(rows: Rows):
-    query, key, value, ids = attention_inputs(rows)
+    ids, *given = attention_inputs(rows)
     attend = within_rows("xla", jnp.asarray(ids), rows.window, 0.3, rows.softcap)
-    return gathered_and_gradients(attend, query, key, value, ids)
+    return gathered_and_gradients(attend, ids, *given)
 
 
 @pytest.mark.parametrize(
     ("rows", "kernel", "mesh", "again"),
     [
-        (ALL, "splash", MeshConfig(1, context=2, tensor=2), True),
+        (SINKS, "splash", MeshConfig(1, context=2, tensor=2), True),
+        NIGHTLY(SINKS, "xla", MeshConfig(1, context=2, tensor=2), True),
+        NIGHTLY(ALL, "splash", MeshConfig(1, context=2, tensor=2), True),
         NIGHTLY(ALL, "splash", MeshConfig(1, context=4), False),
         NIGHTLY(PLAIN, "splash", MeshConfig(1, context=8), True),
         (PLAIN, "xla", MeshConfig(1, context=4), True),
@@ -123,11 +130,12 @@ def attention_alone(rows: Rows):
 def test_attention_is_that_of_one_device(rows, kernel, mesh, again):
     """Splash through the Pallas interpreter, in blocks that divide neither chunks nor rows."""
     expected = attention_alone(rows)
-    ids = attention_inputs(rows)[-1]
+    ids, *given, sinks = attention_inputs(rows)
     with current(mesh_of(mesh)):
-        query, key, value, where = tiny.put(attention_inputs(rows))
+        where, *given = tiny.put((ids, *given))
+        sinks = None if sinks is None else jnp.asarray(sinks)
         attend = within_split_rows(kernel, where, rows.window, 0.3, rows.softcap, interpret=True, gather_again=again)
-        found = gathered_and_gradients(attend, query, key, value, ids, column_order(rows.size, mesh.context))
+        found = gathered_and_gradients(attend, ids, *given, sinks, column_order(rows.size, mesh.context))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.abs(other).max() > 0.5
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * max(1, np.abs(other).max()))
@@ -141,6 +149,11 @@ WINDOWS = resolve(
     ModelConfig("gemma2", 50, 16, 2, num_heads=4, num_kv_heads=1, mlp_size=32, sliding_window=7, attention_softcap=5.0)
 )
 EXPERTS = resolve(ModelConfig("qwen3_moe", 64, 16, 2, mlp_size=8, num_experts=4, experts_per_token=2))
+SINKING = resolve(
+    ModelConfig(
+        "gpt_oss", 64, 16, 2, 4, 2, head_dim=4, mlp_size=8, num_experts=4, experts_per_token=2, sliding_window=7
+    )
+)
 SHAPED = Sampling(0.7, top_k=5, min_new_tokens=2, eos_ids=(1, 2))
 ASKS = Ask("policy", "token_stats"), Ask("value", "values"), Ask("value", "scores"), Ask("value", "rewards")
 
@@ -197,6 +210,7 @@ def alone(model: ModelConfig, kind: str):
         NIGHTLY(MODEL, "responses", MeshConfig(1, context=8), None, "none"),
         NIGHTLY(MODEL, "shared", MeshConfig(2, context=2), 100, "dots"),
         NIGHTLY(EXPERTS, "responses", MeshConfig(1, fsdp=2, context=2, expert=2), None, "none"),
+        NIGHTLY(SINKING, "responses", MeshConfig(1, fsdp=2, tensor=2, context=2), None, "none"),
         NIGHTLY(EXPERTS, "packed", MeshConfig(1, fsdp=2, context=4), 100, "full"),
     ],
 )
