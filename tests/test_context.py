@@ -130,12 +130,12 @@ def attention_alone(rows: Rows):
 def test_attention_is_that_of_one_device(rows, kernel, mesh, again):
     """Splash through the Pallas interpreter, in blocks that divide neither chunks nor rows."""
     expected = attention_alone(rows)
-    ids, *given, sinks = attention_inputs(rows)
+    ids, query, key, value, sinks = attention_inputs(rows)
     with current(mesh_of(mesh)):
-        where, *given = tiny.put((ids, *given))
+        where, query, key, value = tiny.put((ids, query, key, value))
         sinks = None if sinks is None else jnp.asarray(sinks)
         attend = within_split_rows(kernel, where, rows.window, 0.3, rows.softcap, interpret=True, gather_again=again)
-        found = gathered_and_gradients(attend, ids, *given, sinks, column_order(rows.size, mesh.context))
+        found = gathered_and_gradients(attend, ids, query, key, value, sinks, column_order(rows.size, mesh.context))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.abs(other).max() > 0.5
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * max(1, np.abs(other).max()))

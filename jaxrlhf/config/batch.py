@@ -106,7 +106,9 @@ def describe_sharing(resolved: Resolved, shards: int, parts: int) -> list[str]:
     if each == 1 or not could or shares_prompts(resolved, shards, parts):
         return []
     if (context := resolved.cfg.mesh.context) != 1:
-        return [f"batch: mesh.context: {context}: training and scoring read a prompt for each of its {each} responses"]
+        return [
+            f"batch: mesh.context: {context}: training and scoring compute a prompt for each of its {each} responses"
+        ]
     over = f" over {shards} devices" if shards > 1 else ""
     return [
         f"batch: micro-batches of {minibatch_rows(resolved) // parts} rows{over} cut the {each} responses to a prompt "

@@ -709,7 +709,7 @@ def test_batch_arithmetic_is_stated(ppo, micro, devices, parts, words):
     assert not shares_prompts(alone, 1, 1) and describe_sharing(alone, 1, 1) == []
     assert kept_together(resolved) == kept_together(alone) == 2  # whatever cuts them afterwards
     split = resolve_config(load(ppo, ["mesh.context=2"]))
-    said = "batch: mesh.context: 2: training and scoring read a prompt for each of its 2 responses"
+    said = "batch: mesh.context: 2: training and scoring compute a prompt for each of its 2 responses"
     assert not shares_prompts(split, 1, 1) and describe_sharing(split, 1, 1) == [said]
 
 
