@@ -20,7 +20,7 @@ from jaxrlhf.models.slot_decoding import blank_caches, moved, read_columns, slot
 from jaxrlhf.models.transformer import Runtime, forward, positions_of
 from tests.models.test_transformer import NET, weights
 from tests.support import tiny
-from tests.support.learning import first_dpo_metrics, gain_by_grpo
+from tests.support.learning import gain_by_grpo
 
 ROWS, COLUMNS, HEADS, KEY, VALUE = 2, 150, 2, 8, 12  # three chunks
 CUTS = [0, 40, 64, 65, 130], [0, 7, 128]  # where documents begin: inside chunks, and where one ends
@@ -226,10 +226,7 @@ def test_states_do_not_grow():
 # ---- what learns ----------------------------------------------------------------------------------------------------
 
 
-def test_the_first_loss_of_dpo_is_ln_2():
-    assert float(first_dpo_metrics(TINY)["loss/policy"]) == pytest.approx(np.log(2), abs=1e-6)
-
-
+@pytest.mark.nightly  # by day: on text, in tests/run/test_delta_net_runs.py
 def test_grpo_learns():
     """A reward model of random weights scores higher, iteration after iteration."""
     assert gain_by_grpo(TINY) > 1

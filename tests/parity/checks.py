@@ -28,12 +28,13 @@ from tests.parity.both import (
     write_by_law,
 )
 from tests.parity.cases import COLUMNS, NEW_TOKENS, TOKENS, VALID, VOCAB, config_of, family_of
+from tests.support.learning import dpo_loss
 
 TOLERANCE = 1e-4  # on logits of size 1 to 10, float32
 ROUGH = 0.02  # bfloat16: the mean difference of logits, in their standard deviations
 # where transformers' own bfloat16 is further from its float32: by 3 to 4% in the cases of gated delta nets
 ROUGHER = {"qwen3_5_text": 0.04}
-
+LN_2 = 1e-6  # the first loss of DPO, nats
 
 ROOT = tempfile.TemporaryDirectory()
 
@@ -147,6 +148,18 @@ def decode(case: str) -> str:
 
 
 @functools.cache
+def dpo(case: str) -> str:
+    """The loss of DPO before its first update is ln 2, of a policy that has been moved another. No torch."""
+    folder = scratch() / "model"
+    write_by_law(folder, config_of(case, "lm"))
+    params, cfg, _ = read(folder)
+    loss = dpo_loss(cfg, params)
+    assert abs(loss(params) - np.log(2)) < LN_2
+    assert abs(loss(jax.tree.map(lambda x: 1.2 * x, params)) - np.log(2)) > 1e-3
+    return f"ln 2 +- {LN_2:g}"
+
+
+@functools.cache
 def bfloat16(case: str) -> str:
     """Logits computed in bfloat16 by both from the same bfloat16 weights."""
     torch = pytest.importorskip("torch")
@@ -167,4 +180,5 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "scores": scores,
     "decode": decode,
     "bfloat16": bfloat16,
+    "dpo": dpo,
 }

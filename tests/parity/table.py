@@ -15,6 +15,7 @@ COLUMNS = {
     "scores": "scores, both ways",
     "decode": "decode = forward log-probs",
     "bfloat16": "logits, bfloat16",
+    "dpo": "first DPO loss",
 }
 
 

@@ -27,6 +27,7 @@ from tests.parity.both import (
     write_by_law,
 )
 from tests.parity.cases import CASES, COLUMNS, VALID, config_of, family_of, heads_of
+from tests.support.learning import first_dpo_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHOWN = slice(None, None, 8)  # of the vocabulary: the files stay small
@@ -65,6 +66,20 @@ def test_decode(case):
 # one case of each family for every change; its other positions, windows and biases nightly
 FIRST = list({family_of(case): case for case in reversed(CASES)}.values())
 LIVE = [pytest.param(case, marks=[] if case in FIRST else pytest.mark.nightly) for case in CASES]
+
+
+@pytest.mark.parametrize("case", LIVE)
+def test_the_first_loss_of_dpo_is_ln_2(case):
+    checks.dpo(case)
+
+
+@pytest.mark.nightly  # by day: the same of a forward pass
+@pytest.mark.parametrize("case", FIRST)
+def test_a_first_iteration_of_dpo_loses_ln_2(case, tmp_path):
+    write_by_law(tmp_path / "model", config_of(case, "lm"))
+    metrics = first_dpo_metrics(hf_config.read_config(tmp_path / "model")[0])
+    assert float(metrics["loss/policy"]) == pytest.approx(np.log(2), abs=checks.LN_2)
+    assert float(metrics["policy/grad_norm"]) > 1e-3
 
 
 # ---- live -----------------------------------------------------------------------------------------------------------

@@ -1,20 +1,39 @@
 """What a model of any family has to do first: lose ln 2 to itself by DPO, and score higher by GRPO."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.optim import OptimizerConfig
-from jaxrlhf.step import make_iteration
-from jaxrlhf.types import Batch, Metrics
+from jaxrlhf.step import make_iteration, make_measure
+from jaxrlhf.types import Batch, Metrics, Params
 from tests.support import tiny
+
+
+def without_margin(model: ModelConfig) -> tiny.Tiny:
+    """A run of DPO of the model, on pairs without margins."""
+    batch = Batch(preferences=tiny.preferences().replace(margin=None))
+    return tiny.build("dpo", DPOConfig(), model=model, batch=batch)
+
+
+def dpo_loss(model: ModelConfig, reference: Params) -> Callable[[Params], float]:
+    """The loss of DPO of a policy, nats: a forward pass of it and of the reference, and no update."""
+    made = without_margin(model)
+    measure = tiny.program(make_measure(made.recipe))
+
+    def loss(policy: Params) -> float:
+        state = made.state.replace(params={"policy": policy}, slow={"reference": reference})
+        return float(measure(state, made.batch)["loss/policy"].value())
+
+    return loss
 
 
 def first_dpo_metrics(model: ModelConfig) -> Metrics:
     """Of the first iteration, whose policy is its reference; the pairs have no margin."""
-    batch = Batch(preferences=tiny.preferences().replace(margin=None))
-    made = tiny.build("dpo", DPOConfig(), model=model, batch=batch)
+    made = without_margin(model)
     return tiny.program(make_iteration(made.recipe))(made.state, made.batch)[1]
 
 
