@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.generate import loop
+from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.cpu import experts_in_blocks
@@ -16,6 +18,10 @@ from jaxrlhf.models.files.hf_config import describe
 from jaxrlhf.models.grouped import LARGEST_BLOCK, block_size, make_groups
 from jaxrlhf.models.lora import LoraConfig, assemble, merged, targets_of
 from jaxrlhf.models.transformer import Runtime, forward, gated_by
+from jaxrlhf.ops.sampling import Sampling
+from jaxrlhf.plan import hlo
+from jaxrlhf.run import state as states
+from jaxrlhf.sharding import MeshConfig, current, make_mesh
 from tests.support import tiny
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_size": 12}
@@ -185,3 +191,29 @@ def test_a_score_that_transformers_has_no_class_for_is_not_exported():
     ):
         describe(cfg, "scalar")
     assert describe(cfg, "lm")["num_experts"] == 4
+
+
+def test_on_a_mesh_the_decode_loop_gathers_tokens_and_no_experts():
+    """8 experts over 4 devices, each split over 2: their maps are gathered before the loop, in it only what is smaller
+    than one of them."""
+    cfg = resolve(ModelConfig("qwen3_moe", num_experts=8, **SIZES | {"hidden_size": 64, "mlp_size": 64}))
+    mesh, rows, new = make_mesh(MeshConfig(1, 2, expert=4), jax.devices()[:8]), 16, 5
+    sampler = Sampler(Sampling(eos_ids=()), new, (), 0, keeps_routing=True)
+
+    def rollout(params, prompts):
+        return loop.sample(params, cfg, prompts, jnp.int32(0), jnp.int32(0), sampler, Runtime())
+
+    with current(mesh):
+        params = states.abstract_params(cfg, "lm", jnp.float32, mesh)
+        text = tiny.program(rollout).lower(params, tiny.prompts(rows)).compile().as_text()
+    entry, computations = hlo.parse(text or "")
+    runs, _ = hlo.executions(entry, computations)
+    sent: dict[bool, dict[str, int]] = {True: {}, False: {}}  # kind -> bytes of the largest, in the loop and before it
+    for name, lines in computations.items():
+        for line in lines:
+            if kind := hlo.kind_of(line):
+                largest = sent[runs[name] >= new - 1]
+                largest[kind] = max(largest.get(kind, 0), hlo.transferred(line))
+    one_map = cfg.hidden_size * cfg.mlp_size * 4
+    assert sent[True]["all-gather"] >= rows // 2 * cfg.hidden_size * 4
+    assert max(sent[True].values()) < one_map <= sent[False]["all-gather"]
