@@ -196,7 +196,8 @@ def test_a_score_that_transformers_has_no_class_for_is_not_exported():
 def test_on_a_mesh_the_decode_loop_gathers_tokens_and_no_experts():
     """8 experts over 4 devices, each split over 2: their maps are gathered before the loop, in it only what is smaller
     than one of them."""
-    cfg = resolve(ModelConfig("qwen3_moe", num_experts=8, **SIZES | {"hidden_size": 64, "mlp_size": 64}))
+    wider: dict[str, Any] = SIZES | {"hidden_size": 64, "mlp_size": 64}
+    cfg = resolve(ModelConfig("qwen3_moe", num_experts=8, **wider))
     mesh, rows, new = make_mesh(MeshConfig(1, 2, expert=4), jax.devices()[:8]), 16, 5
     sampler = Sampler(Sampling(eos_ids=()), new, (), 0, keeps_routing=True)
 
