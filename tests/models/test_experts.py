@@ -167,17 +167,19 @@ def test_families_weigh_as_they_do():
 
 
 def test_adapters_are_on_attention_alone():
-    assert targets_of(MODEL, LoraConfig()) == ("query", "key", "value", "out")
+    for model in (MODEL, OSS):
+        assert targets_of(model, LoraConfig()) == ("query", "key", "value", "out")
     with pytest.raises(ValueError, match=r"^adapter.targets: gate: a qwen3_moe has no such map; choices: all-linear, "):
         targets_of(MODEL, LoraConfig(targets=("gate",)))
 
 
-def test_an_adapter_beside_experts():
+@pytest.mark.parametrize("model", [MODEL, pytest.param(OSS, marks=pytest.mark.nightly)], ids=lambda x: x.family)
+def test_an_adapter_beside_experts(model):
     """What it adds to attention is in the merged kernels, and the experts are those of the base."""
-    base, lora = tiny.parameters(MODEL, "lm", 0), LoraConfig(rank=2, alpha=8.0)
-    params = assemble(base, tiny.adapter(MODEL, "lm", lora, 1), lora.scale)
+    base, lora = tiny.parameters(model, "lm", 0), LoraConfig(rank=2, alpha=8.0)
+    params = assemble(base, tiny.adapter(model, "lm", lora, 1), lora.scale)
     tokens = jnp.asarray(np.random.default_rng(3).integers(0, 64, (2, 6)), jnp.int32)
-    run = tiny.program(lambda params: forward(params, MODEL, tokens, jnp.ones_like(tokens), Runtime()))
+    run = tiny.program(lambda params: forward(params, model, tokens, jnp.ones_like(tokens), Runtime()))
     adapted, whole = run(params), merged(params)
     np.testing.assert_allclose(adapted, run(whole), atol=1e-5)
     assert np.abs(adapted - run(base)).max() > 0.01

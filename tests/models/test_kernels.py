@@ -370,13 +370,14 @@ GEMMA3 = resolve(
         attention_softcap=2.0,
     )
 )
+SINKS = resolve(ModelConfig(family="gpt_oss", **SMALL, num_layers=2, sliding_window=4, num_experts=3))
 INTERPRETED = Runtime(attention="splash", hardware=TPU, interpret=True)
 
 
 @pytest.mark.nightly  # by day: a model by splash over devices, below
 @pytest.mark.parametrize(
     ("cfg", "remat"),
-    [(LLAMA, "none"), *(pytest.param(GEMMA3, remat, marks=pytest.mark.nightly) for remat in ("full", "dots"))],
+    [(LLAMA, "none"), (SINKS, "dots"), (GEMMA3, "full"), (GEMMA3, "dots")],
 )
 def test_a_model_and_its_gradients_by_splash(cfg, remat):
     params = tiny.parameters(cfg, "lm", 0)

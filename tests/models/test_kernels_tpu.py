@@ -28,6 +28,7 @@ LLAMA = resolve(ModelConfig(**SMALL, head_dim=128))
 MIXED = resolve(ModelConfig(family="gemma2", **SMALL, head_dim=256, sliding_window=200, attention_softcap=50.0))
 WHOLE_HEADS = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, head_dim=64)
 ONE_KV_HEAD = dataclasses.replace(LLAMA, num_kv_heads=1, head_dim=64)
+SINKS = resolve(ModelConfig(family="gpt_oss", **SMALL, head_dim=64, sliding_window=200, num_experts=4))
 
 
 @functools.cache
@@ -87,6 +88,7 @@ def test_the_devices_of_a_topology_are_tpus():
         NIGHTLY(LLAMA, "v5p:2x2x1", tpu(remat="full"), 4),  # and the forward pass once more
         NIGHTLY(LLAMA, "v5e:2x2", tpu(remat="dots"), 3),  # whose results are kept
         (MIXED, "v5p:2x2x1", tpu(remat="dots"), 6),  # a local and a global layer
+        NIGHTLY(SINKS, "v5e:2x2", tpu(remat="full"), 8),
         NIGHTLY(MIXED, "v5e:2x2", tpu(compute=jnp.float32), 6),  # the most memory that a kernel takes
         NIGHTLY(WHOLE_HEADS, "v5e:2x2", tpu(), 3),
         NIGHTLY(ONE_KV_HEAD, "v5e:2x2", tpu(), 3),
@@ -143,7 +145,7 @@ def compile_decoding(cfg: ModelConfig, prompt: int, room: int, runtime: Runtime)
         return jax.jit(read).lower(*arguments).compile().as_text() or ""
 
 
-@pytest.mark.parametrize("cfg", [NIGHTLY(LLAMA), MIXED])
+@pytest.mark.parametrize("cfg", [NIGHTLY(LLAMA), MIXED, NIGHTLY(SINKS)])
 def test_prefill_and_decoding_compile(cfg):
     """Prefill by the kernel; a decoded token reads the cache as it lies, its kv heads not repeated."""
     room = 128

@@ -14,7 +14,7 @@ from jaxrlhf.models.decoding import decode_layout
 from jaxrlhf.models.rope import RopeScaling, query_scale
 from jaxrlhf.models.slot_decoding import blank_caches, read_columns
 from jaxrlhf.models.transformer import Runtime, forward, rotation
-from tests.models.test_transformer import NOPE, weights
+from tests.models.test_transformer import NOPE, OSS, weights
 from tests.support import tiny
 from tests.support.learning import gain_by_grpo
 
@@ -60,17 +60,18 @@ def test_what_each_kind_of_layers_does_with_positions():
     np.testing.assert_allclose(longer[1][0, 5] / longer[1][0, 3], length(key)[0, 5] / length(key)[0, 3], rtol=1e-5)
 
 
-def test_slots_read_what_whole_rows_say():
+@pytest.mark.parametrize("cfg", [NOPE, OSS], ids=lambda cfg: cfg.family)
+def test_slots_read_what_whole_rows_say(cfg):
     """Prompts of two slots in pieces, each slot at its own position."""
     lengths, size = np.array([10, 7]), 4
     tokens = np.random.default_rng(2).integers(0, 101, (2, 12)).astype(np.int32)
-    own = jax.tree.map(jnp.asarray, weights(NOPE))
-    params = decode_layout(own, NOPE, "lm", Runtime(), 2)
+    own = jax.tree.map(jnp.asarray, weights(cfg))
+    params = decode_layout(own, cfg, "lm", Runtime(), 2)
     read = tiny.program(
-        lambda tokens, at, count, caches: read_columns(params, NOPE, tokens, at, count, caches, Runtime())
+        lambda tokens, at, count, caches: read_columns(params, cfg, tokens, at, count, caches, Runtime())
     )
-    whole = tiny.program(lambda tokens: forward(own, NOPE, tokens, jnp.ones_like(tokens), Runtime()))(tokens)
-    caches = blank_caches(NOPE, 1, 2, 12, jnp.float32)
+    whole = tiny.program(lambda tokens: forward(own, cfg, tokens, jnp.ones_like(tokens), Runtime()))(tokens)
+    caches = blank_caches(cfg, 1, 2, 12, jnp.float32)
     at = np.zeros(2, np.int32)
     while (at < lengths).any():
         count = np.clip(lengths - at, 0, size).astype(np.int32)

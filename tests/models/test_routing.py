@@ -22,33 +22,34 @@ from tests.support import tiny
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_heads": 4, "mlp_size": 16}
 MODEL = resolve(ModelConfig("qwen3_moe", num_layers=3, num_experts=8, experts_per_token=2, **SIZES))
+OSS = resolve(ModelConfig("gpt_oss", num_layers=3, num_experts=8, sliding_window=4, **SIZES))
 EOS = (1, 2, 5, 9)
 SAMPLING = Sampling(eos_ids=EOS)
 ROOM, COPIES = 8, 3
 
 
-def weights():
+def weights(model: ModelConfig = MODEL):
     """With experts that matter."""
-    params = tiny.parameters(MODEL, "lm", 0)
+    params = tiny.parameters(model, "lm", 0)
     mlp = params["layers"]["mlp"]
     mlp = mlp | {"experts": jax.tree.map(lambda x: 3 * x, mlp["experts"])}
     return params | {"layers": params["layers"] | {"mlp": mlp}}
 
 
 @functools.cache
-def sampled(compute, keeps: bool = True, halvings: int = 0) -> Sequences:
+def sampled(compute, keeps: bool = True, halvings: int = 0, model: ModelConfig = MODEL) -> Sequences:
     """Responses to 8 prompts, three each, which end early."""
     sampler = Sampler(SAMPLING, ROOM, EOS, 0, samples_per_prompt=COPIES, keeps_routing=keeps, halvings=halvings)
     made = lambda params: loop.sample(
-        params, MODEL, tiny.prompts(8), jnp.int32(0), jnp.int32(0), sampler, Runtime(compute=compute)
+        params, model, tiny.prompts(8), jnp.int32(0), jnp.int32(0), sampler, Runtime(compute=compute)
     )
-    return tiny.program(made)(weights())
+    return tiny.program(made)(weights(model))
 
 
-def trained(sequences: Sequences, compute, replays: bool):
+def trained(sequences: Sequences, compute, replays: bool, model: ModelConfig = MODEL):
     """(the trainer's log-probs of the response tokens less the sampler's, what was measured of the routers)."""
     found = make_nets(
-        {"policy": MODEL},
+        {"policy": model},
         Runtime(compute=compute),
         SAMPLING,
         sample=None,  # type: ignore[arg-type]
@@ -61,7 +62,7 @@ def trained(sequences: Sequences, compute, replays: bool):
         (stats,) = found.noting(noted)(Trees({"policy": params}, {}), sequences, Ask("policy", "token_stats"))
         return stats.logprobs, noted[0][1]
 
-    logprobs, measured = tiny.program(read)(weights(), sequences)
+    logprobs, measured = tiny.program(read)(weights(model), sequences)
     mask = np.asarray(sequences.response_mask)
     return np.asarray(logprobs - sequences.logprobs)[mask], {k: float(mean.value()) for k, mean in measured.items()}
 
@@ -88,16 +89,18 @@ def test_compaction_takes_the_choices_along():
     np.testing.assert_array_equal(halved.routing, whole.routing)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_trainer_makes_the_choices_that_were_kept(packed):
+@pytest.mark.parametrize(
+    ("packed", "model"), [(False, MODEL), (True, MODEL), pytest.param(True, OSS, marks=pytest.mark.nightly)]
+)
+def test_the_trainer_makes_the_choices_that_were_kept(packed, model):
     """In float32 the ratio is 1 with and without; and what is kept is followed: other choices, other log-probs."""
-    rows = sampled(jnp.float32)
+    rows = sampled(jnp.float32, model=model)
     most = int(np.asarray(rows.response_mask).sum(1).reshape(-1, COPIES).sum(1).max())
     rows = rows.replace(width=most, copies=COPIES) if packed else rows
-    difference, measured = trained(rows, jnp.float32, True)
+    difference, measured = trained(rows, jnp.float32, True, model)
     assert np.abs(difference).max() < 1e-5 and measured["routing_replaced"] == 0
     other = rows.replace(routing=jnp.where(rows.routing == OWN, OWN, (rows.routing + 3) % 8).astype(jnp.int8))
-    difference, measured = trained(other, jnp.float32, True)
+    difference, measured = trained(other, jnp.float32, True, model)
     assert np.abs(difference).mean() > 0.05 and measured["routing_replaced"] > 0.5
 
 
