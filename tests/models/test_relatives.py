@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrlhf.models.config import LayerType, ModelConfig, resolve
 from jaxrlhf.models.decoding import decode_layout
