@@ -20,6 +20,7 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_config, hf_weights, mxfp4
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.models.transformer import clamped_swiglu
+from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support import tiny
 from tests.support.learning import gain_by_grpo
 
@@ -254,6 +255,9 @@ def test_a_folder_in_mxfp4(tmp_path):
         }.items():
             np.testing.assert_array_equal(experts[part]["kernel"][layer], numbers)
     assert np.abs(experts["gate"]["kernel"]).max() > 0.1
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])):  # halves of blocks
+        split = hf_weights.load(tmp_path / "first", MODEL, "lm")
+    jax.tree.map(np.testing.assert_array_equal, split, params)
     hf_weights.save(params, MODEL, "lm", tmp_path / "second", "bfloat16")
     assert "quantization_config" not in json.loads((tmp_path / "second" / "config.json").read_text())
     plain = hf_weights.load(tmp_path / "second", MODEL, "lm")["layers"]["mlp"]["experts"]

@@ -37,6 +37,7 @@ LLAMA = resolve(
     )
 )
 GPT2 = resolve(ModelConfig(family="gpt2", vocab_size=101, hidden_size=32, max_positions=16))
+OSS = resolve(ModelConfig("gpt_oss", vocab_size=101, hidden_size=32, mlp_size=24, num_experts=4))
 IDS = hf_config.TokenIds(eos=(7, 9), bos=1, pad=0)
 
 
@@ -230,6 +231,7 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch, there
     [
         (LLAMA, (2, 2, 2)),
         (dataclasses.replace(LLAMA, num_kv_heads=1), (1, 4, 2)),
+        (OSS, (1, 2, 2, 1, 1, 2)),  # gate and up interleaved, of all experts in one tensor
         pytest.param(GPT2, (8, 1, 1), marks=pytest.mark.nightly),
     ],
 )
