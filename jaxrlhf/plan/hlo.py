@@ -55,7 +55,7 @@ def collectives(hlo: str) -> list[Collective]:
     entry, program = parse(hlo)
     runs, unknown = executions(entry, program)
     found: dict[str, Collective] = {}
-    for one in merge_channels(program, runs, unknown):
+    for one in each_once(program, runs, unknown):
         found[one.kind] = found[one.kind] + one if one.kind in found else one
     return [found[kind] for kind in KINDS if kind in found]
 
@@ -135,34 +135,44 @@ def is_count(line: Instruction) -> bool:
     return line.opcode == "constant" and line.shape.startswith(("s32[]", "u32[]", "s64[]")) and line.rest[:1].isdigit()
 
 
-def merge_channels(
-    program: dict[str, list[Instruction]], runs: dict[str, int], unknown: set[str]
-) -> Iterable[Collective]:
-    """Each collective once. XLA:TPU prints one that is fused with computation several times (its start, steps and end),
-    under one channel; clones of a loop's body have channels of their own. Steps may lie in a loop that its start and
-    its end stand around: it runs as often as the least of them."""
+def each_once(program: dict[str, list[Instruction]], runs: dict[str, int], unknown: set[str]) -> Iterable[Collective]:
+    """Each collective once. XLA:TPU prints one that is fused with computation several times, as its start, steps and
+    end: it runs as often as its start, around whose loop the steps may lie. Fusions of other names are pieces of one
+    where they have one channel; that runs as often as the least of them. Elsewhere a channel says nothing: what is
+    written by hand (shard_map) has the same everywhere."""
+    callers = {target: line.name for lines in program.values() for line in lines for target in fused(line)}
     found: dict[tuple[str, str], Collective] = {}
     for name, lines in program.items():
+        caller = callers.get(name, "")
+        if caller.startswith("async-collective-done") or name.startswith("async_collective_fusion"):
+            continue
+        alone = not caller or caller.startswith("async-collective-start") or name.startswith("all-reduce-scatter")
         for line in lines:
-            kind = kind_of(line)
-            if kind is None:
+            if kind_of(line) is None:
                 continue
-            size = transferred(line)
-            group = group_size(line.rest)
-            if kind == "reduce-scatter":
-                size *= group
-            if name.startswith("all-reduce-scatter"):  # a fusion of XLA:TPU, which keeps a part of the sum only
-                kind = "reduce-scatter"
-            steps = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0, BETWEEN: 1.0}.get(
-                kind, (group - 1) / group
-            )
-            times = runs[name]
-            one = Collective(kind, times, size * times, int(size * steps) * times, name in unknown)
+            one = counted(line, name, runs[name], name in unknown)
             channel = CHANNEL.search(line.rest)
-            key = (kind, channel.group(1) if channel else line.name)
+            key = (one.kind, line.name if alone or channel is None else channel.group(1))
             if key not in found or 0 < one.count < found[key].count or not found[key].count:
                 found[key] = one
     return found.values()
+
+
+def fused(line: Instruction) -> Iterator[str]:
+    """The computation of a fusion."""
+    if line.opcode == "fusion":
+        yield from called(line)
+
+
+def counted(line: Instruction, computation: str, times: int, unknown: bool) -> Collective:
+    """A line that starts or is a collective, which runs so often."""
+    kind, size, group = kind_of(line) or "", transferred(line), group_size(line.rest)
+    if kind == "reduce-scatter":
+        size *= group
+    if computation.startswith("all-reduce-scatter"):  # a fusion of XLA:TPU, which keeps a part of the sum only
+        kind = "reduce-scatter"
+    steps = {"all-reduce": 2 * (group - 1) / group, "collective-permute": 1.0, BETWEEN: 1.0}
+    return Collective(kind, times, size * times, int(size * steps.get(kind, (group - 1) / group)) * times, unknown)
 
 
 def kind_of(line: Instruction) -> str | None:

@@ -4,6 +4,7 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -48,9 +49,9 @@ def rows() -> Sequences:
     valid = mask | (columns < START)
     return Sequences(
         *tiny.put((np.where(valid, tokens, 0).astype(np.int32), valid, mask)),
-        logprobs=np.full(mask.shape, -7.6, np.float32),
-        scores=rng.normal(size=len(mask)).astype(np.float32),
-        ended=np.ones(len(mask), bool),
+        logprobs=jnp.full(mask.shape, -7.6),
+        scores=jnp.asarray(rng.normal(size=len(mask)), jnp.float32),
+        ended=jnp.ones(len(mask), bool),
         response_start=START,
         copies=COPIES,
     )

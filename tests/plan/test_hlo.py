@@ -79,6 +79,58 @@ def test_a_module_written_by_hand():
     assert found["collective-permute"] == Collective("collective-permute", 1, 40, 40, True)
 
 
+# what is written by hand has one channel: two gathers beside each other, two sums that keep a part, two gathers that
+# are fused, one of them with a step in a loop of 5
+MANUAL = """HloModule jit_f, entry_computation_layout={()->f32[]}
+
+%first.1 (p: bf16[4]) -> bf16[8] {
+  ROOT %ag.1 = bf16[8]{0} all-gather(%p), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}
+}
+
+%second.1 (p: bf16[4]) -> bf16[8] {
+  ROOT %ag.2 = bf16[8]{0} all-gather(%p), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}
+}
+
+%async_collective_fusion.3 (p: bf16[4]) -> bf16[8] {
+  ROOT %ag.3 = bf16[8]{0} all-gather(%p), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}
+}
+
+%last.1 (p: bf16[4]) -> bf16[8] {
+  ROOT %ag.4 = bf16[8]{0} all-gather(%p), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}
+}
+
+%all-reduce-scatter.1 (p: f32[4]) -> f32[2] {
+  %ar.1 = f32[4]{0} all-reduce(%p), channel_id=1, replica_groups=[2,2]<=[4], to_apply=%add
+}
+
+%all-reduce-scatter.2 (p: f32[4]) -> f32[2] {
+  %ar.2 = f32[4]{0} all-reduce(%p), channel_id=1, replica_groups=[2,2]<=[4], to_apply=%add
+}
+
+%body (s: (s32[])) -> (s32[]) {
+  %fusion.3 = bf16[8]{0} fusion(%b), kind=kCustom, calls=%async_collective_fusion.3
+}
+
+ENTRY %main (a: bf16[4]) -> f32[] {
+  %ag.5 = bf16[8]{0} all-gather(%a), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}
+  %ag.6 = bf16[8]{0} all-gather(%b), channel_id=1, replica_groups=[2,2]<=[4], dimensions={0}
+  %async-collective-start.1 = bf16[8]{0} fusion(%a), kind=kCustom, calls=%first.1
+  %loop = (s32[]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %async-collective-done.1 = bf16[8]{0} fusion(%a), kind=kCustom, calls=%last.1
+  %async-collective-start = bf16[8]{0} fusion(%a), kind=kCustom, calls=%second.1
+  %f.1 = f32[2]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+  %f.2 = f32[2]{0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.2
+}
+"""
+
+
+def test_what_has_one_channel_is_counted_one_by_one():
+    found = {one.kind: one for one in collectives(MANUAL)}
+    assert list(found) == ["all-gather", "reduce-scatter"]
+    assert found["all-gather"] == Collective("all-gather", 4, 4 * 16, 4 * 8, False)
+    assert found["reduce-scatter"] == Collective("reduce-scatter", 2, 2 * 16, 2 * 8, False)
+
+
 def test_a_condition_says_as_much_where_it_is_fused():
     name, inside = "%cond (s: (s32[], f32[16])) -> pred[] {", "%both (i: s32[], go: pred[]) -> pred[] {"
     call = "  ROOT %fusion = pred[] fusion(%i, %go), kind=kLoop, calls=%both\n}\n"
