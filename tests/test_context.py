@@ -265,3 +265,24 @@ def test_iterations_are_those_of_one_device(which, mesh):
     assert expected[0] != expected[1]
     for one, other in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def temporaries(mesh: MeshConfig, columns: int) -> int:
+    """Bytes of a device that an update of two rows of so many columns needs beside its arguments."""
+    with current(made := mesh_of(mesh)):
+        batch = Batch(sequences=tiny.sequences(2, 1, columns - 1))
+        run = tiny.build("sft", SFTConfig(), batch=batch, remat="full")
+        program = tiny.program(steps.make_iteration(run.recipe)).lower(run.state, put(made, run.batch)).compile()
+        memory = program.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("context", [4, NIGHTLY(2), NIGHTLY(8)])
+def test_an_update_of_a_long_row_takes_less_memory_by_the_size_of_the_axis(context):
+    """Nothing of a row's length but its tokens, and keys and values of one layer, is whole on a device."""
+    whole, split = temporaries(ALONE, 4096), temporaries(MeshConfig(1, context=context), 4096)
+    assert 0.95 * context < whole / split < 1.05 * context, (whole, split)

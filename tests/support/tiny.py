@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +194,7 @@ def build(
     teacher: ModelConfig | None = None,
     quantization: Quantization | None = None,
     merge_adapter: bool = True,
+    remat: Literal["none", "full", "dots"] = "none",
 ) -> Tiny:
     """The algorithm called ``name`` (of the table, or module:NAME) on models of this shape, on the current mesh.
     Policy and reference start equal. With ``trunk_gradient`` the value model is a head on the policy; with ``members``
@@ -224,7 +225,7 @@ def build(
         bases |= {"reference": based(None)} if "reference" in slow else {}
         base = packed_tree(parameters(model, "lm", 0), parameter_table(model, "lm"), quantization)
         still |= {"base": base} | ({"reference": {}} if "reference" in slow else {})
-    runtime = Runtime(merge_adapter=merge_adapter)
+    runtime = Runtime(merge_adapter=merge_adapter, remat=remat)
 
     def matrices(role: str) -> Matrices:
         head = head_in(trained, role)
