@@ -29,7 +29,7 @@ ALONE = MeshConfig(1)
 
 
 def mesh_of(cfg: MeshConfig):
-    return make_mesh(cfg, jax.devices()[: cfg.data * cfg.fsdp * cfg.tensor * cfg.context])
+    return make_mesh(cfg, jax.devices()[: cfg.data * cfg.fsdp * cfg.tensor * cfg.expert * cfg.context])
 
 
 # ---- the order of columns -------------------------------------------------------------------------------------------
