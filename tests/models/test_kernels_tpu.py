@@ -12,12 +12,14 @@ from jax.sharding import NamedSharding
 
 from jaxrlhf.models.attention.kernels import Hardware, blocks, hardware_of
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.context import forward_split, split_rows
 from jaxrlhf.models.decoding import decode_layout, decode_step, prefill
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
 from jaxrlhf.models.transformer import Runtime, forward, forward_responses
 from jaxrlhf.plan.target import find_target
 from jaxrlhf.sharding import MeshConfig, make_mesh, partition
+from jaxrlhf.types import given
 
 pytest.importorskip("libtpu", reason="compiles for TPUs")
 pytestmark = pytest.mark.plan
@@ -98,6 +100,27 @@ def test_training_by_splash_compiles(cfg, topology, runtime, kernels):
     text = compile_training(cfg, topology, runtime)
     assert kernels_in(text) == kernels
     assert squares(text, SIZE) == set()
+
+
+@pytest.mark.parametrize("remat", ["none", NIGHTLY("full")])
+def test_split_columns_by_splash_compile(remat):
+    """Keys and values are gathered forward and again backward, and their gradients scattered, not summed whole."""
+    mesh, runtime, columns = (
+        make_mesh(MeshConfig(1, context=4), find_target("v5e:2x2").devices),
+        tpu(remat=remat),
+        2040,
+    )
+    with jax.set_mesh(mesh):
+
+        def loss(params, tokens, ids):
+            split = given(split_rows(columns), "split")
+            return (forward_split(params, LLAMA, tokens, ids, split, runtime).astype(jnp.float32) ** 2).sum()
+
+        arguments = abstract(LLAMA, mesh, jnp.float32), rows(mesh, (2, columns)), rows(mesh, (2, columns))
+        text = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text() or ""
+    sent = re.findall(r"= \S+ (all-gather|reduce-scatter|all-reduce)(?:-start)?\(.*shard_map", text)
+    assert kernels_in(text) == (3 if remat == "none" else 4)
+    assert squares(text, columns) == set() and set(sent) == {"all-gather", "reduce-scatter"}, sent
 
 
 def test_squares_are_found():
