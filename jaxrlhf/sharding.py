@@ -28,6 +28,7 @@ Rules = dict[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     "batch": SPLIT_ROWS,
     "rows": AXES,  # as batch, and over the devices that share its rows too
+    "rows_of_copy": ("slice", "data"),  # as batch, whole on the devices that share a copy of the weights
     "seq": None,
     "hidden": None,  # features of an activation
     "embed": ("fsdp", "decode", "expert", "context"),  # the same features in a weight
@@ -41,6 +42,7 @@ RULES: Rules = {
     "expert": "expert",
     "routes": None,  # a router's outputs, one an expert
     "layers": None,
+    "per_layer": None,  # features of a token's embedding in one layer
     "taps": None,  # columns that a convolution sees
     "positions": None,  # rows of a learned position table
     "score": None,  # the one column of a scalar head

@@ -154,6 +154,10 @@ SINKING = resolve(
         "gpt_oss", 64, 16, 2, 4, 2, head_dim=4, mlp_size=8, num_experts=4, experts_per_token=2, sliding_window=7
     )
 )
+READING: dict[str, Any] = {"layer_types": ("local", "global") * 2, "sliding_window": 7, "shared_kv_layers": 2}
+UNEVEN = resolve(
+    ModelConfig("gemma4_text", 64, 16, 4, 4, 2, head_dim=4, mlp_size=8, global_head_dim=8, per_layer_size=8, **READING)
+)
 SHAPED = Sampling(0.7, top_k=5, min_new_tokens=2, eos_ids=(1, 2))
 ASKS = Ask("policy", "token_stats"), Ask("value", "values"), Ask("value", "scores"), Ask("value", "rewards")
 
@@ -212,6 +216,8 @@ def alone(model: ModelConfig, kind: str):
         NIGHTLY(EXPERTS, "responses", MeshConfig(1, fsdp=2, context=2, expert=2), None, "none"),
         NIGHTLY(SINKING, "responses", MeshConfig(1, fsdp=2, tensor=2, context=2), None, "none"),
         NIGHTLY(EXPERTS, "packed", MeshConfig(1, fsdp=2, context=4), 100, "full"),
+        NIGHTLY(UNEVEN, "packed", MeshConfig(1, fsdp=2, context=4), 100, "full"),  # embeddings of layers are exchanged
+        NIGHTLY(UNEVEN, "shared", MeshConfig(1, tensor=2, context=2), None, "none"),
     ],
 )
 def test_answers_and_gradients_are_those_of_one_device(model, kind, mesh, stored, remat):

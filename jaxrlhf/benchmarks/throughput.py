@@ -9,7 +9,7 @@ from jaxrlhf.benchmarks.rows import DESCRIBED
 from jaxrlhf.benchmarks.timed import WARM_UP, Iterations, TimedRun, run, trace
 from jaxrlhf.benchmarks.work import IterationWork, count_work, decode_bytes, decode_steps
 from jaxrlhf.config.batch import describe_batch
-from jaxrlhf.plan.cost import held
+from jaxrlhf.plan.weights import held
 from jaxrlhf.types import given
 
 Report = dict[str, Any]

@@ -9,16 +9,18 @@ nothing is computed twice. Padding, recomputation, masked halves of attention an
 programs do besides.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxrlhf.models.config import ModelConfig, layer_types_of, layers_with
+from jaxrlhf.models.config import ModelConfig, head_sizes
+from jaxrlhf.models.layer_kinds import LayerKind, attending, layers_with
 from jaxrlhf.plan.calls import models_of
-from jaxrlhf.plan.cost import Setup, matrices, read_of
+from jaxrlhf.plan.cost import Setup, read_of
 from jaxrlhf.plan.mixing import state_bytes
+from jaxrlhf.plan.weights import matrices
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.run.recorded_asks import Kind, blank_state, note_taker
 from jaxrlhf.types import Batch, Head, Role, Sequences, given
@@ -79,11 +81,13 @@ def pairs(start: int, count: int, window: int = 0) -> int:
     return int((np.minimum(seen, window) if window else seen).sum())
 
 
-def products(cfg: ModelConfig, spans: list[tuple[int, int]]) -> int:
-    """``pairs`` of all spans (start, count), in all attention layers."""
-    kinds = [kind for kind in layer_types_of(cfg) if kind != "linear"]
-    windows = [cfg.sliding_window if kind == "local" else 0 for kind in kinds]
-    return sum(windows.count(window) * pairs(*span, window) for window in set(windows) for span in spans)
+def products(cfg: ModelConfig, spans: list[tuple[int, int]], features: Callable[[LayerKind], float]) -> float:
+    """``pairs`` of all spans (start, count), in all attention layers, each times the ``features`` of its kind."""
+    window = lambda kind: cfg.sliding_window if kind.type == "local" else 0
+    return sum(
+        count * features(kind) * sum(pairs(*span, window(kind)) for span in spans)
+        for kind, count in attending(cfg).items()
+    )
 
 
 def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Document]) -> float:
@@ -100,7 +104,7 @@ def forward_flops(cfg: ModelConfig, head: Head, kind: Kind, found: Iterable[Docu
     state = cfg.linear_value_heads * cfg.linear_key_dim * cfg.linear_value_dim
     return float(
         2 * multiplied
-        + 4 * products(cfg, spans) * cfg.num_heads * cfg.head_dim
+        + 4 * products(cfg, spans, lambda kind: cfg.num_heads * head_sizes(cfg, kind.type)[1])
         + 6 * tokens * state * len(layers_with(cfg, "delta"))
     )
 
@@ -180,12 +184,18 @@ def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     cfg, asked = drawn.configs["policy"], drawn.cfg
     setup = Setup({}, np.dtype(asked.precision.compute).itemsize, int8=asked.generate.int8)
     found = [one for one in documents(sequences) if one.response_tokens]
-    seen = products(cfg, [(one.prompt_tokens, one.response_tokens) for one in found])
+    spans = [(one.prompt_tokens, one.response_tokens) for one in found]
     steps = decode_steps(sequences)
     rows = float(sequences.response_mask.sum()) / steps
     weights = sum(read_of(weight, cfg, rows, setup) for weight in matrices(cfg, "lm", 1))
-    numbers = seen * 2 * cfg.num_kv_heads * cfg.head_dim / steps
+    seen = products(cfg, spans, lambda kind: cached_bytes(cfg, kind, setup)) / steps
     states = (
         2 * state_bytes(cfg, 1) * len(layers_with(cfg, "delta")) * sum(one.response_tokens for one in found) / steps
     )
-    return weights * setup.decoded + numbers * setup.cached(cfg.head_dim) + states
+    return weights * setup.decoded + seen + states
+
+
+def cached_bytes(cfg: ModelConfig, kind: LayerKind, setup: Setup) -> float:
+    """Of the key and the value of one token in one layer."""
+    heads, dim = head_sizes(cfg, kind.type)
+    return 2 * heads * dim * setup.cached(dim)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxrlhf.models.families import FAMILIES
@@ -12,7 +11,6 @@ MLP = "mlp"  # the family of models that are computed from observations, each by
 # attention in a window, attention to everything, the same without positions (NoPE), a gated delta net
 LayerType = Literal["local", "global", "nope", "linear"]
 LayerTypes = tuple[LayerType, ...]
-Branch = Literal["attention", "delta"]  # what mixes the columns of a layer, and the name of its parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +30,7 @@ class ModelConfig:
         "smollm3",
         "gemma2",
         "gemma3_text",
+        "gemma4_text",
         "gpt2",
         "gpt_neox",
         "mixtral",
@@ -62,6 +61,12 @@ class ModelConfig:
     query_pre_attn_scalar: int = 0  # attention's products are divided by its root; 0: head_dim
     attention_softcap: float | None = None  # products x become softcap x tanh(x / softcap)
     logit_softcap: float | None = None  # the same of the next-token logits
+    global_head_dim: int = 0  # features of a head of global layers, where they may have their own; 0: head_dim
+    global_kv_heads: int = 0  # and their heads of keys and values; 0: num_kv_heads
+    keys_are_values: bool = False  # of global layers: one map makes keys and values, which are normalised apart
+    shared_kv_layers: int = 0  # last layers, which read the keys and values of the last of their type before them
+    wide_shared_mlp: bool = False  # the mlps of these are twice as wide
+    per_layer_size: int = 0  # features of a token's embeddings that are added within layers, one a layer; 0: none
     num_experts: int = 0  # feed-forward networks of a layer, each of mlp_size; 0: one, and no router
     experts_per_token: int = 0  # of them that compute a token; 0: 2, where there are experts
     normalize_routing: bool | None = None  # the weights of a token's experts sum to 1; null: as the family has it
@@ -85,10 +90,14 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
     mlp = math.ceil(cfg.hidden_size * 8 / 3 / 64) * 64 if family.gated else 4 * cfg.hidden_size
     head_dim = cfg.head_dim or cfg.hidden_size // cfg.num_heads
     layer_types, window = resolve_layers(cfg)
-    same = cfg.local_rope_theta == cfg.rope_theta and cfg.rope_scaling is None
+    scaling, local_theta = cfg.rope_scaling, cfg.local_rope_theta
+    if family.uneven:
+        scaling, local_theta = scaling or RopeScaling("proportional"), local_theta or cfg.rope_theta
+    same = local_theta == cfg.rope_theta and scaling is None
     cfg = dataclasses.replace(
         cfg,
         **resolve_linear(cfg, head_dim),
+        **resolve_uneven(cfg, head_dim, layer_types),
         vocab_size=cfg.vocab_size or vocab_size,
         num_kv_heads=cfg.num_kv_heads or cfg.num_heads,
         head_dim=head_dim,
@@ -98,8 +107,9 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
         parallel_residual=family.parallel_residual if cfg.parallel_residual is None else cfg.parallel_residual,
         layer_types=layer_types,
         sliding_window=window,
-        local_rope_theta=None if same or not window else cfg.local_rope_theta,
-        query_pre_attn_scalar=0 if cfg.query_pre_attn_scalar == head_dim else cfg.query_pre_attn_scalar,
+        rope_scaling=scaling,
+        local_rope_theta=None if same or not window else local_theta,
+        query_pre_attn_scalar=resolve_scale(cfg, head_dim),
         **resolve_experts(cfg),
     )
     if cfg.num_heads % cfg.num_kv_heads:
@@ -154,6 +164,8 @@ def resolve_layers(cfg: ModelConfig) -> tuple[LayerTypes, int]:
         types = tuple("global" if (i + 1) % family.nope_every else "nope" for i in range(cfg.num_layers))
     elif not types and cfg.sliding_window:
         types = tuple("global" if every and (i + 1) % every == 0 else "local" for i in range(cfg.num_layers))
+    if family.uneven and not cfg.layer_types:  # the last is global, and where there is no window all are
+        types = (*types[:-1], "global") if types else ("global",) * cfg.num_layers
     if types and len(types) != cfg.num_layers:
         raise ValueError(f"layer_types: {len(types)} of them; expected one for each of num_layers: {cfg.num_layers}")
     if family.has_linear:
@@ -169,7 +181,7 @@ def resolve_layers(cfg: ModelConfig) -> tuple[LayerTypes, int]:
             raise ValueError(f"sliding_window: {cfg.sliding_window}: a {cfg.family} has no local layers; nearest: 0")
         return types, 0
     if "local" not in types:
-        return (), 0
+        return types if family.uneven else (), 0
     if not cfg.sliding_window:
         raise ValueError("layer_types: local layers need a window; expected sliding_window of 1 or more")
     return types, cfg.sliding_window
@@ -190,22 +202,69 @@ def resolve_linear(cfg: ModelConfig, head_dim: int) -> dict[str, int]:
     return dict(zip(names, (keys, heads, width, cfg.linear_value_dim or width, cfg.convolution_size or 4)))
 
 
-def rotary_size(cfg: ModelConfig) -> int:
-    """The period of the frequencies' law in features: as many are rotated, or one more where it is odd."""
-    return int(cfg.head_dim * cfg.rotary_fraction)
+def resolve_scale(cfg: ModelConfig, head_dim: int) -> int:
+    """query_pre_attn_scalar. Raises ValueError for another than 1 where the family does not divide products."""
+    given = cfg.query_pre_attn_scalar
+    if FAMILIES[cfg.family].scaled_products:
+        return 0 if given == head_dim else given
+    if given not in (0, 1):
+        raise ValueError(f"query_pre_attn_scalar: {given}: a {cfg.family} does not divide products; nearest: 1")
+    return 1
+
+
+def resolve_uneven(cfg: ModelConfig, head_dim: int, types: LayerTypes) -> dict[str, Any]:
+    """The fields of layers that differ in their heads, share keys and values, or have embeddings of their own.
+
+    Raises ValueError, in one line, where the family has no such layers, or they do not fit each other."""
+    names = ("global_head_dim", "global_kv_heads", "keys_are_values", "shared_kv_layers", "wide_shared_mlp")
+    if not FAMILIES[cfg.family].uneven:
+        for name in (*names, "per_layer_size"):
+            if value := getattr(cfg, name):
+                raise ValueError(f"{name}: {value}: a {cfg.family} has no such layers; nearest: {type(value)()}")
+        return {}
+    if types[-1:] != ("global",):
+        raise ValueError(f"layer_types: {types[-1]}: the last layer of a {cfg.family} is global; nearest: global")
+    kv, own = cfg.num_kv_heads or cfg.num_heads, cfg.global_kv_heads
+    if own not in (0, kv) and not cfg.keys_are_values:
+        raise ValueError(f"global_kv_heads: {own}: needs keys_are_values: true; nearest: {kv}")
+    if own and cfg.num_heads % own:
+        raise ValueError(f"num_heads: {cfg.num_heads} is not a multiple of global_kv_heads: {own}")
+    shared, most = cfg.shared_kv_layers, len(types) - 1 - max(map(types.index, set(types)))
+    if shared > most:
+        what = "each type of layers needs one before them that has keys and values"
+        raise ValueError(f"shared_kv_layers: {shared}: {what}; nearest: {most}")
+    if cfg.wide_shared_mlp and not shared:
+        raise ValueError("wide_shared_mlp: true: of layers that share keys and values; expected shared_kv_layers")
+    return {"global_head_dim": cfg.global_head_dim or head_dim, "global_kv_heads": own or kv}
+
+
+def head_sizes(cfg: ModelConfig, kind: LayerType) -> tuple[int, int]:
+    """(heads of keys and values, features of a head) of the attention of such layers."""
+    if kind == "global" and FAMILIES[cfg.family].uneven:
+        return cfg.global_kv_heads, cfg.global_head_dim
+    return cfg.num_kv_heads, cfg.head_dim
+
+
+def rotary_size(cfg: ModelConfig, kind: LayerType = "global") -> int:
+    """The period of the frequencies' law in features: as many are rotated, or one more where it is odd. Local layers
+    with a base of their own rotate all."""
+    width = head_sizes(cfg, kind)[1]
+    return width if kind == "local" and cfg.local_rope_theta else int(width * cfg.rotary_fraction)
 
 
 def check_rope(cfg: ModelConfig) -> None:
     """Raises ValueError where a head does not hold the rotated features, or a scaling does not fit them."""
-    size, scaling = rotary_size(cfg), cfg.rope_scaling
-    if not size or size + size % 2 > cfg.head_dim:
-        share = f"{cfg.rotary_fraction:g} of head_dim: {cfg.head_dim} is {size} features, rotated in pairs"
-        raise ValueError(f"rotary_fraction: {share}; expected 1 to {cfg.head_dim - cfg.head_dim % 2}")
+    size, scaling, width = rotary_size(cfg), cfg.rope_scaling, head_sizes(cfg, "global")[1]
+    if not size or size + size % 2 > width:
+        share = f"{cfg.rotary_fraction:g} of head_dim: {width} is {size} features, rotated in pairs"
+        raise ValueError(f"rotary_fraction: {share}; expected 1 to {width - width % 2}")
+    kinds = FAMILIES[cfg.family].hf.rope.kinds
     if scaling is None:
-        kinds = FAMILIES[cfg.family].hf.rope.kinds
         if "default" not in kinds:
             raise ValueError(f"rope_scaling: null: of {cfg.family} it is {' or '.join(kinds)}; nearest: {kinds[0]}")
         return
+    if (scaling.kind == "proportional") != ("proportional" in kinds):
+        raise ValueError(f"rope_scaling.kind: {scaling.kind}: not of {cfg.family}; expected {' or '.join(kinds)}")
     if size % 2 and scaling.kind == "yarn":
         raise ValueError(f"rope_scaling.kind: yarn: {size} rotated features are an odd number; expected an even one")
     for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():
@@ -229,15 +288,3 @@ def row_limit(cfg: ModelConfig) -> int | None:
 def layer_types_of(cfg: ModelConfig) -> LayerTypes:
     """The kind of every layer."""
     return cfg.layer_types or ("global",) * cfg.num_layers
-
-
-def branch_of(kind: LayerType) -> Branch:
-    """Which branch a layer of this kind has, beside its mlp."""
-    return "delta" if kind == "linear" else "attention"
-
-
-def layers_with(cfg: ModelConfig, branch: str) -> Sequence[int]:
-    """The numbers of the layers that have this Branch; each has an mlp. A file may claim any number of layers."""
-    if branch == "mlp" or not cfg.layer_types:
-        return range(cfg.num_layers if branch != "delta" else 0)
-    return [i for i, kind in enumerate(cfg.layer_types) if branch_of(kind) == branch]

@@ -76,7 +76,7 @@ def forward_split(
     kernel = choose_kernel(runtime.attention, runtime.hardware, cfg, runtime.compute)
     padded = jnp.pad(segment_ids, ((0, 0), (0, split.padded - split.size)))
     how = product(cfg) | {"interpret": runtime.interpret, "gather_again": runtime.remat == "none"}
-    attend_to = lambda window: matching_heads(cfg, within_split_rows(kernel, padded, window, **how))
+    attend_to = lambda kind, window: matching_heads(cfg, within_split_rows(kernel, padded, window, **how))
     routing = routing._replace(
         counted=lay(split.spread(segment_ids > 0)),
         kept=None if routing.kept is None else lay(split.spread(routing.kept, OWN)),

@@ -18,24 +18,25 @@ from jaxrlhf.models.attention.products import (
     merge_copies,
     split_copies,
 )
-from jaxrlhf.models.config import ModelConfig, layer_types_of
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.cpu import decodes_by_output
 from jaxrlhf.models.delta_net.cache import DeltaCache, next_token, prefill_cache
 from jaxrlhf.models.delta_net.layer import Streams
 from jaxrlhf.models.experts import Routed
 from jaxrlhf.models.int8 import Int8, quantized
+from jaxrlhf.models.layer_kinds import LayerKind, kinds_of
 from jaxrlhf.models.linear import LORA_A, LORA_B, OUT_FIRST, gathered, in_int8, out_first, used_whole
 from jaxrlhf.models.lora import merged
+from jaxrlhf.models.norms import normalize
 from jaxrlhf.models.parameters import Leaf, inputs, layer_at, parameter_table, weight_axes
 from jaxrlhf.models.quantized import PACKED, placed
 from jaxrlhf.models.transformer import (
     Runtime,
+    blank_memory,
     block,
     check_length,
-    embed,
+    common,
     feed_forward,
-    mixers,
-    normalize,
     positions_of,
     product,
     row_attention,
@@ -43,7 +44,8 @@ from jaxrlhf.models.transformer import (
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Head, Params
 
-WIDE = ("scale", "A_log", "dt_bias", "taps", "sinks")  # leaves that are computed with in float32, few numbers
+# leaves that are computed with in float32, few numbers
+WIDE = ("scale", "A_log", "dt_bias", "taps", "sinks", "layer_scalar")
 
 
 class Cache(NamedTuple):
@@ -115,7 +117,7 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
 
     laid: Params = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
     if "layers" in params:  # else it is a head alone
-        layers = [layer_at(params["layers"], layer_types_of(cfg), i) for i in range(cfg.num_layers)]
+        layers = [layer_at(params["layers"], kinds_of(cfg), i) for i in range(cfg.num_layers)]
         laid |= {"layers": [lay_out({name: table["layers"][name] for name in layer}, layer) for layer in layers]}
     if int8:
         return laid if "head" in laid else laid | {"head": {"kernel": tied_in_int8(laid["embed"]["tokens"])}}
@@ -171,7 +173,8 @@ def prefill(
     runtime: Runtime,
     note: Callable[[Routed], None] | None = None,
 ) -> tuple[Array, list[LayerCache]]:
-    """Read left-padded prompts [G, P]: (final hidden state of the last column [G, 1, D], a cache a layer).
+    """Read left-padded prompts [G, P]: (final hidden state of the last column [G, 1, D], a cache of each layer but of
+    those that read another's).
 
     The caches have room for ``copies`` responses of ``room`` columns to each prompt; ``params`` are in decode_layout.
     ``note`` is told what each layer's router said, of the last column alone in the last layer. Raises ValueError as
@@ -181,7 +184,9 @@ def prefill(
     positions, within = positions_of(segment_ids), row_attention(cfg, segment_ids, runtime)
     caches: list[LayerCache] = []
 
-    def attend_to(window: int | None) -> Callable:
+    def attend_to(kind: LayerKind, window: int | None) -> Callable:
+        mix = within(kind, window)
+
         def attend(query, key, value, sinks):
             key, value = match_heads(key, cfg.num_heads), match_heads(value, cfg.num_heads)
             batch, _, heads, _ = key.shape
@@ -191,19 +196,18 @@ def prefill(
             caches.append(Cache(*prompt, *jax.tree.map(zeros, prompt)))
             return mix(query, key, value, sinks)
 
-        mix = within(window)
-        return attend
+        return mix if kind.reads else attend
 
     def recur(params: Params, streams: Streams) -> Array:
         out, cache = prefill_cache(params, streams, valid, copies)
         caches.append(cache)
         return out
 
-    x = embed(params, cfg, tokens, positions, runtime.compute)
-    kinds, feed = mixers(cfg, positions, tokens.shape[1], attend_to, recur), feed_forward(cfg, runtime, note)
-    for i, kind in enumerate(layer_types_of(cfg)):
+    x, layers = common(params, cfg, tokens, positions, tokens.shape[1], attend_to, recur, runtime.compute)
+    feed, memory = feed_forward(cfg, runtime, note), blank_memory(cfg, x)
+    for i, kind in enumerate(kinds_of(cfg)):
         since = tokens.shape[1] - 1 if i == cfg.num_layers - 1 else 0
-        x = block(params["layers"][i], cfg, x, kinds[kind], feed, since)
+        x, memory = block(layers, kind, params["layers"][i], x, feed, memory, since)
     return normalize(params["final_norm"], x, cfg), caches
 
 
@@ -231,7 +235,7 @@ def decode_step(
         token: i32[G, n], the newest token of each response.
         index: i32[], response tokens before it; keys and values are written there.
         prompt: bool[G, 1, P], or bool[G, n, P] where the columns are prompts: which prompt columns hold tokens.
-        caches: one a layer.
+        caches: as ``prefill`` returns them.
         note: is told what each layer's router said.
 
     Returns:
@@ -239,10 +243,9 @@ def decode_step(
     """
     size, room = prompt.shape[-1], next(cache.shape[3] for cache in caches if isinstance(cache, Cache))
     position = jnp.broadcast_to(prompt.sum(axis=-1, dtype=jnp.int32) + index, token.shape)
+    own, updated, last = iter(caches), [], {}  # last: of each type of layers, the last cache
 
-    layers, updated = iter(caches), []
-
-    def attend_to(window: int | None) -> Callable:
+    def attend_to(kind: LayerKind, window: int | None) -> Callable:
         columns = jnp.arange(size + room)
         seen = columns <= size + index
         seen = seen if window is None else seen & (size + index - columns < window)
@@ -252,9 +255,10 @@ def decode_step(
         write = lambda old, new: jax.tree.map(put, old, grow(new))
 
         def attend(query, key, value, sinks):
-            cache: Any = next(layers)
-            cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
-            updated.append(cache)
+            cache: Any = last[kind.type] if kind.reads else next(own)
+            if not kind.reads:
+                last[kind.type] = cache = cache._replace(key=write(cache.key, key), value=write(cache.value, value))
+                updated.append(cache)
             parts = [(cache.prompt_key, cache.prompt_value, biases[0]), (cache.key, cache.value, biases[1])]
             query = split_copies(query, cache.shape[1], query.shape[1])
             return merge_copies(branches(query, parts, **product(cfg), sinks=sinks))
@@ -262,13 +266,13 @@ def decode_step(
         return attend
 
     def recur(params: Params, streams: Streams) -> Array:
-        last: Any = next(layers)
-        out, cache = next_token(params, streams, last)
+        before: Any = next(own)
+        out, cache = next_token(params, streams, before)
         updated.append(cache)
         return out
 
-    x = embed(params, cfg, token, position, runtime.compute)
-    kinds, feed = mixers(cfg, position, size + room, attend_to, recur), feed_forward(cfg, runtime, note)
-    for layer_params, kind in zip(params["layers"], layer_types_of(cfg), strict=True):
-        x = block(layer_params, cfg, x, kinds[kind], feed)
+    x, layers = common(params, cfg, token, position, size + room, attend_to, recur, runtime.compute)
+    feed, memory = feed_forward(cfg, runtime, note), blank_memory(cfg, x)
+    for layer_params, kind in zip(params["layers"], kinds_of(cfg), strict=True):
+        x, memory = block(layers, kind, layer_params, x, feed, memory)
     return normalize(params["final_norm"], x, cfg), updated

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.errors import nearest
 from jaxrlhf.models.config import MLP, ModelConfig
+from jaxrlhf.models.layer_kinds import Part, part_of
 from jaxrlhf.models.linear import LORA_A, LORA_B, layout
 from jaxrlhf.models.parameters import Leaf, draw_table, inputs, parameter_table, scalar_table
 from jaxrlhf.models.quantized import PACKED, Quantization, unpacked
@@ -24,11 +25,12 @@ from jaxrlhf.types import Array, Head, Params, Role, Trees
 
 ALL = "all-linear"
 BASE = "base_"  # in front of the role at whose start it begins: the name of a base in TrainState.slow
-# target -> the branch of a layer that it is in
-TARGETS = {
+# target -> the part of a layer that it is in
+TARGETS: dict[str, Part] = {
     **dict.fromkeys(("query", "key", "value", "out"), "attention"),
     **dict.fromkeys(("gate", "up", "down"), "mlp"),
     **{f"delta_{name}": "delta" for name in ("query", "key", "value", "decay", "beta", "gate", "out")},
+    **{f"per_layer_{name}": "per_layer" for name in ("gate", "out")},
 }
 
 
@@ -38,7 +40,9 @@ class LoraConfig:
 
     rank: int = 16  # columns of A, rows of B
     alpha: float = 32.0  # the product of A and B counts alpha / rank times
-    targets: tuple[str, ...] = (ALL,)  # some of query, key, value, out, gate, up, down, delta_*; all-linear: all it has
+    targets: tuple[str, ...] = (
+        ALL,
+    )  # of query, key, value, out, gate, up, down, delta_*, per_layer_*; all-linear: all
     dropout: float = 0.0  # only 0: a policy must give what it sampled the same log-probs when it learns
     rslora: bool = False  # count the product alpha / sqrt(rank) times (Kalajdzievski 2023)
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"  # of A, as PEFT has it; B starts at 0
@@ -70,7 +74,7 @@ def targets_of(cfg: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     if cfg.family == MLP:
         raise ValueError("adapter: a model of observations has none; expected null")
     layers = parameter_table(cfg, "lm")["layers"]
-    there = [name for name, branch in TARGETS.items() if name in layers.get(branch, {})]
+    there = [name for name in TARGETS if stacks_with(layers, name)]
     for name in lora.targets:
         if name not in (ALL, *there):
             known = f"choices: {', '.join([ALL, *there])}"
@@ -83,6 +87,11 @@ def targets_of(cfg: ModelConfig, lora: LoraConfig) -> tuple[str, ...]:
     return tuple(name for name in there if ALL in lora.targets or name in lora.targets)
 
 
+def stacks_with(layers: Mapping[str, Mapping], target: str) -> list[str]:
+    """The stacks of ``layers`` that hold the linear map ``target``."""
+    return [stack for stack, maps in layers.items() if part_of(stack) == TARGETS[target] and target in maps]
+
+
 # ---- leaves ---------------------------------------------------------------------------------------------------------
 
 
@@ -92,8 +101,9 @@ def adapter_table(cfg: ModelConfig, lora: LoraConfig) -> dict:
     A is [layers, inputs, rank] and B [layers, rank, outputs], with the kernel's axes of inputs and outputs. A starts as
     PEFT's: uniform within 1 / sqrt(inputs), or normal with deviation 1 / rank. Raises ValueError as targets_of."""
     layers, found = parameter_table(cfg, "lm")["layers"], {}
-    for name in targets_of(cfg, lora):
-        kernel = layers[TARGETS[name]][name]["kernel"]
+    places = [(stack, target) for target in targets_of(cfg, lora) for stack in stacks_with(layers, target)]
+    for stack, name in places:
+        kernel = layers[stack][name]["kernel"]
         ins = 1 + inputs(kernel.axes[1:])
         fan_in = math.prod(kernel.shape[1:ins])
         uniform = lora.init == "kaiming_uniform"
@@ -105,7 +115,7 @@ def adapter_table(cfg: ModelConfig, lora: LoraConfig) -> dict:
             "uniform" if uniform else "normal",
         )
         b = Leaf((kernel.shape[0], lora.rank, *kernel.shape[ins:]), ("layers", "rank", *kernel.axes[ins:]), "zeros")
-        found.setdefault(TARGETS[name], {})[name] = {LORA_A: a, LORA_B: b}
+        found.setdefault(stack, {})[name] = {LORA_A: a, LORA_B: b}
     return {"layers": found}
 
 

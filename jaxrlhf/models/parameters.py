@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.attention.products import head_axis
-from jaxrlhf.models.config import MLP, LayerTypes, ModelConfig, branch_of, layers_with
+from jaxrlhf.models.config import MLP, ModelConfig, head_sizes
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.layer_kinds import PARTS, Kinds, LayerKind, count_kinds, layers_with, part_of, stacks_of
 from jaxrlhf.sharding import spec
 from jaxrlhf.types import Array, Head, Params
 
@@ -56,6 +57,8 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
     }
     if FAMILIES[cfg.family].positions == "learned":
         table["embed"]["positions"] = {"embedding": Leaf((cfg.max_positions, dim), ("positions", "embed"), 0.01)}
+    if cfg.per_layer_size:
+        table["embed"]["per_layer_norm"] = norm_table(cfg, {"per_layer": cfg.per_layer_size})
     if head == "scalar":
         table["head"] = scalar_table(cfg)
     elif not cfg.tie_embeddings:
@@ -64,19 +67,34 @@ def parameter_table(cfg: ModelConfig, head: Head) -> dict:
 
 
 def layers_table(cfg: ModelConfig) -> dict:
-    """Leafs of all layers, a branch each: those of the layers that have it are stacked, in their order."""
-    tables = {"attention": attention_table, "delta": delta_table}
-    count = {branch: len(layers_with(cfg, branch)) for branch in tables}
-    found = {name: tables[name](cfg, size) | branch_norms(cfg, size) for name, size in count.items() if size}
-    return found | {"mlp": mlp_table(cfg) | branch_norms(cfg, cfg.num_layers)}
+    """Leafs of all layers, a stack each: those of the layers that it holds a part of, in their order."""
+    kinds = {kind.stack(part): kind for kind in count_kinds(cfg) for part in kind.parts}
+    return {stack: stack_table(cfg, stack, kinds[stack]) for stack in stacks_of(cfg)}
 
 
-def layer_at(stacked: Params, kinds: LayerTypes, index: int) -> Params:
+def stack_table(cfg: ModelConfig, stack: str, kind: LayerKind) -> dict:
+    """Leafs of one stack, of layers of this ``kind``."""
+    count, part = len(layers_with(cfg, stack)), part_of(stack)
+    if part == "output":
+        return {"layer_scalar": plain_leaf({"layers": count}, "ones")}
+    if part == "per_layer":
+        return per_layer_table(cfg, count)
+    if part == "mlp":
+        return mlp_table(cfg, count, kind) | branch_norms(cfg, count)
+    if part == "delta":
+        return delta_table(cfg, count) | branch_norms(cfg, count)
+    return attention_table(cfg, count, kind) | branch_norms(cfg, count)
+
+
+def layer_at(stacked: Params, kinds: Kinds, index: int) -> Params:
     """The parameters of layer ``index`` among layers of these ``kinds``, out of those that are stacked."""
-    own = branch_of(kinds[index])
-    place = [branch_of(kind) for kind in kinds[:index]].count(own)
-    pick = lambda tree, at: jax.tree.map(operator.itemgetter(at), tree)
-    return {own: pick(stacked[own], place), "mlp": pick(stacked["mlp"], index)}
+    found = {}
+    for part in PARTS:
+        stack = kinds[index].stack(part)
+        if stack in stacked and part in kinds[index].parts:
+            place = [kind.stack(part) for kind in kinds[:index] if part in kind.parts].count(stack)
+            found[stack] = jax.tree.map(operator.itemgetter(place), stacked[stack])
+    return found
 
 
 def scalar_table(cfg: ModelConfig) -> dict:
@@ -97,24 +115,37 @@ def mlp_trunk_table(cfg: ModelConfig) -> dict:
     return {"observations": first} | ({"layers": linear_table(sizes, dim, True, 1)} if behind else {})
 
 
-def attention_table(cfg: ModelConfig, count: int) -> dict:
+def attention_table(cfg: ModelConfig, count: int, kind: LayerKind) -> dict:
     """Leafs of the attention of ``count`` layers, but for the norms of the branch. With an output gate a head's query
-    is twice as wide: the query, then its gate."""
+    is twice as wide: the query, then its gate. Layers that read keys and values have no maps for them."""
     family, bias, layers = FAMILIES[cfg.family], bool(cfg.attention_bias), {"layers": count}
-    dim, width = {"embed": cfg.hidden_size}, {"head_dim": cfg.head_dim}
-    heads, kv = {"heads": cfg.num_heads}, {"kv_heads": cfg.num_kv_heads}
-    wide = {"head_dim": cfg.head_dim * (2 if family.output_gate else 1)}
+    kv_heads, head_dim = head_sizes(cfg, kind.type)
+    dim, width = {"embed": cfg.hidden_size}, {"head_dim": head_dim}
+    heads, kv = {"heads": cfg.num_heads}, {"kv_heads": kv_heads}
+    wide = {"head_dim": head_dim * (2 if family.output_gate else 1)}
     project = lambda n, width=width: linear_table(layers | dim | n | width, cfg.hidden_size, bias, 2)
-    out = linear_table(
-        layers | heads | width | dim, cfg.num_heads * cfg.head_dim, bias and family.out_bias, 1, small(cfg)
-    )
-    table = {"query": project(heads, wide), "key": project(kv), "value": project(kv), "out": out}
-    if family.sinks:
-        table["softmax"] = {"sinks": plain_leaf(layers | heads, 0.02)}
-    if family.query_key_norm == "none":
-        return table
+    out = linear_table(layers | heads | width | dim, cfg.num_heads * head_dim, bias and family.out_bias, 1, small(cfg))
     norm = lambda n: norm_table(cfg, layers | (n if family.query_key_norm == "all" else {}) | width)
-    return table | {"query_norm": norm(heads), "key_norm": norm(kv)}
+    table, norms = {"query": project(heads, wide)}, {"query_norm": norm(heads)}
+    if not kind.reads:
+        table, norms = table | {"key": project(kv)}, norms | {"key_norm": norm(kv)}
+    if not kind.reads and not (kind.apart and cfg.keys_are_values):
+        table["value"] = project(kv)
+    table |= {"out": out} | ({"softmax": {"sinks": plain_leaf(layers | heads, 0.02)}} if family.sinks else {})
+    return table if family.query_key_norm == "none" else table | norms
+
+
+def per_layer_table(cfg: ModelConfig, count: int) -> dict:
+    """Leafs of the embeddings that ``count`` layers have of their own: see per_layer.py."""
+    layers, dim, size = {"layers": count}, {"embed": cfg.hidden_size}, {"per_layer": cfg.per_layer_size}
+    tokens = {"vocab": padded_vocab(cfg), "embed": cfg.per_layer_size}
+    return {
+        "per_layer_tokens": {"embedding": plain_leaf(layers | tokens, 1 / math.sqrt(cfg.per_layer_size))},
+        "per_layer_context": linear_table(layers | dim | size, cfg.hidden_size, False, 1),
+        "per_layer_gate": linear_table(layers | dim | size, cfg.hidden_size, False, 1),
+        "per_layer_out": linear_table(layers | size | dim, cfg.per_layer_size, False, 1, small(cfg)),
+        "post_norm": norm_table(cfg, layers | dim),
+    }
 
 
 def delta_table(cfg: ModelConfig, count: int) -> dict:
@@ -148,13 +179,14 @@ def plain_leaf(sizes: dict[str, int], init: float | Literal["ones", "zeros"]) ->
     return Leaf(tuple(sizes.values()), tuple(sizes), init)
 
 
-def mlp_table(cfg: ModelConfig) -> dict:
-    """Leafs of all layers' mlps, but for the norms of the branch."""
+def mlp_table(cfg: ModelConfig, count: int, kind: LayerKind) -> dict:
+    """Leafs of the mlps of ``count`` layers, but for the norms of the branch."""
     if cfg.num_experts:
         return expert_table(cfg)
-    layers, dim, mlp = {"layers": cfg.num_layers}, {"embed": cfg.hidden_size}, {"mlp": cfg.mlp_size}
+    size = cfg.mlp_size * (2 if kind.reads and cfg.wide_shared_mlp else 1)
+    layers, dim, mlp = {"layers": count}, {"embed": cfg.hidden_size}, {"mlp": size}
     up = lambda: linear_table(layers | dim | mlp, cfg.hidden_size, bool(cfg.mlp_bias), 1)
-    down = linear_table(layers | mlp | dim, cfg.mlp_size, bool(cfg.mlp_bias), 1, small(cfg))
+    down = linear_table(layers | mlp | dim, size, bool(cfg.mlp_bias), 1, small(cfg))
     return {"up": up(), "down": down} | ({"gate": up()} if FAMILIES[cfg.family].gated else {})
 
 

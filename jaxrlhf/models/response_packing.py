@@ -54,3 +54,34 @@ def pick(rows: Array, columns: Array) -> Array:
     """rows[g, columns[g]] of each g: [G, C, ...], i32[G, D] -> [G, D, ...]. A row at a time: take_along_axis would
     take a batch of one row for an axis to broadcast."""
     return jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(rows, columns)
+
+
+# ---- responses with their prompt in front of them -----------------------------------------------------------------
+
+
+def pack_group(x: Array, start: int, where: Places) -> Array:
+    """[G * n, S, ...] -> [G, start + W, ...]: the first row's prompt, then what the responses have, side by side."""
+    prompt = group_rows(x[:, :start], where.column.shape[1])[:, 0]
+    return jnp.concatenate([prompt, side_by_side(x[:, start:], where)], axis=1)
+
+
+def fold_group(x: Array, start: int, copies: int) -> Array:
+    """[G * n, S, ...] -> [G, start + n * (S - start), ...]: the first row's prompt, then every row's response."""
+    rows = group_rows(x, copies)
+    return jnp.concatenate([rows[:, 0, :start], join_columns(rows[:, :, start:])], axis=1)
+
+
+def unfold_group(x: Array, copies: int) -> Array:
+    """[G, 1 + n * T, D] -> [G * n, 1 + T, D]: the prompt's last column, for each of its responses, and theirs."""
+    groups, columns, dim = x.shape
+    own = (groups, copies, (columns - 1) // copies, dim)
+    responses = jax.lax.reshape(x[:, 1:], own, out_sharding=spec("batch", None, "seq", "hidden"))
+    last = jnp.broadcast_to(x[:, None, :1], (groups, copies, 1, dim))
+    return ungroup_rows(jnp.concatenate([last, responses], axis=2))
+
+
+def join_columns(x: Array) -> Array:
+    """[G, n, T, ...] -> [G, n * T, ...]."""
+    groups, copies, columns, *rest = x.shape
+    layout = spec("batch", "seq", *(None,) * len(rest))
+    return jax.lax.reshape(x, (groups, copies * columns, *rest), out_sharding=layout)

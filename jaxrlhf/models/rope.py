@@ -14,7 +14,7 @@ from jaxrlhf.types import Array
 class RopeScaling:
     """How rotary frequencies are stretched for long contexts (the fields that its ``kind`` uses)."""
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]  # which frequencies are stretched
+    kind: Literal["linear", "llama3", "yarn", "longrope", "proportional"]  # which frequencies are stretched
     factor: float = 1.0  # what frequencies are divided by
     low_freq_factor: float = 1.0  # llama3: one that turns less often over the original context is divided by factor
     high_freq_factor: float = 4.0  # llama3: one that turns more often than this stays
@@ -28,12 +28,17 @@ class RopeScaling:
     query_beta: float = 0.0  # queries are multiplied by 1 + query_beta x ln(1 + floor(position / original context))
 
 
-def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> Array:
-    """f32[dim / 2], radians a position, of heads that are rotated in ``dim`` features.
+def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None, width: int = 0) -> Array:
+    """f32[dim / 2], radians a position, of heads that are rotated in ``dim`` features; proportional: f32[width / 2], of
+    heads of ``width`` features.
 
     linear: all slower by the factor; llama3 (Llama 3.1): only wavelengths longer than the original context, with a
     smooth band between; yarn (Peng et al. 2023): the same with a band of frequency numbers; longrope (Ding et al.
-    2024): each by its own factor, here the one for rows up to the original context."""
+    2024): each by its own factor, here the one for rows up to the original context; proportional (Gemma 4): the first
+    dim / 2 of the frequencies that a whole head would have, slower by the factor, and 0 for the others."""
+    if scaling is not None and scaling.kind == "proportional":
+        turning = theta ** (-jnp.arange(0, 2 * (dim // 2), 2, dtype=jnp.float32) / width) / scaling.factor
+        return jnp.concatenate([turning, jnp.zeros(width // 2 - len(turning), jnp.float32)])
     freqs = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
     if scaling is None:
         return freqs

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.attention.products import bias_of, branches, merge_copies, split_copies, split_keys
-from jaxrlhf.models.config import ModelConfig, layer_types_of
+from jaxrlhf.models.config import ModelConfig, head_sizes
 from jaxrlhf.models.cpu import writes_row_by_row
 from jaxrlhf.models.delta_net import cache as delta_net
 from jaxrlhf.models.delta_net.layer import Streams
-from jaxrlhf.models.transformer import Runtime, block, check_length, embed, feed_forward, mixers, normalize, product
+from jaxrlhf.models.layer_kinds import LayerKind, kinds_of
+from jaxrlhf.models.norms import normalize
+from jaxrlhf.models.transformer import Runtime, blank_memory, block, check_length, common, feed_forward, product
 from jaxrlhf.types import Array, Params
 
 
@@ -30,16 +32,18 @@ LayerSlots = SlotCache | delta_net.DeltaCache
 
 
 def blank_caches(cfg: ModelConfig, groups: int, abreast: int, columns: int, dtype) -> list[LayerSlots]:
-    """The caches of ``groups`` x ``abreast`` slots. Raises ValueError as transformer.forward."""
+    """The caches of ``groups`` x ``abreast`` slots, of each layer but those that read another's. Raises ValueError as
+    transformer.forward."""
     check_length(cfg, columns)
-    shape = (groups, cfg.num_kv_heads, abreast, columns, cfg.head_dim)
 
-    def one(linear: bool) -> LayerSlots:
-        if linear:
+    def one(kind: LayerKind) -> LayerSlots:
+        if kind.type == "linear":
             return delta_net.blank_cache(cfg, groups, abreast, dtype)
-        return SlotCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        heads, dim = head_sizes(cfg, kind.type)
+        blank = lambda: jnp.zeros((groups, heads, abreast, columns, dim), dtype)
+        return SlotCache(blank(), blank())
 
-    return [one(kind == "linear") for kind in layer_types_of(cfg)]
+    return [one(kind) for kind in kinds_of(cfg) if not kind.reads]
 
 
 def keys_of(caches: list[LayerSlots]) -> Array:
@@ -122,7 +126,7 @@ def read_columns(
         start: i32[G * n], the column of each slot's first token. No column may be beyond those of the caches.
         count: i32[G * n]: how many of the C are tokens, the first ones. Only linear layers ask: keys and values of the
             others are overwritten before anything attends to them, and a state would keep them.
-        caches: one a layer.
+        caches: as ``blank_caches`` has them.
 
     Returns:
         (final hidden states [G * n, C, D], the caches with the tokens in them).
@@ -131,16 +135,18 @@ def read_columns(
     groups, _, abreast, columns, _ = keys_of(caches).shape
     positions = start[:, None] + jnp.arange(size)
     grouped = positions.reshape(groups, abreast, size)
-    layers, updated = iter(caches), []
+    own, updated, last = iter(caches), [], {}  # last: of each type of layers, the last cache
 
-    def attend_to(window: int | None) -> Callable:
+    def attend_to(kind: LayerKind, window: int | None) -> Callable:
         back = grouped[..., None] - jnp.arange(columns)
         bias = bias_of((back >= 0) if window is None else (back >= 0) & (back < window))
 
         def attend(query: Array, key: Array, value: Array, sinks: Array | None) -> Array:
-            cache: Any = next(layers)
-            cache = write(cache, SlotCache(split_keys(key, abreast), split_keys(value, abreast)), start, runtime)
-            updated.append(cache)
+            cache: Any = last[kind.type] if kind.reads else next(own)
+            if not kind.reads:
+                new = SlotCache(split_keys(key, abreast), split_keys(value, abreast))
+                last[kind.type] = cache = write(cache, new, start, runtime)
+                updated.append(cache)
             parts = [(cache.key, cache.value, bias)]
             query = split_copies(query, cache.key.shape[1], abreast)
             return merge_copies(branches(query, parts, **product(cfg), sinks=sinks))
@@ -148,15 +154,16 @@ def read_columns(
         return attend
 
     def recur(params: Params, streams: Streams) -> Array:
-        cache: Any = next(layers)
+        cache: Any = next(own)
         out, cache = delta_net.next_columns(params, streams, cache, start, count)
         updated.append(cache)
         return out
 
     side_by_side = (groups, abreast * size)
     places = positions.reshape(side_by_side)
-    x = embed(params, cfg, tokens.reshape(side_by_side), places, runtime.compute)
-    kinds, feed = mixers(cfg, places, columns, attend_to, recur), feed_forward(cfg, runtime)
-    for layer_params, kind in zip(params["layers"], layer_types_of(cfg), strict=True):
-        x = block(layer_params, cfg, x, kinds[kind], feed)
+    tokens = tokens.reshape(side_by_side)
+    x, layers = common(params, cfg, tokens, places, columns, attend_to, recur, runtime.compute)
+    feed, memory = feed_forward(cfg, runtime), blank_memory(cfg, x)
+    for layer_params, kind in zip(params["layers"], kinds_of(cfg), strict=True):
+        x, memory = block(layers, kind, layer_params, x, feed, memory)
     return normalize(params["final_norm"], x, cfg).reshape(rows, size, -1), updated

@@ -13,27 +13,22 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.models import per_layer
 from jaxrlhf.models.attention.kernels import SAVED, Asked, Hardware, choose_kernel, within_groups, within_rows
 from jaxrlhf.models.attention.products import head_axis, match_heads
-from jaxrlhf.models.config import (
-    Branch,
-    LayerType,
-    ModelConfig,
-    branch_of,
-    layer_types_of,
-    rotary_size,
-    row_limit,
-)
+from jaxrlhf.models.config import LayerType, ModelConfig, head_sizes, rotary_size, row_limit
 from jaxrlhf.models.cpu import scans_layers
 from jaxrlhf.models.delta_net import layer as delta_net
 from jaxrlhf.models.experts import Routed, expert_block, router_load
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.int8 import Part
-from jaxrlhf.models.layer_scan import through_layers
+from jaxrlhf.models.layer_kinds import LayerKind, kinds_of
+from jaxrlhf.models.layer_scan import Memory, through_layers
 from jaxrlhf.models.linear import PRODUCT, gather, linear
-from jaxrlhf.models.response_packing import Places, side_by_side
+from jaxrlhf.models.norms import normalize
+from jaxrlhf.models.response_packing import Places, fold_group, pack_group, unfold_group
 from jaxrlhf.models.rope import cos_sin, query_scale, rope_frequencies, rope_magnitude, rotate
-from jaxrlhf.ops.rows import group_rows, ungroup_rows
+from jaxrlhf.ops.rows import group_rows
 from jaxrlhf.sharding import constrain, spec
 from jaxrlhf.types import Array, Mean, Params
 
@@ -56,48 +51,52 @@ class Runtime(NamedTuple):
 # ---- the block ------------------------------------------------------------------------------------------------------
 
 
-def normalize(params: Params, x: Array, cfg: ModelConfig, axes: tuple[str | None, ...] = (None,)) -> Array:
-    """RMS or layer normalisation in float32, over the last dimensions, whose logical axes are ``axes``."""
-    family, dims = FAMILIES[cfg.family], tuple(range(-len(axes), 0))
-    y = x.astype(jnp.float32)
-    if family.norm == "layer":
-        y = y - y.mean(dims, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, dims, keepdims=True) + cfg.norm_eps)
-    scale = constrain(params["scale"].astype(jnp.float32), *axes)
-    y = y * (1 + scale) if family.norm_offset else y * scale
-    if "bias" in params:
-        y = y + constrain(params["bias"].astype(jnp.float32), *axes)
-    return y.astype(x.dtype)
+KeyValue = tuple[Array, Array]  # keys and values [B, S, N, K] of one layer
 
 
 def attention_block(
-    params: Params, cfg: ModelConfig, x: Array, rotary: "Rotary", attend: Callable, since: int = 0
-) -> Array:
-    """x [B, S, D] -> [B, S - since, D]: attention of the columns from ``since`` on.
+    params: Params,
+    cfg: ModelConfig,
+    x: Array,
+    kind: LayerKind,
+    rotary: "Rotary",
+    attend: Callable,
+    since: int = 0,
+    read: KeyValue | None = None,
+) -> tuple[Array, KeyValue]:
+    """x [B, S, D] -> [B, S - since, D]: attention of the columns from ``since`` on; and its keys and values.
 
     Args:
-        rotary: (queries, keys [B, S, H, K]) -> the same: their rotation by position, or nothing.
+        rotary: queries or keys [B, S, H, K] -> the same: their rotation by position, or nothing.
         attend: (query, key, value, sinks) -> [B, S, H, K]: see kernels.Attend.
         since: no output is computed for the columns before it; their keys and values are.
+        read: the keys and values of an earlier layer, where the layer has none of its own.
     """
-    heads, kv = head_axis("heads", cfg.num_heads), head_axis("kv_heads", cfg.num_kv_heads)
+    family, kv_heads = FAMILIES[cfg.family], head_sizes(cfg, kind.type)[0]
+    heads, kv = head_axis("heads", cfg.num_heads), head_axis("kv_heads", kv_heads)
+    whole = family.query_key_norm == "all"
 
     def project(name: str, axis: str | None) -> Array:
         out = ("batch", "seq", axis, "head_dim")
         return linear(params[name], x, "bsd,dhk->bshk", ("embed", axis, "head_dim"), out)
 
-    query, key, value = project("query", heads), project("key", kv), project("value", kv)
-    gated = FAMILIES[cfg.family].output_gate
-    query, gate = jnp.split(query, 2, axis=-1) if gated else (query, None)
-    if "query_norm" in params:
-        whole = FAMILIES[cfg.family].query_key_norm == "all"
-        query = normalize(params["query_norm"], query, cfg, (heads, None) if whole else (None,))
-        key = normalize(params["key_norm"], key, cfg, (kv, None) if whole else (None,))
-    query, key = rotary(query, key)
+    def normed(name: str, y: Array, axis: str | None) -> Array:
+        return normalize(params[name], y, cfg, (axis, None) if whole else (None,)) if name in params else y
+
+    query, gate = project("query", heads), None
+    if family.output_gate:
+        query, gate = jnp.split(query, 2, axis=-1)
+    query = rotary(normed("query_norm", query, heads), True)
+    if read is None:
+        key = project("key", kv)
+        value = project("value", kv) if "value" in params else key
+        key = rotary(normed("key_norm", key, kv), False)
+        read = key, normalize({}, value, cfg) if family.value_norm else value
     sinks = params["softmax"]["sinks"] if "softmax" in params else None
-    mixed = attend(query, key, value, sinks)[:, since:]
+    mixed = attend(query, *read, sinks)[:, since:]
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate[:, since:])
-    return linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
+    out = linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
+    return out, read
 
 
 def activation_of(cfg: ModelConfig) -> Callable[[Array], Array]:
@@ -159,20 +158,39 @@ def feed_forward(
     return feed
 
 
-def block(params: Params, cfg: ModelConfig, x: Array, mixer: "Mixer", feed: Feed, since: int = 0) -> Array:
-    """Two residual branches, one after the other or side by side, with norms before or after what they compute.
+class Layers(NamedTuple):
+    """What all layers of a pass have in common."""
 
-    Returns [B, S - since, D]. Of the columns before ``since`` only keys and values are computed (or states): all that
-    the last layer needs where nothing uses what comes out there."""
-    mixing, mlp = params[mixer.branch], params["mlp"]
+    cfg: ModelConfig
+    mixers: "dict[LayerKind, Mix]"
+    add: per_layer.Add | None = None  # where layers have embeddings of their own
+
+
+def block(
+    layers: Layers, kind: LayerKind, params: Params, x: Array, feed: Feed, memory: Memory, since: int = 0
+) -> tuple[Array, Memory]:
+    """Two residual branches, one after the other or side by side, with norms before or after what they compute; then
+    what the layer adds of its own embeddings.
+
+    Returns [B, S - since, D], and ``memory`` with the layer's keys and values, where it holds some of this type. Of the
+    columns before ``since`` only keys and values are computed (or states): all that the last layer needs where nothing
+    uses what comes out there."""
+    cfg, mixing, mlp = layers.cfg, params[kind.stack(kind.mixing)], params[kind.stack("mlp")]
     before = lambda part: normalize(part["norm"], x, cfg) if "norm" in part else x
     after = lambda part, y: normalize(part["post_norm"], y, cfg) if "post_norm" in part else y
-    mixed = after(mixing, mixer.mix(mixing, before(mixing), since))
-    x = x[:, since:]
+    mixed, made = layers.mixers[kind](mixing, before(mixing), since, memory.get(kind.type) if kind.reads else None)
+    if made is not None:
+        memory = {name: made if name == kind.type else old for name, old in memory.items()}
+    mixed, x = after(mixing, mixed), x[:, since:]
     if cfg.parallel_residual:
-        return x + mixed + after(mlp, feed(mlp, before(mlp)))
+        return x + mixed + after(mlp, feed(mlp, before(mlp))), memory
     x = x + mixed
-    return x + after(mlp, feed(mlp, before(mlp)))
+    x = x + after(mlp, feed(mlp, before(mlp)))
+    if layers.add is not None:
+        x = x + layers.add(params[kind.stack("per_layer")], x)
+    if "output" in kind.parts:
+        x = x * jax.lax.stop_gradient(params[kind.stack("output")]["layer_scalar"]).astype(x.dtype)
+    return x, memory
 
 
 def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dtype) -> Array:
@@ -187,16 +205,11 @@ def embed(params: Params, cfg: ModelConfig, tokens: Array, positions: Array, dty
     return x
 
 
-class Mixer(NamedTuple):
-    """How a kind of layers mixes columns."""
-
-    branch: Branch  # its parameters, in a layer's
-    mix: Callable[[Params, Array, int], Array]  # (they, x [B, S, D] behind the norm, since) -> [B, S - since, D]
-
-
-# window, None where a layer has none -> attention_block's attend
-AttendTo = Callable[[int | None], Callable[..., Array]]
-Mixers = dict[LayerType, Mixer]
+# how a kind of layers mixes columns: (the parameters of that part, x [B, S, D] behind the norm, since, keys and values
+# to read in place of its own) -> ([B, S - since, D], its keys and values, where it has any)
+Mix = Callable[[Params, Array, int, KeyValue | None], tuple[Array, KeyValue | None]]
+# (kind, its window or None) -> attention_block's attend
+AttendTo = Callable[[LayerKind, int | None], Callable[..., Array]]
 
 
 def check_length(cfg: ModelConfig, columns: int) -> None:
@@ -206,50 +219,61 @@ def check_length(cfg: ModelConfig, columns: int) -> None:
         raise ValueError(f"rows of {columns} columns: more than this {cfg.family} model computes; nearest: {limit}")
 
 
-def mixers(cfg: ModelConfig, positions: Array, limit: int, attend_to: AttendTo, recur: delta_net.Recur) -> Mixers:
-    """The Mixer of every kind of layers that the model has, of tokens at ``positions`` i32[B, S], below ``limit``.
+def common(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    limit: int,
+    attend_to: AttendTo,
+    recur: delta_net.Recur,
+    dtype: Any,
+) -> tuple[Array, Layers]:
+    """(embeddings [B, S, D], what all layers have in common) of ``tokens`` at ``positions``, both i32[B, S], the latter
+    below ``limit``.
 
     Args:
         attend_to: what attention layers look at.
-        recur: what linear layers begin with, as delta_block takes it.
-    """
+        recur: what linear layers begin with, as delta_block takes it."""
+    x = embed(params, cfg, tokens, positions, dtype)
+    add = per_layer.adding(params, cfg, tokens, x, activation_of(cfg)) if cfg.per_layer_size else None
 
-    def one(kind: LayerType) -> Callable[[Params, Array, int], Array]:
-        if kind == "linear":
-            return lambda params, x, since: delta_net.delta_block(params, cfg, x, recur, since)
-        attend = attend_to(cfg.sliding_window if kind == "local" else None)
-        rotary = rotation(cfg, kind, positions, limit)
-        return lambda params, x, since: attention_block(params, cfg, x, rotary, attend, since)
+    def one(kind: LayerKind) -> Mix:
+        if kind.type == "linear":
+            return lambda params, x, since, read: (delta_net.delta_block(params, cfg, x, recur, since), None)
+        attend = attend_to(kind, cfg.sliding_window if kind.type == "local" else None)
+        rotary = rotation(cfg, kind.type, positions, limit)
+        return lambda params, x, since, read: attention_block(params, cfg, x, kind, rotary, attend, since, read)
 
-    return {kind: Mixer(branch_of(kind), one(kind)) for kind in sorted(set(layer_types_of(cfg)))}
+    return x, Layers(cfg, {kind: one(kind) for kind in sorted(set(kinds_of(cfg)))}, add)
 
 
-Rotary = Callable[[Array, Array], tuple[Array, Array]]  # (query, key), both with the positions in them
+Rotary = Callable[[Array, bool], Array]  # (queries or keys, whether they are queries), with the positions in them
 
 
 def rotation(cfg: ModelConfig, kind: LayerType, positions: Array, limit: int) -> Rotary:
     """How queries and keys of such layers learn of their positions: rotation, or nothing where tokens have theirs in
     their embeddings and in layers without positions."""
     if kind == "nope" or FAMILIES[cfg.family].positions == "learned":
-        return lambda query, key: (query, key)
+        return lambda x, asks: x
     theta, scaling = cfg.rope_theta, cfg.rope_scaling
     if kind == "local" and cfg.local_rope_theta:
         theta, scaling = cfg.local_rope_theta, None
-    freqs = rope_frequencies(rotary_size(cfg), theta, scaling)
+    freqs = rope_frequencies(rotary_size(cfg, kind), theta, scaling, head_sizes(cfg, kind)[1])
     cos, sin = cos_sin(positions, freqs, limit, rope_magnitude(scaling))
     scale = query_scale(positions, scaling, limit)
 
-    def rotary(query: Array, key: Array) -> tuple[Array, Array]:
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        return query if scale is None else query * scale.astype(query.dtype), key
+    def rotary(x: Array, asks: bool) -> Array:
+        x = rotate(x, cos, sin)
+        return x * scale.astype(x.dtype) if asks and scale is not None else x
 
     return rotary
 
 
 def row_attention(cfg: ModelConfig, segment_ids: Array, runtime: Runtime) -> AttendTo:
-    """``mixers``' attend_to within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose_kernel."""
+    """``common``'s attend_to within whole rows: segment_ids i32[B, S]. Raises ValueError as kernels.choose_kernel."""
     kernel = choose_kernel(runtime.attention, runtime.hardware, cfg, runtime.compute)
-    return lambda window: matching_heads(
+    return lambda kind, window: matching_heads(
         cfg, within_rows(kernel, segment_ids, window, **product(cfg), interpret=runtime.interpret)
     )
 
@@ -342,38 +366,12 @@ def forward_responses(
     routing = routing._replace(counted=counted, kept=None if routing.kept is None else fold(routing.kept))
     room = valid.shape[1] - start
     how = product(cfg) | {"interpret": runtime.interpret}
-    attend_to = lambda window: matching_heads(cfg, within_groups(kernel, readable, copies, room, window, where, **how))
+    attend_to = lambda kind, window: matching_heads(
+        cfg, within_groups(kernel, readable, copies, room, window, where, **how)
+    )
     recur = delta_net.within_groups(readable, copies, where)
     states = hidden_states(params, cfg, tokens, positions, attend_to, recur, runtime, start - 1, routing)
     return unfold_group(states, copies) if where is None else states
-
-
-def pack_group(x: Array, start: int, where: Places) -> Array:
-    """[G * n, S, ...] -> [G, start + W, ...]: the first row's prompt, then what the responses have, side by side."""
-    prompt = group_rows(x[:, :start], where.column.shape[1])[:, 0]
-    return jnp.concatenate([prompt, side_by_side(x[:, start:], where)], axis=1)
-
-
-def fold_group(x: Array, start: int, copies: int) -> Array:
-    """[G * n, S, ...] -> [G, start + n * (S - start), ...]: the first row's prompt, then every row's response."""
-    rows = group_rows(x, copies)
-    return jnp.concatenate([rows[:, 0, :start], join_columns(rows[:, :, start:])], axis=1)
-
-
-def unfold_group(x: Array, copies: int) -> Array:
-    """[G, 1 + n * T, D] -> [G * n, 1 + T, D]: the prompt's last column, for each of its responses, and theirs."""
-    groups, columns, dim = x.shape
-    own = (groups, copies, (columns - 1) // copies, dim)
-    responses = jax.lax.reshape(x[:, 1:], own, out_sharding=spec("batch", None, "seq", "hidden"))
-    last = jnp.broadcast_to(x[:, None, :1], (groups, copies, 1, dim))
-    return ungroup_rows(jnp.concatenate([last, responses], axis=2))
-
-
-def join_columns(x: Array) -> Array:
-    """[G, n, T, ...] -> [G, n * T, ...]."""
-    groups, copies, columns, *rest = x.shape
-    layout = spec("batch", "seq", *(None,) * len(rest))
-    return jax.lax.reshape(x, (groups, copies * columns, *rest), out_sharding=layout)
 
 
 def hidden_states(
@@ -388,12 +386,13 @@ def hidden_states(
     routing: Routing = NO_ROUTING,
 ) -> Array:
     """Final hidden states [B, S - since, D] of the columns from ``since``, of tokens at ``positions``, both i32[B, S],
-    that see what ``attend_to`` and ``recur`` say (see ``mixers``)."""
-    kinds, counted = mixers(cfg, positions, tokens.shape[1], attend_to, recur), routing.counted
+    that see what ``attend_to`` and ``recur`` say (see ``common``)."""
+    x, layers = common(params, cfg, tokens, positions, tokens.shape[1], attend_to, recur, runtime.compute)
+    counted = routing.counted
 
     def layer(
-        kind: LayerType, since: int, given: tuple[Params, Array | None], x: Array
-    ) -> tuple[Array, dict[str, Mean]]:
+        kind: LayerKind, since: int, given: tuple[Params, Array | None], x: Array, memory: Memory
+    ) -> tuple[Array, Memory, dict[str, Mean]]:
         (layer_params, kept), told = given, {}
 
         def note(routed: Routed) -> None:
@@ -401,17 +400,29 @@ def hidden_states(
                 last = lambda x: x[:, x.shape[1] - routed.choice.shape[1] :]
                 told.update(router_load(routed, last(counted), None if kept is None else last(kept)))
 
-        return block(layer_params, cfg, x, kinds[kind], feed_forward(cfg, runtime, note, kept), since), told
+        return *block(layers, kind, layer_params, x, feed_forward(cfg, runtime, note, kept), memory, since), told
 
-    def layer_of(kind: LayerType, scanned: bool, since: int = 0) -> Callable:
+    def layer_of(kind: LayerKind, scanned: bool, since: int) -> Callable:
         return rematerialized(functools.partial(layer, kind, since), runtime, scanned)
 
-    x = embed(params, cfg, tokens, positions, runtime.compute)
     kept = None if routing.kept is None else by_layer(routing.kept, cfg)
-    x, told = through_layers(layer_of, params["layers"], kept, layer_types_of(cfg), x, since, scans(cfg, runtime))
+    blank, scanned = blank_memory(cfg, x), scans(cfg, runtime)
+    x, told = through_layers(layer_of, params["layers"], kept, kinds_of(cfg), x, blank, since, scanned)
     if routing.note is not None and told:
         routing.note(told)
     return normalize(params["final_norm"], x, cfg)
+
+
+def blank_memory(cfg: ModelConfig, x: Array) -> Memory:
+    """A Memory of zeros beside x [B, S, D]; empty where no layer reads one."""
+
+    def one(kind: LayerType) -> KeyValue:
+        heads, dim = head_sizes(cfg, kind)
+        layout = spec("batch", "seq", head_axis("kv_heads", heads), "head_dim")
+        zeros = lambda: jnp.zeros((*x.shape[:2], heads, dim), x.dtype, out_sharding=layout)
+        return zeros(), zeros()
+
+    return {kind.type: one(kind.type) for kind in kinds_of(cfg) if kind.reads}
 
 
 def by_layer(kept: Array, cfg: ModelConfig) -> Array:

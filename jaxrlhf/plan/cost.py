@@ -23,21 +23,21 @@ slowest of the three would take alone at its peak, and phases follow each other:
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from jaxrlhf.models.config import ModelConfig, layers_with
+from jaxrlhf.models.config import ModelConfig, head_sizes
 from jaxrlhf.models.int8 import Part
-from jaxrlhf.models.lora import Based, own_table
-from jaxrlhf.models.parameters import padded_vocab, parameter_table
-from jaxrlhf.models.quantized import Quantization, bytes_each, is_quantized
+from jaxrlhf.models.layer_kinds import attending, layers_with
+from jaxrlhf.models.lora import Based
+from jaxrlhf.models.parameters import padded_vocab
+from jaxrlhf.models.quantized import Quantization
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
-from jaxrlhf.plan.mixing import heads_here, kept_bytes, rule_of_token, state_bytes
+from jaxrlhf.plan.mixing import heads_here, kept_bytes, query_features, rule_of_token, state_bytes, token_bytes
 from jaxrlhf.plan.muon import newton_schulz_work
 from jaxrlhf.plan.roofline import DeviceWork, Phase
-from jaxrlhf.plan.stored import leaves, local
+from jaxrlhf.plan.weights import Weight, held, looked_up, matrices, packed, saved, table_of
 from jaxrlhf.types import Head, Role
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -125,85 +125,19 @@ class Setup(NamedTuple):
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
-class Weight(NamedTuple):
-    """A matrix of a model as one device multiplies with it: gathered over fsdp, split over tensor. Of experts, all of
-    a layer together, on a device that has all of them."""
-
-    size: int  # elements that a token is multiplied with, of all layers
-    inputs: int  # features that go in, of a device
-    outputs: int
-    layers: int  # that it stands in; 1: the head
-    held: int  # elements that there are, of all layers
-    experts: bool = False
-
-
-@functools.cache
-def matrices(cfg: ModelConfig, head: Head, tensor: int) -> tuple[Weight, ...]:
-    """All that tokens are multiplied with, the head last."""
-    found, table = [], leaves(parameter_table(cfg, head))
-    for name, leaf in table.items():
-        if not name.endswith("kernel"):
-            continue
-        sizes = local(leaf, tensor)
-        layers, experts = sizes.pop("layers", 1), sizes.pop("expert", 0)
-        chosen = cfg.experts_per_token if experts else 1
-        inner = math.prod(sizes.values())
-        axis = "embed_of_expert" if experts else "embed"
-        embed = sizes.pop(axis)
-        other = inner // embed
-        rest = [name for name in leaf.axes if name not in ("layers", "expert")]
-        ends = (embed, other) if rest[0] == axis else (other, embed)
-        moved = [chosen * size for size in ends]
-        held = inner * layers * max(experts, 1)
-        found.append(Weight(inner * layers * chosen, moved[0], moved[1], layers, held, bool(experts)))
-    if head == "lm" and cfg.tie_embeddings:
-        rows = local(table["embed.tokens.embedding"], tensor)["vocab"]
-        found.append(Weight(rows * cfg.hidden_size, cfg.hidden_size, rows, 1, rows * cfg.hidden_size))
-    return tuple(found)
-
-
-@functools.cache
-def held(cfg: ModelConfig, head: Head, tensor: int, based: Based | None = None, expert: int = 1) -> int:
-    """Elements of all weights on one device, gathered over fsdp; of a role with a base, of its own."""
-    share = lambda leaf: expert if "expert" in leaf.axes else 1
-    table = leaves(table_of(cfg, head, based)).values()
-    return sum(math.prod(local(leaf, tensor).values()) // share(leaf) for leaf in table)
-
-
-@functools.cache
-def active(cfg: ModelConfig, head: Head) -> int:
-    """Elements of the weights that compute one token: all but those of the experts that it does not choose."""
-    table = leaves(parameter_table(cfg, head)).values()
-    unused = lambda leaf: math.prod(leaf.shape) * (cfg.num_experts - cfg.experts_per_token) // cfg.num_experts
-    return held(cfg, head, 1) - sum(unused(leaf) for leaf in table if "expert" in leaf.axes)
-
-
 def used_and_stored(cfg: ModelConfig, head: Head, setup: Setup, based: Based | None = None) -> tuple[float, float]:
     """(elements of all weights that a device computes with, those that it stores)."""
     used = held(cfg, head, setup.tensor, based, setup.expert)
-    return used, used if setup.laid else held(cfg, head, setup.tensor, based) / setup.fsdp
+    if setup.laid:
+        return used, used
+    kept = 0 if based is not None else looked_up(cfg, setup.tensor) * (1 - 1 / setup.fsdp)  # they are not gathered
+    return used - kept, held(cfg, head, setup.tensor, based) / setup.fsdp
 
 
-@functools.cache
-def packed(cfg: ModelConfig, head: Head, tensor: int, kind: Quantization | None) -> tuple[int, float]:
-    """(elements of the weights that are quantised, their bytes), of those ``held`` by one device."""
-    found = [
-        (math.prod(local(leaf, tensor).values()), bytes_each(leaf, kind))
-        for name, leaf in leaves(parameter_table(cfg, head)).items()
-        if kind is not None and is_quantized(name.rpartition(".")[2], leaf)
-    ]
-    return sum(size for size, _ in found), sum(size * each for size, each in found)
-
-
-def saved(cfg: ModelConfig, head: Head, tensor: int, kind: Quantization | None, each: float) -> float:
-    """Bytes that quantised weights take less, of those ``held`` by one device, than with ``each``."""
-    size, small = packed(cfg, head, tensor, kind)
-    return size * each - small
-
-
-def table_of(cfg: ModelConfig, head: Head, based: Based | None) -> dict:
-    """The Leafs that a role has of its own: all of a model, or what it has beside its base."""
-    return parameter_table(cfg, head) if based is None else own_table(cfg, head, based.lora)
+def exchanged(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
+    """Bytes of what these embeddings say of ``tokens``, that a device receives in one pass: per_layer.look_up."""
+    share = 0 if setup.laid else 1 - 1 / setup.fsdp
+    return tokens * cfg.per_layer_size * cfg.num_layers * setup.compute * share
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------
@@ -239,21 +173,24 @@ def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup)
     return DeviceWork(
         flops=2 * tokens * sum(weight.size for weight in inside) + products.flops,
         hbm=tokens * moved * setup.compute + products.hbm + read + gathered,
-        ici=setup.sent * (size - stored) * setup.compute - sent * less(setup.compute) + tensor_sums(cfg, tokens, setup),
+        ici=setup.sent * (size - stored) * setup.compute
+        - sent * less(setup.compute)
+        + tensor_sums(cfg, tokens, setup)
+        + exchanged(cfg, tokens, setup),
     ).plus(keys_gathered(cfg, one, setup))
 
 
 def attention(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     """The products of queries and keys of all attention layers, and of their softmax and values."""
-    pairs = one.pairs / setup.shards * heads_here(cfg, setup.tensor)[0] * len(layers_with(cfg, "attention"))
-    return DeviceWork(4 * pairs * cfg.head_dim, pairs * STORED * setup.stored_attention)
+    pairs = one.pairs / setup.shards
+    stored = pairs * heads_here(cfg, setup.tensor)[0] * sum(attending(cfg).values()) * STORED * setup.stored_attention
+    return DeviceWork(4 * pairs * query_features(cfg, setup.tensor), stored)
 
 
 def keys_of_rows(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:
-    """Bytes of one layer's keys and values of all columns of a device's rows."""
-    return (
-        one.tokens / setup.shards * setup.context * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * setup.compute
-    )
+    """Bytes of one layer's keys and values of all columns of a device's rows; of the layer that has the most."""
+    each = max(heads_here(cfg, setup.tensor, kind.type)[1] * head_sizes(cfg, kind.type)[1] for kind in attending(cfg))
+    return one.tokens / setup.shards * setup.context * 2 * each * setup.compute
 
 
 def keys_gathered(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
@@ -261,7 +198,8 @@ def keys_gathered(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWor
     scatter their gradients."""
     if setup.context == 1:
         return DeviceWork()
-    size = keys_of_rows(cfg, one, setup) * len(layers_with(cfg, "attention"))
+    each = token_bytes(cfg, setup.tensor, lambda dim: setup.compute, again=True)
+    size = one.tokens / setup.shards * setup.context * each
     return DeviceWork(0, 2 * size, size * (setup.context - 1) / setup.context)
 
 
@@ -292,8 +230,8 @@ def backward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> De
         *inside, last = matrices(cfg, head, setup.tensor)
         frozen = 2 * one.tokens / setup.shards * sum(weight.size for weight in inside)
         frozen += 2 * one.rows / setup.shards * one.read * last.size * (head == "lm")
-    keys = keys_gathered(cfg, one, setup).ici
-    return DeviceWork(2 * once.flops - frozen, 2 * once.hbm + 2 * size, scattered + sums + keys)
+    sums += keys_gathered(cfg, one, setup).ici + exchanged(cfg, one.tokens / setup.shards, setup)
+    return DeviceWork(2 * once.flops - frozen, 2 * once.hbm + 2 * size, scattered + sums)
 
 
 def between_slices(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:
@@ -350,12 +288,12 @@ def decode_step(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
     read = sum(read_of(weight, cfg, tokens, setup) for weight in matrices(cfg, "lm", tensor)) * setup.decoded
     if (kind := setup.decoded_as(one.role)) is not None:  # widened before they are multiplied
         read += 2 * packed(cfg, "lm", tensor, kind)[0] * setup.compute - saved(cfg, "lm", tensor, kind, setup.decoded)
-    pairs = tokens * (one.columns + one.read) * heads_here(cfg, tensor)[0] * len(layers_with(cfg, "attention"))
+    pairs = tokens * (one.columns + one.read)
     states = tokens * state_bytes(cfg, tensor) * len(layers_with(cfg, "delta"))  # written; read with the caches
     logits = chosen_from(cfg, one, setup)
     return DeviceWork(
-        flops=2 * tokens * weights + 4 * pairs * cfg.head_dim + 6 * states / MASTER,
-        hbm=read + cache_bytes(cfg, one, setup) + states + 3 * logits,
+        flops=2 * tokens * weights + 4 * pairs * query_features(cfg, tensor) + 6 * states / MASTER,
+        hbm=read + cache_bytes(cfg, one, setup, again=True) + states + 3 * logits,
         ici=tensor_sums(cfg, tokens, setup) + logits * (tensor - 1) / tensor,
     )
 
@@ -376,12 +314,13 @@ def chosen_from(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:
     return rows / (setup.shards if rows % spread else spread) * padded_vocab(cfg) * 4
 
 
-def cache_bytes(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> float:
-    """The keys, values and states that a device holds while it samples; ``setup`` is decoding's."""
+def cache_bytes(cfg: ModelConfig, one: PlannedPass, setup: Setup, again: bool = False) -> float:
+    """The keys, values and states that a device holds while it samples, or with ``again`` reads for one token of each
+    row; ``setup`` is decoding's."""
     columns = one.rows / setup.shards * (one.columns + one.copies * one.read)
-    numbers = columns * 2 * heads_here(cfg, setup.tensor)[1] * cfg.head_dim * len(layers_with(cfg, "attention"))
     kept = one.rows / setup.shards * one.copies * kept_bytes(cfg, setup.tensor, setup.compute)
-    return numbers * setup.cached(cfg.head_dim) + kept * len(layers_with(cfg, "delta"))
+    keys = columns * token_bytes(cfg, setup.tensor, setup.cached, again)
+    return keys + kept * len(layers_with(cfg, "delta"))
 
 
 # ---- an iteration ---------------------------------------------------------------------------------------------------

@@ -9,27 +9,17 @@ import functools
 import math
 from typing import NamedTuple
 
-from jaxrlhf.models.config import ModelConfig, layers_with
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.layer_kinds import attending, layers_with
 from jaxrlhf.models.lora import Based, base_table
 from jaxrlhf.models.parameters import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
-from jaxrlhf.plan.cost import (
-    MASTER,
-    Setup,
-    cache_bytes,
-    chosen_from,
-    heads_here,
-    held,
-    keys_of_rows,
-    matrices,
-    packed,
-    saved,
-    table_of,
-)
-from jaxrlhf.plan.mixing import stream_bytes
+from jaxrlhf.plan.cost import MASTER, Setup, cache_bytes, chosen_from, heads_here, keys_of_rows
+from jaxrlhf.plan.mixing import query_features, stream_bytes
 from jaxrlhf.plan.muon import newton_schulz_bytes
 from jaxrlhf.plan.stored import leaves, local, stored_of
+from jaxrlhf.plan.weights import held, matrices, packed, saved, table_of
 from jaxrlhf.types import Head
 
 
@@ -144,14 +134,14 @@ def chunk_states(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
 
 def kept(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     """What a forward pass keeps for its backward pass, of all layers: activations, never a gathered weight."""
-    tokens, (heads, _) = one.tokens / setup.shards, heads_here(cfg, setup.tensor)
+    tokens = one.tokens / setup.shards
     wide = sum(weight.layers * weight.outputs for weight in matrices(cfg, "lm", setup.tensor)[:-1])
-    layers, attending = cfg.num_layers, len(layers_with(cfg, "attention"))
+    layers, mixed = cfg.num_layers, sum(attending(cfg).values())
     if setup.remat == "full":
         return tokens * cfg.hidden_size * layers * setup.compute
     if setup.remat == "dots":
-        gathered = 0 if setup.stored_attention else heads * cfg.head_dim  # kept by name: see kernels.SAVED
-        return tokens * (cfg.hidden_size * layers + wide + gathered * attending) * setup.compute
+        gathered = 0 if setup.stored_attention else query_features(cfg, setup.tensor)  # kept: see kernels.SAVED
+        return tokens * (cfg.hidden_size * layers + wide + gathered) * setup.compute
     every = tokens * (layers * (2 * 4 + 4 * setup.compute) * cfg.hidden_size + 2 * wide * setup.compute)
-    mixing = stored_products(one, cfg, setup) * attending + chunk_states(one, cfg, setup) * (layers - attending)
+    mixing = stored_products(one, cfg, setup) * mixed + chunk_states(one, cfg, setup) * (layers - mixed)
     return every + mixing

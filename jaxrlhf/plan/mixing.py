@@ -1,17 +1,37 @@
 """Heads on one device, and what a linear layer (a gated delta net) computes, moves and keeps there."""
 
-from jaxrlhf.models.config import ModelConfig
+from collections.abc import Callable
+
+from jaxrlhf.models.config import LayerType, ModelConfig, head_sizes
 from jaxrlhf.models.delta_net.rule import CHUNK
+from jaxrlhf.models.layer_kinds import attending
 
 FLOAT32 = 4  # bytes: streams and states, whatever the run computes in
 
 
-def heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
-    """(query heads, cached key-value heads) on one device; see attention.match_heads."""
+def heads_here(cfg: ModelConfig, tensor: int, kind: LayerType = "global") -> tuple[int, int]:
+    """(query heads, cached key-value heads) of such a layer on one device; see attention.match_heads."""
+    kv_heads, _ = head_sizes(cfg, kind)
     if cfg.num_heads % tensor:
-        return cfg.num_heads, cfg.num_kv_heads
-    kv = cfg.num_kv_heads // tensor if cfg.num_kv_heads % tensor == 0 else cfg.num_heads // tensor
+        return cfg.num_heads, kv_heads
+    kv = kv_heads // tensor if kv_heads % tensor == 0 else cfg.num_heads // tensor
     return cfg.num_heads // tensor, kv
+
+
+def query_features(cfg: ModelConfig, tensor: int) -> int:
+    """Features of the queries of one token on one device, of all layers of attention."""
+    heads = heads_here(cfg, tensor)[0]
+    return sum(count * heads * head_sizes(cfg, kind.type)[1] for kind, count in attending(cfg).items())
+
+
+def token_bytes(cfg: ModelConfig, tensor: int, number: Callable[[int], float], again: bool = False) -> float:
+    """Bytes of the keys and values of one token on one device; ``number``: features of a head to bytes of each of its
+    numbers; ``again``: those that several layers read count as often."""
+    total = 0.0
+    for kind, count in attending(cfg).items():
+        heads, dim = heads_here(cfg, tensor, kind.type)[1], head_sizes(cfg, kind.type)[1]
+        total += count * 2 * heads * dim * number(dim) * (again or not kind.reads)
+    return total
 
 
 def linear_heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:

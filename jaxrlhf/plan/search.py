@@ -17,12 +17,13 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.parameters import padded_vocab
 from jaxrlhf.optim import LARGEST_B1_IN_BFLOAT16, OptimizerConfig
 from jaxrlhf.plan.calls import Passes, models_of
-from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases, table_of
+from jaxrlhf.plan.cost import BYTES, MASTER, Setup, phases
 from jaxrlhf.plan.memory_estimate import Memory, estimate
 from jaxrlhf.plan.muon import matrices_of
 from jaxrlhf.plan.roofline import timed
 from jaxrlhf.plan.stored import stored_of
 from jaxrlhf.plan.target import Target
+from jaxrlhf.plan.weights import table_of
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.sharding import AXES, MeshConfig, context_of, make_mesh, mesh_shape, sums_whole, torus_axes
 from jaxrlhf.types import Role

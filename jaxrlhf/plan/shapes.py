@@ -20,7 +20,7 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import gguf, hf_config, hf_folder
 from jaxrlhf.models.files.published import SHAPES, published, published_file
 from jaxrlhf.models.parameters import padded_vocab
-from jaxrlhf.plan.cost import active, held
+from jaxrlhf.plan.weights import active, held
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.build import Blueprint, draw
 from jaxrlhf.run.origins import Weights, base_role, origin

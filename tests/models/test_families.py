@@ -21,6 +21,7 @@ from jaxrlhf.run import saved_run
 from tests.support import tiny
 
 SMALL: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32, "mlp_size": 48}
+GEMMA4: dict[str, Any] = {"family": "gemma4_text", "layer_types": ("local", "global"), "sliding_window": 4}
 COMMON: dict[str, Any] = {
     "vocab_size": 100,
     "hidden_size": 32,
@@ -92,6 +93,22 @@ LONGROPE = RopeScaling("longrope", 4.0, original_max_positions=16, short_factor=
         ({"layer_types": ("global", "nope")}, "layer_types: nope: a llama has no such layers; expected local or gl"),
         ({"family": "smollm3", "layer_types": ("global", "local")}, "layer_types: local: .* expected global or nope"),
         ({"family": "ministral3"}, "rope_scaling: null: of ministral3 it is yarn; nearest: yarn"),
+        ({"per_layer_size": 8}, "per_layer_size: 8: a llama has no such layers; nearest: 0"),
+        ({"keys_are_values": True}, "keys_are_values: True: a llama has no such layers; nearest: False"),
+        (
+            GEMMA4 | {"layer_types": ("global", "local")},
+            "layer_types: local: the last layer of a gemma4_text is global",
+        ),
+        (GEMMA4 | {"shared_kv_layers": 1}, "shared_kv_layers: 1: each type .* keys and values; nearest: 0"),
+        (GEMMA4 | {"wide_shared_mlp": True}, "wide_shared_mlp: true: of layers that share keys and values"),
+        (GEMMA4 | {"global_kv_heads": 1}, "global_kv_heads: 1: needs keys_are_values: true; nearest: 4"),
+        (
+            GEMMA4 | {"global_kv_heads": 3, "keys_are_values": True},
+            "num_heads: 4 is not a multiple of global_kv_heads: 3",
+        ),
+        (GEMMA4 | {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar: 16: a gemma4_text does not divide products"),
+        (GEMMA4 | {"rope_scaling": RopeScaling("linear", 2.0)}, "rope_scaling.kind: linear: not of gemma4_text"),
+        ({"rope_scaling": RopeScaling("proportional")}, "rope_scaling.kind: proportional: not of llama"),
         ({"family": "smollm3", "sliding_window": 4}, "sliding_window: 4: a smollm3 has no local layers; nearest: 0"),
     ],
 )
@@ -147,6 +164,9 @@ def test_records_of_older_checkpoints():
         ("gemma3_text", {}, (4096, "LLLLLG")),
         ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 7}, (7, "LGLGLG")),
         ("gemma2", {"layer_types": ["full_attention"] * 6}, (0, "GGGGGG")),
+        ("gemma4_text", {}, (512, "LLLLLG")),
+        ("gemma4_text", {"num_hidden_layers": 8, "sliding_window": 7}, (7, "LLLLLGLG")),  # the last is global
+        ("gemma4_text", {"layer_types": ["full_attention"] * 6}, (0, "GGGGGG")),
         ("olmo3", {}, (4096, "LLLGLL")),
         ("gpt_oss", {}, (128, "LGLGLG")),
         ("gpt_oss", {"layer_types": ["full_attention"] * 6}, (0, "GGGGGG")),
@@ -179,6 +199,20 @@ def test_absent_fields_are_what_transformers_assumes():
         32,
         1e-5,
     )
+
+
+def test_heads_of_global_layers():
+    """In the fields of published files, and in the object a layer that transformers writes since version 5."""
+    cfg = parse("gemma4_text")
+    assert (cfg.global_head_dim, cfg.global_kv_heads, cfg.per_layer_size, cfg.query_pre_attn_scalar) == (512, 4, 256, 1)
+    assert (cfg.rope_theta, cfg.local_rope_theta, cfg.rotary_fraction) == (1e6, 1e4, 0.25)
+    assert parse("gemma4_text", num_global_key_value_heads=2) == cfg  # it counts where keys are values
+    both = {"attention_k_eq_v": True, "global_head_dim": 24, "num_global_key_value_heads": 2}
+    old = parse("gemma4_text", **both)
+    assert (old.global_head_dim, old.global_kv_heads, old.keys_are_values) == (24, 2, True)
+    each = {"attention_k_eq_v": True, "per_layer_config": {"5": {"head_dim": 24, "num_key_value_heads": 2}}}
+    assert parse("gemma4_text", **each) == old
+    assert parse("gemma4_text", per_layer_config={}).global_head_dim == cfg.head_dim
 
 
 def test_rope_spellings():
@@ -264,6 +298,28 @@ def test_longrope_of_phi3(kind):
             "ministral3",
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
             "rope_parameters.llama_4_scaling_beta: None; expected a positive number",
+        ),
+        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block: True is not supported; expected False"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention: 'all' is not supported"),
+        (
+            "gemma4_text",
+            {"vocab_size_per_layer_input": 7},
+            "vocab_size_per_layer_input: 7 is not supported; expected 100",
+        ),
+        ("gemma4_text", {"num_kv_shared_layers": -1}, "num_kv_shared_layers: -1; expected a whole number"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "shared_kv_layers: 1: each type of layers needs one before them"),
+        ("gemma4_text", {"layer_types": ["sliding_attention"] * 6}, "layer_types: local: the last layer .* is global"),
+        ("gemma4_text", {"global_head_dim": 0}, "global_head_dim: 0; expected a positive whole number"),
+        (
+            "gemma4_text",
+            {"per_layer_config": {"1": {"head_dim": 8}}},
+            "per_layer_config: .* each layer of full_attention",
+        ),
+        ("gemma4_text", {"per_layer_config": {"5": {"sliding_window": 8}}}, "per_layer_config: sliding_window: is not"),
+        (
+            "gemma4_text",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "'default' is not .* proportional",
         ),
         (
             "olmo3",

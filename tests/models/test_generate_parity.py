@@ -60,6 +60,27 @@ CONFIGS = {
             norm_eps=1e-2,
         )
     ),
+    # the last two of four layers read keys and values of the first two, whose heads differ
+    "gemma4_text": resolve(
+        ModelConfig(
+            family="gemma4_text",
+            vocab_size=101,
+            hidden_size=32,
+            num_layers=4,
+            num_kv_heads=2,
+            mlp_size=48,
+            head_dim=8,
+            global_head_dim=16,
+            global_kv_heads=1,
+            keys_are_values=True,
+            shared_kv_layers=2,
+            per_layer_size=8,
+            sliding_window=4,
+            layer_types=("local", "global") * 2,
+            logit_softcap=5.0,
+            norm_eps=1e-2,
+        )
+    ),
     "gpt2": resolve(ModelConfig(family="gpt2", vocab_size=101, hidden_size=32, mlp_size=48, max_positions=64)),
     "gpt_oss": resolve(
         ModelConfig(
@@ -166,6 +187,7 @@ MODELS = [
     ("gemma3_text", "shaped"),
     ("qwen3_5_text", "shaped"),
     ("gpt_oss", "shaped"),
+    ("gemma4_text", "shaped"),
 ]
 
 # ---- the sampler and the trainer agree ------------------------------------------------------------------------------

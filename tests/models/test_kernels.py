@@ -485,6 +485,7 @@ def test_what_stays_float32_in_bfloat16(cfg):
 CAPPED = dataclasses.replace(LLAMA, attention_softcap=50.0)
 WIDE = dataclasses.replace(LLAMA, head_dim=256)
 ODD = dataclasses.replace(LLAMA, head_dim=20)
+APART = resolve(ModelConfig("gemma4_text", 64, 32, 2, head_dim=16, global_head_dim=512, sliding_window=4))
 
 
 @pytest.mark.parametrize(
@@ -497,6 +498,8 @@ ODD = dataclasses.replace(LLAMA, head_dim=20)
         (H100, WIDE, BF16, "cudnn", None),
         (A100, WIDE, BF16, "xla", "not cudnn, which takes multiples of 8 up to 128 features a head here"),
         (H100, ODD, BF16, "xla", "head_dim is 20"),
+        (H100, APART, BF16, "xla", "global_head_dim is 512"),
+        (TPU, APART, BF16, "splash", None),
         (H100, LLAMA, F32, "xla", "precision.compute is float32"),
         (H100, CAPPED, BF16, "xla", "attention_softcap is 50"),
         (V100, LLAMA, BF16, "xla", "compute capability 7"),

@@ -35,6 +35,19 @@ GATED = 1024 * (2 * 2048 + 2 * 512 + 2048) + 2 * 256
 COUNTS["Qwen/Qwen3.5-0.8B"] = 248320 * 1024 + 24 * (MLP + NORMS) + 18 * DELTA + 6 * GATED + 1024
 
 
+# the same of Gemma 4: per layer local attention (256 features a head) or global (512), mlps, norms and a number; of the
+# last 20 of E2B no keys and values, and mlps of double width. The makers say 2.3B without layers' embeddings, and 30.7B
+LOCAL, GLOBAL = 2 * 1536 * 8 * 256 + 256, 2 * 1536 * 8 * 512 + 512
+KEYS = 12 * (2 * 1536 * 256 + 256) + 3 * (2 * 1536 * 512 + 512)
+OWN = 262144 * 256 + 3 * 1536 * 256 + 1536
+COUNTS["google/gemma-4-E2B"] = 262144 * 1536 + 28 * LOCAL + 7 * GLOBAL + KEYS + 35 * (OWN + 4 * 1536 + 1) + 256 + 1536
+COUNTS["google/gemma-4-E2B"] += (15 + 2 * 20) * 3 * 1536 * 6144
+LOCAL, GLOBAL = 5376 * 256 * (2 * 32 + 2 * 16) + 2 * 256, 5376 * 512 * (2 * 32 + 4) + 2 * 512
+COUNTS["google/gemma-4-31B-it"] = (
+    262144 * 5376 + 50 * LOCAL + 10 * GLOBAL + 60 * (3 * 5376 * 21504 + 4 * 5376 + 1) + 5376
+)
+
+
 def count(name: str) -> int:
     """Parameters of the model, without the rows that pad its vocabulary."""
     cfg = published(name)

@@ -1,4 +1,5 @@
-"""Dense relatives of Llama: layers without positions, queries scaled by position, positions of two kinds of layers.
+"""Dense relatives of Llama: layers without positions, queries scaled by position, positions of two kinds of layers; and
+layers that differ in their heads, read keys and values of others, and have embeddings of their own.
 
 tests/parity has the numbers of transformers."""
 
@@ -15,7 +16,7 @@ from jaxrlhf.models.decoding import decode_layout
 from jaxrlhf.models.rope import RopeScaling, query_scale
 from jaxrlhf.models.slot_decoding import blank_caches, read_columns
 from jaxrlhf.models.transformer import Runtime, forward, rotation
-from tests.models.test_transformer import NOPE, OSS, weights
+from tests.models.test_transformer import NOPE, OSS, UNEVEN, weights
 from tests.support import tiny
 from tests.support.learning import gain_by_grpo
 
@@ -32,6 +33,12 @@ def test_queries_are_scaled_by_the_original_contexts_before_them():
     assert query_scale(jnp.zeros((1, 1), jnp.int32), dataclasses.replace(YARN, query_beta=0.0), 4) is None
 
 
+def turned(cfg: ModelConfig, kind: LayerType, positions, query, key):
+    """(query, key) with positions in them."""
+    rotary = rotation(cfg, kind, positions, 6)
+    return rotary(query, True), rotary(key, False)
+
+
 def test_what_each_kind_of_layers_does_with_positions():
     """Layers without any leave queries and keys as they are; local ones keep their size and turn by their own base,
     where yarn makes those of global ones longer; queries alone are scaled."""
@@ -41,7 +48,7 @@ def test_what_each_kind_of_layers_does_with_positions():
     length = lambda x: np.linalg.norm(np.asarray(x), axis=-1)
     kinds: tuple[LayerType, ...] = ("global", "nope")
     for kind in kinds:
-        found = rotation(NOPE, kind, positions, 6)(query, key)
+        found = turned(NOPE, kind, positions, query, key)
         same = [bool((after == before).all()) for after, before in zip(found, (query, key))]
         assert same == [kind == "nope"] * 2
     plain = RopeScaling("yarn", 2.0, original_max_positions=4)
@@ -51,17 +58,17 @@ def test_what_each_kind_of_layers_does_with_positions():
     two = dataclasses.replace(two, rope_scaling=plain)
     sizes: dict[LayerType, float] = {"local": 1.0, "global": 0.1 * np.log(2) + 1}
     for kind, size in sizes.items():
-        for after, before in zip(rotation(two, kind, positions, 6)(query, key), (query, key)):
+        for after, before in zip(turned(two, kind, positions, query, key), (query, key)):
             np.testing.assert_allclose(length(after), size * length(before), rtol=1e-5)
     scaled = dataclasses.replace(NOPE, rope_scaling=YARN)
-    longer = [length(x) for x in rotation(scaled, "global", positions, 6)(query, key)]
+    longer = [length(x) for x in turned(scaled, "global", positions, query, key)]
     np.testing.assert_allclose(
         longer[0][0, 5] / longer[0][0, 3], (1 + 0.5 * np.log(2)) * length(query)[0, 5] / length(query)[0, 3], rtol=1e-5
     )
     np.testing.assert_allclose(longer[1][0, 5] / longer[1][0, 3], length(key)[0, 5] / length(key)[0, 3], rtol=1e-5)
 
 
-@pytest.mark.parametrize("cfg", [NOPE, OSS], ids=lambda cfg: cfg.family)
+@pytest.mark.parametrize("cfg", [NOPE, OSS, UNEVEN], ids=lambda cfg: cfg.family)
 def test_slots_read_what_whole_rows_say(cfg):
     """Prompts of two slots in pieces, each slot at its own position."""
     lengths, size = np.array([10, 7]), 4

@@ -83,7 +83,8 @@ def their_model(case: str, head: str = "lm"):
     cls = getattr(transformers, raw["architectures"][0])
     model = cls(cls.config_class.from_dict(raw)).eval()
     with torch.no_grad():
-        for name, value in model.named_parameters():  # a tied head is not listed
+        fixed = [(name, value) for name, value in model.named_buffers() if name.endswith("layer_scalar")]
+        for name, value in [*model.named_parameters(), *fixed]:  # a tied head is not listed
             value.copy_(torch.tensor(law_of_parameter(raw["model_type"], name, tuple(value.shape))))
     return model
 

@@ -36,6 +36,15 @@ QWEN3_5 = {
 }
 PHI3 = {**LLAMA, "model_type": "phi3", "num_key_value_heads": 2}
 GEMMA = {**LLAMA, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 4}
+GEMMA4 = {
+    **LLAMA,
+    "model_type": "gemma4_text",
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "sliding_window": 4,
+    "final_logit_softcapping": 5.0,
+}
 GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 MOE = {**LLAMA, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 3}
 MIXTRAL = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
@@ -208,6 +217,49 @@ CASES: dict[str, dict] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    "gemma4_text": {  # as the small ones: the last layers read keys and values, all have embeddings of their own
+        **GEMMA4,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+    },
+    "gemma4_text: keys are values": {  # as the large ones: one map for keys and values of global layers, 3 heads
+        **GEMMA4,
+        "hidden_size": 36,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "global_head_dim": 20,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+        "final_logit_softcapping": None,
+        "tie_word_embeddings": False,
+    },
+    "gemma4_text: odd": {  # an order of its own, biases, keys that are values beside shared ones
+        **GEMMA4,
+        "num_hidden_layers": 5,
+        "attention_bias": True,
+        "attention_k_eq_v": True,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "hidden_size_per_layer_input": 5,
+        "vocab_size_per_layer_input": VOCAB,
+        "num_kv_shared_layers": 2,
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "proportional",
+                "partial_rotary_factor": 0.5,
+                "factor": 2.0,
+                "rope_theta": 1e3,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
     "gpt2": GPT2,
     "gpt2: untied": {**GPT2, "n_inner": 40, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
     "gpt_neox": {**NEOX, "rotary_emb_base": 1000},
@@ -294,7 +346,7 @@ def law(name: str, shape: tuple[int, ...]) -> np.ndarray:
     for file, theirs in (("embed_out.", "lm_head."), (".block_sparse_moe.", ".mlp."), *MIXTRAL.items()):
         name = name.replace(file, theirs)
     noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
-    center = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+    center = 1.0 if len(shape) == 1 and name.endswith(("weight", "layer_scalar")) else 0.0
     # else a norm would divide by what is hardly more than rounding; no sink would weigh, and nothing be clamped
     size = 1.0 if re.search(r"conv1d|sinks|experts\.gate_up_proj", name) else 0.2
     return (center + size * noise).astype(np.float32)

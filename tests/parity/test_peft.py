@@ -36,6 +36,7 @@ QWEN3_5 = resolve(
 )
 YARN = RopeScaling("yarn", 2.0, original_max_positions=4, query_beta=0.5)
 MINISTRAL3 = resolve(ModelConfig(family="ministral3", num_kv_heads=2, rope_scaling=YARN, **SIZES))
+DEEP: dict[str, Any] = SIZES | {"num_layers": 4}
 GPT2 = resolve(ModelConfig(family="gpt2", **SIZES))
 ADAPTERS = {
     "llama": (LLAMA, LoraConfig(rank=3, alpha=7.5)),
@@ -53,6 +54,25 @@ ADAPTERS = {
     "smollm3": (resolve(ModelConfig(family="smollm3", num_kv_heads=2, **SIZES)), LoraConfig(rank=2, alpha=8)),
     "ministral3": (MINISTRAL3, LoraConfig(rank=2, alpha=8)),
     "olmo3": (resolve(ModelConfig(family="olmo3", num_kv_heads=2, **SIZES)), LoraConfig(rank=2, alpha=8)),
+    "gemma4_text": (  # maps of the same name in layers of other sizes; some have no keys and values
+        resolve(
+            ModelConfig(
+                family="gemma4_text",
+                layer_types=("local", "global", "local", "global"),
+                sliding_window=4,
+                num_kv_heads=2,
+                global_head_dim=8,
+                global_kv_heads=1,
+                keys_are_values=True,
+                shared_kv_layers=2,
+                wide_shared_mlp=True,
+                per_layer_size=4,
+                norm_eps=1e-2,
+                **DEEP,
+            )
+        ),
+        LoraConfig(rank=2, alpha=8),
+    ),
     "gpt2, few": (GPT2, LoraConfig(rank=2, alpha=4, targets=("down",))),  # whose out has the same last name
 }
 

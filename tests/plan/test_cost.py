@@ -13,6 +13,7 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files.published import published
 from jaxrlhf.models.parameters import Leaf
 from jaxrlhf.plan import cost
+from jaxrlhf.plan import weights as weights_of
 from jaxrlhf.plan.calibration import STEPS, calibrate, calibrate_decoding, reached
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass, passes_of
 from jaxrlhf.plan.cost import Setup, phases
@@ -133,13 +134,54 @@ def test_linear_layers_and_their_states():
     assert held[0] == (ASKED.rows * ASKED.columns + count * ASKED.read) * keys + count * 3 * (state + tail)
     split = setup._replace(mesh={"data": 1, "fsdp": 1, "tensor": 2})
     assert cost.cache_bytes(net, ASKED, split) == held[0] / 2
-    weights = sum(weight.size for weight in cost.matrices(net, "lm", 1))
+    weights = sum(weight.size for weight in weights_of.matrices(net, "lm", 1))
     pairs = count * (ASKED.columns + ASKED.read) * 4
     flops = 2 * count * weights + 4 * pairs * 4 + 6 * count * 3 * state / 4
     assert cost.decode_step(net, ASKED, setup).flops == flops
     whole, none = cost.layers_forward(net, "lm", TEXTS, setup), cost.delta_rule(resolve(ModelConfig()), TEXTS, setup)
     assert none == DeviceWork()
     assert whole.flops == 2 * 15 * (weights - 64 * 16) + 4 * 3 * 25 * 4 * 4 + cost.delta_rule(net, TEXTS, setup).flops
+
+
+def test_layers_of_other_heads_that_share_keys_and_have_embeddings():
+    """Of local layers 2 features a head, of global ones 6; the last two read the caches of the first two."""
+    model = resolve(
+        ModelConfig(
+            "gemma4_text",
+            vocab_size=64,
+            hidden_size=8,
+            num_layers=4,
+            num_heads=4,
+            num_kv_heads=2,
+            mlp_size=16,
+            layer_types=("local", "global") * 2,
+            sliding_window=4,
+            global_head_dim=6,
+            global_kv_heads=1,
+            keys_are_values=True,
+            shared_kv_layers=2,
+            wide_shared_mlp=True,
+            per_layer_size=4,
+        )
+    )
+    setup = Setup(ALONE)
+    attention = 8 * 2 * (4 + 4) * 2 + 8 * 2 * (2 + 2) + 8 * 6 * (4 + 4) * 2 + 8 * 6 * 1
+    weights = attention + (1 + 1 + 2 + 2) * 3 * 8 * 16 + 4 * 3 * 8 * 4
+    assert sum(weight.size for weight in weights_of.matrices(model, "lm", 1)) == weights + EMBED
+    work, pairs = cost.decode_step(model, ASKED, setup), 8 * 9
+    assert work.flops == 2 * 8 * (weights + EMBED) + 4 * pairs * 4 * 2 * (2 + 6)
+    held = cost.cache_bytes(model, ASKED, setup)
+    assert held == (12 + 8 * 3) * 2 * (2 * 2 + 1 * 6) * 2
+    assert work.hbm == (weights + EMBED) * 2 + 2 * held + 3 * 8 * 64 * 4
+    quantised = cost.cache_bytes(model, ASKED, Setup(ALONE, int8=("cache",)))
+    assert quantised == (12 + 8 * 3) * 2 * (2 * 2 * (1 + 4 / 2) + 6 * (1 + 4 / 6))
+    four = Setup(
+        {**ALONE, "fsdp": 4}
+    )  # which do not gather the tables of layers, but send what 9 tokens each find there
+    tables, every = 4 * 64 * 4, weights_of.held(model, "lm", 1)
+    once = cost.forward(model, "lm", TEXTS._replace(rows=4, columns=9), four).ici
+    assert once == 0.75 * (every - tables) * 2 + 9 * 4 * 4 * 2 * 0.75
+    assert cost.gather_for_decoding(model, four).ici == 0.75 * every * 2
 
 
 def test_fsdp_gathers_weights_and_scatters_gradients():
@@ -392,9 +434,9 @@ ATTENTION, ROUTER, EXPERT = 64 + 2 * 32 + 64, 8 * 4, 3 * 8 * 16
 def test_flops_of_experts_are_those_of_the_chosen_ones():
     work = cost.forward(MOE, "lm", TEXTS, Setup(ALONE))
     assert work.flops == 2 * 15 * 2 * (ATTENTION + ROUTER + 2 * EXPERT) + 2 * 3 * 4 * 25 * 4 * 2 + 2 * 6 * EMBED
-    every = cost.held(MOE, "lm", 1)
+    every = weights_of.held(MOE, "lm", 1)
     assert every == 2 * (ATTENTION + ROUTER + 4 * EXPERT + 2 * 8 + 2 * 2) + 8 + EMBED
-    assert cost.active(MOE, "lm") == every - 2 * 2 * EXPERT
+    assert weights_of.active(MOE, "lm") == every - 2 * 2 * EXPERT
 
 
 def test_experts_of_gpt_oss():
@@ -404,7 +446,7 @@ def test_experts_of_gpt_oss():
         shape = published(f"openai/gpt-oss-{name}")
         assert shape is not None
         unread = shape.vocab_size * shape.hidden_size
-        found = cost.held(shape, "lm", 1), cost.active(shape, "lm") - unread
+        found = weights_of.held(shape, "lm", 1), weights_of.active(shape, "lm") - unread
         assert [round(size / 1e9, 2) for size in found] == [every, some]
     assert shape is not None and "4 of 128 experts" in counted_experts(shape)
 
@@ -431,16 +473,17 @@ def test_experts_split_over_devices():
     assert setup.shards == 2 and cost.forward(MOE, "lm", TEXTS, setup).flops == (
         cost.forward(MOE, "lm", TEXTS, Setup(ALONE)).flops / 2
     )
-    dense = cost.held(MOE, "lm", 1) - 2 * 4 * EXPERT
+    dense = weights_of.held(MOE, "lm", 1) - 2 * 4 * EXPERT
     tokens = 7.5 * 2 * 8 * 2 * 2  # layers, features, bytes, there and back
     assert cost.forward(MOE, "lm", TEXTS, setup).ici == dense / 2 * 2 + tokens
-    assert cost.used_and_stored(MOE, "lm", setup) == (dense + 2 * 2 * EXPERT, cost.held(MOE, "lm", 1) / 2)
+    assert cost.used_and_stored(MOE, "lm", setup) == (dense + 2 * 2 * EXPERT, weights_of.held(MOE, "lm", 1) / 2)
 
 
 def test_decoding_reads_the_experts_that_its_tokens_choose():
     """One token: 2 of 4; three tokens: all but those that none of them chose, a share of 1/2 to the third."""
     read = lambda tokens, expert=1: sum(
-        cost.read_of(weight, MOE, tokens, Setup({**ALONE, "expert": expert})) for weight in cost.matrices(MOE, "lm", 1)
+        cost.read_of(weight, MOE, tokens, Setup({**ALONE, "expert": expert}))
+        for weight in weights_of.matrices(MOE, "lm", 1)
     )
     rest = 2 * (ATTENTION + ROUTER) + EMBED
     assert read(1) == rest + 2 * 2 * EXPERT and read(3) == rest + 2 * 4 * EXPERT * 7 / 8

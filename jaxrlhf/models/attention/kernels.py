@@ -26,8 +26,9 @@ from jaxrlhf.models.attention.products import (
     split_keys,
     within_window,
 )
-from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.config import ModelConfig, head_sizes
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.layer_kinds import attending
 from jaxrlhf.models.response_packing import Places
 from jaxrlhf.sharding import explicit, partition
 from jaxrlhf.types import Array
@@ -103,8 +104,10 @@ def refusal(kernel: Kernel, hardware: Hardware, cfg: ModelConfig, dtype: Any) ->
     if FAMILIES[cfg.family].sinks:
         return f"has no attention sinks, and a {cfg.family} has"
     largest = 256 if hardware.capability >= 9 else 128
-    if cfg.head_dim % 8 or cfg.head_dim > largest:
-        return f"takes multiples of 8 up to {largest} features a head here, and head_dim is {cfg.head_dim}"
+    for kind in attending(cfg):
+        name, size = "global_head_dim" if kind.apart else "head_dim", head_sizes(cfg, kind.type)[1]
+        if size % 8 or size > largest:
+            return f"takes multiples of 8 up to {largest} features a head here, and {name} is {size}"
     return None
 
 

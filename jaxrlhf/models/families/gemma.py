@@ -1,8 +1,8 @@
-"""Gemma 2, and the text models of Gemma 3."""
+"""Gemma 2, and the text models of Gemma 3 and 4."""
 
 from jaxrlhf.models.families.gpt import GELU_TANH
 from jaxrlhf.models.families.llama import ENDS, FIELDS, HEAD_NORMS, LLAMA, MAPS
-from jaxrlhf.models.families.traits import Family, Module, Rope, Windows
+from jaxrlhf.models.families.traits import Family, Module, Rope, Uneven, Windows
 
 GEMMA2 = LLAMA._replace(
     model_type="gemma2",
@@ -49,6 +49,66 @@ GEMMA3 = GEMMA2._replace(
     windows=Windows(size=4096, optional=False, global_every="sliding_window_pattern"),
 )
 
+LAYER = "model.layers.{layer}"
+PER_LAYER = {
+    # two tensors for all layers
+    "layers.per_layer.per_layer_tokens": Module("model.embed_tokens_per_layer", "vocab part.layers.embed"),
+    "layers.per_layer.per_layer_context": Module("model.per_layer_model_projection", "part.layers.per_layer embed"),
+    "layers.per_layer.per_layer_gate": Module(f"{LAYER}.per_layer_input_gate", "per_layer embed"),
+    "layers.per_layer.per_layer_out": Module(f"{LAYER}.per_layer_projection", "embed per_layer"),
+    "layers.per_layer.post_norm": Module(f"{LAYER}.post_per_layer_input_norm", "embed"),
+    "layers.output": Module(LAYER, "1"),
+}
+
+
+def of_stacks(modules: dict[str, Module]) -> dict[str, Module]:
+    """``modules`` of the layers of all stacks: attention of global layers, and all parts of layers that read keys."""
+    wide = {path.replace(".attention.", ".global_attention."): module for path, module in modules.items()}
+    reader = {path.replace("layers.", "layers.reader_", 1): module for path, module in (modules | wide).items()}
+    return modules | wide | {path: module for path, module in reader.items() if path.startswith("layers.")}
+
+
+GEMMA4 = GEMMA3._replace(
+    model_type="gemma4_text",
+    classes={"lm": "Gemma4ForCausalLM"},
+    fields={name: field for name, field in GEMMA3.fields.items() if name != "query_pre_attn_scalar"}
+    | {
+        "keys_are_values": ("attention_k_eq_v", False),
+        "wide_shared_mlp": ("use_double_wide_mlp", False),
+    },
+    counts={
+        "shared_kv_layers": ("num_kv_shared_layers", 0),
+        "per_layer_size": ("hidden_size_per_layer_input", 256),
+    },
+    # between tokens of images alone: text is causal
+    fixed={
+        "hidden_activation": GELU_TANH,
+        "use_bidirectional_attention": (None, "vision"),
+        "enable_moe_block": (False, None),
+    },
+    modules=of_stacks(GEMMA3.modules | PER_LAYER)
+    | {"embed.per_layer_norm": Module("model.per_layer_projection_norm", "per_layer")},
+    rope=Rope(
+        kinds=("proportional",),
+        theta=("rope_theta", 1e6),
+        local_theta=("rope_theta", 1e4),
+        fraction=("partial_rotary_factor", 1.0),
+        old=False,
+        absent={
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    windows=Windows(size=512, optional=False, last_global=True),
+    uneven=Uneven(
+        head_dim=("global_head_dim", 512),
+        kv_heads="num_global_key_value_heads",
+        each="per_layer_config",
+        vocabulary="vocab_size_per_layer_input",
+        unread=r"model\.layers\.(\d+)\.self_attn\.[kv]_(proj|norm)\.",
+    ),
+)
+
 PLAIN = Family(
     norm="rms",
     activation="gelu_tanh",
@@ -64,4 +124,14 @@ PLAIN = Family(
 FAMILIES = {
     "gemma2": PLAIN,
     "gemma3_text": PLAIN._replace(query_key_norm="head", global_every=6, hf=GEMMA3),
+    "gemma4_text": PLAIN._replace(
+        norm_offset=False,
+        query_key_norm="head",
+        global_every=6,
+        value_norm=True,
+        scaled_products=False,
+        layer_scalar=True,
+        uneven=True,
+        hf=GEMMA4,
+    ),
 }

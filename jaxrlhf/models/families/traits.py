@@ -36,6 +36,7 @@ class Rope(NamedTuple):
     fraction: tuple[str, float] | None = None  # None: heads are rotated whole
     local_theta: tuple[str, float] | None = None  # of local layers; rope_parameters then has an object a kind of layer
     query_beta: str | None = None  # of rope_parameters, required: RopeScaling.query_beta; None: queries are not scaled
+    old: bool = True  # whether config.json may have it outside rope_parameters too
     original: int | None = None  # original_max_position_embeddings where absent; None: max_positions
     absent: Mapping[str, Any] = {}  # rope_parameters where config.json has neither these nor rope_scaling
 
@@ -49,6 +50,17 @@ class Windows(NamedTuple):
     types: bool = True  # whether layer_types says it a layer; else all are local where there is a window
     first_global: tuple[str, int] | None = None  # without layer_types: so many global ones, then local ones
     global_every: str | None = None  # without layer_types: the field that overrides Family.global_every
+    last_global: bool = False  # without layer_types: the last is global, whatever its number
+
+
+class Uneven(NamedTuple):
+    """How config.json says which heads global layers have, where they may have their own."""
+
+    head_dim: tuple[str, int]  # (field, value where it is absent)
+    kv_heads: str  # the field; counts only where keys are values
+    each: str  # the field that says it a layer instead
+    vocabulary: str  # the field with the rows of the embeddings of layers, which are as many as vocab_size here
+    unread: str  # regular expression of tensors that layers which read keys do not use; its group is the layer's number
 
 
 class HuggingFace(NamedTuple):
@@ -64,11 +76,13 @@ class HuggingFace(NamedTuple):
     prefix: str  # that base-model files leave out of the names
     ignored: str = "(?!)"  # regular expression: tensors that are no weights (buffers of old versions)
     aliases: Mapping[str, str] = {}  # fields that files may call otherwise -> the name in ``fields``
+    counts: Mapping[str, tuple[str, int]] = {}  # as ``fields``, of numbers that may be 0
     rope: Rope = Rope()
     windows: Windows | None = None  # None: no layer has one
     linear_every: str | None = None  # without layer_types: the field that overrides Family.global_every
     # (a list with a 0 for each layer without positions, without that list: the field that overrides Family.nope_every)
     nope: tuple[str, str] | None = None
+    uneven: Uneven | None = None  # where Family.uneven
     left: str = "(?!)"  # regular expression: tensors of other parts of the model, which are not read
     quantized: tuple[str, ...] = ()  # values of quantization_config.quant_method whose files are read
 
@@ -89,6 +103,12 @@ class Family(NamedTuple):
     query_key_norm: Literal["none", "head", "all"] = "none"  # over the features of each head, or of all of them
     scaled_embeddings: bool = False  # multiplied by sqrt(hidden_size)
     parallel_residual: bool = False  # x + attention(x) + mlp(x), unless the config says
+    value_norm: bool = False  # attention's values are normalised over the features of each head, without a scale
+    scaled_products: bool = True  # of queries and keys are divided by the root of a head's features
+    layer_scalar: bool = False  # what a layer returns is multiplied by a number that is not learned
+    # global layers may have other heads than local ones, the last layers may read keys and values of earlier ones, and
+    # layers may have embeddings of their own
+    uneven: bool = False
     has_linear: bool = False  # layers are gated delta nets, but for the global ones
     output_gate: bool = False  # attention's queries come with a gate, whose sigmoid its output is multiplied by
     sinks: bool = False  # each head of attention has a learned logit beside its keys' that adds to the softmax's sum

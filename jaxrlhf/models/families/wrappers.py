@@ -25,6 +25,7 @@ WRAPPERS: dict[str, Wrapper] = {
     "gemma3": Wrapper(
         {"lm": "Gemma3ForConditionalGeneration", "scalar": "Gemma3ForSequenceClassification"}, "gemma3_text", True
     ),
+    "gemma4": Wrapper({"lm": "Gemma4ForConditionalGeneration"}, "gemma4_text", True),
     "qwen3_5": Wrapper(
         {"lm": "Qwen3_5ForConditionalGeneration", "scalar": "Qwen3_5ForSequenceClassification"}, "qwen3_5_text", False
     ),
@@ -40,6 +41,13 @@ SIZES: dict[str, Mapping[str, Any]] = {
         "hidden_size": 2304,
         "intermediate_size": 9216,
         "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+    },
+    "gemma4_text": {
+        "vocab_size": 262144,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 30,
         "num_attention_heads": 8,
     },
     "qwen3_5_text": {

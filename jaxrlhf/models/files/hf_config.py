@@ -13,10 +13,11 @@ from jaxrlhf.errors import content_of
 from jaxrlhf.models.config import LayerType, LayerTypes, ModelConfig, layer_types_of, resolve
 from jaxrlhf.models.families import FAMILIES, HuggingFace, Windows
 from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS, Wrapper
-from jaxrlhf.models.files.hf_fields import checked, parse_field, refuse_unsupported
+from jaxrlhf.models.files.hf_fields import checked, parse_count, parse_field, refuse_unsupported
 from jaxrlhf.models.files.hf_folder import SINGLE, read_json
 from jaxrlhf.models.files.hf_headers import has_score, has_tensor
 from jaxrlhf.models.files.hf_rope import GLOBAL, LOCAL, describe_rope, parse_rope
+from jaxrlhf.models.files.hf_uneven import describe_uneven, parse_uneven
 from jaxrlhf.types import Head
 
 # fixed in every family
@@ -66,6 +67,7 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
     refuse_unsupported(without_quantization(raw, names), ALWAYS | names.fixed, where)
     head = parse_head(raw, names.classes, where, scored)
     found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
+    found |= {ours: parse_count(raw, *name, where) for ours, name in names.counts.items()}
     if found["num_layers"] > MOST_LAYERS:
         field = names.fields["num_layers"][0]
         raise ValueError(f"{where}: {field}: {found['num_layers']}; expected at most {MOST_LAYERS}")
@@ -79,6 +81,8 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
         found |= parse_windows(raw, names.windows, family.global_every, found["num_layers"], where)
     else:
         refuse_windows(raw, where)
+    if names.uneven:
+        found |= parse_uneven(raw, names.uneven, found, where)
     if not found.get("head_dim") and found["hidden_size"] % found["num_heads"]:
         raise ValueError(f"{where}: hidden size {found['hidden_size']} is not a multiple of {found['num_heads']} heads")
     try:
@@ -186,6 +190,7 @@ def parse_windows(raw: Mapping[str, Any], names: Windows, every: int, num_layers
             raise ValueError(f"{where}: {field}: {first!r}; expected a whole number")
     is_global = lambda i: i < first or (every and (i + 1) % every == 0)
     types: LayerTypes = tuple("global" if is_global(i) else "local" for i in range(num_layers))
+    types = (*types[:-1], "global") if names.last_global else types
     return {"sliding_window": window, "layer_types": types}
 
 
@@ -272,11 +277,12 @@ def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, 
         raise ValueError(f"export: {wrong}; expected {' or '.join(names.classes)}")
     raw = {"architectures": [names.classes[head]], "model_type": names.model_type}
     said = dataclasses.replace(cfg, query_pre_attn_scalar=cfg.query_pre_attn_scalar or cfg.head_dim)
-    raw |= {theirs: getattr(said, ours) for ours, (theirs, _) in names.fields.items()}
+    raw |= {theirs: getattr(said, ours) for ours, (theirs, _) in (names.fields | {**names.counts}).items()}
     raw |= {name: allowed[0] for name, allowed in names.fixed.items() if allowed[0] is not None}
     raw |= describe_rope(cfg, names.rope) if family.positions == "rope" else {}
     raw |= describe_windows(cfg, names.windows) if names.windows else {}
     raw |= {"layer_types": described_types(cfg)} if names.linear_every else {}
+    raw |= describe_uneven(cfg, names.uneven) if names.uneven else {}
     raw |= {names.nope[0]: [int(kind != "nope") for kind in layer_types_of(cfg)]} if names.nope else {}
     raw |= describe_ids(ids)
     if head == "scalar":

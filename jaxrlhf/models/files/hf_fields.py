@@ -30,6 +30,14 @@ def parse_field(raw: Mapping[str, Any], ours: str, theirs: str, default: Any, wh
     return checked(value, field.type, f"{where}: {theirs}")
 
 
+def parse_count(raw: Mapping[str, Any], theirs: str, default: int, where: str) -> int:
+    """A whole number that may be 0; null is the same as absent. Raises ValueError, in one line, for another."""
+    value = default if raw.get(theirs) is None else raw[theirs]
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"{where}: {theirs}: {value!r}; expected a whole number")
+    return value
+
+
 def checked(value: Any, kind: Any, what: str) -> Any:
     """``value`` if it is a ``kind`` (bool, int or float, or null) in a sane range; else a ValueError about ``what``."""
     kinds = get_args(kind) or (kind,)

@@ -202,6 +202,15 @@ def check_tensors(
     if missing:
         raise ValueError(f"{where}: lacks tensors: {shown(missing)}")
     other = {f"{names.modules['head'].name}.weight", f"{SCORE.name}.weight", f"{SCORE.name}.bias"} - used
-    unused = [name for name in tensors if name not in used | other and not re.search(names.ignored, name)]
+    of_no_use = lambda name: re.search(names.ignored, name) or is_unread(name, cfg)
+    unused = [name for name in tensors if name not in used | other and not of_no_use(name)]
     if unused:
         raise ValueError(f"{where}: holds tensors that a {cfg.family} of this config has no place for: {shown(unused)}")
+
+
+def is_unread(name: str, cfg: ModelConfig) -> bool:
+    """Whether the tensor would make keys or values of a layer that reads those of an earlier one: published files have
+    such, and nothing computes with them."""
+    uneven = FAMILIES[cfg.family].hf.uneven
+    found = uneven and re.match(uneven.unread, name)
+    return bool(found) and cfg.num_layers - cfg.shared_kv_layers <= int(found[1]) < cfg.num_layers

@@ -6,12 +6,14 @@ from typing import NamedTuple
 
 import jax
 
-from jaxrlhf.models.config import ModelConfig, layers_with
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES, Module
+from jaxrlhf.models.layer_kinds import layers_with
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.types import Head
 
-OWN_NAMES = ("A_log", "dt_bias", "sinks")  # leaves that files call by their names; the others are weights and biases
+# leaves that files call by their names; the others are weights and biases
+OWN_NAMES = ("A_log", "dt_bias", "sinks", "layer_scalar")
 SCORE = Module("score", "score embed")  # the scalar head, in every family; classes of transformers have no bias there
 
 
@@ -99,10 +101,10 @@ def score_bias(cfg: ModelConfig) -> LeafTensors:
     return make_source(SCORE, "bias", leaves_of(cfg, "scalar")["head.bias"], cfg)._replace(total=1)
 
 
-def make_source(module: Module, kind: str, leaf: Leaf, cfg: ModelConfig, branch: str | None = None) -> LeafTensors:
-    """Where ``leaf``, the ``kind`` of ``module``, is, but for its place among parts; ``branch`` of the layers that it
+def make_source(module: Module, kind: str, leaf: Leaf, cfg: ModelConfig, stack: str | None = None) -> LeafTensors:
+    """Where ``leaf``, the ``kind`` of ``module``, is, but for its place among parts; ``stack`` of the layers that it
     is in."""
-    layers = None if branch is None else layers_with(cfg, branch)
+    layers = None if stack is None or "{layer}" not in module.name else layers_with(cfg, stack)
     experts = cfg.num_experts if "{expert}" in module.name else None
     count = (layers is not None) + (experts is not None)
     axes = leaf.axes[count:]

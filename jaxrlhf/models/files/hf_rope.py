@@ -21,6 +21,7 @@ GLOBAL, LOCAL = "full_attention", "sliding_attention"  # of layer_types, and of 
 def parse_rope(raw: Mapping[str, Any], names: Rope, max_positions: int, where: str) -> dict[str, Any]:
     """The fields of ModelConfig about rotary positions. Where both spellings are given the old one wins, as in
     transformers. Raises ValueError, in one line, for what is wrong or not supported."""
+    raw = raw if names.old else {"rope_parameters": raw.get("rope_parameters") or names.absent}
     if names.local_theta:
         rope, local, spelling = split_layers(raw, where)
     else:
@@ -92,6 +93,8 @@ def parse_scaling(
     )
     if kind == "linear":
         return RopeScaling("linear", get("factor"))
+    if kind == "proportional":
+        return RopeScaling("proportional", get("factor", 1.0))
     original = raw.get(ORIGINAL) or names.original or rope.get(ORIGINAL) or max_positions
     original = checked(original, int, f"{where}.{ORIGINAL}")
     if kind == "llama3":
@@ -148,7 +151,7 @@ def describe_rope(cfg: ModelConfig, names: Rope) -> dict[str, Any]:
         theta = cfg.local_rope_theta or cfg.rope_theta
         raw = {names.local_theta[0]: theta} | raw
         new = {GLOBAL: new, LOCAL: {"rope_type": "default", "rope_theta": theta}}
-    return raw | {"rope_parameters": new}
+    return (raw if names.old else {}) | {"rope_parameters": new}
 
 
 def describe_scaling(scaling: RopeScaling | None, names: Rope) -> dict[str, Any] | None:
@@ -158,6 +161,8 @@ def describe_scaling(scaling: RopeScaling | None, names: Rope) -> dict[str, Any]
     rope: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "linear":
         return rope
+    if scaling.kind == "proportional":
+        return rope if scaling.factor != 1 else {"rope_type": scaling.kind}
     rope[ORIGINAL] = scaling.original_max_positions
     if scaling.kind == "llama3":
         return rope | {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}

@@ -128,8 +128,8 @@ def read_shard(
         value = read_tensor(source, tensors[name], window)
         if not np.isfinite(value).all():
             raise ValueError(f"{where}: {name}: holds weights that are NaN or infinite")
-        target = shard[place] if place else shard
-        part = target[tuple(slice(size) for size in value.shape)]
+        target = shard[(*place, ...)]
+        part = target[(*(slice(size) for size in value.shape), ...)]
         with np.errstate(over="ignore"):
             part[...] = value
         if not np.isfinite(part).all():

@@ -13,13 +13,14 @@ import numpy as np
 from etils import epath
 
 from jaxrlhf.errors import show
-from jaxrlhf.models.config import ModelConfig, layers_with
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.files.hf_folder import read_json, write_json
 from jaxrlhf.models.files.hf_headers import FLOATS, open_file, shown
 from jaxrlhf.models.files.hf_weights import place, to_numpy, write_weights
+from jaxrlhf.models.layer_kinds import layers_with
 from jaxrlhf.models.linear import LORA_A, LORA_B
-from jaxrlhf.models.lora import TARGETS, LoraConfig, own_table, targets_of
+from jaxrlhf.models.lora import TARGETS, LoraConfig, own_table, stacks_with, targets_of
 from jaxrlhf.models.parameters import Leaf, inputs, parameter_table
 from jaxrlhf.types import Array, Head, Params
 
@@ -53,7 +54,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 def module_of(cfg: ModelConfig, target: str) -> Module:
     """Where a family's files have the linear map ``target``. Raises ValueError where it shares a tensor with others."""
-    module = FAMILIES[cfg.family].hf.modules[f"layers.{TARGETS[target]}.{target}"]
+    module = FAMILIES[cfg.family].hf.modules[f"layers.{TARGETS[target]}.{target}"]  # called alike in all stacks
     if "part" in module.layout:
         raise ValueError(
             f"adapter.targets: {target}: a {cfg.family}'s files have it in one tensor with others "
@@ -119,7 +120,8 @@ def examine(cfg: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     folder = epath.Path(lora.init_from or "")
     tensors = open_file(folder / WEIGHTS)
     wanted = targets_of(cfg, lora)
-    expected = {name for target in wanted for which in "AB" for name in names_of(cfg, target, which)}
+    places = [(stack, target) for target in wanted for stack in stacks_with(layers_of(cfg), target)]
+    expected = {name for place in places for which in "AB" for name in names_of(cfg, *place, which)}
     if missing := sorted(expected - tensors.keys()):
         raise ValueError(
             f"adapter.targets: {', '.join(wanted)}: {folder} lacks {shown(missing)}; expected those of its "
@@ -133,11 +135,15 @@ def examine(cfg: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     return tensors
 
 
-def names_of(cfg: ModelConfig, target: str, which: str) -> list[str]:
-    """The tensors of A or B (``which``) of one map, of each layer that has it."""
+def layers_of(cfg: ModelConfig) -> dict[str, Any]:
+    """The Leafs of the layers, a stack each."""
+    return parameter_table(cfg, "lm")["layers"]
+
+
+def names_of(cfg: ModelConfig, stack: str, target: str, which: str) -> list[str]:
+    """The tensors of A or B (``which``) of one map, of each layer that the stack has it of."""
     name = module_of(cfg, target).name
-    layers = layers_with(cfg, TARGETS[target])
-    return [f"{PREFIX}{name.format(layer=layer)}.lora_{which}.weight" for layer in layers]
+    return [f"{PREFIX}{name.format(layer=layer)}.lora_{which}.weight" for layer in layers_with(cfg, stack)]
 
 
 def has_head(folder: epath.PathLike) -> bool:
@@ -166,16 +172,16 @@ def load(cfg: ModelConfig, head: Head, lora: LoraConfig, dtype="float32") -> Par
         return value
 
     found: dict[str, Any] = {"layers": {}}
-    for target in targets_of(cfg, lora):
-        leaves = table["layers"][TARGETS[target]][target]
+    for stack, target in ((stack, target) for stack, maps in table["layers"].items() for target in maps):
+        leaves = table["layers"][stack][target]
         pair = {}
         for which, leaf in (("A", leaves[LORA_A]), ("B", leaves[LORA_B])):
             size = math.prod(leaf.shape[1:]) // lora.rank
             shape = (lora.rank, size) if which == "A" else (size, lora.rank)
             pair[LORA_A if which == "A" else LORA_B] = one(
-                leaf, [read(name, shape).T for name in names_of(cfg, target, which)]
+                leaf, [read(name, shape).T for name in names_of(cfg, stack, target, which)]
             )
-        found["layers"].setdefault(TARGETS[target], {})[target] = pair
+        found["layers"].setdefault(stack, {})[target] = pair
     if head != "lm":
         kernel, bias = table["head"]["kernel"], table["head"]["bias"]
         value = read(f"{SCORE}bias", (1,)) if f"{SCORE}bias" in tensors else np.zeros(1, np.float32)
@@ -203,11 +209,11 @@ def save(own: Params, cfg: ModelConfig, head: Head, lora: LoraConfig, folder: ep
         ValueError: in one line, for a map that shares a tensor with others.
     """
     folder, values, notes = epath.Path(folder), {}, []
-    for target in targets_of(cfg, lora):
-        pair = own["layers"][TARGETS[target]][target]
+    for stack, target in ((stack, target) for stack, maps in own["layers"].items() for target in maps):
+        pair = own["layers"][stack][target]
         for which, leaf in (("A", to_numpy(pair[LORA_A])), ("B", to_numpy(pair[LORA_B]))):
             matrix = (-1, lora.rank) if which == "A" else (lora.rank, -1)
-            names = names_of(cfg, target, which)
+            names = names_of(cfg, stack, target, which)
             values |= {
                 name: layer.astype(np.float32).reshape(matrix).T for name, layer in zip(names, leaf, strict=True)
             }
@@ -226,7 +232,8 @@ def save(own: Params, cfg: ModelConfig, head: Head, lora: LoraConfig, folder: ep
 def describe(cfg: ModelConfig, head: Head, lora: LoraConfig, base: str) -> dict[str, Any]:
     """adapter_config.json."""
     targets = targets_of(cfg, lora)
-    kernel = parameter_table(cfg, "lm")["layers"][TARGETS[targets[0]]][targets[0]]["kernel"]
+    layers = layers_of(cfg)
+    kernel = layers[stacks_with(layers, targets[0])[0]][targets[0]]["kernel"]
     first, ins = module_of(cfg, targets[0]).layout.split()[0], kernel.axes[1:][: inputs(kernel.axes[1:])]
     return {
         "peft_type": "LORA",
@@ -248,10 +255,10 @@ def describe(cfg: ModelConfig, head: Head, lora: LoraConfig, base: str) -> dict[
 
 def module_names(cfg: ModelConfig, targets: tuple[str, ...]) -> list[str]:
     """What PEFT calls the maps: by the last part of their names, or by two where another map ends as well."""
-    layers, parts = parameter_table(cfg, "lm")["layers"], {}
-    for target, branch in TARGETS.items():
-        if target in layers.get(branch, {}):
-            parts[target] = FAMILIES[cfg.family].hf.modules[f"layers.{branch}.{target}"].name.split(".")
+    layers, parts = layers_of(cfg), {}
+    for target, part in TARGETS.items():
+        if stacks_with(layers, target):
+            parts[target] = FAMILIES[cfg.family].hf.modules[f"layers.{part}.{target}"].name.split(".")
     others = [parts[target][-1] for target in parts if target not in targets]
     return sorted(
         {parts[target][-1] if parts[target][-1] not in others else ".".join(parts[target][-2:]) for target in targets}

@@ -96,6 +96,15 @@ QWEN3_5: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e7, "rotary_fraction
 QWEN3_5 |= {"linear_key_heads": 16, "linear_key_dim": 128, "linear_value_dim": 128, "convolution_size": 4}
 QWEN3_5_0_8B = shape("qwen3_5_text", 248320, 1024, 24, 8, 2, 3584, 262144, tied=True, linear_value_heads=16, **QWEN3_5)
 QWEN3_5_4B = shape("qwen3_5_text", 248320, 2560, 32, 16, 4, 9216, 262144, tied=True, linear_value_heads=32, **QWEN3_5)
+GEMMA4: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e6, "local_rope_theta": 1e4, "rotary_fraction": 0.25}
+GEMMA4 |= {"tied": True, "head_dim": 256, "global_head_dim": 512, "logit_softcap": 30.0}
+E2B: dict[str, Any] = {"sliding_window": 512, "per_layer_size": 256, "shared_kv_layers": 20, "wide_shared_mlp": True}
+E2B |= {"layer_types": (*("local",) * 4, "global") * 7}
+E4B: dict[str, Any] = {"sliding_window": 512, "per_layer_size": 256, "shared_kv_layers": 18}
+GEMMA4_E2B = shape("gemma4_text", 262144, 1536, 35, 8, 1, 6144, 131072, **GEMMA4, **E2B)
+GEMMA4_E4B = shape("gemma4_text", 262144, 2560, 42, 8, 2, 10240, 131072, **GEMMA4, **E4B)
+LARGE: dict[str, Any] = {"sliding_window": 1024, "keys_are_values": True, "global_kv_heads": 4}
+GEMMA4_31B = shape("gemma4_text", 262144, 5376, 60, 32, 16, 21504, 262144, **GEMMA4, **LARGE)
 SMOLLM2_135M = shape("llama", 49152, 576, 30, 9, 3, 1536, 8192, tied=True, norm_eps=1e-5, rope_theta=1e5)
 SMOLLM3_3B = shape("smollm3", 128256, 2048, 36, 16, 4, 11008, 65536, tied=True, norm_eps=1e-6, rope_theta=5e6)
 
@@ -110,6 +119,12 @@ SHAPES: dict[str, ModelConfig] = {
     "cleanrl/EleutherAI_pythia-6.9b-deduped__reward__tldr": PYTHIA_6_9B,
     "google/gemma-2-2b": GEMMA_2_2B,
     "google/gemma-2-2b-it": GEMMA_2_2B,
+    "google/gemma-4-E2B": GEMMA4_E2B,
+    "google/gemma-4-E2B-it": GEMMA4_E2B,
+    "google/gemma-4-E4B": GEMMA4_E4B,
+    "google/gemma-4-E4B-it": GEMMA4_E4B,
+    "google/gemma-4-31B": GEMMA4_31B,
+    "google/gemma-4-31B-it": GEMMA4_31B,
     "Qwen/Qwen2.5-0.5B": QWEN_0_5B,
     "Qwen/Qwen2.5-0.5B-Instruct": QWEN_0_5B,
     "Qwen/Qwen2.5-1.5B": QWEN_1_5B,

@@ -1,0 +1,57 @@
+"""Embeddings that layers have of their own, beside those of the residual stream (Gemma 3n, Gemma 4).
+
+Layer l adds to the residual stream, behind its mlp,
+
+    norm((act(x G_l) * (norm(e C_l / sqrt(D)) + sqrt(P) E_l[tokens]) / sqrt(2)) O_l)
+
+of the embeddings e [B, S, D] that the stream began with; P features a layer. Files have E and C of all layers in one
+tensor each. Here each layer has its part, so that no [B, S, layers, P] is held. E is the largest weight of a small
+model, and few of its rows are used: training does not gather it over fsdp, but sends tokens and what they find.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.linear import is_split, linear
+from jaxrlhf.models.norms import normalize
+from jaxrlhf.sharding import constrain, spec
+from jaxrlhf.types import Array, Params
+
+# (the parameters of a layer's part "per_layer", x [B, T, D] behind its mlp) -> what is added to x; x may have fewer
+# columns than the rows, the last
+Add = Callable[[Params, Array], Array]
+
+
+def adding(params: Params, cfg: ModelConfig, tokens: Array, x: Array, activate: Callable[[Array], Array]) -> Add:
+    """What each layer adds to rows of ``tokens`` i32[B, S], whose embeddings are ``x`` [B, S, D]; ``params`` of the
+    whole model."""
+    narrow, root = ("batch", "seq", "per_layer"), math.sqrt(cfg.per_layer_size)
+
+    def inputs(own: Params, columns: int) -> Array:
+        since = tokens.shape[1] - columns
+        said = linear(own["per_layer_context"], x[:, since:], "bsd,dp->bsp", ("embed", "per_layer"), narrow)
+        said = normalize(params["embed"]["per_layer_norm"], said * cfg.hidden_size**-0.5, cfg)
+        found = look_up(own["per_layer_tokens"]["embedding"].astype(x.dtype), tokens[:, since:])
+        return (said + found * jnp.asarray(root, x.dtype)) * 2**-0.5
+
+    def add(own: Params, behind: Array) -> Array:
+        gate = activate(linear(own["per_layer_gate"], behind, "bsd,dp->bsp", ("embed", "per_layer"), narrow))
+        y = gate * inputs(own, behind.shape[1])
+        y = linear(own["per_layer_out"], y, "bsp,pd->bsd", ("per_layer", "embed"), ("batch", "seq", "hidden"))
+        return normalize(own["post_norm"], y, cfg)
+
+    return add
+
+
+def look_up(table: Array, tokens: Array) -> Array:
+    """Rows ``tokens`` i32[B, S] of ``table`` [vocabulary, P]: [B, S, P]. Where fsdp splits P, each device looks up its
+    features for all rows of the devices that share the table, and they exchange them; backward, the same of gradients.
+    """
+    if not is_split(table):
+        return table.at[tokens].get(out_sharding=spec("batch", "seq", "per_layer"))
+    tokens = constrain(tokens, "rows_of_copy", None)
+    found = table.at[tokens].get(out_sharding=spec("rows_of_copy", None, "embed"))
+    return constrain(found, "batch", "seq", "per_layer")
