@@ -71,20 +71,21 @@ NINE = "ppo", NINE_MODEL, PPOConfig(num_epochs=1), 1, 1
 # GPT-2's vocabulary, which nothing divides; cold, since rounding picks the neighbour of a token that is as unlikely
 COLD = {"temperature": 0.1}
 WIDE = "ppo", dataclasses.replace(tiny.MODEL, vocab_size=50257), PPOConfig(num_epochs=1), 1, 1, COLD
-# policy and value are adapters on one base, which is the reference; the policy alone, packed, and with a head on it
+# the policy is an adapter on a base, which is the reference; a value model with it, packed, and with a head on it
 LORA = {"lora": LoraConfig(rank=2, alpha=8.0)}
-ADAPTERS = "ppo", tiny.MODEL, PPOConfig(num_minibatches=2), 2, 2, LORA
+ADAPTERS = *GROUPS, LORA
+ADAPTERS_VALUE = "ppo", tiny.MODEL, PPOConfig(num_minibatches=2), 2, 2, LORA
 ADAPTERS_PACKED = *GROUPS, PACKED[-1] | LORA
 ADAPTERS_TRUNK = *TRUNK[:-1], TRUNK[-1] | LORA
 # experts, of which expert = 2 has two each; of the same rows as without it
 MOE_MODEL = resolve(ModelConfig("qwen3_moe", 64, 16, 2, mlp_size=8, num_experts=4, experts_per_token=2))
-EXPERTS = "grpo", MOE_MODEL, GRPOConfig(num_minibatches=2), 2, 4
+EXPERTS = "grpo", MOE_MODEL, GRPOConfig(num_minibatches=2, kl_coef=0.0), 2, 4
 # and with sinks and biases
 OSS = ModelConfig("gpt_oss", 64, 16, 2, mlp_size=8, num_experts=4, sliding_window=4)
 SINKS = "grpo", resolve(OSS), GRPOConfig(num_minibatches=2), 2, 4
 # the same base in 4 bits, which decoding merges, or reads beside the adapter; 16 features are one block, which fsdp
 # cuts
-QUANTIZED = *ADAPTERS[:-1], LORA | {"quantization": "nf4"}
+QUANTIZED = *ADAPTERS_VALUE[:-1], LORA | {"quantization": "nf4"}
 QUANTIZED_BESIDE = *GROUPS, LORA | {"quantization": "nf4", "merge_adapter": False}
 MUON = *EXPERTS, {"optimizer": dataclasses.replace(tiny.ADAM, name="muon")}
 CASES: dict[str, tuple] = {
@@ -92,6 +93,7 @@ CASES: dict[str, tuple] = {
     "experts": EXPERTS,
     "sinks": SINKS,
     "adapters": ADAPTERS,
+    "adapters value": ADAPTERS_VALUE,
     "quantized": QUANTIZED,
     "quantized beside": QUANTIZED_BESIDE,
     "adapters packed": ADAPTERS_PACKED,
@@ -167,6 +169,7 @@ def ran(shape: Shape, which: str) -> Ran:
         "nine",
         "wide",
         "adapters",
+        "adapters value",
         "adapters packed",
         "adapters trunk",
     )
@@ -215,7 +218,7 @@ RUNS += [NIGHTLY(shape, "groups") for shape in ((1, 2, 1, 1, 1, 1, 4), (1, 4, 1,
 RUNS += [NIGHTLY((1, 1, 1, 1, 1, 1, 4), "trunk"), NIGHTLY((1, 1, 2, 1, 1, 1, 2), "adapters")]
 RUNS += [NIGHTLY((1, 1, 1, 1, 1, 2, 2), "experts"), NIGHTLY((1, 2, 2, 1, 1, 1, 2), "odd")]
 RUNS += [NIGHTLY(shape, "experts") for shape in ((1, 1, 2, 1, 1, 4), (1, 2, 2, 1, 2, 2), (2, 2, 2))]
-RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters packed", "adapters trunk")]
+RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters value", "adapters packed", "adapters trunk")]
 # by day: test_optim, updates alone
 RUNS += [NIGHTLY(shape, "sinks") for shape in ((1, 2, 2, 1, 1, 2), (1, 2, 2, 1, 2), (2, 2, 2))]
 RUNS += [NIGHTLY(shape, "muon") for shape in ((1, 2, 2, 1, 2), (1, 2, 2, 1, 1, 2))]
@@ -229,7 +232,15 @@ RUNS += [NIGHTLY((1, 4, 2, 1, 2), "odd")]
 MAPPED = [NIGHTLY(4, "quantized"), NIGHTLY(4, "muon")]
 MAPPED += [
     NIGHTLY(*case)
-    for case in ((8, "cut"), (4, "adapters"), (4, "odd"), (8, "plain"), (4, "groups"), (4, "packed"), (4, "trunk"))
+    for case in (
+        (8, "cut"),
+        (4, "adapters value"),
+        (4, "odd"),
+        (8, "plain"),
+        (4, "groups"),
+        (4, "packed"),
+        (4, "trunk"),
+    )
 ]
 COMPARED = ("loss/", "score/", "kl/", "reward/", "policy/entropy", "policy/sampler", "response/", "group/")
 

@@ -196,3 +196,8 @@ def merged(params: Params, dtype=jnp.float32) -> Params:
         return rest | {"kernel": (kernel + product).astype(dtype)}
     one = lambda part: unpacked(part, dtype) if isinstance(part, PACKED) else part
     return {name: merged(part, dtype) if isinstance(part, dict) else one(part) for name, part in params.items()}
+
+
+def merged_at_once(params: Params, dtype) -> Params:
+    """``merged`` outside a program, as one: a base in 4 bits has 40 operations a map, each of which would compile."""
+    return jax.jit(merged, static_argnums=1)(params, jnp.dtype(dtype))

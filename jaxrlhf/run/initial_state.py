@@ -10,7 +10,7 @@ from jaxrlhf.algorithm import TARGET
 from jaxrlhf.config.adapters import starting_adapter
 from jaxrlhf.config.members import grader_of
 from jaxrlhf.models.files import hf_weights, peft
-from jaxrlhf.models.lora import Based, assemble, base_table, merged, own_table
+from jaxrlhf.models.lora import Based, assemble, base_table, merged_at_once, own_table
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.models.quantized import Quantization
 from jaxrlhf.run import saved_run, state
@@ -83,7 +83,7 @@ def read_weights(run: Run, role: Role) -> Params:
     kept: Head = "scalar" if head == "scalar" and peft.has_head(folder) else "lm"
     own = located(lambda _: peft.load(shape, kept, start), folder, f"models.{role}")
     dtype = params["embed"]["tokens"]["embedding"].dtype
-    whole = merged(assemble(params, own, start.scale), dtype)
+    whole = merged_at_once(assemble(params, own, start.scale), dtype)
     return for_programs(whole, run.mesh)
 
 

@@ -12,7 +12,7 @@ from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.files import hf_folder, hf_weights
-from jaxrlhf.models.lora import assemble, merged
+from jaxrlhf.models.lora import assemble, merged_at_once
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.models.quantized import Quantization, is_quantized, pack
 from jaxrlhf.run import saved_run
@@ -38,7 +38,7 @@ def merged_with_original(run_dir: str, step: int, extra: Mapping[str, Any], role
     if (changed := first_difference(base, wide, cfg, based.quantization, stored)) is not None:
         raise ValueError(f"{run_dir}: models.{end}.init_from: {start}: other weights by now ({changed}); {instead}")
     scale = 1.0 if based.lora is None else based.lora.scale
-    return merged(assemble(wide, saved_run.restore_own(run_dir, step, models, role, mesh), scale), dtype)
+    return merged_at_once(assemble(wide, saved_run.restore_own(run_dir, step, models, role, mesh), scale), dtype)
 
 
 def end_of_chain(tree: Mapping[str, Any], role: Role) -> tuple[Role, str]:

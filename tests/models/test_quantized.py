@@ -158,14 +158,21 @@ def test_a_map_is_that_of_the_weights_that_it_stands_for(name, equation, out, ki
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-5, atol=1e-6)
 
 
+def packed_base(kind: Quantization):
+    """The model's weights on the current mesh, packed in one program."""
+    return tiny.program(lambda params: packed_tree(params, TABLE, kind))(tiny.parameters(MODEL, "lm", 0))
+
+
 @functools.cache
 def trees(kind: Quantization) -> Trees:
-    base = packed_tree(tiny.parameters(MODEL, "lm", 0), TABLE, kind)
+    base = packed_base(kind)
     return Trees({"policy": tiny.adapter(MODEL, "lm", LORA, 1)}, {"base": base, "reference": {}})
 
 
 def wide_trees(kind: Quantization) -> Trees:
-    return trees(kind)._replace(slow={"base": lora.merged(trees(kind).slow["base"]), "reference": {}})
+    return trees(kind)._replace(
+        slow={"base": lora.merged_at_once(trees(kind).slow["base"], jnp.float32), "reference": {}}
+    )
 
 
 BASES = {"policy": Based("base", LORA, "nf4"), "reference": Based("base", None, "nf4")}
@@ -215,7 +222,7 @@ def test_what_decoding_reads():
         lay = lambda found: decode_layout(found, MODEL, "lm", Runtime(**how), 64)["layers"][1]["attention"]["query"]
         return tiny.program(lay)(found)
 
-    kernel = lora.merged(found)["layers"]["attention"]["query"]["kernel"][1]
+    kernel = lora.merged_at_once(found, jnp.float32)["layers"]["attention"]["query"]["kernel"][1]
     np.testing.assert_allclose(query()["kernel"], kernel, atol=1e-6)
     assert isinstance(query(int8=("weights",))["kernel"], Int8)
     beside = query(merge_adapter=False)
@@ -233,11 +240,10 @@ def test_on_eight_devices(mesh_8):
 
         return jax.value_and_grad(loss)(own)
 
-    make = lambda: packed_tree(tiny.parameters(MODEL, "lm", 0), TABLE, "nf4")
-    alone = Trees({}, {"base": make()})
+    alone = Trees({}, {"base": packed_base("nf4")})
     expected = tiny.program(run)(tiny.adapter(MODEL, "lm", LORA, 1), alone, jnp.asarray(tokens))
     with jax.set_mesh(mesh_8):
-        split = Trees({}, {"base": make()})
+        split = Trees({}, {"base": packed_base("nf4")})
         found = tiny.program(run)(tiny.adapter(MODEL, "lm", LORA, 1), split, tiny.put(tokens))
         layers = split.slow["base"]["layers"]
         assert layers["attention"]["query"]["kernel"].codes.sharding.shard_shape((2, 8, 4, 4)) == (2, 2, 2, 4)

@@ -17,20 +17,21 @@ from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.slot_decoding import blank_caches, read_columns
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.plan.shapes import blueprint
+from jaxrlhf.run import build as builds
 from jaxrlhf.run.export import export
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import given
 from tests.run.test_adapters import config
 from tests.support import runs, tiny
 
-SHAPE = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "mlp_size": 16, "max_positions": 64}
+SHAPE = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "mlp_size": 16, "max_positions": 64}
 MOE = SHAPE | {"family": "qwen3_moe", "num_experts": 4}
 POLICY = {"architecture": MOE, "replay_routing": True, "router_aux_loss_coef": 0.01, "router_z_loss_coef": 1e-4}
 TOKENIZER = {"tokenizer": {"train_vocab_size": 300}}
 
 
 def learn_on_text(root: Path, run: Path, policy: dict) -> list[dict]:
-    """Rows of metrics of a run of GRPO, whose tokenizer is trained on the text. Its score rises."""
+    """Rows of metrics of a run of GRPO on one device, whose tokenizer is trained on the text. Its score rises."""
     more = TOKENIZER | {
         "iterations": 25,
         "batch": {"prompts_per_step": 16, "samples_per_prompt": 8},
@@ -40,7 +41,9 @@ def learn_on_text(root: Path, run: Path, policy: dict) -> list[dict]:
     prompts = given(cfg.data.prompts, "data.prompts")
     demonstrations = dataclasses.replace(prompts, path=f"{runs.text(root)}/demonstrations.jsonl")
     data = dataclasses.replace(cfg.data, demonstrations=demonstrations)
-    assert trainer.run(dataclasses.replace(cfg, data=data)) == "done"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builds, "make_mesh", lambda cfg, *_: make_mesh(cfg, jax.devices()[:1]))
+        assert trainer.run(dataclasses.replace(cfg, data=data)) == "done"
     rows = runs.rows(run, "metrics")
     scores = [row["score/mean"] for row in rows if "score/mean" in row]
     assert np.mean(scores[-3:]) > np.mean(scores[:3]) + 0.5
@@ -49,7 +52,7 @@ def learn_on_text(root: Path, run: Path, policy: dict) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def trained(root, tmp_path_factory):
-    """(rows of metrics of a run of GRPO, its directory)."""
+    """(rows of metrics of a run of GRPO, its directory); test_mesh has experts on several devices."""
     run = tmp_path_factory.mktemp("experts") / "run"
     return learn_on_text(root, run, POLICY), run
 
@@ -60,11 +63,11 @@ def test_grpo_of_a_mixture_learns(trained):
     for row in rows[1:]:
         assert row["policy/ratio"] == pytest.approx(1, abs=1e-5)
         assert row["policy/routing_replaced"] == 0 and row["kl/sampler_mismatch"] < 1e-5
-        assert 1 <= row["policy/expert_load_max"] <= 4 and row["policy/load_balance"] > 1.5
+        assert 1 <= row["policy/expert_load_max"] <= 4 and row["policy/load_balance"] > 0.75
         assert 0 < row["policy/expert_load_entropy"] <= np.log(4) + 1e-5 and row["policy/router_z"] > 0
 
 
-def test_an_exported_mixture_is_served(trained, tmp_path):
+def test_an_exported_mixture_is_served(trained, tmp_path, one_device):
     """Written for transformers, read again, and decoded in slots as the forward pass has it."""
     export(str(trained[1]), "policy", tmp_path / "hf")
     cfg, head = hf_config.read_config(tmp_path / "hf")
