@@ -67,6 +67,13 @@ def test_grpo_of_a_mixture_learns(trained):
         assert 0 < row["policy/expert_load_entropy"] <= np.log(4) + 1e-5 and row["policy/router_z"] > 0
 
 
+@pytest.mark.nightly  # by day: a mixture of another family, above; sinks in tests of attention
+def test_grpo_of_gpt_oss_learns(root, tmp_path):
+    shape = SHAPE | {"family": "gpt_oss", "num_experts": 4, "sliding_window": 4}
+    for row in learn_on_text(root, tmp_path / "run", POLICY | {"architecture": shape})[1:]:
+        assert row["policy/ratio"] == pytest.approx(1, abs=1e-5) and row["policy/routing_replaced"] == 0
+
+
 def test_an_exported_mixture_is_served(trained, tmp_path, one_device):
     """Written for transformers, read again, and decoded in slots as the forward pass has it."""
     export(str(trained[1]), "policy", tmp_path / "hf")
