@@ -57,6 +57,14 @@ WRAPPED = {
         "qwen3_5_vision",
         {},
     ),
+    "Gemma4ForConditionalGeneration": (
+        "Gemma4Config",
+        {"sliding_window": 4, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+        | {"global_head_dim": 16, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+        | {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": VOCAB},
+        "gemma4_vision",
+        {},
+    ),
     "Mistral3ForConditionalGeneration": ("Mistral3Config", {"model_type": "mistral"}, "pixtral", {}),
     "Mistral3ForConditionalGeneration: Ministral 3": (
         "Mistral3Config",
@@ -65,7 +73,7 @@ WRAPPED = {
         {},
     ),
 }
-OTHER_PARTS = ("vision_tower", "multi_modal", "newline", "visual")
+OTHER_PARTS = ("vision_tower", "embed_vision", "multi_modal", "newline", "visual")
 NEW_NAMES = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
 
 
