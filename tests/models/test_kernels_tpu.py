@@ -28,6 +28,18 @@ SIZE = 640  # columns: two blocks
 SMALL: dict[str, Any] = {"vocab_size": 512, "hidden_size": 256, "num_layers": 2, "num_kv_heads": 2, "mlp_size": 256}
 LLAMA = resolve(ModelConfig(**SMALL, head_dim=128))
 MIXED = resolve(ModelConfig(family="gemma2", **SMALL, head_dim=256, sliding_window=200, attention_softcap=50.0))
+APART = resolve(  # the last layer reads the keys of the first; heads of 256 and 512 features, as published models have
+    ModelConfig(
+        "gemma4_text",
+        **SMALL | {"num_layers": 4},
+        layer_types=("local", "global") * 2,
+        sliding_window=200,
+        head_dim=256,
+        global_head_dim=512,
+        shared_kv_layers=2,
+        per_layer_size=64,
+    )
+)
 WHOLE_HEADS = dataclasses.replace(LLAMA, num_heads=9, num_kv_heads=3, head_dim=64)
 ONE_KV_HEAD = dataclasses.replace(LLAMA, num_kv_heads=1, head_dim=64)
 SINKS = resolve(ModelConfig(family="gpt_oss", **SMALL, head_dim=64, sliding_window=200, num_experts=4))
@@ -92,6 +104,8 @@ def test_the_devices_of_a_topology_are_tpus():
         (MIXED, "v5p:2x2x1", tpu(remat="dots"), 6),  # a local and a global layer
         NIGHTLY(SINKS, "v5e:2x2", tpu(remat="full"), 8),
         NIGHTLY(MIXED, "v5e:2x2", tpu(compute=jnp.float32), 6),  # the most memory that a kernel takes
+        NIGHTLY(APART, "v5e:2x2", tpu(), 12),
+        NIGHTLY(APART, "v5e:2x2", tpu(compute=jnp.float32), 12),
         NIGHTLY(WHOLE_HEADS, "v5e:2x2", tpu(), 3),
         NIGHTLY(ONE_KV_HEAD, "v5e:2x2", tpu(), 3),
     ],
