@@ -216,7 +216,7 @@ RUNS: list = [((1, 2, 2, 2, 2), "groups"), ((1, 2, 2, 1, 2), "adapters"), ((1, 2
 RUNS += [((1, 2, 2, 1, 1, 1, 2), "groups")]
 RUNS += [NIGHTLY(shape, "groups") for shape in ((1, 2, 1, 1, 1, 1, 4), (1, 4, 1, 1, 2, 1, 2))]
 RUNS += [NIGHTLY((1, 1, 1, 1, 1, 1, 4), "trunk"), NIGHTLY((1, 1, 2, 1, 1, 1, 2), "adapters")]
-RUNS += [NIGHTLY((1, 1, 1, 1, 1, 2, 2), "experts"), NIGHTLY((1, 2, 2, 1, 1, 1, 2), "odd")]
+RUNS += [NIGHTLY((1, 1, 1, 1, 1, 2, 2), "experts")]
 RUNS += [NIGHTLY(shape, "experts") for shape in ((1, 1, 2, 1, 1, 4), (1, 2, 2, 1, 2, 2), (2, 2, 2))]
 RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters value", "adapters packed", "adapters trunk")]
 # by day: test_optim, updates alone

@@ -126,7 +126,7 @@ def test_packed_responses_want_a_kernel_that_computes_them(monkeypatch, platform
     assert str(error.value) == line + "expected 1, or attention: xla"
 
 
-LINEAR = ModelConfig("qwen3_5", 300, 32, 4, num_heads=4)
+LINEAR = ModelConfig("qwen3_5_text", 300, 32, 4, num_heads=4)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ LINEAR = ModelConfig("qwen3_5", 300, 32, 4, num_heads=4)
         (
             LINEAR,
             {},
-            "mesh.context: 2: models.policy: some/folder: a qwen3_5 has linear layers, whose states pass from column "
-            "to column; nearest: 1",
+            "mesh.context: 2: models.policy: some/folder: a qwen3_5_text has linear layers, whose states pass from "
+            "column to column; nearest: 1",
         ),
         (
             ModelConfig(vocab_size=300),
