@@ -26,12 +26,13 @@ pytestmark = pytest.mark.plan
 NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
 SIZE = 640  # columns: two blocks
 SMALL: dict[str, Any] = {"vocab_size": 512, "hidden_size": 256, "num_layers": 2, "num_kv_heads": 2, "mlp_size": 256}
+DEEP: dict[str, Any] = SMALL | {"num_layers": 4}
 LLAMA = resolve(ModelConfig(**SMALL, head_dim=128))
 MIXED = resolve(ModelConfig(family="gemma2", **SMALL, head_dim=256, sliding_window=200, attention_softcap=50.0))
 APART = resolve(  # the last layer reads the keys of the first; heads of 256 and 512 features, as published models have
     ModelConfig(
         "gemma4_text",
-        **SMALL | {"num_layers": 4},
+        **DEEP,
         layer_types=("local", "global") * 2,
         sliding_window=200,
         head_dim=256,
