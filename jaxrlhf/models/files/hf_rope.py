@@ -34,7 +34,9 @@ def parse_rope(raw: Mapping[str, Any], names: Rope, max_positions: int, where: s
         refuse_ambiguous(raw, local, names, where)
         found["local_rope_theta"] = number(local, raw, names.local_theta, "rope_theta", f"{what}.{LOCAL}")
     if names.fraction:
-        found["rotary_fraction"] = number(rope, raw, names.fraction, FRACTION, what)
+        field, default = names.fraction
+        default = 1.0 if raw.get(field, default) is None and field == FRACTION else default  # null, as transformers
+        found["rotary_fraction"] = number(rope, raw, (field, default), FRACTION, what)
     else:
         for place, given in ((where, raw), (what, rope)):
             refuse_unsupported(given, {FRACTION: (1.0, None)}, place)
