@@ -239,6 +239,12 @@ def test_rope_spellings():
     )
 
 
+def test_a_null_fraction_is_the_whole_head():
+    """transformers has a default where the field is absent."""
+    found = [parse("qwen3_5_text", **given).rotary_fraction for given in ({}, {"partial_rotary_factor": None})]
+    assert found == [0.25, 1.0]
+
+
 @pytest.mark.parametrize("kind", ["su", "yarn", "longrope"])  # names that it had
 def test_longrope_of_phi3(kind):
     """The factor is the ratio of contexts, and the original context stands outside, by default 4096."""
