@@ -3,6 +3,7 @@
 Decoding reads all weights for every token, so that they are laid out for it once a rollout: unstacked and gathered.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -96,24 +97,26 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
     In two steps, each of one collective: a decode group trades parts of the features for parts of heads, mlp and
     vocabulary; then they are gathered over fsdp. A layer at a time, so that one alone is held twice. Adapters are added
     to their kernels, but for quantised ones where the run has decoding read these as they are. Where the run asks for
-    int8, kernels are quantised before they are gathered, and a head of tied embeddings after."""
+    int8, kernels are quantised before they are gathered, and a head of tied embeddings after. Routers stay as they are:
+    they choose in float32 here as in training."""
     table = parameter_table(cfg, head)
     int8 = "weights" in runtime.int8
 
-    def one(path, leaf: Leaf, x):
+    def one(path, leaf: Leaf, x, wide: bool):
         axes = weight_axes(leaf)[len(leaf.axes) - x.ndim :]  # without "layers" where it is one layer's
-        if int8 and path[-1].key == "kernel":
+        if int8 and path[-1].key == "kernel" and not wide:
             return in_int8(constrain(x, *axes), axes)
-        x = x if path[-1].key in WIDE else x.astype(runtime.compute)
+        x = x if wide or path[-1].key in WIDE else x.astype(runtime.compute)
         return constrain(constrain(x, *axes), *gathered(axes))
 
-    def lay_out(table, params):
+    def lay_out(table, params, wide=False):
         if isinstance(params.get("kernel"), PACKED) and not runtime.merge_adapter:
             return beside(table, params, runtime.compute)
         if any(isinstance(part, dict) for part in params.values()):
-            return {name: lay_out(table[name], part) for name, part in params.items()}
+            return {name: lay_out(table[name], part, wide or name == "router") for name, part in params.items()}
         table = {name: table[name] for name in params if name in table}
-        return jax.tree_util.tree_map_with_path(one, table, merged(params), is_leaf=lambda x: isinstance(x, Leaf))
+        laid = functools.partial(one, wide=wide)
+        return jax.tree_util.tree_map_with_path(laid, table, merged(params), is_leaf=lambda x: isinstance(x, Leaf))
 
     laid: Params = {name: lay_out(table[name], part) for name, part in params.items() if name != "layers"}
     if "layers" in params:  # else it is a head alone

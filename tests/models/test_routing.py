@@ -13,7 +13,9 @@ from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.sampler import Sampler
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.decoding import decode_layout
 from jaxrlhf.models.experts import OWN, Routed, route, router_load, routing_dtype
+from jaxrlhf.models.linear import OUT_FIRST
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.transformer import Runtime
 from jaxrlhf.ops.sampling import Sampling
@@ -111,6 +113,17 @@ def test_sampler_and_trainer_agree_in_bfloat16():
     followed, measured = trained(rows, jnp.bfloat16, True)
     assert np.abs(followed).max() < 0.1 and np.abs(followed).mean() <= np.abs(free).mean()
     assert measured["routing_replaced"] < 0.02
+
+
+@pytest.mark.parametrize("int8", [(), ("weights",)])
+def test_the_router_keeps_its_precision_where_tokens_are_decoded(int8):
+    """Its matrix is neither cast nor quantised: else close calls would fall otherwise than in training."""
+    params = weights()
+    laid = decode_layout(params, MODEL, "lm", Runtime(compute=jnp.bfloat16, int8=int8), 4)
+    for i, layer in enumerate(laid["layers"]):
+        ((name, found),) = layer["mlp"]["router"].items()
+        kernel = params["layers"]["mlp"]["router"]["kernel"][i]
+        np.testing.assert_array_equal(found, kernel.T if name == OUT_FIRST else kernel)
 
 
 def test_loads_by_hand():
