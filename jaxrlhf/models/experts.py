@@ -10,7 +10,7 @@ trading rows (all-to-all) does without dropping any; benchmarks/README.md has th
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,12 @@ from jaxrlhf.sharding import constrain, explicit, spec
 from jaxrlhf.types import Array, Mean, Params
 
 OWN = -1  # in place of an expert's number in kept choices: the router's own choice
+
+
+def has_experts(tree: Any) -> bool:
+    """Whether parameters of experts are among the leaves."""
+    paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+    return any(getattr(key, "key", None) == "experts" for path in paths for key in path)
 
 
 class Routed(NamedTuple):

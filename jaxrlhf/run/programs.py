@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config.batch import rows_of
 from jaxrlhf.data.batch_kinds import PROMPTS
+from jaxrlhf.hosts.compiler_flags import program_options
+from jaxrlhf.models.experts import has_experts
 from jaxrlhf.precomputed_answers import Answered
 from jaxrlhf.run.batch_shapes import (
     acting_shapes,
@@ -155,9 +157,14 @@ def compile_program(
         assert not isinstance(batch, tuple), "groups of several rollouts are gathered on a mesh"
         return map_program(function, mesh, state, batch, rows, donated)
     lowered = jax.jit(function, donate_argnums=donated).lower(state, batch)
-    compiled = lowered.compile()
+    compiled = lowered.compile(options_of(mesh, state))
     described = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
     return Program(compiled, jax.tree.map(described, lowered.out_info, compiled.output_shardings), compiled)
+
+
+def options_of(mesh: Mesh, state: TrainState) -> dict[str, str | bool] | None:
+    """Compiler options of the programs that are given ``state``."""
+    return program_options(mesh.devices.flat[0].device_kind, has_experts(state))
 
 
 def map_program(
@@ -173,7 +180,7 @@ def map_program(
     options: dict[str, Any] = {"devices": mesh.devices.flatten().tolist(), "donate_argnums": donated}
     program = jax.pmap(function, DEVICES, in_axes=(None, 0), out_axes=out_axes, **options)
     lowered = program.lower(state, split_rows(batch, mesh.size))
-    compiled = lowered.compile()
+    compiled = lowered.compile(options_of(mesh, state))
 
     def run(state: TrainState, batch: Given):
         return join_rows(compiled(state, split_rows(batch, mesh.size)), rows)

@@ -9,7 +9,7 @@ from platform import libc_ver
 import pytest
 
 from jaxrlhf.hosts import compiler_flags, heap, platforms
-from jaxrlhf.hosts.compiler_flags import GPU, GPU_DETERMINISTIC, TPU, present, set_flags
+from jaxrlhf.hosts.compiler_flags import GPU, GPU_DETERMINISTIC, TPU, present, program_options, set_flags
 
 ALL = [*GPU, *GPU_DETERMINISTIC, *TPU]
 
@@ -41,6 +41,14 @@ def test_what_the_user_set_stays():
     assert environ["OTHER"] == "1"
     before = dict(environ)
     assert set_flags({"gpu"}, True, environ) == [] and environ == before  # twice is once
+
+
+def test_programs_of_experts_have_more_fast_memory():
+    assert program_options("TPU v6 lite", True, {}) == {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+    assert program_options("TPU v6 lite", False, {}) is None and program_options("cpu", True, {}) is None
+    assert program_options("TPU v5", True, {}) is None  # v5p: as libtpu has it
+    mine = {"LIBTPU_INIT_ARGS": "--xla_tpu_scoped_vmem_limit_kib=1"}
+    assert program_options("TPU v6 lite", True, mine) is None
 
 
 def test_a_longer_name_is_another_flag():

@@ -35,7 +35,7 @@ def test_all_is_well_on_eight_devices(look, tmp_path):
     well, rows = look("mesh.fsdp=4")
     assert well and {state for state, _ in rows.values()} == {"ok"}
     assert rows["devices"][1] == "8 x cpu, 8 of them here; processes: 1"
-    assert rows["mesh"][1] == "data 2 x fsdp 4 x expert 1 x tensor 1"
+    assert rows["mesh"][1] == "data 2 x fsdp 4 x expert 1 x context 1 x tensor 1"
     assert rows["all-reduce"][1].startswith("36 over 8 devices in ")  # 1 + 2 + ... + 8
     assert rows["run_dir"][1].startswith(f"{tmp_path}/run: wrote, read and deleted a file in ")
     assert not (tmp_path / "run").exists()

@@ -8,15 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrlhf.hosts.compiler_flags import program_options
 from jaxrlhf.models.attention.kernels import Hardware, blocks, hardware_of
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.context import forward_split, split_rows
 from jaxrlhf.models.decoding import decode_layout, decode_step, prefill
+from jaxrlhf.models.experts import expert_block, has_experts
+from jaxrlhf.models.files.published import published
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
-from jaxrlhf.models.transformer import Runtime, forward, forward_responses
+from jaxrlhf.models.transformer import Runtime, forward, forward_responses, gated_by
 from jaxrlhf.plan.target import find_target
 from jaxrlhf.sharding import MeshConfig, make_mesh, partition
 from jaxrlhf.types import given
@@ -221,3 +224,26 @@ def loop_with(text: str, array: str) -> str:
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     found = [part for part in re.split(r"\n(?=%|ENTRY)", text) if part.lstrip("%").split(" ")[0] in bodies]
     return max((part for part in found if array in part), key=len)
+
+
+@pytest.mark.nightly
+def test_products_of_wide_experts_compile():
+    """By default XLA:TPU has too little fast memory for the gradient of gpt-oss-20b's experts, of 2,880 features."""
+    cfg = given(published("openai/gpt-oss-20b"), "the model")
+    mesh = make_mesh(MeshConfig(1, -1, expert=8), find_target("v6e:4x4").devices)
+    with jax.set_mesh(mesh):
+        layer = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=without_layers(x.sharding)),
+            {name: abstract(cfg, mesh, jnp.bfloat16)["layers"]["mlp"][name] for name in ("router", "experts")},
+        )
+
+        def loss(params, x):
+            return (expert_block(params, cfg, x, gated_by(cfg), Hardware("tpu"))[0].astype(jnp.float32) ** 2).sum()
+
+        lowered = jax.jit(jax.grad(loss, (0, 1))).lower(layer, rows(mesh, (16, 8576, 2880), jnp.bfloat16))
+        lowered.compile(program_options(mesh.devices.flat[0].device_kind, has_experts(layer), {}))
+
+
+def without_layers(where: NamedSharding) -> NamedSharding:
+    """The layout of one layer of a stack."""
+    return NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
