@@ -143,7 +143,7 @@ def compiled(name: str, devices: int, vocab: int = VOCAB) -> Made:
 def quick() -> Iterator[None]:
     """What is compiled while it is open is compiled with the options of QUICK."""
     compile_it = jax.stages.Lowered.compile
-    jax.stages.Lowered.compile = lambda self: compile_it(self, compiler_options=QUICK)  # type: ignore[method-assign]
+    jax.stages.Lowered.compile = lambda self, _=None: compile_it(self, QUICK)  # type: ignore[method-assign]
     try:
         yield
     finally:
