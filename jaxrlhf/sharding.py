@@ -49,7 +49,7 @@ RULES: Rules = {
     "rank": None,  # of an adapter: columns of A, rows of B
     "observation": None,  # numbers of an environment's observation
 }
-# Where the mesh has an axis context, it splits the columns of activations (models/split_columns.py).
+# Where the mesh has an axis context, it splits the columns of activations (models/context.py).
 CONTEXT_RULES: Rules = RULES | {"seq": "context"}
 # While responses are sampled no weight is gathered for a token: those of a decode group share one copy among them, as
 # tensor does, and their rows. Devices along context have rows of their own: a token is one column.
@@ -267,9 +267,7 @@ def split_columns(x: jax.Array, *sizes: int) -> jax.Array:
 
     A plain reshape drops the layout of an only row where one of the new sizes is 1."""
     rows, _, *rest = x.shape
-    whose = jax.typeof(x).sharding.spec
-    layout = PartitionSpec(whose[0], *(None,) * len(sizes), *whose[2:]) if explicit() else None
-    return jax.lax.reshape(x, (rows, *sizes, *rest), out_sharding=layout)
+    return reshaped(x, (rows, *sizes, *rest), (0, *(None,) * len(sizes), *range(2, x.ndim)))
 
 
 def reshaped(x: jax.Array, shape: Sequence[int], takes: Sequence[int | None]) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.run.transfer import put
 from jaxrlhf.sharding import MeshConfig, constrain, current, make_mesh
 from jaxrlhf.types import Ask, Batch, Sequences, Trees
+from tests.models.test_kernels import Case
 from tests.support import tiny
 
 NIGHTLY = functools.partial(pytest.param, marks=pytest.mark.nightly)
@@ -56,22 +57,11 @@ def test_columns_go_there_and_back(devices):
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-class Rows(NamedTuple):
-    """One call of attention."""
-
-    heads: int
-    kv_heads: int
-    size: int
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
+PLAIN, ALL = Case(2, 2, 256), Case(4, 2, 1160, window=140, softcap=1.5)
+SINKS = Case(4, 2, 600, window=140, sinks=True)
 
 
-PLAIN, ALL = Rows(2, 2, 256), Rows(4, 2, 1160, window=140, softcap=1.5)
-SINKS = Rows(4, 2, 600, window=140, sinks=True)
-
-
-def attention_inputs(rows: Rows):
+def attention_inputs(rows: Case):
     """Segments, which are left padding, and packed documents with padding behind them; queries, keys, values; sinks."""
     rng = np.random.default_rng(0)
     make = lambda heads: rng.normal(size=(2, rows.size, heads, 16)).astype(np.float32)
@@ -109,7 +99,7 @@ def gathered_and_gradients(attend, ids, query, key, value, sinks, order=None):
 
 
 @functools.cache
-def attention_alone(rows: Rows):
+def attention_alone(rows: Case):
     ids, *given = attention_inputs(rows)
     attend = within_rows("xla", jnp.asarray(ids), rows.window, 0.3, rows.softcap)
     return gathered_and_gradients(attend, ids, *given)

@@ -19,7 +19,7 @@ from jaxrlhf.models.config import ModelConfig, head_sizes
 from jaxrlhf.models.layer_kinds import LayerKind, attending, layers_with
 from jaxrlhf.plan.calls import models_of
 from jaxrlhf.plan.cost import Setup, read_of
-from jaxrlhf.plan.mixing import state_bytes
+from jaxrlhf.plan.mixing import layer_token_bytes, state_bytes
 from jaxrlhf.plan.weights import matrices
 from jaxrlhf.run.build import Blueprint
 from jaxrlhf.run.recorded_asks import Kind, blank_state, note_taker
@@ -188,14 +188,8 @@ def decode_bytes(drawn: Blueprint, sequences: Sequences) -> float:
     steps = decode_steps(sequences)
     rows = float(sequences.response_mask.sum()) / steps
     weights = sum(read_of(weight, cfg, rows, setup) for weight in matrices(cfg, "lm", 1))
-    seen = products(cfg, spans, lambda kind: cached_bytes(cfg, kind, setup)) / steps
+    seen = products(cfg, spans, lambda kind: layer_token_bytes(cfg, 1, kind.type, setup.cached)) / steps
     states = (
         2 * state_bytes(cfg, 1) * len(layers_with(cfg, "delta")) * sum(one.response_tokens for one in found) / steps
     )
     return weights * setup.decoded + seen + states
-
-
-def cached_bytes(cfg: ModelConfig, kind: LayerKind, setup: Setup) -> float:
-    """Of the key and the value of one token in one layer."""
-    heads, dim = head_sizes(cfg, kind.type)
-    return 2 * heads * dim * setup.cached(dim)

@@ -396,9 +396,9 @@ def divided(
         # prompts lie on the shards themselves, before each of them becomes several rows
         unit = math.lcm(parts * shards // math.gcd(parts * shards, each), shards * (context if kind.is_prompt else 1))
         if count % unit:
-            over += f" x context {context} while responses are sampled" if context > 1 and kind.is_prompt else ""
+            most = f"{over} x context {context} while responses are sampled" if context > 1 and kind.is_prompt else over
             rows = f"{count} prompts x {each} samples = {count * each} rows" if each > 1 else f"{count} rows"
-            yield f"batch.{key}: {count}: {rows} do not divide over {over}; nearest: {nearest_multiple(count, unit)}"
+            yield f"batch.{key}: {count}: {rows} do not divide over {most}; nearest: {nearest_multiple(count, unit)}"
 
 
 def sections_read(resolved: Resolved) -> list[str]:

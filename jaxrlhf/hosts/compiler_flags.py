@@ -54,13 +54,10 @@ TPU = (
         "a gather is woven into the matmul that runs beside it, whose steps it shares",
     ),
 )
-
+VMEM = "xla_tpu_scoped_vmem_limit_kib"
 # device_kind -> half of the KiB of fast memory (VMEM) of its core. XLA gives a fusion 16 MiB on v5e and 32 MiB on v6e,
 # of which the products of wide experts (ragged_dot; 2,880 features) take 35 MiB. On v5p they fit
 VMEM_OF_EXPERTS = {"TPU v5 lite": 65536, "TPU v6 lite": 65536}
-
-
-VMEM = "xla_tpu_scoped_vmem_limit_kib"
 
 
 def program_options(

@@ -40,9 +40,7 @@ class LoraConfig:
 
     rank: int = 16  # columns of A, rows of B
     alpha: float = 32.0  # the product of A and B counts alpha / rank times
-    targets: tuple[str, ...] = (
-        ALL,
-    )  # of query, key, value, out, gate, up, down, delta_*, per_layer_*; all-linear: all
+    targets: tuple[str, ...] = (ALL,)  # query, key, value, out, gate, up, down, delta_*, per_layer_*; all-linear: all
     dropout: float = 0.0  # only 0: a policy must give what it sampled the same log-probs when it learns
     rslora: bool = False  # count the product alpha / sqrt(rank) times (Kalajdzievski 2023)
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"  # of A, as PEFT has it; B starts at 0

@@ -27,11 +27,16 @@ def query_features(cfg: ModelConfig, tensor: int) -> int:
 def token_bytes(cfg: ModelConfig, tensor: int, number: Callable[[int], float], again: bool = False) -> float:
     """Bytes of the keys and values of one token on one device; ``number``: features of a head to bytes of each of its
     numbers; ``again``: those that several layers read count as often."""
-    total = 0.0
-    for kind, count in attending(cfg).items():
-        heads, dim = heads_here(cfg, tensor, kind.type)[1], head_sizes(cfg, kind.type)[1]
-        total += count * 2 * heads * dim * number(dim) * (again or not kind.reads)
-    return total
+    return sum(
+        count * layer_token_bytes(cfg, tensor, kind.type, number) * (again or not kind.reads)
+        for kind, count in attending(cfg).items()
+    )
+
+
+def layer_token_bytes(cfg: ModelConfig, tensor: int, kind: LayerType, number: Callable[[int], float]) -> float:
+    """``token_bytes`` of one layer of attention."""
+    heads, dim = heads_here(cfg, tensor, kind)[1], head_sizes(cfg, kind)[1]
+    return 2 * heads * dim * number(dim)
 
 
 def linear_heads_here(cfg: ModelConfig, tensor: int) -> tuple[int, int]:
