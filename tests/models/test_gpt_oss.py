@@ -239,6 +239,22 @@ def packed(folder, seed: int = 0) -> dict[str, np.ndarray]:
     return found
 
 
+def test_each_number_is_dequantised_once(tmp_path, monkeypatch):
+    """Gate and up are one tensor: each is read without the other."""
+    hf_weights.save(tiny.parameters(MODEL, "lm", 0), MODEL, "lm", tmp_path)
+    expected = packed(tmp_path)
+    read, sizes = mxfp4.Mxfp4.__getitem__, []
+
+    def counted(self, index):
+        value = read(self, index)
+        sizes.append(value.size)
+        return value
+
+    monkeypatch.setattr(mxfp4.Mxfp4, "__getitem__", counted)
+    hf_weights.load(tmp_path, MODEL, "lm")
+    assert sum(sizes) == sum(value.size for value in expected.values())
+
+
 def test_a_folder_in_mxfp4(tmp_path):
     """Gate and up are the even and the odd outputs; what is exported is plain, and reads as the same."""
     hf_weights.save(tiny.parameters(MODEL, "lm", 0), MODEL, "lm", tmp_path / "first")

@@ -140,7 +140,8 @@ def read_shard(
 
 def read_tensor(source: LeafTensors, tensor: Any, window: Mapping[str, tuple[int, ...]]) -> np.ndarray:
     """The part of the leaf that ``window`` (axis -> start, stop) says, its axes in the leaf's order; no more is read
-    than the slice of each dimension's slowest axis."""
+    than the slice of each dimension's slowest axis. Of a ``strided`` tensor, whose numbers are dequantised, the other
+    parts between the leaf's are not."""
     picked, fused, mine, split, wanted, order = [], [], [], [], [], []
     for dim in source.dims:
         if dim == ("1",):
@@ -149,12 +150,14 @@ def read_tensor(source: LeafTensors, tensor: Any, window: Mapping[str, tuple[int
         lead, *rest = (axis for axis in dim if axis != "part")
         start, stop = window[lead]
         inner = math.prod(source.sizes[axis] for axis in rest)
-        offset, width, share = 0, inner, slice(None)
+        offset, width, share, step = 0, inner, slice(None), 1
         if dim[0] == "part":  # all queries, all keys, all values
             offset = source.before
+        elif "part" in dim and inner == 1 and getattr(tensor, "strided", False):
+            offset, step = source.before, source.total
         elif "part" in dim:  # query, key, value in every head
             width, share = source.total, slice(source.before, source.before + inner)
-        picked.append(slice(offset + start * width, offset + stop * width))
+        picked.append(slice(offset + start * width * step, offset + stop * width * step, step))
         fused += [stop - start, width]
         mine += [slice(None), share]
         split += [stop - start, *(source.sizes[axis] for axis in rest)]

@@ -26,6 +26,7 @@ class Mxfp4:
 
     blocks: Any
     scales: Any
+    strided = True  # with a step over outputs, only those are dequantised: see hf_weights.read_tensor
 
     def get_shape(self) -> list[int]:
         experts, outputs, groups, _ = self.blocks.get_shape()
@@ -36,15 +37,16 @@ class Mxfp4:
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         bounds = [one.indices(size) for one, size in zip(index, self.get_shape(), strict=True)]
-        assert all(step == 1 for _, _, step in bounds), index
-        experts, (start, stop), outputs = (bound[:2] for bound in bounds)
+        assert all(step == 1 for _, _, step in bounds[:2]), index
+        (*experts, _), (start, stop, _), (*outputs, step) = bounds
         first, last = start // BLOCK, -(-stop // BLOCK)
-        out = np.empty([stop - start for start, stop, _ in bounds], jnp.bfloat16)
+        out = np.empty([len(range(*bound)) for bound in bounds], jnp.bfloat16)
         for place, expert in enumerate(range(*experts)):  # one at a time: float32 takes four times what is read
             picked = slice(expert, expert + 1), slice(*outputs), slice(first, last)
-            numbers = PAIRS[self.blocks[*picked, slice(None)][0]].reshape(outputs[1] - outputs[0], last - first, BLOCK)
+            blocks, scales = self.blocks[*picked, slice(None)][0, ::step], self.scales[picked][0, ::step]
+            numbers = PAIRS[blocks].reshape(len(blocks), last - first, BLOCK)
             with np.errstate(invalid="ignore"):
-                numbers = numbers * POWERS[self.scales[picked][0]][..., None]
+                numbers = numbers * POWERS[scales][..., None]
             whole = numbers.reshape(len(numbers), -1)
             out[place] = whole[:, start - first * BLOCK : stop - first * BLOCK].T
         return out
