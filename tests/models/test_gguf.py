@@ -203,7 +203,11 @@ def test_llama3_rope_factors(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"arch": "gemma3"}, "general.architecture: 'gemma3' is not supported; expected 'llama'"),
+        (
+            {"arch": "bloom"},
+            "general.architecture: 'bloom' is not supported; expected one of llama, qwen2, qwen3, ",
+        ),
+        ({"arch": "gemma4"}, "general.architecture: 'gemma4' is not supported (transformers reads neither"),
         ({"expert_count": 8}, "llama.expert_count: 8 is not supported; expected 0"),
         ({"rope.scaling.type": "yarn"}, "llama.rope.scaling.type: 'yarn' is not supported; expected none or linear"),
         ({"rope.dimension_count": 16}, "llama.rope.dimension_count: expected the size of a head, 32"),
