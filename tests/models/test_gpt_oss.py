@@ -17,9 +17,9 @@ from jaxrlhf.models.attention.kernels import Hardware, choose_kernel, passed_ove
 from jaxrlhf.models.attention.products import attention, bias_of, by_head, merge_copies, split_copies
 from jaxrlhf.models.attention.products import branches as attend_in_parts
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.feed_forward import clamped_swiglu
 from jaxrlhf.models.files import hf_config, hf_weights, mxfp4
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.models.transformer import clamped_swiglu
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support import tiny
 from tests.support.learning import gain_by_grpo

@@ -74,6 +74,18 @@ def test_grpo_of_gpt_oss_learns(root, tmp_path):
         assert row["policy/ratio"] == pytest.approx(1, abs=1e-5) and row["policy/routing_replaced"] == 0
 
 
+@pytest.mark.nightly  # by day: the mixture above, and gated delta nets in test_delta_net_runs
+def test_grpo_of_a_mixture_with_gated_delta_nets_learns(root, tmp_path):
+    shape = SHAPE | {
+        "family": "qwen3_5_moe_text",
+        "num_experts": 4,
+        "num_layers": 2,
+        "layer_types": ["linear", "global"],
+    }
+    for row in learn_on_text(root, tmp_path / "run", POLICY | {"architecture": shape})[1:]:
+        assert row["policy/ratio"] == pytest.approx(1, abs=1e-5) and row["policy/routing_replaced"] == 0
+
+
 def test_an_exported_mixture_is_served(trained, tmp_path, one_device):
     """Written for transformers, read again, and decoded in slots as the forward pass has it."""
     export(str(trained[1]), "policy", tmp_path / "hf")
