@@ -133,12 +133,22 @@ def weights() -> bytes:
     return save({"model.norm.weight": np.ones(4, np.float32), "lm_head.weight": np.ones((2, 4), np.float16)})
 
 
-def gguf_file() -> bytes:
-    """A llama of one layer with a vocabulary of bytes."""
-    from gguf import GGUFWriter
+def gguf_file(kind: str = "llama") -> bytes:
+    """A model of one layer with a small vocabulary; ``kind``: llama, qwen3moe or gpt-oss."""
+    from gguf import GGUFWriter, RopeScalingType
 
     with tempfile.TemporaryDirectory() as folder:
-        writer = GGUFWriter(f"{folder}/a.gguf", "llama")
+        writer = GGUFWriter(f"{folder}/a.gguf", kind)
+        if kind != "llama":
+            writer.add_expert_count(2)
+            writer.add_expert_used_count(1)
+            writer.add_expert_feed_forward_length(4)
+            writer.add_sliding_window(4)
+            writer.add_rope_scaling_type(RopeScalingType.YARN if kind == "gpt-oss" else RopeScalingType.NONE)
+            writer.add_rope_scaling_factor(4.0)
+            writer.add_rope_scaling_orig_ctx_len(16)
+            for part in ("gate", "up", "down"):
+                writer.add_tensor(f"blk.0.ffn_{part}_exps.weight", np.ones((2, 4, 4), np.float32))
         writer.add_context_length(64)
         writer.add_embedding_length(4)
         writer.add_block_count(1)
@@ -301,6 +311,7 @@ TARGETS: dict[str, tuple[Callable[[Any], None], st.SearchStrategy[Any]]] = {
     "config.json": (read_model_config, st.sampled_from(MODELS).flatmap(edited)),
     "config.json bytes": (read_json_file, damaged(json.dumps(model_config("llama")).encode())),
     "gguf": (read_gguf, damaged(gguf_file())),
+    "gguf experts": (read_gguf, st.sampled_from(("qwen3moe", "gpt-oss")).map(gguf_file).flatmap(damaged)),
     "template": (read_template, jinja),
 }
 # (target, input) that once raised something else

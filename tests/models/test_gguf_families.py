@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from jaxrlhf.models.files import gguf as ours
 from jaxrlhf.models.files import gguf_tensors, hf_config, hf_folder, hf_weights
-from jaxrlhf.models.files.gguf_families import ARCHITECTURES
+from jaxrlhf.models.files.gguf_families import ARCHITECTURES, Metadata, window
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.models.test_gpt_oss import packed
 from tests.support import ggufs, tiny
@@ -53,6 +53,7 @@ def test_a_file_is_the_folder_that_it_was_made_of(name, tmp_path):
         ("gemma2", {"num_hidden_layers": 46, "query_pre_attn_scalar": 16}),  # hidden_size / heads, of the largest alone
         ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
         ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),  # of global layers alone
+        ("gemma3", {"layer_types": ["sliding_attention", "full_attention"] * 3 + ["full_attention"]}),
         ("gpt-oss", {"tie_word_embeddings": True, "sliding_window": 7}),
     ],
 )
@@ -61,6 +62,13 @@ def test_what_metadata_say(name, more, tmp_path):
     assert hf_config.read_config(folder) == hf_config.read_config(tmp_path / "hf")
     plain = ggufs.write(name, tmp_path / "plain")
     assert hf_config.read_config(folder) != hf_config.read_config(hf_folder.locate(plain))
+
+
+def test_every_third_layer_is_global():
+    fields = {"gemma3.attention.sliding_window": 4, "gemma3.attention.sliding_window_pattern": 3}
+    said = window(Metadata(fields, "gemma3", "file"), {"num_hidden_layers": 4})
+    assert said["layer_types"] == ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
+    assert len(window(Metadata(fields, "gemma3", "file"), {"num_hidden_layers": 10**12})["layer_types"]) == 2**16
 
 
 def test_part_of_a_head_is_rotated(tmp_path):

@@ -10,9 +10,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from etils import epath
 
 from jaxrlhf.data.tokenizer import train_bpe
-from jaxrlhf.models.files import hf_folder
+from jaxrlhf.models.files import gguf as files
 from tests.parity import cases
 from tests.parity.both import compute, read, write_by_law
 from tests.parity.cases import GPT2, MOE, YARN
@@ -69,6 +70,28 @@ MODELS: dict[str, dict[str, Any]] = {
 CLASSES = {"gpt2": "GPT2LMHeadModel", "gemma3": "Gemma3ForCausalLM", "gemma2": "Gemma2ForCausalLM"}
 CLASSES |= {"qwen3moe": "Qwen3MoeForCausalLM", "gpt-oss": "GptOssForCausalLM"}
 NORM_OFFSET = ("gemma2", "gemma3")
+# family -> what llama.cpp calls its files (general.architecture)
+FILES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "ministral3": "mistral3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_5_text": "qwen35",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "smollm3": "smollm3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
+    "gpt2": "gpt2",
+    "gpt_neox": "gptneox",
+    "mixtral": "llama",  # with experts
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
+    "gpt_oss": "gpt-oss",
+}
 READ_THERE = [name for name in MODELS if name != "gpt-oss"]  # by transformers
 
 
@@ -107,10 +130,7 @@ def write(name: str, folder: Path, kind: Any = F32, leave_out: str = "", **more:
             continue
         form = kind if value.ndim > 1 and ending == "weight" else F32
         writer.add_tensor(f"{ours}.{ending}", gguf.quants.quantize(np.ascontiguousarray(value), form), raw_dtype=form)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
     return f"gguf:{folder / 'm.gguf'}"
 
 
@@ -141,6 +161,8 @@ def write_metadata(writer: gguf.GGUFWriter, name: str, raw: dict[str, Any]) -> N
         writer.add_rope_dimension_count(int(rotated))
     if get("sliding_window"):
         writer.add_sliding_window(raw["sliding_window"])
+    if get("layer_types"):
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in raw["layer_types"]])
     for field, add in (
         ("attn_logit_softcapping", writer.add_attn_logit_softcapping),
         ("final_logit_softcapping", writer.add_final_logit_softcapping),
@@ -223,11 +245,31 @@ def write_mxfp4(folder: Path) -> str:
         for part, rows in apart(f"{theirs}_bias", moved.reshape(*moved.shape[:2], -1)).items():
             name = names.get_name(part.removesuffix(".bias"))
             writer.add_tensor(f"{name}.weight", np.ascontiguousarray(rows), raw_dtype=MXFP4)
+    close(writer)
+    return f"gguf:{folder / 'm.gguf'}"
+
+
+def unpacked(name: str, folder: Path) -> epath.Path:
+    """A new folder of what the file says, in ``folder``."""
+    made = epath.Path(folder / "unpacked")
+    made.mkdir()
+    files.write_folder(name.removeprefix(files.PREFIX), made)
+    return made
+
+
+def write_empty(architecture: str, path: Path) -> str:
+    """A file that says what it is, and nothing else. Returns its name for init_from."""
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    close(writer)
+    return f"{files.PREFIX}{path}"
+
+
+def close(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return f"gguf:{folder / 'm.gguf'}"
 
 
 def compare(name: str, folder: Path, kind: Any = F32) -> None:
@@ -236,7 +278,7 @@ def compare(name: str, folder: Path, kind: Any = F32) -> None:
     pytest.importorskip("accelerate")  # which transformers wants for GGUF files
     import transformers
 
-    params, cfg, head = read(hf_folder.locate(write(name, folder, kind)))
+    params, cfg, head = read(unpacked(write(name, folder, kind), folder))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 9))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="m.gguf", dtype=torch.float32)
     with torch.no_grad():
@@ -256,7 +298,4 @@ def write_gemma4(path: Path) -> None:
     writer.add_sliding_window_pattern([True, True, False])
     writer.add_shared_kv_layers(1)
     writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.files.hf_fields import MOST_LAYERS
 
 # a tensor's name between "blk.N." and ".weight" or ".bias" -> the path of the parameters that it holds
 ENDS = {"token_embd": "embed.tokens", "output_norm": "final_norm", "output": "head"}
@@ -160,7 +161,15 @@ def routing(metadata: Metadata, config: Config) -> Config:
 
 
 def window(metadata: Metadata, config: Config) -> Config:
-    return {"sliding_window": metadata.get("attention.sliding_window")}
+    """The window, and where the file says it which layers have one: all but every n-th, or a list. The family's own
+    order else."""
+    found = {"sliding_window": metadata.get("attention.sliding_window")}
+    pattern = metadata.get("attention.sliding_window_pattern", 0)
+    if not pattern:
+        return found
+    layers = range(min(config["num_hidden_layers"], MOST_LAYERS))  # more are refused with config.json
+    local = pattern if isinstance(pattern, list) else [(i + 1) % pattern != 0 for i in layers]
+    return found | {"layer_types": ["sliding_attention" if one else "full_attention" for one in local]}
 
 
 def optional_window(metadata: Metadata, config: Config) -> Config:

@@ -13,7 +13,7 @@ from jaxrlhf.errors import content_of
 from jaxrlhf.models.config import LayerType, LayerTypes, ModelConfig, layer_types_of, resolve
 from jaxrlhf.models.families import FAMILIES, HuggingFace, Windows
 from jaxrlhf.models.families.wrappers import SIZES, WRAPPERS, Wrapper
-from jaxrlhf.models.files.hf_fields import checked, parse_count, parse_field, refuse_unsupported
+from jaxrlhf.models.files.hf_fields import MOST_LAYERS, checked, parse_count, parse_field, refuse_unsupported
 from jaxrlhf.models.files.hf_folder import SINGLE, read_json
 from jaxrlhf.models.files.hf_headers import has_score, has_tensor
 from jaxrlhf.models.files.hf_rope import GLOBAL, LOCAL, describe_rope, parse_rope
@@ -22,7 +22,6 @@ from jaxrlhf.types import Head
 
 # fixed in every family
 ALWAYS: dict[str, tuple] = {"quantization_config": (None,), "is_encoder_decoder": (False,), "is_causal": (True,)}
-MOST_LAYERS = 2**16  # a list of their kinds stays small
 LAYER_TYPES: dict[LayerType, str] = {"local": LOCAL, "global": GLOBAL, "linear": "linear_attention"}
 
 

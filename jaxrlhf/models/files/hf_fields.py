@@ -7,6 +7,8 @@ from typing import Any, get_args
 
 from jaxrlhf.models.config import ModelConfig
 
+MOST_LAYERS = 2**16  # a list of their kinds stays small
+
 
 def refuse_unsupported(raw: Mapping[str, Any], fixed: Mapping[str, tuple], where: str) -> None:
     """Raises ValueError for fields that change the maths and have another value than those supported."""

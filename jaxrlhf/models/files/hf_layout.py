@@ -80,14 +80,11 @@ def leaves_of(cfg: ModelConfig, head: Head) -> dict[str, Leaf]:
     return {dotted(path): leaf for path, leaf in flat}
 
 
-def find_sources(cfg: ModelConfig, head: Head, split: bool = False) -> dict[str, LeafTensors]:
-    """Path of a leaf -> its tensors, for every leaf but the bias of a scalar head; parts of a tensor in their order.
-
-    ``split``: in files whose experts have a tensor each."""
+def find_sources(cfg: ModelConfig, head: Head) -> dict[str, LeafTensors]:
+    """Path of a leaf -> its tensors, for every leaf but the bias of a scalar head; parts of a tensor in their order."""
     leaves = leaves_of(cfg, head)
     leaves.pop("head.bias", None)
-    names = FAMILIES[cfg.family].hf
-    modules = names.modules | (names.split if split else {}) | ({"head": SCORE} if head == "scalar" else {})
+    modules = FAMILIES[cfg.family].hf.modules | ({"head": SCORE} if head == "scalar" else {})
     order = {path: place for place, path in enumerate(modules)}
     found, length = {}, {}
     for path, leaf in sorted(leaves.items(), key=lambda item: order[item[0].rpartition(".")[0]]):
