@@ -300,8 +300,10 @@ def count_shared(first: Sequence, second: Sequence) -> int:
 
 
 def _thought(before: str, after: str, message: Message) -> str:
-    """A last turn as the policy writes it where the prompt opens its thoughts (<think>) and the template writes none:
-    those of the content, or else empty ones. "" where that is not so.
+    """A last turn as the policy writes it where the prompt ends with more than the template writes before a turn.
+
+    Where the prompt opens thoughts (<think>), and the template writes none: those of the content, or else empty ones.
+    Where it closes them, or writes other words that the template leaves out of a turn: the content. "" elsewhere.
 
     Raises BadRecord for thoughts behind a prompt that closes them."""
     content = message.get("content") or ""
@@ -312,7 +314,10 @@ def _thought(before: str, after: str, message: Message) -> str:
             "thoughts; expected none, or data.chat.kwargs under which the template leaves them to the assistant"
         )
     opened = OPENED.search(before)
-    if not opened or not after.startswith(before[: opened.start()]):
+    if not opened:
+        at = after.rfind(content.strip()) if content.strip() else -1
+        return after[at:] if at >= 0 and before.startswith(after[:at]) else ""
+    if not after.startswith(before[: opened.start()]):
         return ""
     word, space = opened[1] or opened[3], opened[2] if opened[1] else opened[4]
     opening, closing = (f"<{word}>", f"</{word}>") if opened[1] else (f"[{word}]", f"[/{word}]")
