@@ -15,8 +15,8 @@ from jaxrlhf.cli.app import app
 from jaxrlhf.cli.discover import starters
 from jaxrlhf.config.load import load
 from jaxrlhf.config.yaml_text import read_yaml
-from tests.parity.cases import CASES, family_of
-from tests.parity.table import table_in_readme
+from tests.parity.cases import FIRST
+from tests.parity.table import BESIDE, PARITY, in_readme
 
 ROOT = Path(__file__).parents[1]
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # of click, or of the copy of it that typer brings
@@ -141,10 +141,12 @@ def test_a_command_that_does_not_exist_is_found():
         parse(["configs", "list"])
 
 
-def test_the_table_of_parity_has_a_row_for_each_family():
-    """Its numbers are compared with those of transformers by tests/parity, where torch is installed."""
-    rows = re.findall(r"^\| `(\w+)` \|", table_in_readme(), re.MULTILINE)
-    assert rows == list(dict.fromkeys(map(family_of, CASES)))
+@pytest.mark.parametrize(("name", "columns"), [("parity table", PARITY), ("capability table", BESIDE)])
+def test_a_table_of_families_has_a_row_for_each_and_a_column_a_check(name, columns):
+    """What is in them is compared by tests/parity, where torch is installed."""
+    text = in_readme(name)
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == list(FIRST)
+    assert text.startswith(f"| family | {' | '.join(columns.values())} |")
 
 
 def test_snippets_of_configs_load(tmp_path):

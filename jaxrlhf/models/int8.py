@@ -1,9 +1,11 @@
 """Numbers of 8 bits: what decoding reads for every token at a half of bfloat16's bytes (``generate.int8``)."""
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.types import Array
 
 Part = Literal["weights", "cache"]  # what may be read so
@@ -15,6 +17,11 @@ class Int8(NamedTuple):
 
     values: Array  # i8, from -127 to 127
     scale: Array  # f32, of size 1 along the axes that share one
+
+
+def refusal(parts: Collection[Part], cfg: ModelConfig) -> str | None:
+    """Why these ``parts`` of such a model are not read so; None where they are."""
+    return "experts are not read as 8 bits" if cfg.num_experts and "weights" in parts else None
 
 
 def quantized(x: Array, axes: tuple[int, ...]) -> Int8:

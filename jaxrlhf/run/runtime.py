@@ -15,7 +15,7 @@ from jaxrlhf.errors import ConfigError, show
 from jaxrlhf.generate import loop
 from jaxrlhf.generate.actions import choose_action
 from jaxrlhf.generate.sampler import Sampler
-from jaxrlhf.models import nets, parameters
+from jaxrlhf.models import int8, nets, parameters
 from jaxrlhf.models.attention.kernels import choose_kernel, hardware_of, passed_over
 from jaxrlhf.models.config import MLP, ModelConfig, row_limit
 from jaxrlhf.models.context import refusal
@@ -98,10 +98,8 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
         check_routing(cfg, role, found.config, where)
         if (devices := context_of(mesh)) > 1 and (problem := refusal(found.config)) is not None:
             raise ConfigError(f"mesh.context: {devices}: {where}: {problem}; nearest: 1")
-        if found.config.num_experts and "weights" in cfg.generate.int8:
-            raise ConfigError(
-                f"generate.int8: weights: {where}: experts are not read as 8 bits; expected [cache] or []"
-            )
+        if (problem := int8.refusal(cfg.generate.int8, found.config)) is not None:
+            raise ConfigError(f"generate.int8: weights: {where}: {problem}; expected [cache] or []")
         if found.config.family == MLP:
             continue  # no attention
         limit = row_limit(found.config)

@@ -41,11 +41,11 @@ def compute(params, cfg, head, tokens=TOKENS, valid=VALID, runtime=FLOAT32) -> n
 generate = jax.jit(sample, static_argnums=(1, 5, 6), compiler_options=FAST)
 
 
-def our_greedy(params, cfg, prompt_tokens=TOKENS, prompt_valid=VALID):
+def our_greedy(params, cfg, prompt_tokens=TOKENS, prompt_valid=VALID, runtime=FLOAT32):
     """The Sequences of prompts and NEW_TOKENS most likely tokens each."""
     sampler = Sampler(Sampling(temperature=0.0), NEW_TOKENS, eos_ids=(), pad_id=0)
     prompts = Prompts(jnp.array(prompt_tokens), jnp.array(prompt_valid), jnp.arange(len(prompt_tokens)))
-    return generate(params, cfg, prompts, jnp.int32(0), jnp.int32(0), sampler, FLOAT32)
+    return generate(params, cfg, prompts, jnp.int32(0), jnp.int32(0), sampler, runtime)
 
 
 def read(folder, dtype=jnp.float32):
@@ -64,7 +64,7 @@ def write_by_law(folder: Path, raw: dict) -> None:
     (folder / "config.json").write_text(json.dumps(raw))
     sources = find_sources(*hf_config.read_config(folder)).values()
     save_file(
-        {name: law(name, source.shape(), raw["model_type"]) for source in sources for name in source.names()},
+        {name: law(name, source.shape()) for source in sources for name in source.names()},
         folder / "model.safetensors",
     )
 

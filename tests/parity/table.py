@@ -1,14 +1,17 @@
-"""The table of parity with transformers in jaxrlhf/models/README.md: ``python -m tests.parity.table`` prints it."""
+"""The tables of families in jaxrlhf/models/README.md: ``python -m tests.parity.table`` runs all checks, writes both."""
 
-import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from tests.parity.cases import CASES, family_of
-from tests.parity.checks import CHECKS
+import jax
 
-BEGIN, END = "<!-- parity table -->", "<!-- /parity table -->"
+from tests.parity.capabilities import CAPABILITIES
+from tests.parity.cases import CASES, FIRST, family_of
+from tests.parity.checks import CHECKS
+from tests.support.compiler import use_cheap_compiler
+
 README = Path(__file__).parents[2] / "jaxrlhf" / "models" / "README.md"
-COLUMNS = {
+PARITY = {
     "logits": "logits, float32",
     "greedy": "greedy text",
     "files": "files, both ways",
@@ -17,39 +20,74 @@ COLUMNS = {
     "bfloat16": "logits, bfloat16",
     "dpo": "first DPO loss",
 }
+BESIDE = {
+    "sharded": "files over 8 devices",
+    "gguf": "GGUF",
+    "lora": "LoRA, PEFT both ways",
+    "int8": "int8 decoding, nats",
+    "splash": "splash",
+    "chat": "chat template",
+}
 
 
-def cell(family: str, check: str) -> str:
-    """What the check has shown for all cases of a family; where it fails or they differ, that."""
-    shown = {outcome(case, check) for case in CASES if family_of(case) == family}
-    return ", ".join(sorted(shown))
+def outcome(check: Callable[[str], str], cases: Iterable[str]) -> str:
+    """What the check has shown for all of these cases; where it fails or they differ, that."""
+
+    def one(case: str) -> str:
+        try:
+            return check(case)
+        except AssertionError:
+            return "**no**"
+
+    return ", ".join(sorted(set(map(one, cases))))
 
 
-def outcome(case: str, check: str) -> str:
-    try:
-        return CHECKS[check](case)
-    except AssertionError:
-        return "**no**"
-
-
-def table() -> str:
-    """Markdown. All checks are run."""
-    families = list(dict.fromkeys(map(family_of, CASES)))
-    rows = [["family", *COLUMNS.values(), "also"]]
-    for family in families:
-        also = [case.partition(": ")[2] for case in CASES if family_of(case) == family and ": " in case]
-        rows.append([f"`{family}`", *(cell(family, check) for check in COLUMNS), ", ".join(also)])
+def markdown(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def table_in_readme() -> str:
-    """What is between the markers. Raises ValueError where they are missing."""
-    text = README.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{README}: expected {BEGIN} and {END} once")
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
+def parity_table() -> str:
+    rows = [["family", *PARITY.values(), "also"]]
+    for family in FIRST:
+        cases = [case for case in CASES if family_of(case) == family]
+        also = [case.partition(": ")[2] for case in cases if ": " in case]
+        rows.append([f"`{family}`", *(outcome(CHECKS[check], cases) for check in PARITY), ", ".join(also)])
+    return markdown(rows)
+
+
+def capability_table() -> str:
+    rows = [["family", *BESIDE.values()]]
+    rows += [
+        [f"`{family}`", *(outcome(CAPABILITIES[check], [case]) for check in BESIDE)] for family, case in FIRST.items()
+    ]
+    return markdown(rows)
+
+
+def tables() -> Mapping[str, str]:
+    """Name in the README's markers -> Markdown. All checks are run, each once in a process."""
+    return {"parity table": parity_table(), "capability table": capability_table()}
+
+
+def around(name: str) -> tuple[str, str, str]:
+    """The README before, between and behind the markers. Raises ValueError where they are missing."""
+    text, begin, end = README.read_text(), f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{README}: expected {begin} and {end} once")
+    before, _, rest = text.partition(begin)
+    inside, _, behind = rest.partition(end)
+    return before + begin, inside.strip(), end + behind
+
+
+def in_readme(name: str) -> str:
+    """The table that the README has."""
+    return around(name)[1]
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table() + "\n")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    use_cheap_compiler()
+    for name, made in tables().items():
+        before, _, behind = around(name)
+        README.write_text(f"{before}\n{made}\n{behind}")

@@ -1,4 +1,6 @@
-"""Adapters in PEFT and here: ours is loaded by PeftModel, PEFT's by us, and logits and scores agree."""
+"""Adapters in PEFT and here: ours is loaded by PeftModel, PEFT's by us, and logits and scores agree.
+
+test_capabilities.py has one of each family."""
 
 import dataclasses
 import json
@@ -14,7 +16,6 @@ from jaxrlhf import train as trainer
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_weights, peft
 from jaxrlhf.models.lora import LoraConfig, assemble, targets_of
-from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.run import build as builds
 from jaxrlhf.run.export import export, export_adapter
 from jaxrlhf.sharding import make_mesh
@@ -34,8 +35,6 @@ QWEN2 = resolve(ModelConfig(family="qwen2", num_kv_heads=2, tie_embeddings=False
 QWEN3_5 = resolve(
     ModelConfig(family="qwen3_5_text", num_kv_heads=2, linear_key_heads=2, linear_value_heads=4, norm_eps=1e-2, **SIZES)
 )
-YARN = RopeScaling("yarn", 2.0, original_max_positions=4, query_beta=0.5)
-MINISTRAL3 = resolve(ModelConfig(family="ministral3", num_kv_heads=2, rope_scaling=YARN, **SIZES))
 DEEP: dict[str, Any] = SIZES | {"num_layers": 4}
 GPT2 = resolve(ModelConfig(family="gpt2", **SIZES))
 ADAPTERS = {
@@ -51,9 +50,6 @@ ADAPTERS = {
             + ("delta_decay", "delta_beta", "delta_gate", "delta_out"),
         ),
     ),
-    "smollm3": (resolve(ModelConfig(family="smollm3", num_kv_heads=2, **SIZES)), LoraConfig(rank=2, alpha=8)),
-    "ministral3": (MINISTRAL3, LoraConfig(rank=2, alpha=8)),
-    "olmo3": (resolve(ModelConfig(family="olmo3", num_kv_heads=2, **SIZES)), LoraConfig(rank=2, alpha=8)),
     "gemma4_text": (  # maps of the same name in layers of other sizes; some have no keys and values
         resolve(
             ModelConfig(

@@ -26,7 +26,7 @@ from tests.parity.both import (
     their_output,
     write_by_law,
 )
-from tests.parity.cases import CASES, COLUMNS, VALID, config_of, family_of, heads_of
+from tests.parity.cases import CASES, COLUMNS, FIRST, VALID, config_of, heads_of
 from tests.support.learning import first_dpo_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -41,13 +41,7 @@ def golden_file(case: str) -> Path:
     return GOLDEN / f"transformers_{case.replace(': ', '_').replace(' ', '_').lower()}.json"
 
 
-# its parts are those of "qwen3_5_text: odd" and of the mixture without "odd"
-DEAR = "qwen3_5_moe_text: odd"
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.nightly) if case == DEAR else case for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_golden(case, tmp_path):
     """transformers' numbers from the law's weights, read from a folder written without torch."""
     golden = json.loads(golden_file(case).read_text())
@@ -70,8 +64,7 @@ def test_decode(case):
 
 
 # one case of each family for every change; its other positions, windows and biases nightly
-FIRST = list({family_of(case): case for case in reversed(CASES)}.values())
-LIVE = [pytest.param(case, marks=[] if case in FIRST else pytest.mark.nightly) for case in CASES]
+LIVE = [pytest.param(case, marks=[] if case in FIRST.values() else pytest.mark.nightly) for case in CASES]
 
 
 @pytest.mark.parametrize("case", LIVE)
@@ -80,7 +73,7 @@ def test_the_first_loss_of_dpo_is_ln_2(case):
 
 
 @pytest.mark.nightly  # by day: the same of a forward pass
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", FIRST.values())
 def test_a_first_iteration_of_dpo_loses_ln_2(case, tmp_path):
     write_by_law(tmp_path / "model", config_of(case, "lm"))
     metrics = first_dpo_metrics(hf_config.read_config(tmp_path / "model")[0])
@@ -111,10 +104,12 @@ def test_golden_is_what_transformers_says(case):
 
 @pytest.mark.nightly
 @pytest.mark.torch
-def test_the_table_in_the_readme():
-    """It is what the checks of this session return: they are not run again."""
+def test_the_tables_in_the_readme():
+    """They are what the checks of this session return, which are not run again."""
     pytest.importorskip("torch")
-    assert table.table_in_readme() == table.table(), "python -m tests.parity.table prints the new one"
+    pytest.importorskip("peft")
+    for name, made in table.tables().items():
+        assert table.in_readme(name) == made, "python -m tests.parity.table writes the new one"
 
 
 @pytest.mark.torch
