@@ -83,6 +83,9 @@ EXPERTS = "grpo", MOE_MODEL, GRPOConfig(num_minibatches=2, kl_coef=0.0), 2, 4
 # and with sinks and biases
 OSS = ModelConfig("gpt_oss", 64, 16, 2, mlp_size=8, num_experts=4, sliding_window=4)
 SINKS = "grpo", resolve(OSS), GRPOConfig(num_minibatches=2), 2, 4
+# and with one that all tokens share, behind a gated delta net and attention
+SHARED = ModelConfig("qwen3_5_moe_text", 64, 16, 2, mlp_size=8, num_experts=4, shared_expert_size=12)
+BESIDE = "grpo", resolve(SHARED), GRPOConfig(num_minibatches=2), 2, 4
 # the same base in 4 bits, which decoding merges, or reads beside the adapter; 16 features are one block, which fsdp
 # cuts
 QUANTIZED = *ADAPTERS_VALUE[:-1], LORA | {"quantization": "nf4"}
@@ -92,6 +95,7 @@ CASES: dict[str, tuple] = {
     "muon": MUON,
     "experts": EXPERTS,
     "sinks": SINKS,
+    "shared expert": BESIDE,
     "adapters": ADAPTERS,
     "adapters value": ADAPTERS_VALUE,
     "quantized": QUANTIZED,
@@ -173,7 +177,7 @@ def ran(shape: Shape, which: str) -> Ran:
         "adapters packed",
         "adapters trunk",
     )
-    few += ("quantized", "quantized beside", "muon", "sinks")
+    few += ("quantized", "quantized beside", "muon", "sinks", "shared expert")
     iterations = 2 if which in few else ITERATIONS
     compiled: list[str] = []
 
@@ -221,6 +225,7 @@ RUNS += [NIGHTLY(shape, "experts") for shape in ((1, 1, 2, 1, 1, 4), (1, 2, 2, 1
 RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters value", "adapters packed", "adapters trunk")]
 # by day: test_optim, updates alone
 RUNS += [NIGHTLY(shape, "sinks") for shape in ((1, 2, 2, 1, 1, 2), (1, 2, 2, 1, 2), (2, 2, 2))]
+RUNS += [NIGHTLY(shape, "shared expert") for shape in ((1, 2, 2, 1, 1, 2), (1, 2, 2, 1, 2))]
 RUNS += [NIGHTLY(shape, "muon") for shape in ((1, 2, 2, 1, 2), (1, 2, 2, 1, 1, 2))]
 # by day: models/test_quantized, one forward and backward pass
 RUNS += [NIGHTLY((2, 2, 2), "quantized"), NIGHTLY((1, 2, 2, 1, 2), "quantized beside")]

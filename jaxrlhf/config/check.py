@@ -31,6 +31,7 @@ ROLES = ("policy", *CRITICS, "reward", "reference", "cost", "q", "target_q", "go
 # what of a model some mesh axes must divide; heads need not be
 SPLIT = {
     "mlp_size": ("decode", "tensor"),
+    "shared_expert_size": ("decode", "tensor"),  # 0 where there is none
     "hidden_size": ("fsdp", "decode", "expert", "context"),
     "per_layer_size": ("fsdp", "decode", "expert", "context"),
     "num_experts": ("expert",),  # 0 where there are none, which any number divides

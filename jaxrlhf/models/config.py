@@ -37,6 +37,7 @@ class ModelConfig:
         "qwen3_moe",
         "olmoe",
         "gpt_oss",
+        "qwen3_5_moe_text",
         "mlp",
     ] = "llama"  # the layers: normalisation, mlp, biases, soft-caps, as models of this name have them; mlp: for control
     vocab_size: int = 0  # 0: the tokenizer's
@@ -69,6 +70,7 @@ class ModelConfig:
     per_layer_size: int = 0  # features of a token's embeddings that are added within layers, one a layer; 0: none
     num_experts: int = 0  # feed-forward networks of a layer, each of mlp_size; 0: one, and no router
     experts_per_token: int = 0  # of them that compute a token; 0: 2, where there are experts
+    shared_expert_size: int = 0  # features of the expert that computes every token; 0: mlp_size, where there is one
     normalize_routing: bool | None = None  # the weights of a token's experts sum to 1; null: as the family has it
     linear_key_heads: int = 0  # of linear layers: heads of queries and keys; 0: num_heads
     linear_value_heads: int = 0  # heads of values, states and gates, a multiple of that; 0: linear_key_heads
@@ -110,7 +112,7 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
         rope_scaling=scaling,
         local_rope_theta=None if same or not window else local_theta,
         query_pre_attn_scalar=resolve_scale(cfg, head_dim),
-        **resolve_experts(cfg),
+        **resolve_experts(cfg, cfg.mlp_size or mlp),
     )
     if cfg.num_heads % cfg.num_kv_heads:
         raise ValueError(f"num_heads: {cfg.num_heads} is not a multiple of num_kv_heads: {cfg.num_kv_heads}")
@@ -119,11 +121,11 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
     return cfg
 
 
-def resolve_experts(cfg: ModelConfig) -> dict[str, Any]:
+def resolve_experts(cfg: ModelConfig, mlp_size: int) -> dict[str, Any]:
     """The fields of ModelConfig that say what experts there are. Raises ValueError where they do not fit each other."""
-    routed = FAMILIES[cfg.family].experts
+    routed, shared = FAMILIES[cfg.family].experts, FAMILIES[cfg.family].shared_expert
     if not routed:
-        for name in ("num_experts", "experts_per_token", "normalize_routing"):
+        for name in ("num_experts", "experts_per_token", "shared_expert_size", "normalize_routing"):
             if value := getattr(cfg, name):
                 families = " or ".join(name for name, family in FAMILIES.items() if family.experts)
                 raise ValueError(f"{name}: {value}: {cfg.family} has no experts; expected family {families}")
@@ -134,7 +136,10 @@ def resolve_experts(cfg: ModelConfig) -> dict[str, Any]:
     if count > cfg.num_experts:
         raise ValueError(f"experts_per_token: {count}: expected at most num_experts; nearest: {cfg.num_experts}")
     normalize = routed == "normalized" if cfg.normalize_routing is None else cfg.normalize_routing
-    return {"experts_per_token": count, "normalize_routing": normalize}
+    if cfg.shared_expert_size and not shared:
+        raise ValueError(f"shared_expert_size: {cfg.shared_expert_size}: a {cfg.family} has no such expert; nearest: 0")
+    size = (cfg.shared_expert_size or mlp_size) if shared else 0
+    return {"experts_per_token": count, "normalize_routing": normalize, "shared_expert_size": size}
 
 
 def resolve_mlp(cfg: ModelConfig, vocab_size: int) -> ModelConfig:

@@ -207,7 +207,7 @@ def prefill(
         return out
 
     x, layers = common(params, cfg, tokens, positions, tokens.shape[1], attend_to, recur, runtime.compute)
-    feed, memory = feed_forward(cfg, runtime, note), blank_memory(cfg, x)
+    feed, memory = feed_forward(cfg, runtime.hardware, note), blank_memory(cfg, x)
     for i, kind in enumerate(kinds_of(cfg)):
         since = tokens.shape[1] - 1 if i == cfg.num_layers - 1 else 0
         x, memory = block(layers, kind, params["layers"][i], x, feed, memory, since)
@@ -275,7 +275,7 @@ def decode_step(
         return out
 
     x, layers = common(params, cfg, token, position, size + room, attend_to, recur, runtime.compute)
-    feed, memory = feed_forward(cfg, runtime, note), blank_memory(cfg, x)
+    feed, memory = feed_forward(cfg, runtime.hardware, note), blank_memory(cfg, x)
     for layer_params, kind in zip(params["layers"], kinds_of(cfg), strict=True):
         x, memory = block(layers, kind, layer_params, x, feed, memory)
     return normalize(params["final_norm"], x, cfg), updated

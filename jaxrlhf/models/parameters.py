@@ -191,14 +191,24 @@ def mlp_table(cfg: ModelConfig, count: int, kind: LayerKind) -> dict:
 
 
 def expert_table(cfg: ModelConfig) -> dict:
-    """Leafs of all layers' routers and experts, which have biases where the mlp has."""
+    """Leafs of all layers' routers, experts and shared experts. The first two have biases where the mlp has."""
     layers, experts = {"layers": cfg.num_layers}, {"layers": cfg.num_layers, "expert": cfg.num_experts}
     dim, mlp, bias = {"embed_of_expert": cfg.hidden_size}, {"mlp": cfg.mlp_size}, bool(cfg.mlp_bias)
     router = layers | {"embed": cfg.hidden_size, "routes": cfg.num_experts}
     up = lambda: linear_table(experts | dim | mlp, cfg.hidden_size, bias, 1)
     down = linear_table(experts | mlp | dim, cfg.mlp_size, bias, 1, small(cfg))
     own = {"gate": up(), "up": up(), "down": down}
-    return {"router": linear_table(router, cfg.hidden_size, bias, 1), "experts": own}
+    found = {"router": linear_table(router, cfg.hidden_size, bias, 1), "experts": own}
+    return found | ({"shared": shared_table(cfg)} if cfg.shared_expert_size else {})
+
+
+def shared_table(cfg: ModelConfig) -> dict:
+    """Leafs of the expert of each layer that computes every token, and of what weighs it."""
+    layers, dim, mlp = {"layers": cfg.num_layers}, {"embed": cfg.hidden_size}, {"mlp": cfg.shared_expert_size}
+    up = lambda: linear_table(layers | dim | mlp, cfg.hidden_size, False, 1)
+    down = linear_table(layers | mlp | dim, cfg.shared_expert_size, False, 1, small(cfg))
+    share = linear_table(layers | dim | {"score": 1}, cfg.hidden_size, False, 1)
+    return {"gate": up(), "up": up(), "down": down, "share": share}
 
 
 def small(cfg: ModelConfig) -> float:

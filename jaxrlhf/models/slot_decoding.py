@@ -163,7 +163,7 @@ def read_columns(
     places = positions.reshape(side_by_side)
     tokens = tokens.reshape(side_by_side)
     x, layers = common(params, cfg, tokens, places, columns, attend_to, recur, runtime.compute)
-    feed, memory = feed_forward(cfg, runtime), blank_memory(cfg, x)
+    feed, memory = feed_forward(cfg, runtime.hardware), blank_memory(cfg, x)
     for layer_params, kind in zip(params["layers"], kinds_of(cfg), strict=True):
         x, memory = block(layers, kind, layer_params, x, feed, memory)
     return normalize(params["final_norm"], x, cfg).reshape(rows, size, -1), updated

@@ -19,8 +19,9 @@ from jaxrlhf.models.attention.products import head_axis, match_heads
 from jaxrlhf.models.config import LayerType, ModelConfig, head_sizes, rotary_size, row_limit
 from jaxrlhf.models.cpu import scans_layers
 from jaxrlhf.models.delta_net import layer as delta_net
-from jaxrlhf.models.experts import Routed, expert_block, router_load
+from jaxrlhf.models.experts import Routed, router_load
 from jaxrlhf.models.families import FAMILIES
+from jaxrlhf.models.feed_forward import Feed, activation_of, feed_forward
 from jaxrlhf.models.int8 import Part
 from jaxrlhf.models.layer_kinds import LayerKind, kinds_of
 from jaxrlhf.models.layer_scan import Memory, through_layers
@@ -97,65 +98,6 @@ def attention_block(
     mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate[:, since:])
     out = linear(params["out"], mixed, "bshk,hkd->bsd", (heads, "head_dim", "embed"), ("batch", "seq", "hidden"))
     return out, read
-
-
-def activation_of(cfg: ModelConfig) -> Callable[[Array], Array]:
-    """What the family's mlp applies between its maps."""
-    family = FAMILIES[cfg.family]
-    gelu = functools.partial(jax.nn.gelu, approximate=family.activation == "gelu_tanh")
-    return jax.nn.silu if family.activation == "silu" else gelu
-
-
-Gated = Callable[[Array, Array], Array]  # (gate, up), of one shape -> what a gated mlp multiplies with down
-
-
-def gated_by(cfg: ModelConfig) -> Gated:
-    """How the family's gated mlp, and each of its experts, joins what gate and up make of a token."""
-    if FAMILIES[cfg.family].activation == "clamped":
-        return clamped_swiglu
-    activate = activation_of(cfg)
-    return lambda gate, up: activate(gate) * up
-
-
-def clamped_swiglu(gate: Array, up: Array, alpha: float = 1.702, limit: float = 7.0) -> Array:
-    """g sigmoid(alpha g) (u + 1), where g is the gate, at most ``limit``, and u is up, within -/+ ``limit`` (gpt-oss:
-    OpenAI 2025, arXiv:2508.10925)."""
-    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
-
-
-def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
-    wide = ("batch", "seq", "mlp")
-    y = linear(params["up"], x, "bsd,dm->bsm", ("embed", "mlp"), wide)
-    if FAMILIES[cfg.family].gated:
-        y = gated_by(cfg)(linear(params["gate"], x, "bsd,dm->bsm", ("embed", "mlp"), wide), y)
-    else:
-        y = activation_of(cfg)(y)
-    return linear(params["down"], y, "bsm,md->bsd", ("mlp", "embed"), ("batch", "seq", "hidden"))
-
-
-Feed = Callable[[Params, Array], Array]  # (parameters, [B, S, D]) -> [B, S, D]: the second branch of a block
-
-
-def feed_forward(
-    cfg: ModelConfig, runtime: Runtime, note: Callable[[Routed], None] | None = None, kept: Array | None = None
-) -> Feed:
-    """The mlp of a layer, or its experts.
-
-    Args:
-        note: is told what the router said, where there are experts.
-        kept: int[B, S, k], the experts to follow: see experts.route. Of fewer columns in x the last ones count."""
-    if not cfg.num_experts:
-        return lambda params, x: mlp_block(params, cfg, x)
-
-    def feed(params: Params, x: Array) -> Array:
-        own = None if kept is None else kept[:, kept.shape[1] - x.shape[1] :]
-        y, routed = expert_block(params, cfg, x, gated_by(cfg), runtime.hardware, own)
-        if note is not None:
-            note(routed)
-        return y
-
-    return feed
 
 
 class Layers(NamedTuple):
@@ -400,7 +342,8 @@ def hidden_states(
                 last = lambda x: x[:, x.shape[1] - routed.choice.shape[1] :]
                 told.update(router_load(routed, last(counted), None if kept is None else last(kept)))
 
-        return *block(layers, kind, layer_params, x, feed_forward(cfg, runtime, note, kept), memory, since), told
+        feed = feed_forward(cfg, runtime.hardware, note, kept)
+        return *block(layers, kind, layer_params, x, feed, memory, since), told
 
     def layer_of(kind: LayerKind, scanned: bool, since: int) -> Callable:
         return rematerialized(functools.partial(layer, kind, since), runtime, scanned)

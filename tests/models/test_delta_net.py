@@ -1,4 +1,4 @@
-"""Gated delta nets: chunks of columns beside one token after the other, documents, slots, and what learns with them.
+"""Gated delta nets: chunks of columns beside one token after the other, documents.
 
 Padding, packing, shared prompts and meshes of whole models are in test_transformer, test_response_packing and
 test_generate_parity; the numbers of transformers in tests/parity."""
@@ -20,7 +20,6 @@ from jaxrlhf.models.slot_decoding import blank_caches, moved, read_columns, slot
 from jaxrlhf.models.transformer import Runtime, forward, positions_of
 from tests.models.test_transformer import NET, weights
 from tests.support import tiny
-from tests.support.learning import gain_by_grpo
 
 ROWS, COLUMNS, HEADS, KEY, VALUE = 2, 150, 2, 8, 12  # three chunks
 CUTS = [0, 40, 64, 65, 130], [0, 7, 128]  # where documents begin: inside chunks, and where one ends
@@ -221,12 +220,3 @@ def test_states_do_not_grow():
     sizes = lambda caches: [sum(x.size for x in jax.tree.leaves(cache)) for cache in caches]
     linear, attention, last = sizes(caches)
     assert sizes(wider) == sizes(blank_caches(NET, 2, 1, 64, jnp.float32)) == [linear, 8 * attention, last]
-
-
-# ---- what learns ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.nightly  # by day: on text, in tests/run/test_delta_net_runs.py
-def test_grpo_learns():
-    """A reward model of random weights scores higher, iteration after iteration."""
-    assert gain_by_grpo(TINY) > 1

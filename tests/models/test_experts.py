@@ -14,10 +14,11 @@ from jaxrlhf.models.attention.kernels import Hardware
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.cpu import experts_in_blocks
 from jaxrlhf.models.experts import OWN, expert_block, route
+from jaxrlhf.models.feed_forward import feed_forward, gated_by
 from jaxrlhf.models.files.hf_config import describe
 from jaxrlhf.models.grouped import LARGEST_BLOCK, block_size, make_groups
 from jaxrlhf.models.lora import LoraConfig, assemble, merged, targets_of
-from jaxrlhf.models.transformer import Runtime, forward, gated_by
+from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.plan import hlo
 from jaxrlhf.run import state as states
@@ -33,7 +34,11 @@ CPU, TPU = Hardware("cpu"), Hardware("tpu")
 def layer(cfg: ModelConfig = MODEL, seed: int = 0):
     """Parameters of one layer's experts, and 3 x 7 tokens; biases are no zeros, and some units of gpt_oss clamped."""
     params, rng = tiny.parameters(cfg, "lm", seed)["layers"]["mlp"], np.random.default_rng(seed)
-    params = {name: jax.tree.map(lambda x: x[0] * 3, params[name]) for name in ("router", "experts")}
+    params = {
+        name: jax.tree.map(lambda x: x[0] * 3, params[name])
+        for name in ("router", "experts", "shared")
+        if name in params
+    }
     draw = lambda path, x: jnp.asarray(rng.normal(size=x.shape), jnp.float32) if path[-1].key == "bias" else x
     params = jax.tree_util.tree_map_with_path(draw, params)
     if cfg.family == "gpt_oss":
@@ -66,6 +71,20 @@ def by_loop(params, cfg: ModelConfig, x) -> Any:
         weight = jnp.exp(logits[..., number] - jax.nn.logsumexp(among, axis=-1))
         y += jnp.where((order == number).any(-1), weight, 0)[..., None] * applied(part["down"], hidden)
     return y
+
+
+@pytest.mark.parametrize("hardware", [CPU, TPU], ids=["blocks", "ragged_dot"])
+def test_a_shared_expert_computes_every_token(hardware):
+    """Beside those that a router chose, weighed by the sigmoid of a map of the token; here of other features."""
+    cfg = resolve(ModelConfig("qwen3_5_moe_text", num_experts=5, shared_expert_size=20, **SIZES))
+    params, x = layer(cfg)
+    own = jax.tree.map(lambda x: np.asarray(x, np.float64), params["shared"])
+    given = np.asarray(x, np.float64)
+    gate, up, share = (given @ own[name]["kernel"] for name in ("gate", "up", "share"))
+    expected = gate / (1 + np.exp(-gate)) * up @ own["down"]["kernel"] / (1 + np.exp(-share))
+    assert own["up"]["kernel"].shape == (16, 20) and np.abs(expected).max() > 0.1
+    found = feed_forward(cfg, hardware)(params, x)
+    np.testing.assert_allclose(found, expected + by_loop(params, cfg, x), atol=2e-5)
 
 
 PLAIN, NORMALIZED = (dataclasses.replace(MODEL, normalize_routing=normalize) for normalize in (False, True))
@@ -151,6 +170,10 @@ def test_a_kept_choice_is_followed(hardware):
         ),
         ({"num_experts": 4}, "num_experts: 4: llama has no experts; expected family mixtral or qwen3_moe or olmoe"),
         ({"normalize_routing": True}, "normalize_routing: True: llama has no experts; expected family"),
+        (
+            {"family": "qwen3_moe", "num_experts": 4, "shared_expert_size": 8},
+            "shared_expert_size: 8: a qwen3_moe has no such expert; nearest: 0",
+        ),
     ],
 )
 def test_what_does_not_fit_together(fields, line):

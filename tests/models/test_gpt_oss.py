@@ -2,7 +2,6 @@
 
 tests/parity has the numbers of transformers."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -17,12 +16,11 @@ from jaxrlhf.models.attention.kernels import Hardware, choose_kernel, passed_ove
 from jaxrlhf.models.attention.products import attention, bias_of, by_head, merge_copies, split_copies
 from jaxrlhf.models.attention.products import branches as attend_in_parts
 from jaxrlhf.models.config import ModelConfig, resolve
+from jaxrlhf.models.feed_forward import clamped_swiglu
 from jaxrlhf.models.files import hf_config, hf_weights, mxfp4
 from jaxrlhf.models.rope import RopeScaling
-from jaxrlhf.models.transformer import clamped_swiglu
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support import tiny
-from tests.support.learning import gain_by_grpo
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_size": 32}
 MODEL = resolve(ModelConfig("gpt_oss", num_layers=3, num_experts=3, head_dim=16, sliding_window=3, **SIZES))
@@ -306,11 +304,3 @@ def test_damaged_blocks_are_refused(change, line, tmp_path):
     with pytest.raises(ValueError, match=rf".*: {at}{line}") as error:
         hf_weights.load(tmp_path, MODEL, "lm")
     assert "\n" not in str(error.value)
-
-
-# ---- what a model of any family does --------------------------------------------------------------------------------
-
-
-@pytest.mark.nightly  # by day: a mixture of another family, and the gradients of sinks and experts
-def test_grpo_learns():
-    assert gain_by_grpo(dataclasses.replace(MODEL, num_layers=2, layer_types=("local", "global"))) > 0.5

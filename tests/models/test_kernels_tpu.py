@@ -16,10 +16,11 @@ from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.context import forward_split, split_rows
 from jaxrlhf.models.decoding import decode_layout, decode_step, prefill
 from jaxrlhf.models.experts import expert_block, has_experts
+from jaxrlhf.models.feed_forward import gated_by
 from jaxrlhf.models.files.published import published
 from jaxrlhf.models.heads import lm_logits
 from jaxrlhf.models.parameters import Leaf, parameter_table, weight_axes
-from jaxrlhf.models.transformer import Runtime, forward, forward_responses, gated_by
+from jaxrlhf.models.transformer import Runtime, forward, forward_responses
 from jaxrlhf.plan.target import find_target
 from jaxrlhf.sharding import MeshConfig, make_mesh, partition
 from jaxrlhf.types import given

@@ -13,7 +13,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf import sharding
-from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.decoding import decode_layout, prefill
 from jaxrlhf.models.layer_kinds import kinds_of, layers_with, stacks_of
 from jaxrlhf.models.layer_scan import through_layers
@@ -26,7 +25,6 @@ from tests.models.test_transformer import UNEVEN, rows, weights
 from tests.parity.both import read, write_by_law
 from tests.parity.cases import config_of
 from tests.support import tiny
-from tests.support.learning import gain_by_grpo
 
 
 def test_stacks_hold_the_layers_of_one_shape():
@@ -132,11 +130,3 @@ def test_keys_that_published_files_have_and_nothing_reads(tmp_path):
     )
     with pytest.raises(ValueError, match=r"lacks tensors: model\.layers\.3\.self_attn\.k_"):
         read(tmp_path / "model")
-
-
-def test_grpo_learns():
-    """Two layers that read the keys of the first two, and embeddings of layers."""
-    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "num_layers": 3, "num_kv_heads": 2, "mlp_size": 24}
-    layers: dict[str, Any] = {"layer_types": ("local", "global", "global"), "sliding_window": 3, "shared_kv_layers": 1}
-    model = resolve(ModelConfig("gemma4_text", per_layer_size=4, global_head_dim=8, **layers, **sizes))
-    assert gain_by_grpo(model) > 0.5

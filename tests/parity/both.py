@@ -64,7 +64,7 @@ def write_by_law(folder: Path, raw: dict) -> None:
     (folder / "config.json").write_text(json.dumps(raw))
     sources = find_sources(*hf_config.read_config(folder)).values()
     save_file(
-        {name: law(name, source.shape()) for source in sources for name in source.names()},
+        {name: law(name, source.shape(), raw["model_type"]) for source in sources for name in source.names()},
         folder / "model.safetensors",
     )
 

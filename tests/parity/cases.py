@@ -311,6 +311,32 @@ CASES |= {
         "sliding_window": 5,
     },
 }
+SHARED = {**QWEN3_5, "model_type": "qwen3_5_moe_text", "num_experts": 6, "num_experts_per_tok": 2}
+SHARED |= {"rms_norm_eps": 3e-2}  # with 1e-2 one token is ill-conditioned: both differ by 1e-4 from float64
+CASES |= {
+    "qwen3_5_moe_text": {
+        **SHARED,
+        "num_hidden_layers": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_5_moe_text: odd": {  # 3 heads, an order of its own, biases, one expert a token
+        **SHARED,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 12,
+        "num_experts": 5,
+        "num_experts_per_tok": 1,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+}
 OSS = {**MOE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}
 CASES |= {
     # a window, everything, a window; positions as in published files, of which rows have several original contexts
@@ -340,7 +366,7 @@ VALID = np.arange(COLUMNS) >= np.array([[0], [4], [7]])  # left-padded
 POSITIONS = np.maximum(np.cumsum(VALID, 1) - 1, 0)
 
 
-def law(name: str, shape: tuple[int, ...]) -> np.ndarray:
+def law(name: str, shape: tuple[int, ...], family: str = "") -> np.ndarray:
     """The weights of every test here: normal numbers seeded by the tensor's name, about 1 for norms and 0 elsewhere."""
     # files have the first, transformers 5 the second: GPT-NeoX, Mixtral
     for file, theirs in (("embed_out.", "lm_head."), (".block_sparse_moe.", ".mlp."), *MIXTRAL.items()):
@@ -348,7 +374,8 @@ def law(name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape)
     center = 1.0 if len(shape) == 1 and name.endswith(("weight", "layer_scalar")) else 0.0
     # else a norm would divide by what is hardly more than rounding; no sink would weigh, and nothing be clamped
-    size = 1.0 if re.search(r"conv1d|sinks|experts\.gate_up_proj", name) else 0.2
+    wide = r"conv1d|sinks|experts\.gate_up_proj" if family == "gpt_oss" else r"conv1d"
+    size = 1.0 if re.search(wide, name) else 0.2
     return (center + size * noise).astype(np.float32)
 
 
@@ -357,8 +384,8 @@ def law_of_parameter(family: str, name: str, shape: tuple[int, ...]) -> np.ndarr
     one for each."""
     branch, _, rest = name.partition(".mlp.")
     kind = rest.removeprefix("experts.")
-    if family == "gpt_oss" or kind not in ("gate_up_proj", "down_proj"):
-        return law(name, shape)
+    if family in ("gpt_oss", "qwen3_5_moe_text") or kind not in ("gate_up_proj", "down_proj"):
+        return law(name, shape, family)
     each = [f"{branch}.mlp.experts.{expert}" for expert in range(shape[0])]
     if kind == "down_proj":
         return np.stack([law(f"{expert}.down_proj.weight", shape[1:]) for expert in each])

@@ -33,7 +33,8 @@ from tests.support.learning import dpo_loss
 TOLERANCE = 1e-4  # on logits of size 1 to 10, float32
 ROUGH = 0.02  # bfloat16: the mean difference of logits, in their standard deviations
 # where transformers' own bfloat16 is further from its float32: by 3 to 4% in the cases of gated delta nets
-ROUGHER = {"qwen3_5_text": 0.04}
+# and by 6 to 26% where routers choose other experts too
+ROUGHER = {"qwen3_5_text": 0.04, "qwen3_5_moe_text": 0.06}
 LN_2 = 1e-6  # the first loss of DPO, nats
 
 ROOT = tempfile.TemporaryDirectory()
@@ -84,7 +85,9 @@ def files(case: str) -> str:
     assert all(len(list(place.glob("*.safetensors"))) > 1 for place in (folder, ours))
     again = reload(model, ours)
     same_weights(model, again)
-    np.testing.assert_array_equal(their_output(again), their_output(model))
+    # torch rounds grouped products by how tensors lie in memory: a model that it reloads differs from itself by that
+    noise = 1e-5 if cfg.num_experts else 0.0
+    np.testing.assert_allclose(their_output(again), their_output(model), atol=noise, rtol=0)
 
     rng = np.random.default_rng(3)
     draw = lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32)

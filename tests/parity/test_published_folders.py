@@ -57,6 +57,14 @@ WRAPPED = {
         "qwen3_5_vision",
         {},
     ),
+    "Qwen3_5MoeForConditionalGeneration": (
+        "Qwen3_5MoeConfig",
+        {"model_type": "qwen3_5_moe_text", "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24, "linear_num_value_heads": 2}
+        | {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "rms_norm_eps": 3e-2},
+        "qwen3_5_moe_vision",
+        {},
+    ),
     "Gemma4ForConditionalGeneration": (
         "Gemma4Config",
         {"sliding_window": 4, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}

@@ -50,16 +50,21 @@ def learn_on_text(root: Path, run: Path, policy: dict) -> list[dict]:
     return rows
 
 
+# experts with biases, behind attention with sinks and a window
+SINKS = SHAPE | {"family": "gpt_oss", "num_experts": 4, "sliding_window": 4}
+# and with one that all tokens share, behind a gated delta net and gated attention
+SHARED = SHAPE | {"family": "qwen3_5_moe_text", "num_experts": 4, "num_layers": 2, "layer_types": ["linear", "global"]}
+
+
 @pytest.fixture(scope="module")
 def trained(root, tmp_path_factory):
     """(rows of metrics of a run of GRPO, its directory); test_mesh has experts on several devices."""
     run = tmp_path_factory.mktemp("experts") / "run"
-    return learn_on_text(root, run, POLICY), run
+    return learn_on_text(root, run, POLICY | {"architecture": SINKS}), run
 
 
-def test_grpo_of_a_mixture_learns(trained):
-    """More vowels; the first update's ratio is 1, as it follows the sampler's experts."""
-    rows, _ = trained
+def routed(rows: list[dict]) -> None:
+    """The first update's ratio is 1, as it follows the sampler's experts."""
     for row in rows[1:]:
         assert row["policy/ratio"] == pytest.approx(1, abs=1e-5)
         assert row["policy/routing_replaced"] == 0 and row["kl/sampler_mismatch"] < 1e-5
@@ -67,18 +72,22 @@ def test_grpo_of_a_mixture_learns(trained):
         assert 0 < row["policy/expert_load_entropy"] <= np.log(4) + 1e-5 and row["policy/router_z"] > 0
 
 
-@pytest.mark.nightly  # by day: a mixture of another family, above; sinks in tests of attention
-def test_grpo_of_gpt_oss_learns(root, tmp_path):
-    shape = SHAPE | {"family": "gpt_oss", "num_experts": 4, "sliding_window": 4}
-    for row in learn_on_text(root, tmp_path / "run", POLICY | {"architecture": shape})[1:]:
-        assert row["policy/ratio"] == pytest.approx(1, abs=1e-5) and row["policy/routing_replaced"] == 0
+def test_grpo_of_a_mixture_learns(trained):
+    """More vowels."""
+    routed(trained[0])
+
+
+@pytest.mark.nightly  # by day: gpt_oss, above; gated delta nets in test_layer_kinds.py
+@pytest.mark.parametrize("shape", [MOE, SHARED], ids=lambda x: x["family"])
+def test_grpo_of_other_mixtures_learns(shape, root, tmp_path):
+    routed(learn_on_text(root, tmp_path / "run", POLICY | {"architecture": shape}))
 
 
 def test_an_exported_mixture_is_served(trained, tmp_path, one_device):
     """Written for transformers, read again, and decoded in slots as the forward pass has it."""
     export(str(trained[1]), "policy", tmp_path / "hf")
     cfg, head = hf_config.read_config(tmp_path / "hf")
-    assert (cfg.family, cfg.num_experts, cfg.experts_per_token) == ("qwen3_moe", 4, 2)
+    assert (cfg.family, cfg.num_experts, cfg.experts_per_token) == ("gpt_oss", 4, 2)
     params = hf_weights.load(tmp_path / "hf", cfg, head)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 290, (2, 9)), jnp.int32)
 

@@ -156,6 +156,7 @@ CHATS: dict[str, str | None] = {
     "qwen2": "turns",
     "qwen3": "thoughts",
     "qwen3_5_text": "thoughts that the prompt opens",
+    "qwen3_5_moe_text": "thoughts that the prompt opens",
     "phi3": "marks of roles",
     "olmo2": "marks of roles",
     "olmo3": "turns",

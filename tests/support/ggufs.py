@@ -78,6 +78,7 @@ FILES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_5_text": "qwen35",
+    "qwen3_5_moe_text": "qwen35moe",
     "phi3": "phi3",
     "olmo2": "olmo2",
     "olmo3": "olmo2",

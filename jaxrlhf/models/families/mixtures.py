@@ -1,6 +1,7 @@
-"""Mixtures of experts: Mixtral, the mixtures of Qwen 3, OLMoE, and gpt-oss."""
+"""Mixtures of experts: Mixtral, the mixtures of Qwen 3 and Qwen 3.5 (3.6), OLMoE, and gpt-oss."""
 
-from jaxrlhf.models.families.llama import FIELDS, HEAD_NORMS, LLAMA, PLAIN, SILU, WHOLE_NORMS
+from jaxrlhf.models.families import qwen3_5
+from jaxrlhf.models.families.llama import FIELDS, HEAD_NORMS, LLAMA, MAPS, PLAIN, SILU, WHOLE_NORMS
 from jaxrlhf.models.families.traits import Module, Rope, Windows
 
 
@@ -54,6 +55,39 @@ QWEN3_MOE = LLAMA._replace(
     modules=AROUND | HEAD_NORMS | expert_modules("mlp", "gate_proj", "up_proj", "down_proj"),
     aliases={"num_local_experts": "num_experts"},
     windows=Windows(size=4096, switch="use_sliding_window", types=False),
+)
+
+QWEN3_5, BRANCH = qwen3_5.FAMILIES["qwen3_5_text"], "model.layers.{layer}.mlp"
+HALVES = Module(f"{BRANCH}.experts.gate_up_proj", "expert part.mlp embed_of_expert", weight="")
+QWEN3_5_MOE = qwen3_5.QWEN3_5._replace(
+    model_type="qwen3_5_moe_text",
+    classes={"lm": "Qwen3_5MoeForCausalLM"},
+    fields=qwen3_5.QWEN3_5.fields
+    | {
+        "num_kv_heads": ("num_key_value_heads", 2),
+        "mlp_size": ("moe_intermediate_size", 512),
+        "num_experts": ("num_experts", 256),
+        "experts_per_token": ("num_experts_per_tok", 8),
+        "shared_expert_size": ("shared_expert_intermediate_size", 512),
+    },
+    modules={path: module for path, module in qwen3_5.QWEN3_5.modules.items() if path not in DENSE}
+    | {
+        "layers.mlp.router": Module(f"{BRANCH}.gate", "routes embed"),
+        "layers.mlp.experts.gate": HALVES,
+        "layers.mlp.experts.up": HALVES,
+        "layers.mlp.experts.down": Module(f"{BRANCH}.experts.down_proj", "expert embed_of_expert mlp", weight=""),
+        "layers.mlp.shared.share": Module(f"{BRANCH}.shared_expert_gate", "score embed"),
+    }
+    | {
+        f"layers.mlp.shared.{name}": Module(f"{BRANCH}.shared_expert.{name}_proj", MAPS[f"layers.mlp.{name}"].layout)
+        for name in ("gate", "up", "down")
+    },
+    # as transformers writes them; the published files and ours have one tensor for all experts
+    split={
+        path: module
+        for path, module in expert_modules("mlp", "gate_proj", "up_proj", "down_proj").items()
+        if path != "layers.mlp.router"
+    },
 )
 
 OLMOE = QWEN3_MOE._replace(
@@ -128,4 +162,5 @@ FAMILIES = {
         experts="normalized",
         hf=GPT_OSS,
     ),
+    "qwen3_5_moe_text": QWEN3_5._replace(experts="normalized", shared_expert=True, hf=QWEN3_5_MOE),
 }

@@ -74,6 +74,7 @@ class HuggingFace(NamedTuple):
     fixed: dict[str, tuple]  # config.json fields that change the maths -> the values supported (the first where absent)
     modules: dict[str, Module]  # path in our parameters -> the same in the file
     prefix: str  # that base-model files leave out of the names
+    split: Mapping[str, Module] = {}  # of ``modules``: as files have them whose experts have a tensor each
     ignored: str = "(?!)"  # regular expression: tensors that are no weights (buffers of old versions)
     aliases: Mapping[str, str] = {}  # fields that files may call otherwise -> the name in ``fields``
     counts: Mapping[str, tuple[str, int]] = {}  # as ``fields``, of numbers that may be 0
@@ -91,7 +92,7 @@ class Family(NamedTuple):
     """The traits of a family's decoder block, and its names."""
 
     norm: Literal["rms", "layer"]
-    activation: Literal["silu", "gelu_tanh", "gelu", "clamped"]  # clamped: see transformer.clamped_swiglu
+    activation: Literal["silu", "gelu_tanh", "gelu", "clamped"]  # clamped: see feed_forward.clamped_swiglu
     gated: bool  # mlp: down(act(gate(x)) * up(x)), else down(act(up(x)))
     positions: Literal["rope", "learned"]
     hf: HuggingFace
@@ -117,3 +118,4 @@ class Family(NamedTuple):
     # each layer's mlp is experts behind a router; "normalized": the weights of a token's experts sum to 1 unless the
     # config says otherwise
     experts: Literal["plain", "normalized"] | None = None
+    shared_expert: bool = False  # and one more, which computes every token, weighed by a number of its own

@@ -29,6 +29,7 @@ WRAPPERS: dict[str, Wrapper] = {
     "qwen3_5": Wrapper(
         {"lm": "Qwen3_5ForConditionalGeneration", "scalar": "Qwen3_5ForSequenceClassification"}, "qwen3_5_text", False
     ),
+    "qwen3_5_moe": Wrapper({"lm": "Qwen3_5MoeForConditionalGeneration"}, "qwen3_5_moe_text", False),
     "llava": Wrapper({"lm": "LlavaForConditionalGeneration"}, "llama", False),
     "llava_next": Wrapper({"lm": "LlavaNextForConditionalGeneration"}, "llama", False),
     "mistral3": Wrapper({"lm": "Mistral3ForConditionalGeneration"}, "mistral", True),
@@ -55,6 +56,12 @@ SIZES: dict[str, Mapping[str, Any]] = {
         "hidden_size": 4096,
         "intermediate_size": 12288,
         "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+    },
+    "qwen3_5_moe_text": {
+        "vocab_size": 248320,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
         "num_attention_heads": 16,
     },
     "llama": {

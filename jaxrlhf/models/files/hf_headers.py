@@ -50,7 +50,9 @@ def examine(folder: epath.PathLike, cfg: ModelConfig, head: Head) -> Contents:
     tensors = mxfp4.joined(tensors, str(folder)) if "mxfp4" in names.quantized else tensors
     heads = [name.removeprefix(TRL_PREFIX) for name in opened]
     called = {HEAD_NAMES.sub(rf"{SCORE.name}.\1", name): name for name in heads if HEAD_NAMES.fullmatch(name)}
-    sources, has_score = find_sources(cfg, head), f"{SCORE.name}.weight" in tensors
+    first = [f"{module.name.format(layer=0, expert=0)}{module.weight}" for module in names.split.values()]
+    sources = find_sources(cfg, head, split=any(name in tensors for name in first))
+    has_score = f"{SCORE.name}.weight" in tensors
     score = [name for name in (f"{SCORE.name}.weight", f"{SCORE.name}.bias") if name in tensors]
     if head != "scalar":
         left = [*left, *(called[name] for name in score)]

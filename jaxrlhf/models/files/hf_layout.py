@@ -80,11 +80,14 @@ def leaves_of(cfg: ModelConfig, head: Head) -> dict[str, Leaf]:
     return {dotted(path): leaf for path, leaf in flat}
 
 
-def find_sources(cfg: ModelConfig, head: Head) -> dict[str, LeafTensors]:
-    """Path of a leaf -> its tensors, for every leaf but the bias of a scalar head; parts of a tensor in their order."""
+def find_sources(cfg: ModelConfig, head: Head, split: bool = False) -> dict[str, LeafTensors]:
+    """Path of a leaf -> its tensors, for every leaf but the bias of a scalar head; parts of a tensor in their order.
+
+    ``split``: in files whose experts have a tensor each."""
     leaves = leaves_of(cfg, head)
     leaves.pop("head.bias", None)
-    modules = FAMILIES[cfg.family].hf.modules | ({"head": SCORE} if head == "scalar" else {})
+    names = FAMILIES[cfg.family].hf
+    modules = names.modules | (names.split if split else {}) | ({"head": SCORE} if head == "scalar" else {})
     order = {path: place for place, path in enumerate(modules)}
     found, length = {}, {}
     for path, leaf in sorted(leaves.items(), key=lambda item: order[item[0].rpartition(".")[0]]):

@@ -96,6 +96,21 @@ QWEN3_5: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e7, "rotary_fraction
 QWEN3_5 |= {"linear_key_heads": 16, "linear_key_dim": 128, "linear_value_dim": 128, "convolution_size": 4}
 QWEN3_5_0_8B = shape("qwen3_5_text", 248320, 1024, 24, 8, 2, 3584, 262144, tied=True, linear_value_heads=16, **QWEN3_5)
 QWEN3_5_4B = shape("qwen3_5_text", 248320, 2560, 32, 16, 4, 9216, 262144, tied=True, linear_value_heads=32, **QWEN3_5)
+QWEN3_5_35B_A3B = shape(
+    "qwen3_5_moe_text",
+    248320,
+    2048,
+    40,
+    16,
+    2,
+    512,
+    262144,
+    num_experts=256,
+    experts_per_token=8,
+    shared_expert_size=512,
+    linear_value_heads=32,
+    **QWEN3_5,
+)
 GEMMA4: dict[str, Any] = {"norm_eps": 1e-6, "rope_theta": 1e6, "local_rope_theta": 1e4, "rotary_fraction": 0.25}
 GEMMA4 |= {"tied": True, "head_dim": 256, "global_head_dim": 512, "logit_softcap": 30.0}
 E2B: dict[str, Any] = {"sliding_window": 512, "per_layer_size": 256, "shared_kv_layers": 20, "wide_shared_mlp": True}
@@ -141,6 +156,8 @@ SHAPES: dict[str, ModelConfig] = {
     "Qwen/Qwen3.5-0.8B-Base": QWEN3_5_0_8B,
     "Qwen/Qwen3.5-4B": QWEN3_5_4B,
     "Qwen/Qwen3.5-4B-Base": QWEN3_5_4B,
+    "Qwen/Qwen3.5-35B-A3B": QWEN3_5_35B_A3B,
+    "Qwen/Qwen3.5-35B-A3B-Base": QWEN3_5_35B_A3B,
     "meta-llama/Llama-3.1-8B": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-8B-Instruct": LLAMA_3_1_8B,
     "meta-llama/Llama-3.1-70B": LLAMA_3_1_70B,
