@@ -154,6 +154,18 @@ def begun(which: str) -> tiny.Tiny:
     return tiny.build(name, cfg, batch=batch, **kind)
 
 
+def with_first_bias(state: TrainState) -> TrainState:
+    """``state`` with the bias of a reward head that learns as it was drawn, 0.
+
+    Preferences do not identify it: its gradient is rounding alone, which differs between meshes, and which Adam makes
+    steps of full size. All rewards then shift alike, scores and values with them; margins agree to 1e-7."""
+    if "reward" not in state.params:
+        return state
+    head = state.params["reward"]["head"]
+    zero = jax.device_put(np.zeros(head["bias"].shape, head["bias"].dtype), head["bias"].sharding)
+    return state.replace(params=state.params | {"reward": state.params["reward"] | {"head": head | {"bias": zero}}})
+
+
 @functools.cache
 def first_layouts(shape: Shape, which: str) -> TrainState:
     """Shapes and layouts of the state before the first iteration."""
@@ -192,6 +204,7 @@ def ran(shape: Shape, which: str) -> Ran:
         first, (step, tokens, metrics) = layouts(state), (program_of(run.recipe, mesh, state, batch), [], [])
         for iteration in range(iterations):
             state, numbers, sequences = step(state, batch)
+            state = with_first_bias(state)
             tokens.append(np.asarray(sequences.tokens))
             metrics.append({name: float(number) for name, number in numbers.items()})
             if iteration == 0:
@@ -232,7 +245,7 @@ RUNS += [NIGHTLY((2, 2, 2), "quantized"), NIGHTLY((1, 2, 2, 1, 2), "quantized be
 RUNS += [NIGHTLY(shape, "groups") for shape in ((2, 2, 2), (1, 2, 2, 2), (1, 4, 2, 1, 2))]
 RUNS += [NIGHTLY(shape, "plain") for shape in MESHES]
 RUNS += [NIGHTLY((2, 2, 2), name) for name in ("odd", "packed", "trunk", "nine", "wide")]
-RUNS += [NIGHTLY((1, 4, 2, 1, 2), "odd")]
+RUNS += [NIGHTLY(shape, "odd") for shape in ((1, 4, 2, 1, 2), (1, 2, 2, 1, 1, 1, 2))]
 # by day: the cut groups of pmap against one device's whole ones, below
 MAPPED = [NIGHTLY(4, "quantized"), NIGHTLY(4, "muon")]
 MAPPED += [
@@ -248,6 +261,7 @@ MAPPED += [
     )
 ]
 COMPARED = ("loss/", "score/", "kl/", "reward/", "policy/entropy", "policy/sampler", "response/", "group/")
+SHIFTED = ("reward/chosen", "reward/rejected")  # by the reward head's bias within an iteration; reward/margin is not
 
 
 @pytest.mark.parametrize(("shape", "which"), [*RUNS, *MAPPED])
@@ -265,7 +279,7 @@ def compare(alone: Ran, split: Ran, tolerance: float) -> None:
         expected, found = alone.metrics[iteration], split.metrics[iteration]
         assert found.keys() == expected.keys()
         for name in expected:
-            if name.startswith(COMPARED):
+            if name.startswith(COMPARED) and name not in SHIFTED:
                 np.testing.assert_allclose(
                     found[name], expected[name], rtol=0, atol=tolerance, err_msg=f"{name}, {iteration}"
                 )

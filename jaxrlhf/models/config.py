@@ -270,6 +270,9 @@ def check_rope(cfg: ModelConfig) -> None:
         return
     if (scaling.kind == "proportional") != ("proportional" in kinds):
         raise ValueError(f"rope_scaling.kind: {scaling.kind}: not of {cfg.family}; expected {' or '.join(kinds)}")
+    if scaling.kind == "proportional" and width % 2:
+        law = "a proportional law has a frequency for each pair of features"
+        raise ValueError(f"global_head_dim: {width}: {law}; nearest: {width + 1}")
     if size % 2 and scaling.kind == "yarn":
         raise ValueError(f"rope_scaling.kind: yarn: {size} rotated features are an odd number; expected an even one")
     for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():

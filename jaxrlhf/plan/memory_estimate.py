@@ -16,6 +16,7 @@ from jaxrlhf.models.parameters import padded_vocab, parameter_table
 from jaxrlhf.ops.logprobs import STORED_LOGITS
 from jaxrlhf.plan.calls import Models, Passes, PlannedPass
 from jaxrlhf.plan.cost import MASTER, Setup, cache_bytes, chosen_from, heads_here, keys_of_rows
+from jaxrlhf.plan.expert_rows import expert_rows
 from jaxrlhf.plan.mixing import query_features, stream_bytes
 from jaxrlhf.plan.muon import newton_schulz_bytes
 from jaxrlhf.plan.stored import leaves, local, stored_of
@@ -61,11 +62,11 @@ def estimate(passes: Passes, models: Models, setup: Setup) -> Memory:
     copies = 2 if passes.micros > 1 else 1
     gradients = copies * sum(own[role] for role in setup.moments) * MASTER
     saved = sum(kept(one, models[one.role][0], setup) for one in passes.micro if one.role in setup.moments)
-    busy = max((working(one, *models[one.role], setup) for one in passes.micro), default=0.0)
+    busy = max((working(one, *models[one.role], setup, True) for one in passes.micro), default=0.0)
     # matrices are orthogonalised after the backward pass
     tables = [table_of(*models[role], setup.bases.get(role)) for role in setup.newton_schulz]
     orthogonal = max((newton_schulz_bytes(table, setup.mesh) for table in tables), default=0.0)
-    return Memory(arguments, rollout, scoring, gradients + max(saved + 2 * busy, orthogonal))
+    return Memory(arguments, rollout, scoring, gradients + max(saved + busy, orthogonal))
 
 
 def bases_bytes(models: Models, setup: Setup) -> float:
@@ -94,8 +95,9 @@ def rollout_of(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     return weights + cache_bytes(cfg, one, setup) + max(2 * logits, layer_activations(one, cfg, setup))
 
 
-def working(one: PlannedPass, cfg: ModelConfig, head: Head, setup: Setup) -> float:
-    """One pass without a gradient: a layer's activations and weights, the embedding, the head's weights and logits."""
+def working(one: PlannedPass, cfg: ModelConfig, head: Head, setup: Setup, backward: bool = False) -> float:
+    """One pass: a layer's activations and weights, the embedding, the head's weights and logits; with their gradients
+    where it is a ``backward`` one."""
     tensor = setup.tensor
     share = lambda weight: setup.expert if weight.experts else 1
     inside = matrices(cfg, head, tensor)[:-1]
@@ -103,22 +105,22 @@ def working(one: PlannedPass, cfg: ModelConfig, head: Head, setup: Setup) -> flo
     models = 2 if one.kind == "divergence" else 1  # whose logits a chunk has
     whole = models * one.rows * one.read * padded_vocab(cfg) / setup.shards / tensor
     chunk = min(STORED_LOGITS, whole) * 4 * 2
-    return (
-        layer_activations(one, cfg, setup)
-        + 2 * layer
-        + outside(cfg, head, tensor) * setup.compute
-        + (chunk if head in ("lm", "action") else 0)
-    )
+    weights = 2 * layer + outside(cfg, head, tensor) * setup.compute
+    logits = chunk if head in ("lm", "action") else 0
+    return layer_activations(one, cfg, setup, backward) + (2 if backward else 1) * (weights + logits)
 
 
-def layer_activations(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
-    """What is alive inside one layer: the residual stream, the mlp's width, the products of queries and keys; where
-    columns are split, the keys and values of all of them."""
-    tokens = one.tokens / setup.shards
-    wide = max(weight.inputs + weight.outputs for weight in matrices(cfg, "lm", setup.tensor)[:-1])
+def layer_activations(one: PlannedPass, cfg: ModelConfig, setup: Setup, backward: bool = False) -> float:
+    """What is alive inside one layer: the residual stream, the mlp's width or the rows of experts, the products of
+    queries and keys; where columns are split, the keys and values of all of them. ``backward``: their gradients too."""
+    tokens, times = one.tokens / setup.shards, 2 if backward else 1
+    dense = (weight for weight in matrices(cfg, "lm", setup.tensor)[:-1] if not weight.experts)
+    wide = times * tokens * setup.compute * 2 * max(weight.inputs + weight.outputs for weight in dense)
+    rows = expert_rows(one, cfg, setup)
     mixing = max(stored_products(one, cfg, setup), chunk_states(one, cfg, setup))
     mixing += keys_of_rows(cfg, one, setup) * (setup.context > 1)
-    return tokens * setup.compute * (2 * cfg.hidden_size + 2 * wide) + mixing
+    stream = tokens * setup.compute * 2 * cfg.hidden_size
+    return times * (stream + mixing) + max(wide, rows.backward if backward else rows.forward)
 
 
 def stored_products(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
@@ -134,14 +136,15 @@ def chunk_states(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
 
 def kept(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     """What a forward pass keeps for its backward pass, of all layers: activations, never a gathered weight."""
-    tokens = one.tokens / setup.shards
-    wide = sum(weight.layers * weight.outputs for weight in matrices(cfg, "lm", setup.tensor)[:-1])
+    tokens, rows = one.tokens / setup.shards, expert_rows(one, cfg, setup)
+    dense = (weight for weight in matrices(cfg, "lm", setup.tensor)[:-1] if not weight.experts)
+    wide = sum(weight.layers * weight.outputs for weight in dense)
     layers, mixed = cfg.num_layers, sum(attending(cfg).values())
     if setup.remat == "full":
         return tokens * cfg.hidden_size * layers * setup.compute
     if setup.remat == "dots":
         gathered = 0 if setup.stored_attention else query_features(cfg, setup.tensor)  # kept: see kernels.SAVED
-        return tokens * (cfg.hidden_size * layers + wide + gathered) * setup.compute
+        return tokens * (cfg.hidden_size * layers + wide + gathered) * setup.compute + layers * rows.kept_products
     every = tokens * (layers * (2 * 4 + 4 * setup.compute) * cfg.hidden_size + 2 * wide * setup.compute)
     mixing = stored_products(one, cfg, setup) * mixed + chunk_states(one, cfg, setup) * (layers - mixed)
-    return every + mixing
+    return every + mixing + layers * rows.kept_all

@@ -109,6 +109,10 @@ LONGROPE = RopeScaling("longrope", 4.0, original_max_positions=16, short_factor=
         (GEMMA4 | {"query_pre_attn_scalar": 16}, "query_pre_attn_scalar: 16: a gemma4_text does not divide products"),
         (GEMMA4 | {"rope_scaling": RopeScaling("linear", 2.0)}, "rope_scaling.kind: linear: not of gemma4_text"),
         ({"rope_scaling": RopeScaling("proportional")}, "rope_scaling.kind: proportional: not of llama"),
+        (  # nor does transformers compute it
+            GEMMA4 | {"rope_scaling": RopeScaling("proportional"), "global_head_dim": 17, "rotary_fraction": 0.25},
+            "global_head_dim: 17: a proportional law has a frequency for each pair of features; nearest: 18",
+        ),
         ({"family": "smollm3", "sliding_window": 4}, "sliding_window: 4: a smollm3 has no local layers; nearest: 0"),
     ],
 )
