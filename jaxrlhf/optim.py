@@ -130,7 +130,8 @@ class Recent(NamedTuple):
 
 def keep_recent() -> optax.GradientTransformation:
     """Changes no update: holds the state of ``notice_spike``."""
-    start = lambda params: Recent(jnp.full((2, WINDOW), jnp.nan))
+    # a weakly typed NaN would come out of an update as another type, and the program be compiled again
+    start = lambda params: Recent(jnp.full((2, WINDOW), jnp.nan, jnp.float32))
     return optax.GradientTransformation(start, lambda updates, state, params=None: (updates, state))
 
 

@@ -138,6 +138,7 @@ def test_a_spike_is_one_of_the_last_updates_by_hand():
         if counts and np.isfinite(pair).all():
             seen.append(pair)
     np.testing.assert_array_equal(optax.tree.get(state, "recent"), np.array(seen[-WINDOW:]).T)
+    assert notice._cache_size() == 1, "the state comes out as it went in, also in whether its type is weak"
 
 
 def test_without_spike_sigmas_nothing_is_kept_of_updates():

@@ -7,12 +7,13 @@ import jax
 import pytest
 
 from jaxrlhf.config.batch import asked_parts
-from jaxrlhf.config.load import parse
+from jaxrlhf.config.load import load, parse
 from jaxrlhf.config.record import Config, PrecisionConfig
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.plan.calls import PlannedPass, models_of, passes_of
+from jaxrlhf.plan.expert_rows import expert_rows
 from jaxrlhf.plan.memory_estimate import estimate, rollout_of, stored
 from jaxrlhf.plan.search import candidates, differences, settings, setup_of, with_micro
 from jaxrlhf.plan.shapes import blueprint
@@ -21,7 +22,7 @@ from jaxrlhf.run.batch_shapes import batch_shapes
 from jaxrlhf.run.initial_state import abstract_state
 from jaxrlhf.run.programs import compile_programs
 from jaxrlhf.sharding import MeshConfig, current, make_mesh
-from jaxrlhf.tpu.peaks import CHIPS
+from jaxrlhf.tpu.peaks import CHIPS, GIB
 
 EIGHT = Target("v5e:2x4", CHIPS["v5e"], 8, 1, [None] * 8)
 FACTOR = 2.0  # how far the estimate of the peak may be from XLA's, either way
@@ -85,7 +86,12 @@ ESTIMATED = {
 }
 
 
-OFTEN = ("sft, fsdp",)
+# 4 devices share 8 experts, each of which has the places of 4 devices' tokens
+MIXTURE = "{family: qwen3_moe, vocab_size: 512, hidden_size: 128, num_layers: 2, num_heads: 4, num_kv_heads: 4, "
+MIXTURE += "head_dim: 32, mlp_size: 96, num_experts: 8, experts_per_token: 2, max_positions: 512}"
+ESTIMATED["sft, experts"] = SFT.replace(MODEL, MIXTURE), MeshConfig(1, 2, 1, expert=4), {}
+ESTIMATED["ppo, experts and tensor"] = PPO.replace(MODEL, MIXTURE), MeshConfig(1, 2, 2, expert=2), {}
+OFTEN = ("sft, fsdp", "sft, experts")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +239,43 @@ def test_quantised_bases_by_hand(kind, layer):
     with jax.set_mesh(drawn.mesh):
         state = abstract_state(drawn)
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim) == found[1]
+
+
+def test_rows_of_experts_by_hand():
+    """Eight chips, two halves of 4 that share 8 experts. A chip has 8 rows of 128 tokens, its group 4,096 tokens, which
+    choose 2 experts each: 8,192 places."""
+    cfg = config(SFT.replace(MODEL, MIXTURE), MeshConfig(1, 2, 1, expert=4))
+    _, passes, models, setup = drawn_for(cfg)
+    (one,), (shape, _) = passes.micro, models["policy"]
+    rows = expert_rows(one, shape, setup)
+    assert rows.gathered == 4096 * 128 * 4 and rows.wide == 8192 * 128 * 4 and rows.inner == 8192 * 96 * 4
+    assert rows.backward == 2 * rows.gathered + 7 * rows.wide + 3 * rows.inner
+    half = expert_rows(one, shape, setup._replace(compute=2))  # but for the gradient of the results, float32
+    assert half.backward == (rows.backward + rows.gathered) / 2
+    for remat, kept in {"none": 2 * rows.wide + 6 * rows.inner, "dots": rows.wide + 2 * rows.inner, "full": 0}.items():
+        both = [estimate(passes, models, setup._replace(remat=remat, mesh=setup.mesh | mesh)) for mesh in ({}, TWICE)]
+        more = both[1].update - both[0].update  # of layers, their experts' kernels and the places of as many tokens
+        assert more > shape.num_layers * kept + rows.backward - rows.gathered, remat
+    dense = expert_rows(one, drawn_for(config(SFT, MeshConfig(1, 8, 1)))[2]["policy"][0], setup)
+    assert dense.forward == dense.backward == dense.kept_all == dense.kept_products == 0
+
+
+TWICE = {"fsdp": 1, "expert": 8}  # a chip has as many tokens, and twice the places
+
+
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [("grpo_qwen3_30b_a3b", 26.50), ("grpo_gpt_oss_20b", 25.46)],  # GiB of "learn" on v6e:8x8, libtpu 0.0.52
+)
+def test_mixtures_are_counted_as_a_tpu_compiler_has_them(name, compiled):
+    """Within a quarter, on 64 chips; without libtpu, so drawn for 8 devices: passes depend on rows alone."""
+    cfg = load(f"configs/gsm8k/{name}.yaml", [])
+    tensor = cfg.mesh.tensor
+    eight = dataclasses.replace(cfg, mesh=MeshConfig(1, -1, 1, expert=8), attention="auto")
+    _, passes, models, setup = drawn_for(eight)
+    mesh = setup.mesh | {"fsdp": 8 // tensor, "tensor": tensor}
+    found = estimate(passes, models, setup._replace(mesh=mesh))
+    assert compiled / 1.25 < found.peak / GIB < compiled * 1.25, found
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
