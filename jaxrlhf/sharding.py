@@ -143,14 +143,31 @@ def current(mesh: Mesh) -> Iterator[None]:
 def in_steps(mesh: Mesh) -> bool:
     """Whether weights are better gathered within decode groups first, then over fsdp, and their gradients scattered the
     other way round: where all of fsdp (and context) lies along three axes of a torus, and that of one decode rank
-    along fewer.
+    along fewer; or where it is a ``whole_square``, and that of one decode rank is not.
 
     XLA:TPU (libtpu 0.0.52, v5p) gathers and scatters along one axis or two; along three it sums whole weights, of zeros
     but for each device's part, which sends twice the bytes."""
     if is_pmap(mesh):
         return False
     devices = sharing(mesh)
-    return torus_axes(devices) > 2 >= torus_axes(devices[:, :1, :1])
+    part = devices[:, :1, :1]
+    return torus_axes(devices) > 2 >= torus_axes(part) or (whole_square(mesh) and part.size < devices.size)
+
+
+def whole_square(mesh: Mesh) -> bool:
+    """Whether a copy of the weights is shared by all chips of a slice of n x n, n > 2.
+
+    XLA:TPU (libtpu 0.0.52; v5e, v6e and v5p of 4x4, 8x8, 16x16) then sums whole gradients and keeps a part, also where
+    it is asked for psum_scatter: twice the bytes. It gathers as elsewhere, and scatters over 2x4, 4x8 or a part of the
+    slice, into pieces of any size."""
+    return not is_pmap(mesh) and sharing(mesh).size == mesh.devices.size and is_square(mesh.devices)
+
+
+def is_square(devices: np.ndarray) -> bool:
+    """Whether these lie on n x n places of a torus, n > 2."""
+    places = [device.coords for device in devices.flat if hasattr(device, "coords")]
+    sides = sorted(len(set(axis)) for axis in zip(*places))
+    return len(sides) > 1 and sides[-1] == sides[-2] > 2 and sides[-1] ** 2 == devices.size
 
 
 def sharing(mesh: Mesh) -> np.ndarray:

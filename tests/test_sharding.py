@@ -205,12 +205,25 @@ def torus(shape: tuple[int, int, int], fsdp: int, decode: int, context: int = 1)
         ((4, 4, 4), 64, 1, False, True),
         ((4, 4, 4), 64, 2, False, True),  # half of an axis: the other half goes on with the two
         ((4, 4, 4), 16, 4, False, False),  # two axes
-        ((16, 16, 1), 256, 16, False, False),
+        ((16, 8, 1), 128, 16, False, False),
+        ((16, 16, 1), 256, 16, True, False),  # all of a square
+        ((4, 4, 1), 16, 2, True, False),
+        ((4, 4, 1), 16, 1, False, False),  # no steps: gradients alone are summed whole
+        ((4, 4, 1), 8, 2, False, False),
+        ((2, 2, 1), 4, 2, False, False),
     ],
 )
-def test_weights_move_in_steps_along_three_axes(shape, fsdp, decode, steps, whole):
+def test_weights_move_in_steps_along_three_axes_and_in_squares(shape, fsdp, decode, steps, whole):
     mesh = torus(shape, fsdp, decode)
     assert (sharding.in_steps(mesh), sharding.sums_whole(mesh)) == (steps, whole)
+
+
+def test_a_square_is_all_of_a_slice():
+    """And more than 2 x 2; devices that lie nowhere are none."""
+    assert sharding.whole_square(torus((4, 4, 1), 16, 1)) and sharding.whole_square(torus((8, 8, 1), 16, 2, 4))
+    for mesh in (torus((4, 4, 1), 8, 1), torus((4, 8, 1), 32, 1), torus((2, 2, 1), 4, 1), torus((4, 4, 4), 64, 1)):
+        assert not sharding.whole_square(mesh)
+    assert not sharding.is_square(np.array(jax.devices()[:4]))
 
 
 def test_context_shares_weights_as_fsdp_does():

@@ -58,6 +58,7 @@ class Setup(NamedTuple):
     stored_attention: bool = True  # products of queries and keys go through HBM (models/attention.attention)
     int8: tuple[Part, ...] = ()  # what decoding reads as 8 bits
     sums: bool = False  # see sharding.sums_whole
+    square: bool = False  # gradients are summed whole: see sharding.whole_square
     bases: Mapping[Role, Based] = MappingProxyType({})  # the roles that share frozen weights
     laid: bool = False  # weights are laid out for decoding: whole, but for tensor and experts
     merged: bool = True  # decoding reads adapters merged into their base; False: beside a quantised one
@@ -224,7 +225,7 @@ def backward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> De
     once, based = forward(cfg, head, one, setup), setup.bases.get(one.role)
     data = setup.mesh["data"]
     size, stored = (elements * setup.compute for elements in used_and_stored(cfg, head, setup, based))
-    scattered = setup.sent * (size - stored) + 2 * stored * (data - 1) / data
+    scattered = max(setup.sent, 1 + setup.square) * (size - stored) + 2 * stored * (data - 1) / data
     sums, frozen = tensor_sums(cfg, one.tokens / setup.shards, setup), 0.0
     if based is not None:
         *inside, last = matrices(cfg, head, setup.tensor)

@@ -25,7 +25,7 @@ from jaxrlhf.plan.stored import stored_of
 from jaxrlhf.plan.target import Target
 from jaxrlhf.plan.weights import table_of
 from jaxrlhf.run.build import Blueprint
-from jaxrlhf.sharding import AXES, MeshConfig, context_of, make_mesh, mesh_shape, sums_whole, torus_axes
+from jaxrlhf.sharding import AXES, MeshConfig, context_of, is_square, make_mesh, mesh_shape, sums_whole, torus_axes
 from jaxrlhf.types import Role
 
 ROOM = 0.9  # of the memory that there is: estimates are no better
@@ -48,7 +48,9 @@ def setup_of(cfg: Config, devices: list, drawn: Blueprint) -> Setup:
     stored = cfg.attention == "xla"  # on TPUs auto is splash
     sums = torus_axes(np.array(devices)) > 2 and sums_whole(make_mesh(cfg.mesh, devices))
     compute, bases = BYTES[cfg.precision.compute], resolve_config(cfg).bases
-    more = cfg.generate.int8, sums, bases, False, cfg.generate.merge_adapter
+    # in steps, which decode groups and context give, gradients are scattered
+    square = is_square(np.array(devices)) and sizes["fsdp"] == len(devices)
+    more = cfg.generate.int8, sums, square, bases, False, cfg.generate.merge_adapter
     muon = {role: row.newton_schulz_steps for role in moments if (row := cfg.optimizer_of(role)).name == "muon"}
     setup = Setup(sizes, compute, params, moments, muon, cfg.remat, stored, *more)
     second = {role: MASTER * matrix_share(drawn, role, setup) for role in muon}  # what Adam would keep of matrices
