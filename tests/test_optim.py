@@ -125,7 +125,8 @@ def test_a_spike_is_one_of_the_last_updates_by_hand():
     """Against NumPy, update by update: nothing before half a window, then what is above mean + 3 deviations."""
     random, sigmas, seen = np.random.default_rng(0), 3.0, []
     optimizer = make_optimizer(OptimizerConfig(spike_sigmas=sigmas), 8)
-    state, notice = optimizer.init({"kernel": jnp.zeros(1)}), jax.jit(notice_spike, static_argnums=3)
+    notice: Any = jax.jit(notice_spike, static_argnums=3)
+    state = optimizer.init({"kernel": jnp.zeros(1)})
     for update in range(WINDOW + 40):
         pair = random.normal(size=2).astype(np.float32) + (8 if update in (10, WINDOW // 2, WINDOW + 20) else 0)
         counts = update % 7 != 5

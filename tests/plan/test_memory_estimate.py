@@ -253,7 +253,9 @@ def test_rows_of_experts_by_hand():
     half = expert_rows(one, shape, setup._replace(compute=2))  # but for the gradient of the results, float32
     assert half.backward == (rows.backward + rows.gathered) / 2
     for remat, kept in {"none": 2 * rows.wide + 6 * rows.inner, "dots": rows.wide + 2 * rows.inner, "full": 0}.items():
-        both = [estimate(passes, models, setup._replace(remat=remat, mesh=setup.mesh | mesh)) for mesh in ({}, TWICE)]
+        both = [
+            estimate(passes, models, setup._replace(remat=remat, mesh={**setup.mesh, **mesh})) for mesh in ({}, TWICE)
+        ]
         more = both[1].update - both[0].update  # of layers, their experts' kernels and the places of as many tokens
         assert more > shape.num_layers * kept + rows.backward - rows.gathered, remat
     dense = expert_rows(one, drawn_for(config(SFT, MeshConfig(1, 8, 1)))[2]["policy"][0], setup)
@@ -273,7 +275,7 @@ def test_mixtures_are_counted_as_a_tpu_compiler_has_them(name, compiled):
     tensor = cfg.mesh.tensor
     eight = dataclasses.replace(cfg, mesh=MeshConfig(1, -1, 1, expert=8), attention="auto")
     _, passes, models, setup = drawn_for(eight)
-    mesh = setup.mesh | {"fsdp": 8 // tensor, "tensor": tensor}
+    mesh = {**setup.mesh, "fsdp": 8 // tensor, "tensor": tensor}
     found = estimate(passes, models, setup._replace(mesh=mesh))
     assert compiled / 1.25 < found.peak / GIB < compiled * 1.25, found
 
