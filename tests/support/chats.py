@@ -192,6 +192,8 @@ def check(shape: Shape) -> None:
     assert text_of(demonstration, chat) == shape.prompt + shape.answer
     assert learnt(demonstration, chat) == [shape.answer]
     assert chat.convert_tokens_to_ids(shape.end) in eos_ids(chat)
+    later = [USER, SAID, USER, SAID | {"content": "No."}]
+    assert learnt(demonstrate(chat, later), chat) == [shape.answer.replace("Yes.", "No.")]
     if shape.system is None:
         with pytest.raises(BadRecord, match="refuses the messages"):
             encode_prompt({"messages": [SYSTEM, USER]}, chat)

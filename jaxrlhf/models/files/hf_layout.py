@@ -87,7 +87,7 @@ def find_sources(cfg: ModelConfig, head: Head, split: bool = False) -> dict[str,
     leaves = leaves_of(cfg, head)
     leaves.pop("head.bias", None)
     names = FAMILIES[cfg.family].hf
-    modules = names.modules | (names.split if split else {}) | ({"head": SCORE} if head == "scalar" else {})
+    modules = {**names.modules, **(names.split if split else {}), **({"head": SCORE} if head == "scalar" else {})}
     order = {path: place for place, path in enumerate(modules)}
     found, length = {}, {}
     for path, leaf in sorted(leaves.items(), key=lambda item: order[item[0].rpartition(".")[0]]):
