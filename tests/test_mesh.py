@@ -90,6 +90,10 @@ BESIDE = "grpo", resolve(SHARED), GRPOConfig(num_minibatches=2), 2, 4
 # cuts
 QUANTIZED = *ADAPTERS_VALUE[:-1], LORA | {"quantization": "nf4"}
 QUANTIZED_BESIDE = *GROUPS, LORA | {"quantization": "nf4", "merge_adapter": False}
+# adapters with magnitudes; on 8 bits, which decoding reads beside them
+DORA = {"lora": LoraConfig(rank=2, alpha=8.0, dora=True)}
+DORA_VALUE = *ADAPTERS_VALUE[:-1], DORA
+DORA_BESIDE = *GROUPS, DORA | {"quantization": "int8", "merge_adapter": False}
 MUON = *EXPERTS, {"optimizer": dataclasses.replace(tiny.ADAM, name="muon")}
 CASES: dict[str, tuple] = {
     "muon": MUON,
@@ -98,6 +102,8 @@ CASES: dict[str, tuple] = {
     "shared expert": BESIDE,
     "adapters": ADAPTERS,
     "adapters value": ADAPTERS_VALUE,
+    "dora value": DORA_VALUE,
+    "dora beside": DORA_BESIDE,
     "quantized": QUANTIZED,
     "quantized beside": QUANTIZED_BESIDE,
     "adapters packed": ADAPTERS_PACKED,
@@ -189,7 +195,7 @@ def ran(shape: Shape, which: str) -> Ran:
         "adapters packed",
         "adapters trunk",
     )
-    few += ("quantized", "quantized beside", "muon", "sinks", "shared expert")
+    few += ("quantized", "quantized beside", "dora value", "dora beside", "muon", "sinks", "shared expert")
     iterations = 2 if which in few else ITERATIONS
     compiled: list[str] = []
 
@@ -242,12 +248,15 @@ RUNS += [NIGHTLY(shape, "shared expert") for shape in ((1, 2, 2, 1, 1, 2), (1, 2
 RUNS += [NIGHTLY(shape, "muon") for shape in ((1, 2, 2, 1, 2), (1, 2, 2, 1, 1, 2))]
 # by day: models/test_quantized, one forward and backward pass
 RUNS += [NIGHTLY((2, 2, 2), "quantized"), NIGHTLY((1, 2, 2, 1, 2), "quantized beside")]
+# by day: models/test_dora, one forward and backward pass
+RUNS += [NIGHTLY((2, 2, 2), "dora value"), NIGHTLY((1, 2, 2, 1, 2), "dora beside")]
+RUNS += [NIGHTLY((1, 1, 2, 1, 1, 1, 2), "dora value")]
 RUNS += [NIGHTLY(shape, "groups") for shape in ((2, 2, 2), (1, 2, 2, 2), (1, 4, 2, 1, 2))]
 RUNS += [NIGHTLY(shape, "plain") for shape in MESHES]
 RUNS += [NIGHTLY((2, 2, 2), name) for name in ("odd", "packed", "trunk", "nine", "wide")]
 RUNS += [NIGHTLY(shape, "odd") for shape in ((1, 4, 2, 1, 2), (1, 2, 2, 1, 1, 1, 2))]
 # by day: the cut groups of pmap against one device's whole ones, below
-MAPPED = [NIGHTLY(4, "quantized"), NIGHTLY(4, "muon")]
+MAPPED = [NIGHTLY(4, "quantized"), NIGHTLY(4, "muon"), NIGHTLY(4, "dora value")]
 MAPPED += [
     NIGHTLY(*case)
     for case in (

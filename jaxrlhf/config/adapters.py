@@ -12,7 +12,7 @@ from jaxrlhf.models.lora import ALL, BASE, TARGETS, Based, LoraConfig
 from jaxrlhf.models.quantized import Quantization
 from jaxrlhf.types import Role
 
-SHAPE = ("rank", "alpha", "targets", "rslora")  # what the adapters of one folder have in common
+SHAPE = ("rank", "alpha", "targets", "rslora", "dora")  # what the adapters of one folder have in common
 
 
 def chain(cfg: Config, role: Role) -> list[Role]:

@@ -26,7 +26,7 @@ from jaxrlhf.models.delta_net.layer import Streams
 from jaxrlhf.models.experts import Routed
 from jaxrlhf.models.int8 import Int8, quantized
 from jaxrlhf.models.layer_kinds import LayerKind, kinds_of
-from jaxrlhf.models.linear import LORA_A, LORA_B, OUT_FIRST, gathered, in_int8, out_first, used_whole
+from jaxrlhf.models.linear import DORA_SCALE, LORA_A, LORA_B, OUT_FIRST, gathered, in_int8, out_first, used_whole
 from jaxrlhf.models.lora import merged
 from jaxrlhf.models.norms import normalize
 from jaxrlhf.models.parameters import Leaf, inputs, layer_at, parameter_table, weight_axes
@@ -128,7 +128,8 @@ def decode_layout(params: Params, cfg: ModelConfig, head: Head, runtime: Runtime
 
 
 def beside(table: dict, params: Params, compute) -> Params:
-    """A linear map whose kernel is quantised, as decoding reads it: gathered as it is, A and B beside it."""
+    """A linear map whose kernel is quantised, as decoding reads it: gathered as it is, A and B beside it, and the scale
+    of its outputs in float32."""
     leaf = table["kernel"]
     axes = weight_axes(leaf)[len(leaf.axes) - params["kernel"][0].ndim :]
     ins, found = inputs(axes), {}
@@ -138,6 +139,8 @@ def beside(table: dict, params: Params, compute) -> Params:
     for name, own in others.items():
         if name in params:
             found[name] = constrain(constrain(params[name].astype(compute), *own), *gathered(own))
+    if DORA_SCALE in params:
+        found[DORA_SCALE] = constrain(params[DORA_SCALE], *gathered(axes[ins:]))
     return found | {"kernel": used_whole(placed(params["kernel"], axes), axes)}
 
 

@@ -19,6 +19,8 @@ from jaxrlhf.types import Array, Params
 PRODUCT = "product"  # the name under which remat policies may keep what a linear map's product is
 OUT_FIRST = "kernel_out_first"  # in place of "kernel" in a linear map that ``out_first`` made
 LORA_A, LORA_B = "lora_a", "lora_b"  # beside "kernel" in a linear map with an adapter: see models/lora.py
+MAGNITUDE = "magnitude_change"  # beside them: what is learned of each output's magnitude; see models/dora.py
+DORA_SCALE = "dora_scale"  # in its place where the map is computed: by how much each output is multiplied
 
 
 def gathered(axes: Axes) -> Axes:
@@ -27,7 +29,8 @@ def gathered(axes: Axes) -> Axes:
 
 
 def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, dtype=None) -> Array:
-    """einsum(equation, x, kernel) + bias, in x's dtype (or ``dtype``, the type of the sum); and (x A) B beside it.
+    """einsum(equation, x, kernel) + bias, in x's dtype (or ``dtype``, the type of the sum); and (x A) B beside it, all
+    but the bias times a scale for each output where there is one.
 
     ``axes`` are the kernel's logical axes and ``out_axes`` the result's. A kernel split over fsdp is gathered here,
     so its gradient is scattered here; a contraction over a split axis (heads, mlp) is summed over the mesh. Whatever
@@ -43,6 +46,8 @@ def linear(params: Params, x: Array, equation: str, axes: Axes, out_axes: Axes, 
     y = checkpoint_name(y, PRODUCT)
     if LORA_A in params:
         y = y + low_rank(params[LORA_A], params[LORA_B], x, equation, axes, out_axes, dtype)
+    if DORA_SCALE in params:
+        y = scale_outputs(y, constrain(params[DORA_SCALE], *gathered(axes[inputs(axes) :])))
     return plus_bias(params, y, axes)
 
 
@@ -71,6 +76,25 @@ def low_rank(a: Array, b: Array, x: Array, equation: str, axes: Axes, out_axes: 
     down, up = f"{left},{summed}r->{rows}r", f"{rows}r,r{made}->{out}"
     narrow = gathered_product(a, x, down, (*axes[:count], "rank"), (*within, "rank"))
     return gathered_product(b, checkpoint_name(narrow, PRODUCT), up, ("rank", *axes[count:]), out_axes, dtype)
+
+
+@jax.custom_vjp
+def scale_outputs(y: Array, scale: Array) -> Array:
+    """y [..., outputs] times ``scale`` f32[outputs], in y's dtype, in which it is kept for the backward pass."""
+    return (y * scale).astype(y.dtype)
+
+
+def scale_outputs_forward(y: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    return scale_outputs(y, scale), (y, scale)
+
+
+def scale_outputs_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    y, scale = kept
+    rows = tuple(range(y.ndim - scale.ndim))
+    return (dy * scale).astype(y.dtype), (dy.astype(jnp.float32) * y.astype(jnp.float32)).sum(rows)
+
+
+scale_outputs.defvjp(scale_outputs_forward, scale_outputs_backward)
 
 
 def gather(kernel: Array, axes: Axes) -> Array:

@@ -4,9 +4,11 @@
 
 A role with an adapter learns A and B alone. W is in the frozen base, which several roles share. Their parameters are
 put together by ``assemble``, which copies nothing; ``linear`` adds the product where it finds A and B beside a kernel.
+With ``dora`` each output has a magnitude that learns, too: see dora.py.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -16,8 +18,9 @@ import jax.numpy as jnp
 
 from jaxrlhf.errors import nearest
 from jaxrlhf.models.config import MLP, ModelConfig
+from jaxrlhf.models.dora import with_scales
 from jaxrlhf.models.layer_kinds import Part, part_of
-from jaxrlhf.models.linear import LORA_A, LORA_B, layout
+from jaxrlhf.models.linear import DORA_SCALE, LORA_A, LORA_B, MAGNITUDE, layout
 from jaxrlhf.models.parameters import Leaf, draw_table, inputs, parameter_table, scalar_table
 from jaxrlhf.models.quantized import PACKED, Quantization, unpacked
 from jaxrlhf.sharding import explicit
@@ -43,13 +46,14 @@ class LoraConfig:
     targets: tuple[str, ...] = (ALL,)  # query, key, value, out, gate, up, down, delta_*, per_layer_*; all-linear: all
     dropout: float = 0.0  # only 0: a policy must give what it sampled the same log-probs when it learns
     rslora: bool = False  # count the product alpha / sqrt(rank) times (Kalajdzievski 2023)
+    dora: bool = False  # learn each output's magnitude apart from its direction (Liu et al. 2024), as PEFT's use_dora
     init: Literal["kaiming_uniform", "gaussian"] = "kaiming_uniform"  # of A, as PEFT has it; B starts at 0
     init_from: str | None = None  # a folder that PEFT (or export --adapter) wrote, in place of new A and B
 
     @property
     def shape(self) -> tuple:
         """What two adapters have in common whose leaves may take each other's place."""
-        return self.rank, self.scale, frozenset(self.targets)
+        return self.rank, self.scale, frozenset(self.targets), self.dora
 
     @property
     def scale(self) -> float:
@@ -96,8 +100,9 @@ def stacks_with(layers: Mapping[str, Mapping], target: str) -> list[str]:
 def adapter_table(cfg: ModelConfig, lora: LoraConfig) -> dict:
     """The Leafs of an adapter: {"layers": {"attention": {"query": {"lora_a", "lora_b"}, ...}, "mlp": ...}}.
 
-    A is [layers, inputs, rank] and B [layers, rank, outputs], with the kernel's axes of inputs and outputs. A starts as
-    PEFT's: uniform within 1 / sqrt(inputs), or normal with deviation 1 / rank. Raises ValueError as targets_of."""
+    A is [layers, inputs, rank] and B [layers, rank, outputs], with the kernel's axes of inputs and outputs; with
+    ``dora`` a "magnitude_change" [layers, outputs] is beside them. A starts as PEFT's: uniform within 1 / sqrt(inputs),
+    or normal with deviation 1 / rank. Raises ValueError as targets_of."""
     layers, found = parameter_table(cfg, "lm")["layers"], {}
     places = [(stack, target) for target in targets_of(cfg, lora) for stack in stacks_with(layers, target)]
     for stack, name in places:
@@ -114,6 +119,9 @@ def adapter_table(cfg: ModelConfig, lora: LoraConfig) -> dict:
         )
         b = Leaf((kernel.shape[0], lora.rank, *kernel.shape[ins:]), ("layers", "rank", *kernel.axes[ins:]), "zeros")
         found.setdefault(stack, {})[name] = {LORA_A: a, LORA_B: b}
+        if lora.dora:
+            shape, axes = (kernel.shape[0], *kernel.shape[ins:]), ("layers", *kernel.axes[ins:])
+            found[stack][name][MAGNITUDE] = Leaf(shape, axes, "zeros")
     return {"layers": found}
 
 
@@ -170,7 +178,8 @@ def is_whole(own: Params) -> bool:
 
 
 def assemble(base: Params, own: Params, scale: float) -> Params:
-    """``base`` with the leaves of ``own`` in it; B is multiplied by ``scale``."""
+    """``base`` with the leaves of ``own`` in it; B is multiplied by ``scale``, and a magnitude becomes the scale of a
+    map's outputs."""
     if "head" in own:
         base = {name: part for name, part in base.items() if name != "head"}
 
@@ -178,24 +187,34 @@ def assemble(base: Params, own: Params, scale: float) -> Params:
         new = {name: over(base.get(name, {}), part) if isinstance(part, dict) else part for name, part in own.items()}
         return base | new | ({LORA_B: own[LORA_B] * scale} if LORA_B in own else {})
 
-    return over(base, own)
+    whole = over(base, own)
+    if "layers" not in own:
+        return whole
+    return whole | {"layers": {stack: with_scales(maps) for stack, maps in whole["layers"].items()}}
 
 
 def merged(params: Params, dtype=jnp.float32) -> Params:
-    """``params`` whose kernels hold their adapters: W + A B, added in float32 and then of ``dtype``. Those of all
-    layers, or of one. A quantised W is added as the numbers that it stands for."""
+    """``params`` whose kernels hold their adapters: W + A B, times the scales of outputs where there are any, computed
+    in float32 and then of ``dtype``. Those of all layers, or of one. A quantised W is added as the numbers that it
+    stands for."""
     if LORA_A in params:
         kernel, a, b = (unpacked(params[name], jnp.float32) for name in ("kernel", LORA_A, LORA_B))
         stacked = a.ndim + b.ndim - 2 != kernel.ndim
         dimensions = (((a.ndim - 1,), (1,)), ((0,), (0,))) if stacked else (((a.ndim - 1,), (0,)), ((), ()))
         where = layout(kernel) if explicit() else None
         product = jax.lax.dot_general(a, b, dimensions, precision=jax.lax.Precision.HIGHEST, out_sharding=where)
-        rest = {name: x for name, x in params.items() if name not in (LORA_A, LORA_B)}
-        return rest | {"kernel": (kernel + product).astype(dtype)}
+        rest = {name: x for name, x in params.items() if name not in (LORA_A, LORA_B, DORA_SCALE)}
+        whole = kernel + product
+        if DORA_SCALE in params:
+            ins = range(int(stacked), a.ndim - 1)
+            whole = whole * jnp.expand_dims(params[DORA_SCALE], tuple(ins))
+        return rest | {"kernel": whole.astype(dtype)}
     one = lambda part: unpacked(part, dtype) if isinstance(part, PACKED) else part
     return {name: merged(part, dtype) if isinstance(part, dict) else one(part) for name, part in params.items()}
 
 
-def merged_at_once(params: Params, dtype) -> Params:
-    """``merged`` outside a program, as one: a base in 4 bits has 40 operations a map, each of which would compile."""
-    return jax.jit(merged, static_argnums=1)(params, jnp.dtype(dtype))
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def merged_at_once(base: Params, own: Params, scale: float, dtype) -> Params:
+    """``base`` with the adapter of ``own`` ``merged`` into it, outside a program, as one: a base in 4 bits has 40
+    operations a map, each of which would compile."""
+    return merged(assemble(base, own, scale), dtype)

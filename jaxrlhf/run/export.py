@@ -15,8 +15,16 @@ from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import MLP
 from jaxrlhf.models.files import hf_config, hf_weights, peft
 from jaxrlhf.run.export_pad_token import with_own_pad
-from jaxrlhf.run.original_base import end_of_chain, merged_with_original
-from jaxrlhf.run.saved_run import based_of, describe_step, model_of, read_extra, restore_model, restore_own
+from jaxrlhf.run.original_base import end_of_chain, merged_with_original, stored_format
+from jaxrlhf.run.saved_run import (
+    based_of,
+    describe_step,
+    model_of,
+    read_extra,
+    restore_base,
+    restore_model,
+    restore_own,
+)
 from jaxrlhf.run.verified_steps import reading
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Params, Role
@@ -66,7 +74,8 @@ def export_adapter(name, role: Role, to) -> tuple[str, list[str]]:
     with reading():
         (step, extra), (run_dir, _) = read_extra(name), split_step(name)
         dtype_of(extra, run_dir, role)
-        models, (_, start) = extra["models"], end_of_chain(read_yaml(extra["config"], "config"), role)
+        models, tree = extra["models"], read_yaml(extra["config"], "config")
+        stored, (_, start) = stored_format(tree), end_of_chain(tree, role)
         based = based_of(models[role])
         if based is None or based.lora is None:
             adapted = [other for other, record in models.items() if record.get("adapter")]
@@ -74,7 +83,8 @@ def export_adapter(name, role: Role, to) -> tuple[str, list[str]]:
         (cfg, head), mesh = model_of(models[role]), make_mesh(MeshConfig())
         with jax.set_mesh(mesh):
             own = restore_own(run_dir, step, models, role, mesh)
-            notes = peft.save(own, cfg, head, based.lora, to, start)
+            base = restore_base(run_dir, models, role, stored, mesh) if based.lora.dora else None
+            notes = peft.save(own, cfg, head, based.lora, to, start, base)
     return describe_step(run_dir, step), notes
 
 

@@ -10,7 +10,7 @@ from jaxrlhf.algorithm import TARGET
 from jaxrlhf.config.adapters import starting_adapter
 from jaxrlhf.config.members import grader_of
 from jaxrlhf.models.files import hf_weights, peft
-from jaxrlhf.models.lora import Based, assemble, base_table, merged_at_once, own_table
+from jaxrlhf.models.lora import Based, base_table, merged_at_once, own_table
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.models.quantized import Quantization
 from jaxrlhf.run import saved_run, state
@@ -29,7 +29,8 @@ def initial_state(run: Run) -> TrainState:
     frozen = {name: read_base(run, name, bases) for name in sorted({one.base for one in bases.values()})}
     trees: dict[Role, Params] = {}
     for role in run.heads:
-        trees[role] = read_own(run, role, bases[role]) if role in bases else read_weights(run, role)
+        based = bases.get(role)
+        trees[role] = read_weights(run, role) if based is None else read_own(run, role, based, frozen[based.base])
     controls = run.algorithm.controls(run.cfg.algorithm)
     params, still = {role: trees[role] for role in trained}, {role: trees[role] for role in slow} | frozen
     return state.new_state(run.cfg.seed, params, still, run.recipe.optimizers, controls)
@@ -44,12 +45,12 @@ def read_base(run: Run, name: Role, bases: Mapping[Role, Based]) -> Params:
     return params if run.heads[first] == "lm" else {part: x for part, x in params.items() if part != "head"}
 
 
-def read_own(run: Run, role: Role, based: Based) -> Params:
-    """The leaves that a role has beside its base: its adapter, new or from a folder, and its head."""
+def read_own(run: Run, role: Role, based: Based, base: Params) -> Params:
+    """The leaves that a role has beside its ``base``: its adapter, new or from a folder, and its head."""
     found, head, lora, dtype, own = run.weights[role], run.heads[role], based.lora, run.dtype_of(role), {}
     if lora is not None and lora.init_from is not None:
         with_head: Head = "scalar" if head == "scalar" and peft.has_head(lora.init_from) else "lm"
-        own = located(lambda _: peft.load(found.config, with_head, lora), lora.init_from, f"models.{role}")
+        own = located(lambda _: peft.load(found.config, with_head, lora, base), lora.init_from, f"models.{role}")
     elif lora is not None:
         own = state.draw_adapter(found.config, lora, jax.random.fold_in(own_key(run, role), zlib.crc32(b"adapter")))
     if head == "scalar" and "head" not in own:
@@ -81,10 +82,9 @@ def read_weights(run: Run, role: Role) -> Params:
     shape, head = run.weights[role].config, run.heads[role]
     folder = start.init_from or ""
     kept: Head = "scalar" if head == "scalar" and peft.has_head(folder) else "lm"
-    own = located(lambda _: peft.load(shape, kept, start), folder, f"models.{role}")
+    own = located(lambda _: peft.load(shape, kept, start, params), folder, f"models.{role}")
     dtype = params["embed"]["tokens"]["embedding"].dtype
-    whole = merged_at_once(assemble(params, own, start.scale), dtype)
-    return for_programs(whole, run.mesh)
+    return for_programs(merged_at_once(params, own, start.scale, dtype), run.mesh)
 
 
 def read_plain(run: Run, role: Role, dtype=None, kind: Quantization | None = None) -> Params:

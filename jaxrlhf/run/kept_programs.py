@@ -57,7 +57,7 @@ def key_of(drawn: Blueprint) -> tuple[Any, ...]:
     models = repr([(role, found.config, drawn.heads[role]) for role, found in drawn.weights.items()])
     bases = repr(
         [
-            (role, base, lora and (lora.scale, lora.targets), kind)
+            (role, base, lora and (lora.scale, lora.targets, lora.dora), kind)
             for role, (base, lora, kind) in drawn.resolved.bases.items()
         ]
     )

@@ -11,8 +11,9 @@ import numpy as np
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.dora import moved
 from jaxrlhf.models.files import hf_folder, hf_weights
-from jaxrlhf.models.lora import assemble, merged_at_once
+from jaxrlhf.models.lora import merged_at_once
 from jaxrlhf.models.parameters import Leaf, parameter_table
 from jaxrlhf.models.quantized import Quantization, is_quantized, pack
 from jaxrlhf.run import saved_run
@@ -21,7 +22,8 @@ from jaxrlhf.types import Head, Params, Role
 
 
 def merged_with_original(run_dir: str, step: int, extra: Mapping[str, Any], role: Role, dtype, mesh) -> Params:
-    """One role's model with its adapter added to the weights that its base was quantised from.
+    """One role's model with its adapter added to the weights that its base was quantised from. Magnitudes stay what
+    they were learned as.
 
     Raises ValueError, in one line, where these can't be read, or are others by now."""
     models, record = extra["models"], extra["models"][role]
@@ -33,12 +35,18 @@ def merged_with_original(run_dir: str, step: int, extra: Mapping[str, Any], role
         wide = read_wide(start, end, saved_run.model_of(record)[1], mesh)
     except (ValueError, OSError) as error:
         raise ValueError(f"{run_dir}: models.{end}.init_from: {start}: {error}; {instead}") from error
-    stored = jnp.dtype(tree.get("precision", {}).get("params", "float32"))
+    stored = stored_format(tree)
     base, cfg = saved_run.restore_base(run_dir, models, role, stored, mesh), saved_run.model_of(record)[0]
     if (changed := first_difference(base, wide, cfg, based.quantization, stored)) is not None:
         raise ValueError(f"{run_dir}: models.{end}.init_from: {start}: other weights by now ({changed}); {instead}")
     scale = 1.0 if based.lora is None else based.lora.scale
-    return merged_at_once(assemble(wide, saved_run.restore_own(run_dir, step, models, role, mesh), scale), dtype)
+    own = moved(saved_run.restore_own(run_dir, step, models, role, mesh), base, wide)
+    return merged_at_once(wide, own, scale, jnp.dtype(dtype))
+
+
+def stored_format(tree: Mapping[str, Any]):
+    """The number format of a run's base, by a saved config."""
+    return jnp.dtype(tree.get("precision", {}).get("params", "float32"))
 
 
 def end_of_chain(tree: Mapping[str, Any], role: Role) -> tuple[Role, str]:

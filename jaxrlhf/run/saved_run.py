@@ -17,7 +17,7 @@ from jaxrlhf.algorithm import TEACHER
 from jaxrlhf.config.members import grader_of, members_in
 from jaxrlhf.log.run_dir import split_step
 from jaxrlhf.models.config import ModelConfig, resolve
-from jaxrlhf.models.lora import Based, LoraConfig, assemble, base_table, merged_at_once, own_table
+from jaxrlhf.models.lora import Based, LoraConfig, base_table, merged_at_once, own_table
 from jaxrlhf.models.rope import RopeScaling
 from jaxrlhf.run.state import abstract_base, abstract_params, abstract_table
 from jaxrlhf.run.verified_steps import base_directory, committed, directory, newest, require
@@ -219,7 +219,8 @@ def restore_model(run_dir, step: int, models: dict, role: Role, dtype, mesh) -> 
     if (based := based_of(record)) is not None:
         base = restore_base(run_dir, models, role, dtype, mesh)
         scale = 1.0 if based.lora is None else based.lora.scale
-        return merged_at_once(assemble(base, restore_own(run_dir, step, models, role, mesh), scale), dtype)
+        own = restore_own(run_dir, step, models, role, mesh)
+        return merged_at_once(base, own, scale, jnp.dtype(dtype))
     params = restore_role(run_dir, step, role, abstract_params(model_of(record)[0], record["head"], dtype, mesh))
     if "trunk" not in record:
         return params

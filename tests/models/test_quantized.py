@@ -171,7 +171,7 @@ def trees(kind: Quantization) -> Trees:
 
 def wide_trees(kind: Quantization) -> Trees:
     return trees(kind)._replace(
-        slow={"base": lora.merged_at_once(trees(kind).slow["base"], jnp.float32), "reference": {}}
+        slow={"base": lora.merged_at_once(trees(kind).slow["base"], {}, 1.0, jnp.float32), "reference": {}}
     )
 
 
@@ -222,7 +222,7 @@ def test_what_decoding_reads():
         lay = lambda found: decode_layout(found, MODEL, "lm", Runtime(**how), 64)["layers"][1]["attention"]["query"]
         return tiny.program(lay)(found)
 
-    kernel = lora.merged_at_once(found, jnp.float32)["layers"]["attention"]["query"]["kernel"][1]
+    kernel = lora.merged_at_once(found, {}, 1.0, jnp.float32)["layers"]["attention"]["query"]["kernel"][1]
     np.testing.assert_allclose(query()["kernel"], kernel, atol=1e-6)
     assert isinstance(query(int8=("weights",))["kernel"], Int8)
     beside = query(merge_adapter=False)

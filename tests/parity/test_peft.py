@@ -3,6 +3,7 @@
 test_capabilities.py has one of each family."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jaxrlhf import train as trainer
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import hf_weights, peft
 from jaxrlhf.models.lora import LoraConfig, assemble, targets_of
+from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.run import build as builds
 from jaxrlhf.run.export import export, export_adapter
 from jaxrlhf.sharding import make_mesh
@@ -69,7 +71,15 @@ ADAPTERS = {
         ),
         LoraConfig(rank=2, alpha=8),
     ),
+    "qwen2, dora": (QWEN2, LoraConfig(rank=4, alpha=8, dora=True)),  # with biases, which it does not scale
+    "gpt2, dora": (GPT2, LoraConfig(rank=2, alpha=4, targets=("down", "up"), dora=True)),
     "gpt2, few": (GPT2, LoraConfig(rank=2, alpha=4, targets=("down",))),  # whose out has the same last name
+}
+
+
+ADAPTERS |= {
+    f"{name}, dora": (ADAPTERS[name][0], dataclasses.replace(ADAPTERS[name][1], dora=True))
+    for name in ("gemma4_text", "qwen3_5_text")
 }
 
 
@@ -91,34 +101,72 @@ def test_peft_loads_ours(name, tmp_path):
 
     cfg, lora = ADAPTERS[name]
     base, own = base_of(cfg, tmp_path), tiny.adapter(cfg, "lm", lora, 1)
-    peft.save(own, cfg, "lm", lora, tmp_path / "ours", str(tmp_path / "base"))
+    peft.save(own, cfg, "lm", lora, tmp_path / "ours", str(tmp_path / "base"), base)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     alone = their_logits(model)
     adapted = their_logits(theirs.PeftModel.from_pretrained(model, str(tmp_path / "ours")))
     assert np.abs(adapted - alone).max() > 0.02
     ours = compute(assemble(base, own, lora.scale), cfg, "lm", TOKENS, WHOLE)
     np.testing.assert_allclose(ours, adapted, atol=1e-4)
-    again = peft.load(cfg, "lm", dataclasses.replace(lora, init_from=str(tmp_path / "ours")))
-    assert tiny.equal_trees(again, own)
+    again = peft.load(cfg, "lm", dataclasses.replace(lora, init_from=str(tmp_path / "ours")), base)
+    if lora.dora:  # m - ||W|| is rounded as m is
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), again, own)
+    else:
+        assert tiny.equal_trees(again, own)
 
 
+def own_name(name: str) -> str:
+    """That of a tensor in a file, by that of a parameter in PEFT."""
+    return name.replace(".default", "").replace("magnitude_vector.weight", "magnitude_vector")
+
+
+def test_gradients_of_dora_are_pefts(tmp_path):
+    """Of the mean square of the logits, by A, B and magnitudes of every map: to 1e-4 of the largest."""
+    from transformers import AutoModelForCausalLM
+
+    cfg, lora = ADAPTERS["qwen2, dora"]
+    base, own = base_of(cfg, tmp_path), tiny.adapter(cfg, "lm", lora, 1)
+    peft.save(own, cfg, "lm", lora, tmp_path / "ours", str(tmp_path / "base"), base)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = theirs.PeftModel.from_pretrained(model, str(tmp_path / "ours"), is_trainable=True)
+    (model(torch.tensor(TOKENS)).logits[..., : cfg.vocab_size] ** 2).mean().backward()
+    expected = {own_name(name): x.grad for name, x in model.named_parameters() if x.requires_grad}
+
+    def loss(own):
+        hidden = forward(assemble(base, own, lora.scale), cfg, jnp.asarray(TOKENS), jnp.asarray(WHOLE, int), Runtime())
+        logits = jnp.einsum("bsd,dv->bsv", hidden, base["head"]["kernel"])[..., : cfg.vocab_size]
+        return (logits**2).mean()
+
+    found = jax.jit(jax.grad(loss))(own)
+    for stack, maps in found["layers"].items():
+        for target, leaves in maps.items():
+            for kind, leaf in leaves.items():
+                for layer, name in zip(np.asarray(leaf), peft.names_of(cfg, stack, target, kind), strict=True):
+                    grad = expected.pop(name).numpy().T
+                    np.testing.assert_allclose(layer.reshape(grad.shape), grad, atol=1e-4 * np.abs(grad).max())
+    assert not expected
+
+
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj", "gate_proj"]])
-def test_ours_loads_pefts(targets, tmp_path):
+def test_ours_loads_pefts(targets, dora, tmp_path):
     from transformers import AutoModelForCausalLM
 
     base = base_of(QWEN2, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    config = theirs.LoraConfig(r=4, lora_alpha=10, target_modules=targets, task_type="CAUSAL_LM")
+    config = theirs.LoraConfig(r=4, lora_alpha=10, target_modules=targets, task_type="CAUSAL_LM", use_dora=dora)
     model = theirs.get_peft_model(model, config)
     torch.manual_seed(0)
     for weight_name, weight in model.named_parameters():
         if "lora_B" in weight_name:
             torch.nn.init.normal_(weight, std=0.3)
+        if "magnitude" in weight_name:
+            weight.data *= 1 + 0.3 * torch.rand_like(weight)
     model.save_pretrained(tmp_path / "theirs")
     names = ("query", "out", "gate") if isinstance(targets, list) else targets_of(QWEN2, LoraConfig())
-    lora = LoraConfig(rank=4, alpha=10, targets=names, init_from=str(tmp_path / "theirs"))
+    lora = LoraConfig(rank=4, alpha=10, targets=names, dora=dora, init_from=str(tmp_path / "theirs"))
     peft.check_folder(QWEN2, lora)
-    ours = compute(assemble(base, peft.load(QWEN2, "lm", lora), lora.scale), QWEN2, "lm", TOKENS, WHOLE)
+    ours = compute(assemble(base, peft.load(QWEN2, "lm", lora, base), lora.scale), QWEN2, "lm", TOKENS, WHOLE)
     np.testing.assert_allclose(ours, their_logits(model), atol=1e-4)
     assert np.abs(ours - compute(base, QWEN2, "lm", TOKENS, WHOLE)).max() > 0.02
 

@@ -299,7 +299,13 @@ def change(folder: Path, **fields) -> None:
     [
         ({"rank": 4}, {}, "models.policy.adapter.rank: 4: {folder} has 2; nearest: 2"),
         ({"targets": ["query"]}, {}, "models.policy.adapter.targets: query: {folder} holds "),
-        ({}, {"use_dora": True}, "models.policy.adapter.init_from: {folder}/adapter_config.json: use_dora: true"),
+        ({}, {"use_dora": True}, "models.policy.adapter.dora: false: {folder} has true; nearest: true"),
+        ({"dora": True}, {}, "models.policy.adapter.dora: true: {folder} has false; nearest: false"),
+        (
+            {"dora": True, "targets": ["query"]},
+            {"use_dora": True},
+            "models.policy.adapter.targets: query: {folder} lacks ",
+        ),
         (
             {},
             {"init_lora_weights": "pissa"},

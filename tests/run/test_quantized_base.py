@@ -83,7 +83,7 @@ def test_a_run_learns_its_adapter_resumes_and_is_exported(folder, root, tmp_path
         trained = saved_run.restore_model(str(tmp_path / "whole"), 2, extra["models"], "policy", jnp.float32, run.mesh)
         own = saved_run.restore_own(str(tmp_path / "whole"), 2, extra["models"], "policy", run.mesh)
         wide = hf_weights.load(first, run.configs["policy"], "lm")
-    add = lambda base: lora.merged_at_once(lora.assemble(base, own, LoraConfig(rank=2, alpha=4).scale), jnp.float32)
+    add = lambda base: lora.merged_at_once(base, own, LoraConfig(rank=2, alpha=4).scale, jnp.float32)
     assert tiny.equal_trees(trained, add(state.slow["base_policy"]))
 
     for name, how, expected in (("merged", {}, add(wide)), ("trained", {"dequantized": True}, trained)):

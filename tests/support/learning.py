@@ -7,6 +7,7 @@ import numpy as np
 from jaxrlhf.algorithms.dpo import DPOConfig
 from jaxrlhf.algorithms.grpo import GRPOConfig
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.optim import OptimizerConfig
 from jaxrlhf.step import make_iteration, make_measure
 from jaxrlhf.types import Batch, Metrics, Params
@@ -37,11 +38,11 @@ def first_dpo_metrics(model: ModelConfig) -> Metrics:
     return tiny.program(make_iteration(made.recipe))(made.state, made.batch)[1]
 
 
-def gain_by_grpo(model: ModelConfig) -> float:
+def gain_by_grpo(model: ModelConfig, lora: LoraConfig | None = None) -> float:
     """How much higher a reward model of random weights scores in the last three of 24 iterations than in the first.
-    In each, log-probs of what was sampled are those of the trainer."""
+    ``lora``: of its adapter, if it learns one. In each, log-probs of what was sampled are those of the trainer."""
     cfg, optimizer = GRPOConfig(kl_coef=0.0, old_logprobs="recompute"), OptimizerConfig(learning_rate=3e-2)
-    made = tiny.build("grpo", cfg, model=model, optimizer=optimizer, samples_per_prompt=4)
+    made = tiny.build("grpo", cfg, model=model, optimizer=optimizer, samples_per_prompt=4, lora=lora)
     step, state, scores = tiny.program(make_iteration(made.recipe)), made.state, []
     for _ in range(24):
         state, metrics, _ = step(state, made.batch)

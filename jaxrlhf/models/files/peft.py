@@ -1,8 +1,10 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, read and written without PEFT or torch.
 
 PEFT calls A of [inputs, rank] lora_A.weight, [rank, inputs], and B lora_B.weight, [outputs, rank]. What a linear map is
-called there is in models/families. A map that a family keeps in one tensor with others (Phi-3's query, key and value)
-has one adapter in PEFT and several here: such adapters are neither read nor written.
+called there is in models/families. A DoRA's magnitudes m, [outputs], are lora_magnitude_vector; what learns here
+is m less the norms of the frozen weights, which both ways therefore need. A map that a family keeps in one tensor with
+others (Phi-3's query, key and value) has one adapter in PEFT and several here: such adapters are neither read nor
+written.
 """
 
 import math
@@ -14,12 +16,13 @@ from etils import epath
 
 from jaxrlhf.errors import show
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.dora import base_norms
 from jaxrlhf.models.families import FAMILIES, Module
 from jaxrlhf.models.files.hf_folder import read_json, write_json
 from jaxrlhf.models.files.hf_headers import FLOATS, open_file, shown
 from jaxrlhf.models.files.hf_weights import place, to_numpy, write_weights
 from jaxrlhf.models.layer_kinds import layers_with
-from jaxrlhf.models.linear import LORA_A, LORA_B
+from jaxrlhf.models.linear import LORA_A, LORA_B, MAGNITUDE
 from jaxrlhf.models.lora import TARGETS, LoraConfig, own_table, stacks_with, targets_of
 from jaxrlhf.models.parameters import Leaf, inputs, parameter_table
 from jaxrlhf.types import Array, Head, Params
@@ -28,11 +31,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of transformers' names
 SCORE = f"{PREFIX}score."
 MOST_ALPHA = 1e30  # what a float32 holds with room to spare
+SUFFIXES = {LORA_A: "lora_A.weight", LORA_B: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
 # fields that would mean another adapter -> what they may be
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "use_dora": (False, None),
+    "use_dora": (False, True, None),
     "lora_bias": (False, None),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
@@ -75,9 +79,10 @@ def need_whole(folder: epath.PathLike, prefix: str = "") -> None:
         return
     raw, found = read_json(folder, CONFIG) or {}, read_shape(folder)
     start, where = raw.get("base_model_name_or_path") or "its base", os.fspath(folder)
+    more = "dora: true, " if found.dora else ""
     raise ValueError(
         f"{prefix}{where}: an adapter alone; expected init_from: {start} and adapter: {{rank: {found.rank}, "
-        f"alpha: {found.alpha:g}, init_from: {where}}}"
+        f"alpha: {found.alpha:g}, {more}init_from: {where}}}"
     )
 
 
@@ -85,7 +90,7 @@ def need_whole(folder: epath.PathLike, prefix: str = "") -> None:
 
 
 def read_shape(folder: epath.PathLike) -> LoraConfig:
-    """rank, alpha and rslora of a folder's adapter; its targets are known by its tensors (``load``).
+    """rank, alpha, rslora and dora of a folder's adapter; its targets are known by its tensors (``load``).
 
     Raises ValueError, in one line, where there is no adapter, or another kind than ours."""
     raw = read_json(folder, CONFIG)
@@ -102,14 +107,15 @@ def read_shape(folder: epath.PathLike) -> LoraConfig:
         raise ValueError(
             f"adapter.init_from: {where}: lora_alpha: {show(alpha)}; expected more than 0, less than {MOST_ALPHA:g}"
         )
-    return LoraConfig(rank=rank, alpha=float(alpha), rslora=bool(raw.get("use_rslora")), init_from=os.fspath(folder))
+    kind = {"rslora": bool(raw.get("use_rslora")), "dora": bool(raw.get("use_dora"))}
+    return LoraConfig(rank=rank, alpha=float(alpha), **kind, init_from=os.fspath(folder))
 
 
 def check_folder(cfg: ModelConfig, lora: LoraConfig) -> None:
     """Raises ValueError, in one line, where the adapter in ``lora.init_from`` is not shaped as ``lora``."""
     folder = lora.init_from or ""
     found = read_shape(folder)
-    for name in ("rank", "alpha", "rslora"):
+    for name in ("rank", "alpha", "rslora", "dora"):
         if (ours := getattr(lora, name)) != (theirs := getattr(found, name)):
             raise ValueError(f"adapter.{name}: {show(ours)}: {folder} has {show(theirs)}; nearest: {show(theirs)}")
     examine(cfg, lora)
@@ -118,10 +124,15 @@ def check_folder(cfg: ModelConfig, lora: LoraConfig) -> None:
 def examine(cfg: ModelConfig, lora: LoraConfig) -> dict[str, Any]:
     """The opened tensors of ``lora.init_from``. Raises ValueError where they are not this model's and adapter's."""
     folder = epath.Path(lora.init_from or "")
-    tensors = open_file(folder / WEIGHTS)
+    # PEFT reads magnitudes by their module's own name, too
+    tensors = {
+        name.removesuffix(".weight") if name.endswith(f"{SUFFIXES[MAGNITUDE]}.weight") else name: tensor
+        for name, tensor in open_file(folder / WEIGHTS).items()
+    }
     wanted = targets_of(cfg, lora)
     places = [(stack, target) for target in wanted for stack in stacks_with(layers_of(cfg), target)]
-    expected = {name for place in places for which in "AB" for name in names_of(cfg, *place, which)}
+    kinds = (LORA_A, LORA_B, MAGNITUDE) if lora.dora else (LORA_A, LORA_B)
+    expected = {name for place in places for kind in kinds for name in names_of(cfg, *place, kind)}
     if missing := sorted(expected - tensors.keys()):
         raise ValueError(
             f"adapter.targets: {', '.join(wanted)}: {folder} lacks {shown(missing)}; expected those of its "
@@ -140,10 +151,10 @@ def layers_of(cfg: ModelConfig) -> dict[str, Any]:
     return parameter_table(cfg, "lm")["layers"]
 
 
-def names_of(cfg: ModelConfig, stack: str, target: str, which: str) -> list[str]:
-    """The tensors of A or B (``which``) of one map, of each layer that the stack has it of."""
+def names_of(cfg: ModelConfig, stack: str, target: str, kind: str) -> list[str]:
+    """The tensors of A, B or magnitudes (``kind``) of one map, of each layer that the stack has it of."""
     name = module_of(cfg, target).name
-    return [f"{PREFIX}{name.format(layer=layer)}.lora_{which}.weight" for layer in layers_with(cfg, stack)]
+    return [f"{PREFIX}{name.format(layer=layer)}.{SUFFIXES[kind]}" for layer in layers_with(cfg, stack)]
 
 
 def has_head(folder: epath.PathLike) -> bool:
@@ -151,8 +162,9 @@ def has_head(folder: epath.PathLike) -> bool:
     return f"{SCORE}weight" in open_file(epath.Path(folder) / WEIGHTS)
 
 
-def load(cfg: ModelConfig, head: Head, lora: LoraConfig, dtype="float32") -> Params:
-    """A, B, and of a scalar ``head`` the head that the folder ``lora.init_from`` holds, on the current mesh.
+def load(cfg: ModelConfig, head: Head, lora: LoraConfig, base: Params | None = None, dtype: str = "float32") -> Params:
+    """What a role has of its own in the folder ``lora.init_from``, on the current mesh: A, B, magnitudes less the norms
+    of the frozen weights ``base`` (which are needed with ``lora.dora``), and of a scalar ``head`` the head.
 
     Raises ValueError, in one line, for tensors that are missing, unused, of another shape, or not finite."""
     tensors, table = examine(cfg, lora), own_table(cfg, head, lora)
@@ -174,14 +186,13 @@ def load(cfg: ModelConfig, head: Head, lora: LoraConfig, dtype="float32") -> Par
     found: dict[str, Any] = {"layers": {}}
     for stack, target in ((stack, target) for stack, maps in table["layers"].items() for target in maps):
         leaves = table["layers"][stack][target]
-        pair = {}
-        for which, leaf in (("A", leaves[LORA_A]), ("B", leaves[LORA_B])):
-            size = math.prod(leaf.shape[1:]) // lora.rank
-            shape = (lora.rank, size) if which == "A" else (size, lora.rank)
-            pair[LORA_A if which == "A" else LORA_B] = one(
-                leaf, [read(name, shape).T for name in names_of(cfg, stack, target, which)]
-            )
-        found["layers"].setdefault(stack, {})[target] = pair
+        own = {}
+        for kind, leaf in leaves.items():
+            names, norms = names_of(cfg, stack, target, kind), norms_of(base, stack, target, kind, leaves[LORA_A])
+            shape = matrix_shape(kind, leaf, lora.rank)
+            values = [read(name, shape).T for name in names]
+            own[kind] = one(leaf, values if norms is None else [*(np.stack(values) - norms)])
+        found["layers"].setdefault(stack, {})[target] = own
     if head != "lm":
         kernel, bias = table["head"]["kernel"], table["head"]["bias"]
         value = read(f"{SCORE}bias", (1,)) if f"{SCORE}bias" in tensors else np.zeros(1, np.float32)
@@ -192,15 +203,39 @@ def load(cfg: ModelConfig, head: Head, lora: LoraConfig, dtype="float32") -> Par
     return found
 
 
+def matrix_shape(kind: str, leaf: Leaf, rank: int) -> tuple[int, ...]:
+    """Of one layer's A, B or magnitudes in PEFT's format."""
+    size = math.prod(leaf.shape[1:])
+    return {LORA_A: (rank, size // rank), LORA_B: (size // rank, rank), MAGNITUDE: (size,)}[kind]
+
+
+def norms_of(base: Params | None, stack: str, target: str, kind: str, a: Any) -> np.ndarray | None:
+    """f32[layers, outputs]: the norms of a map's frozen weights, where ``kind`` is the magnitudes; ``a``: its A."""
+    if kind != MAGNITUDE:
+        return None
+    assert base is not None, "PEFT's magnitudes are those of the frozen weights and what was learned"
+    norms = to_numpy(base_norms(base["layers"][stack][target]["kernel"], len(a.shape) - 2))
+    return norms.reshape(len(norms), -1)
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def save(own: Params, cfg: ModelConfig, head: Head, lora: LoraConfig, folder: epath.PathLike, base: str) -> list[str]:
+def save(
+    own: Params,
+    cfg: ModelConfig,
+    head: Head,
+    lora: LoraConfig,
+    folder: epath.PathLike,
+    start: str,
+    base: Params | None = None,
+) -> list[str]:
     """Write what a role has of its own as a folder that PEFT (and ``load``) reads; adapter_config.json comes last.
 
     Args:
-        own: A, B and a scalar head, as lora.own_table has them.
-        base: the weights that they belong to, as transformers' from_pretrained takes them.
+        own: A, B, magnitudes and a scalar head, as lora.own_table has them.
+        start: the weights that they belong to, as transformers' from_pretrained takes them.
+        base: those weights as the role was trained on them, needed with ``lora.dora``.
 
     Returns:
         What PEFT computes otherwise: its scores have no bias.
@@ -210,13 +245,13 @@ def save(own: Params, cfg: ModelConfig, head: Head, lora: LoraConfig, folder: ep
     """
     folder, values, notes = epath.Path(folder), {}, []
     for stack, target in ((stack, target) for stack, maps in own["layers"].items() for target in maps):
-        pair = own["layers"][stack][target]
-        for which, leaf in (("A", to_numpy(pair[LORA_A])), ("B", to_numpy(pair[LORA_B]))):
-            matrix = (-1, lora.rank) if which == "A" else (lora.rank, -1)
-            names = names_of(cfg, stack, target, which)
-            values |= {
-                name: layer.astype(np.float32).reshape(matrix).T for name, layer in zip(names, leaf, strict=True)
-            }
+        leaves = own["layers"][stack][target]
+        for kind, leaf in leaves.items():
+            matrix = {LORA_A: (-1, lora.rank), LORA_B: (lora.rank, -1), MAGNITUDE: (-1,)}[kind]
+            names, norms = names_of(cfg, stack, target, kind), norms_of(base, stack, target, kind, leaves[LORA_A])
+            layers = [layer.astype(np.float32).reshape(matrix) for layer in to_numpy(leaf)]
+            layers = layers if norms is None else [*(np.stack(layers) + norms)]
+            values |= {name: layer.T for name, layer in zip(names, layers, strict=True)}
     if head != "lm":
         values[f"{SCORE}weight"] = to_numpy(own["head"]["kernel"]).astype(np.float32).T
         if bias := float(to_numpy(own["head"]["bias"])[0]):
@@ -225,11 +260,11 @@ def save(own: Params, cfg: ModelConfig, head: Head, lora: LoraConfig, folder: ep
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).unlink(missing_ok=True)
     write_weights(folder / WEIGHTS, values)
-    write_json(folder / CONFIG, describe(cfg, head, lora, base))
+    write_json(folder / CONFIG, describe(cfg, head, lora, start))
     return notes
 
 
-def describe(cfg: ModelConfig, head: Head, lora: LoraConfig, base: str) -> dict[str, Any]:
+def describe(cfg: ModelConfig, head: Head, lora: LoraConfig, start: str) -> dict[str, Any]:
     """adapter_config.json."""
     targets = targets_of(cfg, lora)
     layers = layers_of(cfg)
@@ -238,12 +273,12 @@ def describe(cfg: ModelConfig, head: Head, lora: LoraConfig, base: str) -> dict[
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if head == "lm" else "SEQ_CLS",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": start,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
-        "use_dora": False,
+        "use_dora": lora.dora,
         "bias": "none",
         "fan_in_fan_out": first == ".".join(ins),  # GPT-2's kernels
         "init_lora_weights": True,
