@@ -24,23 +24,20 @@ RESOLUTION = 1e-6
 
 def with_scales(maps: Mapping[str, Params]) -> Params:
     """The linear maps of one stack of layers, with m / c, f32[layers, outputs], in place of the magnitude where there
-    is one; a layer at a time, so that one quantised kernel alone is wide."""
-    found = {name: one for name, one in maps.items() if isinstance(one, dict) and MAGNITUDE in one}
-    if not found:
-        return dict(maps)
-    arrays = {name: (one["kernel"], one[LORA_A], one[LORA_B]) for name, one in found.items()}
-    norms = jax.lax.map(
-        lambda layer: {name: both_norms(*one) for name, one in layer.items()}, jax.lax.stop_gradient(arrays)
-    )
-    return dict(maps) | {name: scaled(one, *norms[name]) for name, one in found.items()}
+    is one."""
+    learns = lambda one: isinstance(one, dict) and MAGNITUDE in one
+    return {name: with_scale(one) if learns(one) else one for name, one in maps.items()}
 
 
-def scaled(one: Params, of_base: Array, of_both: Array) -> Params:
-    """A linear map with m / c, by the norms ||W|| and c. Where c is 0, nothing has a direction, and the scale is 1."""
-    rest = {name: x for name, x in one.items() if name != MAGNITUDE}
+def with_scale(params: Params) -> Params:
+    """A linear map with m / c, computed a layer at a time, so that one quantised kernel alone is wide. Where c is 0,
+    nothing has a direction, and the scale is 1."""
+    arrays = jax.lax.stop_gradient((params["kernel"], params[LORA_A], params[LORA_B]))
+    of_base, of_both = jax.lax.map(lambda layer: both_norms(*layer), arrays)
     inverse = jnp.where(of_both > 0, 1 / jnp.where(of_both > 0, of_both, 1), 0)
+    rest = {name: x for name, x in params.items() if name != MAGNITUDE}
     # 1 to the bit where A B and the learned part of m are 0
-    return rest | {DORA_SCALE: 1 + ((of_base - of_both) + one[MAGNITUDE].astype(jnp.float32)) * inverse}
+    return rest | {DORA_SCALE: 1 + ((of_base - of_both) + params[MAGNITUDE].astype(jnp.float32)) * inverse}
 
 
 def both_norms(kernel: Array | Packed, a: Array, b: Array) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ Counted by ourselves, since XLA's cost analysis counts the body of a loop once. 
   divides them; while responses are sampled decode goes with tensor, and rows are split over context
 - where columns are split, a device gathers the keys and values of all columns, forward and again backward, and scatters
   their gradients
+- a pass whose adapter has magnitudes multiplies the stored weights with A, and squares them
 - a pass reads the stored weights, writes and reads them gathered over fsdp, and writes and reads what goes in and out
   of every product once; what one fusion could keep is not counted, but for softmax
 - a gather over n devices brings (n - 1) / n of the result, a sum twice that
@@ -37,7 +38,7 @@ from jaxrlhf.plan.calls import Models, Passes, PlannedPass
 from jaxrlhf.plan.mixing import heads_here, kept_bytes, query_features, rule_of_token, state_bytes, token_bytes
 from jaxrlhf.plan.muon import newton_schulz_work
 from jaxrlhf.plan.roofline import DeviceWork, Phase
-from jaxrlhf.plan.weights import Weight, held, looked_up, matrices, packed, saved, table_of
+from jaxrlhf.plan.weights import Weight, adapted, held, looked_up, matrices, packed, saved, table_of
 from jaxrlhf.types import Head, Role
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -179,6 +180,21 @@ def layers_forward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup)
         + tensor_sums(cfg, tokens, setup)
         + exchanged(cfg, tokens, setup),
     ).plus(keys_gathered(cfg, one, setup))
+
+
+def magnitudes(cfg: ModelConfig, role: Role, setup: Setup) -> DeviceWork:
+    """The norms of W and of W + A B of all maps whose outputs have magnitudes (models/dora.py), once a pass: a device
+    reads its part of W twice, which is float32 in between where it is quantised. The sums over devices, of a number for
+    each output and row of B, are left out."""
+    based = setup.bases.get(role)
+    if based is None or based.lora is None or not based.lora.dora:
+        return DeviceWork()
+    size = adapted(cfg, based.lora, setup.tensor)[0] / setup.fsdp
+    each = 2 * setup.stored(role)
+    if based.quantization is not None:
+        wide, small = packed(cfg, "lm", setup.tensor, based.quantization)
+        each = small / wide + 3 * MASTER  # written, and read twice
+    return DeviceWork(2 * size * (based.lora.rank + 1), size * each)
 
 
 def attention(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
@@ -333,15 +349,16 @@ def phases(passes: Passes, models: Models, setup: Setup) -> list[Phase]:
     add = lambda name, work, useful=None: found.append(Phase(name, work, work.flops if useful is None else useful))
     for one in passes.rollout:
         cfg, _ = models[one.role]
-        add("gather weights for decoding", gather_for_decoding(cfg, setup))
+        add("gather weights for decoding", gather_for_decoding(cfg, setup).plus(magnitudes(cfg, one.role, setup)))
         add("prefill", prefill(cfg, one, setup))
         add(f"decode {one.read} tokens", decode_step(cfg, one, setup).times(one.read))
     for one in passes.prepare:
-        add(f"{NAMES[one.kind]} {one.role}", forward(*models[one.role], one, setup))
+        norms = magnitudes(models[one.role][0], one.role, setup)
+        add(f"{NAMES[one.kind]} {one.role}", forward(*models[one.role], one, setup).plus(norms))
     count = passes.updates * passes.micros
     for one in passes.micro:
-        part = *models[one.role], one, setup
-        add(f"update {one.role}: forward", forward(*part).times(count))
+        part, norms = (*models[one.role], one, setup), magnitudes(models[one.role][0], one.role, setup)
+        add(f"update {one.role}: forward", forward(*part).plus(norms).times(count))
         if one.role in setup.moments:
             add(f"update {one.role}: recomputed", recomputed(*part).times(count), 0.0)
             add(f"update {one.role}: backward", backward(*part).times(count))

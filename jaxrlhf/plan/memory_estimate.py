@@ -20,7 +20,7 @@ from jaxrlhf.plan.expert_rows import expert_rows
 from jaxrlhf.plan.mixing import query_features, stream_bytes
 from jaxrlhf.plan.muon import newton_schulz_bytes
 from jaxrlhf.plan.stored import leaves, local, stored_of
-from jaxrlhf.plan.weights import held, matrices, packed, saved, table_of
+from jaxrlhf.plan.weights import adapted, held, matrices, packed, saved, table_of
 from jaxrlhf.types import Head
 
 
@@ -145,6 +145,9 @@ def kept(one: PlannedPass, cfg: ModelConfig, setup: Setup) -> float:
     if setup.remat == "dots":
         gathered = 0 if setup.stored_attention else query_features(cfg, setup.tensor)  # kept: see kernels.SAVED
         return tokens * (cfg.hidden_size * layers + wide + gathered) * setup.compute + layers * rows.kept_products
+    based = setup.bases.get(one.role)
+    if based is not None and based.lora is not None and based.lora.dora:  # outputs before they are scaled
+        wide += adapted(cfg, based.lora, setup.tensor)[1] / 2
     every = tokens * (layers * (2 * 4 + 4 * setup.compute) * cfg.hidden_size + 2 * wide * setup.compute)
     mixing = stored_products(one, cfg, setup) * mixed + chunk_states(one, cfg, setup) * (layers - mixed)
     return every + mixing + layers * rows.kept_all

@@ -5,8 +5,8 @@ import math
 from typing import NamedTuple
 
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.lora import Based, own_table
-from jaxrlhf.models.parameters import padded_vocab, parameter_table
+from jaxrlhf.models.lora import Based, LoraConfig, own_table, stacks_with, targets_of
+from jaxrlhf.models.parameters import inputs, padded_vocab, parameter_table
 from jaxrlhf.models.quantized import Quantization, bytes_each, is_quantized
 from jaxrlhf.plan.stored import leaves, local
 from jaxrlhf.types import Head
@@ -85,6 +85,20 @@ def saved(cfg: ModelConfig, head: Head, tensor: int, kind: Quantization | None, 
     """Bytes that quantised weights take less, of those ``held`` by one device, than with ``each``."""
     size, small = packed(cfg, head, tensor, kind)
     return size * each - small
+
+
+@functools.cache
+def adapted(cfg: ModelConfig, lora: LoraConfig, tensor: int) -> tuple[int, int]:
+    """(elements of the kernels that have an adapter, features that come out of them), of all layers, on one device with
+    all of fsdp's."""
+    layers, elements, outputs = parameter_table(cfg, "lm")["layers"], 0, 0
+    for target in targets_of(cfg, lora):
+        for stack in stacks_with(layers, target):
+            leaf = layers[stack][target]["kernel"]
+            count, *sizes = local(leaf, tensor).values()
+            elements += count * math.prod(sizes)
+            outputs += count * math.prod(sizes[inputs(leaf.axes[1:]) :])
+    return elements, outputs
 
 
 def table_of(cfg: ModelConfig, head: Head, based: Based | None) -> dict:

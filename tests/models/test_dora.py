@@ -14,11 +14,12 @@ from jaxrlhf.models.linear import DORA_SCALE, LORA_A, LORA_B, MAGNITUDE, linear,
 from jaxrlhf.models.lora import Based, LoraConfig
 from jaxrlhf.models.nets import make_nets
 from jaxrlhf.models.parameters import Leaf, parameter_table
-from jaxrlhf.models.quantized import PACKED, packed_tree, unpacked
+from jaxrlhf.models.quantized import PACKED, pack, packed_tree, unpacked
 from jaxrlhf.models.transformer import Runtime, forward
 from jaxrlhf.ops.sampling import Sampling
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from jaxrlhf.types import Ask, Trees
+from tests.models import test_quantized
 from tests.support import tiny
 
 DORA = LoraConfig(rank=2, alpha=6.0, dora=True)  # A B counts 3 times
@@ -89,7 +90,23 @@ def test_what_cancels_stays_finite():
     assert np.isfinite(scale).all() and np.abs(scale).max() < 2 / np.sqrt(dora.RESOLUTION) and scale[0, 2] == 1
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_norms_of_a_quantised_kernel_are_those_of_its_numbers(kind):
+    leaf = Leaf((2, 4, 8, 6), ("layers", "heads", "head_dim", "embed"), 1.0)
+    packed = jax.jit(lambda x: pack(x, leaf, kind))(normal(0, *leaf.shape))
+    wide = np.asarray(unpacked(packed, jnp.float32))
+    assert np.abs(wide - normal(0, *leaf.shape)).max() > 1e-3
+    own = {LORA_A: normal(1, 2, 4, 8, 2), LORA_B: normal(2, 2, 2, 6), MAGNITUDE: normal(3, 2, 6)}
+    scale = dora.with_scale(jax.tree.map(jnp.asarray, own) | {"kernel": packed})[DORA_SCALE]
+    np.testing.assert_allclose(
+        dora.base_norms(packed, 2), [direct(x, own[LORA_A][0], own[LORA_B][0])[0] for x in wide], rtol=1e-5
+    )
+    for layer in range(2):
+        norm, both = direct(wide[layer], own[LORA_A][layer], own[LORA_B][layer])
+        np.testing.assert_allclose(scale[layer], (norm + own[MAGNITUDE][layer]) / both, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["query", "out", pytest.param("up", marks=pytest.mark.nightly)])
 def test_gradients_are_those_of_a_constant_norm(name):
     """Output and the gradients of x, A, B and the magnitude, against JAX's own of x (W + A B) m / c by einsum, where c
     is a number (section 4.3); with the norm differentiated they would differ."""
@@ -223,7 +240,8 @@ def test_what_decoding_reads():
     assert beside[DORA_SCALE].shape == (4, 4) and beside[DORA_SCALE].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # by day: one map, above
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_is_the_weights_that_its_bits_stand_for(kind):
     """Forward and gradients to 1e-5 of a float model with these weights."""
     base = trees(kind).slow["base"]
@@ -270,3 +288,11 @@ def test_on_eight_devices(kind, mesh_8):
         assert change.sharding.shard_shape(change.shape) == (2, 16)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.nightly  # by day: of adapters without magnitudes, in test_quantized
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_weights_of_one_map_are_wide_at_a_time(remat, monkeypatch):
+    """Temporaries of a gradient are less than two of the six layers, norms included."""
+    monkeypatch.setattr(test_quantized, "LORA", DORA)
+    assert test_quantized.temporaries("nf4", Runtime(remat=remat)) < 2

@@ -12,6 +12,7 @@ from jaxrlhf.config.record import Config, PrecisionConfig
 from jaxrlhf.config.resolved import resolve_config
 from jaxrlhf.config.yaml_text import read_yaml
 from jaxrlhf.optim import OptimizerConfig
+from jaxrlhf.plan import cost, roofline
 from jaxrlhf.plan.calls import PlannedPass, models_of, passes_of
 from jaxrlhf.plan.expert_rows import expert_rows
 from jaxrlhf.plan.memory_estimate import estimate, rollout_of, stored
@@ -195,6 +196,30 @@ def test_adapters_by_hand():
     with jax.set_mesh(drawn.mesh):
         state = abstract_state(drawn)
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim) == found.arguments
+
+
+def test_magnitudes_by_hand():
+    """On one chip: a number for each output in 12 bytes, and of each output, without remat, 4 bytes a token more that
+    are kept; a pass multiplies each adapted weight with the rank's columns of A and one square, and reads it twice."""
+    found, setups = [], []
+    for text in (ADAPTED, ADAPTED.replace("{rank: 8}", "{rank: 8, dora: true}")):
+        cfg = config(text, MeshConfig(1, 1, 1), precision=PrecisionConfig(params="bfloat16"))
+        drawn, _ = blueprint(resolve_config(cfg), make_mesh(cfg.mesh, jax.devices()[:1]), {})
+        passes = passes_of(drawn, list(batch_shapes(drawn.resolved, drawn.mesh))[-1])
+        setups.append(setup_of(cfg, jax.devices()[:1], drawn))
+        found.append(estimate(passes, models_of(drawn), setups[-1]))
+        with jax.set_mesh(drawn.mesh):
+            state = abstract_state(drawn)
+        assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim) == found[-1].arguments
+    outputs, elements = 4 * (4 * 128 + 2 * 384 + 128), 4 * (4 * 128 * 128 + 3 * 128 * 384)
+    assert found[1].arguments - found[0].arguments == 12 * outputs
+    (micro,) = {one.tokens for one in passes.micro if one.role == "policy"}
+    bytes_kept = setups[1].compute * micro * outputs
+    assert found[1].update - found[0].update == pytest.approx(
+        4 * outputs * (2 if passes.micros > 1 else 1) + bytes_kept
+    )
+    works = [cost.magnitudes(drawn.configs["policy"], "policy", setup) for setup in setups]
+    assert works == [roofline.DeviceWork(), roofline.DeviceWork(2 * 9 * elements, 2 * 2 * elements)]
 
 
 def test_a_teacher_by_hand():

@@ -125,6 +125,7 @@ def test_every_algorithm_trains_one(name, folder, root, tmp_path):
     assert all(np.isfinite(row[f"loss/{role}"]) for row in rows if f"loss/{role}" in row)
 
 
+@pytest.mark.nightly  # by day: two iterations of a run, above
 def test_grpo_learns():
     """As whole weights do in tests of families; log-probs of what was sampled are the trainer's."""
     assert learning.gain_by_grpo(tiny.MODEL, LoraConfig(rank=4, alpha=8.0, dora=True)) > 0.1

@@ -107,8 +107,8 @@ def read_shape(folder: epath.PathLike) -> LoraConfig:
         raise ValueError(
             f"adapter.init_from: {where}: lora_alpha: {show(alpha)}; expected more than 0, less than {MOST_ALPHA:g}"
         )
-    kind = {"rslora": bool(raw.get("use_rslora")), "dora": bool(raw.get("use_dora"))}
-    return LoraConfig(rank=rank, alpha=float(alpha), **kind, init_from=os.fspath(folder))
+    rslora, with_magnitudes = (bool(raw.get(f"use_{name}")) for name in ("rslora", "dora"))
+    return LoraConfig(rank, float(alpha), rslora=rslora, dora=with_magnitudes, init_from=os.fspath(folder))
 
 
 def check_folder(cfg: ModelConfig, lora: LoraConfig) -> None:
