@@ -20,7 +20,7 @@ from jaxrlhf.plan.expert_rows import expert_rows
 from jaxrlhf.plan.mixing import query_features, stream_bytes
 from jaxrlhf.plan.muon import newton_schulz_bytes
 from jaxrlhf.plan.stored import leaves, local, stored_of
-from jaxrlhf.plan.weights import adapted, held, matrices, packed, saved, table_of
+from jaxrlhf.plan.weights import adapted, held, matrices, packed, saved, stored_packed, table_of
 from jaxrlhf.types import Head
 
 
@@ -76,9 +76,10 @@ def bases_bytes(models: Models, setup: Setup) -> float:
         members = [role for role, based in setup.bases.items() if based.base == base and role in models]
         table = base_table(models[members[0]][0], {models[role][1] for role in members})
         size, small = stored_of(table, setup.fsdp, setup.tensor), 0.0
-        if setup.quantization(members[0]) is not None:
-            wide, small = packed(models[members[0]][0], "lm", setup.tensor, setup.quantization(members[0]))
-            size, small = size - wide // setup.fsdp, small / setup.fsdp
+        if (kind := setup.quantization(members[0])) is not None:
+            cfg = models[members[0]][0]
+            size -= packed(cfg, "lm", setup.tensor, kind)[0] // setup.fsdp
+            small = stored_packed(cfg, setup.tensor, setup.fsdp, kind)
         total += small + size * setup.params
     return total
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.lora import Based, LoraConfig, own_table, stacks_with, targets_of
 from jaxrlhf.models.parameters import inputs, padded_vocab, parameter_table
-from jaxrlhf.models.quantized import Quantization, bytes_each, is_quantized
+from jaxrlhf.models.quantized import Quantization, block_of, bytes_each, inputs_of, is_quantized
 from jaxrlhf.plan.stored import leaves, local
 from jaxrlhf.types import Head
 
@@ -79,6 +79,24 @@ def packed(cfg: ModelConfig, head: Head, tensor: int, kind: Quantization | None)
         if kind is not None and is_quantized(name.rpartition(".")[2], leaf)
     ]
     return sum(size for size, _ in found), sum(size * each for size, each in found)
+
+
+def stored_packed(cfg: ModelConfig, tensor: int, fsdp: int, kind: Quantization) -> float:
+    """Bytes of the quantised weights of a base as one device stores them: scales are whole where their number along
+    the features that fsdp splits is no multiple of its devices."""
+    total = 0.0
+    for name, leaf in leaves(parameter_table(cfg, "lm")).items():
+        if not is_quantized(name.rpartition(".")[2], leaf):
+            continue
+        size, codes = math.prod(local(leaf, tensor).values()), 1 if kind == "int8" else 0.5
+        at, summed = leaf.axes.index("embed"), inputs_of(leaf)
+        along = leaf.shape[at]  # how many scales there are along these features
+        if at in summed and kind == "int8":
+            along = 1
+        elif at == summed[-1]:
+            along //= block_of(along)
+        total += size * (codes / fsdp + (bytes_each(leaf, kind) - codes) / (1 if along % fsdp else fsdp))
+    return total
 
 
 def saved(cfg: ModelConfig, head: Head, tensor: int, kind: Quantization | None, each: float) -> float:

@@ -305,6 +305,17 @@ def test_mixtures_are_counted_as_a_tpu_compiler_has_them(name, compiled):
     assert compiled / 1.25 < found.peak / GIB < compiled * 1.25, found
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_scales_that_fsdp_does_not_divide_are_whole(kind):
+    """Two blocks of 128 features, and the only scale of an output, are on each of 4 devices; as the state has them."""
+    cfg = config(QUANTIZED.replace("nf4", kind), MeshConfig(1, 4, 2), precision=PrecisionConfig(params="bfloat16"))
+    drawn, passes, models, setup = drawn_for(cfg)
+    with current(drawn.mesh):
+        state = abstract_state(drawn)
+    held = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    assert estimate(passes, models, setup).arguments == pytest.approx(sum(map(held, jax.tree.leaves(state))), rel=0.001)
+
+
 # ---- the search -----------------------------------------------------------------------------------------------------
 
 
