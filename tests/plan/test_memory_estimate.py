@@ -73,10 +73,12 @@ LARGE = MODEL.replace("hidden_size: 128, num_layers: 4", "hidden_size: 192, num_
 TAUGHT = PPO.replace("{name: ppo, num_epochs: 1}", "{name: distill}").replace(
     "reward: {init_from: policy}", f"teacher: {{architecture: {LARGE}}}"
 )
+MAGNITUDES = ADAPTED.replace("{rank: 8}", "{rank: 8, dora: true}").replace("{rank: 4}", "{rank: 4, dora: true}")
 QUANTIZED = ADAPTED.replace("{rank: 8}}", "{rank: 8}, base_quantization: nf4}")
 ESTIMATED = {
     "distill": (TAUGHT, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
     "ppo, adapters": (ADAPTED, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
+    "ppo, magnitudes": (MAGNITUDES, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
     "ppo, adapters on nf4": (QUANTIZED, MeshConfig(1, 4, 2), {"precision": PrecisionConfig(params="bfloat16")}),
     "sft, fsdp": (SFT, MeshConfig(1, 8, 1), {}),
     "sft, copies, remat": (SFT, MeshConfig(8, 1, 1), {"remat": "full"}),
