@@ -1,6 +1,6 @@
 """The tables of families in jaxrlhf/models/README.md: ``python -m tests.parity.table`` runs all checks, writes both."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -64,9 +64,8 @@ def capability_table() -> str:
     return markdown(rows)
 
 
-def tables() -> Mapping[str, str]:
-    """Name in the README's markers -> Markdown. All checks are run, each once in a process."""
-    return {"parity table": parity_table(), "capability table": capability_table()}
+# name in the README's markers -> what makes it: all checks are run, each once in a process
+TABLES: dict[str, Callable[[], str]] = {"parity table": parity_table, "capability table": capability_table}
 
 
 def around(name: str) -> tuple[str, str, str]:
@@ -88,6 +87,7 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     use_cheap_compiler()
-    for name, made in tables().items():
+    for name, make in TABLES.items():
+        made = make()
         before, _, behind = around(name)
         README.write_text(f"{before}\n{made}\n{behind}")
