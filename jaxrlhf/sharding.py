@@ -39,6 +39,8 @@ RULES: Rules = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    # rows of a table that is looked up where it lies (models/per_layer.py)
+    "vocab_of_layer": ("fsdp", "decode", "expert", "context", "tensor"),
     "expert": "expert",
     "routes": None,  # a router's outputs, one an expert
     "layers": None,
@@ -57,7 +59,7 @@ DECODE_RULES: Rules = RULES | {
     "batch": ("slice", "data", "fsdp", "expert", "context"),
     "embed": ("fsdp", "expert", "context"),
     "embed_of_expert": ("fsdp", "context"),
-    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("decode", "tensor")),
+    **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab", "vocab_of_layer"), ("decode", "tensor")),
 }
 # What is traced depends on these, so they are part of the key under which JAX keeps what it has traced: no program that
 # was traced under one rule set is used under another.

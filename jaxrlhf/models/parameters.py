@@ -138,7 +138,7 @@ def attention_table(cfg: ModelConfig, count: int, kind: LayerKind) -> dict:
 def per_layer_table(cfg: ModelConfig, count: int) -> dict:
     """Leafs of the embeddings that ``count`` layers have of their own: see per_layer.py."""
     layers, dim, size = {"layers": count}, {"embed": cfg.hidden_size}, {"per_layer": cfg.per_layer_size}
-    tokens = {"vocab": padded_vocab(cfg), "embed": cfg.per_layer_size}
+    tokens = {"vocab_of_layer": padded_vocab(cfg), "per_layer": cfg.per_layer_size}
     return {
         "per_layer_tokens": {"embedding": plain_leaf(layers | tokens, 1 / math.sqrt(cfg.per_layer_size))},
         "per_layer_context": linear_table(layers | dim | size, cfg.hidden_size, False, 1),

@@ -138,7 +138,7 @@ def used_and_stored(cfg: ModelConfig, head: Head, setup: Setup, based: Based | N
 
 def exchanged(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
     """Bytes of what these embeddings say of ``tokens``, that a device receives in one pass: per_layer.look_up."""
-    share = 0 if setup.laid else 1 - 1 / setup.fsdp
+    share = 0 if setup.laid else setup.fsdp - 1  # each part of the table says something of every token
     return tokens * cfg.per_layer_size * cfg.num_layers * setup.compute * share
 
 

@@ -17,7 +17,7 @@ def leaves(table: dict) -> dict[str, Leaf]:
 
 def local(leaf: Leaf, tensor: int) -> dict[str, int]:
     """Logical axis -> its size on one device."""
-    split = lambda name, size: RULES[name] == "tensor" and size % tensor == 0
+    split = lambda name, size: "tensor" in (RULES[name] or ()) and size % tensor == 0
     return {name: size // tensor if split(name, size) else size for name, size in zip(leaf.axes, leaf.shape)}
 
 
@@ -26,5 +26,5 @@ def stored_of(table: dict, fsdp: int, tensor: int) -> int:
     total = 0
     for leaf in leaves(table).values():
         size = math.prod(local(leaf, tensor).values())
-        total += size // fsdp if {"embed", "embed_of_expert"} & {*leaf.axes} else size
+        total += size // fsdp if any("fsdp" in (RULES[name] or ()) for name in leaf.axes) else size
     return total

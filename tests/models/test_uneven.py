@@ -92,7 +92,7 @@ def test_the_number_that_a_layer_is_multiplied_by_is_not_learned():
 
 
 def test_embeddings_of_layers_are_not_gathered_in_training():
-    """Devices that share a table look up their features for each other's rows; with gradients it is the same table."""
+    """Devices that share a table look up their part of it for each other's rows; gradients are those of one table."""
     size, table = 16, np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
     tokens = np.random.default_rng(1).integers(0, 64, (8, 6)).astype(np.int32)
     weight = np.random.default_rng(2).normal(size=(8, 6, size)).astype(np.float32)
@@ -100,11 +100,11 @@ def test_embeddings_of_layers_are_not_gathered_in_training():
     expected = jax.grad(total)(table, tokens, weight)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices()[:8])):
         put = lambda x, *axes: jax.device_put(x, sharding.spec(*axes))
-        given = put(table, "vocab", "embed"), put(tokens, "batch", "seq"), put(weight, "batch", "seq", None)
+        given = put(table, "vocab_of_layer", None), put(tokens, "batch", "seq"), put(weight, "batch", "seq", None)
         np.testing.assert_array_equal(jax.jit(look_up)(*given[:2]), table[tokens])
         program = jax.jit(jax.grad(total)).lower(*given).compile()
         found = program(*given)
-        assert found.sharding.spec == sharding.spec("vocab", "embed")
+        assert found.sharding.spec == sharding.spec("vocab_of_layer", None)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     gathered = [line for line in program.as_text().splitlines() if " all-gather(" in line and "f32[32,16]" in line]
     assert not gathered, "rows of the table, with all features"

@@ -180,7 +180,7 @@ def test_layers_of_other_heads_that_share_keys_and_have_embeddings():
     )  # which do not gather the tables of layers, but send what 9 tokens each find there
     tables, every = 4 * 64 * 4, weights_of.held(model, "lm", 1)
     once = cost.forward(model, "lm", TEXTS._replace(rows=4, columns=9), four).ici
-    assert once == 0.75 * (every - tables) * 2 + 9 * 4 * 4 * 2 * 0.75
+    assert once == 0.75 * (every - tables) * 2 + 9 * 4 * 4 * 2 * 3
     assert cost.gather_for_decoding(model, four).ici == 0.75 * every * 2
 
 

@@ -52,7 +52,7 @@ GEMMA3 = GEMMA2._replace(
 LAYER = "model.layers.{layer}"
 PER_LAYER = {
     # two tensors for all layers
-    "layers.per_layer.per_layer_tokens": Module("model.embed_tokens_per_layer", "vocab part.layers.embed"),
+    "layers.per_layer.per_layer_tokens": Module("model.embed_tokens_per_layer", "vocab_of_layer part.layers.per_layer"),
     "layers.per_layer.per_layer_context": Module("model.per_layer_model_projection", "part.layers.per_layer embed"),
     "layers.per_layer.per_layer_gate": Module(f"{LAYER}.per_layer_input_gate", "per_layer embed"),
     "layers.per_layer.per_layer_out": Module(f"{LAYER}.per_layer_projection", "embed per_layer"),

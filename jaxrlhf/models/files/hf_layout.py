@@ -112,8 +112,8 @@ def make_source(module: Module, kind: str, leaf: Leaf, cfg: ModelConfig, stack: 
     count = (layers is not None) + (experts is not None)
     axes = leaf.axes[count:]
     sizes = dict(zip(axes, leaf.shape[count:], strict=True))
-    if "vocab" in sizes:
-        sizes["vocab"] = cfg.vocab_size or sizes["vocab"]
+    for name in {"vocab", "vocab_of_layer"} & {*sizes}:
+        sizes[name] = cfg.vocab_size or sizes[name]
     dims = tuple(tuple(dim.split(".")) for dim in module.layout.split())
     dims = tuple(dim for dim in dims if set(dim) - {"part", "1"} <= set(axes))  # a bias has some of the weight's
     ending = f".{kind}" if kind in OWN_NAMES else module.bias if kind == "bias" else module.weight
