@@ -85,7 +85,21 @@ OSS = ModelConfig("gpt_oss", 64, 16, 2, mlp_size=8, num_experts=4, sliding_windo
 SINKS = "grpo", resolve(OSS), GRPOConfig(num_minibatches=2), 2, 4
 # and with one that all tokens share, behind a gated delta net and attention
 SHARED = ModelConfig("qwen3_5_moe_text", 64, 16, 2, mlp_size=8, num_experts=4, shared_expert_size=12)
-BESIDE = "grpo", resolve(SHARED), GRPOConfig(num_minibatches=2), 2, 4
+SHARING = "grpo", resolve(SHARED), GRPOConfig(num_minibatches=2), 2, 4
+# and beside the mlps of layers whose heads differ
+MIXED = ModelConfig(
+    "gemma4_text",
+    64,
+    16,
+    2,
+    mlp_size=8,
+    num_experts=4,
+    expert_size=12,
+    global_head_dim=8,
+    layer_types=("local", "global"),
+    sliding_window=4,
+)
+BESIDE = "grpo", resolve(MIXED), GRPOConfig(num_minibatches=2), 2, 4
 # the same base in 4 bits, which decoding merges, or reads beside the adapter; 16 features are one block, which fsdp
 # cuts
 QUANTIZED = *ADAPTERS_VALUE[:-1], LORA | {"quantization": "nf4"}
@@ -99,7 +113,8 @@ CASES: dict[str, tuple] = {
     "muon": MUON,
     "experts": EXPERTS,
     "sinks": SINKS,
-    "shared expert": BESIDE,
+    "shared expert": SHARING,
+    "experts beside": BESIDE,
     "adapters": ADAPTERS,
     "adapters value": ADAPTERS_VALUE,
     "dora value": DORA_VALUE,
@@ -195,7 +210,8 @@ def ran(shape: Shape, which: str) -> Ran:
         "adapters packed",
         "adapters trunk",
     )
-    few += ("quantized", "quantized beside", "dora value", "dora beside", "muon", "sinks", "shared expert")
+    few += ("quantized", "quantized beside", "dora value", "dora beside", "muon", "sinks")
+    few += ("shared expert", "experts beside")
     iterations = 2 if which in few else ITERATIONS
     compiled: list[str] = []
 
@@ -245,6 +261,7 @@ RUNS += [NIGHTLY((2, 2, 2), which) for which in ("adapters value", "adapters pac
 # by day: test_optim, updates alone
 RUNS += [NIGHTLY(shape, "sinks") for shape in ((1, 2, 2, 1, 1, 2), (1, 2, 2, 1, 2), (2, 2, 2))]
 RUNS += [NIGHTLY(shape, "shared expert") for shape in ((1, 2, 2, 1, 1, 2), (1, 2, 2, 1, 2))]
+RUNS += [NIGHTLY(shape, "experts beside") for shape in ((1, 2, 2, 1, 1, 2), (1, 2, 2, 1, 2))]
 RUNS += [NIGHTLY(shape, "muon") for shape in ((1, 2, 2, 1, 2), (1, 2, 2, 1, 1, 2))]
 # by day: models/test_quantized, one forward and backward pass
 RUNS += [NIGHTLY((2, 2, 2), "quantized"), NIGHTLY((1, 2, 2, 1, 2), "quantized beside")]

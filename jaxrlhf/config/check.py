@@ -32,6 +32,7 @@ ROLES = ("policy", *CRITICS, "reward", "reference", "cost", "q", "target_q", "go
 SPLIT = {
     "mlp_size": ("decode", "tensor"),
     "shared_expert_size": ("decode", "tensor"),  # 0 where there is none
+    "expert_size": ("decode", "tensor"),
     "hidden_size": ("fsdp", "decode", "expert", "context"),
     "per_layer_size": ("fsdp", "decode", "expert", "context"),
     "num_experts": ("expert",),  # 0 where there are none, which any number divides

@@ -15,8 +15,9 @@ RANGES = {
         desirable_weight undesirable_weight cql_coef variance_coef multiplier multiplier_learning_rate
         EvalConfig.every BarConfig.step GenerateConfig.beta process_id
         vocab_size observation_size num_kv_heads head_dim mlp_size sliding_window query_pre_attn_scalar
-        num_experts experts_per_token shared_expert_size query_beta global_head_dim global_kv_heads shared_kv_layers
-        per_layer_size linear_key_heads linear_value_heads linear_key_dim linear_value_dim convolution_size
+        num_experts experts_per_token expert_size shared_expert_size query_beta global_head_dim global_kv_heads
+        shared_kv_layers per_layer_size linear_key_heads linear_value_heads linear_key_dim linear_value_dim
+        convolution_size
         positive_coef target_margin divergence_coef reward_coef
         AlarmsConfig.judge AlarmsConfig.gold AlarmsConfig.kl AlarmsConfig.mismatch
         retries poll wait longest_wait stockouts restarts failures run_as_user""",

@@ -69,6 +69,7 @@ class ModelConfig:
     wide_shared_mlp: bool = False  # the mlps of these are twice as wide
     per_layer_size: int = 0  # features of a token's embeddings that are added within layers, one a layer; 0: none
     num_experts: int = 0  # feed-forward networks of a layer, each of mlp_size; 0: one, and no router
+    expert_size: int = 0  # features of each, of families that have them beside a layer's mlp; else 0
     experts_per_token: int = 0  # of them that compute a token; 0: 2, where there are experts
     shared_expert_size: int = 0  # features of the expert that computes every token; 0: mlp_size, where there is one
     normalize_routing: bool | None = None  # the weights of a token's experts sum to 1; null: as the family has it
@@ -125,11 +126,17 @@ def resolve_experts(cfg: ModelConfig, mlp_size: int) -> dict[str, Any]:
     """The fields of ModelConfig that say what experts there are. Raises ValueError where they do not fit each other."""
     routed, shared = FAMILIES[cfg.family].experts, FAMILIES[cfg.family].shared_expert
     if not routed:
-        for name in ("num_experts", "experts_per_token", "shared_expert_size", "normalize_routing"):
+        for name in ("num_experts", "experts_per_token", "expert_size", "shared_expert_size", "normalize_routing"):
             if value := getattr(cfg, name):
                 families = " or ".join(name for name, family in FAMILIES.items() if family.experts)
                 raise ValueError(f"{name}: {value}: {cfg.family} has no experts; expected family {families}")
         return {"normalize_routing": None}
+    beside, size = FAMILIES[cfg.family].experts_beside, cfg.expert_size
+    if beside and not cfg.num_experts and not cfg.experts_per_token and not size:
+        return {"normalize_routing": None}
+    if bool(size) != beside:
+        nearest = f"1 or more; nearest: {mlp_size}" if beside else "0, and mlp_size"
+        raise ValueError(f"expert_size: {size}: of the experts of a {cfg.family}; expected {nearest}")
     count = cfg.experts_per_token or 2
     if not cfg.num_experts:
         raise ValueError(f"num_experts: 0: {cfg.family} has experts; expected {count} or more; nearest: {count}")

@@ -101,12 +101,18 @@ def expert_block(
     gated: Callable[[Array, Array], Array],
     hardware: Hardware,
     kept: Array | None = None,
+    asked: Array | None = None,
 ) -> tuple[Array, Routed]:
     """x [B, S, D] -> ([B, S, D], what the router said): the feed-forward part of a layer with experts.
 
-    params: {"router", "experts": {"gate", "up", "down"}}; ``gated`` joins what gate and up make of a token; ``kept`` as
-    in ``route``."""
-    routed = route(params["router"], cfg, x, kept)
+    params: {"router", "experts": {"gate", "up", "down"}}, and "expert_scale" where what each expert makes is multiplied
+    by a number of its own; ``gated`` joins what gate and up make of a token; ``kept`` as in ``route``; ``asked``: what
+    the router reads in place of x."""
+    routed = route(params["router"], cfg, x if asked is None else asked, kept)
+    if "expert_scale" in params:
+        scale = constrain(params["expert_scale"]["scale"].astype(jnp.float32), None)
+        chosen = routed.choice[..., None] == jnp.arange(cfg.num_experts)
+        routed = routed._replace(weight=routed.weight * jnp.where(chosen, scale, 0.0).sum(-1))
     own = [params["experts"][name] for name in ("gate", "up", "down")]
     maps = [(part["kernel"], bias_of_experts(part, axis)) for part, axis in zip(own, ("mlp", "mlp", None))]
     one = functools.partial(own_experts, cfg=cfg, gated=gated, blocks=experts_in_blocks(hardware))

@@ -1,6 +1,7 @@
 """The second branch of a block: an mlp, or experts behind a router and the expert that they share."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,8 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.experts import Routed, expert_block
 from jaxrlhf.models.families import FAMILIES
 from jaxrlhf.models.linear import linear
+from jaxrlhf.models.norms import normalize
+from jaxrlhf.sharding import constrain
 from jaxrlhf.types import Array, Params
 
 
@@ -49,6 +52,13 @@ def mlp_block(params: Params, cfg: ModelConfig, x: Array) -> Array:
     return linear(params["down"], y, "bsm,md->bsd", ("mlp", "embed"), ("batch", "seq", "hidden"))
 
 
+def router_input(params: Params, cfg: ModelConfig, x: Array) -> Array:
+    """What a router beside an mlp reads of x [B, S, D]: it normalised, times a learned scale, over the root of D. In
+    float32."""
+    scale = constrain(params["scale"].astype(jnp.float32), None)
+    return normalize({}, x.astype(jnp.float32), cfg) * scale / math.sqrt(cfg.hidden_size)
+
+
 def shared_expert(params: Params, cfg: ModelConfig, x: Array) -> Array:
     """x [B, S, D] -> [B, S, D]: what the expert of all tokens adds, times the sigmoid of a number that each has.
 
@@ -57,7 +67,8 @@ def shared_expert(params: Params, cfg: ModelConfig, x: Array) -> Array:
     return jax.nn.sigmoid(share) * mlp_block(params, cfg, x)
 
 
-Feed = Callable[[Params, Array], Array]  # (parameters, [B, S, D]) -> [B, S, D]: the second branch of a block
+# (parameters, x [B, S, D] behind the branch's norm, the same before it) -> [B, S, D]: the second branch of a block
+Feed = Callable[[Params, Array, Array], Array]
 
 
 def feed_forward(
@@ -69,13 +80,19 @@ def feed_forward(
         note: is told what the router said, where there are experts.
         kept: int[B, S, k], the experts to follow: see experts.route. Of fewer columns in x the last ones count."""
     if not cfg.num_experts:
-        return lambda params, x: mlp_block(params, cfg, x)
+        return lambda params, x, before: mlp_block(params, cfg, x)
+    beside = FAMILIES[cfg.family].experts_beside
 
-    def feed(params: Params, x: Array) -> Array:
+    def feed(params: Params, x: Array, before: Array) -> Array:
         own = None if kept is None else kept[:, kept.shape[1] - x.shape[1] :]
-        y, routed = expert_block(params, cfg, x, gated_by(cfg), hardware, own)
+        given = normalize(params["expert_norm"], before, cfg) if beside else x
+        asked = router_input(params["router_scale"], cfg, before) if beside else None
+        y, routed = expert_block(params, cfg, given, gated_by(cfg), hardware, own, asked)
         if note is not None:
             note(routed)
+        if beside:
+            own_mlp = normalize(params["mlp_norm"], mlp_block(params, cfg, x), cfg)
+            return own_mlp + normalize(params["expert_post_norm"], y, cfg)
         return y + shared_expert(params["shared"], cfg, x) if "shared" in params else y
 
     return feed

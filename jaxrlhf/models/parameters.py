@@ -181,30 +181,42 @@ def plain_leaf(sizes: dict[str, int], init: float | Literal["ones", "zeros"]) ->
 
 def mlp_table(cfg: ModelConfig, count: int, kind: LayerKind) -> dict:
     """Leafs of the mlps of ``count`` layers, but for the norms of the branch."""
-    if cfg.num_experts:
-        return expert_table(cfg)
+    if cfg.num_experts and not cfg.expert_size:
+        return expert_table(cfg, count)
     size = cfg.mlp_size * (2 if kind.reads and cfg.wide_shared_mlp else 1)
     layers, dim, mlp = {"layers": count}, {"embed": cfg.hidden_size}, {"mlp": size}
     up = lambda: linear_table(layers | dim | mlp, cfg.hidden_size, bool(cfg.mlp_bias), 1)
     down = linear_table(layers | mlp | dim, size, bool(cfg.mlp_bias), 1, small(cfg))
-    return {"up": up(), "down": down} | ({"gate": up()} if FAMILIES[cfg.family].gated else {})
+    found = {"up": up(), "down": down} | ({"gate": up()} if FAMILIES[cfg.family].gated else {})
+    return found | (beside_table(cfg, count) if cfg.num_experts else {})
 
 
-def expert_table(cfg: ModelConfig) -> dict:
-    """Leafs of all layers' routers, experts and shared experts. The first two have biases where the mlp has."""
-    layers, experts = {"layers": cfg.num_layers}, {"layers": cfg.num_layers, "expert": cfg.num_experts}
-    dim, mlp, bias = {"embed_of_expert": cfg.hidden_size}, {"mlp": cfg.mlp_size}, bool(cfg.mlp_bias)
+def beside_table(cfg: ModelConfig, count: int) -> dict:
+    """Leafs of what ``count`` layers have beside their mlps: experts, norms around both, and what scales the router."""
+    layers, dim = {"layers": count}, {"embed": cfg.hidden_size}
+    norms = {name: norm_table(cfg, layers | dim) for name in ("mlp_norm", "expert_norm", "expert_post_norm")}
+    scales = {"router_scale": dim, "expert_scale": {"routes": cfg.num_experts}}
+    ones = {name: {"scale": plain_leaf(layers | sizes, "ones")} for name, sizes in scales.items()}
+    return expert_table(cfg, count) | norms | ones
+
+
+def expert_table(cfg: ModelConfig, count: int) -> dict:
+    """Leafs of the routers, experts and shared experts of ``count`` layers. The first two have biases where the mlp
+    has."""
+    size = cfg.expert_size or cfg.mlp_size
+    layers, experts = {"layers": count}, {"layers": count, "expert": cfg.num_experts}
+    dim, mlp, bias = {"embed_of_expert": cfg.hidden_size}, {"mlp": size}, bool(cfg.mlp_bias)
     router = layers | {"embed": cfg.hidden_size, "routes": cfg.num_experts}
     up = lambda: linear_table(experts | dim | mlp, cfg.hidden_size, bias, 1)
-    down = linear_table(experts | mlp | dim, cfg.mlp_size, bias, 1, small(cfg))
+    down = linear_table(experts | mlp | dim, size, bias, 1, small(cfg))
     own = {"gate": up(), "up": up(), "down": down}
     found = {"router": linear_table(router, cfg.hidden_size, bias, 1), "experts": own}
-    return found | ({"shared": shared_table(cfg)} if cfg.shared_expert_size else {})
+    return found | ({"shared": shared_table(cfg, count)} if cfg.shared_expert_size else {})
 
 
-def shared_table(cfg: ModelConfig) -> dict:
-    """Leafs of the expert of each layer that computes every token, and of what weighs it."""
-    layers, dim, mlp = {"layers": cfg.num_layers}, {"embed": cfg.hidden_size}, {"mlp": cfg.shared_expert_size}
+def shared_table(cfg: ModelConfig, count: int) -> dict:
+    """Leafs of the expert of each of ``count`` layers that computes every token, and of what weighs it."""
+    layers, dim, mlp = {"layers": count}, {"embed": cfg.hidden_size}, {"mlp": cfg.shared_expert_size}
     up = lambda: linear_table(layers | dim | mlp, cfg.hidden_size, False, 1)
     down = linear_table(layers | mlp | dim, cfg.shared_expert_size, False, 1, small(cfg))
     share = linear_table(layers | dim | {"score": 1}, cfg.hidden_size, False, 1)

@@ -125,9 +125,9 @@ def block(
         memory = {name: made if name == kind.type else old for name, old in memory.items()}
     mixed, x = after(mixing, mixed), x[:, since:]
     if cfg.parallel_residual:
-        return x + mixed + after(mlp, feed(mlp, before(mlp))), memory
+        return x + mixed + after(mlp, feed(mlp, before(mlp), x)), memory
     x = x + mixed
-    x = x + after(mlp, feed(mlp, before(mlp)))
+    x = x + after(mlp, feed(mlp, before(mlp), x))
     if layers.add is not None:
         x = x + layers.add(params[kind.stack("per_layer")], x)
     if "output" in kind.parts:

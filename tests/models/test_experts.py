@@ -83,7 +83,7 @@ def test_a_shared_expert_computes_every_token(hardware):
     gate, up, share = (given @ own[name]["kernel"] for name in ("gate", "up", "share"))
     expected = gate / (1 + np.exp(-gate)) * up @ own["down"]["kernel"] / (1 + np.exp(-share))
     assert own["up"]["kernel"].shape == (16, 20) and np.abs(expected).max() > 0.1
-    found = feed_forward(cfg, hardware)(params, x)
+    found = feed_forward(cfg, hardware)(params, x, x)
     np.testing.assert_allclose(found, expected + by_loop(params, cfg, x), atol=2e-5)
 
 
@@ -168,11 +168,22 @@ def test_a_kept_choice_is_followed(hardware):
             {"family": "mixtral", "num_experts": 2, "experts_per_token": 3},
             "experts_per_token: 3: expected at most num_experts; nearest: 2",
         ),
-        ({"num_experts": 4}, "num_experts: 4: llama has no experts; expected family mixtral or qwen3_moe or olmoe"),
+        (
+            {"num_experts": 4},
+            "num_experts: 4: llama has no experts; expected family gemma4_text or mixtral or qwen3_moe",
+        ),
         ({"normalize_routing": True}, "normalize_routing: True: llama has no experts; expected family"),
         (
             {"family": "qwen3_moe", "num_experts": 4, "shared_expert_size": 8},
             "shared_expert_size: 8: a qwen3_moe has no such expert; nearest: 0",
+        ),
+        (
+            {"family": "qwen3_moe", "num_experts": 4, "expert_size": 8},
+            "expert_size: 8: of the experts of a qwen3_moe; expected 0, and mlp_size",
+        ),
+        (
+            {"family": "gemma4_text", "num_experts": 4, "mlp_size": 24},
+            "expert_size: 0: of the experts of a gemma4_text; expected 1 or more; nearest: 24",
         ),
     ],
 )

@@ -309,7 +309,8 @@ def test_longrope_of_phi3(kind):
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
             "rope_parameters.llama_4_scaling_beta: None; expected a positive number",
         ),
-        ("gemma4_text", {"enable_moe_block": True}, "enable_moe_block: True is not supported; expected False"),
+        ("gemma4_text", {"enable_moe_block": 1}, "enable_moe_block: 1; expected true or false"),
+        ("gemma4_text", {"enable_moe_block": True}, "num_experts: 0: enable_moe_block is true; expected 1"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention: 'all' is not supported"),
         (
             "gemma4_text",
@@ -367,6 +368,7 @@ def test_a_model_from_scratch_comes_back_from_its_folder(family, head, tmp_path)
     if family == "ministral3":
         local = {"rope_scaling": RopeScaling("yarn", 2.0, original_max_positions=64, query_beta=0.1)}
     experts: dict[str, Any] = {"num_experts": 3} if FAMILIES[family].experts else {}
+    experts |= {"expert_size": 12} if FAMILIES[family].experts_beside else {}
     cfg = resolve(ModelConfig(family=family, num_layers=3, tie_embeddings=False, **SMALL, **window, **local, **experts))
     rng = np.random.default_rng(0)
     params = tiny.parameters(cfg, head, 0)

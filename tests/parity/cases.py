@@ -260,6 +260,18 @@ CASES: dict[str, dict] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    "gemma4_text: experts": {  # beside the mlp of every layer
+        **GEMMA4,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
     "gpt2": GPT2,
     "gpt2: untied": {**GPT2, "n_inner": 40, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
     "gpt_neox": {**NEOX, "rotary_emb_base": 1000},
@@ -384,7 +396,7 @@ def law_of_parameter(family: str, name: str, shape: tuple[int, ...]) -> np.ndarr
     one for each."""
     branch, _, rest = name.partition(".mlp.")
     kind = rest.removeprefix("experts.")
-    if family in ("gpt_oss", "qwen3_5_moe_text") or kind not in ("gate_up_proj", "down_proj"):
+    if family in ("gpt_oss", "qwen3_5_moe_text", "gemma4_text") or kind not in ("gate_up_proj", "down_proj"):
         return law(name, shape, family)
     each = [f"{branch}.mlp.experts.{expert}" for expert in range(shape[0])]
     if kind == "down_proj":

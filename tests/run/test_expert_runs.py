@@ -55,6 +55,10 @@ SINKS = SHAPE | {"family": "gpt_oss", "num_experts": 4, "sliding_window": 4}
 # and with one that all tokens share, behind a gated delta net and gated attention
 SHARED = SHAPE | {"family": "qwen3_5_moe_text", "num_experts": 4, "num_layers": 2, "layer_types": ["linear", "global"]}
 
+# and beside the mlps of layers whose heads differ
+BESIDE = SHAPE | {"family": "gemma4_text", "num_experts": 4, "expert_size": 16, "num_layers": 2, "global_head_dim": 16}
+BESIDE |= {"layer_types": ["local", "global"], "sliding_window": 4}
+
 
 @pytest.fixture(scope="module")
 def trained(root, tmp_path_factory):
@@ -78,7 +82,7 @@ def test_grpo_of_a_mixture_learns(trained):
 
 
 @pytest.mark.nightly  # by day: gpt_oss, above; gated delta nets in test_layer_kinds.py
-@pytest.mark.parametrize("shape", [MOE, SHARED], ids=lambda x: x["family"])
+@pytest.mark.parametrize("shape", [MOE, SHARED, BESIDE], ids=lambda x: x["family"])
 def test_grpo_of_other_mixtures_learns(shape, root, tmp_path):
     routed(learn_on_text(root, tmp_path / "run", POLICY | {"architecture": shape}))
 

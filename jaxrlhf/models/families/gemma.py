@@ -59,6 +59,18 @@ PER_LAYER = {
     "layers.per_layer.post_norm": Module(f"{LAYER}.post_per_layer_input_norm", "embed"),
     "layers.output": Module(LAYER, "1"),
 }
+HALVES = Module(f"{LAYER}.experts.gate_up_proj", "expert part.mlp embed_of_expert", weight="")
+BESIDE = {
+    "layers.mlp.mlp_norm": Module(f"{LAYER}.post_feedforward_layernorm_1", "embed"),
+    "layers.mlp.expert_norm": Module(f"{LAYER}.pre_feedforward_layernorm_2", "embed"),
+    "layers.mlp.expert_post_norm": Module(f"{LAYER}.post_feedforward_layernorm_2", "embed"),
+    "layers.mlp.router": Module(f"{LAYER}.router.proj", "routes embed"),
+    "layers.mlp.router_scale": Module(f"{LAYER}.router.scale", "embed", weight=""),
+    "layers.mlp.expert_scale": Module(f"{LAYER}.router.per_expert_scale", "routes", weight=""),
+    "layers.mlp.experts.gate": HALVES,
+    "layers.mlp.experts.up": HALVES,
+    "layers.mlp.experts.down": Module(f"{LAYER}.experts.down_proj", "expert embed_of_expert mlp", weight=""),
+}
 
 
 def of_stacks(modules: dict[str, Module]) -> dict[str, Module]:
@@ -79,14 +91,17 @@ GEMMA4 = GEMMA3._replace(
     counts={
         "shared_kv_layers": ("num_kv_shared_layers", 0),
         "per_layer_size": ("hidden_size_per_layer_input", 256),
+        "num_experts": ("num_experts", 0),
+        "experts_per_token": ("top_k_experts", 0),
+        "expert_size": ("moe_intermediate_size", 0),
     },
+    beside="enable_moe_block",
     # between tokens of images alone: text is causal
     fixed={
         "hidden_activation": GELU_TANH,
         "use_bidirectional_attention": (None, "vision"),
-        "enable_moe_block": (False, None),
     },
-    modules=of_stacks(GEMMA3.modules | PER_LAYER)
+    modules=of_stacks(GEMMA3.modules | PER_LAYER | BESIDE)
     | {"embed.per_layer_norm": Module("model.per_layer_projection_norm", "per_layer")},
     rope=Rope(
         kinds=("proportional",),
@@ -132,6 +147,8 @@ FAMILIES = {
         scaled_products=False,
         layer_scalar=True,
         uneven=True,
+        experts="normalized",
+        experts_beside=True,
         hf=GEMMA4,
     ),
 }

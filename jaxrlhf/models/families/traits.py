@@ -80,6 +80,7 @@ class HuggingFace(NamedTuple):
     counts: Mapping[str, tuple[str, int]] = {}  # as ``fields``, of numbers that may be 0
     rope: Rope = Rope()
     windows: Windows | None = None  # None: no layer has one
+    beside: str | None = None  # where Family.experts_beside: the field without whose consent a layer has no experts
     linear_every: str | None = None  # without layer_types: the field that overrides Family.global_every
     # (a list with a 0 for each layer without positions, without that list: the field that overrides Family.nope_every)
     nope: tuple[str, str] | None = None
@@ -118,4 +119,5 @@ class Family(NamedTuple):
     # each layer's mlp is experts behind a router; "normalized": the weights of a token's experts sum to 1 unless the
     # config says otherwise
     experts: Literal["plain", "normalized"] | None = None
+    experts_beside: bool = False  # these stand beside the layer's mlp, where the config has any; else in its place
     shared_expert: bool = False  # and one more, which computes every token, weighed by a number of its own

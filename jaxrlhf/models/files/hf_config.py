@@ -67,6 +67,8 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
     head = parse_head(raw, names.classes, where, scored)
     found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
     found |= {ours: parse_count(raw, *name, where) for ours, name in names.counts.items()}
+    if names.beside:
+        found |= parse_beside(raw, names.beside, found["num_experts"], where)
     if found["num_layers"] > MOST_LAYERS:
         field = names.fields["num_layers"][0]
         raise ValueError(f"{where}: {field}: {found['num_layers']}; expected at most {MOST_LAYERS}")
@@ -88,6 +90,17 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
         return resolve(ModelConfig(**{"family": families[kind], **found})), head
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def parse_beside(raw: Mapping[str, Any], field: str, count: int, where: str) -> dict[str, int]:
+    """The fields of experts as 0, whatever the file says of them, where ``field`` does not switch them on.
+
+    ``count``: how many it says there are."""
+    if not checked(raw.get(field) or False, bool, f"{where}: {field}"):
+        return dict.fromkeys(("num_experts", "experts_per_token", "expert_size"), 0)
+    if not count:
+        raise ValueError(f"{where}: num_experts: 0: {field} is true; expected 1 or more")
+    return {}
 
 
 def without_quantization(raw: Mapping[str, Any], names: HuggingFace) -> Mapping[str, Any]:
@@ -282,6 +295,7 @@ def describe(cfg: ModelConfig, head: Head, ids: TokenIds = NO_IDS) -> dict[str, 
     raw |= describe_windows(cfg, names.windows) if names.windows else {}
     raw |= {"layer_types": described_types(cfg)} if names.linear_every else {}
     raw |= describe_uneven(cfg, names.uneven) if names.uneven else {}
+    raw |= {names.beside: cfg.num_experts > 0} if names.beside else {}
     raw |= {names.nope[0]: [int(kind != "nope") for kind in layer_types_of(cfg)]} if names.nope else {}
     raw |= describe_ids(ids)
     if head == "scalar":

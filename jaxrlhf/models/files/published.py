@@ -118,6 +118,9 @@ E2B |= {"layer_types": (*("local",) * 4, "global") * 7}
 E4B: dict[str, Any] = {"sliding_window": 512, "per_layer_size": 256, "shared_kv_layers": 18}
 GEMMA4_E2B = shape("gemma4_text", 262144, 1536, 35, 8, 1, 6144, 131072, **GEMMA4, **E2B)
 GEMMA4_E4B = shape("gemma4_text", 262144, 2560, 42, 8, 2, 10240, 131072, **GEMMA4, **E4B)
+MIXED: dict[str, Any] = {"sliding_window": 1024, "keys_are_values": True, "global_kv_heads": 2, "expert_size": 704}
+MIXED |= {"num_experts": 128, "experts_per_token": 8}
+GEMMA4_26B_A4B = shape("gemma4_text", 262144, 2816, 30, 16, 8, 2112, 262144, **GEMMA4, **MIXED)
 LARGE: dict[str, Any] = {"sliding_window": 1024, "keys_are_values": True, "global_kv_heads": 4}
 GEMMA4_31B = shape("gemma4_text", 262144, 5376, 60, 32, 16, 21504, 262144, **GEMMA4, **LARGE)
 SMOLLM2_135M = shape("llama", 49152, 576, 30, 9, 3, 1536, 8192, tied=True, norm_eps=1e-5, rope_theta=1e5)
@@ -138,6 +141,8 @@ SHAPES: dict[str, ModelConfig] = {
     "google/gemma-4-E2B-it": GEMMA4_E2B,
     "google/gemma-4-E4B": GEMMA4_E4B,
     "google/gemma-4-E4B-it": GEMMA4_E4B,
+    "google/gemma-4-26B-A4B": GEMMA4_26B_A4B,
+    "google/gemma-4-26B-A4B-it": GEMMA4_26B_A4B,
     "google/gemma-4-31B": GEMMA4_31B,
     "google/gemma-4-31B-it": GEMMA4_31B,
     "Qwen/Qwen2.5-0.5B": QWEN_0_5B,
