@@ -59,6 +59,7 @@ def ended(cfg: Config):
         )
 
 
+@pytest.mark.nightly  # by day: runs of adapters in test_adapters.py; what magnitudes compute in models/test_dora.py
 def test_a_run_learns_magnitudes_resumes_and_is_exported(folder, root, tmp_path):
     """Two iterations are one and one more, bitwise; the merged folder holds what was trained; the adapter's folder
     starts another run as this one ended, and one that learns whole weights."""
