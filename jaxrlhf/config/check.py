@@ -34,7 +34,6 @@ SPLIT = {
     "shared_expert_size": ("decode", "tensor"),  # 0 where there is none
     "expert_size": ("decode", "tensor"),
     "hidden_size": ("fsdp", "decode", "expert", "context"),
-    "per_layer_size": ("fsdp", "decode", "expert", "context"),
     "num_experts": ("expert",),  # 0 where there are none, which any number divides
 }
 

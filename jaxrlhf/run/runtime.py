@@ -87,9 +87,11 @@ def check_shapes(resolved: Resolved, weights: dict[Role, Weights], mesh: jax.sha
     for role, found in weights.items():
         where = f"models.{base_role(cfg, role)}" + (f": {found.path}" if found.path else "")
         padded = parameters.padded_vocab(found.config)
-        values = {name: getattr(found.config, name) for name in SPLIT} | {"padded vocabulary": padded}
-        for name, value in values.items():
-            axes, devices = split_by(SPLIT.get(name, SPLIT["mlp_size"]), mesh.shape)
+        values = {name: (getattr(found.config, name), keys) for name, keys in SPLIT.items()}
+        tables = SPLIT["hidden_size"] if found.config.per_layer_size else ()  # whose vocabulary these split too
+        values |= {"padded vocabulary": (padded, (*tables, *SPLIT["mlp_size"]))}
+        for name, (value, keys) in values.items():
+            axes, devices = split_by(tuple(dict.fromkeys(keys)), mesh.shape)
             if value % devices:
                 nearest = min(divisors(value), key=lambda size: abs(size - devices))
                 raise ConfigError(

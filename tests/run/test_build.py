@@ -1,5 +1,6 @@
 """From a config to a run: where weights and tokenizer come from, what does not fit, what the state starts as."""
 
+import contextlib
 import json
 import os
 import re
@@ -81,6 +82,16 @@ def test_models_from_files_must_fit_the_mesh_and_the_rows(ppo, changes, pattern)
     with pytest.raises(ConfigError, match=r"^models\.policy: some/folder: " + pattern) as error:
         check()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size, pattern", [(0, None), (4, r"its padded vocabulary 100 .* mesh\.fsdp x tensor: 8")])
+def test_fsdp_divides_the_vocabulary_where_layers_have_embeddings(ppo, monkeypatch, size, pattern):
+    monkeypatch.setattr(parameters, "padded_vocab", lambda cfg: 100)
+    shape = resolve(ModelConfig("gemma4_text", 100, 32, mlp_size=48, per_layer_size=size))
+    weights = {"policy": build.Weights("hf", "some/folder", shape, "lm")}
+    raises = pytest.raises(ConfigError, match=pattern) if pattern else contextlib.nullcontext()
+    with raises:
+        check_shapes(resolve_config(ppo()), weights, make_mesh(MeshConfig(1, 2, 4), jax.devices()[:8]))
 
 
 @pytest.mark.parametrize(
