@@ -28,7 +28,6 @@ Rules = dict[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     "batch": SPLIT_ROWS,
     "rows": AXES,  # as batch, and over the devices that share its rows too
-    "rows_of_copy": ("slice", "data"),  # as batch, whole on the devices that share a copy of the weights
     "seq": None,
     "hidden": None,  # features of an activation
     "embed": ("fsdp", "decode", "expert", "context"),  # the same features in a weight

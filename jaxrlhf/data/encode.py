@@ -315,7 +315,8 @@ def _thought(before: str, after: str, message: Message) -> str:
         )
     opened = OPENED.search(before)
     if not opened:
-        at = after.rfind(content.strip()) if content.strip() else -1
+        text = content.strip()  # which may be in the turn's ending too
+        at = after.rfind(text, 0, count_shared(before, after) + len(text)) if text else -1
         return after[at:] if at >= 0 and before.startswith(after[:at]) else ""
     if not after.startswith(before[: opened.start()]):
         return ""

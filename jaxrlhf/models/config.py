@@ -125,14 +125,14 @@ def resolve(cfg: ModelConfig, vocab_size: int = 0) -> ModelConfig:
 def resolve_experts(cfg: ModelConfig, mlp_size: int) -> dict[str, Any]:
     """The fields of ModelConfig that say what experts there are. Raises ValueError where they do not fit each other."""
     routed, shared = FAMILIES[cfg.family].experts, FAMILIES[cfg.family].shared_expert
-    if not routed:
+    beside, size = FAMILIES[cfg.family].experts_beside, cfg.expert_size
+    none = beside and not (cfg.num_experts or cfg.experts_per_token or size)
+    if not routed or none:
         for name in ("num_experts", "experts_per_token", "expert_size", "shared_expert_size", "normalize_routing"):
             if value := getattr(cfg, name):
                 families = " or ".join(name for name, family in FAMILIES.items() if family.experts)
-                raise ValueError(f"{name}: {value}: {cfg.family} has no experts; expected family {families}")
-        return {"normalize_routing": None}
-    beside, size = FAMILIES[cfg.family].experts_beside, cfg.expert_size
-    if beside and not cfg.num_experts and not cfg.experts_per_token and not size:
+                expected = "num_experts of 1 or more" if none else f"family {families}"
+                raise ValueError(f"{name}: {value}: {cfg.family} has no experts; expected {expected}")
         return {"normalize_routing": None}
     if bool(size) != beside:
         nearest = f"1 or more; nearest: {mlp_size}" if beside else "0, and mlp_size"

@@ -139,7 +139,8 @@ def used_and_stored(cfg: ModelConfig, head: Head, setup: Setup, based: Based | N
 def exchanged(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
     """Bytes of what these embeddings say of ``tokens``, that a device receives in one pass: per_layer.look_up."""
     share = 0 if setup.laid else setup.fsdp - 1  # each part of the table says something of every token
-    return tokens * cfg.per_layer_size * cfg.num_layers * setup.compute * share
+    summed = 2 * (setup.tensor - 1) / setup.tensor
+    return tokens * cfg.per_layer_size * cfg.num_layers * setup.compute * (share + summed)
 
 
 # ---- passes ---------------------------------------------------------------------------------------------------------
@@ -227,12 +228,13 @@ def delta_rule(cfg: ModelConfig, one: PlannedPass, setup: Setup) -> DeviceWork:
 
 
 def tensor_sums(cfg: ModelConfig, tokens: float, setup: Setup) -> float:
-    """Bytes for the sums behind attention and mlp of each layer, where tensor splits them; where experts are split
-    also for the tokens of the devices that share them, and the results."""
+    """Bytes for the sums behind attention and mlp of each layer, and an mlp beside experts, where tensor splits them;
+    where experts are split also for the tokens of the devices that share them, and the results."""
     tensor, others = setup.tensor, setup.expert - 1 if cfg.num_experts else 0
     state = cfg.num_layers * tokens * cfg.hidden_size * setup.compute
     # the sum behind the experts is of all tokens that were gathered
-    return state * ((2 + others) * 2 * (tensor - 1) / tensor + 2 * others)
+    both = bool(cfg.shared_expert_size or cfg.expert_size)
+    return state * ((2 + both + others) * 2 * (tensor - 1) / tensor + 2 * others)
 
 
 def backward(cfg: ModelConfig, head: Head, one: PlannedPass, setup: Setup) -> DeviceWork:

@@ -114,7 +114,8 @@ def meshes(drawn: Blueprint, num_devices: int, slices: int) -> Iterator[MeshConf
         if each % (tensor * data * decode * expert * context) or tensor * decode > 64:
             continue
         fsdp, group = each // tensor // data // expert // context, tensor * decode
-        vocab = all(padded_vocab(shape) % group == 0 for shape in shapes)
+        every = group * fsdp * expert * context  # split the embeddings of layers
+        vocab = all(padded_vocab(shape) % (every if shape.per_layer_size else group) == 0 for shape in shapes)
         if fits("tensor", group) and fits("fsdp", fsdp * expert * context) and vocab:
             yield MeshConfig(data, fsdp, tensor, slices, decode, expert, context)
 

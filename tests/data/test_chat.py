@@ -207,6 +207,13 @@ def test_thoughts_behind_a_prompt_that_closes_them_are_refused(tokenizer):
         encode_demonstration({"messages": [USER("late?"), SAID("<think>nine</think>Yes.")]}, chat, "response")
 
 
+def test_an_answer_that_is_in_the_ending_of_its_turn_too(tokenizer):
+    """Behind a prompt that closes thoughts, which the template leaves out of the turn."""
+    chat = speaking(tokenizer, R1.replace("<think>\n{%", "<think>\n\n</think>\n\n{%"), WORDS)
+    encoded = encode_demonstration({"messages": [USER("late?"), SAID("end")]}, chat, "response")
+    assert learnt(encoded, chat) == ["end<|end|>"]
+
+
 # ---- tools ----------------------------------------------------------------------------------------------------------
 
 TOOL = {"type": "function", "function": {"name": "clock", "description": "time", "parameters": {}}}

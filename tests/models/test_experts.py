@@ -182,6 +182,10 @@ def test_a_kept_choice_is_followed(hardware):
             "expert_size: 8: of the experts of a qwen3_moe; expected 0, and mlp_size",
         ),
         (
+            {"family": "gemma4_text", "shared_expert_size": 8},
+            "shared_expert_size: 8: gemma4_text has no experts; expected num_experts of 1 or more",
+        ),
+        (
             {"family": "gemma4_text", "num_experts": 4, "mlp_size": 24},
             "expert_size: 0: of the experts of a gemma4_text; expected 1 or more; nearest: 24",
         ),

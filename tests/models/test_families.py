@@ -310,7 +310,9 @@ def test_longrope_of_phi3(kind):
             "rope_parameters.llama_4_scaling_beta: None; expected a positive number",
         ),
         ("gemma4_text", {"enable_moe_block": 1}, "enable_moe_block: 1; expected true or false"),
-        ("gemma4_text", {"enable_moe_block": True}, "num_experts: 0: enable_moe_block is true; expected 1"),
+        ("gemma4_text", {"enable_moe_block": True}, "num_experts: 0: enable_moe_block is true; expected 1 or more"),
+        ("gemma4_text", {"enable_moe_block": True, "num_experts": 4}, "top_k_experts: 0: enable_moe_block is true"),
+        ("gemma4_text", {"enable_moe_block": ""}, "enable_moe_block: ''; expected true or false"),
         ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention: 'all' is not supported"),
         (
             "gemma4_text",

@@ -44,6 +44,13 @@ def test_a_file_is_the_folder_that_it_was_made_of(name, tmp_path):
     assert tiny.equal_trees(found, expected)
 
 
+def test_soft_caps_that_metadata_leave_out_are_those_of_the_family(tmp_path):
+    """As in llama.cpp, and in transformers: older files say none."""
+    none = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+    cfg, _ = hf_config.read_config(hf_folder.locate(ggufs.write("gemma2", tmp_path, **none)))
+    assert (cfg.attention_softcap, cfg.logit_softcap) == (50.0, 30.0)
+
+
 @pytest.mark.parametrize(
     ("name", "more"),
     [
@@ -51,7 +58,7 @@ def test_a_file_is_the_folder_that_it_was_made_of(name, tmp_path):
         ("qwen2", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
         ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
         ("gemma2", {"num_hidden_layers": 46, "query_pre_attn_scalar": 16}),  # hidden_size / heads, of the largest alone
-        ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": 20.0, "attn_logit_softcapping": 40.0}),
         ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),  # of global layers alone
         ("gemma3", {"layer_types": ["sliding_attention", "full_attention"] * 3 + ["full_attention"]}),
         ("gpt-oss", {"tie_word_embeddings": True, "sliding_window": 7}),

@@ -187,7 +187,7 @@ def gemma(largest: int) -> Callable[[Metadata, Config], Config]:
             field: metadata.fields.get(f"{metadata.architecture}.{field}ping")
             for field in ("attn_logit_softcap", "final_logit_softcap")
         }
-        found = {f"{field}ping": None if cap is None else float(cap) for field, cap in caps.items()}
+        found = {f"{field}ping": float(cap) for field, cap in caps.items() if cap is not None}  # else the family's
         return window(metadata, config) | found | {"query_pre_attn_scalar": scalar}
 
     return more

@@ -68,7 +68,7 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
     found: dict[str, Any] = {ours: parse_field(raw, ours, *name, where) for ours, name in names.fields.items()}
     found |= {ours: parse_count(raw, *name, where) for ours, name in names.counts.items()}
     if names.beside:
-        found |= parse_beside(raw, names.beside, found["num_experts"], where)
+        found |= parse_beside(raw, names, found, where)
     if found["num_layers"] > MOST_LAYERS:
         field = names.fields["num_layers"][0]
         raise ValueError(f"{where}: {field}: {found['num_layers']}; expected at most {MOST_LAYERS}")
@@ -92,14 +92,16 @@ def parse_fields(raw: Mapping[str, Any], where: str, scored: Callable[[], bool])
         raise ValueError(f"{where}: {error}") from error
 
 
-def parse_beside(raw: Mapping[str, Any], field: str, count: int, where: str) -> dict[str, int]:
-    """The fields of experts as 0, whatever the file says of them, where ``field`` does not switch them on.
+def parse_beside(raw: Mapping[str, Any], names: HuggingFace, found: Mapping[str, Any], where: str) -> dict[str, int]:
+    """The fields of experts as 0, where ``names.beside`` does not switch them on; ``found``: those that the file has.
 
-    ``count``: how many it says there are."""
-    if not checked(raw.get(field) or False, bool, f"{where}: {field}"):
-        return dict.fromkeys(("num_experts", "experts_per_token", "expert_size"), 0)
-    if not count:
-        raise ValueError(f"{where}: num_experts: 0: {field} is true; expected 1 or more")
+    Raises ValueError, in one line, where it does and one is 0."""
+    switch, fields = names.beside or "", ("num_experts", "experts_per_token", "expert_size")
+    if raw.get(switch) is None or not checked(raw[switch], bool, f"{where}: {switch}"):
+        return dict.fromkeys(fields, 0)
+    for field in fields:
+        if not found[field]:
+            raise ValueError(f"{where}: {names.counts[field][0]}: 0: {switch} is true; expected 1 or more")
     return {}
 
 
