@@ -3,6 +3,7 @@ transformers computes the same from the same file."""
 
 import dataclasses
 import re
+from typing import Any
 
 import gguf
 import jax
@@ -46,7 +47,7 @@ def test_a_file_is_the_folder_that_it_was_made_of(name, tmp_path):
 
 def test_soft_caps_that_metadata_leave_out_are_those_of_the_family(tmp_path):
     """As in llama.cpp, and in transformers: older files say none."""
-    none = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
+    none: dict[str, Any] = {"final_logit_softcapping": None, "attn_logit_softcapping": None}
     cfg, _ = hf_config.read_config(hf_folder.locate(ggufs.write("gemma2", tmp_path, **none)))
     assert (cfg.attention_softcap, cfg.logit_softcap) == (50.0, 30.0)
 
