@@ -273,6 +273,17 @@ def used_often(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*partition(names), reduced=frozenset(mesh_axes("batch", "seq"))))
 
 
+def gather_over(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """Inside a shard_map: ``x`` whole along ``dimension``, which ``axes`` of the mesh split."""
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+
+
+def scatter_over(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """Inside a shard_map: the sum of ``x`` over ``axes`` of the mesh, of which each device keeps its part along
+    ``dimension``."""
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True) if axes else x
+
+
 def whole_rows(x: jax.Array) -> jax.Array:
     """``x`` with its last dimension whole on every device, and the others as they lie."""
     if not explicit():

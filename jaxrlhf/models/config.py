@@ -145,8 +145,8 @@ def resolve_experts(cfg: ModelConfig, mlp_size: int) -> dict[str, Any]:
     normalize = routed == "normalized" if cfg.normalize_routing is None else cfg.normalize_routing
     if cfg.shared_expert_size and not shared:
         raise ValueError(f"shared_expert_size: {cfg.shared_expert_size}: a {cfg.family} has no such expert; nearest: 0")
-    size = (cfg.shared_expert_size or mlp_size) if shared else 0
-    return {"experts_per_token": count, "normalize_routing": normalize, "shared_expert_size": size}
+    shared_size = (cfg.shared_expert_size or mlp_size) if shared else 0
+    return {"experts_per_token": count, "normalize_routing": normalize, "shared_expert_size": shared_size}
 
 
 def resolve_mlp(cfg: ModelConfig, vocab_size: int) -> ModelConfig:

@@ -21,7 +21,7 @@ from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.cpu import experts_in_blocks
 from jaxrlhf.models.grouped import bring_back, dispatch, group_of, grouped_product, make_groups
 from jaxrlhf.models.linear import PRODUCT, layout, linear
-from jaxrlhf.sharding import constrain, explicit, spec
+from jaxrlhf.sharding import constrain, explicit, gather_over, scatter_over, spec
 from jaxrlhf.types import Array, Mean, Params
 
 OWN = -1  # in place of an expert's number in kept choices: the router's own choice
@@ -86,12 +86,16 @@ def route(params: Params, cfg: ModelConfig, x: Array, kept: Array | None = None)
     probs = jax.nn.softmax(logits)
     own = jax.lax.top_k(jax.lax.stop_gradient(probs), cfg.experts_per_token)[1]
     choice = own if kept is None else jnp.where(kept == OWN, own, kept.astype(jnp.int32))
-    # a comparison in place of a gather, whose gradient would be a scatter
-    chosen = choice[..., None] == jnp.arange(cfg.num_experts)
-    weight = jnp.where(chosen, probs[:, :, None], 0.0).sum(-1)
+    weight = of_choice(probs[:, :, None], choice)
     if cfg.normalize_routing:
         weight = weight / weight.sum(-1, keepdims=True)
     return Routed(logits, probs, own, choice, weight)
+
+
+def of_choice(values: Array, choice: Array) -> Array:
+    """What ``values`` [..., E] say of each expert of ``choice`` i32[..., k]. A comparison in place of a gather, whose
+    gradient would be a scatter."""
+    return jnp.where(choice[..., None] == jnp.arange(values.shape[-1]), values, 0.0).sum(-1)
 
 
 def expert_block(
@@ -111,8 +115,7 @@ def expert_block(
     routed = route(params["router"], cfg, x if asked is None else asked, kept)
     if "expert_scale" in params:
         scale = constrain(params["expert_scale"]["scale"].astype(jnp.float32), None)
-        chosen = routed.choice[..., None] == jnp.arange(cfg.num_experts)
-        routed = routed._replace(weight=routed.weight * jnp.where(chosen, scale, 0.0).sum(-1))
+        routed = routed._replace(weight=routed.weight * of_choice(scale, routed.choice))
     own = [params["experts"][name] for name in ("gate", "up", "down")]
     maps = [(part["kernel"], bias_of_experts(part, axis)) for part, axis in zip(own, ("mlp", "mlp", None))]
     one = functools.partial(own_experts, cfg=cfg, gated=gated, blocks=experts_in_blocks(hardware))
@@ -191,10 +194,4 @@ def own_experts(
         y += jnp.where(whose, jnp.einsum("nke,nk->ne", of_group(choice - first), weight) @ down_bias, 0.0)
     y = y.astype(x.dtype)
     y = jax.lax.psum(y, inside.mlp) if inside.mlp else y
-    y = jax.lax.psum_scatter(y, inside.expert, scatter_dimension=0, tiled=True) if inside.expert else y
-    return y.reshape(shape)
-
-
-def gather_over(x: Array, axes: tuple[str, ...], dimension: int) -> Array:
-    """``x`` whole along ``dimension``, which ``axes`` of the mesh split."""
-    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+    return scatter_over(y, inside.expert, 0).reshape(shape)

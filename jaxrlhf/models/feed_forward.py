@@ -81,18 +81,22 @@ def feed_forward(
         kept: int[B, S, k], the experts to follow: see experts.route. Of fewer columns in x the last ones count."""
     if not cfg.num_experts:
         return lambda params, x, before: mlp_block(params, cfg, x)
-    beside = FAMILIES[cfg.family].experts_beside
 
-    def feed(params: Params, x: Array, before: Array) -> Array:
+    def experts(params: Params, x: Array, asked: Array | None = None) -> Array:
         own = None if kept is None else kept[:, kept.shape[1] - x.shape[1] :]
-        given = normalize(params["expert_norm"], before, cfg) if beside else x
-        asked = router_input(params["router_scale"], cfg, before) if beside else None
-        y, routed = expert_block(params, cfg, given, gated_by(cfg), hardware, own, asked)
+        y, routed = expert_block(params, cfg, x, gated_by(cfg), hardware, own, asked)
         if note is not None:
             note(routed)
-        if beside:
-            own_mlp = normalize(params["mlp_norm"], mlp_block(params, cfg, x), cfg)
-            return own_mlp + normalize(params["expert_post_norm"], y, cfg)
+        return y
+
+    def in_place(params: Params, x: Array, before: Array) -> Array:
+        y = experts(params, x)
         return y + shared_expert(params["shared"], cfg, x) if "shared" in params else y
 
-    return feed
+    def beside(params: Params, x: Array, before: Array) -> Array:
+        asked = router_input(params["router_scale"], cfg, before)
+        y = experts(params, normalize(params["expert_norm"], before, cfg), asked)
+        own = normalize(params["mlp_norm"], mlp_block(params, cfg, x), cfg)
+        return own + normalize(params["expert_post_norm"], y, cfg)
+
+    return beside if FAMILIES[cfg.family].experts_beside else in_place

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.linear import is_split, layout, linear
 from jaxrlhf.models.norms import normalize
-from jaxrlhf.sharding import mesh_axes, spec
+from jaxrlhf.sharding import gather_over, mesh_axes, scatter_over, spec
 from jaxrlhf.types import Array, Params
 
 # (the parameters of a layer's part "per_layer", x [B, T, D] behind its mlp) -> what is added to x; x may have fewer
@@ -62,14 +62,10 @@ def look_up(table: Array, tokens: Array) -> Array:
 
     def own(table: Array, tokens: Array) -> Array:
         size = table.shape[0]
-        for dimension, some in enumerate((rows, columns)):
-            tokens = jax.lax.all_gather(tokens, some, axis=dimension, tiled=True) if some else tokens
-        at = tokens - jax.lax.axis_index(axes) * size
+        at = gather_over(gather_over(tokens, rows, 0), columns, 1) - jax.lax.axis_index(axes) * size
         here = (at >= 0) & (at < size)
         found = jnp.where(here[..., None], table.at[jnp.where(here, at, 0)].get(mode="promise_in_bounds"), 0)
-        for dimension, some in enumerate((rows, columns)):
-            found = jax.lax.psum_scatter(found, some, scatter_dimension=dimension, tiled=True) if some else found
-        return jax.lax.psum(found, rest)
+        return jax.lax.psum(scatter_over(scatter_over(found, rows, 0), columns, 1), rest)
 
     given = layout(table), spec("batch", "seq")
     return jax.shard_map(own, in_specs=given, out_specs=spec("batch", "seq", "per_layer"), check_vma=False)(

@@ -18,7 +18,6 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig, resolve
 from jaxrlhf.models.files import peft
 from jaxrlhf.models.lora import Based, LoraConfig
-from jaxrlhf.run import build as builds
 from jaxrlhf.run import checkpoint, verified_steps
 from jaxrlhf.run.announce import describe_adapters
 from jaxrlhf.run.build import Run, build
@@ -28,7 +27,6 @@ from jaxrlhf.run.manifest import Damaged
 from jaxrlhf.run.saved_run import read_extra, restore_model
 from jaxrlhf.sharding import MeshConfig, make_mesh
 from tests.support import runs, tiny
-from tests.test_minimal import write_models
 
 ADAPTER = {"rank": 2, "alpha": 4}
 DATA = {
@@ -42,21 +40,6 @@ DATA = {
     "distill": ["prompts", "eval_prompts", "demonstrations", "eval_demonstrations"],
     "distill_data": ["prompts", "eval_prompts", "demonstrations", "eval_demonstrations"],
 }
-
-
-@pytest.fixture(scope="module")
-def folder(root, tmp_path_factory) -> Path:
-    """Hugging Face folders of a language model (lm) and a reward model (scalar)."""
-    made = tmp_path_factory.mktemp("adapters")
-    write_models(made, runs.text(root))
-    return made
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Runs of this test are on one of the eight devices."""
-    one = lambda cfg, *_: make_mesh(cfg, jax.devices()[:1])
-    monkeypatch.setattr(builds, "make_mesh", one)
 
 
 def config(name: str, root: Path, run_dir: Path, models: dict, **more) -> Config:
@@ -117,7 +100,7 @@ def base_leaves(run_dir: Path) -> list[np.ndarray]:
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_its_adapter_alone_resumes_and_is_exported(folder, root, tmp_path, one_device):
+def test_a_run_learns_its_adapter_alone_resumes_and_is_exported(folder, root, tmp_path, built_on_one_device):
     """The base is as the folder has it, to the bit, and no part of a checkpoint; two iterations are one and one more;
     the merged folder holds what the run's policy is; the adapter's starts another run with the same log-probs."""
     models = {"policy": {"init_from": str(folder / "lm"), "adapter": ADAPTER}}
@@ -166,7 +149,7 @@ def test_a_run_learns_its_adapter_alone_resumes_and_is_exported(folder, root, tm
 
 @pytest.mark.nightly  # by day: grpo, above
 @pytest.mark.parametrize("name", ["ppo", "sft", "rm", "dpo", "raft", "kto"])
-def test_every_algorithm_trains_one(name, folder, root, tmp_path, one_device):
+def test_every_algorithm_trains_one(name, folder, root, tmp_path, built_on_one_device):
     adapted = {"init_from": str(folder / "lm"), "adapter": ADAPTER}
     role, models, more = learner(name, adapted, folder)
     assert trainer.run(config(name, root, tmp_path / "run", models, **more)) == "done"

@@ -16,31 +16,15 @@ from jaxrlhf.models import dora, lora
 from jaxrlhf.models.files import hf_weights
 from jaxrlhf.models.linear import MAGNITUDE
 from jaxrlhf.models.lora import LoraConfig
-from jaxrlhf.run import build as builds
 from jaxrlhf.run import saved_run
 from jaxrlhf.run.export import export, export_adapter
-from jaxrlhf.sharding import make_mesh
 from tests.run.test_adapters import config, learner, started
 from tests.support import learning, runs, tiny
-from tests.test_minimal import write_models
 
 ADAPTER = {"rank": 2, "alpha": 4, "dora": True}
 SCALE = LoraConfig(rank=2, alpha=4).scale
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def folder(root, tmp_path_factory) -> Path:
-    """Hugging Face folders of a language model (lm) and a reward model (scalar)."""
-    made = tmp_path_factory.mktemp("dora")
-    write_models(made, runs.text(root))
-    return made
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Runs of this file are on one of the eight devices."""
-    monkeypatch.setattr(builds, "make_mesh", lambda cfg, *_: make_mesh(cfg, jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("built_on_one_device")
 
 
 def models_of(folder: Path, **more) -> dict:

@@ -21,32 +21,16 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.files import hf_weights
 from jaxrlhf.models.lora import Based, LoraConfig
 from jaxrlhf.models.quantized import PACKED, Nf4
-from jaxrlhf.run import build as builds
 from jaxrlhf.run import quantization_mismatch, saved_run
 from jaxrlhf.run.announce import describe_adapters
 from jaxrlhf.run.export import export
 from jaxrlhf.run.feed import Feed
 from jaxrlhf.run.initial_state import abstract_state
-from jaxrlhf.sharding import make_mesh
 from tests.run.test_adapters import ADAPTER, config, learner, ready, started
 from tests.support import runs, tiny
-from tests.test_minimal import write_models
 
 IS_PACKED = {"is_leaf": lambda x: isinstance(x, PACKED)}
-
-
-@pytest.fixture(scope="module")
-def folder(root, tmp_path_factory) -> Path:
-    """Hugging Face folders of a language model (lm) and a reward model (scalar)."""
-    made = tmp_path_factory.mktemp("quantized")
-    write_models(made, runs.text(root))
-    return made
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Runs of this file are on one of the eight devices."""
-    monkeypatch.setattr(builds, "make_mesh", lambda cfg, *_: make_mesh(cfg, jax.devices()[:1]))
+pytestmark = pytest.mark.usefixtures("built_on_one_device")
 
 
 def quantized(folder: Path, kind: str = "nf4", **more) -> dict:

@@ -1,7 +1,7 @@
 """Gemma 2, and the text models of Gemma 3 and 4."""
 
 from jaxrlhf.models.families.gpt import GELU_TANH
-from jaxrlhf.models.families.llama import ENDS, FIELDS, HEAD_NORMS, LLAMA, MAPS
+from jaxrlhf.models.families.llama import ENDS, FIELDS, HEAD_NORMS, LLAMA, MAPS, joined_experts
 from jaxrlhf.models.families.traits import Family, Module, Rope, Uneven, Windows
 
 GEMMA2 = LLAMA._replace(
@@ -59,7 +59,6 @@ PER_LAYER = {
     "layers.per_layer.post_norm": Module(f"{LAYER}.post_per_layer_input_norm", "embed"),
     "layers.output": Module(LAYER, "1"),
 }
-HALVES = Module(f"{LAYER}.experts.gate_up_proj", "expert part.mlp embed_of_expert", weight="")
 BESIDE = {
     "layers.mlp.mlp_norm": Module(f"{LAYER}.post_feedforward_layernorm_1", "embed"),
     "layers.mlp.expert_norm": Module(f"{LAYER}.pre_feedforward_layernorm_2", "embed"),
@@ -67,10 +66,7 @@ BESIDE = {
     "layers.mlp.router": Module(f"{LAYER}.router.proj", "routes embed"),
     "layers.mlp.router_scale": Module(f"{LAYER}.router.scale", "embed", weight=""),
     "layers.mlp.expert_scale": Module(f"{LAYER}.router.per_expert_scale", "routes", weight=""),
-    "layers.mlp.experts.gate": HALVES,
-    "layers.mlp.experts.up": HALVES,
-    "layers.mlp.experts.down": Module(f"{LAYER}.experts.down_proj", "expert embed_of_expert mlp", weight=""),
-}
+} | joined_experts(f"{LAYER}.experts")
 
 
 def of_stacks(modules: dict[str, Module]) -> dict[str, Module]:

@@ -60,6 +60,14 @@ FUSED = {
     "layers.mlp.up": Module("model.layers.{layer}.mlp.gate_up_proj", "part.mlp embed"),
 }
 
+
+def joined_experts(branch: str) -> dict[str, Module]:
+    """The maps of a layer's experts ``branch``, where one tensor holds those of all, and gate and up are one."""
+    halves = Module(f"{branch}.gate_up_proj", "expert part.mlp embed_of_expert", weight="")
+    down = Module(f"{branch}.down_proj", "expert embed_of_expert mlp", weight="")
+    return {"layers.mlp.experts.gate": halves, "layers.mlp.experts.up": halves, "layers.mlp.experts.down": down}
+
+
 LLAMA = HuggingFace(
     model_type="llama",
     classes={"lm": "LlamaForCausalLM", "scalar": "LlamaForSequenceClassification"},

@@ -1,7 +1,7 @@
 """Mixtures of experts: Mixtral, the mixtures of Qwen 3 and Qwen 3.5 (3.6), OLMoE, and gpt-oss."""
 
 from jaxrlhf.models.families import qwen3_5
-from jaxrlhf.models.families.llama import FIELDS, HEAD_NORMS, LLAMA, MAPS, PLAIN, SILU, WHOLE_NORMS
+from jaxrlhf.models.families.llama import FIELDS, HEAD_NORMS, LLAMA, MAPS, PLAIN, SILU, WHOLE_NORMS, joined_experts
 from jaxrlhf.models.families.traits import Module, Rope, Windows
 
 
@@ -58,7 +58,6 @@ QWEN3_MOE = LLAMA._replace(
 )
 
 QWEN3_5, BRANCH = qwen3_5.FAMILIES["qwen3_5_text"], "model.layers.{layer}.mlp"
-HALVES = Module(f"{BRANCH}.experts.gate_up_proj", "expert part.mlp embed_of_expert", weight="")
 QWEN3_5_MOE = qwen3_5.QWEN3_5._replace(
     model_type="qwen3_5_moe_text",
     classes={"lm": "Qwen3_5MoeForCausalLM"},
@@ -73,11 +72,9 @@ QWEN3_5_MOE = qwen3_5.QWEN3_5._replace(
     modules={path: module for path, module in qwen3_5.QWEN3_5.modules.items() if path not in DENSE}
     | {
         "layers.mlp.router": Module(f"{BRANCH}.gate", "routes embed"),
-        "layers.mlp.experts.gate": HALVES,
-        "layers.mlp.experts.up": HALVES,
-        "layers.mlp.experts.down": Module(f"{BRANCH}.experts.down_proj", "expert embed_of_expert mlp", weight=""),
         "layers.mlp.shared.share": Module(f"{BRANCH}.shared_expert_gate", "score embed"),
     }
+    | joined_experts(f"{BRANCH}.experts")
     | {
         f"layers.mlp.shared.{name}": Module(f"{BRANCH}.shared_expert.{name}_proj", MAPS[f"layers.mlp.{name}"].layout)
         for name in ("gate", "up", "down")

@@ -203,7 +203,7 @@ def load(cfg: ModelConfig, head: Head, lora: LoraConfig, base: Params | None = N
     return found
 
 
-def matrix_shape(kind: str, leaf: Leaf, rank: int) -> tuple[int, ...]:
+def matrix_shape(kind: str, leaf: Leaf | Array, rank: int) -> tuple[int, ...]:
     """Of one layer's A, B or magnitudes in PEFT's format."""
     size = math.prod(leaf.shape[1:])
     return {LORA_A: (rank, size // rank), LORA_B: (size // rank, rank), MAGNITUDE: (size,)}[kind]
@@ -247,7 +247,7 @@ def save(
     for stack, target in ((stack, target) for stack, maps in own["layers"].items() for target in maps):
         leaves = own["layers"][stack][target]
         for kind, leaf in leaves.items():
-            matrix = {LORA_A: (-1, lora.rank), LORA_B: (lora.rank, -1), MAGNITUDE: (-1,)}[kind]
+            matrix = matrix_shape(kind, leaf, lora.rank)[::-1]
             names, norms = names_of(cfg, stack, target, kind), norms_of(base, stack, target, kind, leaves[LORA_A])
             layers = [layer.astype(np.float32).reshape(matrix) for layer in to_numpy(leaf)]
             layers = layers if norms is None else [*(np.stack(layers) + norms)]
